@@ -1,0 +1,26 @@
+"""Ops for GRPO on a shared prompt. `ops.py` is the contents page."""
+
+from vlmr1_kernels.layout import PrefixLayout
+from vlmr1_kernels.ops import (
+    group_advantages,
+    grpo_loss,
+    linear_grpo_loss,
+    linear_logprob,
+    shared_prefix_attention,
+    shared_prefix_decode,
+)
+from vlmr1_kernels.registry import ImplementationError, use
+from vlmr1_kernels.settings import GRPOSettings
+
+__all__ = [
+    "GRPOSettings",
+    "ImplementationError",
+    "PrefixLayout",
+    "group_advantages",
+    "grpo_loss",
+    "linear_grpo_loss",
+    "linear_logprob",
+    "shared_prefix_attention",
+    "shared_prefix_decode",
+    "use",
+]

@@ -1,0 +1,217 @@
+"""Is a call well formed? Shapes, dtypes and devices always; values only where the caller asked (it syncs)."""
+
+import torch
+from torch import Tensor
+
+from vlmr1_kernels.layout import PrefixLayout
+from vlmr1_kernels.settings import GRPOSettings
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+INTEGERS = (torch.int64, torch.int32)
+
+
+def head(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    chunk_mib: float | None,
+) -> None:
+    _floating("hidden", hidden)
+    if hidden.dim() != 2:
+        raise ValueError(f"hidden must be [N, D], it is {_shape(hidden)}")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[1]:
+        raise ValueError(f"weight must be [V, {hidden.shape[1]}], it is {_shape(weight)}")
+    _same("weight", weight, "hidden", hidden)
+    if bias is not None:
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias must be [{weight.shape[0]}], it is {_shape(bias)}")
+        _same("bias", bias, "hidden", hidden)
+    _integer("targets", targets, hidden.shape[0], hidden)
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, it is {temperature}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be above 0, or None, it is {softcap}")
+    if chunk_mib is not None and not chunk_mib > 0:
+        raise ValueError(f"chunk_mib must be above 0, or None, it is {chunk_mib}")
+
+
+def objective(
+    rows: Tensor,
+    seq_ids: Tensor,
+    advantages: Tensor,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    sampling_logp: Tensor | None,
+    settings: GRPOSettings,
+    normalizer: float | Tensor | None,
+) -> None:
+    count = rows.shape[0]
+    _integer("seq_ids", seq_ids, count, rows)
+    row_vector("advantages", advantages, None, rows)
+    for name, value in (("old_logp", old_logp), ("ref_logp", ref_logp), ("sampling_logp", sampling_logp)):
+        if value is not None:
+            row_vector(name, value, count, rows)
+            if value.requires_grad:
+                raise ValueError(f"{name} requires a gradient: it is a constant of the objective, detach it")
+    if settings.beta > 0 and ref_logp is None:
+        raise ValueError("ref_logp is needed: beta is above 0")
+    if settings.tis_cap is not None and sampling_logp is None:
+        raise ValueError("sampling_logp is needed: tis_cap is set")
+    if isinstance(normalizer, Tensor):
+        if normalizer.numel() != 1:
+            raise ValueError(f"normalizer must be one number, it is {_shape(normalizer)}")
+    elif normalizer is not None and not normalizer > 0:
+        raise ValueError(f"normalizer must be above 0, it is {normalizer}")
+
+
+def active_rows(rows: Tensor, hidden: Tensor, settings: GRPOSettings) -> Tensor:
+    """The rows as indices [n] on the device of `hidden`."""
+    for name in ("beta", "entropy_coef"):
+        if getattr(settings, name) != 0:
+            raise ValueError(f"active_rows drops rows of advantage 0, but with {name} they have a loss too")
+    if rows.dim() != 1:
+        raise ValueError(f"active_rows must have one dimension, it is {_shape(rows)}")
+    if rows.dtype == torch.bool:
+        if rows.shape[0] != hidden.shape[0]:
+            raise ValueError(f"active_rows must be bool [{hidden.shape[0]}], it is {_shape(rows)}")
+        rows = rows.nonzero()[:, 0]
+    elif rows.dtype not in INTEGERS:
+        raise ValueError(f"active_rows must be bool or integer, it is {rows.dtype}")
+    return rows.to(hidden.device, torch.int64)
+
+
+def objective_values(
+    seq_ids: Tensor,
+    advantages: Tensor,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    sampling_logp: Tensor | None,
+    active: Tensor | None = None,
+) -> None:
+    _range("seq_ids", seq_ids, advantages.numel(), "the number of sequences")
+    if bool((seq_ids[1:] < seq_ids[:-1]).any()):
+        raise ValueError("seq_ids is not sorted")
+    if not bool(torch.isfinite(advantages).all()):
+        raise ValueError("advantages holds NaN or infinity")
+    if active is not None:
+        _range("active_rows", active, seq_ids.numel(), "the number of rows")
+        if bool((active[1:] <= active[:-1]).any()):
+            raise ValueError("active_rows is not in increasing order")
+        dropped = torch.ones_like(seq_ids, dtype=torch.bool)
+        dropped[active] = False
+        if bool((advantages[seq_ids[dropped]] != 0).any()):
+            raise ValueError("active_rows drops a row whose advantage is not 0")
+    for name, value in (("old_logp", old_logp), ("ref_logp", ref_logp), ("sampling_logp", sampling_logp)):
+        if value is not None:
+            used = value if active is None else value[active]
+            if bool(torch.isnan(used).any()):
+                raise ValueError(f"{name} holds NaN")
+
+
+def token_ids(targets: Tensor, vocabulary: int) -> None:
+    _range("targets", targets, vocabulary, "the vocabulary")
+
+
+def rewards(values: Tensor, num_generations: int, scale: str) -> None:
+    row_vector("rewards", values, None, None)
+    if num_generations < 1 or values.numel() % num_generations:
+        raise ValueError(f"num_generations is {num_generations}; rewards has {values.numel()} entries, no multiple")
+    if scale not in ("group", "batch", "none"):
+        raise ValueError(f"scale is {scale!r}; known: group, batch, none")
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout) -> None:
+    _floating("q", q)
+    if q.dim() != 4 or q.shape[0] != 1:
+        raise ValueError(f"q must be [1, H, L, Dh], it is {_shape(q)}")
+    if q.shape[2] != layout.total_length:
+        raise ValueError(f"q has {q.shape[2]} rows, the layout has {layout.total_length}")
+    for name, value in (("k", k), ("v", v)):
+        if value.dim() != 4 or value.shape[0] != 1 or value.shape[2:] != q.shape[2:]:
+            raise ValueError(f"{name} must be [1, Hkv, {q.shape[2]}, {q.shape[3]}], it is {_shape(value)}")
+        _same(name, value, "q", q)
+    if k.shape != v.shape:
+        raise ValueError(f"k is {_shape(k)}, v is {_shape(v)}: they must be equal")
+    _grouped_heads(q.shape[1], k.shape[1])
+
+
+def decode(
+    q: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    prefix_lengths: Tensor,
+    suffix_k: Tensor,
+    suffix_v: Tensor,
+    suffix_lengths: int | Tensor,
+) -> None:
+    _floating("q", q)
+    if q.dim() != 3 or prefix_k.dim() != 4:
+        raise ValueError(f"q must be [B, H, Dh] and prefix_k [P, Hkv, Lmax, Dh]: {_shape(q)}, {_shape(prefix_k)}")
+    batch, heads, head_dim = q.shape
+    prompts, kv_heads, _, _ = prefix_k.shape
+    if prefix_k.shape[3] != head_dim or prompts < 1 or batch % prompts:
+        raise ValueError(f"prefix_k is {_shape(prefix_k)}: Dh must be {head_dim}, and P divide {batch}")
+    _grouped_heads(heads, kv_heads)
+    if prefix_v.shape != prefix_k.shape:
+        raise ValueError(f"prefix_v must be {_shape(prefix_k)}, it is {_shape(prefix_v)}")
+    expected = (batch, kv_heads, suffix_k.shape[2] if suffix_k.dim() == 4 else 0, head_dim)
+    if suffix_k.shape != expected or suffix_v.shape != expected:
+        raise ValueError(
+            f"suffix_k and suffix_v must be [{batch}, {kv_heads}, T, {head_dim}]: "
+            f"{_shape(suffix_k)}, {_shape(suffix_v)}"
+        )
+    _integer("prefix_lengths", prefix_lengths, prompts, q)
+    if isinstance(suffix_lengths, Tensor):
+        _integer("suffix_lengths", suffix_lengths, batch, q)
+    elif not 0 <= suffix_lengths <= expected[2]:
+        raise ValueError(f"suffix_lengths is {suffix_lengths}; the suffix holds 0..{expected[2]} rows")
+    for name, value in (
+        ("prefix_k", prefix_k), ("prefix_v", prefix_v), ("suffix_k", suffix_k), ("suffix_v", suffix_v)
+    ):  # fmt: skip
+        _same(name, value, "q", q)
+
+
+def row_vector(name: str, value: Tensor, count: int | None, like: Tensor | None) -> None:
+    if value.dim() != 1 or (count is not None and value.shape[0] != count):
+        raise ValueError(f"{name} must be [{'N' if count is None else count}], it is {_shape(value)}")
+    _floating(name, value)
+    if like is not None and value.device != like.device:
+        raise ValueError(f"{name} is on {value.device}, the rows are on {like.device}")
+
+
+def _grouped_heads(heads: int, kv_heads: int) -> None:
+    if kv_heads < 1 or heads % kv_heads:
+        raise ValueError(f"{heads} query heads are no multiple of {kv_heads} key and value heads")
+
+
+def _floating(name: str, value: Tensor) -> None:
+    if value.dtype not in FLOATS:
+        raise ValueError(f"{name} must be float64, float32, bfloat16 or float16, it is {value.dtype}")
+
+
+def _integer(name: str, value: Tensor, count: int, like: Tensor) -> None:
+    if value.dtype not in INTEGERS:
+        raise ValueError(f"{name} must be int64 or int32, it is {value.dtype}")
+    if value.shape != (count,):
+        raise ValueError(f"{name} must be [{count}], it is {_shape(value)}")
+    if value.device != like.device:
+        raise ValueError(f"{name} is on {value.device}, not on {like.device}")
+
+
+def _same(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.dtype != other.dtype:
+        raise ValueError(f"{name} is {value.dtype}, {other_name} is {other.dtype}: they must be equal")
+    if value.device != other.device:
+        raise ValueError(f"{name} is on {value.device}, {other_name} is on {other.device}")
+
+
+def _range(name: str, value: Tensor, limit: int, what: str) -> None:
+    if value.numel() and (int(value.min()) < 0 or int(value.max()) >= limit):
+        raise ValueError(f"{name} must be in 0..{limit - 1} ({what}), it spans {int(value.min())}..{int(value.max())}")
+
+
+def _shape(value: Tensor) -> list[int]:
+    return list(value.shape)

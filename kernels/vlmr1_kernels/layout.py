@@ -1,0 +1,72 @@
+"""Which rows of a packed sequence are whose prefix."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+
+@dataclass(frozen=True)
+class PrefixLayout:
+    """Groups packed in one row: all prompts first, then the branches of group 0, of group 1, ...
+
+        prompt_0 prompt_1 ... | branch_0,0 branch_0,1 ... | branch_1,0 ...
+
+    Fields:
+        prompt_lengths: rows of each group's prompt, at least 1.
+        branch_lengths: for each group the rows of its branches; a branch may be empty, and a group without
+            branches is a plain prefill.
+
+    Raises ValueError that names the group.
+    """
+
+    prompt_lengths: tuple[int, ...]
+    branch_lengths: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt_lengths", tuple(int(length) for length in self.prompt_lengths))
+        branches = tuple(tuple(int(length) for length in group) for group in self.branch_lengths)
+        object.__setattr__(self, "branch_lengths", branches)
+        if not self.prompt_lengths:
+            raise ValueError("prompt_lengths is empty: a layout has at least one group")
+        if len(self.prompt_lengths) != len(branches):
+            raise ValueError(
+                f"prompt_lengths has {len(self.prompt_lengths)} groups, branch_lengths has {len(branches)}"
+            )
+        for group, (prompt, lengths) in enumerate(zip(self.prompt_lengths, branches, strict=True)):
+            if prompt < 1:
+                raise ValueError(f"prompt_lengths[{group}] is {prompt}; a prompt has at least one row")
+            if any(length < 0 for length in lengths):
+                raise ValueError(f"branch_lengths[{group}] is {lengths}; lengths cannot be negative")
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.prompt_lengths)
+
+    @cached_property
+    def prompt_offsets(self) -> tuple[int, ...]:
+        """First row of each prompt."""
+        return tuple(accumulate(self.prompt_lengths[:-1], initial=0))
+
+    @cached_property
+    def group_offsets(self) -> tuple[int, ...]:
+        """First row of each group's branches."""
+        rows = [sum(lengths) for lengths in self.branch_lengths]
+        return tuple(accumulate(rows[:-1], initial=self.prompt_total))
+
+    @cached_property
+    def branch_offsets(self) -> tuple[tuple[int, ...], ...]:
+        """First row of each branch, by group."""
+        return tuple(
+            tuple(accumulate(lengths[:-1], initial=start)) if lengths else ()
+            for start, lengths in zip(self.group_offsets, self.branch_lengths, strict=True)
+        )
+
+    @cached_property
+    def prompt_total(self) -> int:
+        """Rows of all prompts."""
+        return sum(self.prompt_lengths)
+
+    @cached_property
+    def total_length(self) -> int:
+        """Rows of the packed sequence, L."""
+        return self.prompt_total + sum(map(sum, self.branch_lengths))

@@ -1,0 +1,296 @@
+"""The contents page: every op, its contract, and nothing else. Implementations are found by `registry.py`.
+
+N completion rows, B sequences, G generations a prompt, P = B / G prompts, L packed rows, D hidden,
+V vocabulary, H query heads, Hkv key and value heads, Dh head dimension, T suffix capacity.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmr1_kernels import checks
+from vlmr1_kernels.layout import PrefixLayout
+from vlmr1_kernels.registry import Request, resolve
+from vlmr1_kernels.settings import GRPOSettings
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    entropy: bool = False,
+    impl: str = "auto",
+    chunk_mib: float | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """logp_t = z_t[target_t] - logsumexp(z_t), z = softcap(hidden @ weight^T + bias) / temperature.
+
+    softcap(x) = softcap * tanh(x / softcap), or x without one. The entropy is -sum(p * log p). Differentiable
+    in hidden, weight and bias through both outputs; backward projects again, so no [N, V] tensor ever exists.
+
+    Args:
+        hidden: [N, D] rows that predict the targets; float64, float32, bfloat16 or float16.
+        weight: [V, D] output head, same dtype.
+        targets: [N] token ids.
+        bias: [V].
+        entropy: return it too.
+        chunk_mib: bound on the logits held at once, in MiB.
+
+    Returns:
+        logp [N], or (logp [N], entropy [N]); float32, float64 for float64 inputs.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype or device.
+        ImplementationError: the named implementation does not exist or refuses.
+    """
+    checks.head(hidden, weight, targets, bias, temperature, softcap, chunk_mib)
+    run = _implementation("linear_logprob", impl, hidden, hidden.shape[0], *reversed(weight.shape))
+    options = {"temperature": temperature, "softcap": softcap, "entropy": entropy, "chunk_mib": chunk_mib}
+    logp, token_entropy = run(hidden, weight, targets, bias=bias, **options)
+    return (logp, token_entropy) if entropy else logp
+
+
+def group_advantages(rewards: Tensor, num_generations: int, *, scale: str = "group", impl: str = "auto") -> Tensor:
+    """A = (r - mean of the group) / (std + 1e-4), std unbiased; equal rewards give exactly 0, never NaN.
+
+    The sequences of a group are adjacent. arXiv:2402.03300; scale is TRL's scale_rewards.
+
+    Args:
+        rewards: [B] floating point, B a multiple of num_generations.
+        scale: group (std of the group) | batch (std of all rewards) | none (no division, arXiv:2503.20783).
+
+    Returns:
+        advantages [B] in the dtype of the rewards.
+
+    Raises:
+        ValueError: a bad shape, dtype or scale.
+    """
+    checks.rewards(rewards, num_generations, scale)
+    run = _implementation("group_advantages", impl, rewards, rewards.numel(), num_generations)
+    return run(rewards, num_generations, scale=scale)
+
+
+def grpo_loss(
+    logp: Tensor,
+    seq_ids: Tensor,
+    advantages: Tensor | None = None,
+    *,
+    old_logp: Tensor | None = None,
+    ref_logp: Tensor | None = None,
+    sampling_logp: Tensor | None = None,
+    settings: GRPOSettings = GRPOSettings(),  # noqa: B008 - frozen
+    normalizer: float | Tensor | None = None,
+    impl: str = "auto",
+    rewards: Tensor | None = None,
+    num_generations: int | None = None,
+    check: bool = False,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The GRPO objective on given log-probs; formulas and sources: `GRPOSettings`.
+
+    Args:
+        logp: [N] log-probs of the completion tokens, sorted by sequence; the loss is differentiable in them.
+        seq_ids: [N] integer sequence of each row, 0..B-1.
+        advantages: [B]; or give `rewards` [B] with `num_generations` and `group_advantages` makes them.
+        old_logp: [N] log-probs of the policy that sampled; None: on-policy, ratio 1 with logp's gradient.
+        ref_logp: [N] of the reference model, needed with beta; without beta it is only measured.
+        sampling_logp: [N] as the rollout engine reports them, read with `settings.tis_cap`.
+        normalizer: sequences (grpo, gspo, dr_grpo) or tokens (bnpo, dapo, cispo) of the whole batch, so that
+            the losses of packs add up; None: this call's B or N.
+        check: also validate values; synchronizes.
+
+    Returns:
+        (loss [], metrics). Metrics are detached: `kl` (0 without ref_logp), `clip_low`, `clip_high` (share of
+        rows; for cispo the share above its cap) are means over this call's N rows: weighted by `tokens` those
+        of packs combine exactly. `ratio_max`, `logp` [N], `tokens` (N), `dropped_rows` (0 here).
+
+    Raises:
+        ValueError: a bad argument, or a setting that log-probs alone cannot serve (entropy_coef).
+    """
+    if settings.entropy_coef != 0:
+        raise ValueError("entropy_coef needs the logits: use linear_grpo_loss")
+    checks.row_vector("logp", logp, None, None)
+    advantages = _advantages(advantages, rewards, num_generations)
+    checks.objective(logp, seq_ids, advantages, old_logp, ref_logp, sampling_logp, settings, normalizer)
+    if check:
+        checks.objective_values(seq_ids, advantages, old_logp, ref_logp, sampling_logp)
+    run = _implementation("grpo_loss", impl, logp, logp.numel(), advantages.numel())
+    return run(
+        logp,
+        seq_ids,
+        advantages,
+        old_logp=old_logp,
+        ref_logp=ref_logp,
+        sampling_logp=sampling_logp,
+        settings=settings,
+        normalizer=normalizer,
+    )
+
+
+def linear_grpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    seq_ids: Tensor,
+    advantages: Tensor | None = None,
+    *,
+    old_logp: Tensor | None = None,
+    ref_logp: Tensor | None = None,
+    sampling_logp: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    settings: GRPOSettings = GRPOSettings(),  # noqa: B008 - frozen
+    normalizer: float | Tensor | None = None,
+    impl: str = "auto",
+    chunk_mib: float | None = None,
+    active_rows: Tensor | None = None,
+    check: bool = False,
+    rewards: Tensor | None = None,
+    num_generations: int | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`grpo_loss(linear_logprob(hidden, weight, targets), ...)` with the gradient made in forward.
+
+    A chunk of rows is projected, turned into log-probs, loss and gradient, consumed by two GEMMs and
+    forgotten: three GEMMs, two when the weight is frozen, one without gradient, and never an [N, V] tensor.
+    Backward only scales. At importance level sequence a chunk's coefficients need the whole sequence: the
+    rows are projected twice (four GEMMs) unless one chunk holds them all.
+
+    Args:
+        hidden, weight, targets, bias, softcap, chunk_mib: as in `linear_logprob`; the temperature is
+            `settings.temperature`.
+        seq_ids, advantages, old_logp, ref_logp, sampling_logp, normalizer, rewards, num_generations: as in
+            `grpo_loss`.
+        active_rows: rows to project: a bool [N], or their indices in increasing order. The caller promises
+            that all other rows have advantage 0; then dropping them is exact, since normalizers and sequence
+            lengths count them still. A bool tensor on the GPU synchronizes. Refused with beta, entropy_coef.
+        check: also validate values (ranges, NaN, that promise); synchronizes.
+
+    Returns:
+        (loss [], metrics) as `grpo_loss`, and `entropy`. With `active_rows` the means are over the
+        `tokens - dropped_rows` rows that were projected, and `logp` is NaN at the dropped ones.
+
+    Raises:
+        ValueError: a bad argument, by name.
+        ImplementationError: the named implementation does not exist or refuses.
+    """
+    checks.head(hidden, weight, targets, bias, settings.temperature, softcap, chunk_mib)
+    advantages = _advantages(advantages, rewards, num_generations)
+    checks.objective(targets, seq_ids, advantages, old_logp, ref_logp, sampling_logp, settings, normalizer)
+    if active_rows is not None:
+        active_rows = checks.active_rows(active_rows, hidden, settings)
+    if check:
+        checks.token_ids(targets, weight.shape[0])
+        checks.objective_values(seq_ids, advantages, old_logp, ref_logp, sampling_logp, active_rows)
+    run = _implementation("linear_grpo_loss", impl, hidden, hidden.shape[0], *reversed(weight.shape))
+    return run(
+        hidden,
+        weight,
+        targets,
+        seq_ids,
+        advantages,
+        old_logp=old_logp,
+        ref_logp=ref_logp,
+        sampling_logp=sampling_logp,
+        bias=bias,
+        softcap=softcap,
+        settings=settings,
+        normalizer=normalizer,
+        chunk_mib=chunk_mib,
+        active_rows=active_rows,
+    )
+
+
+def shared_prefix_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, *, scale: float | None = None, impl: str = "auto"
+) -> Tensor:
+    """softmax(scale * q k^T, masked) v: a prompt row sees its prompt's past, a branch row its own past and
+    the whole prompt of its group.
+
+    Equal to attention over each branch's own sequence prompt + branch, gradient included. Query head h reads
+    key and value head h // (H / Hkv).
+
+    Args:
+        q: [1, H, L, Dh], any strides with a contiguous last dimension.
+        k, v: [1, Hkv, L, Dh], H a multiple of Hkv.
+        layout: which rows are whose prefix; `layout.total_length` is L.
+        scale: default Dh ** -0.5.
+
+    Returns:
+        [1, H, L, Dh] in the dtype of q, differentiable in q, k and v.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit together or the layout.
+        ImplementationError: the named implementation does not exist or refuses.
+    """
+    checks.attention(q, k, v, layout)
+    _, heads, length, head_dim = q.shape
+    run = _implementation("shared_prefix_attention", impl, q, heads, k.shape[1], length, head_dim)
+    return run(q, k, v, layout, scale=head_dim**-0.5 if scale is None else scale)
+
+
+def shared_prefix_decode(
+    q: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    prefix_lengths: Tensor,
+    suffix_k: Tensor,
+    suffix_v: Tensor,
+    suffix_lengths: int | Tensor,
+    *,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """One decode step: softmax(scale * q [prefix, suffix]^T) [prefix, suffix]; a group's G queries share one
+    read of its prefix (the idea of Hydragen, arXiv:2402.05099).
+
+    Args:
+        q: [B, H, Dh] the new token of each sequence; the sequences of a group are adjacent, B = P * G.
+        prefix_k, prefix_v: [P, Hkv, Lmax, Dh] one prompt a group, filled from the left.
+        prefix_lengths: [P] integer, 1..Lmax.
+        suffix_k, suffix_v: [B, Hkv, T, Dh] what each sequence generated, the new token included.
+        suffix_lengths: rows of the suffix to read, one int for all or [B], 0..T.
+        scale: default Dh ** -0.5.
+
+    Returns:
+        [B, H, Dh] in the dtype of q. Rows past a length are never read as numbers: they may hold anything
+        finite.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit together.
+    """
+    checks.decode(q, prefix_k, prefix_v, prefix_lengths, suffix_k, suffix_v, suffix_lengths)
+    batch, heads, head_dim = q.shape
+    prompts, kv_heads = prefix_k.shape[:2]
+    run = _implementation("shared_prefix_decode", impl, q, batch, prompts, heads, kv_heads, head_dim)
+    scale = head_dim**-0.5 if scale is None else scale
+    return run(q, prefix_k, prefix_v, prefix_lengths, suffix_k, suffix_v, suffix_lengths, scale=scale)
+
+
+def _advantages(advantages: Tensor | None, rewards: Tensor | None, num_generations: int | None) -> Tensor:
+    if (advantages is None) == (rewards is None):
+        raise ValueError("give either advantages or rewards (with num_generations)")
+    if advantages is not None:
+        if num_generations is not None:
+            raise ValueError("num_generations goes with rewards, not with advantages")
+        return advantages
+    if num_generations is None:
+        raise ValueError("rewards needs num_generations")
+    assert rewards is not None
+    return group_advantages(rewards, num_generations)
+
+
+def _implementation(op: str, impl: str, tensor: Tensor, *shape: int) -> Callable[..., Any]:
+    run = resolve(op, impl, Request(tensor.device, tensor.dtype, shape))
+    if not torch.is_autocast_enabled(tensor.device.type):
+        return run
+
+    def without_autocast(*args: Any, **options: Any) -> Any:
+        # An op computes in the dtype of its tensors; autocast would narrow its GEMMs.
+        with torch.autocast(tensor.device.type, enabled=False):
+            return run(*args, **options)
+
+    return without_autocast

@@ -1,0 +1,1 @@
+"""Plain torch, on any device and in float64: the definition of every op."""

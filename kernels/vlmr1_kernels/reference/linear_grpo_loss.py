@@ -1,0 +1,113 @@
+"""Chunk and consume: project a chunk, take its loss and gradient, forget it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from vlmr1_kernels.linear import accumulation_dtype, chunk_rows
+from vlmr1_kernels.reference.objective import Rows, coefficients, make_rows, summarize
+from vlmr1_kernels.reference.softmax import Chunk, Head
+from vlmr1_kernels.settings import GRPOSettings
+
+
+def linear_grpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    seq_ids: Tensor,
+    advantages: Tensor,
+    *,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    sampling_logp: Tensor | None,
+    bias: Tensor | None,
+    softcap: float | None,
+    settings: GRPOSettings,
+    normalizer: float | Tensor | None,
+    chunk_mib: float | None,
+    active_rows: Tensor | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    count, wide = len(hidden), accumulation_dtype(hidden.dtype)
+    rows = make_rows(seq_ids, advantages, old_logp, ref_logp, sampling_logp, settings, normalizer, wide)
+    if active_rows is not None:
+        hidden, targets, rows = hidden.index_select(0, active_rows), targets[active_rows], rows[active_rows]
+    batch = _Batch(targets, rows, settings, softcap, chunk_rows(len(targets), weight, chunk_mib))
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
+        loss, *values = _LinearGRPOLoss.apply(hidden, weight, bias, batch)
+        metrics: dict[str, Tensor] = dict(zip(_METRICS, values, strict=True))
+    else:
+        loss, metrics = _evaluate(hidden, weight, bias, batch)
+    if active_rows is not None:
+        logp = metrics["logp"]
+        metrics["logp"] = logp.new_full((count,), torch.nan).index_copy_(0, active_rows, logp)
+        metrics["dropped_rows"] = count - metrics["tokens"]
+        metrics["tokens"] = torch.full_like(metrics["tokens"], count)
+    return loss, metrics
+
+
+_METRICS = ("kl", "entropy", "clip_low", "clip_high", "ratio_max", "logp", "tokens", "dropped_rows")
+
+
+@dataclass(frozen=True)
+class _Batch:
+    targets: Tensor  # [N]
+    rows: Rows
+    settings: GRPOSettings
+    softcap: float | None
+    chunk: int
+
+    def slices(self) -> list[slice]:
+        return [slice(start, start + self.chunk) for start in range(0, len(self.targets), self.chunk)]
+
+
+def _evaluate(hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: _Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Without gradient: one GEMM."""
+    head = Head.of(weight, bias, batch.settings.temperature, batch.softcap)
+    logp, entropy = torch.empty_like(batch.rows.weight), torch.empty_like(batch.rows.weight)
+    with torch.no_grad():
+        for part in batch.slices():
+            chunk = Chunk(head, hidden[part], batch.targets[part])
+            logp[part], entropy[part] = chunk.logp, chunk.entropy()
+        return summarize(logp, batch.rows, batch.settings, entropy)
+
+
+class _LinearGRPOLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: _Batch) -> tuple[Tensor, ...]:
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        rows, settings, parts = batch.rows, batch.settings, batch.slices()
+        head = Head.of(weight, bias, settings.temperature, batch.softcap, needs_weight, needs_bias)
+        logp, entropy = torch.empty_like(rows.weight), torch.empty_like(rows.weight)  # [N]
+        d_hidden = torch.empty_like(hidden) if needs_hidden else None
+
+        d_logp = None  # [N], known beforehand only where it had to be
+        if settings.sequence_level and len(parts) > 1:
+            for part in parts:
+                logp[part] = Chunk(head, hidden[part], batch.targets[part]).logp
+            d_logp = coefficients(logp, rows, settings)
+
+        for part in parts:
+            chunk = Chunk(head, hidden[part], batch.targets[part])
+            logp[part], entropy[part] = chunk.logp, chunk.entropy()
+            d_part = coefficients(chunk.logp, rows[part], settings) if d_logp is None else d_logp[part]
+            d_entropy = -settings.entropy_coef * rows.weight[part] if settings.entropy_coef != 0 else None
+            gradient = chunk.backward(d_part, d_entropy, entropy[part], needs_hidden)
+            if d_hidden is not None and gradient is not None:
+                d_hidden[part] = gradient
+
+        loss, metrics = summarize(logp, rows, settings, entropy)
+        d_weight = None if head.d_weight is None else head.d_weight.to(weight.dtype)
+        d_bias = None if head.d_bias is None else head.d_bias.to(weight.dtype)
+        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        values = tuple(metrics[name] for name in _METRICS)
+        ctx.mark_non_differentiable(*values)
+        return loss, *values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = (None if g is None else g * d_loss.to(g.dtype) for g in ctx.saved_tensors)
+        return *gradients, None

@@ -1,0 +1,94 @@
+"""One chunk of rows: hidden -> log-probs of the vocabulary -> gradient of the logits."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from vlmr1_kernels.linear import accumulation_dtype, add_to_weight, operand, project, to_hidden
+
+
+@dataclass
+class Head:
+    """An output head as the GEMMs read it, and the accumulators of its gradient."""
+
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    temperature: float
+    softcap: float | None
+    d_weight: Tensor | None = None  # [V, D] accumulation dtype, or None: frozen
+    d_bias: Tensor | None = None  # [V]
+
+    @classmethod
+    def of(
+        cls,
+        weight: Tensor,
+        bias: Tensor | None,
+        temperature: float,
+        softcap: float | None,
+        needs_weight: bool = False,
+        needs_bias: bool = False,
+    ) -> "Head":
+        wide = accumulation_dtype(weight.dtype)
+        d_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if needs_weight else None
+        d_bias = torch.zeros(weight.shape[0], dtype=wide, device=weight.device) if needs_bias else None
+        return cls(operand(weight), bias, temperature, softcap, d_weight, d_bias)
+
+
+class Chunk:
+    """The distribution over the vocabulary of n rows."""
+
+    def __init__(self, head: Head, hidden: Tensor, targets: Tensor) -> None:
+        self.head = head
+        self.hidden = operand(hidden)  # [n, D]
+        self.targets = targets.long()[:, None]  # [n, 1]
+        self.slope: Tensor | None = None  # [n, V] of the softcap
+        if head.softcap is None:
+            logits = project(self.hidden, head.weight, head.bias, 1 / head.temperature)
+        else:
+            squashed = project(self.hidden, head.weight, head.bias, 1 / head.softcap).tanh_()
+            logits = squashed * (head.softcap / head.temperature)
+            self.slope = 1 - squashed.square_()
+        self.log_probs = torch.log_softmax(logits, dim=-1)  # [n, V]
+        self.logp = self.log_probs.gather(1, self.targets)[:, 0]  # [n]
+
+    @cached_property
+    def probs(self) -> Tensor:
+        """p, [n, V]."""
+        return self.log_probs.exp()
+
+    @cached_property
+    def weighted(self) -> Tensor:
+        """p log p, [n, V], in the memory of the log-probs."""
+        return self.log_probs.mul_(self.probs)
+
+    def entropy(self) -> Tensor:
+        """-sum(p log p), [n]."""
+        return -self.weighted.sum(-1)
+
+    def backward(
+        self, d_logp: Tensor, d_entropy: Tensor | None, entropy: Tensor | None, needs_hidden: bool
+    ) -> Tensor | None:
+        """d_hidden [n, D]; the head's gradients are added to their accumulators. Consumes the chunk.
+
+        With p the probabilities: d logp / d z = onehot - p, and d entropy / d z = -p * (log p + entropy).
+        """
+        one = self.probs.new_ones(())
+        if d_entropy is None or entropy is None:
+            # A row's coefficient multiplies the [n, D] side of the GEMMs, which is narrower than V.
+            d_logits = self.probs.scatter_add_(1, self.targets, -one.expand_as(self.targets))
+            factor = -d_logp[:, None]
+        else:
+            shift = (d_logp + d_entropy * entropy)[:, None]
+            d_logits = self.weighted.mul_(d_entropy[:, None]).addcmul_(self.probs, shift).neg_()
+            d_logits.scatter_add_(1, self.targets, d_logp[:, None])
+            factor = one.expand(len(d_logp), 1)
+        if self.slope is not None:
+            d_logits.mul_(self.slope)
+        factor = factor / self.head.temperature  # [n, 1]
+        if self.head.d_weight is not None:
+            add_to_weight(self.head.d_weight, d_logits, (self.hidden * factor).to(self.hidden.dtype))
+        if self.head.d_bias is not None:
+            self.head.d_bias.addmv_(d_logits.T, factor[:, 0])
+        return to_hidden(d_logits, self.head.weight).mul_(factor) if needs_hidden else None

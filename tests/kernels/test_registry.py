@@ -1,0 +1,110 @@
+import logging
+
+import pytest
+import torch
+
+from vlmr1_kernels import (
+    ImplementationError,
+    PrefixLayout,
+    group_advantages,
+    registry,
+    shared_prefix_attention,
+    use,
+)
+from vlmr1_kernels.registry import Request, doctor, explain, parse_choices, resolve
+
+ATTENTION = "shared_prefix_attention"
+CPU32 = Request(torch.device("cpu"), torch.float32, (4, 2, 9, 16))
+CPU64 = CPU32._replace(dtype=torch.float64)
+
+
+def chosen(impl: str = "auto", request: Request = CPU32) -> str:
+    return resolve(ATTENTION, impl, request).__module__.split(".")[1]
+
+
+def test_auto_follows_dtype() -> None:
+    assert chosen(request=CPU32) == "cpu"
+    assert chosen(request=CPU64) == "reference"
+
+
+def test_authority_argument_block_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLMR1_KERNELS", f"grpo_loss=reference, {ATTENTION}=reference")
+    assert chosen() == "reference"
+    with use(f"{ATTENTION}=cpu"):
+        assert chosen() == "cpu"
+        assert chosen("reference") == "reference"
+        with use(shared_prefix_attention="reference"):
+            assert chosen() == "reference"
+        assert chosen() == "cpu"
+    with use(shared_prefix_attention="auto"):
+        assert chosen() == "cpu", "a block that says auto outranks the environment"
+    monkeypatch.delenv("VLMR1_KERNELS")
+    assert chosen() == "cpu"
+
+
+def test_block_is_left_after_an_error() -> None:
+    with pytest.raises(KeyError), use(shared_prefix_attention="reference"):
+        raise KeyError
+    assert chosen() == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("no_such_op=cpu", "unknown op 'no_such_op'; known: linear_logprob, group_advantages"),
+        (f"{ATTENTION}=fast", f"{ATTENTION} has no implementation 'fast'; known: auto, cpu, reference"),
+        (ATTENTION, "expected op=impl"),
+        (f"{ATTENTION}=", "expected op=impl"),
+        ("grpo_loss=reference,grpo_loss=auto", "grpo_loss is given twice"),
+    ],
+    ids=["op", "implementation", "no equals", "no name", "twice"],
+)
+def test_bad_choices_are_named(text: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ImplementationError, match=message):
+        parse_choices(text)
+    with pytest.raises(ImplementationError, match=message), use(text):
+        pass
+    monkeypatch.setenv("VLMR1_KERNELS", text)
+    with pytest.raises(ImplementationError, match=message):
+        group_advantages(torch.ones(2), 2)
+
+
+def test_choices_are_parsed() -> None:
+    assert parse_choices(" grpo_loss = reference ,, linear_logprob=auto ") == {
+        "grpo_loss": "reference",
+        "linear_logprob": "auto",
+    }
+    assert parse_choices("") == {}
+
+
+def test_named_implementation_is_refused_with_the_reason() -> None:
+    layout = PrefixLayout((2,), ((1,),))
+    q = torch.zeros(1, 2, 3, 8, dtype=torch.float64)
+    with pytest.raises(ImplementationError, match=r"'cpu' refuses: serves float32.*not torch.float64"):
+        shared_prefix_attention(q, q, q, layout, impl="cpu")
+    with pytest.raises(ImplementationError, match="refuses"), use(shared_prefix_attention="cpu"):
+        shared_prefix_attention(q, q, q, layout)
+    with pytest.raises(ImplementationError, match="has no implementation 'triton'"):
+        group_advantages(torch.ones(2), 2, impl="triton")
+
+
+def test_auto_says_once_what_it_chose(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_announced", set())
+    with caplog.at_level(logging.INFO, logger="vlmr1_kernels"):
+        for request in (CPU32, CPU32, CPU32._replace(shape=(4, 2, 11, 16)), CPU64):
+            resolve(ATTENTION, "auto", request)
+        resolve(ATTENTION, "reference", CPU32)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{ATTENTION} on cpu in torch.float32: cpu",
+        f"{ATTENTION} on cpu in torch.float64: reference",
+    ]
+
+
+def test_doctor_explains_every_op() -> None:
+    explanations = {explanation.op: explanation for explanation in doctor("cpu", torch.float32)}
+    assert tuple(explanations) == registry.ops()
+    assert explanations[ATTENTION].chosen == "cpu"
+    assert explanations[ATTENTION].others == {"reference": "usable by name; auto prefers cpu"}
+    on_cuda = explain(ATTENTION, CPU32._replace(device=torch.device("cuda")))
+    assert on_cuda.chosen == "reference"
+    assert on_cuda.others == {"cpu": "runs on cpu, the tensors are on cuda"}
