@@ -1,0 +1,74 @@
+"""vlmr1 demo | train | evaluate | doctor."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vlmr1.errors import UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; the user's mistakes are one line on stderr and exit status 2."""
+    parser = argparse.ArgumentParser(prog="vlmr1", description="GRPO for vision-language models.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    demo = commands.add_parser("demo", help="train the embedded tiny model and report before and after")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--output_dir", type=Path, help="default: output/demo-SEED")
+    train = commands.add_parser("train", help="GRPO on your model and data", add_help=False, allow_abbrev=False)
+    train.add_argument("--recipe", help="a recipe shipped with the package")
+    train.add_argument("--config", type=Path, help="a YAML file of settings")
+    train.add_argument("-h", "--help", action="store_true")
+    evaluate = commands.add_parser("evaluate", help="greedy acc@0.5 and mean IoU of a checkpoint")
+    evaluate.add_argument("--model", required=True, help="local directory, hub id, or tiny")
+    evaluate.add_argument("--data", required=True, type=Path, help="JSONL file")
+    evaluate.add_argument("--images", required=True, type=Path, help="image folder")
+    evaluate.add_argument("--question_template", default="rec")
+    evaluate.add_argument("--max_completion_length", type=int, default=256)
+    evaluate.add_argument("--batch_size", type=int, default=32)
+    evaluate.add_argument("--out", type=Path, help="JSONL file for the completions")
+    commands.add_parser("doctor", help="what this machine has, and which kernels it would use")
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.command != "train":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        _run(options, rest)
+    except UserError as error:
+        print(f"vlmr1: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(options: argparse.Namespace, rest: list[str]) -> None:
+    if options.command == "doctor":
+        from vlmr1.doctor import doctor
+
+        print(doctor())
+        return
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    if options.command == "demo":
+        from vlmr1.demo import demo
+
+        demo(options.seed, options.output_dir or Path("output") / f"demo-{options.seed}")
+    elif options.command == "train":
+        from vlmr1.arguments import help_text, parse_config
+        from vlmr1.run import train
+
+        if options.help:
+            print(help_text())
+        else:
+            train(parse_config(rest, recipe=options.recipe, config=options.config))
+    elif options.command == "evaluate":
+        from vlmr1.evaluation.command import evaluate_command
+
+        evaluate_command(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

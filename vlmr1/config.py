@@ -1,0 +1,154 @@
+"""The settings of a run. The command line and the recipes are derived from these dataclasses."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Literal
+
+from transformers import TrainingArguments
+
+from vlmr1.data.templates import TEMPLATES
+from vlmr1.errors import SettingError
+
+# Settings of `TrainingArguments` that have a better name here.
+REPLACED = {
+    "per_device_train_batch_size": "use prompts_per_device; passes are cut by tokens_per_pack",
+    "gradient_accumulation_steps": "use prompts_per_device; passes are cut by tokens_per_pack",
+    "auto_find_batch_size": "use tokens_per_pack",
+    "eval_strategy": "use `vlmr1 evaluate` on a checkpoint",
+    "push_to_hub": "push the checkpoint directory with `hf upload`",
+}
+# Settings of `TrainingArguments` that mean here what they mean there; any other is refused, not ignored.
+HONOURED = """
+output_dir num_train_epochs max_steps seed data_seed full_determinism use_cpu bf16 tf32 resume_from_checkpoint
+local_rank learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args optim_target_modules weight_decay
+adam_beta1 adam_beta2 adam_epsilon max_grad_norm
+activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs
+logging_strategy logging_steps logging_first_step logging_nan_inf_filter log_on_each_node log_level log_level_replica
+disable_tqdm report_to run_name project skip_memory_metrics
+save_strategy save_steps save_total_limit save_only_model save_on_each_node ignore_data_skip remove_unused_columns
+accelerator_config ddp_backend ddp_timeout ddp_bucket_cap_mb
+dataloader_drop_last dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
+dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order
+""".split()  # noqa: SIM905
+
+
+@dataclass
+class GRPOConfig(TrainingArguments):
+    """Settings of a GRPO run; names follow TRL where TRL has one, and everything else that
+    `transformers.TrainingArguments` knows works as documented there, or is refused by name."""
+
+    # Model and data
+    model_name_or_path: str | None = field(default=None, metadata={"help": "local directory or hub id"})
+    model_revision: str = field(default="main", metadata={"help": "revision of a hub model"})
+    trust_remote_code: bool = field(default=False, metadata={"help": "run code that a hub model ships"})
+    attn_implementation: str = field(
+        default="sdpa", metadata={"help": "attention of the vision tower and of unpacked passes"}
+    )
+    data_file_paths: list[str] = field(default_factory=list, metadata={"help": "JSONL files in VLM-R1's format"})
+    image_folders: list[str] = field(default_factory=list, metadata={"help": "one for each data file, or one for all"})
+    check_images: bool = field(default=True, metadata={"help": "decode every image once before training"})
+    question_template: str = field(
+        default="rec", metadata={"help": f"{', '.join(TEMPLATES)}, or a text with {{question}} in it"}
+    )
+
+    # Rewards
+    reward_funcs: list[str] = field(default_factory=lambda: ["accuracy", "format"])
+    reward_weights: list[float] | None = field(default=None, metadata={"help": "one a reward; default 1 each"})
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+
+    # Rollout
+    prompts_per_device: int = field(default=8, metadata={"help": "prompts that each device works on in one update"})
+    num_generations: int = field(default=8, metadata={"help": "completions a prompt (G), at least 2"})
+    max_prompt_length: int | None = field(default=None, metadata={"help": "a longer prompt is an error"})
+    max_completion_length: int = 256
+    temperature: float = 1.0
+    rollout_engine: Literal["native", "transformers"] = field(
+        default="native", metadata={"help": "native shares the prompt's KV; transformers calls `generate`"}
+    )
+
+    # Objective
+    loss_type: Literal["grpo", "bnpo", "dapo", "dr_grpo", "cispo", "gspo"] = "grpo"
+    beta: float = field(default=0.04, metadata={"help": "weight of the KL to the reference; 0 loads none"})
+    kl: Literal["k1", "k2", "k3"] = "k3"
+    epsilon: float = 0.2
+    epsilon_high: float | None = field(default=None, metadata={"help": "upper clip; default epsilon"})
+    max_nonfinite: int = field(
+        default=5, metadata={"help": "stop after this many updates in a row that were not finite"}
+    )
+
+    # What is shared; all off is the naive trainer
+    share_vision: bool = field(default=True, metadata={"help": "encode an image once a group, not G times"})
+    share_prompt: bool = field(default=True, metadata={"help": "compute a prompt once a group, not G times"})
+    pack: bool = field(default=True, metadata={"help": "several groups in one row, without padding"})
+    tokens_per_pack: int = field(default=16384, metadata={"help": "budget of one packed row"})
+    kernels: str = field(default="", metadata={"help": "op=impl,... ; see `vlmr1 doctor`"})
+
+    # Parameters and precision
+    freeze_vision: bool = field(default=False, metadata={"help": "train the decoder only"})
+    model_dtype: Literal["float32", "bfloat16"] = field(
+        default="float32", metadata={"help": "dtype of the weights; with bf16, float32 weights are masters"}
+    )
+
+    # Defaults that differ from TrainingArguments
+    output_dir: str | None = field(default="output")
+    learning_rate: float = 1e-6
+    lr_scheduler_type: str = "constant"
+    logging_steps: float = 1
+    save_steps: float = 100
+    remove_unused_columns: bool | None = False
+    log_completions: int = field(default=4, metadata={"help": "completions a step written to completions.jsonl"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        for inherited in fields(TrainingArguments):
+            if inherited.name not in HONOURED and _changed(inherited, getattr(self, inherited.name)):
+                reason = REPLACED.get(inherited.name, "it has no effect on GRPO")
+                raise SettingError(f"{inherited.name} cannot be set: {reason}")
+        self._check()
+        self.per_device_train_batch_size = self.prompts_per_device  # what the loader reads
+        if self.n_gpu > 1:
+            self._n_gpu = 1  # one process drives one device; more of them come from a launcher
+
+    def _check(self) -> None:
+        if self.num_generations < 2:
+            raise SettingError(
+                f"num_generations is {self.num_generations}: a group needs at least 2 completions to compare"
+            )
+        for name in ("prompts_per_device", "max_completion_length", "tokens_per_pack", "max_nonfinite"):
+            if getattr(self, name) < 1:
+                raise SettingError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.temperature <= 0:
+            raise SettingError(f"temperature is {self.temperature}: it must be above 0")
+        if self.beta < 0:
+            raise SettingError(f"beta is {self.beta}: it must not be negative")
+        if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
+            raise SettingError(
+                f"reward_weights has {len(self.reward_weights)} values for {len(self.reward_funcs)} reward_funcs"
+            )
+        question_text(self.question_template)
+
+    @property
+    def question_text(self) -> str:
+        return question_text(self.question_template)
+
+
+def question_text(template: str) -> str:
+    """A template's text by its name, or the text itself."""
+    text = TEMPLATES.get(template, template)
+    if "{question}" not in text:
+        known = ", ".join(TEMPLATES)
+        raise SettingError(f"question_template is {template!r}: one of {known}, or a text with {{question}} in it")
+    return text
+
+
+def _changed(field_: Field, value: object) -> bool:
+    """Whether a setting is neither its default nor what TrainingArguments makes of it."""
+    default = field_.default if field_.default is not MISSING else None
+    return str(getattr(value, "value", value)) not in (
+        str(getattr(default, "value", default)),
+        "None",
+        "False",
+        "{}",
+        "[]",
+    )

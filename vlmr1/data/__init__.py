@@ -1,0 +1,1 @@
+"""Files -> samples; samples -> prompts (tokens and image tensors, each image once)."""

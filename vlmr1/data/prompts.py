@@ -1,0 +1,57 @@
+"""Samples -> prompts: the chat template, the tokens, the image tensors, the positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from vlmr1.data.jsonl import open_image
+from vlmr1.errors import DataError
+from vlmr1.models import QwenVLAdapter
+from vlmr1.types import Prompt, Sample
+
+
+class PromptBuilder:
+    """Tokenizes one Sample with its model's processor; every image is read and held once."""
+
+    def __init__(self, model: Any, adapter: QwenVLAdapter, processor: Any, *, max_prompt_length: int | None = None):
+        self.model = model
+        self.adapter = adapter
+        self.processor = processor
+        self.max_prompt_length = max_prompt_length
+
+    def __call__(self, sample: Sample) -> Prompt:
+        text = self.processor.apply_chat_template(sample.messages, tokenize=False, add_generation_prompt=True)
+        images = [open_image(path, sample.source) for path in sample.images]
+        inputs = self.processor(text=[text], images=images or None, return_tensors="pt")
+        input_ids = inputs["input_ids"][0]
+        self._check(sample, input_ids)
+        image_inputs = {name: inputs[name] for name in ("pixel_values", "image_grid_thw") if name in inputs}
+        return Prompt(
+            sample=sample,
+            input_ids=input_ids,
+            positions=self.adapter.positions(self.model, input_ids, image_inputs),
+            image_inputs=image_inputs,
+            num_images=len(images),
+        )
+
+    def _check(self, sample: Sample, input_ids: Any) -> None:
+        if self.max_prompt_length is not None and len(input_ids) > self.max_prompt_length:
+            limit = f"max_prompt_length is {self.max_prompt_length}"
+            raise DataError(f"{sample.source}: the prompt has {len(input_ids)} tokens, {limit}")
+
+
+class PromptDataset(Dataset[Prompt]):
+    """Prompts by index, made when they are asked for: in the loader's workers where it has some."""
+
+    def __init__(self, samples: Sequence[Sample], builder: PromptBuilder):
+        self.samples = samples
+        self.builder = builder
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Prompt:
+        return self.builder(self.samples[index])

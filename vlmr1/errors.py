@@ -1,0 +1,21 @@
+"""What goes wrong because of the user's input: one clear message, exit status 2, no traceback."""
+
+
+class UserError(Exception):
+    """Something the user can mend; the message names the file and line, or the setting."""
+
+
+class SettingError(UserError):
+    """A setting that is unknown, out of range, or that cannot be honoured with the others."""
+
+
+class DataError(UserError):
+    """A row or an image that cannot be used; the message starts with "file:line"."""
+
+
+class RewardError(UserError):
+    """A reward function that raised or returned something that is not a number."""
+
+
+class DivergedError(UserError):
+    """Too many updates in a row whose loss or gradient was not finite."""

@@ -1,0 +1,87 @@
+"""The attention that packed and decoding passes use, registered with transformers; no model is patched.
+
+Each such pass hands its own branch layout or decode state to every decoder layer as the keyword argument
+`shared`, through the model's forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from vlmr1.errors import SettingError
+from vlmr1_kernels import PrefixLayout, shared_prefix_attention
+
+NAME = "vlmr1_shared_prefix"
+
+
+class SharedAttention(Protocol):
+    """What a pass does at each decoder layer with that layer's queries, keys and values."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        """q [b, H, l, Dh], k and v [b, Hkv, l, Dh] -> [b, H, l, Dh]."""
+        ...
+
+
+@dataclass
+class PackedAttention:
+    """Packed row: prompts causal, each branch sees its prompt and its own past."""
+
+    layout: PrefixLayout
+    keep: bool = False  # keep keys and values, by layer: a prefill
+    kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        if self.keep:
+            self.kept[layer] = (k, v)
+        return shared_prefix_attention(q, k, v, self.layout, scale=scale)
+
+
+def _forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    shared: SharedAttention,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    if sliding_window is not None or softcap is not None:
+        raise SettingError("share_prompt: this model's attention has a sliding window or a softcap; set it to false")
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    return shared.attend(layer, query, key, value, scaling).transpose(1, 2), None
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    return None
+
+
+AttentionInterface.register(NAME, _forward)
+AttentionMaskInterface.register(NAME, _no_mask)
+
+
+@contextmanager
+def shared_attention(decoder: nn.Module) -> Iterator[None]:
+    """For this pass the decoder's layers call the registered function (the vision tower keeps its own)."""
+    config: Any = decoder.config
+    before = config._attn_implementation
+    config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    """Autocast to `dtype` on `device`; None: off."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)

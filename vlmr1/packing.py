@@ -1,0 +1,136 @@
+"""Groups -> packed rows with positions and branch layout, under a token budget.
+
+A pack is one row: the prompts first, each once, then the branches. A completion of C tokens is a branch of C-1:
+its first token is predicted by the prompt's last row, and nothing is predicted from its last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vlmr1.types import Group, Pack, Prompt
+from vlmr1_kernels import PrefixLayout
+
+JoinImages = Callable[[list[dict[str, Tensor]]], dict[str, Tensor]]
+
+
+def plan_packs(groups: Sequence[Group], *, tokens_per_pack: int, share_prompt: bool, pack: bool) -> list[list[Group]]:
+    """Which groups go into which row: first fit, in order; `pack=False`: one group a row.
+
+    A group that exceeds the budget is split by branches, its prompt repeated; with `share_prompt=False` every
+    branch is a group of its own."""
+    rows: list[list[Group]] = []
+    free: list[int] = []
+    for group in groups:
+        parts = _split(group, tokens_per_pack) if share_prompt else _split(group, 0)
+        if not pack:
+            rows += [[part] for part in parts] if share_prompt else [parts]
+            continue
+        for part in parts:
+            size = _tokens(part)
+            at = next((i for i, room in enumerate(free) if size <= room), None)
+            if at is None:
+                rows.append([])
+                free.append(tokens_per_pack)
+                at = len(rows) - 1
+            rows[at].append(part)
+            free[at] -= size
+    return rows
+
+
+def make_pack(groups: Sequence[Group], join_images: JoinImages, *, share_vision: bool = True) -> Pack:
+    """One packed row of these groups, whose advantages are known."""
+    completions = [c for group in groups for c in group.completions]
+    prompts = [group.prompt for group in groups]
+    branches = [c.token_ids[:-1] for c in completions]
+    first = torch.tensor([group.prompt.next_position for group in groups for _ in group.completions])
+    branch_positions = [start + torch.arange(len(b)) for start, b in zip(first, branches, strict=True)]
+    encoded, image_ids = unique_images(prompts) if share_vision else _all_images(prompts)
+    layout = PrefixLayout(
+        tuple(len(p.input_ids) for p in prompts),
+        tuple(tuple(len(c.token_ids) - 1 for c in group.completions) for group in groups),
+    )
+    lengths = torch.tensor([len(c.token_ids) for c in completions])
+    return Pack(
+        input_ids=torch.cat([p.input_ids for p in prompts] + branches),
+        positions=torch.cat([p.positions for p in prompts] + [p.expand(3, -1) for p in branch_positions], dim=1),
+        layout=layout,
+        image_inputs=join_images([p.image_inputs for p in encoded]),
+        image_ids=image_ids,
+        rows=_predicting_rows(layout),
+        targets=torch.cat([c.token_ids for c in completions]),
+        seq_ids=torch.repeat_interleave(torch.arange(len(completions)), lengths),
+        advantages=torch.cat([group.advantages for group in groups if group.advantages is not None]),
+        old_logp=_joined([c.logp for c in completions]),
+        sampling_logp=_joined([c.sampling_logp for c in completions]),
+    )
+
+
+def _predicting_rows(layout: PrefixLayout) -> Tensor:
+    """[N]: for each completion the last row of its prompt, then the rows of its branch."""
+    rows: list[Tensor] = []
+    prompt_end, branch = 0, sum(layout.prompt_lengths)
+    for prompt_length, branch_lengths in zip(layout.prompt_lengths, layout.branch_lengths, strict=True):
+        prompt_end += prompt_length
+        for length in branch_lengths:
+            rows += [torch.tensor([prompt_end - 1]), torch.arange(branch, branch + length)]
+            branch += length
+    return torch.cat(rows)
+
+
+def _all_images(prompts: list[Prompt]) -> tuple[list[Prompt], tuple[int, ...]]:
+    return prompts, tuple(range(sum(p.num_images for p in prompts)))
+
+
+def unique_images(prompts: Sequence[Prompt]) -> tuple[list[Prompt], tuple[int, ...]]:
+    """Prompts whose images are to be encoded, and which of these images stands at each placeholder."""
+    encoded: list[Prompt] = []
+    first: dict[tuple[Path, ...], int] = {}
+    count, image_ids = 0, []
+    for prompt in prompts:
+        if prompt.sample.images not in first:
+            first[prompt.sample.images] = count
+            count += prompt.num_images
+            encoded.append(prompt)
+        start = first[prompt.sample.images]
+        image_ids += range(start, start + prompt.num_images)
+    return encoded, tuple(image_ids)
+
+
+def _tokens(group: Group) -> int:
+    return len(group.prompt.input_ids) + sum(len(c.token_ids) - 1 for c in group.completions)
+
+
+def _split(group: Group, budget: int) -> list[Group]:
+    """Runs of branches that fit the budget with their prompt; at least one branch each."""
+    runs: list[list[int]] = [[]]
+    room = budget - len(group.prompt.input_ids)
+    for i, completion in enumerate(group.completions):
+        size = len(completion.token_ids) - 1
+        if runs[-1] and size > room:
+            runs.append([])
+            room = budget - len(group.prompt.input_ids)
+        runs[-1].append(i)
+        room -= size
+    return [group] if len(runs) == 1 else [_branches(group, run) for run in runs]
+
+
+def _branches(group: Group, which: list[int]) -> Group:
+    return replace(
+        group,
+        completions=tuple(group.completions[i] for i in which),
+        rewards=None if group.rewards is None else group.rewards[which],
+        advantages=None if group.advantages is None else group.advantages[which],
+    )
+
+
+def _joined(parts: list[Tensor | None]) -> Tensor | None:
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts):
+        return None
+    return torch.cat(known)

@@ -1,0 +1,74 @@
+"""Packs -> log-probs and loss: the one place where the model is called for training.
+
+Whatever touches parameters runs inside the wrapped model's forward: `call` binds a function as the forward of the
+unwrapped model and calls the wrapper, so that the hooks of DDP, FSDP2 and DeepSpeed fire as in any other forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from vlmr1.loss import Objective
+from vlmr1.models import QwenVLAdapter
+from vlmr1.models.attention import PackedAttention, autocast
+from vlmr1.types import Pack
+from vlmr1_kernels import linear_logprob
+
+T = TypeVar("T")
+
+
+def call(wrapped: Any, model: Any, function: Callable[[], T]) -> T:
+    """Run `function` as the forward of `wrapped` (whose innermost module is `model`)."""
+    missing = object()
+    before = model.__dict__.get("forward", missing)
+    model.forward = function
+    try:
+        return wrapped()
+    finally:
+        if before is missing:
+            del model.forward
+        else:
+            model.forward = before
+
+
+class PackedPolicy:
+    """The shared-prefix forward of one model: a pack's log-probs, or its loss."""
+
+    def __init__(self, model: Any, adapter: QwenVLAdapter, *, temperature: float, dtype: torch.dtype | None = None):
+        self.model = model
+        self.adapter = adapter
+        self.temperature = temperature
+        self.dtype = dtype  # of autocast
+
+    def hidden_rows(self, pack: Pack) -> Tensor:
+        """[N, D]: the hidden states that predict completion tokens."""
+        device = self.model.device
+        with autocast(device, self.dtype):
+            encoded = self.adapter.encode_images(self.model, pack.image_inputs)
+            hidden = self.adapter.hidden(
+                self.model,
+                pack.input_ids[None].to(device),
+                pack.positions[:, None].to(device),
+                [encoded[i] for i in pack.image_ids],
+                shared=PackedAttention(pack.layout),
+            )
+        return hidden[0].index_select(0, pack.rows.to(device))
+
+    def logprobs(self, pack: Pack) -> Tensor:
+        """[N] float32 log-probs of the completion tokens, without gradient."""
+        with torch.no_grad():
+            hidden = self.hidden_rows(pack)
+            head = self.adapter.head(self.model)
+            weight = head.weight.to(hidden.dtype)
+            targets = pack.targets.to(hidden.device)
+            logp = linear_logprob(hidden, weight, targets, bias=head.bias, temperature=self.temperature)
+            assert isinstance(logp, Tensor)  # no entropy was asked for
+            return logp
+
+    def loss(self, pack: Pack, objective: Objective) -> tuple[Tensor, dict[str, Tensor]]:
+        """The pack's share of the step's loss, and its metrics."""
+        return objective.fused(self.hidden_rows(pack), self.adapter.head(self.model), pack)

@@ -1,0 +1,95 @@
+"""The reward curve: every reward, the KL and the completion length by step, as one PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito
+LABELS = {
+    "reward": "reward (weighted sum)",
+    "kl": "KL to the reference (nats per token)",
+    "completion_length": "completion length (tokens)",
+}
+
+
+def reward_curve(
+    history: Sequence[Mapping[str, float]],
+    path: Path,
+    *,
+    reward_keys: Sequence[str] | None = None,
+    other_keys: Sequence[str] = ("kl", "completion_length"),
+    step_key: str = "step",
+    window: int | None = None,
+) -> Path:
+    """One panel a key: the value of each step as a thin line, its running mean as a thick one.
+
+    Args:
+        history: what was logged, one mapping a step; a key that a step lacks is left out there.
+        path: the PNG to write.
+        reward_keys: by default "reward" and every "rewards/NAME" or "rewards/NAME/mean".
+        other_keys: further panels; those that no step holds are left out.
+        step_key: where a row keeps its step; rows without it are counted from 1.
+        window: steps in the running mean, by default a tenth of them.
+
+    Raises:
+        ValueError: no step holds any of the keys.
+    """
+    keys = list(_reward_keys(history) if reward_keys is None else reward_keys)
+    panels = {key: _series(history, key, step_key) for key in (*keys, *other_keys)}
+    panels = {key: series for key, series in panels.items() if len(series[0])}
+    if not panels:
+        raise ValueError(f"nothing to draw: no step of the history holds any of {[*keys, *other_keys]}")
+
+    columns = min(2 if len(panels) <= 4 else 3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.6 * columns, 3.1 * rows), dpi=120, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    for place, (key, (steps, values)) in enumerate(panels.items()):
+        axes = figure.add_subplot(rows, columns, place + 1)
+        color = COLORS[place % len(COLORS)]
+        span = window or max(1, len(values) // 10)
+        axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.4, label="each step")
+        smooth = running_mean(values, span)
+        axes.plot(steps, smooth, color=color, linewidth=2.2, label=f"mean of {span} steps")
+        axes.set_title(_label(key), loc="left", fontsize=11)
+        axes.set_xlabel("step")
+        axes.set_ylabel(key)
+        axes.margins(x=0.01)
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=8, frameon=False)
+    canvas.print_png(str(path))
+    return path
+
+
+def running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean over the last `window` values of each place, fewer at the start; NaN values are left out."""
+    valid = np.isfinite(values)
+    total = np.cumsum(np.concatenate([[0.0], np.where(valid, values, 0.0)]))
+    count = np.cumsum(np.concatenate([[0], valid]))
+    stop = np.arange(1, len(values) + 1)
+    start = np.maximum(stop - window, 0)
+    counted = count[stop] - count[start]
+    return np.where(counted > 0, (total[stop] - total[start]) / np.maximum(counted, 1), np.nan)
+
+
+def _reward_keys(history: Sequence[Mapping[str, float]]) -> list[str]:
+    keys = dict.fromkeys(key for row in history for key in row)
+    return [k for k in keys if k == "reward" or (k.startswith("rewards/") and not k.endswith("/std"))]
+
+
+def _label(key: str) -> str:
+    if key.startswith("rewards/"):
+        return key.removeprefix("rewards/").removesuffix("/mean") + " reward"
+    return LABELS.get(key, key)
+
+
+def _series(history: Sequence[Mapping[str, float]], key: str, step_key: str) -> tuple[np.ndarray, np.ndarray]:
+    points = [(row.get(step_key, place), row[key]) for place, row in enumerate(history, 1) if key in row]
+    array = np.array(points, dtype=float).reshape(-1, 2)
+    return array[:, 0], array[:, 1]

@@ -1,0 +1,85 @@
+"""What a completion answers: the one parser of `<think>`, `<answer>` and boxes.
+
+Repeated tags: the last `<answer>` that is closed counts, up to the first `</answer>` after it; of nested ones
+that is the innermost. A completion has the format only if each of the four tags is in it exactly once.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+
+Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in px
+
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+FORMAT = re.compile(r"\s*<think>(.*)</think>\s*<answer>(.*)</answer>\s*", re.DOTALL)
+FENCE = re.compile(r"```(?:json)?(.*)```", re.DOTALL)
+FLOAT_MAX = 1.7976931348623157e308
+
+
+def find_answer(text: str) -> str | None:
+    """What the last closed `<answer>` holds, stripped; None where there is none."""
+    end = text.rfind("</answer>")
+    start = text.rfind("<answer>", 0, max(end, 0))
+    if start < 0:
+        return None
+    start += len("<answer>")
+    return text[start : text.find("</answer>", start)].strip()
+
+
+def has_format(text: str) -> bool:
+    """Whether the whole text is `<think>..</think><answer>..</answer>`, neither empty."""
+    if any(text.count(tag) != 1 for tag in TAGS):
+        return False
+    match = FORMAT.fullmatch(text)
+    return match is not None and all(part.strip() for part in match.groups())
+
+
+def parse_box(text: str) -> Box | None:
+    """The box in JSON: `{"bbox_2d": [x1, y1, x2, y2], ...}`, a list of one such object, or four numbers.
+
+    A Markdown code fence around it is allowed. None for anything else: two boxes, strings, NaN, infinity.
+    The box may be inverted; see `area`.
+    """
+    fenced = FENCE.fullmatch(text.strip())
+    try:
+        value = json.loads(fenced[1] if fenced else text, parse_int=float)
+    except (json.JSONDecodeError, RecursionError):
+        return None
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0] if isinstance(value[0], dict) else None
+    if isinstance(value, dict):
+        value = value.get("bbox_2d")
+    if not isinstance(value, list) or len(value) != 4:
+        return None
+    if not all(isinstance(number, float) and abs(number) <= FLOAT_MAX for number in value):
+        return None
+    x1, y1, x2, y2 = value
+    return x1, y1, x2, y2
+
+
+def predicted_box(text: str) -> Box | None:
+    """The box that a completion answers, or None."""
+    answer = find_answer(text)
+    return None if answer is None else parse_box(answer)
+
+
+def solution_box(solution: str) -> Box | None:
+    """The box of a solution, inside `<answer>` or bare; None if there is none or it has no area."""
+    answer = find_answer(solution)
+    box = parse_box(solution if answer is None else answer)
+    return box if box is not None and area(box) > 0 else None
+
+
+def area(box: Box) -> float:
+    """(x2 - x1)(y2 - y1) in px; 0 for an inverted box."""
+    x1, y1, x2, y2 = box
+    return max(0.0, x2 - x1) * max(0.0, y2 - y1)
+
+
+def iou(a: Box, b: Box) -> float:
+    """Intersection over union of two continuous boxes, in 0..1; 0 if one of them has no area."""
+    inner = area((max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])))
+    if inner == 0 or area(a) == 0 or area(b) == 0:
+        return 0.0
+    return inner / (area(a) + area(b) - inner)

@@ -1,0 +1,74 @@
+"""The fallback engine: `model.generate` on prompts repeated G times, padded on the left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from vlmr1.models import QwenVLAdapter
+from vlmr1.models.attention import autocast
+from vlmr1.rollout.engine import completions_of, groups_of, stop_ids
+from vlmr1.rollout.sampling import SamplingSettings, mix
+from vlmr1.types import Group, Prompt
+
+
+class TransformersEngine:
+    """Works with any model that generates; its draws depend on the batch that a prompt is in."""
+
+    def __init__(self, model: Any, adapter: QwenVLAdapter, tokenizer: Any, *, dtype: torch.dtype | None = None):
+        self.model = model
+        self.adapter = adapter
+        self.tokenizer = tokenizer
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Sequence[Prompt], num_generations: int, settings: SamplingSettings, *, step: int = 0
+    ) -> list[Group]:
+        """P prompts -> P groups of `num_generations` completions."""
+        device = self.model.device
+        training = self.model.training
+        self.model.eval()
+        repeated = [p for p in prompts for _ in range(num_generations)]
+        inputs = self._inputs(repeated, device)
+        width = inputs["input_ids"].shape[1]
+        with torch.random.fork_rng(), autocast(device, self.dtype):
+            torch.manual_seed(int(mix(settings.seed, step)) % 2**63)
+            drawn = self.model.generate(
+                **inputs,
+                max_new_tokens=settings.max_completion_length,
+                do_sample=not settings.greedy,
+                temperature=None if settings.greedy else settings.temperature,
+                top_k=None if settings.greedy else 0,
+                top_p=None if settings.greedy else 1.0,
+                suppress_tokens=self.adapter.placeholder_ids(self.model),
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+        self.model.train(training)
+        tokens = drawn.sequences[:, width:]
+        raw = torch.stack(drawn.logits, 1).float() / settings.temperature  # [B, T, V]
+        full = raw.log_softmax(-1)
+        logp = full.gather(-1, tokens[..., None])[..., 0]
+        banned = torch.tensor(self.adapter.placeholder_ids(self.model), device=device)
+        allowed = full.index_fill(-1, banned, float("-inf")).logsumexp(-1)
+        completions = completions_of(tokens, logp, logp - allowed, stop_ids(self.model), self.tokenizer)
+        return groups_of(prompts, completions, num_generations)
+
+    def _inputs(self, prompts: Sequence[Prompt], device: torch.device) -> dict[str, Tensor]:
+        width = max(len(p.input_ids) for p in prompts)
+        padding = self.model.generation_config.pad_token_id or 0
+        ids = [pad(p.input_ids, (width - len(p.input_ids), 0), value=padding) for p in prompts]
+        masks = [pad(torch.ones_like(p.input_ids), (width - len(p.input_ids), 0)) for p in prompts]
+        input_ids = torch.stack(ids)
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": torch.stack(masks),
+            "mm_token_type_ids": (input_ids == self.model.config.image_token_id).int(),
+            **self.adapter.join_images([p.image_inputs for p in prompts]),
+        }
+        return {name: value.to(device) for name, value in inputs.items()}

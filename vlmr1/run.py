@@ -1,0 +1,144 @@
+"""One training job, from settings to a trained checkpoint; everything that can be known is checked first."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+import vlmr1_kernels
+from vlmr1.checkpoint import clean, is_complete, last_complete
+from vlmr1.config import GRPOConfig
+from vlmr1.data.jsonl import load_samples
+from vlmr1.errors import SettingError
+from vlmr1.models import load_model, load_processor
+from vlmr1.progress import Progress
+from vlmr1.rewards.registry import check_samples
+from vlmr1.tiny import CHECKPOINT, digits
+from vlmr1.trainer import GRPOTrainer
+from vlmr1.types import Sample
+
+SETTINGS = "settings.json"
+TINY, DIGITS = "tiny", "digits"  # the names of the embedded model and data set
+TRAIN_ROWS = 4000  # of the embedded data set
+# Settings that a resumed run may change: none of them has a part in what is computed.
+CHANGEABLE = {
+    "output_dir",
+    "resume_from_checkpoint",
+    "save_steps",
+    "save_strategy",
+    "save_total_limit",
+    "logging_steps",
+    "log_completions",
+    "log_level",
+    "disable_tqdm",
+    "report_to",
+    "run_name",
+    "check_images",
+    "dataloader_num_workers",
+    "ddp_timeout",
+    "local_rank",
+}
+
+
+def prepare(config: GRPOConfig) -> tuple[Any, Any, list[Sample]]:
+    """Model, processor and samples of a run, each row checked against the rewards that will score it."""
+    output_dir = Path(config.output_dir or "output")
+    if not config.model_name_or_path:
+        raise SettingError(f"model_name_or_path is not set: a local directory, a hub id, or {TINY!r}")
+    if not config.data_file_paths:
+        raise SettingError(f"data_file_paths is not set: JSONL files, or {DIGITS!r}")
+    samples = load_samples(
+        *data_of(config, output_dir), question=config.question_text, check_images=config.check_images
+    )
+    check_samples(config.reward_funcs, samples)
+    name = model_path(config.model_name_or_path)
+    options = {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
+    model = load_model(
+        name,
+        dtype=getattr(torch, config.model_dtype),
+        attn_implementation=config.attn_implementation,
+        **options,
+    )
+    return model, load_processor(name, **options), samples
+
+
+def model_path(name: str) -> str:
+    """The embedded model's directory for its name; any other name as it is."""
+    return str(CHECKPOINT) if name == TINY else name
+
+
+def data_of(config: GRPOConfig, output_dir: Path) -> tuple[list[str], list[str]]:
+    """Data files and image folders; the embedded data set is written below the output directory first."""
+    if config.data_file_paths != [DIGITS]:
+        return config.data_file_paths, config.image_folders
+    folder = output_dir / "data"
+    path = folder / "train.jsonl"
+    if not path.exists():
+        digits.write(folder, "train", count=TRAIN_ROWS, seed=config.seed)
+    return [str(path)], [str(folder / "images")]
+
+
+def train(config: GRPOConfig) -> GRPOTrainer:
+    """Run, or continue from the last complete checkpoint in the output directory."""
+    output_dir = Path(config.output_dir or "output")
+    resume = find_resume(config, output_dir)
+    model, processor, samples = prepare(config)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    clean(output_dir)
+    keep_settings(config, output_dir, resuming=resume is not None)
+    progress = Progress(output_dir, console=not config.disable_tqdm)
+    trainer = GRPOTrainer(model, config, samples, processor, callbacks=[progress])
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    progress.trainer = trainer
+    print(arithmetic(config, len(samples)), flush=True)
+    if resume is not None:
+        print(f"continuing from {resume}", flush=True)
+    with vlmr1_kernels.use(config.kernels):
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    return trainer
+
+
+def find_resume(config: GRPOConfig, output_dir: Path) -> Path | None:
+    """The checkpoint to continue from: the one that is named, or the last complete one of the output directory."""
+    if config.resume_from_checkpoint is None:
+        return last_complete(output_dir)
+    named = Path(config.resume_from_checkpoint)
+    if not is_complete(named):
+        raise SettingError(f"resume_from_checkpoint: {named} is not a complete checkpoint")
+    return named
+
+
+def keep_settings(config: GRPOConfig, output_dir: Path, *, resuming: bool) -> None:
+    """Write the settings beside the checkpoints; a resumed run must have the same, where they matter."""
+    now = json.loads(config.to_json_string())
+    now = {field.name: now.get(field.name) for field in fields(config)}
+    path = output_dir / SETTINGS
+    if resuming and path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = [name for name in now if name not in CHANGEABLE and before.get(name) != now[name]]
+        if changed:
+            name = changed[0]
+            raise SettingError(
+                f"{name} is {now[name]!r}, but the run in {output_dir} was started with {before.get(name)!r}: "
+                "give another output_dir, or the same settings"
+            )
+    path.write_text(json.dumps(now, indent=1), encoding="utf-8")
+
+
+def arithmetic(config: GRPOConfig, rows: int) -> str:
+    """Prompts, generations, sequences and updates, over all ranks, in words."""
+    ranks = config.world_size
+    prompts = config.prompts_per_device * ranks
+    epoch = -(-rows // prompts)
+    updates = config.max_steps if config.max_steps > 0 else int(config.num_train_epochs * epoch)
+    return (
+        f"{rows} rows; an update: {prompts} prompts x {config.num_generations} generations = "
+        f"{prompts * config.num_generations} sequences on {ranks} device{'s' if ranks > 1 else ''}; "
+        f"{epoch} updates an epoch, {updates} in all ({updates / epoch:.1f} epochs)"
+    )

@@ -1,0 +1,236 @@
+"""The loop, read aloud: rollout -> reward -> advantage -> pack -> reference -> policy -> update.
+
+One `training_step` is one optimizer update. Optimizers, schedulers, checkpoints, resume and callbacks are those of
+`transformers.Trainer`.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
+
+from vlmr1.advantage import with_advantages
+from vlmr1.checkpoint import staged
+from vlmr1.config import GRPOConfig
+from vlmr1.data.prompts import PromptBuilder, PromptDataset
+from vlmr1.errors import DivergedError
+from vlmr1.loss import Objective, combine, normalizer
+from vlmr1.memory.telemetry import Phases, peak_memory_mib
+from vlmr1.models import adapter_of
+from vlmr1.models.processor import save_processor
+from vlmr1.naive import NaivePolicy
+from vlmr1.packing import make_pack, plan_packs
+from vlmr1.policy import PackedPolicy, call
+from vlmr1.rewards.registry import Reward, get_reward
+from vlmr1.rewards.score import score_groups
+from vlmr1.rollout import ENGINES, SamplingSettings
+from vlmr1.statistics import group_statistics
+from vlmr1.types import Group, Pack, Prompt, Sample, StepMetrics
+from vlmr1_kernels import GRPOSettings
+
+logger = logging.getLogger(__name__)
+
+
+class GRPOTrainer(Trainer):
+    """GRPO on a vision-language model; each group's image and prompt are computed once."""
+
+    args: GRPOConfig
+
+    def __init__(
+        self,
+        model: Any,
+        args: GRPOConfig,
+        samples: Sequence[Sample],
+        processor: Any,
+        reward_funcs: Sequence[str | Reward | Callable] | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+    ):
+        self.adapter = adapter_of(model)
+        self.processor = processor
+        self.rewards = [get_reward(reward) for reward in (reward_funcs or args.reward_funcs)]
+        self.reward_weights = args.reward_weights or [1.0] * len(self.rewards)
+        self.settings = grpo_settings(args)
+        self.dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        if args.freeze_vision:
+            for parameter in self.adapter.vision_parameters(model):
+                parameter.requires_grad_(False)
+        builder = PromptBuilder(model, self.adapter, processor, max_prompt_length=args.max_prompt_length)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=PromptDataset(samples, builder),
+            data_collator=_as_list,
+            processing_class=processor.tokenizer,
+            callbacks=list(callbacks),
+        )
+        self.engine = ENGINES[args.rollout_engine](model, self.adapter, processor.tokenizer, dtype=self.dtype)
+        self.sampling = SamplingSettings(args.max_completion_length, args.temperature, seed=args.seed)
+        self.policy = self._forward_of(model)
+        self.reference = None
+        if args.beta > 0:
+            self.reference = self._forward_of(copy.deepcopy(model).eval().requires_grad_(False))
+        self.nonfinite = 0
+        self.skipped = 0
+        self.last_groups: list[Group] = []
+        self._last_loss = 0.0
+        self._unlogged: list[StepMetrics] = []
+        self._staging: Path | None = None
+
+    def _forward_of(self, model: Any) -> PackedPolicy:
+        kind = PackedPolicy if self.args.share_prompt or self.args.pack else NaivePolicy
+        return kind(model, self.adapter, temperature=self.args.temperature, dtype=self.dtype)
+
+    # The step
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """One update's gradients from a list of Prompts; returns the loss."""
+        phases = Phases()
+        with phases("rollout"):
+            groups = self.rollout(inputs)
+        with phases("reward"):
+            groups = score_groups(groups, self.rewards)
+            groups = with_advantages(groups, self.reward_weights, self.args.scale_rewards)
+        packs = self.pack(groups)
+        with phases("reference"):
+            packs = [self.with_reference(pack) for pack in packs]
+        with phases("policy"):
+            loss, values = self.backward(model, packs, groups)
+        values |= group_statistics(groups, [reward.name for reward in self.rewards], self.reward_weights)
+        values |= {"packs": float(len(packs)), "skipped_updates": float(self.skipped)}
+        self._unlogged.append(StepMetrics(values, phases.seconds, peak_memory_mib()))
+        self.last_groups = groups
+        self._last_loss = float(loss)
+        return loss
+
+    def rollout(self, prompts: Sequence[Prompt]) -> list[Group]:
+        """Prompts -> groups of completions, drawn from the present policy."""
+        return self.engine.generate(prompts, self.args.num_generations, self.sampling, step=self.state.global_step)
+
+    def pack(self, groups: Sequence[Group]) -> list[Pack]:
+        """Groups -> packed rows under the token budget."""
+        rows = plan_packs(
+            groups,
+            tokens_per_pack=self.args.tokens_per_pack,
+            share_prompt=self.args.share_prompt,
+            pack=self.args.pack,
+        )
+        return [make_pack(row, self.adapter.join_images, share_vision=self.args.share_vision) for row in rows]
+
+    def with_reference(self, pack: Pack) -> Pack:
+        """The pack with the reference model's log-probs, where the objective needs them."""
+        if self.reference is None:
+            return pack
+        return replace(pack, ref_logp=self.reference.logprobs(pack))
+
+    def backward(self, model: Any, packs: Sequence[Pack], groups: Sequence[Group]) -> tuple[Tensor, dict[str, float]]:
+        """Accumulate the gradient over packs, synchronized with the last; every rank runs as many passes."""
+        model.train()
+        objective = Objective(self.settings, self._mean_over_ranks(normalizer(groups, self.settings)))
+        passes = self._max_over_ranks(len(packs))
+        total = torch.zeros((), device=self.args.device)
+        parts = []
+        for i in range(passes):
+            pack, weight = (packs[i], 1.0) if i < len(packs) else (packs[-1], 0.0)
+            with nullcontext() if i == passes - 1 else self.accelerator.no_sync(model):
+                loss, metrics = call(model, self.policy.model, lambda pack=pack: self.policy.loss(pack, objective))
+                self.accelerator.backward(loss * weight)
+            if weight:
+                total += loss.detach()
+                parts.append(metrics)
+        return total, combine(parts)
+
+    def _mean_over_ranks(self, count: float) -> float:
+        if self.args.world_size == 1:
+            return count
+        counts: Any = self.accelerator.gather(torch.tensor([count], device=self.args.device))
+        return float(counts.mean())
+
+    def _max_over_ranks(self, count: int) -> int:
+        if self.args.world_size == 1:
+            return count
+        counts: Any = self.accelerator.gather(torch.tensor([count], device=self.args.device))
+        return int(counts.max())
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> float:
+        """The gradient norm; where it or the loss is not finite, the update is skipped: parameters without gradient
+        are left alone by every optimizer."""
+        of_model: Any = super()._get_grad_norm(model, grad_norm)
+        norm = float(of_model)
+        if math.isfinite(norm) and math.isfinite(self._last_loss):
+            self.nonfinite = 0
+            return norm
+        self.nonfinite += 1
+        self.skipped += 1
+        logger.warning(
+            "step %d: loss %s, gradient norm %s: not finite, the update is skipped (%d in a row)",
+            self.state.global_step + 1,
+            self._last_loss,
+            norm,
+            self.nonfinite,
+        )
+        if self.nonfinite >= self.args.max_nonfinite:
+            raise DivergedError(
+                f"stopped at step {self.state.global_step + 1}: {self.nonfinite} updates in a row were not finite "
+                "(max_nonfinite); the last checkpoint is intact. A lower learning_rate may help"
+            )
+        model.zero_grad(set_to_none=True)
+        return norm
+
+    # Logs and checkpoints
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means of the steps since the last log."""
+        if self._unlogged:
+            steps, self._unlogged = self._unlogged, []
+            for name in steps[0].values:
+                logs[name] = sum(step.values[name] for step in steps) / len(steps)
+            for phase in steps[0].seconds:
+                logs[f"seconds/{phase}"] = sum(step.seconds[phase] for step in steps) / len(steps)
+            logs["peak_memory_mib"] = max(step.peak_memory_mib for step in steps)
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted: the library's estimate knows neither images nor shared prompts."""
+        return 0
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        output_dir = Path(self.args.output_dir or ".")
+        with staged(output_dir, f"checkpoint-{self.state.global_step}") as self._staging:
+            super()._save_checkpoint(model, trial)
+        self._staging = None
+        rotate_checkpoints(str(output_dir), self.args.save_total_limit)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        save_processor(self.processor, output_dir or self.args.output_dir or ".")
+
+
+def _as_list(prompts: Any) -> Any:
+    return prompts
+
+
+def grpo_settings(args: GRPOConfig) -> GRPOSettings:
+    """The objective that the settings of a run ask for."""
+    return GRPOSettings(
+        loss_type=args.loss_type,
+        epsilon_low=args.epsilon,
+        epsilon_high=args.epsilon if args.epsilon_high is None else args.epsilon_high,
+        beta=args.beta,
+        kl=args.kl,
+        temperature=args.temperature,
+        max_completion_length=args.max_completion_length,
+    )

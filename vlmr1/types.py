@@ -1,0 +1,94 @@
+"""The dataclasses that rooms hand to each other.
+
+Shapes: P prompts, G generations a prompt, B = P*G sequences, N completion rows, L packed tokens,
+L_p tokens of one prompt, C tokens of one completion, D hidden, V vocabulary, R reward functions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from vlmr1_kernels import PrefixLayout
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row of data. `source` is "file:line", for messages; `index` its place in the data set."""
+
+    messages: list[dict[str, Any]]  # chat messages; image parts are {"type": "image"}
+    images: tuple[Path, ...]
+    solution: str
+    source: str
+    index: int
+    columns: dict[str, Any] = field(default_factory=dict)  # everything else the row held
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One tokenized Sample; each of its images is held once."""
+
+    sample: Sample
+    input_ids: Tensor  # [L_p] int64
+    positions: Tensor  # [3, L_p] int64: time, height, width of M-RoPE (three equal rows for text)
+    image_inputs: dict[str, Tensor]  # what the processor made of the images; empty for text
+    num_images: int
+
+    @property
+    def next_position(self) -> int:
+        """Position of the first completion token: max(positions) + 1."""
+        return int(self.positions.max()) + 1
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One branch of a group. `logp` is of the full distribution at the temperature, `sampling_logp`
+    of the distribution it was drawn from (truncated, penalized)."""
+
+    token_ids: Tensor  # [C] int64, the end token included when there is one
+    logp: Tensor | None  # [C] float32
+    sampling_logp: Tensor | None  # [C] float32
+    text: str
+    finish_reason: str  # "stop" | "length"
+
+
+@dataclass(frozen=True)
+class Group:
+    """One Prompt and its G Completions."""
+
+    prompt: Prompt
+    completions: tuple[Completion, ...]
+    rewards: Tensor | None = None  # [G, R] float32
+    advantages: Tensor | None = None  # [G] float32
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Several Groups in one row: prompts first, then branches."""
+
+    input_ids: Tensor  # [L] int64
+    positions: Tensor  # [3, L] int64
+    layout: PrefixLayout  # which tokens are whose prefix
+    image_inputs: dict[str, Tensor]  # the images to encode, each once
+    image_ids: tuple[int, ...]  # which of them stands at each placeholder run, in order
+    rows: Tensor  # [N] int64: the rows whose hidden states predict completion tokens
+    targets: Tensor  # [N] int64
+    seq_ids: Tensor  # [N] int64, 0..B-1, sorted
+    advantages: Tensor  # [B] float32
+    old_logp: Tensor | None = None  # [N] float32
+    ref_logp: Tensor | None = None  # [N] float32
+    sampling_logp: Tensor | None = None  # [N] float32
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """Everything one update reports: means over the step, seconds by phase, peak memory."""
+
+    values: dict[str, float]
+    seconds: dict[str, float]  # by phase: rollout, reward, reference, policy
+    peak_memory_mib: float
