@@ -1,0 +1,346 @@
+"""Answers, rewards, the registry and the scoring of groups."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from vlmr1.errors import DataError, RewardError, SettingError
+from vlmr1.rewards import (
+    Reward,
+    accuracy_reward,
+    check_samples,
+    format_reward,
+    get_reward,
+    register,
+    score_groups,
+)
+from vlmr1.rewards.answer import find_answer, has_format, iou, parse_box, solution_box
+from vlmr1.rewards.registry import REWARDS
+from vlmr1.types import Completion, Group, Prompt, Sample
+
+SOLUTION = '<answer>{"bbox_2d": [0, 0, 10, 10], "label": "7"}</answer>'
+
+
+def sample(line=1, solution=SOLUTION, **columns):
+    messages = [{"role": "user", "content": [{"type": "text", "text": f"question {line}"}]}]
+    return Sample(messages, (), solution, f"data.jsonl:{line}", line - 1, columns)
+
+
+def group(row, *texts):
+    prompt = Prompt(row, torch.tensor([1, 2]), torch.zeros(3, 2, dtype=torch.int64), {}, 0)
+    completions = (Completion(torch.tensor([3] * len(text)), None, None, text, "stop") for text in texts)
+    return Group(prompt, tuple(completions))
+
+
+def answer(box):
+    return f"<think>there</think><answer>{box}</answer>"
+
+
+def rewards_of(scored):
+    assert scored.rewards is not None
+    return scored.rewards
+
+
+def score_one(function, *texts, row=None):
+    """Rewards [G, 1] of the completions of one row."""
+    return rewards_of(score_groups([group(row or sample(), *texts)], [function])[0])
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("<answer> 7 </answer>", "7"),
+        ("<answer>1</answer> or <answer>2</answer>", "2"),
+        ("<answer>1</answer> or <answer>2", "1"),
+        ("<answer>1</answer></answer>", "1"),
+        ("<answer>1<answer>2</answer>3</answer>", "2"),
+        ("</answer><answer>", None),
+        ("<answer></answer>", ""),
+        ("7", None),
+    ],
+)
+def test_the_last_closed_answer_counts(text, expected):
+    assert find_answer(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ('{"bbox_2d": [1, 2, 3, 4], "label": "7"}', (1, 2, 3, 4)),
+        ('[{"bbox_2d": [1, 2, 3, 4]}]', (1, 2, 3, 4)),
+        (" [ -1.5 , 2 , 3e1 , 4 ] ", (-1.5, 2, 30, 4)),
+        ('```json\n[{"bbox_2d": [1, 2, 3, 4]}]\n```', (1, 2, 3, 4)),
+        ("[3, 4, 1, 2]", (3, 4, 1, 2)),
+        ("[1, 2, 3]", None),
+        ("[[1, 2, 3, 4]]", None),
+        ('[{"bbox_2d": [1, 2, 3, 4]}, {"bbox_2d": [1, 2, 3, 4]}]', None),
+        ('["1", "2", "3", "4"]', None),
+        ("[1, 2, 3, true]", None),
+        ("[1, 2, 3, NaN]", None),
+        ("[1, 2, 3, Infinity]", None),
+        (f"[1, 2, 3, {'9' * 5000}]", None),
+        ("[1, 2, 3, 4", None),
+        ("1, 2, 3, 4", None),
+        ("[" * 100_000, None),
+        ('{"bbox": [1, 2, 3, 4]}', None),
+        ("null", None),
+        ("", None),
+    ],
+)
+def test_parse_box(text, expected):
+    assert parse_box(text) == expected
+
+
+@pytest.mark.parametrize(
+    "solution, expected",
+    [
+        (SOLUTION, (0, 0, 10, 10)),
+        ("[1, 2, 3, 4]", (1, 2, 3, 4)),
+        ("<answer>[1, 2, 1, 4]</answer>", None),
+        ("seven", None),
+    ],
+)
+def test_solution_box(solution, expected):
+    assert solution_box(solution) == expected
+
+
+@pytest.mark.parametrize(
+    "box, expected",
+    [
+        pytest.param((0, 0, 10, 10), 1.0, id="equal"),
+        pytest.param((5, 0, 15, 10), 50 / 150, id="half"),
+        pytest.param((2.5, 2.5, 7.5, 7.5), 0.25, id="inside"),
+        pytest.param((-10, -10, 10, 10), 0.25, id="negative"),
+        pytest.param((10, 0, 20, 10), 0.0, id="touching"),
+        pytest.param((5, 5, 5, 8), 0.0, id="no-width"),
+        pytest.param((10, 10, 0, 0), 0.0, id="inverted-both"),
+        pytest.param((10, 0, 0, 10), 0.0, id="inverted"),
+        pytest.param((0, 0, 1e308, 1e308), 0.0, id="area-overflows"),
+    ],
+)
+def test_iou(box, expected):
+    assert iou(box, (0, 0, 10, 10)) == pytest.approx(expected, abs=1e-12)
+    assert iou((0, 0, 10, 10), box) == pytest.approx(expected, abs=1e-12)
+
+
+def test_accuracy():
+    texts = [
+        answer("[5, 0, 15, 10]"),
+        answer("seven"),
+        "[0, 0, 10, 10]",
+        answer("[0,0,9,9]") + answer("[0,0,10,10]"),
+    ]
+    assert score_one("accuracy", *texts)[:, 0].tolist() == pytest.approx([1 / 3, 0, 0, 1])
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("<think>a</think><answer>b</answer>", True),
+        ("\n<think>a\nb</think>\n <answer>\nb</answer>\n", True),
+        ("<think>a</think>so<answer>b</answer>", False),
+        ("so <think>a</think><answer>b</answer>", False),
+        ("<think>a</think><answer>b</answer>.", False),
+        ("<think> </think><answer>b</answer>", False),
+        ("<think>a</think><answer>\n</answer>", False),
+        ("<answer>b</answer><think>a</think>", False),
+        ("<think>a</think><think>a</think><answer>b</answer>", False),
+        ("<think>a</think><answer>b</answer><answer>b</answer>", False),
+        ("<think>a</think><answer>b", False),
+        ("<answer>b</answer>", False),
+        ("", False),
+    ],
+)
+def test_format(text, expected):
+    assert has_format(text) is expected
+    assert format_reward([[]], [[{"role": "assistant", "content": text}]]) == [float(expected)]
+
+
+def test_parsing_is_linear():
+    """200,000 characters of tags take milliseconds; a backtracking parser would take minutes."""
+    for text in (
+        "<answer>" * 25_000,
+        "</think><answer>" * 12_500,
+        "</answer>" * 22_000,
+        "<think>" + " " * 200_000,
+    ):
+        assert score_one("accuracy", text).item() == 0
+        assert not has_format(text)
+
+
+def test_unknown_reward_names_known_and_nearest():
+    with pytest.raises(SettingError) as caught:
+        get_reward("acuracy")
+    assert str(caught.value) == (
+        "reward_funcs: unknown reward 'acuracy'; did you mean 'accuracy'? Known: accuracy, format, "
+        "or your own as module:function or file.py:function"
+    )
+
+
+def test_unknown_reward_without_a_near_one():
+    with pytest.raises(SettingError, match=r"unknown reward 'x'\. Known: accuracy, format"):
+        get_reward("x")
+
+
+def test_own_rewards(tmp_path, monkeypatch):
+    code = "def one(prompts, completions, **columns):\n    return [1.0] * len(completions)\nNUMBER = 3\n"
+    (tmp_path / "my_rewards.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in (f"{tmp_path}/my_rewards.py:one", "my_rewards:one"):
+        assert get_reward(name).name == name
+        assert score_one(name, "a", "b").tolist() == [[1.0], [1.0]]
+    assert get_reward(f"{tmp_path}/my_rewards.py:one") is get_reward(f"{tmp_path}/my_rewards.py:one")
+    (tmp_path / "broken.py").write_text("def one(:\n")
+    for name, expected in [
+        ("my_rewards:two", "my_rewards has no 'two'"),
+        ("my_rewards:NUMBER", "my_rewards:NUMBER is not a function but int"),
+        ("no_such_module:one", "cannot import no_such_module"),
+        (f"{tmp_path}/none.py:one", "No such file"),
+        (f"{tmp_path}/broken.py:one", "invalid syntax"),
+        (":one", "cannot import"),
+    ]:
+        with pytest.raises(SettingError) as caught:
+            get_reward(name)
+        assert str(caught.value).startswith(f"reward_funcs: {name}") and expected in str(caught.value)
+
+
+def test_register(monkeypatch):
+    monkeypatch.setattr("vlmr1.rewards.registry.REWARDS", dict(REWARDS))
+
+    @register("two")
+    def two(prompts, completions, **columns):
+        return [2] * len(completions)
+
+    assert score_one("two", "a").tolist() == [[2.0]]
+    assert get_reward(two).name == "two"
+    with pytest.raises(ValueError, match="a reward called 'two' is registered already"):
+        register("two")(two)
+
+
+def test_a_solution_without_a_box_is_found_before_training():
+    rows = [sample(1), sample(2, "<answer>seven</answer>"), sample(3, "<answer>[1, 1, 1, 1]</answer>")]
+    check_samples(["format"], rows)
+    for reward in ("accuracy", accuracy_reward):
+        with pytest.raises(DataError) as caught:
+            check_samples(["format", reward], rows)
+        assert str(caught.value) == (
+            'data.jsonl:2: the solution has no box {"bbox_2d": [x1, y1, x2, y2]} with an area: '
+            "'<answer>seven</answer>'"
+        )
+
+
+def test_own_function_with_check():
+    def own(prompts, completions, **columns):
+        return [0.0] * len(completions)
+
+    seen = []
+    own.check = lambda row: seen.append(row.source)
+    check_samples([own], [sample(1), sample(2)])
+    assert seen == ["data.jsonl:1", "data.jsonl:2"]
+
+
+def test_scoring_calls_each_function_once_with_aligned_columns():
+    calls = []
+
+    def lengths(prompts, completions, **columns):
+        calls.append((prompts, completions, columns))
+        return [len(completion[0]["content"]) for completion in completions]
+
+    groups = [group(sample(1, "A", id=1, only=0), "x", "xx"), group(sample(2, "B", id=2), "xxx", "")]
+    scored = score_groups(groups, [lengths, Reward("half", lambda prompts, **columns: [0.5] * 4)])
+    ((prompts, completions, columns),) = calls
+    assert [prompt[0]["content"][0]["text"] for prompt in prompts] == ["question 1"] * 2 + ["question 2"] * 2
+    assert completions[2] == [{"role": "assistant", "content": "xxx"}]
+    assert columns == {
+        "id": [1, 1, 2, 2],
+        "solution": ["A", "A", "B", "B"],
+        "completion_ids": [[3], [3, 3], [3, 3, 3], []],
+    }
+    assert [rewards_of(g).tolist() for g in scored] == [[[1, 0.5], [2, 0.5]], [[3, 0.5], [0, 0.5]]]
+    assert all(rewards_of(g).dtype == torch.float32 and rewards_of(g).is_contiguous() for g in scored)
+    assert [g.prompt for g in scored] == [g.prompt for g in groups] and groups[0].rewards is None
+
+
+def test_groups_may_differ_in_size_and_be_none():
+    groups = [group(sample(1), "a"), group(sample(2), *"abc")]
+    shapes = [tuple(rewards_of(g).shape) for g in score_groups(groups, ["accuracy", "format"])]
+    assert shapes == [(1, 2), (3, 2)]
+    assert score_groups([], ["accuracy"]) == []
+
+
+@pytest.mark.parametrize(
+    "values",
+    [torch.tensor([1, 2]), torch.tensor([1.0, 2.0]).numpy(), (1, 2), [torch.tensor(1.0), torch.tensor([2])]],
+    ids=["tensor", "numpy", "tuple", "list-of-tensors"],
+)
+def test_values_of_other_kinds(values):
+    assert score_one(lambda **_: values, "a", "b").tolist() == [[1.0], [2.0]]
+
+
+@pytest.mark.parametrize(
+    "bad, shown",
+    [
+        (math.nan, "nan"),
+        (math.inf, "inf"),
+        (None, "None"),
+        ("1.0", "'1.0'"),
+        ([1.0], "[1.0]"),
+        (1e39, "1e+39"),
+        (torch.tensor(math.nan), "nan"),
+    ],
+    ids=["nan", "inf", "none", "text", "list", "beyond-float32", "nan-tensor"],
+)
+def test_a_reward_that_is_not_a_number_names_the_row(bad, shown):
+    def strange(prompts, completions, **columns):
+        return [bad if completion[0]["content"] == "bad" else 0.0 for completion in completions]
+
+    with pytest.raises(RewardError) as caught:
+        score_groups([group(sample(4), "a", "b"), group(sample(9), "c", "bad")], ["format", strange])
+    assert str(caught.value) == (
+        f"reward strange: returned {shown}, not a finite number, for the row data.jsonl:9 and the completion 'bad'"
+    )
+
+
+def test_a_reward_that_raises_names_the_row_and_keeps_the_cause():
+    def fragile(prompts, completions, *, divisor, **columns):
+        return [1 / d for d in divisor]
+
+    with pytest.raises(RewardError) as caught:
+        score_groups([group(sample(4, divisor=2), "a"), group(sample(9, divisor=0), "b" * 500)], [fragile])
+    assert str(caught.value) == (
+        "reward fragile: raised ZeroDivisionError('division by zero') "
+        f"for the row data.jsonl:9 and the completion '{'b' * 117}...'"
+    )
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+def test_a_reward_that_raises_for_the_batch_only():
+    def crowded(prompts, completions, **columns):
+        if len(prompts) > 1:
+            raise RuntimeError("too many")
+        return [0.0]
+
+    with pytest.raises(RewardError, match=r"for the rows data.jsonl:4 to data.jsonl:9; no single row raises alone$"):
+        score_groups([group(sample(4), "a"), group(sample(9), "b")], [crowded])
+
+
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        ([0.0], "returned 1 values for 2 completions, for the rows data.jsonl:4 to data.jsonl:4"),
+        ([], "returned 0 values for 2 completions, for the rows data.jsonl:4 to data.jsonl:4"),
+        (None, "returned NoneType, not a list of numbers, for the rows data.jsonl:4 to data.jsonl:4"),
+        (0.5, "returned float, not a list of numbers, for the rows data.jsonl:4 to data.jsonl:4"),
+    ],
+)
+def test_the_wrong_number_of_values(values, expected):
+    with pytest.raises(RewardError) as caught:
+        score_one(Reward("short", lambda **_: values), "a", "b", row=sample(4))
+    assert str(caught.value) == f"reward short: {expected}"
+
+
+def test_the_installed_rewards():
+    assert sorted(REWARDS) == ["accuracy", "format"]
+    assert Path(get_reward("accuracy").function.__code__.co_filename).name == "accuracy.py"

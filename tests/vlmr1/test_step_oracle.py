@@ -1,0 +1,137 @@
+"""The whole step against its oracle: the naive trainer (padded sequences, image repeated) gives the same loss, the
+same metrics and the same gradient of every parameter as the shared one, in float32, to 1e-5 relative."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.vlmr1.conftest import Maker
+from vlmr1.config import GRPOConfig
+from vlmr1.trainer import GRPOTrainer
+from vlmr1.types import Group
+
+TOLERANCE = 1e-5
+NAIVE = {"share_vision": False, "share_prompt": False, "pack": False}
+
+
+def two_lengths(make: Maker) -> list[Group]:
+    return [
+        make.group(make.prompt("Locate the digit 7.", (112,)), (5, 9, 3, 12)),
+        make.group(make.prompt("Where, if anywhere at all, is the digit 3 on this canvas?", (140,)), (8, 2, 10, 6)),
+    ]
+
+
+def two_images(make: Maker) -> list[Group]:
+    return [make.group(make.prompt("Which of the two has a 4?", (56, 112)), (7, 4, 11))]
+
+
+def text_beside_images(make: Maker) -> list[Group]:
+    return [
+        make.group(make.prompt("Locate the digit 1.", (84,)), (6, 3)),
+        make.group(make.prompt("What is seven?"), (4, 9)),
+        make.group(make.prompt("Locate the digit 2.", (112,)), (5, 5)),
+    ]
+
+
+def text_only(make: Maker) -> list[Group]:
+    return [make.group(make.prompt("What is seven?"), (4, 9, 2))]
+
+
+def length_one(make: Maker) -> list[Group]:
+    return [make.group(make.prompt("Locate the digit 5.", (84,)), (1, 6, 1, 3))]
+
+
+def all_length_one(make: Maker) -> list[Group]:
+    return [make.group(make.prompt("Locate the digit 5.", (56,)), (1, 1))]
+
+
+def never_ends(make: Maker) -> list[Group]:
+    return [make.group(make.prompt("Locate the digit 6.", (112,)), (3, 48))]
+
+
+def nine(make: Maker) -> list[Group]:
+    return [make.group(make.prompt("Locate the digit 0.", (112,)), (4, 7, 2, 9, 5, 6, 8, 3, 10))]
+
+
+def equal_rewards(make: Maker) -> list[Group]:
+    return [
+        make.group(make.prompt("Locate the digit 8.", (84,)), (5, 4, 6), (0.0, 0.0, 0.0)),
+        make.group(make.prompt("Locate the digit 9.", (56,)), (3, 7, 2)),
+    ]
+
+
+def same_image_twice(make: Maker) -> list[Group]:
+    return [
+        make.group(make.prompt("Locate the digit 8.", (84,)), (5, 4)),
+        make.group(make.prompt("Locate the digit 9, please.", (84,)), (3, 7)),
+    ]
+
+
+CASES = [
+    two_lengths,
+    two_images,
+    text_beside_images,
+    text_only,
+    length_one,
+    all_length_one,
+    never_ends,
+    nine,
+    equal_rewards,
+    same_image_twice,
+]
+SWITCHES = {
+    "all_on": {},
+    "no_pack": {"pack": False},
+    "no_share_prompt": {"share_prompt": False},
+    "no_share_prompt_no_vision": {"share_prompt": False, "share_vision": False},
+    "only_share_vision": {"share_prompt": False, "pack": False},
+    "split_groups": {"tokens_per_pack": 64},
+}
+
+
+def step(model: Any, processor: Any, groups: list[Group], output: Path, **settings: Any) -> tuple[float, dict, dict]:
+    """Loss, metrics and gradients by name of one update, against a reference model that differs from the policy."""
+    config = GRPOConfig(output_dir=str(output), use_cpu=True, num_generations=2, beta=0.04, **settings)
+    trainer = GRPOTrainer(copy.deepcopy(model), config, [], processor, reward_funcs=["format"])
+    assert trainer.reference is not None
+    torch.manual_seed(1)
+    for parameter in trainer.reference.model.parameters():
+        parameter.add_(0.02 * torch.randn_like(parameter))
+    packs = [trainer.with_reference(pack) for pack in trainer.pack(groups)]
+    trainer.accelerator.prepare(trainer.model)
+    loss, metrics = trainer.backward(trainer.model, packs, groups)
+    gradients = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
+    return float(loss), metrics, gradients
+
+
+def assert_equal_steps(one: tuple, other: tuple) -> None:
+    (loss, metrics, gradients), (loss_, metrics_, gradients_) = one, other
+    assert loss == pytest.approx(loss_, rel=TOLERANCE)
+    assert metrics == pytest.approx(metrics_, rel=TOLERANCE, abs=1e-9)
+    assert gradients.keys() == gradients_.keys()
+    total = torch.stack([g.norm() for g in gradients.values()]).norm()
+    for name, gradient in gradients.items():
+        scale = max(float(gradient.norm()), 1e-3 * float(total))
+        assert float((gradient - gradients_[name]).norm()) <= TOLERANCE * scale, name
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def test_shared_step_equals_naive(case, make, model, processor, tmp_path):
+    groups = case(make)
+    naive = step(model, processor, groups, tmp_path, **NAIVE)
+    assert naive[0] != 0 and naive[1]["kl"] > 1e-3
+    assert_equal_steps(step(model, processor, groups, tmp_path), naive)
+
+
+@pytest.mark.parametrize("switches", SWITCHES.values(), ids=SWITCHES.keys())
+def test_every_combination_of_switches_gives_the_same_step(switches, make, model, processor, tmp_path):
+    groups = text_beside_images(make) + two_images(make)
+    groups[-1] = replace(groups[-1], completions=groups[-1].completions[:2], advantages=groups[-1].advantages[:2])
+    naive = step(model, processor, groups, tmp_path, **NAIVE)
+    assert_equal_steps(step(model, processor, groups, tmp_path, **switches), naive)
