@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlmr1.errors import UserError
+from vlmr1_kernels.registry import ImplementationError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         _run(options, rest)
-    except UserError as error:
+    except (UserError, ImplementationError) as error:
         print(f"vlmr1: {error}", file=sys.stderr)
         return 2
     return 0

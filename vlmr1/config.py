@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 
 from vlmr1.data.templates import TEMPLATES
 from vlmr1.errors import SettingError
+from vlmr1_kernels.registry import ImplementationError, parse_choices
 
 # Settings of `TrainingArguments` that have a better name here.
 REPLACED = {
@@ -21,8 +22,8 @@ REPLACED = {
 # Settings of `TrainingArguments` that mean here what they mean there; any other is refused, not ignored.
 HONOURED = """
 output_dir num_train_epochs max_steps seed data_seed full_determinism use_cpu bf16 tf32 resume_from_checkpoint
-local_rank learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args optim_target_modules weight_decay
-adam_beta1 adam_beta2 adam_epsilon max_grad_norm
+local_rank learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args optim_target_modules
+weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm
 activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs
 logging_strategy logging_steps logging_first_step logging_nan_inf_filter log_on_each_node log_level log_level_replica
 disable_tqdm report_to run_name project skip_memory_metrics
@@ -47,7 +48,7 @@ class GRPOConfig(TrainingArguments):
     )
     data_file_paths: list[str] = field(default_factory=list, metadata={"help": "JSONL files in VLM-R1's format"})
     image_folders: list[str] = field(default_factory=list, metadata={"help": "one for each data file, or one for all"})
-    check_images: bool = field(default=True, metadata={"help": "decode every image once before training"})
+    check_images: bool = field(default=True, metadata={"help": "decode every image before training"})
     question_template: str = field(
         default="rec", metadata={"help": f"{', '.join(TEMPLATES)}, or a text with {{question}} in it"}
     )
@@ -126,6 +127,12 @@ class GRPOConfig(TrainingArguments):
             raise SettingError(
                 f"reward_weights has {len(self.reward_weights)} values for {len(self.reward_funcs)} reward_funcs"
             )
+        if self.share_prompt and not self.share_vision:
+            raise SettingError("share_vision=false needs share_prompt=false: a prompt computed once has its image once")
+        try:
+            parse_choices(self.kernels)
+        except ImplementationError as error:
+            raise SettingError(f"kernels: {error}") from error
         question_text(self.question_template)
 
     @property
