@@ -107,9 +107,13 @@ class GRPOConfig(TrainingArguments):
                 reason = REPLACED.get(inherited.name, "it has no effect on GRPO")
                 raise SettingError(f"{inherited.name} cannot be set: {reason}")
         self._check()
+        if self.world_size > 1:
+            raise SettingError(
+                f"{self.world_size} processes were launched: training on several ranks is not supported yet"
+            )
         self.per_device_train_batch_size = self.prompts_per_device  # what the loader reads
         if self.n_gpu > 1:
-            self._n_gpu = 1  # one process drives one device; more of them come from a launcher
+            self._n_gpu = 1  # one process drives one device
 
     def _check(self) -> None:
         if self.num_generations < 2:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-import vlmr1_kernels
 from vlmr1.checkpoint import clean, is_complete, last_complete
 from vlmr1.config import GRPOConfig
 from vlmr1.data.jsonl import load_samples
@@ -99,8 +98,7 @@ def train(config: GRPOConfig) -> GRPOTrainer:
     print(arithmetic(config, len(samples)), flush=True)
     if resume is not None:
         print(f"continuing from {resume}", flush=True)
-    with vlmr1_kernels.use(config.kernels):
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     return trainer
 
 

@@ -10,7 +10,6 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from vlmr1.advantage import with_advantages
 from vlmr1.checkpoint import staged
 from vlmr1.config import GRPOConfig
 from vlmr1.data.prompts import PromptBuilder, PromptDataset
-from vlmr1.errors import DivergedError
+from vlmr1.errors import DivergedError, SettingError
 from vlmr1.loss import Objective, combine, normalizer
 from vlmr1.memory.telemetry import Phases, peak_memory_mib
 from vlmr1.models import adapter_of
@@ -37,7 +36,7 @@ from vlmr1.rewards.score import score_groups
 from vlmr1.rollout import ENGINES, SamplingSettings
 from vlmr1.statistics import group_statistics
 from vlmr1.types import Group, Pack, Prompt, Sample, StepMetrics
-from vlmr1_kernels import GRPOSettings
+from vlmr1_kernels import GRPOSettings, use
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +59,10 @@ class GRPOTrainer(Trainer):
         self.processor = processor
         self.rewards = [get_reward(reward) for reward in (reward_funcs or args.reward_funcs)]
         self.reward_weights = args.reward_weights or [1.0] * len(self.rewards)
+        if len(self.reward_weights) != len(self.rewards):
+            raise SettingError(f"reward_weights has {len(self.reward_weights)} values for {len(self.rewards)} rewards")
         self.settings = grpo_settings(args)
-        self.dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        self.dtype = torch.bfloat16 if args.bf16 else None
         if args.freeze_vision:
             for parameter in self.adapter.vision_parameters(model):
                 parameter.requires_grad_(False)
@@ -95,9 +96,13 @@ class GRPOTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One update's gradients from a list of Prompts; returns the loss."""
+        with use(self.args.kernels):
+            return self._step(model, inputs)
+
+    def _step(self, model: Any, prompts: Sequence[Prompt]) -> Tensor:
         phases = Phases()
         with phases("rollout"):
-            groups = self.rollout(inputs)
+            groups = self.rollout(prompts)
         with phases("reward"):
             groups = score_groups(groups, self.rewards)
             groups = with_advantages(groups, self.reward_weights, self.args.scale_rewards)
@@ -134,33 +139,17 @@ class GRPOTrainer(Trainer):
         return replace(pack, ref_logp=self.reference.logprobs(pack))
 
     def backward(self, model: Any, packs: Sequence[Pack], groups: Sequence[Group]) -> tuple[Tensor, dict[str, float]]:
-        """Accumulate the gradient over packs, synchronized with the last; every rank runs as many passes."""
+        """Accumulate the gradient of the step's loss over its packs; returns the loss and the metrics."""
         model.train()
-        objective = Objective(self.settings, self._mean_over_ranks(normalizer(groups, self.settings)))
-        passes = self._max_over_ranks(len(packs))
+        objective = Objective(self.settings, normalizer(groups, self.settings))
         total = torch.zeros((), device=self.args.device)
         parts = []
-        for i in range(passes):
-            pack, weight = (packs[i], 1.0) if i < len(packs) else (packs[-1], 0.0)
-            with nullcontext() if i == passes - 1 else self.accelerator.no_sync(model):
-                loss, metrics = call(model, self.policy.model, lambda pack=pack: self.policy.loss(pack, objective))
-                self.accelerator.backward(loss * weight)
-            if weight:
-                total += loss.detach()
-                parts.append(metrics)
+        for pack in packs:
+            loss, metrics = call(model, self.policy.model, lambda pack=pack: self.policy.loss(pack, objective))
+            self.accelerator.backward(loss)
+            total += loss.detach()
+            parts.append(metrics)
         return total, combine(parts)
-
-    def _mean_over_ranks(self, count: float) -> float:
-        if self.args.world_size == 1:
-            return count
-        counts: Any = self.accelerator.gather(torch.tensor([count], device=self.args.device))
-        return float(counts.mean())
-
-    def _max_over_ranks(self, count: int) -> int:
-        if self.args.world_size == 1:
-            return count
-        counts: Any = self.accelerator.gather(torch.tensor([count], device=self.args.device))
-        return int(counts.max())
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> float:
         """The gradient norm; where it or the loss is not finite, the update is skipped: parameters without gradient

@@ -59,6 +59,7 @@ def _forward(
     if sliding_window is not None or softcap is not None:
         raise SettingError("share_prompt: this model's attention has a sliding window or a softcap; set it to false")
     layer: int = module.layer_idx  # type: ignore[assignment]
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast RoPE leaves them in float32
     return shared.attend(layer, query, key, value, scaling).transpose(1, 2), None
 
 

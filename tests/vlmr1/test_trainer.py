@@ -1,0 +1,166 @@
+"""Each flag of the trainer changes what it says, and nothing else."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import vlmr1_kernels
+from tests.vlmr1.conftest import Maker
+from vlmr1.config import GRPOConfig
+from vlmr1.data.jsonl import load_samples
+from vlmr1.errors import DataError, SettingError
+from vlmr1.progress import Progress
+from vlmr1.tiny import digits
+from vlmr1.trainer import GRPOTrainer
+
+
+def trainer_of(model: Any, processor: Any, output: Path, **settings: Any) -> GRPOTrainer:
+    given = {"num_generations": 3, "prompts_per_device": 2, "max_completion_length": 8, "max_steps": 1}
+    given |= {"use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "learning_rate": 1e-3} | settings
+    folder = output / "data"
+    path = folder / "train.jsonl"
+    if not path.exists():
+        digits.write(folder, "train", 4, seed=5)
+    samples = load_samples([path], [folder / "images"], question="{question}", check_images=False)
+    config = GRPOConfig(output_dir=str(output), **given)
+    return GRPOTrainer(copy.deepcopy(model), config, samples, processor, reward_funcs=[position, even])
+
+
+def position(prompts: list, completions: list, **columns: Any) -> list[float]:
+    return [float(i % 3) for i in range(len(completions))]
+
+
+def even(prompts: list, completions: list, **columns: Any) -> list[float]:
+    return [10.0 * (i % 2) for i in range(len(completions))]
+
+
+def gradients(trainer: GRPOTrainer, make: Maker) -> tuple[float, dict[str, torch.Tensor]]:
+    """One backward over two fixed groups."""
+    groups = [
+        make.group(make.prompt("Locate the digit 7.", (84,)), (5, 9, 3)),
+        make.group(make.prompt("Locate the digit 3.", (112,)), (4, 2, 6)),
+    ]
+    packs = [trainer.with_reference(pack) for pack in trainer.pack(groups)]
+    with vlmr1_kernels.use(trainer.args.kernels):
+        loss, _ = trainer.backward(trainer.model, packs, groups)
+    return float(loss), {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+def relative(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    flat = [torch.cat([each[name].flatten() for name in one]) for each in (one, other)]
+    return float((flat[0] - flat[1]).norm() / flat[1].norm())
+
+
+def test_freeze_vision_trains_the_decoder_only(model, processor, make, tmp_path):
+    _, frozen = gradients(trainer_of(model, processor, tmp_path, freeze_vision=True), make)
+    make.random.manual_seed(0)
+    _, trained = gradients(trainer_of(model, processor, tmp_path), make)
+    tower = {name for name in trained if "visual" in name}
+    assert tower and not tower & frozen.keys()
+    assert relative(frozen, {name: g for name, g in trained.items() if name not in tower}) < 1e-5
+
+
+SAME = {
+    "gradient_checkpointing": ({"gradient_checkpointing": True}, 1e-5),
+    "reference attention": ({"kernels": "shared_prefix_attention=reference"}, 1e-5),
+    "bf16": ({"bf16": True}, 5e-2),
+}
+
+
+@pytest.mark.parametrize(("settings", "tolerance"), SAME.values(), ids=SAME.keys())
+def test_how_it_is_computed_does_not_change_the_gradient(settings, tolerance, model, processor, make, tmp_path):
+    loss, plain = gradients(trainer_of(model, processor, tmp_path), make)
+    make.random.manual_seed(0)
+    trainer = trainer_of(model, processor, tmp_path, **settings)
+    if settings.get("gradient_checkpointing"):
+        trainer.model.gradient_checkpointing_enable()
+    loss_, other = gradients(trainer, make)
+    assert loss_ == pytest.approx(loss, rel=tolerance)
+    assert relative(other, plain) < tolerance
+    assert (relative(other, plain) > 1e-5) == ("bf16" in settings)
+
+
+def test_kernels_setting_chooses_the_implementation(model, processor, make, tmp_path, monkeypatch):
+    from vlmr1_kernels.reference import shared_prefix_attention as reference
+
+    calls = []
+    original = reference.shared_prefix_attention
+    monkeypatch.setattr(reference, "shared_prefix_attention", lambda *a, **k: calls.append(1) or original(*a, **k))
+    vlmr1_kernels.registry._load.cache_clear()
+    trainer_of(model, processor, tmp_path).train()
+    assert calls == []
+    trainer_of(model, processor, tmp_path, kernels="shared_prefix_attention=reference").train()
+    layers = model.config.text_config.num_hidden_layers
+    assert len(calls) == 3 * layers  # prefill, reference pass and policy pass
+    vlmr1_kernels.registry._load.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("scale", "weights"),
+    [("group", None), ("batch", None), ("none", None), ("none", [1.0, 0.0]), ("none", [0.0, 0.5])],
+    ids=["group", "batch", "none", "first reward", "half the second"],
+)
+def test_advantages_follow_scale_and_weights(scale, weights, model, processor, tmp_path):
+    trainer = trainer_of(model, processor, tmp_path, scale_rewards=scale)
+    if weights is not None:
+        trainer.reward_weights = weights
+    trainer.train()
+    rewards = torch.stack([group.rewards for group in trainer.last_groups])  # [P, G, R]
+    assert rewards[..., 0].tolist() == [[0.0, 1.0, 2.0]] * 2
+    assert rewards[..., 1].tolist() == [[0.0, 10.0, 0.0], [10.0, 0.0, 10.0]]
+    total = rewards @ torch.tensor(weights or [1.0, 1.0])
+    expected = total - total.mean(1, keepdim=True)
+    std = {"group": total.std(1, keepdim=True), "batch": total.std(), "none": 1 - 1e-4}[scale]
+    found = torch.stack([group.advantages for group in trainer.last_groups])
+    assert torch.allclose(found, expected / (std + 1e-4), rtol=1e-5)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+def test_reference_is_held_only_with_beta(beta, model, processor, tmp_path):
+    trainer = trainer_of(model, processor, tmp_path, beta=beta, max_steps=2)
+    trainer.train()
+    kl = [row["kl"] for row in trainer.state.log_history if "kl" in row]
+    assert (trainer.reference is None) == (beta == 0)
+    assert (kl[1] > 1e-4) == (beta > 0)
+
+
+@pytest.mark.parametrize("engine", ["native", "transformers"])
+def test_both_engines_train(engine, model, processor, tmp_path):
+    trainer = trainer_of(model, processor, tmp_path, rollout_engine=engine)
+    trainer.train()
+    row = trainer.state.log_history[0]
+    assert row["ratio_max"] == pytest.approx(1, abs=1e-4)  # the engine's log-probs are the policy's
+    assert row["clip_low"] == row["clip_high"] == 0
+    assert [len(group.completions) for group in trainer.last_groups] == [3, 3]
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_log_completions(count, model, processor, tmp_path):
+    trainer = trainer_of(model, processor, tmp_path, log_completions=count)
+    progress = Progress(tmp_path, console=False)
+    progress.trainer = trainer
+    trainer.add_callback(progress)
+    trainer.train()
+    path = tmp_path / "completions.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    assert len(rows) == count
+    for row in rows:
+        assert row["step"] == 1 and len(row["rewards"]) == 2 and row["images"][0].endswith(".png")
+
+
+def test_max_prompt_length_names_the_row(model, processor, tmp_path):
+    with pytest.raises(DataError, match=r"train.jsonl:\d: the prompt has \d+ tokens, max_prompt_length is 10"):
+        trainer_of(model, processor, tmp_path, max_prompt_length=10).train()
+
+
+def test_reward_weights_must_fit_the_rewards(model, processor, tmp_path):
+    config = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, reward_weights=[1.0, 2.0])
+    with pytest.raises(SettingError, match="reward_weights has 2 values for 1 rewards"):
+        GRPOTrainer(model, config, [], processor, reward_funcs=[even])
