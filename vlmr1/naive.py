@@ -6,6 +6,8 @@ uses the model's own attention over a padded batch, full logits, and plain log-s
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -18,6 +20,9 @@ from vlmr1.types import Pack
 
 class NaivePolicy(PackedPolicy):
     """Same interface as `PackedPolicy`; each branch is a sequence with a prompt of its own."""
+
+    def attention(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def logprobs(self, pack: Pack) -> Tensor:
         with torch.no_grad():

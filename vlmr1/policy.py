@@ -7,6 +7,7 @@ unwrapped model and calls the wrapper, so that the hooks of DDP, FSDP2 and DeepS
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
@@ -43,6 +44,10 @@ class PackedPolicy:
         self.adapter = adapter
         self.temperature = temperature
         self.dtype = dtype  # of autocast
+
+    def attention(self) -> AbstractContextManager[None]:
+        """Encloses forward and backward: activation checkpointing calls the layers again in backward."""
+        return self.adapter.shared_attention(self.model)
 
     def hidden_rows(self, pack: Pack) -> Tensor:
         """[N, D]: the hidden states that predict completion tokens."""

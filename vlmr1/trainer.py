@@ -145,8 +145,9 @@ class GRPOTrainer(Trainer):
         total = torch.zeros((), device=self.args.device)
         parts = []
         for pack in packs:
-            loss, metrics = call(model, self.policy.model, lambda pack=pack: self.policy.loss(pack, objective))
-            self.accelerator.backward(loss)
+            with self.policy.attention():
+                loss, metrics = call(model, self.policy.model, lambda pack=pack: self.policy.loss(pack, objective))
+                self.accelerator.backward(loss)
             total += loss.detach()
             parts.append(metrics)
         return total, combine(parts)

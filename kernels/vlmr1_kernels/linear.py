@@ -34,15 +34,19 @@ def operand(matrix: Tensor) -> Tensor:
     return matrix if matrix.device.type == "cuda" else matrix.to(accumulation_dtype(matrix.dtype))
 
 
-def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """scale * (hidden @ weight^T + bias) in the accumulation dtype, [n, V]."""
+def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, divisor: float) -> Tensor:
+    """(hidden @ weight^T + bias) / divisor in the accumulation dtype, [n, V].
+
+    A division: the GEMM's own factor would be the rounded reciprocal, one error shared by all logits.
+    """
     wide = accumulation_dtype(weight.dtype)
-    addend = weight.new_zeros(1, dtype=wide) if bias is None else bias.to(wide)
-    beta = 0.0 if bias is None else scale
-    if weight.dtype == wide:
-        return torch.addmm(addend, hidden, weight.T, beta=beta, alpha=scale)
-    logits = torch.mm(hidden, weight.T, out_dtype=wide)
-    return logits.add_(addend).mul_(scale) if bias is not None else logits.mul_(scale)
+    if weight.dtype != wide:
+        logits = torch.mm(hidden, weight.T, out_dtype=wide)
+        if bias is not None:
+            logits.add_(bias)
+    else:
+        logits = hidden @ weight.T if bias is None else torch.addmm(bias.to(wide), hidden, weight.T)
+    return logits if divisor == 1 else logits.div_(divisor)
 
 
 def to_hidden(d_logits: Tensor, weight: Tensor) -> Tensor:

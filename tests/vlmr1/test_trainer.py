@@ -46,8 +46,8 @@ def gradients(trainer: GRPOTrainer, make: Maker) -> tuple[float, dict[str, torch
         make.group(make.prompt("Locate the digit 7.", (84,)), (5, 9, 3)),
         make.group(make.prompt("Locate the digit 3.", (112,)), (4, 2, 6)),
     ]
-    packs = [trainer.with_reference(pack) for pack in trainer.pack(groups)]
     with vlmr1_kernels.use(trainer.args.kernels):
+        packs = [trainer.with_reference(pack) for pack in trainer.pack(groups)]
         loss, _ = trainer.backward(trainer.model, packs, groups)
     return float(loss), {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
 
@@ -84,7 +84,6 @@ def test_how_it_is_computed_does_not_change_the_gradient(settings, tolerance, mo
     loss_, other = gradients(trainer, make)
     assert loss_ == pytest.approx(loss, rel=tolerance)
     assert relative(other, plain) < tolerance
-    assert (relative(other, plain) > 1e-5) == ("bf16" in settings)
 
 
 def test_kernels_setting_chooses_the_implementation(model, processor, make, tmp_path, monkeypatch):

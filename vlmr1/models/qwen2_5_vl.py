@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -67,8 +68,12 @@ class QwenVLAdapter:
             inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features)}  # type: ignore[arg-type]
         if shared is None:
             return model.model(**inputs, attention_mask=attention_mask).last_hidden_state
-        with shared_attention(model.model.language_model):
+        with self.shared_attention(model):
             return model.model(**inputs, shared=shared).last_hidden_state
+
+    def shared_attention(self, model: Any) -> AbstractContextManager[None]:
+        """The decoder attends by `shared`; a backward that recomputes layers has to run inside it too."""
+        return shared_attention(model.model.language_model)
 
     def head(self, model: Any) -> nn.Linear:
         """The vocabulary projection."""

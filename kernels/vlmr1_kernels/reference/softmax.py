@@ -45,9 +45,9 @@ class Chunk:
         self.targets = targets.long()[:, None]  # [n, 1]
         self.slope: Tensor | None = None  # [n, V] of the softcap
         if head.softcap is None:
-            logits = project(self.hidden, head.weight, head.bias, 1 / head.temperature)
+            logits = project(self.hidden, head.weight, head.bias, head.temperature)
         else:
-            squashed = project(self.hidden, head.weight, head.bias, 1 / head.softcap).tanh_()
+            squashed = project(self.hidden, head.weight, head.bias, head.softcap).tanh_()
             logits = squashed * (head.softcap / head.temperature)
             self.slope = 1 - squashed.square_()
         self.log_probs = torch.log_softmax(logits, dim=-1)  # [n, V]
