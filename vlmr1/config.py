@@ -6,9 +6,11 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Literal
 
 from transformers import TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from vlmr1.data.templates import TEMPLATES
 from vlmr1.errors import SettingError
+from vlmr1_kernels import GRPOSettings
 from vlmr1_kernels.registry import ImplementationError, parse_choices
 
 # Settings of `TrainingArguments` that have a better name here.
@@ -101,11 +103,15 @@ class GRPOConfig(TrainingArguments):
     log_completions: int = field(default=4, metadata={"help": "completions a step written to completions.jsonl"})
 
     def __post_init__(self):
-        super().__post_init__()
         for inherited in fields(TrainingArguments):
             if inherited.name not in HONOURED and _changed(inherited, getattr(self, inherited.name)):
-                reason = REPLACED.get(inherited.name, "it has no effect on GRPO")
+                reason = REPLACED.get(inherited.name, "it has no effect on GRPO, or is not supported yet")
                 raise SettingError(f"{inherited.name} cannot be set: {reason}")
+        try:
+            super().__post_init__()
+            self.objective()
+        except (ValueError, ImportError) as error:
+            raise SettingError(str(error)) from error
         self._check()
         if self.world_size > 1:
             raise SettingError(
@@ -120,7 +126,14 @@ class GRPOConfig(TrainingArguments):
             raise SettingError(
                 f"num_generations is {self.num_generations}: a group needs at least 2 completions to compare"
             )
-        for name in ("prompts_per_device", "max_completion_length", "tokens_per_pack", "max_nonfinite"):
+        if self.save_strategy == SaveStrategy.BEST:
+            raise SettingError("save_strategy is 'best': there is no evaluation in training; use 'steps' or 'epoch'")
+        if self.log_completions < 0:
+            raise SettingError(f"log_completions is {self.log_completions}: it must not be negative")
+        at_least_one = ["prompts_per_device", "max_completion_length", "tokens_per_pack", "max_nonfinite"]
+        if self.max_prompt_length is not None:
+            at_least_one.append("max_prompt_length")
+        for name in at_least_one:
             if getattr(self, name) < 1:
                 raise SettingError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.temperature <= 0:
@@ -139,6 +152,20 @@ class GRPOConfig(TrainingArguments):
             raise SettingError(f"kernels: {error}") from error
         question_text(self.question_template)
 
+    def objective(self) -> GRPOSettings:
+        """The objective that these settings ask for; SettingError where one is out of range."""
+        if not 0 <= self.epsilon <= 1:
+            raise SettingError(f"epsilon is {self.epsilon}: it must be between 0 and 1")
+        return GRPOSettings(
+            loss_type=self.loss_type,
+            epsilon_low=self.epsilon,
+            epsilon_high=self.epsilon if self.epsilon_high is None else self.epsilon_high,
+            beta=self.beta,
+            kl=self.kl,
+            temperature=self.temperature,
+            max_completion_length=self.max_completion_length,
+        )
+
     @property
     def question_text(self) -> str:
         return question_text(self.question_template)
@@ -153,13 +180,8 @@ def question_text(template: str) -> str:
     return text
 
 
-def _changed(field_: Field, value: object) -> bool:
-    """Whether a setting is neither its default nor what TrainingArguments makes of it."""
-    default = field_.default if field_.default is not MISSING else None
-    return str(getattr(value, "value", value)) not in (
-        str(getattr(default, "value", default)),
-        "None",
-        "False",
-        "{}",
-        "[]",
-    )
+def _changed(setting: Field, value: object) -> bool:
+    """Whether a setting was given another value than its default; empty ones are all the same."""
+    default = None if setting.default is MISSING else setting.default
+    one, other = (str(getattr(each, "value", each) or "no") for each in (value, default))
+    return one != other and {one, other} - {"no", "False", "None", "{}", "[]"} != set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -133,8 +134,8 @@ def arithmetic(config: GRPOConfig, rows: int) -> str:
     """Prompts, generations, sequences and updates, over all ranks, in words."""
     ranks = config.world_size
     prompts = config.prompts_per_device * ranks
-    epoch = -(-rows // prompts)
-    updates = config.max_steps if config.max_steps > 0 else int(config.num_train_epochs * epoch)
+    epoch = max(1, rows // prompts if config.dataloader_drop_last else -(-rows // prompts))
+    updates = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * epoch)
     return (
         f"{rows} rows; an update: {prompts} prompts x {config.num_generations} generations = "
         f"{prompts * config.num_generations} sequences on {ranks} device{'s' if ranks > 1 else ''}; "

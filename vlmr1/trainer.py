@@ -36,7 +36,7 @@ from vlmr1.rewards.score import score_groups
 from vlmr1.rollout import ENGINES, SamplingSettings
 from vlmr1.statistics import group_statistics
 from vlmr1.types import Group, Pack, Prompt, Sample, StepMetrics
-from vlmr1_kernels import GRPOSettings, use
+from vlmr1_kernels import use
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class GRPOTrainer(Trainer):
         self.reward_weights = args.reward_weights or [1.0] * len(self.rewards)
         if len(self.reward_weights) != len(self.rewards):
             raise SettingError(f"reward_weights has {len(self.reward_weights)} values for {len(self.rewards)} rewards")
-        self.settings = grpo_settings(args)
+        self.settings = args.objective()
         self.dtype = torch.bfloat16 if args.bf16 else None
         if args.freeze_vision:
             for parameter in self.adapter.vision_parameters(model):
@@ -211,16 +211,3 @@ class GRPOTrainer(Trainer):
 
 def _as_list(prompts: Any) -> Any:
     return prompts
-
-
-def grpo_settings(args: GRPOConfig) -> GRPOSettings:
-    """The objective that the settings of a run ask for."""
-    return GRPOSettings(
-        loss_type=args.loss_type,
-        epsilon_low=args.epsilon,
-        epsilon_high=args.epsilon if args.epsilon_high is None else args.epsilon_high,
-        beta=args.beta,
-        kl=args.kl,
-        temperature=args.temperature,
-        max_completion_length=args.max_completion_length,
-    )

@@ -52,7 +52,7 @@ def choose(
     if settings.greedy:
         tokens = allowed.argmax(-1)
     else:
-        cumulative = allowed.double().exp().cumsum(-1)  # [B, V]
+        cumulative = (allowed - allowed.amax(-1, keepdim=True)).double().exp().cumsum(-1)  # [B, V]
         target = torch.from_numpy(draws).to(logits.device)[:, None] * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
     chosen = tokens[:, None]

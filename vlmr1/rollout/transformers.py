@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from transformers import GenerationConfig
 
 from vlmr1.models import QwenVLAdapter
 from vlmr1.models.attention import autocast
 from vlmr1.rollout.engine import completions_of, groups_of, stop_ids
 from vlmr1.rollout.sampling import SamplingSettings, mix
 from vlmr1.types import Group, Prompt
+
+
+@contextmanager
+def _plain_generation(model: Any) -> Iterator[None]:
+    """The checkpoint's own sampling settings (penalties, truncation) have no part in a rollout."""
+    before = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=before.eos_token_id, pad_token_id=before.pad_token_id)
+    try:
+        yield
+    finally:
+        model.generation_config = before
 
 
 class TransformersEngine:
@@ -36,7 +49,7 @@ class TransformersEngine:
         repeated = [p for p in prompts for _ in range(num_generations)]
         inputs = self._inputs(repeated, device)
         width = inputs["input_ids"].shape[1]
-        with torch.random.fork_rng(), autocast(device, self.dtype):
+        with torch.random.fork_rng(), autocast(device, self.dtype), _plain_generation(self.model):
             torch.manual_seed(int(mix(settings.seed, step)) % 2**63)
             drawn = self.model.generate(
                 **inputs,

@@ -130,6 +130,7 @@ def save(model, processor, out: Path) -> None:
     processor.tokenizer.save_pretrained(out)
     processor.image_processor.save_pretrained(out)
     state = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
+    model.config.dtype = torch.bfloat16  # of the file; here the weights stay float32
     model.save_pretrained(out, state_dict=state)
 
 
