@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     evaluate.add_argument("--out", type=Path, help="JSONL file for the completions")
     commands.add_parser("doctor", help="what this machine has, and which kernels it would use")
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command != "train":
+    if rest and options.command not in ("train", "demo"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
@@ -56,7 +56,7 @@ def _run(options: argparse.Namespace, rest: list[str]) -> None:
     if options.command == "demo":
         from vlmr1.demo import demo
 
-        demo(options.seed, options.output_dir or Path("output") / f"demo-{options.seed}")
+        demo(options.seed, options.output_dir or Path("output") / f"demo-{options.seed}", rest)
     elif options.command == "train":
         from vlmr1.arguments import help_text, parse_config
         from vlmr1.run import train

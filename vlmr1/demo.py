@@ -38,11 +38,13 @@ SETTINGS = [
 Row = tuple[str, str, str]
 
 
-def demo(seed: int, output_dir: Path) -> None:
-    """Train as `vlmr1 train --recipe tiny-digits` does, between two greedy evaluations on held-out images."""
+def demo(seed: int, output_dir: Path, changes: Sequence[str] = ()) -> None:
+    """Train as `vlmr1 train --recipe tiny-digits` does, between two greedy evaluations on held-out images.
+
+    `changes` are further settings, as on the command line."""
     begin = time.monotonic()
     arguments = ["--output_dir", str(output_dir), "--seed", str(seed), "--data_file_paths", DIGITS]
-    config = parse_config(arguments, recipe="tiny-digits")
+    config = parse_config([*arguments, *changes], recipe="tiny-digits")
     samples = held_out(config, output_dir)
     before = measure(config, model_path(str(config.model_name_or_path)), samples)
     print(

@@ -127,7 +127,7 @@ def test_reference_is_held_only_with_beta(beta, model, processor, tmp_path):
     trainer.train()
     kl = [row["kl"] for row in trainer.state.log_history if "kl" in row]
     assert (trainer.reference is None) == (beta == 0)
-    assert (kl[1] > 1e-4) == (beta > 0)
+    assert (kl[1] > 0) == (beta > 0)
 
 
 @pytest.mark.parametrize("engine", ["native", "transformers"])

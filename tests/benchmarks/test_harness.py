@@ -1,0 +1,98 @@
+"""The harness's arithmetic, its result file, and that it refuses to time arms that disagree."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import step
+from benchmarks.harness import CheckFailed, PeakMemory, alternate, ratio, require_equal, timed, write_result
+
+
+def test_arms_are_called_in_turn_and_warmup_is_not_counted():
+    calls: list[str] = []
+    counts = {"a": itertools.count(1), "b": itertools.count(10)}
+
+    def arm(name: str) -> float:
+        calls.append(name)
+        return float(next(counts[name]))
+
+    seconds = alternate({"a": lambda: arm("a"), "b": lambda: arm("b")}, rounds=3, warmup=2)
+    assert seconds == {"a": [3.0, 4.0, 5.0], "b": [12.0, 13.0, 14.0]}
+    assert "".join(calls) == "abbaabbaab"
+
+
+def test_no_rounds_are_refused():
+    with pytest.raises(ValueError, match="rounds is 0"):
+        alternate({}, rounds=0)
+
+
+def test_ratio_is_of_medians_and_its_spread_of_single_rounds():
+    result = ratio({"slow": [6.0, 100.0, 8.0], "fast": [2.0, 4.0, 2.0]}, "slow", "fast")
+    assert (result.value, result.low, result.high) == (4.0, 3.0, 25.0)
+    assert str(result) == "4.00 (3.00..25.00)"
+
+
+def test_timed_counts_the_function():
+    assert 0 < timed(lambda: sum(range(1000)))() < 5
+
+
+AGREEMENT = {
+    "equal": ({"loss": 1.0}, None),
+    "within": ({"loss": 1.00009}, None),
+    "beyond": ({"loss": 1.0002}, "loss is 1.0002 in b and 1.0 in a"),
+    "nan": ({"loss": float("nan")}, "loss is nan in b"),
+    "another_figure": ({"norm": 1.0}, "b reports"),
+}
+
+
+@pytest.mark.parametrize(("other", "message"), AGREEMENT.values(), ids=AGREEMENT.keys())
+def test_arms_must_agree(other: dict[str, float], message: str | None):
+    if message is None:
+        require_equal({"a": {"loss": 1.0}, "b": other})
+        return
+    with pytest.raises(CheckFailed, match=message):
+        require_equal({"a": {"loss": 1.0}, "b": other})
+
+
+def test_result_file_has_machine_versions_commit_command_and_date(tmp_path: Path):
+    figures = {"median_ms": {"a": 2.5}, "time a/b": ratio({"a": [6.0], "b": [2.0]}, "a", "b")}
+    result = json.loads(write_result(tmp_path / "deep" / "result.json", figures).read_text())
+    assert result["figures"] == {
+        "median_ms": {"a": 2.5},
+        "time a/b": {"value": 3.0, "low": 3.0, "high": 3.0},
+    }
+    assert result["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert result.keys() == {"machine", "versions", "commit", "command", "date", "figures"}
+    assert all(result.values())
+
+
+@pytest.mark.skipif(torch.cuda.is_initialized(), reason="measures the resident set")
+def test_peak_memory_sees_what_came_and_went():
+    peak = PeakMemory()
+    block = torch.ones(64 * 2**20 // 4)  # 64 MiB
+    del block
+    if peak.reset:
+        assert 60 < peak.mib() < 120
+    else:
+        assert 0 <= peak.mib() < 120
+
+
+def test_step_refuses_arms_that_disagree(monkeypatch: Any, capsys: Any, tmp_path: Path):
+    losses = {"shared": 1.0, "naive": 1.5}
+
+    def make(name: str, *_: Any) -> Any:
+        model = SimpleNamespace(zero_grad=lambda **_: None, parameters=lambda: [weight])
+        return SimpleNamespace(model=model, update=lambda: torch.tensor(losses[name]))
+
+    weight = SimpleNamespace(grad=torch.ones(3))
+    monkeypatch.setattr(step, "make", make)
+    monkeypatch.setattr(step, "alternate", lambda *_, **__: pytest.fail("it was timed"))
+    assert step.main(["--arms", "shared", "naive", "--folder", str(tmp_path)]) == 1
+    assert "refused: loss is 1.5 in naive and 1.0 in shared" in capsys.readouterr().err
