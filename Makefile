@@ -29,7 +29,7 @@ lint: $(READY)/lint $(READY)/test $(READY)/bench
 	$(BIN)/pyright
 
 bench: $(READY)/bench
-	$(BIN)/vlmr1 bench
+	$(BIN)/python -m benchmarks.step --profile --out benchmarks/results/step.json
 
 clean:
 	rm -rf .venv build vlmr1.egg-info
