@@ -18,7 +18,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from vlmr1.data.jsonl import load_samples, open_image
 from vlmr1.rewards.answer import solution_box
 from vlmr1.tiny import CHECKPOINT, build, digits
-from vlmr1.tiny.supervise import JITTER, jittered, prompt_text
+from vlmr1.tiny.texts import JITTER, jittered, prompt_text
 
 MIB = 2**20
 QUESTION = prompt_text(0).replace(digits.question(0), "{question}")

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLFo
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from vlmr1.tiny import digits
-from vlmr1.tiny.supervise import completion_text, jittered, prompt_text
+from vlmr1.tiny.texts import completion_text, jittered, prompt_text
 
 VOCABULARY = 768
 SPECIAL = (
