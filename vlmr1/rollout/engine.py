@@ -2,22 +2,46 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from vlmr1.models import QwenVLAdapter
+from vlmr1.models.attention import autocast
 from vlmr1.rollout.sampling import SamplingSettings
 from vlmr1.types import Completion, Group, Prompt
 
 
-class RolloutEngine(Protocol):
+class RolloutEngine(ABC):
     """Draws `num_generations` completions for each prompt from the present weights."""
 
+    def __init__(self, model: Any, adapter: QwenVLAdapter, tokenizer: Any, *, dtype: torch.dtype | None = None):
+        self.model = model
+        self.adapter = adapter
+        self.tokenizer = tokenizer
+        self.dtype = dtype  # of autocast
+
+    @torch.no_grad()
     def generate(
         self, prompts: Sequence[Prompt], num_generations: int, settings: SamplingSettings, *, step: int = 0
-    ) -> list[Group]: ...
+    ) -> list[Group]:
+        """P prompts -> P groups of `num_generations` completions; `step` varies the draws."""
+        training = self.model.training
+        self.model.eval()
+        with autocast(self.model.device, self.dtype):
+            drawn = self.draw(prompts, num_generations, settings, step)
+        self.model.train(training)
+        completions = completions_of(*drawn, stop_ids(self.model), self.tokenizer)
+        return groups_of(prompts, completions, num_generations)
+
+    @abstractmethod
+    def draw(
+        self, prompts: Sequence[Prompt], num_generations: int, settings: SamplingSettings, step: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, T] tokens, logp and sampling_logp; what follows a stop token is noise."""
 
 
 def stop_ids(model: Any) -> list[int]:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from vlmr1.models import QwenVLAdapter
-from vlmr1.models.attention import PackedAttention, autocast
+from vlmr1.models.attention import PackedAttention
 from vlmr1.packing import unique_images
-from vlmr1.rollout.engine import completions_of, groups_of, stop_ids
+from vlmr1.rollout.engine import RolloutEngine, stop_ids
 from vlmr1.rollout.sampling import SamplingSettings, choose, uniform
-from vlmr1.types import Group, Prompt
+from vlmr1.types import Prompt
 from vlmr1_kernels import PrefixLayout, shared_prefix_decode
 
 
@@ -56,32 +54,12 @@ def _padded(packed: Tensor, lengths: Sequence[int]) -> Tensor:
     return pad_sequence(list(rows), batch_first=True).transpose(1, 2).contiguous()
 
 
-class NativeEngine:
+class NativeEngine(RolloutEngine):
     """Decodes all branches of all prompts together, one token a step, until the last has ended."""
 
-    def __init__(self, model: Any, adapter: QwenVLAdapter, tokenizer: Any, *, dtype: torch.dtype | None = None):
-        self.model = model
-        self.adapter = adapter
-        self.tokenizer = tokenizer
-        self.dtype = dtype
-
-    @torch.no_grad()
-    def generate(
-        self, prompts: Sequence[Prompt], num_generations: int, settings: SamplingSettings, *, step: int = 0
-    ) -> list[Group]:
-        """P prompts -> P groups of `num_generations` completions."""
-        training = self.model.training
-        self.model.eval()
-        with autocast(self.model.device, self.dtype):
-            drawn = self._decode(prompts, num_generations, settings, step)
-        self.model.train(training)
-        completions = completions_of(*drawn, stop_ids(self.model), self.tokenizer)
-        return groups_of(prompts, completions, num_generations)
-
-    def _decode(
+    def draw(
         self, prompts: Sequence[Prompt], num_generations: int, settings: SamplingSettings, step: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, T] tokens, logp and sampling_logp; what follows a stop token is noise."""
         device = self.model.device
         branches = len(prompts) * num_generations
         prefill, hidden = self._prefill(prompts)

@@ -11,11 +11,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import GenerationConfig
 
-from vlmr1.models import QwenVLAdapter
-from vlmr1.models.attention import autocast
-from vlmr1.rollout.engine import completions_of, groups_of, stop_ids
+from vlmr1.rollout.engine import RolloutEngine
 from vlmr1.rollout.sampling import SamplingSettings, mix
-from vlmr1.types import Group, Prompt
+from vlmr1.types import Prompt
 
 
 @contextmanager
@@ -29,27 +27,15 @@ def _plain_generation(model: Any) -> Iterator[None]:
         model.generation_config = before
 
 
-class TransformersEngine:
+class TransformersEngine(RolloutEngine):
     """Works with any model that generates; its draws depend on the batch that a prompt is in."""
 
-    def __init__(self, model: Any, adapter: QwenVLAdapter, tokenizer: Any, *, dtype: torch.dtype | None = None):
-        self.model = model
-        self.adapter = adapter
-        self.tokenizer = tokenizer
-        self.dtype = dtype
-
-    @torch.no_grad()
-    def generate(
-        self, prompts: Sequence[Prompt], num_generations: int, settings: SamplingSettings, *, step: int = 0
-    ) -> list[Group]:
-        """P prompts -> P groups of `num_generations` completions."""
+    def draw(
+        self, prompts: Sequence[Prompt], num_generations: int, settings: SamplingSettings, step: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         device = self.model.device
-        training = self.model.training
-        self.model.eval()
-        repeated = [p for p in prompts for _ in range(num_generations)]
-        inputs = self._inputs(repeated, device)
-        width = inputs["input_ids"].shape[1]
-        with torch.random.fork_rng(), autocast(device, self.dtype), _plain_generation(self.model):
+        inputs = self._inputs([p for p in prompts for _ in range(num_generations)], device)
+        with torch.random.fork_rng(), _plain_generation(self.model):
             torch.manual_seed(int(mix(settings.seed, step)) % 2**63)
             drawn = self.model.generate(
                 **inputs,
@@ -62,15 +48,12 @@ class TransformersEngine:
                 return_dict_in_generate=True,
                 output_logits=True,
             )
-        self.model.train(training)
-        tokens = drawn.sequences[:, width:]
-        raw = torch.stack(drawn.logits, 1).float() / settings.temperature  # [B, T, V]
-        full = raw.log_softmax(-1)
+        tokens = drawn.sequences[:, inputs["input_ids"].shape[1] :]
+        full = (torch.stack(drawn.logits, 1).float() / settings.temperature).log_softmax(-1)  # [B, T, V]
         logp = full.gather(-1, tokens[..., None])[..., 0]
         banned = torch.tensor(self.adapter.placeholder_ids(self.model), device=device)
         allowed = full.index_fill(-1, banned, float("-inf")).logsumexp(-1)
-        completions = completions_of(tokens, logp, logp - allowed, stop_ids(self.model), self.tokenizer)
-        return groups_of(prompts, completions, num_generations)
+        return tokens, logp, logp - allowed
 
     def _inputs(self, prompts: Sequence[Prompt], device: torch.device) -> dict[str, Tensor]:
         width = max(len(p.input_ids) for p in prompts)
