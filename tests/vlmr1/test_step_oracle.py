@@ -20,6 +20,17 @@ TOLERANCE = 1e-5
 NAIVE = {"share_vision": False, "share_prompt": False, "pack": False}
 
 
+@pytest.fixture
+def model(model: Any) -> Any:
+    """Random weights, three times as wide as usual: attention is far from uniform, and sums of float32 gradients do
+    not cancel as they do in a model that has converged."""
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.06)
+    return model
+
+
 def two_lengths(make: Maker) -> list[Group]:
     return [
         make.group(make.prompt("Locate the digit 7.", (112,)), (5, 9, 3, 12)),
@@ -68,8 +79,8 @@ def equal_rewards(make: Maker) -> list[Group]:
 
 def same_image_twice(make: Maker) -> list[Group]:
     return [
-        make.group(make.prompt("Locate the digit 8.", (84,)), (5, 4)),
-        make.group(make.prompt("Locate the digit 9, please.", (84,)), (3, 7)),
+        make.group(make.prompt("Locate the digit 8.", (84,)), (5, 4), (1.0, 0.5)),
+        make.group(make.prompt("Locate the digit 9, please.", (84,)), (3, 7), (0.7, 1.2)),
     ]
 
 
