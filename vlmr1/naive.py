@@ -43,7 +43,8 @@ class NaivePolicy(PackedPolicy):
             features = [encoded[i] for i in pack.image_ids]
             hidden = self.adapter.hidden(self.model, input_ids, positions, features, attention_mask=mask)
             hidden = hidden[:, -columns - 1 : -1]  # the columns that predict the completion's
-            logits = self.adapter.head(self.model)(hidden).float() / self.temperature  # [B, columns, V]
+            logits = self.adapter.head(self.model)(hidden)  # [B, columns, V]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature
         targets = input_ids[:, -columns:]
         logp = logits.gather(-1, targets[..., None])[..., 0] - logits.logsumexp(-1)
         real = torch.arange(columns, device=device) < lengths[:, None]
