@@ -38,10 +38,28 @@ def head(
         raise ValueError(f"chunk_mib must be above 0, or None, it is {chunk_mib}")
 
 
+Scores = tuple[str, Tensor]  # the name of the argument, advantages or rewards, and its value [B]
+
+
+def advantages_or_rewards(advantages: Tensor | None, rewards_: Tensor | None, num_generations: int | None) -> Scores:
+    """The one that was given."""
+    if (advantages is None) == (rewards_ is None):
+        raise ValueError("give either advantages or rewards (with num_generations)")
+    if advantages is not None:
+        if num_generations is not None:
+            raise ValueError("num_generations goes with rewards, not with advantages")
+        return "advantages", advantages
+    if num_generations is None:
+        raise ValueError("rewards needs num_generations")
+    assert rewards_ is not None
+    rewards(rewards_, num_generations, "group")
+    return "rewards", rewards_
+
+
 def objective(
     rows: Tensor,
     seq_ids: Tensor,
-    advantages: Tensor,
+    scores: Scores,
     old_logp: Tensor | None,
     ref_logp: Tensor | None,
     sampling_logp: Tensor | None,
@@ -50,7 +68,7 @@ def objective(
 ) -> None:
     count = rows.shape[0]
     _integer("seq_ids", seq_ids, count, rows)
-    row_vector("advantages", advantages, None, rows)
+    row_vector(*scores, None, rows)
     for name, value in (("old_logp", old_logp), ("ref_logp", ref_logp), ("sampling_logp", sampling_logp)):
         if value is not None:
             row_vector(name, value, count, rows)
@@ -85,24 +103,29 @@ def active_rows(rows: Tensor, hidden: Tensor, settings: GRPOSettings) -> Tensor:
 
 def objective_values(
     seq_ids: Tensor,
-    advantages: Tensor,
+    scores: Scores,
     old_logp: Tensor | None,
     ref_logp: Tensor | None,
     sampling_logp: Tensor | None,
     active: Tensor | None = None,
+    num_generations: int | None = None,
 ) -> None:
-    _range("seq_ids", seq_ids, advantages.numel(), "the number of sequences")
+    name, values = scores
+    _range("seq_ids", seq_ids, values.numel(), "the number of sequences")
     if bool((seq_ids[1:] < seq_ids[:-1]).any()):
         raise ValueError("seq_ids is not sorted")
-    if not bool(torch.isfinite(advantages).all()):
-        raise ValueError("advantages holds NaN or infinity")
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError(f"{name} holds NaN or infinity")
     if active is not None:
         _range("active_rows", active, seq_ids.numel(), "the number of rows")
         if bool((active[1:] <= active[:-1]).any()):
             raise ValueError("active_rows is not in increasing order")
         dropped = torch.ones_like(seq_ids, dtype=torch.bool)
         dropped[active] = False
-        if bool((advantages[seq_ids[dropped]] != 0).any()):
+        if num_generations is not None:  # the advantage is 0 where the group's rewards are equal
+            groups = values.view(-1, num_generations)
+            values = (groups != groups[:, :1]).any(dim=1).repeat_interleave(num_generations)
+        if bool((values[seq_ids[dropped]] != 0).any()):
             raise ValueError("active_rows drops a row whose advantage is not 0")
     for name, value in (("old_logp", old_logp), ("ref_logp", ref_logp), ("sampling_logp", sampling_logp)):
         if value is not None:

@@ -4,13 +4,15 @@
 (H, Hkv, L, Dh) for shared_prefix_attention and (B, P, H, Hkv, Dh) for shared_prefix_decode.
 """
 
+import os
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 
 import torch
 
 from vlmr1_kernels.registry import Implementation, Request
 
-_FLASH_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES_32_AND_16 = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _never(request: Request) -> None:
@@ -20,8 +22,18 @@ def _never(request: Request) -> None:
 def _cpu_attention(request: Request) -> str | None:
     if request.device.type != "cpu":
         return f"runs on cpu, the tensors are on {request.device.type}"
-    if request.dtype not in _FLASH_DTYPES:
+    if request.dtype not in _DTYPES_32_AND_16:
         return f"serves float32, bfloat16 and float16, not {request.dtype}"
+    return None
+
+
+def _triton(request: Request) -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if request.dtype not in _DTYPES_32_AND_16:
+        return f"serves float32, bfloat16 and float16, not {request.dtype}"
+    if request.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"runs on cuda, or anywhere with TRITON_INTERPRET=1; the tensors are on {request.device.type}"
     return None
 
 
@@ -33,10 +45,10 @@ def _rows(op: str, **others: tuple[str, Callable[[Request], str | None]]) -> tup
 
 TABLE: Mapping[str, Mapping[str, Implementation]] = dict(
     [
-        _rows("linear_logprob"),
-        _rows("group_advantages"),
-        _rows("grpo_loss"),
-        _rows("linear_grpo_loss"),
+        _rows("linear_logprob", triton=("vlmr1_kernels.triton.linear_logprob:linear_logprob", _triton)),
+        _rows("group_advantages", triton=("vlmr1_kernels.triton.group_advantages:group_advantages", _triton)),
+        _rows("grpo_loss", triton=("vlmr1_kernels.triton.grpo_loss:grpo_loss", _triton)),
+        _rows("linear_grpo_loss", triton=("vlmr1_kernels.triton.linear_grpo_loss:linear_grpo_loss", _triton)),
         _rows(
             "shared_prefix_attention",
             cpu=("vlmr1_kernels.cpu.shared_prefix_attention:shared_prefix_attention", _cpu_attention),

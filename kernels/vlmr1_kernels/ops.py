@@ -114,15 +114,17 @@ def grpo_loss(
     if settings.entropy_coef != 0:
         raise ValueError("entropy_coef needs the logits: use linear_grpo_loss")
     checks.row_vector("logp", logp, None, None)
-    advantages = _advantages(advantages, rewards, num_generations)
-    checks.objective(logp, seq_ids, advantages, old_logp, ref_logp, sampling_logp, settings, normalizer)
+    scores = checks.advantages_or_rewards(advantages, rewards, num_generations)
+    checks.objective(logp, seq_ids, scores, old_logp, ref_logp, sampling_logp, settings, normalizer)
     if check:
-        checks.objective_values(seq_ids, advantages, old_logp, ref_logp, sampling_logp)
-    run = _implementation("grpo_loss", impl, logp, logp.numel(), advantages.numel())
+        checks.objective_values(seq_ids, scores, old_logp, ref_logp, sampling_logp)
+    run = _implementation("grpo_loss", impl, logp, logp.numel(), scores[1].numel())
     return run(
         logp,
         seq_ids,
         advantages,
+        rewards=rewards,
+        num_generations=num_generations,
         old_logp=old_logp,
         ref_logp=ref_logp,
         sampling_logp=sampling_logp,
@@ -178,13 +180,13 @@ def linear_grpo_loss(
         ImplementationError: the named implementation does not exist or refuses.
     """
     checks.head(hidden, weight, targets, bias, settings.temperature, softcap, chunk_mib)
-    advantages = _advantages(advantages, rewards, num_generations)
-    checks.objective(targets, seq_ids, advantages, old_logp, ref_logp, sampling_logp, settings, normalizer)
+    scores = checks.advantages_or_rewards(advantages, rewards, num_generations)
+    checks.objective(targets, seq_ids, scores, old_logp, ref_logp, sampling_logp, settings, normalizer)
     if active_rows is not None:
         active_rows = checks.active_rows(active_rows, hidden, settings)
     if check:
         checks.token_ids(targets, weight.shape[0])
-        checks.objective_values(seq_ids, advantages, old_logp, ref_logp, sampling_logp, active_rows)
+        checks.objective_values(seq_ids, scores, old_logp, ref_logp, sampling_logp, active_rows, num_generations)
     run = _implementation("linear_grpo_loss", impl, hidden, hidden.shape[0], *reversed(weight.shape))
     return run(
         hidden,
@@ -192,6 +194,8 @@ def linear_grpo_loss(
         targets,
         seq_ids,
         advantages,
+        rewards=rewards,
+        num_generations=num_generations,
         old_logp=old_logp,
         ref_logp=ref_logp,
         sampling_logp=sampling_logp,
@@ -268,19 +272,6 @@ def shared_prefix_decode(
     run = _implementation("shared_prefix_decode", impl, q, batch, prompts, heads, kv_heads, head_dim)
     scale = head_dim**-0.5 if scale is None else scale
     return run(q, prefix_k, prefix_v, prefix_lengths, suffix_k, suffix_v, suffix_lengths, scale=scale)
-
-
-def _advantages(advantages: Tensor | None, rewards: Tensor | None, num_generations: int | None) -> Tensor:
-    if (advantages is None) == (rewards is None):
-        raise ValueError("give either advantages or rewards (with num_generations)")
-    if advantages is not None:
-        if num_generations is not None:
-            raise ValueError("num_generations goes with rewards, not with advantages")
-        return advantages
-    if num_generations is None:
-        raise ValueError("rewards needs num_generations")
-    assert rewards is not None
-    return group_advantages(rewards, num_generations)
 
 
 def _implementation(op: str, impl: str, tensor: Tensor, *shape: int) -> Callable[..., Any]:

@@ -18,3 +18,11 @@ def group_advantages(rewards: Tensor, num_generations: int, *, scale: str) -> Te
         spread = rewards - rewards.mean() if rewards.numel() else rewards
         std = spread.square().sum().div(max(rewards.numel() - 1, 1)).sqrt()
     return (centered / (std + STD_FLOOR)).reshape(-1)
+
+
+def given_or_grouped(advantages: Tensor | None, rewards: Tensor | None, num_generations: int | None) -> Tensor:
+    """The advantages, or those that the rewards make."""
+    if advantages is not None:
+        return advantages
+    assert rewards is not None and num_generations is not None
+    return group_advantages(rewards, num_generations, scale="group")

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vlmr1_kernels.linear import accumulation_dtype, chunk_rows
+from vlmr1_kernels.reference.group_advantages import given_or_grouped
 from vlmr1_kernels.reference.objective import Rows, coefficients, make_rows, summarize
 from vlmr1_kernels.reference.softmax import Chunk, Head
 from vlmr1_kernels.settings import GRPOSettings
@@ -18,8 +19,10 @@ def linear_grpo_loss(
     weight: Tensor,
     targets: Tensor,
     seq_ids: Tensor,
-    advantages: Tensor,
+    advantages: Tensor | None,
     *,
+    rewards: Tensor | None,
+    num_generations: int | None,
     old_logp: Tensor | None,
     ref_logp: Tensor | None,
     sampling_logp: Tensor | None,
@@ -31,6 +34,7 @@ def linear_grpo_loss(
     active_rows: Tensor | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     count, wide = len(hidden), accumulation_dtype(hidden.dtype)
+    advantages = given_or_grouped(advantages, rewards, num_generations)
     rows = make_rows(seq_ids, advantages, old_logp, ref_logp, sampling_logp, settings, normalizer, wide)
     if active_rows is not None:
         hidden, targets, rows = hidden.index_select(0, active_rows), targets[active_rows], rows[active_rows]

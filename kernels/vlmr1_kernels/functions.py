@@ -1,0 +1,383 @@
+"""Compiled implementations as torch ops: schema, shapes and derivative, written once for all of them.
+
+An implementation hands over plain functions on tensors and gets back the function that `ops.py` calls. Each
+of its functions becomes a torch custom op `vlmr1_kernels::<op>_<implementation>`, opaque to torch.compile.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import astuple
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from vlmr1_kernels.linear import accumulation_dtype, chunk_rows
+from vlmr1_kernels.settings import GRPOSettings
+
+NAMESPACE = "vlmr1_kernels"
+_METRICS = ("kl", "clip_low", "clip_high", "ratio_max")
+
+
+def linear_logprob(name: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
+    """The `linear_logprob` of an implementation, from
+
+    forward(hidden [N, D], weight [V, D], bias [V] | None, targets [N], temperature, softcap, entropy, chunk)
+        -> logp [N], entropy [N] or [0], lse [N] of the logits as they enter the softmax
+    backward(hidden, weight, bias, targets, lse, entropy, d_logp [N], d_entropy [N] or [0], temperature, softcap,
+        needs_hidden, needs_weight, needs_bias, chunk)
+        -> d_hidden [N, D], d_weight [V, D], d_bias [V], in the dtype of the input; [0] where not needed
+    """
+
+    @torch.library.custom_op(f"{NAMESPACE}::linear_logprob_{name}", mutates_args=())
+    def run_forward(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        softcap: float | None,
+        entropy: bool,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return forward(hidden, weight, bias, targets, temperature, softcap, entropy, chunk)
+
+    @run_forward.register_fake
+    def _(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        softcap: float | None,
+        entropy: bool,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logp = hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype))
+        return logp, torch.empty_like(logp) if entropy else logp.new_empty(0), torch.empty_like(logp)
+
+    @torch.library.custom_op(f"{NAMESPACE}::linear_logprob_{name}_backward", mutates_args=())
+    def run_backward(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        lse: Tensor,
+        entropy: Tensor,
+        d_logp: Tensor,
+        d_entropy: Tensor,
+        temperature: float,
+        softcap: float | None,
+        needs_hidden: bool,
+        needs_weight: bool,
+        needs_bias: bool,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        row = (lse, entropy, d_logp.contiguous(), d_entropy.contiguous())
+        needs = (needs_hidden, needs_weight, needs_bias)
+        return backward(hidden, weight, bias, targets, *row, temperature, softcap, *needs, chunk)
+
+    @run_backward.register_fake
+    def _(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        lse: Tensor,
+        entropy: Tensor,
+        d_logp: Tensor,
+        d_entropy: Tensor,
+        temperature: float,
+        softcap: float | None,
+        needs_hidden: bool,
+        needs_weight: bool,
+        needs_bias: bool,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _gradients_like(hidden, weight, needs_hidden, needs_weight, needs_bias)
+
+    class LinearLogprob(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *options: Any):
+            logp, entropy, lse = run_forward(hidden, weight, bias, targets, *options)
+            ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy)
+            ctx.options = options
+            return logp, entropy
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, d_logp: Tensor, d_entropy: Tensor) -> tuple[Tensor | None, ...]:
+            temperature, softcap, _, chunk = ctx.options
+            needs = ctx.needs_input_grad[:3]
+            gradients = run_backward(*ctx.saved_tensors, d_logp, d_entropy, temperature, softcap, *needs, chunk)
+            return *_needed(gradients, needs), None, None, None, None, None
+
+    def run(
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        *,
+        bias: Tensor | None,
+        temperature: float,
+        softcap: float | None,
+        entropy: bool,
+        chunk_mib: float | None,
+    ) -> tuple[Tensor, Tensor]:
+        chunk = chunk_rows(hidden.shape[0], weight, chunk_mib)
+        return LinearLogprob.apply(hidden, weight, bias, targets, temperature, softcap, entropy, chunk)
+
+    return run
+
+
+def grpo_loss(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The `grpo_loss` of an implementation, from
+
+    forward(logp [N], seq_ids [N], advantages [B] | None, rewards [B] | None, num_generations, old | None,
+        ref | None, sampling | None, normalizer [] | None, settings)
+        -> loss [], d loss / d logp [N], kl [], clip_low [], clip_high [], ratio_max [], in the accumulation dtype
+    """
+
+    @torch.library.custom_op(f"{NAMESPACE}::grpo_loss_{name}", mutates_args=())
+    def run_forward(
+        logp: Tensor,
+        seq_ids: Tensor,
+        advantages: Tensor | None,
+        rewards: Tensor | None,
+        num_generations: int,
+        old_logp: Tensor | None,
+        ref_logp: Tensor | None,
+        sampling_logp: Tensor | None,
+        normalizer: Tensor | None,
+        loss_type: str,
+        epsilon_low: float,
+        epsilon_high: float,
+        delta: float | None,
+        beta: float,
+        kl: str,
+        importance_level: str,
+        tis_cap: float | None,
+        entropy_coef: float,
+        temperature: float,
+        max_completion_length: int | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        settings = GRPOSettings(
+            loss_type, epsilon_low, epsilon_high, delta, beta, kl, importance_level, tis_cap, entropy_coef,
+            temperature, max_completion_length,
+        )  # fmt: skip
+        row = (old_logp, ref_logp, sampling_logp, normalizer)
+        return forward(logp, seq_ids, advantages, rewards, num_generations, *row, settings)
+
+    @run_forward.register_fake
+    def _(logp: Tensor, *others: Any) -> tuple[Tensor, ...]:
+        wide = accumulation_dtype(logp.dtype)
+        scalar = logp.new_empty((), dtype=wide)
+        scalars = (torch.empty_like(scalar) for _ in range(4))
+        return scalar, logp.new_empty(logp.shape, dtype=wide), *scalars
+
+    class GRPOLoss(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, logp: Tensor, *others: Any):
+            loss, d_logp, *metrics = run_forward(logp, *others)
+            ctx.save_for_backward(d_logp)
+            ctx.dtype, ctx.others = logp.dtype, len(others)
+            ctx.mark_non_differentiable(*metrics)
+            return loss, *metrics
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+            (d_logp,) = ctx.saved_tensors
+            return (d_logp * d_loss).to(ctx.dtype), *([None] * ctx.others)
+
+    def run(
+        logp: Tensor,
+        seq_ids: Tensor,
+        advantages: Tensor | None,
+        *,
+        rewards: Tensor | None,
+        num_generations: int | None,
+        old_logp: Tensor | None,
+        ref_logp: Tensor | None,
+        sampling_logp: Tensor | None,
+        settings: GRPOSettings,
+        normalizer: float | Tensor | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        shares = (advantages, rewards, num_generations or 1)
+        rows = (old_logp, ref_logp, sampling_logp)
+        count = _normalizer(normalizer, logp)
+        loss, *values = GRPOLoss.apply(logp, seq_ids, *shares, *rows, count, *astuple(settings))
+        metrics = dict(zip(_METRICS, values, strict=True))
+        wide = logp.detach().to(accumulation_dtype(logp.dtype))
+        return loss, metrics | {"logp": wide} | _counts(logp.shape[0], logp.shape[0], logp.device)
+
+    return run
+
+
+def linear_grpo_loss(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The `linear_grpo_loss` of an implementation, from
+
+    forward(hidden [n, D], weight [V, D], bias [V] | None, targets [n], seq_ids [N], rows [n] | None,
+        advantages [B] | None, rewards [B] | None, num_generations, old [n] | None, ref | None, sampling | None,
+        normalizer [] | None, softcap, chunk, scale, needs_hidden, needs_weight, needs_bias, settings)
+        -> loss [], d_hidden [n, D], d_weight [V, D], d_bias [V] (times `scale`, in the dtype of the input; [0]
+        where not needed), logp [n], entropy [], kl [], clip_low [], clip_high [], ratio_max []
+
+    `rows` are the n of N rows that are projected, None: all. `seq_ids` are those of all N, for their lengths.
+    """
+
+    @torch.library.custom_op(f"{NAMESPACE}::linear_grpo_loss_{name}", mutates_args=())
+    def run_forward(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        seq_ids: Tensor,
+        rows: Tensor | None,
+        advantages: Tensor | None,
+        rewards: Tensor | None,
+        num_generations: int,
+        old_logp: Tensor | None,
+        ref_logp: Tensor | None,
+        sampling_logp: Tensor | None,
+        normalizer: Tensor | None,
+        softcap: float | None,
+        chunk: int,
+        scale: float,
+        needs_hidden: bool,
+        needs_weight: bool,
+        needs_bias: bool,
+        loss_type: str,
+        epsilon_low: float,
+        epsilon_high: float,
+        delta: float | None,
+        beta: float,
+        kl: str,
+        importance_level: str,
+        tis_cap: float | None,
+        entropy_coef: float,
+        temperature: float,
+        max_completion_length: int | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        settings = GRPOSettings(
+            loss_type, epsilon_low, epsilon_high, delta, beta, kl, importance_level, tis_cap, entropy_coef,
+            temperature, max_completion_length,
+        )  # fmt: skip
+        head = (hidden, weight, bias, targets, seq_ids, rows)
+        objective = (advantages, rewards, num_generations, old_logp, ref_logp, sampling_logp, normalizer)
+        needs = (needs_hidden, needs_weight, needs_bias)
+        return forward(*head, *objective, softcap, chunk, scale, *needs, settings)
+
+    @run_forward.register_fake
+    def _(hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, ...]:
+        needs = others[14:17]
+        scalar = hidden.new_empty((), dtype=accumulation_dtype(hidden.dtype))
+        scalars = (torch.empty_like(scalar) for _ in range(5))
+        logp = scalar.new_empty(hidden.shape[0])
+        return scalar, *_gradients_like(hidden, weight, *needs), logp, *scalars
+
+    class LinearGRPOLoss(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, *others: Any):
+            before, after = others[: -len(_SETTINGS)], others[-len(_SETTINGS) :]
+            needs = ctx.needs_input_grad[:3]
+            out = run_forward(hidden, weight, bias, *before, scale, *needs, *after)
+            loss, d_hidden, d_weight, d_bias, *metrics = out
+            ctx.save_for_backward(d_hidden, d_weight, d_bias)
+            ctx.scale, ctx.others = scale, len(others) + 1
+            ctx.mark_non_differentiable(*metrics)
+            return loss, *metrics
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+            gradients = _needed(ctx.saved_tensors, ctx.needs_input_grad[:3])
+            scaled = _scaled(gradients, d_loss / ctx.scale)
+            return *scaled, *([None] * ctx.others)
+
+    def run(
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        seq_ids: Tensor,
+        advantages: Tensor | None,
+        *,
+        rewards: Tensor | None,
+        num_generations: int | None,
+        old_logp: Tensor | None,
+        ref_logp: Tensor | None,
+        sampling_logp: Tensor | None,
+        bias: Tensor | None,
+        softcap: float | None,
+        settings: GRPOSettings,
+        normalizer: float | Tensor | None,
+        chunk_mib: float | None,
+        active_rows: Tensor | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        total = hidden.shape[0]
+        per_row = [old_logp, ref_logp, sampling_logp]
+        if active_rows is not None:
+            hidden, targets = hidden.index_select(0, active_rows), targets[active_rows]
+            per_row = [None if value is None else value[active_rows] for value in per_row]
+        count = hidden.shape[0]
+        loss, logp, entropy, *values = LinearGRPOLoss.apply(
+            hidden, weight, bias, _gradient_scale(hidden), targets, seq_ids, active_rows, advantages, rewards,
+            num_generations or 1, *per_row, _normalizer(normalizer, hidden), softcap,
+            chunk_rows(count, weight, chunk_mib), *astuple(settings),
+        )  # fmt: skip
+        if active_rows is not None:
+            logp = logp.new_full((total,), torch.nan).index_copy_(0, active_rows, logp)
+        metrics = dict(zip(_METRICS, values, strict=True)) | {"entropy": entropy, "logp": logp}
+        return loss, metrics | _counts(total, count, hidden.device)
+
+    return run
+
+
+_SETTINGS = astuple(GRPOSettings())
+
+
+def _gradient_scale(hidden: Tensor) -> float:
+    """A power of two near N: the gradient of a mean over N rows times it is about as large as the hidden rows,
+    so that float16 holds it until backward knows the scale of the loss."""
+    return float(2 ** max(hidden.shape[0] - 1, 0).bit_length()) if hidden.dtype == torch.float16 else 1.0
+
+
+def _scaled(gradients: Sequence[Tensor | None], factor: Tensor) -> list[Tensor | None]:
+    """The gradients times a number, in their own memory unless the graph is kept for another backward."""
+    if torch.compiler.is_compiling() or _graph_is_kept():
+        return [None if gradient is None else (gradient * factor).to(gradient.dtype) for gradient in gradients]
+    return [None if gradient is None else gradient.mul_(factor) for gradient in gradients]
+
+
+def _graph_is_kept() -> bool:
+    return torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _normalizer(value: float | Tensor | None, like: Tensor) -> Tensor | None:
+    if value is None:
+        return None
+    wide = accumulation_dtype(like.dtype)
+    if isinstance(value, Tensor):
+        return value.detach().reshape(()).to(like.device, wide)
+    return torch.full((), value, dtype=wide, device=like.device)
+
+
+def _counts(total: int, projected: int, device: torch.device) -> dict[str, Tensor]:
+    def number(value: int) -> Tensor:
+        return torch.full((), value, dtype=torch.int64, device=device)
+
+    return {"tokens": number(total), "dropped_rows": number(total - projected)}
+
+
+def _gradients_like(
+    hidden: Tensor, weight: Tensor, needs_hidden: bool, needs_weight: bool, needs_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialized d_hidden, d_weight, d_bias; [0] where not needed."""
+    return (
+        hidden.new_empty(hidden.shape if needs_hidden else (0,)),
+        weight.new_empty(weight.shape if needs_weight else (0,)),
+        weight.new_empty(weight.shape[:1] if needs_bias else (0,)),
+    )
+
+
+def _needed(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    return [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)]
