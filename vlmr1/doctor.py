@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
 
-import vlmr1_kernels
 from vlmr1.memory.telemetry import gpu_info
 from vlmr1_kernels import registry
+from vlmr1_kernels.native import library
 
 REQUIRED = ("torch", "transformers", "accelerate", "safetensors", "pillow", "numpy")
 OPTIONAL = (
@@ -79,8 +78,7 @@ def _gpus() -> list[tuple[str, str]]:
 
 
 def _native() -> str:
-    libraries = sorted(Path(vlmr1_kernels.__path__[0]).rglob("*.so"))
-    return ", ".join(library.name for library in libraries) or "not built"
+    return library.problem() or f"{library.PATH.name}, instruction set {library.backend()}"
 
 
 def _ops() -> list[str]:

@@ -5,7 +5,6 @@ of its functions becomes a torch custom op `vlmr1_kernels::<op>_<implementation>
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -19,7 +18,12 @@ NAMESPACE = "vlmr1_kernels"
 _METRICS = ("kl", "clip_low", "clip_high", "ratio_max")
 
 
-def linear_logprob(name: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
+ChunkRows = Callable[[int, Tensor, float | None], int]
+
+
+def linear_logprob(
+    name: str, forward: Callable[..., Any], backward: Callable[..., Any], chunk_rows: ChunkRows = chunk_rows
+) -> Callable[..., Any]:
     """The `linear_logprob` of an implementation, from
 
     forward(hidden [N, D], weight [V, D], bias [V] | None, targets [N], temperature, softcap, entropy, chunk)
@@ -205,7 +209,7 @@ def grpo_loss(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         shares = (advantages, rewards, num_generations or 1)
         rows = (old_logp, ref_logp, sampling_logp)
         count = _normalizer(normalizer, logp)
-        loss, *values = GRPOLoss.apply(logp, seq_ids, *shares, *rows, count, *astuple(settings))
+        loss, *values = GRPOLoss.apply(logp, seq_ids, *shares, *rows, count, *vars(settings).values())
         metrics = dict(zip(_METRICS, values, strict=True))
         wide = logp.detach().to(accumulation_dtype(logp.dtype))
         return loss, metrics | {"logp": wide} | _counts(logp.shape[0], logp.shape[0], logp.device)
@@ -213,7 +217,7 @@ def grpo_loss(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def linear_grpo_loss(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+def linear_grpo_loss(name: str, forward: Callable[..., Any], chunk_rows: ChunkRows = chunk_rows) -> Callable[..., Any]:
     """The `linear_grpo_loss` of an implementation, from
 
     forward(hidden [n, D], weight [V, D], bias [V] | None, targets [n], seq_ids [N], rows [n] | None,
@@ -277,13 +281,15 @@ def linear_grpo_loss(name: str, forward: Callable[..., Any]) -> Callable[..., An
 
     class LinearGRPOLoss(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, *others: Any):
+        def forward(
+            ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, training: bool, scale: float, *others: Any
+        ):
             before, after = others[: -len(_SETTINGS)], others[-len(_SETTINGS) :]
-            needs = ctx.needs_input_grad[:3]
+            needs = [training and needed for needed in ctx.needs_input_grad[:3]]  # also set under no_grad
             out = run_forward(hidden, weight, bias, *before, scale, *needs, *after)
             loss, d_hidden, d_weight, d_bias, *metrics = out
             ctx.save_for_backward(d_hidden, d_weight, d_bias)
-            ctx.scale, ctx.others = scale, len(others) + 1
+            ctx.scale, ctx.others = scale, len(others) + 2
             ctx.mark_non_differentiable(*metrics)
             return loss, *metrics
 
@@ -320,9 +326,9 @@ def linear_grpo_loss(name: str, forward: Callable[..., Any]) -> Callable[..., An
             per_row = [None if value is None else value[active_rows] for value in per_row]
         count = hidden.shape[0]
         loss, logp, entropy, *values = LinearGRPOLoss.apply(
-            hidden, weight, bias, _gradient_scale(hidden), targets, seq_ids, active_rows, advantages, rewards,
-            num_generations or 1, *per_row, _normalizer(normalizer, hidden), softcap,
-            chunk_rows(count, weight, chunk_mib), *astuple(settings),
+            hidden, weight, bias, torch.is_grad_enabled(), _gradient_scale(hidden), targets, seq_ids, active_rows,
+            advantages, rewards, num_generations or 1, *per_row, _normalizer(normalizer, hidden), softcap,
+            chunk_rows(count, weight, chunk_mib), *vars(settings).values(),
         )  # fmt: skip
         if active_rows is not None:
             logp = logp.new_full((total,), torch.nan).index_copy_(0, active_rows, logp)
@@ -332,7 +338,7 @@ def linear_grpo_loss(name: str, forward: Callable[..., Any]) -> Callable[..., An
     return run
 
 
-_SETTINGS = astuple(GRPOSettings())
+_SETTINGS = tuple(vars(GRPOSettings()))
 
 
 def _gradient_scale(hidden: Tensor) -> float:

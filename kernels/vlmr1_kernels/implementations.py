@@ -37,6 +37,21 @@ def _triton(request: Request) -> str | None:
     return None
 
 
+def _native(request: Request) -> str | None:
+    if request.device.type != "cpu":
+        return f"runs on cpu, the tensors are on {request.device.type}"
+    if request.dtype not in _DTYPES_32_AND_16:
+        return f"serves float32, bfloat16 and float16, not {request.dtype}"
+    from vlmr1_kernels.native.library import problem
+
+    return problem()
+
+
+def _compiled(op: str) -> tuple[str, Mapping[str, Implementation]]:
+    native, triton = (f"vlmr1_kernels.{name}.{op}:{op}" for name in ("native", "triton"))
+    return _rows(op, native=(native, _native), triton=(triton, _triton))
+
+
 def _rows(op: str, **others: tuple[str, Callable[[Request], str | None]]) -> tuple[str, Mapping[str, Implementation]]:
     entries = {name: Implementation(op, name, target, refusal) for name, (target, refusal) in others.items()}
     entries["reference"] = Implementation(op, "reference", f"vlmr1_kernels.reference.{op}:{op}", _never)
@@ -45,10 +60,10 @@ def _rows(op: str, **others: tuple[str, Callable[[Request], str | None]]) -> tup
 
 TABLE: Mapping[str, Mapping[str, Implementation]] = dict(
     [
-        _rows("linear_logprob", triton=("vlmr1_kernels.triton.linear_logprob:linear_logprob", _triton)),
-        _rows("group_advantages", triton=("vlmr1_kernels.triton.group_advantages:group_advantages", _triton)),
-        _rows("grpo_loss", triton=("vlmr1_kernels.triton.grpo_loss:grpo_loss", _triton)),
-        _rows("linear_grpo_loss", triton=("vlmr1_kernels.triton.linear_grpo_loss:linear_grpo_loss", _triton)),
+        _compiled("linear_logprob"),
+        _compiled("group_advantages"),
+        _compiled("grpo_loss"),
+        _compiled("linear_grpo_loss"),
         _rows(
             "shared_prefix_attention",
             cpu=("vlmr1_kernels.cpu.shared_prefix_attention:shared_prefix_attention", _cpu_attention),

@@ -77,9 +77,9 @@ def test_gpus(gpus, nvml, expected, monkeypatch):
     assert value(room.doctor(), expected[0]) == expected[1]
 
 
-def test_the_native_library(tmp_path, monkeypatch):
-    monkeypatch.setattr(room.vlmr1_kernels, "__path__", [str(tmp_path)])
-    assert value(room.doctor(), "native library") == "not built"
-    (tmp_path / "native").mkdir()
-    (tmp_path / "native" / "libvlmr1.so").touch()
-    assert value(room.doctor(), "native library") == "libvlmr1.so"
+def test_the_native_library(monkeypatch):
+    monkeypatch.setattr(room.library, "problem", lambda: None)
+    monkeypatch.setattr(room.library, "backend", lambda: "avx2")
+    assert value(room.doctor(), "native library") == "libvlmr1_kernels.so, instruction set avx2"
+    monkeypatch.setattr(room.library, "problem", lambda: "the native library is not built; it needs a C++ compiler")
+    assert value(room.doctor(), "native library") == "the native library is not built; it needs a C++ compiler"

@@ -1,0 +1,263 @@
+// The C interface, bound by vlmr1_kernels/native/library.py. Returns 0, or what went wrong.
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "head.h"
+#include "objective.h"
+
+using namespace vlmr1;
+
+namespace {
+
+enum Status : int { kDone = 0, kNoMemory = 1, kSequenceIds = 2 };
+
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+
+template <class T>
+class Memory {
+ public:
+  explicit Memory(int64_t count) {
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 64, size_t(std::max<int64_t>(count, 1)) * sizeof(T))) throw std::bad_alloc();
+    memory_.reset((T*)memory);
+  }
+  T* get() const { return memory_.get(); }
+  T& operator[](int64_t i) const { return memory_.get()[i]; }
+
+ private:
+  std::unique_ptr<T, Free> memory_;
+};
+
+// A head, the rows that meet it, and memory for chunks of at most `most` of them.
+class Pass {
+ public:
+  // `logits`: whether the derivative needs them besides the probabilities.
+  Pass(const Head& head, const Chunk& rows, int64_t most, bool keeps, bool logits, int threads)
+      : head_(head), exponentiated_(!logits && head.softcap == 0), rows_(rows), threads_(std::max(threads, 1)), block_(backend().block_columns(head)),
+        blocks_((head.vocab + block_ - 1) / block_), sums_(3 * blocks_ * most), shared_(0), each_(0),
+        kept_(keeps ? blocks_ * block_ * most * backend().logit_bytes(head) : 0), largest_(keeps ? blocks_ * most : 0) {
+    int64_t shared, each;
+    backend().scratch(head, most, threads_, &shared, &each);
+    shared_ = Memory<char>(shared);
+    each_ = Memory<char>(each * threads_);
+  }
+
+  void forward(int64_t first, int64_t count, bool keep, RowStatistics out) {
+    const Logits kept = logits();
+    backend().forward(head_, chunk(first, count), keep ? &kept : nullptr, sums_.get(), out, shared_.get(), each_.get(), threads_);
+  }
+
+  void backward(int64_t first, int64_t count, RowGradient row, HeadGradient out) {
+    if (out.hidden) out.hidden = (char*)out.hidden + first * head_.dim * bytes_of(head_.dtype);
+    backend().backward(head_, chunk(first, count), logits(), row, out, shared_.get(), each_.get(), threads_);
+  }
+
+ private:
+  Chunk chunk(int64_t first, int64_t count) const {
+    const char* hidden = (const char*)rows_.hidden + first * rows_.hidden_stride * bytes_of(head_.dtype);
+    return {hidden, rows_.targets + first, rows_.hidden_stride, count};
+  }
+  Logits logits() const { return {kept_.get(), largest_.get(), block_, blocks_, exponentiated_}; }
+
+  Head head_;
+  bool exponentiated_;
+  Chunk rows_;
+  int threads_;
+  int64_t block_, blocks_;
+  Memory<float> sums_;
+  Memory<char> shared_, each_, kept_;
+  Memory<float> largest_;
+};
+
+// Where the gradients of a head go. Several chunks of half precision are summed in float32 first.
+class HeadSums {
+ public:
+  HeadSums(const Head& head, void* d_hidden, void* d_weight, float* d_bias, bool several, int threads)
+      : head_(head), threads_(threads), wide_(d_weight && several && head.dtype != kFloat32 ? head.vocab * head.dim : 0),
+        out_{d_hidden, d_weight, nullptr, d_bias, true} {
+    if (d_weight && several && head.dtype != kFloat32) out_.wide = wide_.get();
+  }
+
+  HeadGradient next() {
+    const HeadGradient out = out_;
+    out_.first = false;
+    return out;
+  }
+
+  void finish() const {
+    if (out_.wide) backend().narrow(out_.wide, out_.weight, head_.dtype, head_.vocab * head_.dim, threads_);
+    if (!out_.first) return;  // no rows
+    if (out_.weight) std::memset(out_.weight, 0, size_t(head_.vocab * head_.dim * bytes_of(head_.dtype)));
+    if (out_.bias) std::fill(out_.bias, out_.bias + head_.vocab, 0.0f);
+  }
+
+ private:
+  Head head_;
+  int threads_;
+  Memory<float> wide_;
+  HeadGradient out_;
+};
+
+// Ends of chunks of `size` rows.
+std::vector<int64_t> even_chunks(int64_t rows, int64_t size) {
+  std::vector<int64_t> ends;
+  for (int64_t first = 0; first < rows; first += size) ends.push_back(std::min(first + size, rows));
+  return ends;
+}
+
+// Ends of chunks of at most `size` rows that hold whole sequences; empty if a sequence is longer.
+std::vector<int64_t> whole_sequences(const Objective& objective, int64_t rows, int64_t size) {
+  std::vector<int64_t> ends;
+  for (int64_t first = 0, start = 0; start < rows;) {
+    int64_t end = start + 1;
+    while (end < rows && objective.sequence(end) == objective.sequence(start)) ++end;
+    if (end - start > size) return {};
+    if (end - first > size) {
+      ends.push_back(start);
+      first = start;
+    }
+    start = end;
+    if (end == rows) ends.push_back(rows);
+  }
+  return ends;
+}
+
+struct Values {
+  explicit Values(int64_t rows) : lse(rows), entropy(rows), through_logp(rows), through_entropy(rows), wide(rows), coefficient(rows), wide_entropy(rows) {}
+  Memory<float> lse, entropy, through_logp, through_entropy;
+  Memory<double> wide, coefficient, wide_entropy;
+};
+
+template <class Body>
+int guarded(Body body) {
+  try {
+    return body();
+  } catch (const std::bad_alloc&) {
+    return kNoMemory;
+  }
+}
+
+constexpr int64_t kForwardRows = 1024;  // without gradient nothing of a chunk is kept but its hidden rows
+
+}  // namespace
+
+#define VLMR1_EXPORT __attribute__((visibility("default")))
+
+extern "C" {
+
+VLMR1_EXPORT int vlmr1_interface() { return 1; }
+
+VLMR1_EXPORT const char* vlmr1_backend() { return backend().name; }
+
+// For tests; null: the best of this processor. 0 if there is none.
+VLMR1_EXPORT int vlmr1_use_backend(const char* name) { return use_backend(name); }
+
+// Bytes that a kept logit takes.
+VLMR1_EXPORT int64_t vlmr1_logit_bytes(const Head* head) { return backend().logit_bytes(*head); }
+
+VLMR1_EXPORT void vlmr1_group_advantages(const double* rewards, int64_t count, int64_t num_generations, int scale, double* advantages) {
+  group_advantages(rewards, count, num_generations, scale, advantages);
+}
+
+VLMR1_EXPORT int vlmr1_linear_logprob(const Head* head, const Chunk* rows, int threads, float* logp, float* entropy, float* lse) {
+  return guarded([&] {
+    const int64_t size = std::min(rows->rows, kForwardRows);
+    Pass pass(*head, *rows, size, false, false, threads);
+    for (int64_t first = 0; first < rows->rows; first += size)
+      pass.forward(first, std::min(size, rows->rows - first), false, {logp + first, entropy + first, lse + first});
+    return kDone;
+  });
+}
+
+VLMR1_EXPORT int vlmr1_linear_logprob_backward(const Head* head, const Chunk* rows, int64_t chunk, int threads,
+                                  const float* d_logp, const float* d_entropy, void* d_hidden,
+                                  void* d_weight, float* d_bias) {
+  return guarded([&] {
+    const std::vector<int64_t> ends = even_chunks(rows->rows, chunk);
+    Pass pass(*head, *rows, std::min(chunk, rows->rows), true, d_entropy != nullptr, threads);
+    HeadSums sums(*head, d_hidden, d_weight, d_bias, ends.size() > 1, threads);
+    Memory<float> again(3 * std::min(chunk, rows->rows));
+    int64_t first = 0;
+    for (const int64_t end : ends) {
+      const int64_t count = end - first;
+      const RowStatistics of{again.get(), again.get() + count, again.get() + 2 * count};
+      pass.forward(first, count, true, of);
+      const RowGradient row{d_logp + first, d_entropy ? d_entropy + first : nullptr, of};
+      pass.backward(first, count, row, sums.next());
+      first = end;
+    }
+    sums.finish();
+    return kDone;
+  });
+}
+
+VLMR1_EXPORT int vlmr1_grpo_loss(const Rows* rows, const Settings* settings, const double* logp, double* d_logp, Summary* summary) {
+  return guarded([&] {
+    Objective objective;
+    if (!objective.prepare(*rows, *settings)) return int(kSequenceIds);
+    objective.coefficients(logp, 0, rows->count, d_logp);
+    *summary = objective.summary(logp, nullptr);
+    return int(kDone);
+  });
+}
+
+VLMR1_EXPORT int vlmr1_linear_grpo_loss(const Head* head, const Chunk* hidden, const Rows* rows, const Settings* settings, int64_t chunk,
+                           double scale, int threads, float* logp, void* d_hidden, void* d_weight, float* d_bias,
+                           Summary* summary) {
+  return guarded([&] {
+    Objective objective;
+    if (!objective.prepare(*rows, *settings)) return int(kSequenceIds);
+    const int64_t count = rows->count;
+    const bool gradient = d_hidden || d_weight || d_bias;
+    chunk = std::max<int64_t>(1, std::min(gradient ? chunk : kForwardRows, count));
+    std::vector<int64_t> ends;
+    if (gradient && settings->sequence_level) ends = whole_sequences(objective, count, chunk);
+    const bool twice = gradient && settings->sequence_level && ends.empty();
+    if (ends.empty()) ends = even_chunks(count, chunk);
+
+    Pass pass(*head, *hidden, chunk, gradient, settings->entropy_coef != 0, threads);
+    HeadSums sums(*head, d_hidden, d_weight, d_bias, ends.size() > 1, threads);
+    Values values(count);
+    auto forward = [&](int64_t first, int64_t end, bool keep) {
+      pass.forward(first, end - first, keep, {logp + first, values.entropy.get() + first, values.lse.get() + first});
+      std::copy(logp + first, logp + end, values.wide.get() + first);
+      std::copy(values.entropy.get() + first, values.entropy.get() + end, values.wide_entropy.get() + first);
+    };
+
+    int64_t first = 0;
+    if (twice) {
+      for (const int64_t end : ends) {
+        forward(first, end, false);
+        first = end;
+      }
+      objective.coefficients(values.wide.get(), 0, count, values.coefficient.get());
+    }
+    first = 0;
+    for (const int64_t end : ends) {
+      forward(first, end, gradient);
+      if (gradient) {
+        if (!twice) objective.coefficients(values.wide.get(), first, end, values.coefficient.get() + first);
+        for (int64_t row = first; row < end; ++row) {
+          values.through_logp[row] = float(scale * values.coefficient[row]);
+          values.through_entropy[row] = float(-scale * settings->entropy_coef * objective.weight(row));
+        }
+        const bool entropy = settings->entropy_coef != 0;
+        const RowGradient row{values.through_logp.get() + first, entropy ? values.through_entropy.get() + first : nullptr,
+                              {logp + first, values.entropy.get() + first, values.lse.get() + first}};
+        pass.backward(first, end - first, row, sums.next());
+      }
+      first = end;
+    }
+    sums.finish();
+    *summary = objective.summary(values.wide.get(), values.wide_entropy.get());
+    return int(kDone);
+  });
+}
+
+}  // extern "C"

@@ -1,0 +1,69 @@
+// The loss arithmetic, once for every loss type; formulas in GRPOSettings. All in double: it is a few numbers a row.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace vlmr1 {
+
+enum LossType : int32_t { kGrpo = 0, kBnpo, kDapo, kDrGrpo, kCispo, kGspo };
+enum Kl : int32_t { kK1 = 1, kK2, kK3 };
+
+// Shared with Python by layout: vlmr1_kernels/native/library.py.
+struct Settings {
+  int32_t loss_type, kl, sequence_level, has_delta, has_tis_cap, reserved;
+  double epsilon_low, epsilon_high, delta, beta, tis_cap, entropy_coef, max_completion_length;
+};
+
+struct Rows {
+  int64_t total;           // N rows whose lengths count
+  int64_t count;           // n rows of this call
+  int64_t sequences;       // B
+  int64_t num_generations; // with rewards
+  const int64_t* seq_ids;  // [N]
+  const int64_t* selected; // [n] which of the N, or null: all
+  const double* advantages;  // [B] or null
+  const double* rewards;     // [B] or null
+  const double *old, *ref, *sampling;  // [n] or null
+  double normalizer;         // 0: the call's own
+};
+
+struct Summary {
+  double loss, kl, entropy, clip_low, clip_high, ratio_max;
+};
+
+// advantages [count] of groups of adjacent rewards. scale: 0 none, 1 group, 2 batch.
+void group_advantages(const double* rewards, int64_t count, int64_t num_generations, int scale, double* advantages);
+
+class Objective {
+ public:
+  // False if a sequence id is outside 0..B-1.
+  bool prepare(const Rows& rows, const Settings& settings);
+
+  int64_t sequence(int64_t row) const { return rows_.seq_ids[rows_.selected ? rows_.selected[row] : row]; }
+  // Share of a row in the loss.
+  double weight(int64_t row) const { return weight_[sequence(row)]; }
+  // d loss / d logp of rows [first, last), which hold whole sequences at sequence level.
+  void coefficients(const double* logp, int64_t first, int64_t last, double* out) const;
+  // Of all rows; entropy [n] or null.
+  Summary summary(const double* logp, const double* entropy) const;
+
+ private:
+  struct Token {
+    double loss, ratio, kl;
+    double through_ratio;  // d loss / d log-ratio
+    double direct;         // d loss / d logp beyond that
+  };
+  double log_ratio(const double* logp, int64_t row) const;
+  Token token(double logp, double log_ratio, int64_t row) const;
+  template <class Body>
+  void for_sequences(int64_t first, int64_t last, Body body) const;
+  template <class Body>
+  void for_tokens(const double* logp, int64_t first, int64_t last, Body body) const;
+
+  Rows rows_;
+  Settings settings_;
+  std::vector<double> advantage_, weight_, length_;  // [B]
+};
+
+}  // namespace vlmr1

@@ -1,0 +1,211 @@
+"""What is particular to the native library: its instruction sets, its threads, its memory, and its absence."""
+
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from vlmr1_kernels import GRPOSettings, ImplementationError, group_advantages, linear_grpo_loss, linear_logprob, use
+from vlmr1_kernels.implementations import TABLE
+from vlmr1_kernels.native import library
+from vlmr1_kernels.registry import Request, explain
+from vlmr1_kernels.testing import Inputs, Problem, assert_within_budget, cast, eager_logprob, gradients, pooled
+
+pytestmark = pytest.mark.skipif(library.problem() is not None, reason=str(library.problem()))
+
+BACKENDS = ("baseline", "avx2", "avx512", "avx512bf16")
+EVERYTHING = GRPOSettings(beta=0.1, entropy_coef=0.02, temperature=0.8)
+
+
+@pytest.fixture(params=BACKENDS)
+def _backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    if not library.library().vlmr1_use_backend(request.param.encode()):
+        pytest.skip(f"this processor does not run {request.param}")
+    yield
+    library.library().vlmr1_use_backend(None)
+
+
+@pytest.fixture
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def run(inputs: Inputs, problem: Problem, **options: object) -> list[Tensor]:
+    loss, metrics = linear_grpo_loss(**inputs, softcap=problem.softcap, settings=problem.settings, **options)
+    return [loss, metrics["logp"], metrics["entropy"], *gradients(loss, inputs)]
+
+
+PROBLEMS = {
+    "odd sizes": Problem((5, 1, 8), dim=67, vocab=1001, settings=EVERYTHING, bias=True),
+    "probabilities kept": Problem((30, 11), dim=130, vocab=2055),
+    "softcap": Problem((9, 4), dim=33, vocab=515, settings=EVERYTHING, softcap=30.0, spread=20.0),
+    "vocabulary of one tile": Problem((3, 2), dim=8, vocab=17),
+}
+
+
+@pytest.mark.usefixtures("_backend")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"])
+@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS.keys())
+def test_every_instruction_set_is_within_budget(problem: Problem, dtype: torch.dtype) -> None:
+    draws = [problem.draw(seed, dtype) for seed in range(4)]
+    names = ("loss", "logp", "entropy", "d_hidden", "d_weight", "d_bias")
+    ours = pooled(run(cast(inputs, dtype), problem, impl="native") for inputs in draws)
+    plain = pooled(run(cast(inputs, dtype), problem, impl="reference") for inputs in draws)
+    oracle = pooled(run(cast(inputs, torch.float64), problem, impl="reference") for inputs in draws)
+    assert_within_budget(names[: len(ours)], ours, plain, oracle)
+
+
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_the_number_of_threads_changes_no_bit(dtype: torch.dtype) -> None:
+    problem = Problem((40, 60, 33), dim=96, vocab=3001, settings=EVERYTHING, bias=True)
+    inputs, results = problem.draw(0, dtype), []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        results.append(run(cast(inputs, dtype), problem, impl="native", chunk_mib=0.8))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_masked_vocabulary_and_broken_logits(dtype: torch.dtype) -> None:
+    problem = Problem((3, 3), dim=16, vocab=700, settings=EVERYTHING, bias=True)
+    inputs = problem.draw(0, dtype)
+    inputs["targets"] = inputs["targets"] % 100
+    inputs["bias"][512:] = -torch.inf  # a whole block of logits, and part of the next
+    inputs["bias"][300:310] = -torch.inf
+    values = run(cast(inputs, dtype), problem, impl="native")
+    allowed = inputs["bias"].isfinite()
+    kept = {**inputs, "weight": inputs["weight"][allowed], "bias": inputs["bias"][allowed]}
+    kept["targets"] = (allowed.cumsum(0) - 1)[inputs["targets"]]
+    expected = run(cast(kept, torch.float64), problem, impl="reference")
+    torch.testing.assert_close(values[1].double(), expected[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(values[2].double(), expected[2], rtol=1e-5, atol=1e-5)
+    assert all(value.isfinite().all() for value in values)
+    assert values[4][~allowed].abs().max() < 1e-9
+    for broken in (torch.nan, torch.inf):
+        inputs["hidden"][1, 0] = broken
+        logp, entropy = linear_logprob(
+            *(cast(inputs, dtype)[name].detach() for name in ("hidden", "weight", "targets")), entropy=True, impl="native"
+        )
+        assert logp.isnan().tolist() == entropy.isnan().tolist() == [False, True, False, False, False, False]
+
+
+def test_targets_and_sequences_outside_their_range_touch_no_memory() -> None:
+    problem = Problem((2, 2), dim=8, vocab=50)
+    inputs = cast(problem.draw(0, torch.float32), torch.float32)
+    inputs["targets"] = torch.tensor([0, -1, 50, 10**12])
+    logp = linear_logprob(inputs["hidden"], inputs["weight"], inputs["targets"], impl="native")
+    assert isinstance(logp, Tensor) and logp.isnan().tolist() == [False, True, True, True]
+    inputs["seq_ids"] = torch.tensor([0, 0, 1, 2])
+    with pytest.raises(ValueError, match=r"seq_ids must be in 0\.\.B-1"):
+        linear_grpo_loss(**inputs, impl="native")
+
+
+@pytest.mark.parametrize("chunk_mib", [None, 0.01], ids=["one chunk", "longer sequences than chunks"])
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.1], ids=["", "entropy"])
+def test_sequence_level_over_chunks(chunk_mib: float | None, entropy_coef: float) -> None:
+    settings = GRPOSettings(loss_type="gspo", beta=0.1, entropy_coef=entropy_coef)
+    problem = Problem((1, 20, 2, 2, 9), dim=24, vocab=300, settings=settings)
+    inputs = problem.draw(3, torch.float32)
+    values = run(cast(inputs, torch.float32), problem, impl="native", chunk_mib=chunk_mib)
+    expected = run(cast(inputs, torch.float64), problem, impl="reference")
+    for value, truth in zip(values, expected, strict=True):
+        torch.testing.assert_close(value.double(), truth, rtol=2e-5, atol=1e-6)
+
+
+PEAK = """
+import resource, sys, torch
+from vlmr1_kernels import linear_grpo_loss
+dtype = getattr(torch, sys.argv[1])
+n, d, v = 256, 64, 65536
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+hidden = torch.randn(n, d).to(dtype).requires_grad_()
+weight = torch.randn(v, d).to(dtype).requires_grad_()
+targets, ids, advantages = torch.randint(0, v, (n,)), torch.arange(8).repeat_interleave(n // 8), torch.randn(8)
+small = weight[:64].detach().requires_grad_()
+linear_grpo_loss(hidden, small, targets % 64, ids, advantages, impl="native")[0].backward()
+before = peak()
+linear_grpo_loss(hidden, weight, targets, ids, advantages, impl="native")[0].backward()
+print((peak() - before - weight.grad.nbytes) / (n * v * 4))
+"""
+
+
+@pytest.mark.parametrize(("dtype", "share"), [("float32", 0.5), ("bfloat16", 0.5)])
+def test_memory_beyond_the_gradient(dtype: str, share: float) -> None:
+    """In units of one float32 [N, V]: half of the rows at a time, or all in 16 bits, and a tenth for the rest."""
+    command = [sys.executable, "-c", PEAK, dtype]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < share + 0.1
+
+
+def test_refuses_by_name_what_it_does_not_serve() -> None:
+    hidden = torch.zeros(2, 4, dtype=torch.float64)
+    with pytest.raises(ImplementationError, match="'native' refuses: serves float32, bfloat16 and float16"):
+        linear_logprob(hidden, hidden, torch.zeros(2, dtype=torch.long), impl="native")
+
+
+def test_without_the_library_auto_takes_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "PATH", library.PATH.with_name("absent.so"))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    library.problem.cache_clear()
+    try:
+        for op in ("linear_logprob", "grpo_loss", "linear_grpo_loss", "group_advantages"):
+            found = explain(op, Request(torch.device("cpu"), torch.float32, (8, 8)))
+            assert found.chosen == "reference"
+            assert found.others["native"].startswith("the native library is not built; it needs a C++ compiler")
+        with use("group_advantages=native"), pytest.raises(ImplementationError, match="is not built"):
+            group_advantages(torch.ones(4), 2)
+    finally:
+        library.problem.cache_clear()
+
+
+def test_a_workspace_that_does_not_fit_is_a_memory_error() -> None:
+    problem = Problem((2, 2), dim=8, vocab=50)
+    inputs = cast(problem.draw(0, torch.float32), torch.float32)
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    weight = torch.zeros(2**22, 8)
+    hidden = torch.zeros(2**8, 8, requires_grad=True)  # 4 GiB of logits
+    rows = torch.zeros(2**8, dtype=torch.long)
+    used = int(next(open("/proc/self/statm")).split()[0]) * resource.getpagesize()  # noqa: SIM115
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, hard))
+    try:
+        with pytest.raises(MemoryError, match="a smaller chunk_mib needs less"):
+            linear_grpo_loss(hidden, weight, rows, rows, torch.ones(1), impl="native", chunk_mib=8192)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    loss, _ = linear_grpo_loss(**inputs, impl="native")
+    assert loss.isfinite()
+
+
+def test_every_native_op_is_in_the_table() -> None:
+    assert [op for op, found in TABLE.items() if "native" in found] == [
+        "linear_logprob",
+        "group_advantages",
+        "grpo_loss",
+        "linear_grpo_loss",
+    ]
+
+
+def test_one_openmp_runtime() -> None:
+    code = (
+        "import torch; from vlmr1_kernels.native import library; library.library();"
+        "print({line.split()[-1] for line in open('/proc/self/maps') if 'gomp' in line or 'libomp' in line})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.count("omp") <= 1, done.stdout
+
+
+def test_eager_agrees() -> None:
+    inputs = cast(PROBLEMS["odd sizes"].draw(0, torch.float32), torch.float32)
+    head = {name: inputs[name] for name in ("hidden", "weight", "targets", "bias")}
+    logp, entropy = linear_logprob(**head, entropy=True, impl="native")
+    for value, expected in zip((logp, entropy), eager_logprob(**head), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
