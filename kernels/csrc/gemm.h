@@ -14,7 +14,11 @@ struct Rows {
   ptrdiff_t stride, stride3;
 
   Rows(const void* a, ptrdiff_t stride_)
-      : first((const char*)a), second(first + 5 * stride_), third(second + 5 * stride_), stride(stride_), stride3(3 * stride_) {}
+      : first((const char*)a),
+        second(first + 5 * stride_),
+        third(second + 5 * stride_),
+        stride(stride_),
+        stride3(3 * stride_) {}
 
   template <int r>
   inline uint32_t word(ptrdiff_t k) const {
@@ -80,7 +84,8 @@ using TileFunction = void (*)(const void*, ptrdiff_t, const uint32_t*, int64_t, 
 constexpr int64_t kDepth = 256;
 
 template <class Op, bool Columns, int R>
-static void tile_of(const void* a, ptrdiff_t stride, const uint32_t* b, int64_t k, float* c, ptrdiff_t c_stride, bool add) {
+static void tile_of(const void* a, ptrdiff_t stride, const uint32_t* b, int64_t k, float* c, ptrdiff_t c_stride,
+                    bool add) {
   for (int64_t done = 0; done == 0 || done < k; done += kDepth, add = true) {
     const int64_t depth = k - done < kDepth ? k - done : kDepth;
     const char* words = (const char*)a + done * (Columns ? stride : 4);

@@ -46,11 +46,11 @@ struct RowGradient {
 };
 
 struct HeadGradient {
-  void* hidden;      // [rows][dim] in the dtype of the head, or null
-  void* weight;      // [vocab][dim] in the dtype of the head, or null
-  float* wide;       // [vocab][dim] sums over chunks of half precision, or null: a single chunk, straight to weight
-  float* bias;       // [vocab] or null
-  bool first;        // the first chunk overwrites weight, wide and bias, others add
+  void* hidden;  // [rows][dim] in the dtype of the head, or null
+  void* weight;  // [vocab][dim] in the dtype of the head, or null
+  float* wide;   // [vocab][dim] sums over chunks of half precision, or null: a single chunk, straight to weight
+  float* bias;   // [vocab] or null
+  bool first;    // the first chunk overwrites weight, wide and bias, others add
 };
 
 struct Backend {

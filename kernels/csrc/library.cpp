@@ -39,9 +39,17 @@ class Pass {
  public:
   // `logits`: whether the derivative needs them besides the probabilities.
   Pass(const Head& head, const Chunk& rows, int64_t most, bool keeps, bool logits, int threads)
-      : head_(head), exponentiated_(!logits && head.softcap == 0), rows_(rows), threads_(std::max(threads, 1)), block_(backend().block_columns(head)),
-        blocks_((head.vocab + block_ - 1) / block_), sums_(3 * blocks_ * most), shared_(0), each_(0),
-        kept_(keeps ? blocks_ * block_ * most * backend().logit_bytes(head) : 0), largest_(keeps ? blocks_ * most : 0) {
+      : head_(head),
+        exponentiated_(!logits && head.softcap == 0),
+        rows_(rows),
+        threads_(std::max(threads, 1)),
+        block_(backend().block_columns(head)),
+        blocks_((head.vocab + block_ - 1) / block_),
+        sums_(3 * blocks_ * most),
+        shared_(0),
+        each_(0),
+        kept_(keeps ? blocks_ * block_ * most * backend().logit_bytes(head) : 0),
+        largest_(keeps ? blocks_ * most : 0) {
     int64_t shared, each;
     backend().scratch(head, most, threads_, &shared, &each);
     shared_ = Memory<char>(shared);
@@ -50,7 +58,8 @@ class Pass {
 
   void forward(int64_t first, int64_t count, bool keep, RowStatistics out) {
     const Logits kept = logits();
-    backend().forward(head_, chunk(first, count), keep ? &kept : nullptr, sums_.get(), out, shared_.get(), each_.get(), threads_);
+    backend().forward(head_, chunk(first, count), keep ? &kept : nullptr, sums_.get(), out, shared_.get(), each_.get(),
+                      threads_);
   }
 
   void backward(int64_t first, int64_t count, RowGradient row, HeadGradient out) {
@@ -79,7 +88,9 @@ class Pass {
 class HeadSums {
  public:
   HeadSums(const Head& head, void* d_hidden, void* d_weight, float* d_bias, bool several, int threads)
-      : head_(head), threads_(threads), wide_(d_weight && several && head.dtype != kFloat32 ? head.vocab * head.dim : 0),
+      : head_(head),
+        threads_(threads),
+        wide_(d_weight && several && head.dtype != kFloat32 ? head.vocab * head.dim : 0),
         out_{d_hidden, d_weight, nullptr, d_bias, true} {
     if (d_weight && several && head.dtype != kFloat32) out_.wide = wide_.get();
   }
@@ -129,7 +140,14 @@ std::vector<int64_t> whole_sequences(const Objective& objective, int64_t rows, i
 }
 
 struct Values {
-  explicit Values(int64_t rows) : lse(rows), entropy(rows), through_logp(rows), through_entropy(rows), wide(rows), coefficient(rows), wide_entropy(rows) {}
+  explicit Values(int64_t rows)
+      : lse(rows),
+        entropy(rows),
+        through_logp(rows),
+        through_entropy(rows),
+        wide(rows),
+        coefficient(rows),
+        wide_entropy(rows) {}
   Memory<float> lse, entropy, through_logp, through_entropy;
   Memory<double> wide, coefficient, wide_entropy;
 };
@@ -161,11 +179,13 @@ VLMR1_EXPORT int vlmr1_use_backend(const char* name) { return use_backend(name);
 // Bytes that a kept logit takes.
 VLMR1_EXPORT int64_t vlmr1_logit_bytes(const Head* head) { return backend().logit_bytes(*head); }
 
-VLMR1_EXPORT void vlmr1_group_advantages(const double* rewards, int64_t count, int64_t num_generations, int scale, double* advantages) {
+VLMR1_EXPORT void vlmr1_group_advantages(const double* rewards, int64_t count, int64_t num_generations, int scale,
+                                         double* advantages) {
   group_advantages(rewards, count, num_generations, scale, advantages);
 }
 
-VLMR1_EXPORT int vlmr1_linear_logprob(const Head* head, const Chunk* rows, int threads, float* logp, float* entropy, float* lse) {
+VLMR1_EXPORT int vlmr1_linear_logprob(const Head* head, const Chunk* rows, int threads, float* logp, float* entropy,
+                                      float* lse) {
   return guarded([&] {
     const int64_t size = std::min(rows->rows, kForwardRows);
     Pass pass(*head, *rows, size, false, false, threads);
@@ -176,8 +196,8 @@ VLMR1_EXPORT int vlmr1_linear_logprob(const Head* head, const Chunk* rows, int t
 }
 
 VLMR1_EXPORT int vlmr1_linear_logprob_backward(const Head* head, const Chunk* rows, int64_t chunk, int threads,
-                                  const float* d_logp, const float* d_entropy, void* d_hidden,
-                                  void* d_weight, float* d_bias) {
+                                               const float* d_logp, const float* d_entropy, void* d_hidden,
+                                               void* d_weight, float* d_bias) {
   return guarded([&] {
     const std::vector<int64_t> ends = even_chunks(rows->rows, chunk);
     Pass pass(*head, *rows, std::min(chunk, rows->rows), true, d_entropy != nullptr, threads);
@@ -197,7 +217,8 @@ VLMR1_EXPORT int vlmr1_linear_logprob_backward(const Head* head, const Chunk* ro
   });
 }
 
-VLMR1_EXPORT int vlmr1_grpo_loss(const Rows* rows, const Settings* settings, const double* logp, double* d_logp, Summary* summary) {
+VLMR1_EXPORT int vlmr1_grpo_loss(const Rows* rows, const Settings* settings, const double* logp, double* d_logp,
+                                 Summary* summary) {
   return guarded([&] {
     Objective objective;
     if (!objective.prepare(*rows, *settings)) return int(kSequenceIds);
@@ -207,9 +228,9 @@ VLMR1_EXPORT int vlmr1_grpo_loss(const Rows* rows, const Settings* settings, con
   });
 }
 
-VLMR1_EXPORT int vlmr1_linear_grpo_loss(const Head* head, const Chunk* hidden, const Rows* rows, const Settings* settings, int64_t chunk,
-                           double scale, int threads, float* logp, void* d_hidden, void* d_weight, float* d_bias,
-                           Summary* summary) {
+VLMR1_EXPORT int vlmr1_linear_grpo_loss(const Head* head, const Chunk* hidden, const Rows* rows,
+                                        const Settings* settings, int64_t chunk, double scale, int threads, float* logp,
+                                        void* d_hidden, void* d_weight, float* d_bias, Summary* summary) {
   return guarded([&] {
     Objective objective;
     if (!objective.prepare(*rows, *settings)) return int(kSequenceIds);
@@ -248,7 +269,8 @@ VLMR1_EXPORT int vlmr1_linear_grpo_loss(const Head* head, const Chunk* hidden, c
           values.through_entropy[row] = float(-scale * settings->entropy_coef * objective.weight(row));
         }
         const bool entropy = settings->entropy_coef != 0;
-        const RowGradient row{values.through_logp.get() + first, entropy ? values.through_entropy.get() + first : nullptr,
+        const RowGradient row{values.through_logp.get() + first,
+                              entropy ? values.through_entropy.get() + first : nullptr,
                               {logp + first, values.entropy.get() + first, values.lse.get() + first}};
         pass.backward(first, end - first, row, sums.next());
       }

@@ -23,7 +23,8 @@ void group_advantages(const double* rewards, int64_t count, int64_t num_generati
     const double* group = rewards + first;
     const double mean = mean_of(group, num_generations);
     const double std = scale == 1 ? deviation(group, num_generations, mean) : batch;
-    for (int64_t i = 0; i < num_generations; ++i) advantages[first + i] = (group[i] - mean) / (scale ? std + kFloor : 1);
+    for (int64_t i = 0; i < num_generations; ++i)
+      advantages[first + i] = (group[i] - mean) / (scale ? std + kFloor : 1);
   }
 }
 
@@ -48,11 +49,14 @@ bool Objective::prepare(const Rows& rows, const Settings& settings) {
   const double count = rows.normalizer > 0 ? rows.normalizer : own;
   const double length = settings.loss_type == kDrGrpo ? settings.max_completion_length : 1;
   weight_.resize(size_t(rows.sequences));
-  for (int64_t s = 0; s < rows.sequences; ++s) weight_[s] = 1 / (count * (by_sequence ? std::max(length_[s], 1.0) : length));
+  for (int64_t s = 0; s < rows.sequences; ++s)
+    weight_[s] = 1 / (count * (by_sequence ? std::max(length_[s], 1.0) : length));
   return true;
 }
 
-double Objective::log_ratio(const double* logp, int64_t row) const { return rows_.old ? logp[row] - rows_.old[row] : 0; }
+double Objective::log_ratio(const double* logp, int64_t row) const {
+  return rows_.old ? logp[row] - rows_.old[row] : 0;
+}
 
 Objective::Token Objective::token(double logp, double log_ratio, int64_t row) const {
   const double advantage = advantage_[sequence(row)], ratio = std::exp(log_ratio);
@@ -65,7 +69,8 @@ Objective::Token Objective::token(double logp, double log_ratio, int64_t row) co
     const bool over = settings_.has_delta && ratio > settings_.delta;
     const double capped = (over ? settings_.delta : ratio) * advantage;
     const double clipped = std::min(std::max(ratio, low), high) * advantage;
-    const double d_capped = over ? 0 : ratio * advantage, d_clipped = ratio >= low && ratio <= high ? ratio * advantage : 0;
+    const double d_capped = over ? 0 : ratio * advantage,
+                 d_clipped = ratio >= low && ratio <= high ? ratio * advantage : 0;
     out.loss = -(clipped < capped ? clipped : capped);  // NaN in either shows
     if (std::isnan(clipped)) out.loss = clipped;
     out.through_ratio = -(capped < clipped ? d_capped : clipped < capped ? d_clipped : (d_capped + d_clipped) / 2);
@@ -119,7 +124,8 @@ void Objective::coefficients(const double* logp, int64_t first, int64_t last, do
   });
   if (!settings_.sequence_level) return;
   std::vector<double> through(size_t(last - first));
-  for_tokens(logp, first, last, [&](int64_t row, const Token& token) { through[row - first] = weight(row) * token.through_ratio; });
+  for_tokens(logp, first, last,
+             [&](int64_t row, const Token& token) { through[row - first] = weight(row) * token.through_ratio; });
   for_sequences(first, last, [&](int64_t begin, int64_t end) {
     double total = 0;
     for (int64_t row = begin; row < end; ++row) total += through[row - first];

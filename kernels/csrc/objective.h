@@ -16,16 +16,16 @@ struct Settings {
 };
 
 struct Rows {
-  int64_t total;           // N rows whose lengths count
-  int64_t count;           // n rows of this call
-  int64_t sequences;       // B
-  int64_t num_generations; // with rewards
-  const int64_t* seq_ids;  // [N]
-  const int64_t* selected; // [n] which of the N, or null: all
-  const double* advantages;  // [B] or null
-  const double* rewards;     // [B] or null
+  int64_t total;                       // N rows whose lengths count
+  int64_t count;                       // n rows of this call
+  int64_t sequences;                   // B
+  int64_t num_generations;             // with rewards
+  const int64_t* seq_ids;              // [N]
+  const int64_t* selected;             // [n] which of the N, or null: all
+  const double* advantages;            // [B] or null
+  const double* rewards;               // [B] or null
   const double *old, *ref, *sampling;  // [n] or null
-  double normalizer;         // 0: the call's own
+  double normalizer;                   // 0: the call's own
 };
 
 struct Summary {

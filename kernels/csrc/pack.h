@@ -94,7 +94,8 @@ inline void transpose_steps(Words* rows) {
 
 // b [k][kTileCols] of a product with the transpose of `source` [count <= kTileCols][elements]: a column a row.
 template <class Op>
-static void pack_transposed(const char* source, int64_t stride, DType dtype, int64_t count, int64_t elements, uint32_t* to) {
+static void pack_transposed(const char* source, int64_t stride, DType dtype, int64_t count, int64_t elements,
+                            uint32_t* to) {
   const int64_t length = words<Op>(elements), row_bytes = stride * bytes_of(dtype);
   for (int64_t k = 0; k < length; k += kLanes) {
     const int64_t steps = length - k < kLanes ? length - k : kLanes;
