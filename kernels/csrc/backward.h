@@ -37,25 +37,26 @@ struct Backward : Layout<Op> {
                         panels + j * depth);
         }
       }
-      float* column_sums = (float*)own;                                 // [block]
-      float* one_tile = column_sums + logits.block;                     // [kTileRows][kTileCols]
-      uint32_t* pairs = (uint32_t*)(one_tile + kTileRows * kTileCols);  // [depth][block], two rows a word
+      float* column_sums = (float*)own;  // [block]
 #pragma omp for schedule(dynamic)
-      for (int64_t b = 0; b < logits.blocks; ++b) {
-        gradient_of_block(head, chunk, logits, b, row, out, column_sums, kCoded && out.weight ? pairs : nullptr);
-        if (out.weight) {
-          const void* left = kCoded ? (const void*)pairs : (const void*)(logits.data + b * rows * logits.block * 4);
-          weight_of_block(head, logits, b, left, panels, depth, out, one_tile);
-        }
-      }
+      for (int64_t b = 0; b < logits.blocks; ++b) gradient_of_block(head, chunk, logits, b, row, out, column_sums);
       if (out.hidden) {
         const int64_t columns = task_columns(head, threads), height = task_rows(head, rows, threads);
         const int64_t across = (head.dim + columns - 1) / columns, down = (rows + height - 1) / height;
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < across * down; ++task) {
           const int64_t column = task % across * columns, first = task / across * height;
-          hidden_of_task(head, chunk, logits, out, own, column, std::min(columns, head.dim - column), first,
+          hidden_of_task(head, logits, out, own, column, std::min(columns, head.dim - column), first,
                          std::min(height, rows - first));
+        }
+      }
+      if (out.weight) {                                                  // last: the logits may live where it goes
+        float* one_tile = (float*)own;                                   // [kTileRows][kTileCols]
+        uint32_t* left = (uint32_t*)(one_tile + kTileRows * kTileCols);  // [depth][block]
+#pragma omp for schedule(dynamic)
+        for (int64_t b = 0; b < logits.blocks; ++b) {
+          transposed_operand(logits, b, rows, left);
+          weight_of_block(head, logits, b, left, panels, depth, out, one_tile);
         }
       }
     }
@@ -125,23 +126,32 @@ struct Backward : Layout<Op> {
     }
   };
 
-  // Kept logits of a block -> their gradient, in the same memory; for bfloat16 also with rows in pairs.
+  // Kept logits of a block -> their gradient, in the same memory.
   static void gradient_of_block(const Head& head, const Chunk& chunk, const Logits& logits, int64_t b, RowGradient row,
-                                HeadGradient out, float* column_sums, uint32_t* pairs) {
+                                HeadGradient out, float* column_sums) {
     const int64_t block = logits.block, first = b * block, columns = std::min(block, head.vocab - first);
     if (out.bias) std::fill(column_sums, column_sums + block, 0.0f);
     for (int64_t r = 0; r < chunk.rows; ++r) {
-      char* kept = logits.data + (b * chunk.rows + r) * block * kLogitBytes;
+      char* kept = logits.at(b, r);
       const RowSlope gradient(head, row, r, logits.largest[b * chunk.rows + r]);
       gradient(kept, columns, chunk.targets[r] - first, out.bias ? column_sums : nullptr, logits.exponentiated);
       std::memset(kept + columns * kLogitBytes, 0, size_t((block - columns) * kLogitBytes));
-      if (!pairs || !(r % 2 || r + 1 == chunk.rows)) continue;
-      const char* above = r % 2 ? kept - block * kLogitBytes : kept;
-      for (int64_t j = 0; j < block; j += 2 * kLanes)
-        store_pairs(above + 2 * j, r % 2 ? kept + 2 * j : nullptr, pairs + r / 2 * block + j);
     }
     if (!out.bias) return;
     for (int64_t j = 0; j < columns; ++j) out.bias[first + j] = column_sums[j] + (out.first ? 0 : out.bias[first + j]);
+  }
+
+  // The gradient of a block as the left operand of d_weight: [words of rows][block].
+  static void transposed_operand(const Logits& logits, int64_t b, int64_t rows, uint32_t* to) {
+    for (int64_t r = 0; r < rows; r += Op::kPerWord, to += logits.block) {
+      if constexpr (kCoded) {
+        const char *row = logits.at(b, r), *next = r + 1 < rows ? logits.at(b, r + 1) : nullptr;
+        for (int64_t j = 0; j < logits.block; j += 2 * kLanes)
+          store_pairs(row + 2 * j, next ? next + 2 * j : nullptr, to + j);
+      } else {
+        std::memcpy(to, logits.at(b, r), size_t(4 * logits.block));
+      }
+    }
   }
 
   // d_weight [block][dim] from the gradient [depth][block] of a block and the packed hidden rows.
@@ -175,8 +185,8 @@ struct Backward : Layout<Op> {
   }
 
   // d_hidden [height][width] = gradient [height][vocab] weight [vocab][width].
-  static void hidden_of_task(const Head& head, const Chunk& chunk, const Logits& logits, HeadGradient out, char* own,
-                             int64_t column, int64_t width, int64_t first, int64_t height) {
+  static void hidden_of_task(const Head& head, const Logits& logits, HeadGradient out, char* own, int64_t column,
+                             int64_t width, int64_t first, int64_t height) {
     const int64_t padded = round_up(width, kTileCols), block = logits.block;
     float* sums = (float*)own;                               // [height][padded]
     uint32_t* panels = (uint32_t*)(sums + height * padded);  // [padded / kTileCols][words of a block][kTileCols]
@@ -185,12 +195,15 @@ struct Backward : Layout<Op> {
       const int64_t columns = std::min(block, head.vocab - b * block), depth = words<Op>(columns);
       const char* from = (const char*)head.weight + (b * block * head.weight_stride + column) * bytes_of(head.dtype);
       pack_rows<Op>(from, head.weight_stride, head.dtype, columns, width, panels);
-      const char* gradient = logits.data + (b * chunk.rows + first) * block * kLogitBytes;
+      // A strip lies in one piece of memory.
+      const int64_t cut = std::clamp<int64_t>(logits.split - first, 0, height);
       for (int64_t j = 0; j < padded; j += kTileCols)
-        for_strips(height, [&](int64_t row, int rows) {
-          tile_function<Op, false>(rows)(gradient + row * block * kLogitBytes, block * kLogitBytes, panels + j * depth,
-                                         depth, sums + row * padded + j, padded, true);
-        });
+        for (const auto& [from, to] : {std::pair{int64_t(0), cut}, std::pair{cut, height}})
+          for_strips(to - from, [&, from = from](int64_t strip, int rows) {
+            const int64_t row = from + strip;
+            tile_function<Op, false>(rows)(logits.at(b, first + row), logits.row_bytes, panels + j * depth, depth,
+                                           sums + row * padded + j, padded, true);
+          });
     }
     for (int64_t row = 0; row < height; ++row) {
       const int64_t at = (first + row) * head.dim + column;

@@ -7,7 +7,7 @@ namespace vlmr1::VLMR1_ISA {
 
 template <class Op>
 struct Forward : Layout<Op> {
-  using Layout<Op>::block_columns, Layout<Op>::kLogitBytes, Layout<Op>::put, Layout<Op>::scratch;
+  using Layout<Op>::block_columns, Layout<Op>::put, Layout<Op>::scratch;
 
   static void run(const Head& head, const Chunk& chunk, const Logits* keep, float* block_sums, RowStatistics out,
                   char* shared, char* each, int threads) {
@@ -49,7 +49,7 @@ struct Forward : Layout<Op> {
             const int64_t at = b * rows + row, target = chunk.targets[row] - first;
             const float top = finish(head, logits, columns, head.bias ? bias : nullptr);
             if (target >= 0 && target < columns) out.logp[row] = logits[target];
-            char* kept = keep ? keep->data + at * block * kLogitBytes : nullptr;
+            char* kept = keep ? keep->at(b, row) : nullptr;
             summarize(logits, columns, top, kept, keep && keep->exponentiated, &sums[at], &weighted[at]);
             largest[at] = top;
             if (keep) keep->largest[at] = top;

@@ -28,11 +28,19 @@ struct Chunk {
 // or, where the derivative needs the logit too (entropy, softcap), z - largest itself. In float32, or, for operands of
 // half precision, in 16 bits of at least 11 significant ones: the gradient is rounded to fewer afterwards. Log-probs
 // and entropies come from the float32 logits.
+//
+// Rows before `split` live in the memory where the gradient of their block of the weight will be written.
 struct Logits {
-  char* data;      // [blocks][rows][block]
-  float* largest;  // [blocks][rows]
-  int64_t block, blocks;
+  char *borrowed, *own, *last;  // blocks [split][block], [rows - split][block]; the last block, [rows][block]
+  float* largest;               // [blocks][rows]
+  int64_t block, blocks, split, row_bytes, borrowed_pitch, own_pitch;
   bool exponentiated;
+
+  char* at(int64_t b, int64_t row) const {
+    if (b + 1 == blocks) return last + row * row_bytes;
+    return row < split ? borrowed + b * borrowed_pitch + row * row_bytes
+                       : own + b * own_pitch + (row - split) * row_bytes;
+  }
 };
 
 struct RowStatistics {

@@ -95,7 +95,7 @@ struct Layout {
     const int64_t as_rows = rows * length, as_panels = round_up(head.dim, kTileCols) * words<Op>(rows);
     *shared = 4 * round_up(std::max(as_rows, as_panels), 16);
     const int64_t forward = block * length + (kTileRows + 1) * block;
-    const int64_t weights = (kCoded ? block * words<Op>(rows) : 0) + block + kTileRows * kTileCols;
+    const int64_t weights = block * words<Op>(rows) + kTileRows * kTileCols + block;
     const int64_t hidden = std::min(rows, most_task_rows(head, threads)) * columns + columns * words<Op>(block);
     *each = 4 * round_up(std::max({forward, weights, hidden}), 16);
   }

@@ -22,6 +22,7 @@ struct Free {
 template <class T>
 class Memory {
  public:
+  Memory() = default;
   explicit Memory(int64_t count) {
     void* memory = nullptr;
     if (posix_memalign(&memory, 64, size_t(std::max<int64_t>(count, 1)) * sizeof(T))) throw std::bad_alloc();
@@ -37,34 +38,39 @@ class Memory {
 // A head, the rows that meet it, and memory for chunks of at most `most` of them.
 class Pass {
  public:
-  // `logits`: whether the derivative needs them besides the probabilities.
-  Pass(const Head& head, const Chunk& rows, int64_t most, bool keeps, bool logits, int threads)
-      : head_(head),
-        exponentiated_(!logits && head.softcap == 0),
-        rows_(rows),
-        threads_(std::max(threads, 1)),
-        block_(backend().block_columns(head)),
-        blocks_((head.vocab + block_ - 1) / block_),
-        sums_(3 * blocks_ * most),
-        shared_(0),
-        each_(0),
-        kept_(keeps ? blocks_ * block_ * most * backend().logit_bytes(head) : 0),
-        largest_(keeps ? blocks_ * most : 0) {
+  // `keeps` logits for a backward; `exponentiated`: as probabilities. A single chunk may borrow d_weight for them.
+  Pass(const Head& head, const Chunk& rows, int64_t most, bool keeps, bool exponentiated, void* d_weight, int threads)
+      : head_(head), rows_(rows), threads_(std::max(threads, 1)), logits_{} {
+    logits_.block = backend().block_columns(head);
+    logits_.blocks = (head.vocab + logits_.block - 1) / logits_.block;
+    logits_.exponentiated = exponentiated && head.softcap == 0;
+    sums_ = Memory<float>(3 * logits_.blocks * most);
     int64_t shared, each;
     backend().scratch(head, most, threads_, &shared, &each);
     shared_ = Memory<char>(shared);
     each_ = Memory<char>(each * threads_);
+    if (!keeps) return;
+    logits_.row_bytes = logits_.block * backend().logit_bytes(head);
+    logits_.borrowed = (char*)d_weight;
+    logits_.borrowed_pitch = logits_.block * head.dim * bytes_of(head.dtype);
+    logits_.split = d_weight ? std::min(most, logits_.borrowed_pitch / logits_.row_bytes) : 0;
+    logits_.own_pitch = (most - logits_.split) * logits_.row_bytes;
+    own_ = Memory<char>((logits_.blocks - 1) * logits_.own_pitch);
+    last_ = Memory<char>(most * logits_.row_bytes);
+    largest_ = Memory<float>(logits_.blocks * most);
+    logits_.own = own_.get();
+    logits_.last = last_.get();
+    logits_.largest = largest_.get();
   }
 
   void forward(int64_t first, int64_t count, bool keep, RowStatistics out) {
-    const Logits kept = logits();
-    backend().forward(head_, chunk(first, count), keep ? &kept : nullptr, sums_.get(), out, shared_.get(), each_.get(),
-                      threads_);
+    backend().forward(head_, chunk(first, count), keep ? &logits_ : nullptr, sums_.get(), out, shared_.get(),
+                      each_.get(), threads_);
   }
 
   void backward(int64_t first, int64_t count, RowGradient row, HeadGradient out) {
     if (out.hidden) out.hidden = (char*)out.hidden + first * head_.dim * bytes_of(head_.dtype);
-    backend().backward(head_, chunk(first, count), logits(), row, out, shared_.get(), each_.get(), threads_);
+    backend().backward(head_, chunk(first, count), logits_, row, out, shared_.get(), each_.get(), threads_);
   }
 
  private:
@@ -72,16 +78,13 @@ class Pass {
     const char* hidden = (const char*)rows_.hidden + first * rows_.hidden_stride * bytes_of(head_.dtype);
     return {hidden, rows_.targets + first, rows_.hidden_stride, count};
   }
-  Logits logits() const { return {kept_.get(), largest_.get(), block_, blocks_, exponentiated_}; }
 
   Head head_;
-  bool exponentiated_;
   Chunk rows_;
   int threads_;
-  int64_t block_, blocks_;
-  Memory<float> sums_;
-  Memory<char> shared_, each_, kept_;
-  Memory<float> largest_;
+  Logits logits_;
+  Memory<float> sums_, largest_;
+  Memory<char> shared_, each_, own_, last_;
 };
 
 // Where the gradients of a head go. Several chunks of half precision are summed in float32 first.
@@ -115,10 +118,11 @@ class HeadSums {
   HeadGradient out_;
 };
 
-// Ends of chunks of `size` rows.
+// Ends of chunks of nearly equal numbers of rows, at most `size`.
 std::vector<int64_t> even_chunks(int64_t rows, int64_t size) {
   std::vector<int64_t> ends;
-  for (int64_t first = 0; first < rows; first += size) ends.push_back(std::min(first + size, rows));
+  const int64_t count = (rows + size - 1) / size;
+  for (int64_t i = 1; i <= count; ++i) ends.push_back(rows * i / count);
   return ends;
 }
 
@@ -188,7 +192,7 @@ VLMR1_EXPORT int vlmr1_linear_logprob(const Head* head, const Chunk* rows, int t
                                       float* lse) {
   return guarded([&] {
     const int64_t size = std::min(rows->rows, kForwardRows);
-    Pass pass(*head, *rows, size, false, false, threads);
+    Pass pass(*head, *rows, size, false, false, nullptr, threads);
     for (int64_t first = 0; first < rows->rows; first += size)
       pass.forward(first, std::min(size, rows->rows - first), false, {logp + first, entropy + first, lse + first});
     return kDone;
@@ -200,7 +204,8 @@ VLMR1_EXPORT int vlmr1_linear_logprob_backward(const Head* head, const Chunk* ro
                                                void* d_weight, float* d_bias) {
   return guarded([&] {
     const std::vector<int64_t> ends = even_chunks(rows->rows, chunk);
-    Pass pass(*head, *rows, std::min(chunk, rows->rows), true, d_entropy != nullptr, threads);
+    void* borrowed = ends.size() == 1 ? d_weight : nullptr;
+    Pass pass(*head, *rows, std::min(chunk, rows->rows), true, !d_entropy, borrowed, threads);
     HeadSums sums(*head, d_hidden, d_weight, d_bias, ends.size() > 1, threads);
     Memory<float> again(3 * std::min(chunk, rows->rows));
     int64_t first = 0;
@@ -242,7 +247,8 @@ VLMR1_EXPORT int vlmr1_linear_grpo_loss(const Head* head, const Chunk* hidden, c
     const bool twice = gradient && settings->sequence_level && ends.empty();
     if (ends.empty()) ends = even_chunks(count, chunk);
 
-    Pass pass(*head, *hidden, chunk, gradient, settings->entropy_coef != 0, threads);
+    void* borrowed = ends.size() == 1 ? d_weight : nullptr;
+    Pass pass(*head, *hidden, chunk, gradient, settings->entropy_coef == 0, borrowed, threads);
     HeadSums sums(*head, d_hidden, d_weight, d_bias, ends.size() > 1, threads);
     Values values(count);
     auto forward = [&](int64_t first, int64_t end, bool keep) {

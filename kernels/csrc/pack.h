@@ -67,6 +67,8 @@ inline Words row_words(const char* row, DType dtype, int64_t k, int64_t elements
   }
 }
 
+constexpr int64_t kAheadInRow = 4 * kLanes;  // words of a row of the weight to fetch ahead: it streams from memory
+
 template <int Step, size_t... I>
 inline Words interleave_low(Words a, Words b, std::index_sequence<I...>) {
   return __builtin_shufflevector(a, b, ((I & Step) ? kLanes + int(I) - Step : int(I))...);
@@ -97,18 +99,18 @@ template <class Op>
 static void pack_transposed(const char* source, int64_t stride, DType dtype, int64_t count, int64_t elements,
                             uint32_t* to) {
   const int64_t length = words<Op>(elements), row_bytes = stride * bytes_of(dtype);
-  for (int64_t k = 0; k < length; k += kLanes) {
-    const int64_t steps = length - k < kLanes ? length - k : kLanes;
-    for (int half = 0; half < 2; ++half) {
+  for (int half = 0; half < 2; ++half, to += kLanes, source += kLanes * row_bytes, count -= kLanes) {
+    for (int64_t k = 0; k < length; k += kLanes) {
+      const int64_t steps = length - k < kLanes ? length - k : kLanes;
       Words square[kLanes];
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) {
-        const int64_t row = half * kLanes + i;
-        square[i] = row < count ? row_words<Op>(source + row * row_bytes, dtype, k, elements) : Words{};
+        const char* row = source + i * row_bytes;
+        __builtin_prefetch(row + (k + kAheadInRow) * Op::kPerWord * bytes_of(dtype));
+        square[i] = i < count ? row_words<Op>(row, dtype, k, elements) : Words{};
       }
       transpose_steps<1>(square);
-      uint32_t* at = to + k * kTileCols + half * kLanes;
-      for (int64_t i = 0; i < steps; ++i) store(at + i * kTileCols, square[i]);
+      for (int64_t i = 0; i < steps; ++i) store(to + (k + i) * kTileCols, square[i]);
     }
   }
 }

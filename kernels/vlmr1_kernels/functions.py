@@ -5,6 +5,7 @@ of its functions becomes a torch custom op `vlmr1_kernels::<op>_<implementation>
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -14,11 +15,33 @@ from torch.autograd.function import once_differentiable
 from vlmr1_kernels.linear import accumulation_dtype, chunk_rows
 from vlmr1_kernels.settings import GRPOSettings
 
-NAMESPACE = "vlmr1_kernels"
+_LIBRARY = torch.library.Library("vlmr1_kernels", "FRAGMENT")
 _METRICS = ("kl", "clip_low", "clip_high", "ratio_max")
-
+_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets"
+_NEEDS = "bool needs_hidden, bool needs_weight, bool needs_bias"
+_SCORES = "Tensor? advantages, Tensor? rewards, int num_generations"
+_ROWS = "Tensor? old_logp, Tensor? ref_logp, Tensor? sampling_logp, Tensor? normalizer"
+_SETTINGS = (  # GRPOSettings, field by field
+    "str loss_type, float epsilon_low, float epsilon_high, float? delta, float beta, str kl, str importance_level, "
+    "float? tis_cap, float entropy_coef, float temperature, int? max_completion_length"
+)
+_SETTINGS_COUNT = len(fields(GRPOSettings))
 
 ChunkRows = Callable[[int, Tensor, float | None], int]
+
+
+def _register(name: str, arguments: str, results: int, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """The custom op `vlmr1_kernels::<name>`; torch.library.custom_op would import torch._dynamo in its first call."""
+    _LIBRARY.define(f"{name}({arguments}) -> ({', '.join(['Tensor'] * results)})")
+    for device in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, run, device)
+    torch.library.register_fake(f"{_LIBRARY.ns}::{name}", fake, lib=_LIBRARY)
+    return getattr(getattr(torch.ops, _LIBRARY.ns), name)
+
+
+def _settings(values: Sequence[Any]) -> tuple[tuple[Any, ...], GRPOSettings]:
+    """The arguments of an op: those before the settings, and the settings."""
+    return tuple(values[:-_SETTINGS_COUNT]), GRPOSettings(*values[-_SETTINGS_COUNT:])
 
 
 def linear_logprob(
@@ -33,72 +56,25 @@ def linear_logprob(
         -> d_hidden [N, D], d_weight [V, D], d_bias [V], in the dtype of the input; [0] where not needed
     """
 
-    @torch.library.custom_op(f"{NAMESPACE}::linear_logprob_{name}", mutates_args=())
-    def run_forward(
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        temperature: float,
-        softcap: float | None,
-        entropy: bool,
-        chunk: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return forward(hidden, weight, bias, targets, temperature, softcap, entropy, chunk)
-
-    @run_forward.register_fake
-    def _(
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        temperature: float,
-        softcap: float | None,
-        entropy: bool,
-        chunk: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def fake_forward(hidden: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
         logp = hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype))
-        return logp, torch.empty_like(logp) if entropy else logp.new_empty(0), torch.empty_like(logp)
+        return logp, torch.empty_like(logp) if others[-2] else logp.new_empty(0), torch.empty_like(logp)
 
-    @torch.library.custom_op(f"{NAMESPACE}::linear_logprob_{name}_backward", mutates_args=())
-    def run_backward(
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        lse: Tensor,
-        entropy: Tensor,
-        d_logp: Tensor,
-        d_entropy: Tensor,
-        temperature: float,
-        softcap: float | None,
-        needs_hidden: bool,
-        needs_weight: bool,
-        needs_bias: bool,
-        chunk: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        row = (lse, entropy, d_logp.contiguous(), d_entropy.contiguous())
-        needs = (needs_hidden, needs_weight, needs_bias)
-        return backward(hidden, weight, bias, targets, *row, temperature, softcap, *needs, chunk)
+    def fake_backward(hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return _gradients_like(hidden, weight, *others[-4:-1])
 
-    @run_backward.register_fake
-    def _(
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        lse: Tensor,
-        entropy: Tensor,
-        d_logp: Tensor,
-        d_entropy: Tensor,
-        temperature: float,
-        softcap: float | None,
-        needs_hidden: bool,
-        needs_weight: bool,
-        needs_bias: bool,
-        chunk: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return _gradients_like(hidden, weight, needs_hidden, needs_weight, needs_bias)
+    options = "float temperature, float? softcap"
+    upstream = "Tensor lse, Tensor entropy, Tensor d_logp, Tensor d_entropy"
+    run_forward = _register(
+        f"linear_logprob_{name}", f"{_HEAD}, {options}, bool with_entropy, int chunk", 3, forward, fake_forward
+    )
+    run_backward = _register(
+        f"linear_logprob_{name}_backward",
+        f"{_HEAD}, {upstream}, {options}, {_NEEDS}, int chunk",
+        3,
+        backward,
+        fake_backward,
+    )
 
     class LinearLogprob(torch.autograd.Function):
         @staticmethod
@@ -113,7 +89,8 @@ def linear_logprob(
         def backward(ctx: Any, d_logp: Tensor, d_entropy: Tensor) -> tuple[Tensor | None, ...]:
             temperature, softcap, _, chunk = ctx.options
             needs = ctx.needs_input_grad[:3]
-            gradients = run_backward(*ctx.saved_tensors, d_logp, d_entropy, temperature, softcap, *needs, chunk)
+            upstream = d_logp.contiguous(), d_entropy.contiguous()
+            gradients = run_backward(*ctx.saved_tensors, *upstream, temperature, softcap, *needs, chunk)
             return *_needed(gradients, needs), None, None, None, None, None
 
     def run(
@@ -141,42 +118,16 @@ def grpo_loss(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         -> loss [], d loss / d logp [N], kl [], clip_low [], clip_high [], ratio_max [], in the accumulation dtype
     """
 
-    @torch.library.custom_op(f"{NAMESPACE}::grpo_loss_{name}", mutates_args=())
-    def run_forward(
-        logp: Tensor,
-        seq_ids: Tensor,
-        advantages: Tensor | None,
-        rewards: Tensor | None,
-        num_generations: int,
-        old_logp: Tensor | None,
-        ref_logp: Tensor | None,
-        sampling_logp: Tensor | None,
-        normalizer: Tensor | None,
-        loss_type: str,
-        epsilon_low: float,
-        epsilon_high: float,
-        delta: float | None,
-        beta: float,
-        kl: str,
-        importance_level: str,
-        tis_cap: float | None,
-        entropy_coef: float,
-        temperature: float,
-        max_completion_length: int | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        settings = GRPOSettings(
-            loss_type, epsilon_low, epsilon_high, delta, beta, kl, importance_level, tis_cap, entropy_coef,
-            temperature, max_completion_length,
-        )  # fmt: skip
-        row = (old_logp, ref_logp, sampling_logp, normalizer)
-        return forward(logp, seq_ids, advantages, rewards, num_generations, *row, settings)
+    def run_settings(*values: Any) -> tuple[Tensor, ...]:
+        before, settings = _settings(values)
+        return forward(*before, settings)
 
-    @run_forward.register_fake
-    def _(logp: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    def fake(logp: Tensor, *others: Any) -> tuple[Tensor, ...]:
         wide = accumulation_dtype(logp.dtype)
-        scalar = logp.new_empty((), dtype=wide)
-        scalars = (torch.empty_like(scalar) for _ in range(4))
-        return scalar, logp.new_empty(logp.shape, dtype=wide), *scalars
+        return logp.new_empty((), dtype=wide), logp.new_empty(logp.shape, dtype=wide), *_scalars(logp, 4)
+
+    arguments = f"Tensor logp, Tensor seq_ids, {_SCORES}, {_ROWS}, {_SETTINGS}"
+    run_forward = _register(f"grpo_loss_{name}", arguments, 6, run_settings, fake)
 
     class GRPOLoss(torch.autograd.Function):
         @staticmethod
@@ -229,62 +180,28 @@ def linear_grpo_loss(name: str, forward: Callable[..., Any], chunk_rows: ChunkRo
     `rows` are the n of N rows that are projected, None: all. `seq_ids` are those of all N, for their lengths.
     """
 
-    @torch.library.custom_op(f"{NAMESPACE}::linear_grpo_loss_{name}", mutates_args=())
-    def run_forward(
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        seq_ids: Tensor,
-        rows: Tensor | None,
-        advantages: Tensor | None,
-        rewards: Tensor | None,
-        num_generations: int,
-        old_logp: Tensor | None,
-        ref_logp: Tensor | None,
-        sampling_logp: Tensor | None,
-        normalizer: Tensor | None,
-        softcap: float | None,
-        chunk: int,
-        scale: float,
-        needs_hidden: bool,
-        needs_weight: bool,
-        needs_bias: bool,
-        loss_type: str,
-        epsilon_low: float,
-        epsilon_high: float,
-        delta: float | None,
-        beta: float,
-        kl: str,
-        importance_level: str,
-        tis_cap: float | None,
-        entropy_coef: float,
-        temperature: float,
-        max_completion_length: int | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        settings = GRPOSettings(
-            loss_type, epsilon_low, epsilon_high, delta, beta, kl, importance_level, tis_cap, entropy_coef,
-            temperature, max_completion_length,
-        )  # fmt: skip
-        head = (hidden, weight, bias, targets, seq_ids, rows)
-        objective = (advantages, rewards, num_generations, old_logp, ref_logp, sampling_logp, normalizer)
-        needs = (needs_hidden, needs_weight, needs_bias)
-        return forward(*head, *objective, softcap, chunk, scale, *needs, settings)
+    def run_settings(*values: Any) -> tuple[Tensor, ...]:
+        before, settings = _settings(values)
+        return forward(*before, settings)
 
-    @run_forward.register_fake
-    def _(hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, ...]:
-        needs = others[14:17]
-        scalar = hidden.new_empty((), dtype=accumulation_dtype(hidden.dtype))
-        scalars = (torch.empty_like(scalar) for _ in range(5))
-        logp = scalar.new_empty(hidden.shape[0])
-        return scalar, *_gradients_like(hidden, weight, *needs), logp, *scalars
+    def fake(hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, ...]:
+        needs = others[-_SETTINGS_COUNT - 3 : -_SETTINGS_COUNT]
+        logp = hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype))
+        loss, *metrics = _scalars(hidden, 6)
+        return loss, *_gradients_like(hidden, weight, *needs), logp, *metrics
+
+    arguments = (
+        f"{_HEAD}, Tensor seq_ids, Tensor? rows, {_SCORES}, {_ROWS}, "
+        f"float? softcap, int chunk, float scale, {_NEEDS}, {_SETTINGS}"
+    )
+    run_forward = _register(f"linear_grpo_loss_{name}", arguments, 10, run_settings, fake)
 
     class LinearGRPOLoss(torch.autograd.Function):
         @staticmethod
         def forward(
             ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, training: bool, scale: float, *others: Any
         ):
-            before, after = others[: -len(_SETTINGS)], others[-len(_SETTINGS) :]
+            before, after = others[:-_SETTINGS_COUNT], others[-_SETTINGS_COUNT:]
             needs = [training and needed for needed in ctx.needs_input_grad[:3]]  # also set under no_grad
             out = run_forward(hidden, weight, bias, *before, scale, *needs, *after)
             loss, d_hidden, d_weight, d_bias, *metrics = out
@@ -338,9 +255,6 @@ def linear_grpo_loss(name: str, forward: Callable[..., Any], chunk_rows: ChunkRo
     return run
 
 
-_SETTINGS = tuple(vars(GRPOSettings()))
-
-
 def _gradient_scale(hidden: Tensor) -> float:
     """A power of two near N: the gradient of a mean over N rows times it is about as large as the hidden rows,
     so that float16 holds it until backward knows the scale of the loss."""
@@ -372,6 +286,10 @@ def _counts(total: int, projected: int, device: torch.device) -> dict[str, Tenso
         return torch.full((), value, dtype=torch.int64, device=device)
 
     return {"tokens": number(total), "dropped_rows": number(total - projected)}
+
+
+def _scalars(like: Tensor, count: int) -> list[Tensor]:
+    return [like.new_empty((), dtype=accumulation_dtype(like.dtype)) for _ in range(count)]
 
 
 def _gradients_like(

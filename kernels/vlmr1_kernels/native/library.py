@@ -14,7 +14,7 @@ from vlmr1_kernels.settings import KL_ESTIMATORS, LOSS_TYPES, GRPOSettings
 PATH = Path(__file__).with_name("libvlmr1_kernels.so")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _INTERFACE = 1
-_LEAST_ROWS = 128
+_LEAST_ROWS = 96
 _LARGEST_CHUNK_MIB = 512.0
 
 
@@ -183,12 +183,16 @@ def integers(tensor: Tensor) -> Tensor:
 def chunk_rows(rows: int, weight: Tensor, chunk_mib: float | None) -> int:
     """How many rows to project at once: `chunk_mib` MiB of kept logits.
 
-    By default, float32 keeps an eighth of the rows, but enough that packing the weight for them is nothing. Half
-    precision keeps all, in 16 bits a logit: one chunk needs no float32 [V, D] sums over chunks. Both are bounded.
+    By default all rows, where the gradient of the weight has room for their logits until it is written; and in 16
+    bits a logit, because one chunk needs no float32 [V, D] sums over chunks. Else an eighth of the rows in float32,
+    three eighths with a frozen head, but enough that packing the weight for them costs little. All bounded.
     """
-    row_bytes = weight.shape[0] * library().vlmr1_logit_bytes(byref(head(weight, None, 1.0, None)))
+    logit_bytes = library().vlmr1_logit_bytes(byref(head(weight, None, 1.0, None)))
+    row_bytes = weight.shape[0] * logit_bytes
     if chunk_mib is not None:
         return max(1, int(chunk_mib * 2**20 / row_bytes))
-    bounded = max(1, int(_LARGEST_CHUNK_MIB * 2**20 / row_bytes))
-    wanted = rows if row_bytes == 2 * weight.shape[0] else max(_LEAST_ROWS, math.ceil(rows / 8))
-    return max(1, min(wanted, bounded))
+    trained = weight.requires_grad and torch.is_grad_enabled()
+    if trained and rows * logit_bytes <= weight.shape[1] * weight.itemsize:
+        return max(rows, 1)
+    wanted = rows if trained and logit_bytes == 2 else max(_LEAST_ROWS, math.ceil(rows / 8 if trained else 3 * rows / 8))
+    return max(1, min(wanted, int(_LARGEST_CHUNK_MIB * 2**20 / row_bytes)))
