@@ -10,7 +10,7 @@ READY := .venv/ready
 # TORCH is named in every installation, so that no extra can replace the build that was asked for.
 INSTALL = $(BIN)/pip install -qq --disable-pip-version-check "$(TORCH)" --editable
 
-.PHONY: demo test test-fast lint bench clean
+.PHONY: demo test test-fast lint bench bench-ops clean
 .NOTPARALLEL:
 
 demo: $(READY)/base
@@ -26,21 +26,34 @@ test-fast: $(READY)/test
 lint: $(READY)/lint $(READY)/test $(READY)/bench
 	$(BIN)/ruff check --quiet
 	$(BIN)/ruff format --check --quiet
+	$(BIN)/clang-format --dry-run --Werror kernels/csrc/*
 	$(BIN)/pyright
 
-bench: $(READY)/bench
+bench: bench-ops
+	for op in linear_grpo_loss linear_logprob grpo_loss group_advantages; do \
+		$(BIN)/python -m benchmarks.bench_$$op || exit 1; \
+	done
 	$(BIN)/python -m benchmarks.step --profile --out benchmarks/results/step.json
 
+# CPU figures of the ops alone. Against an earlier run: make bench-ops BENCH=--benchmark-save=before, and later
+# make bench-ops BENCH="--benchmark-compare=*before --benchmark-compare-fail=median:5%"
+bench-ops: $(READY)/bench
+	$(BIN)/pytest benchmarks -o python_files="bench_*.py" --benchmark-only \
+		--benchmark-sort=name --benchmark-columns=min,median,iqr,rounds $(BENCH)
+
 clean:
-	rm -rf .venv build vlmr1.egg-info
+	rm -rf .venv build vlmr1.egg-info kernels/vlmr1_kernels/native/*.so
 
 $(BIN)/pip:
 	$(PYTHON) -m venv .venv
 
-$(READY)/base: pyproject.toml setup.py | $(BIN)/pip
+# The native library is built by the installation, wherever a C++ compiler is.
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/csrc/*)
+
+$(READY)/base: $(SOURCES) | $(BIN)/pip
 	$(INSTALL) .
 	@mkdir -p $(READY) && touch $@
 
-$(READY)/%: pyproject.toml setup.py | $(BIN)/pip
+$(READY)/%: $(SOURCES) | $(BIN)/pip
 	$(INSTALL) ".[$*]"
 	@mkdir -p $(READY) && touch $@

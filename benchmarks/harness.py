@@ -136,10 +136,27 @@ def machine() -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
-def versions(packages: Sequence[str] = ("torch", "transformers", "trl")) -> dict[str, str]:
-    """Installed versions of `packages`; those that are absent are left out."""
-    installed = {each.name: each.version for each in metadata.distributions() if each.name in packages}
-    return {"python": platform.python_version()} | {name: installed[name] for name in sorted(installed)}
+PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy")
+
+
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Installed versions of `packages`, and of CUDA; those that are absent are left out."""
+    installed = {each.name.lower().replace("_", "-"): each.version for each in metadata.distributions() if each.name}
+    found = {name: installed[name] for name in sorted(packages) if name in installed}
+    cuda = {"cuda": str(torch.version.cuda)} if torch.cuda.is_available() else {}
+    return {"python": platform.python_version()} | found | cuda
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown, its first column to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *others = zip(cells, widths, strict=True)
+        return f"| {' | '.join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)])} |"
+
+    return "\n".join(map(line, (head, rule, *rows)))
 
 
 def commit() -> str:

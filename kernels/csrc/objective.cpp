@@ -5,6 +5,12 @@
 
 namespace vlmr1 {
 
+namespace {
+
+double higher(double a, double b) { return b > a || std::isnan(b) ? b : a; }
+
+}  // namespace
+
 void group_advantages(const double* rewards, int64_t count, int64_t num_generations, int scale, double* advantages) {
   constexpr double kFloor = 1e-4;
   auto deviation = [](const double* values, int64_t n, double mean) {
@@ -94,60 +100,86 @@ Objective::Token Objective::token(double logp, double log_ratio, int64_t row) co
   return out;
 }
 
-template <class Body>
-void Objective::for_sequences(int64_t first, int64_t last, Body body) const {
-  while (first < last) {
-    int64_t end = first + 1;
-    while (end < last && sequence(end) == sequence(first)) ++end;
-    body(first, end);
-    first = end;
+// Ends of parts of [first, last) that hold whole sequences, each of about kPart rows.
+std::vector<int64_t> Objective::parts(int64_t first, int64_t last) const {
+  constexpr int64_t kPart = 2048;
+  std::vector<int64_t> ends{first};
+  while (ends.back() < last) {
+    int64_t end = std::min(ends.back() + kPart, last);
+    while (settings_.sequence_level && end < last && sequence(end) == sequence(end - 1)) ++end;
+    ends.push_back(end);
   }
+  return ends;
 }
 
 template <class Body>
 void Objective::for_tokens(const double* logp, int64_t first, int64_t last, Body body) const {
-  if (!settings_.sequence_level) {
-    for (int64_t row = first; row < last; ++row) body(row, token(logp[row], log_ratio(logp, row), row));
-    return;
+  while (first < last) {
+    int64_t end = first + 1;
+    double shared = log_ratio(logp, first);
+    if (settings_.sequence_level) {
+      for (; end < last && sequence(end) == sequence(first); ++end) shared += log_ratio(logp, end);
+      shared /= length_[sequence(first)];
+    }
+    for (; first < end; ++first) body(first, token(logp[first], shared, first));
   }
-  for_sequences(first, last, [&](int64_t begin, int64_t end) {
-    double mean = 0;
-    for (int64_t row = begin; row < end; ++row) mean += log_ratio(logp, row) / length_[sequence(begin)];
-    for (int64_t row = begin; row < end; ++row) body(row, token(logp[row], mean, row));
-  });
 }
 
 void Objective::coefficients(const double* logp, int64_t first, int64_t last, double* out) const {
-  for_tokens(logp, first, last, [&](int64_t row, const Token& token) {
-    const double of_ratio = settings_.sequence_level ? 0 : token.through_ratio;
-    out[row - first] = weight(row) * (of_ratio + token.direct);
-  });
-  if (!settings_.sequence_level) return;
-  std::vector<double> through(size_t(last - first));
-  for_tokens(logp, first, last,
-             [&](int64_t row, const Token& token) { through[row - first] = weight(row) * token.through_ratio; });
-  for_sequences(first, last, [&](int64_t begin, int64_t end) {
-    double total = 0;
-    for (int64_t row = begin; row < end; ++row) total += through[row - first];
-    for (int64_t row = begin; row < end; ++row) out[row - first] += total / length_[sequence(begin)];
-  });
+  const std::vector<int64_t> ends = parts(first, last);
+#pragma omp parallel for schedule(static)
+  for (size_t part = 1; part < ends.size(); ++part) {
+    // At sequence level every row moves the ratio of all rows of its sequence, by the mean.
+    int64_t begin = ends[part - 1];
+    double through = 0;
+    auto spread = [&](int64_t end) {
+      for (; begin < end; ++begin) out[begin - first] += through / length_[sequence(begin)];
+      through = 0;
+    };
+    for_tokens(logp, ends[part - 1], ends[part], [&](int64_t row, const Token& token) {
+      const double share = weight(row);
+      if (!settings_.sequence_level) {
+        out[row - first] = share * (token.through_ratio + token.direct);
+        return;
+      }
+      if (sequence(row) != sequence(begin)) spread(row);
+      through += share * token.through_ratio;
+      out[row - first] = share * token.direct;
+    });
+    if (settings_.sequence_level) spread(ends[part]);
+  }
 }
 
 Summary Objective::summary(const double* logp, const double* entropy) const {
-  Summary out{};
   const bool cispo = settings_.loss_type == kCispo;
+  const std::vector<int64_t> ends = parts(0, rows_.count);
+  std::vector<Summary> sums(ends.size() - 1);
+#pragma omp parallel for schedule(static)
+  for (size_t part = 1; part < ends.size(); ++part) {
+    Summary sum{};
+    sum.ratio_max = -INFINITY;
+    for_tokens(logp, ends[part - 1], ends[part], [&](int64_t row, const Token& token) {
+      const double advantage = advantage_[sequence(row)];
+      sum.loss += weight(row) * (token.loss - (entropy ? settings_.entropy_coef * entropy[row] : 0));
+      sum.kl += token.kl;
+      sum.entropy += entropy ? entropy[row] : 0;
+      sum.clip_low += !cispo && advantage < 0 && token.ratio < 1 - settings_.epsilon_low;
+      sum.clip_high += advantage > 0 && token.ratio > (cispo ? 0 : 1) + settings_.epsilon_high;
+      sum.ratio_max = higher(sum.ratio_max, token.ratio);
+    });
+    sums[part - 1] = sum;
+  }
+  Summary out{};
   if (rows_.count > 0) out.ratio_max = -INFINITY;
-  for_tokens(logp, 0, rows_.count, [&](int64_t row, const Token& token) {
-    const double advantage = advantage_[sequence(row)];
-    out.loss += weight(row) * (token.loss - (entropy ? settings_.entropy_coef * entropy[row] : 0));
-    out.kl += token.kl;
-    out.entropy += entropy ? entropy[row] : 0;
-    out.clip_low += !cispo && advantage < 0 && token.ratio < 1 - settings_.epsilon_low;
-    out.clip_high += advantage > 0 && token.ratio > (cispo ? 0 : 1) + settings_.epsilon_high;
-    out.ratio_max = token.ratio > out.ratio_max || std::isnan(token.ratio) ? token.ratio : out.ratio_max;
-  });
   const double count = double(std::max<int64_t>(rows_.count, 1));
-  for (double* mean : {&out.kl, &out.entropy, &out.clip_low, &out.clip_high}) *mean /= count;
+  for (const Summary& sum : sums) {
+    out.loss += sum.loss;
+    out.kl += sum.kl / count;
+    out.entropy += sum.entropy / count;
+    out.clip_low += sum.clip_low / count;
+    out.clip_high += sum.clip_high / count;
+    out.ratio_max = higher(out.ratio_max, sum.ratio_max);
+  }
   return out;
 }
 

@@ -45,7 +45,7 @@ class Objective {
   double weight(int64_t row) const { return weight_[sequence(row)]; }
   // d loss / d logp of rows [first, last), which hold whole sequences at sequence level.
   void coefficients(const double* logp, int64_t first, int64_t last, double* out) const;
-  // Of all rows; entropy [n] or null.
+  // Of all rows; entropy [n] or null. The sums do not depend on the number of threads.
   Summary summary(const double* logp, const double* entropy) const;
 
  private:
@@ -56,8 +56,7 @@ class Objective {
   };
   double log_ratio(const double* logp, int64_t row) const;
   Token token(double logp, double log_ratio, int64_t row) const;
-  template <class Body>
-  void for_sequences(int64_t first, int64_t last, Body body) const;
+  std::vector<int64_t> parts(int64_t first, int64_t last) const;
   template <class Body>
   void for_tokens(const double* logp, int64_t first, int64_t last, Body body) const;
 

@@ -5,7 +5,7 @@
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.util import find_spec
 
 import torch
@@ -37,6 +37,10 @@ def _triton(request: Request) -> str | None:
     return None
 
 
+def _interpreted(request: Request) -> str | None:
+    return None if request.device.type == "cuda" else "Triton's interpreter is for tests"
+
+
 def _native(request: Request) -> str | None:
     if request.device.type != "cpu":
         return f"runs on cpu, the tensors are on {request.device.type}"
@@ -47,16 +51,21 @@ def _native(request: Request) -> str | None:
     return problem()
 
 
+def _rows(op: str, *others: Implementation) -> tuple[str, Mapping[str, Implementation]]:
+    reference = Implementation(op, "reference", f"vlmr1_kernels.reference.{op}:{op}", _never)
+    return op, {row.name: row for row in (*others, reference)}
+
+
 def _compiled(op: str) -> tuple[str, Mapping[str, Implementation]]:
     native, triton = (f"vlmr1_kernels.{name}.{op}:{op}" for name in ("native", "triton"))
-    return _rows(op, native=(native, _native), triton=(triton, _triton))
+    return _rows(
+        op,
+        Implementation(op, "native", native, _native),
+        Implementation(op, "triton", triton, _triton, _interpreted),
+    )
 
 
-def _rows(op: str, **others: tuple[str, Callable[[Request], str | None]]) -> tuple[str, Mapping[str, Implementation]]:
-    entries = {name: Implementation(op, name, target, refusal) for name, (target, refusal) in others.items()}
-    entries["reference"] = Implementation(op, "reference", f"vlmr1_kernels.reference.{op}:{op}", _never)
-    return op, entries
-
+_ATTENTION = "shared_prefix_attention"
 
 TABLE: Mapping[str, Mapping[str, Implementation]] = dict(
     [
@@ -65,8 +74,8 @@ TABLE: Mapping[str, Mapping[str, Implementation]] = dict(
         _compiled("grpo_loss"),
         _compiled("linear_grpo_loss"),
         _rows(
-            "shared_prefix_attention",
-            cpu=("vlmr1_kernels.cpu.shared_prefix_attention:shared_prefix_attention", _cpu_attention),
+            _ATTENTION,
+            Implementation(_ATTENTION, "cpu", f"vlmr1_kernels.cpu.{_ATTENTION}:{_ATTENTION}", _cpu_attention),
         ),
         _rows("shared_prefix_decode"),
     ]

@@ -49,6 +49,14 @@ def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, divisor: float)
     return logits if divisor == 1 else logits.div_(divisor)
 
 
+def project_into(logits: Tensor, hidden: Tensor, weight: Tensor) -> None:
+    """logits [n, V] = hidden @ weight^T; rows of the logits may be padded."""
+    if weight.dtype == logits.dtype:
+        torch.mm(hidden, weight.T, out=logits)
+    else:
+        torch.mm(hidden, weight.T, out_dtype=logits.dtype, out=logits)
+
+
 def to_hidden(d_logits: Tensor, weight: Tensor) -> Tensor:
     """d_logits @ weight in the accumulation dtype, [n, D]."""
     wide = accumulation_dtype(weight.dtype)
@@ -57,10 +65,11 @@ def to_hidden(d_logits: Tensor, weight: Tensor) -> Tensor:
     return torch.mm(d_logits.to(weight.dtype), weight, out_dtype=wide)
 
 
-def add_to_weight(accumulator: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
-    """accumulator [V, D] += d_logits^T @ hidden, without a [V, D] temporary."""
+def add_to_weight(accumulator: Tensor, d_logits: Tensor, hidden: Tensor, beta: int = 1) -> None:
+    """accumulator [V, D] = beta * accumulator + d_logits^T @ hidden, without a [V, D] temporary; with beta 0 it
+    may be uninitialized."""
     if hidden.dtype == accumulator.dtype:
-        accumulator.addmm_(d_logits.T, hidden)
+        accumulator.addmm_(d_logits.T, hidden, beta=beta)
     else:
         narrow = d_logits.to(hidden.dtype)
-        torch.addmm(accumulator, narrow.T, hidden, out_dtype=accumulator.dtype, out=accumulator)
+        torch.addmm(accumulator, narrow.T, hidden, out_dtype=accumulator.dtype, beta=beta, out=accumulator)

@@ -39,12 +39,13 @@ class Request(NamedTuple):
 @dataclass(frozen=True)
 class Implementation:
     """One way to run one op. `target` ("module:function") is imported when it is first used;
-    `refusal` says why a request cannot be served, or None when it can."""
+    `refusal` says why a request cannot be served, or None when it can; `reserve` why it is served by name only."""
 
     op: str
     name: str
     target: str
     refusal: Callable[[Request], str | None]
+    reserve: Callable[[Request], str | None] = lambda request: None
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,8 @@ def explain(op: str, request: Request) -> Explanation:
     """For `vlmr1 doctor`: what `auto` picks for the request, and why not each of the others."""
     chosen = _choose(op, request).name
     others = {
-        name: implementation.refusal(request) or f"usable by name; auto prefers {chosen}"
+        name: implementation.refusal(request)
+        or f"usable by name; {implementation.reserve(request) or f'auto prefers {chosen}'}"
         for name, implementation in implementations(op).items()
         if name != chosen
     }
@@ -158,7 +160,7 @@ def doctor(device: torch.device | str, dtype: torch.dtype) -> list[Explanation]:
 def _choose(op: str, request: Request) -> Implementation:
     reasons = []
     for implementation in implementations(op).values():
-        reason = implementation.refusal(request)
+        reason = implementation.refusal(request) or implementation.reserve(request)
         if reason is None:
             return implementation
         reasons.append(f"{implementation.name}: {reason}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import platform
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +12,18 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import step
-from benchmarks.harness import CheckFailed, PeakMemory, alternate, ratio, require_equal, timed, write_result
+from benchmarks import harness, step
+from benchmarks.harness import (
+    CheckFailed,
+    PeakMemory,
+    alternate,
+    ratio,
+    require_equal,
+    table,
+    timed,
+    versions,
+    write_result,
+)
 
 
 def test_arms_are_called_in_turn_and_warmup_is_not_counted():
@@ -71,6 +82,20 @@ def test_result_file_has_machine_versions_commit_command_and_date(tmp_path: Path
     assert result["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert result.keys() == {"machine", "versions", "commit", "command", "date", "figures"}
     assert all(result.values())
+
+
+def test_versions_leave_out_what_is_absent(monkeypatch: Any):
+    found = [SimpleNamespace(name="Cut_Cross_Entropy", version="1.2"), SimpleNamespace(name="torch", version="3")]
+    monkeypatch.setattr(harness.metadata, "distributions", lambda: found)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert versions().items() - {("python", platform.python_version())} == {
+        ("torch", "3"),
+        ("cut-cross-entropy", "1.2"),
+    }
+
+
+def test_table_is_markdown():
+    assert table(["arm", "ms"], [["floor", "1.5"]]) == "| arm   |  ms |\n| :---- | --: |\n| floor | 1.5 |"
 
 
 @pytest.mark.skipif(torch.cuda.is_initialized(), reason="measures the resident set")

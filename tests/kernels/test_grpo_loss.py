@@ -1,173 +1,278 @@
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.kernels.conftest import OBJECTIVES, Target, padded_objective, targets
 from vlmr1_kernels import GRPOSettings, group_advantages, grpo_loss
+from vlmr1_kernels.settings import KL_ESTIMATORS, LOSS_TYPES
+from vlmr1_kernels.testing import assert_within_budget, pooled
 
-LENGTHS = [3, 1, 7, 2, 5]
+pytestmark = pytest.mark.usefixtures("poison")
+
+LENGTHS = (3, 1, 7, 2, 5)
+PER_ROW = ("old_logp", "ref_logp", "sampling_logp")
 Inputs = dict[str, Any]
+# The entropy bonus needs the logits: test_linear_grpo_loss.py has the cases as they are.
+SETTINGS = {name: replace(settings, entropy_coef=0.0) for name, settings in OBJECTIVES.items()}
+
+BY_LOSS_TYPE = {settings.loss_type: settings for settings in SETTINGS.values()}
 
 
-def rows(lengths: list[int] = LENGTHS, spread: float = 0.5) -> Inputs:
-    """Rows whose ratios fall on both sides of every clip."""
+def rows(lengths: Sequence[int] = LENGTHS, spread: float = 0.5) -> Inputs:
+    """float64, rounded to float32; ratios fall on both sides of every clip."""
+
+    def rounded(values: Tensor) -> Tensor:
+        return values.float().double()
+
     count = sum(lengths)
-    logp = -3 * torch.rand(count, dtype=torch.float64)
+    logp = rounded(-3 * torch.rand(count, dtype=torch.float64))
+    near = {name: rounded(logp + spread * torch.randn(count, dtype=torch.float64)) for name in PER_ROW}
     return {
         "logp": logp.requires_grad_(),
         "seq_ids": torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)),
-        "advantages": torch.randn(len(lengths), dtype=torch.float64),
-        "old_logp": logp.detach() + spread * torch.randn(count, dtype=torch.float64),
-        "ref_logp": logp.detach() + spread * torch.randn(count, dtype=torch.float64),
-        "sampling_logp": logp.detach() + spread * torch.randn(count, dtype=torch.float64),
+        "advantages": rounded(torch.randn(len(lengths), dtype=torch.float64)),
+        **{name: value.detach() for name, value in near.items()},
     }
 
 
-# Settings of the op, and what differs in the oracle's names.
-CASES: dict[str, dict[str, Any]] = {
-    "grpo": {},
-    "bnpo": {"loss_type": "bnpo"},
-    "dapo, wide clip": {"loss_type": "dapo", "epsilon_low": 0.1, "epsilon_high": 0.4},
-    "dr_grpo": {"loss_type": "dr_grpo", "max_completion_length": 9},
-    "cispo": {"loss_type": "cispo", "epsilon_high": 1.2},
-    "gspo": {"loss_type": "gspo"},
-    "bnpo at sequence level": {"loss_type": "bnpo", "importance_level": "sequence", "epsilon_high": 0.05},
-    "cispo at sequence level": {"loss_type": "cispo", "importance_level": "sequence", "epsilon_high": 1.05},
-    "two-sided clip": {"delta": 1.3},
-    "k1": {"beta": 0.3, "kl": "k1"},
-    "k2": {"beta": 0.3, "kl": "k2"},
-    "k3": {"beta": 0.3, "kl": "k3"},
-    "truncated importance sampling": {"tis_cap": 1.1, "beta": 0.2, "loss_type": "dapo"},
-    "gspo with everything": {"loss_type": "gspo", "tis_cap": 1.1, "beta": 0.2, "delta": 1.2},
-}
-ORACLE_NAMES = {"epsilon_low": "low", "epsilon_high": "high", "max_completion_length": "max_length"}
+def cast(inputs: Inputs, dtype: torch.dtype, device: str = "cpu") -> Inputs:
+    """logp in `dtype`, the rest in float32, integers as they are."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    out = {}
+    for name, value in inputs.items():
+        out[name] = value
+        if isinstance(value, Tensor):
+            out[name] = value.detach().to(device, wide if value.is_floating_point() else None)
+    out["logp"] = out["logp"].to(dtype).requires_grad_()
+    return out
 
 
-def oracle_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    names = {ORACLE_NAMES.get(name, name): value for name, value in settings.items()}
-    if "importance_level" in names:
-        names["sequence"] = names.pop("importance_level") == "sequence"
-    return names
+def padded(inputs: Inputs, settings: GRPOSettings, lengths: Sequence[int], **options: Any) -> Tensor:
+    given = {name: inputs[name] for name in PER_ROW}
+    logp = inputs["logp"] if inputs["logp"].dtype == torch.float64 else inputs["logp"].float()
+    return padded_objective(logp, tuple(lengths), inputs["advantages"], settings, **given, **options)
+
+
+def with_gradient(loss: Tensor, inputs: Inputs) -> list[Tensor]:
+    return [loss.detach(), torch.autograd.grad(loss, inputs["logp"])[0]]
+
+
+def check_budget(target: Target, settings: GRPOSettings, draws: Sequence[Inputs], lengths: Sequence[int]) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        run = target.run(dtype)
+        # The oracle sees what the dtype can hold.
+        exact = [draw | {"logp": draw["logp"].detach().to(dtype).double().requires_grad_()} for draw in draws]
+
+        def ours(inputs: Inputs, run: Callable[..., Any] = run) -> list[Tensor]:
+            loss, metrics = run(**inputs, settings=settings)
+            assert (loss.dtype, metrics["logp"].dtype) == (torch.float32, torch.float32)
+            return with_gradient(loss, inputs)
+
+        assert_within_budget(
+            ("loss", "d_logp"),
+            pooled(ours(cast(draw, dtype, target.device)) for draw in exact),
+            pooled(with_gradient(padded(each, settings, lengths), each) for each in (cast(d, dtype) for d in exact)),
+            pooled(with_gradient(padded(draw, settings, lengths), draw) for draw in exact),
+        )
+
+
+def test_the_objectives_cover_every_loss_type_kl_and_entropy() -> None:
+    with_kl = {(each.loss_type, each.kl) for each in OBJECTIVES.values() if each.beta > 0}
+    assert with_kl == set(product(LOSS_TYPES, KL_ESTIMATORS))
+    with_bonus = {(each.loss_type, each.entropy_coef != 0) for each in OBJECTIVES.values()}
+    assert with_bonus == set(product(LOSS_TYPES, (False, True)))
 
 
 @pytest.mark.parametrize("on_policy", [False, True], ids=["off policy", "on policy"])
-@pytest.mark.parametrize("settings", CASES.values(), ids=CASES.keys())
-def test_equals_the_padded_formula(
-    settings: dict[str, Any], on_policy: bool, padded_objective: Callable[..., Tensor]
-) -> None:
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+def test_reference_equals_the_padded_formula(settings: GRPOSettings, on_policy: bool) -> None:
     inputs = rows()
     if on_policy:
         inputs["old_logp"] = None
-    loss, _ = grpo_loss(**inputs, settings=GRPOSettings(**settings))
-    expected = padded_objective(
-        inputs["logp"],
-        LENGTHS,
-        inputs["advantages"],
-        old=inputs["old_logp"],
-        ref=inputs["ref_logp"],
-        sampling=inputs["sampling_logp"],
-        **oracle_settings(settings),
-    )
-    torch.testing.assert_close(loss, expected)
-    gradient, expected_gradient = (torch.autograd.grad(x, inputs["logp"])[0] for x in (loss, expected))
-    torch.testing.assert_close(gradient, expected_gradient)
+    loss, _ = grpo_loss(**inputs, settings=settings, impl="reference")
+    expected = padded(inputs, settings, LENGTHS)
+    for value, truth in zip(with_gradient(loss, inputs), with_gradient(expected, inputs), strict=True):
+        torch.testing.assert_close(value, truth)
 
 
-@pytest.mark.parametrize("settings", CASES.values(), ids=CASES.keys())
-def test_losses_of_packs_add_up(settings: dict[str, Any]) -> None:
-    inputs, chosen = rows(), GRPOSettings(**settings)
-    by_sequence = chosen.loss_type in ("grpo", "gspo", "dr_grpo")
+@pytest.mark.parametrize("target", targets("grpo_loss"))
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+def test_error_is_within_budget(target: Target, settings: GRPOSettings) -> None:
+    check_budget(target, settings, [rows() for _ in range(4)], LENGTHS)
+
+
+@pytest.mark.parametrize("target", targets("grpo_loss"))
+@pytest.mark.parametrize("name", ["grpo", "cispo, k3, rollout correction", "gspo, k1", "dr_grpo, k3, two-sided clip"])
+def test_error_is_within_budget_on_policy(target: Target, name: str) -> None:
+    check_budget(target, SETTINGS[name], [rows() | {"old_logp": None} for _ in range(4)], LENGTHS)
+
+
+@pytest.mark.parametrize("target", targets("grpo_loss"))
+@pytest.mark.parametrize("name", ["grpo", "gspo, k2"])
+def test_more_rows_than_a_grid_dimension_holds(target: Target, name: str) -> None:
+    lengths = (1, 40_000, 0, 17, 30_001)
+    check_budget(target, SETTINGS[name], [rows(lengths) for _ in range(4)], lengths)
+
+
+@pytest.mark.parametrize("target", targets("grpo_loss"))
+@pytest.mark.parametrize("settings", BY_LOSS_TYPE.values(), ids=BY_LOSS_TYPE.keys())
+def test_losses_of_packs_add_up(target: Target, settings: GRPOSettings) -> None:
+    run, inputs = target.run(torch.float32), cast(rows(), torch.float32, target.device)
+    by_sequence = settings.loss_type in ("grpo", "gspo", "dr_grpo")
     total = len(LENGTHS) if by_sequence else sum(LENGTHS)
-    whole, _ = grpo_loss(**inputs, settings=chosen)
+    whole, _ = run(**inputs, settings=settings)
     cut, sequences = sum(LENGTHS[:2]), 2
     first = {name: value[: sequences if name == "advantages" else cut] for name, value in inputs.items()}
     second = {name: value[sequences if name == "advantages" else cut :] for name, value in inputs.items()}
     second["seq_ids"] = second["seq_ids"] - sequences
-    parts = [grpo_loss(**part, settings=chosen, normalizer=total)[0] for part in (first, second)]
+    parts = [run(**part, settings=settings, normalizer=total)[0] for part in (first, second)]
     torch.testing.assert_close(parts[0] + parts[1], whole)
-    with_tensor, _ = grpo_loss(**inputs, settings=chosen, normalizer=torch.tensor(float(total)))
+    with_tensor, _ = run(**inputs, settings=settings, normalizer=torch.tensor([total], device=target.device))
     torch.testing.assert_close(with_tensor, whole)
 
 
-def test_metrics() -> None:
-    logp = torch.tensor([-1.0, -2.0, -1.0, -3.0], dtype=torch.float64, requires_grad=True)
-    old = torch.tensor([-2.0, -1.0, -1.0, -2.9], dtype=torch.float64)  # ratios e, 1/e, 1, e^-0.1
-    ref = torch.tensor([-1.0, -2.0, -2.0, -3.0], dtype=torch.float64)
-    ids, advantages = torch.tensor([0, 1, 1, 1]), torch.tensor([1.0, -1.0], dtype=torch.float64)
-    _, metrics = grpo_loss(logp, ids, advantages, old_logp=old, ref_logp=ref)
+@pytest.mark.parametrize("target", targets("grpo_loss"))
+def test_metrics(target: Target) -> None:
+    def values(*numbers: float) -> Tensor:
+        return torch.tensor(numbers, device=target.device)
+
+    run, logp = target.run(torch.float32), values(-1.0, -2.0, -1.0, -2.0, -3.0).requires_grad_()
+    old, ref = values(-2.0, -1.0, -2.0, -1.0, -3.0), values(-1.0, -2.0, -1.0, -2.0, -4.0)  # ratios e, 1/e, e, 1/e, 1
+    ids, advantages = torch.tensor([0, 0, 1, 1, 1], device=target.device), values(1.0, -1.0)
+    _, metrics = run(logp, ids, advantages, old_logp=old, ref_logp=ref)
     assert {name: value.tolist() for name, value in metrics.items()} == {
-        "kl": pytest.approx((2.718281828**-1 + 1 - 1) / 4),
-        "clip_low": 0.25,
-        "clip_high": 0.25,
+        "kl": pytest.approx((2.718281828**-1 + 1 - 1) / 5),
+        "clip_low": pytest.approx(0.2),
+        "clip_high": pytest.approx(0.2),
         "ratio_max": pytest.approx(2.718281828),
-        "logp": [-1.0, -2.0, -1.0, -3.0],
-        "tokens": 4,
+        "logp": [-1.0, -2.0, -1.0, -2.0, -3.0],
+        "tokens": 5,
         "dropped_rows": 0,
     }
+    _, capped = run(logp, ids, advantages, old_logp=old, settings=GRPOSettings(loss_type="cispo", epsilon_high=1.3))
+    assert [capped[name].item() for name in ("clip_low", "clip_high")] == [0, pytest.approx(0.2)]
     assert not any(value.requires_grad for value in metrics.values())
-    assert grpo_loss(logp, ids, advantages)[1]["kl"].item() == 0
+    assert run(logp, ids, advantages)[1]["kl"].item() == 0
 
 
-def test_one_token_on_policy_has_the_policy_gradient() -> None:
-    logp = torch.tensor([-0.7], dtype=torch.float64, requires_grad=True)
-    loss, _ = grpo_loss(logp, torch.tensor([0]), torch.tensor([2.5], dtype=torch.float64))
+@pytest.mark.parametrize("target", targets("grpo_loss"))
+@pytest.mark.parametrize("name", ["grpo, two-sided clip", "gspo, k1", "cispo, k2, entropy"])
+def test_metrics_are_those_of_the_reference(target: Target, name: str) -> None:
+    inputs = rows()
+    _, expected = grpo_loss(**inputs, settings=SETTINGS[name], impl="reference")
+    _, metrics = target.run(torch.float32)(**cast(inputs, torch.float32, target.device), settings=SETTINGS[name])
+    assert metrics.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(metrics[key].cpu(), value.to(metrics[key].dtype))
+        assert metrics[key].dtype in (torch.float32, torch.int64)
+
+
+@pytest.mark.parametrize("target", targets("grpo_loss"))
+def test_one_token_on_policy_has_the_policy_gradient(target: Target) -> None:
+    logp = torch.tensor([-0.7], device=target.device, requires_grad=True)
+    ids, advantages = torch.tensor([0], device=target.device), torch.tensor([2.5], device=target.device)
+    loss, _ = target.run(torch.float32)(logp, ids, advantages)
     (gradient,) = torch.autograd.grad(loss, logp)
     assert (loss.item(), gradient.tolist()) == (-2.5, [-2.5])
 
 
-def test_rewards_in_place_of_advantages() -> None:
-    inputs = rows([2, 1, 3, 2])
+@pytest.mark.parametrize("target", targets("grpo_loss"))
+def test_rewards_in_place_of_advantages(target: Target) -> None:
+    run, inputs = target.run(torch.float32), cast(rows([2, 1, 3, 2, 1, 4]), torch.float32, target.device)
     del inputs["advantages"]
-    rewards = torch.tensor([1.0, 0.0, 0.25, 0.5], dtype=torch.float64)
-    loss, _ = grpo_loss(**inputs, rewards=rewards, num_generations=2)
-    expected, _ = grpo_loss(**inputs, advantages=group_advantages(rewards, 2))
-    assert loss.item() == expected.item()
+    rewards = torch.tensor([1.0, 0.0, 0.25, 0.5, 0.5, 0.5], device=target.device)  # the second group is equal
+    fused = with_gradient(run(**inputs, rewards=rewards, num_generations=3)[0], inputs)
+    advantages = group_advantages(rewards, 3, impl=target.impl)
+    for value, expected in zip(fused, with_gradient(run(**inputs, advantages=advantages)[0], inputs), strict=True):
+        torch.testing.assert_close(value, expected)
 
 
+@pytest.mark.parametrize("target", targets("grpo_loss"))
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "gspo"])
-def test_equal_rewards_and_no_rows_give_zero(loss_type: str) -> None:
-    settings = GRPOSettings(loss_type=loss_type)
-    inputs = rows([2, 1, 3, 2])
-    inputs["advantages"] = None
-    loss, _ = grpo_loss(**inputs, rewards=torch.full((4,), 0.1), num_generations=4, settings=settings)
-    assert (loss.item(), torch.autograd.grad(loss, inputs["logp"])[0].abs().max().item()) == (0, 0)
-    nothing = torch.empty(0, requires_grad=True)
-    loss, metrics = grpo_loss(nothing, torch.empty(0, dtype=torch.long), torch.ones(2), settings=settings)
+def test_equal_rewards_and_no_rows_give_zero(target: Target, loss_type: str) -> None:
+    run, settings = target.run(torch.float32), GRPOSettings(loss_type=loss_type)
+    inputs = cast(rows([2, 1, 3, 2]) | {"advantages": None}, torch.float32, target.device)
+    equal = torch.full((4,), 0.1, device=target.device)
+    loss, gradient = with_gradient(run(**inputs, rewards=equal, num_generations=4, settings=settings)[0], inputs)
+    assert (loss.item(), gradient.abs().max().item()) == (0, 0)
+    nothing = torch.empty(0, requires_grad=True, device=target.device)
+    loss, metrics = run(nothing, nothing.detach().long(), equal, settings=settings)
     assert (loss.item(), torch.autograd.grad(loss, nothing)[0].numel(), metrics["tokens"].item()) == (0, 0, 0)
 
 
-def test_a_sequence_without_rows_counts_in_the_mean() -> None:
-    logp = torch.tensor([-1.0, -1.0], requires_grad=True)
-    loss, _ = grpo_loss(logp, torch.tensor([0, 2]), torch.tensor([1.0, 5.0, 2.0]))
+@pytest.mark.parametrize("target", targets("grpo_loss"))
+def test_a_sequence_without_rows_counts_in_the_mean(target: Target) -> None:
+    run, logp = target.run(torch.float32), torch.tensor([-1.0, -1.0], device=target.device, requires_grad=True)
+    ids, advantages = (torch.tensor(v, device=target.device) for v in ([0, 2], [1.0, 5.0, 2.0]))
+    loss, _ = run(logp, ids, advantages)
     assert loss.item() == pytest.approx(-(1 + 0 + 2) / 3)
-    sequence_level = GRPOSettings(loss_type="gspo")
-    loss, _ = grpo_loss(logp, torch.tensor([0, 2]), torch.tensor([1.0, 5.0, 2.0]), settings=sequence_level)
-    gradient = torch.autograd.grad(loss, logp)[0].tolist()
-    assert gradient == pytest.approx([-1 / 3, -2 / 3])
+    loss, _ = run(logp, ids, advantages, settings=GRPOSettings(loss_type="gspo"))
+    assert torch.autograd.grad(loss, logp)[0].tolist() == pytest.approx([-1 / 3, -2 / 3])
+
+
+@pytest.mark.parametrize("target", targets("grpo_loss"))
+def test_layout_and_integer_type_of_the_inputs_do_not_matter(target: Target) -> None:
+    run, inputs = target.run(torch.float32), cast(rows(), torch.float32, target.device)
+    changed = {name: value.detach().repeat_interleave(2)[::2] for name, value in inputs.items()}
+    changed |= {"seq_ids": changed["seq_ids"].int(), "logp": changed["logp"].requires_grad_()}
+    changed["old_logp"] = changed["old_logp"].double()
+    for value, expected in zip(
+        *(with_gradient(run(**each, settings=SETTINGS["gspo, k1"])[0], each) for each in (changed, inputs)), strict=True
+    ):
+        torch.testing.assert_close(value, expected)
+
+
+@pytest.mark.parametrize("target", targets("grpo_loss"))
+def test_backward_can_be_repeated_and_follows_the_factor(target: Target) -> None:
+    run, inputs = target.run(torch.float32), cast(rows(), torch.float32, target.device)
+    loss, _ = run(**inputs)
+    (first,) = torch.autograd.grad(loss, inputs["logp"], retain_graph=True)
+    kept = first.clone()
+    (second,) = torch.autograd.grad(loss, inputs["logp"], retain_graph=True)
+    (threefold,) = torch.autograd.grad(3 * loss, inputs["logp"])
+    run(**inputs)[0].backward()
+    assert torch.equal(first, kept), "a later call changed a gradient that was kept"
+    assert torch.equal(second, kept)
+    torch.testing.assert_close(threefold, 3 * kept)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"logp": torch.zeros(2, 9)}, r"logp must be \[N\], it is \[2, 9\]"),
+        ({"logp": torch.zeros(18, dtype=torch.long)}, "logp must be float64, float32"),
         ({"advantages": None}, "either advantages or rewards"),
+        ({"advantages": torch.ones(5, 1)}, r"advantages must be \[N\], it is \[5, 1\]"),
+        ({"advantages": torch.ones(5, device="meta")}, "advantages is on meta, the rows are on cpu"),
         ({"num_generations": 2}, "num_generations goes with rewards"),
         ({"advantages": None, "rewards": torch.ones(5)}, "rewards needs num_generations"),
         ({"seq_ids": torch.zeros(4, dtype=torch.long)}, r"seq_ids must be \[18\]"),
         ({"seq_ids": torch.zeros(18)}, "seq_ids must be int64 or int32"),
+        ({"seq_ids": torch.zeros(18, dtype=torch.long, device="meta")}, "seq_ids is on meta, not on cpu"),
         ({"old_logp": torch.zeros(17)}, r"old_logp must be \[18\]"),
         ({"old_logp": torch.zeros(18, requires_grad=True)}, "old_logp requires a gradient"),
+        ({"ref_logp": torch.zeros(18, requires_grad=True)}, "ref_logp requires a gradient"),
+        ({"sampling_logp": torch.zeros(18, requires_grad=True)}, "sampling_logp requires a gradient"),
+        ({"ref_logp": torch.zeros(18, device="meta")}, "ref_logp is on meta, the rows are on cpu"),
         ({"ref_logp": None, "settings": GRPOSettings(beta=0.1)}, "ref_logp is needed"),
         ({"sampling_logp": None, "settings": GRPOSettings(tis_cap=2.0)}, "sampling_logp is needed"),
         ({"settings": GRPOSettings(entropy_coef=0.1)}, "entropy_coef needs the logits"),
         ({"normalizer": 0}, "normalizer must be above 0"),
+        ({"normalizer": torch.ones(2)}, "normalizer must be one number"),
         ({"advantages": torch.ones(4), "check": True}, r"seq_ids must be in 0..3"),
+        ({"advantages": torch.tensor([1.0, 0, 0, 0, torch.inf]), "check": True}, "advantages holds NaN or infinity"),
         ({"seq_ids": torch.arange(18) % 5, "check": True}, "seq_ids is not sorted"),
         ({"old_logp": torch.full((18,), torch.nan), "check": True}, "old_logp holds NaN"),
+        ({"ref_logp": torch.full((18,), torch.nan), "check": True}, "ref_logp holds NaN"),
+        ({"sampling_logp": torch.full((18,), torch.nan), "check": True}, "sampling_logp holds NaN"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_bad_input_is_named(change: dict[str, Any], message: str) -> None:
+def test_bad_input_is_named(change: Inputs, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         grpo_loss(**{**rows(), **change})

@@ -92,7 +92,9 @@ def test_masked_vocabulary_and_broken_logits(dtype: torch.dtype) -> None:
     for broken in (torch.nan, torch.inf):
         inputs["hidden"][1, 0] = broken
         logp, entropy = linear_logprob(
-            *(cast(inputs, dtype)[name].detach() for name in ("hidden", "weight", "targets")), entropy=True, impl="native"
+            *(cast(inputs, dtype)[name].detach() for name in ("hidden", "weight", "targets")),
+            entropy=True,
+            impl="native",
         )
         assert logp.isnan().tolist() == entropy.isnan().tolist() == [False, True, False, False, False, False]
 

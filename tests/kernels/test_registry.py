@@ -11,6 +11,7 @@ from vlmr1_kernels import (
     shared_prefix_attention,
     use,
 )
+from vlmr1_kernels.native import library
 from vlmr1_kernels.registry import Request, doctor, explain, parse_choices, resolve
 
 ATTENTION = "shared_prefix_attention"
@@ -84,8 +85,18 @@ def test_named_implementation_is_refused_with_the_reason() -> None:
         shared_prefix_attention(q, q, q, layout, impl="cpu")
     with pytest.raises(ImplementationError, match="refuses"), use(shared_prefix_attention="cpu"):
         shared_prefix_attention(q, q, q, layout)
-    with pytest.raises(ImplementationError, match="has no implementation 'triton'"):
-        group_advantages(torch.ones(2), 2, impl="triton")
+    with pytest.raises(ImplementationError, match="has no implementation 'flash'"):
+        group_advantages(torch.ones(2), 2, impl="flash")
+
+
+def test_auto_leaves_the_interpreter_to_those_who_ask_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(library, "problem", lambda: "the native library is not built")
+    found = explain("grpo_loss", CPU32)
+    assert found.chosen == "reference"
+    assert found.others["triton"] == "usable by name; Triton's interpreter is for tests"
+    assert resolve("grpo_loss", "triton", CPU32).__module__.startswith("vlmr1_kernels")
 
 
 def test_auto_says_once_what_it_chose(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlmr1_kernels import GRPOSettings, group_advantages, grpo_loss
+from tests.kernels.conftest import Target, targets
+from vlmr1_kernels import GRPOSettings, group_advantages
+from vlmr1_kernels.settings import LOSS_TYPES
 
 LENGTHS = [3, 1, 5, 2]
 
@@ -85,21 +87,28 @@ def trainer_class() -> Any:
     return trl.GRPOTrainer
 
 
+def test_every_loss_type_is_compared() -> None:
+    assert {options.get("loss_type", "grpo") for options in CASES.values()} == set(LOSS_TYPES)
+
+
+@pytest.mark.parametrize("target", targets("grpo_loss"))
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
-def test_loss_and_gradient_are_those_of_trl(options: dict[str, Any], trainer_class: Any) -> None:
-    settings, count = GRPOSettings(**options), sum(LENGTHS)
-    logp = (-2 * torch.rand(count, dtype=torch.float64)).requires_grad_()
-    entropy = torch.rand(count, dtype=torch.float64)
+def test_loss_and_gradient_are_those_of_trl(options: dict[str, Any], target: Target, trainer_class: Any) -> None:
+    dtype = torch.float32 if target.refusal(torch.float64) else torch.float64
+    run, settings, count = target.run(dtype), GRPOSettings(**options), sum(LENGTHS)
+    logp = (-2 * torch.rand(count, dtype=dtype)).requires_grad_()
+    entropy = torch.rand(count, dtype=dtype)
     rows: dict[str, Any] = {
-        name: logp.detach() + 0.5 * torch.randn(count, dtype=torch.float64)
+        name: logp.detach() + 0.5 * torch.randn(count, dtype=dtype)
         for name in ("old_logp", "ref_logp", "sampling_logp")
     }
-    rows |= {"logp": logp, "advantages": group_advantages(torch.tensor([1.0, 0.0, 0.2, 0.7]).double(), 2)}
+    rows |= {"logp": logp, "advantages": group_advantages(torch.tensor([1.0, 0.0, 0.2, 0.7], dtype=dtype), 2)}
     expected = trl_loss(trainer_class, settings, rows, entropy)
     without_entropy = GRPOSettings(**{**options, "entropy_coef": 0.0})
     ids = torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS))
-    loss, _ = grpo_loss(**rows, seq_ids=ids, settings=without_entropy)
-    loss = loss - settings.entropy_coef * entropy.mean()
+    on_device = {name: value.to(target.device) for name, value in rows.items()}
+    loss, _ = run(**on_device, seq_ids=ids.to(target.device), settings=without_entropy)
+    loss = loss.cpu() - settings.entropy_coef * entropy.mean()
     torch.testing.assert_close(loss, expected)
     gradients = [torch.autograd.grad(value, logp)[0] for value in (loss, expected)]
     torch.testing.assert_close(*gradients)

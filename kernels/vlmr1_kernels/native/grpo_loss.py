@@ -67,7 +67,11 @@ def _forward(
     values = objective.summary
     dtype = accumulation_dtype(logp.dtype)
     metrics = (values.kl, values.clip_low, values.clip_high, values.ratio_max)
-    return torch.tensor(values.loss, dtype=dtype), d_logp.to(dtype, copy=True), *(torch.tensor(m, dtype=dtype) for m in metrics)
+    return (
+        torch.tensor(values.loss, dtype=dtype),
+        d_logp.to(dtype, copy=True),
+        *(torch.tensor(m, dtype=dtype) for m in metrics),
+    )
 
 
 grpo_loss = functions.grpo_loss("native", _forward)

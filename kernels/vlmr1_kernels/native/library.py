@@ -74,18 +74,19 @@ class Summary(Structure):
     _fields_ = [(name, c_double) for name in ("loss", "kl", "entropy", "clip_low", "clip_high", "ratio_max")]
 
 
+_HEAD_ROWS = (POINTER(Head), POINTER(HiddenRows))
+_OBJECTIVE = (POINTER(ObjectiveRows), POINTER(Settings))
 _SIGNATURES = {
-    "vlmr1_backend": (c_char_p, []),
-    "vlmr1_use_backend": (c_int, [c_char_p]),
-    "vlmr1_logit_bytes": (c_int64, [POINTER(Head)]),
-    "vlmr1_group_advantages": (None, [c_void_p, c_int64, c_int64, c_int, c_void_p]),
-    "vlmr1_linear_logprob": (c_int, [POINTER(Head), POINTER(HiddenRows), c_int, *[c_void_p] * 3]),
-    "vlmr1_linear_logprob_backward": (c_int, [POINTER(Head), POINTER(HiddenRows), c_int64, c_int, *[c_void_p] * 5]),
-    "vlmr1_grpo_loss": (c_int, [POINTER(ObjectiveRows), POINTER(Settings), c_void_p, c_void_p, POINTER(Summary)]),
+    "vlmr1_backend": (c_char_p, ()),
+    "vlmr1_use_backend": (c_int, (c_char_p,)),
+    "vlmr1_logit_bytes": (c_int64, (POINTER(Head),)),
+    "vlmr1_group_advantages": (None, (c_void_p, c_int64, c_int64, c_int, c_void_p)),
+    "vlmr1_linear_logprob": (c_int, (*_HEAD_ROWS, c_int, *(c_void_p,) * 3)),
+    "vlmr1_linear_logprob_backward": (c_int, (*_HEAD_ROWS, c_int64, c_int, *(c_void_p,) * 5)),
+    "vlmr1_grpo_loss": (c_int, (*_OBJECTIVE, c_void_p, c_void_p, POINTER(Summary))),
     "vlmr1_linear_grpo_loss": (
         c_int,
-        [POINTER(Head), POINTER(HiddenRows), POINTER(ObjectiveRows), POINTER(Settings), c_int64, c_double, c_int]
-        + [*[c_void_p] * 4, POINTER(Summary)],
+        (*_HEAD_ROWS, *_OBJECTIVE, c_int64, c_double, c_int, *(c_void_p,) * 4, POINTER(Summary)),
     ),
 }
 
@@ -132,7 +133,14 @@ def call(name: str, *arguments: object) -> None:
 def head(weight: Tensor, bias: Tensor | None, temperature: float, softcap: float | None) -> Head:
     vocab, dim = weight.shape
     return Head(
-        weight.data_ptr(), pointer(bias), weight.stride(0), vocab, dim, DTYPES[weight.dtype], temperature, softcap or 0.0
+        weight.data_ptr(),
+        pointer(bias),
+        weight.stride(0),
+        vocab,
+        dim,
+        DTYPES[weight.dtype],
+        temperature,
+        softcap or 0.0,
     )
 
 
@@ -178,8 +186,6 @@ def integers(tensor: Tensor) -> Tensor:
     return tensor.to(torch.int64).contiguous()
 
 
-
-
 def chunk_rows(rows: int, weight: Tensor, chunk_mib: float | None) -> int:
     """How many rows to project at once: `chunk_mib` MiB of kept logits.
 
@@ -194,5 +200,7 @@ def chunk_rows(rows: int, weight: Tensor, chunk_mib: float | None) -> int:
     trained = weight.requires_grad and torch.is_grad_enabled()
     if trained and rows * logit_bytes <= weight.shape[1] * weight.itemsize:
         return max(rows, 1)
-    wanted = rows if trained and logit_bytes == 2 else max(_LEAST_ROWS, math.ceil(rows / 8 if trained else 3 * rows / 8))
+    wanted = (
+        rows if trained and logit_bytes == 2 else max(_LEAST_ROWS, math.ceil(rows / 8 if trained else 3 * rows / 8))
+    )
     return max(1, min(wanted, int(_LARGEST_CHUNK_MIB * 2**20 / row_bytes)))

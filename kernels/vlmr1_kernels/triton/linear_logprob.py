@@ -1,0 +1,65 @@
+"""Log-probs and entropies of an output head: one GEMM a chunk forward, backward projects again."""
+
+import torch
+from torch import Tensor
+
+from vlmr1_kernels import functions
+from vlmr1_kernels.triton.head import Head
+from vlmr1_kernels.triton.launch import on_its_device
+
+
+@on_its_device
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: float,
+    softcap: float | None,
+    entropy: bool,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    head = Head(hidden, weight, bias, targets, temperature, softcap, chunk)
+    logp, lse = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(2))  # [N]
+    token_entropy = torch.empty_like(logp) if entropy else None
+    for rows in head.chunks:
+        head.project(rows)
+        head.statistics(rows, logp, token_entropy, lse)
+    return logp, logp.new_empty(0) if token_entropy is None else token_entropy, lse
+
+
+@on_its_device
+def _backward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    lse: Tensor,
+    entropy: Tensor,
+    d_logp: Tensor,
+    d_entropy: Tensor,
+    temperature: float,
+    softcap: float | None,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    needs = (needs_hidden, needs_weight, needs_bias)
+    scaled = hidden.dtype == torch.float16 and len(hidden) > 0
+    wide = torch.float32 if scaled else None
+    head = Head(hidden, weight, bias, targets, temperature, softcap, chunk, needs, wide)
+    slopes = [d_logp, d_entropy] if len(entropy) else [d_logp]
+    factor = None
+    if scaled:
+        # To about 1, so that float16 holds the gradient of the logits; a power of two is exact.
+        factor = torch.stack(slopes).abs().amax().log2().ceil().clamp(-100, 100).exp2()
+        slopes = [slope / factor for slope in slopes]
+    for rows in head.chunks:
+        head.project(rows)
+        head.gradient(rows, lse, entropy, slopes[0], slopes[1] if len(slopes) > 1 else None)
+        head.consume(rows)
+    return head.gradients(factor)
+
+
+linear_logprob = functions.linear_logprob("triton", _forward, _backward)

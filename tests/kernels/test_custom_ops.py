@@ -1,0 +1,127 @@
+"""What compiled implementations register with torch, and that they are there at all."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import vlmr1_kernels
+from tests.kernels.conftest import OBJECTIVES, Case, Target
+from vlmr1_kernels.testing import HEAD, cast
+
+NAMESPACE = "vlmr1_kernels"
+OPS = ("linear_logprob", "group_advantages", "grpo_loss", "linear_grpo_loss")
+COMPILED = ("native", "triton")
+CASE = Case((5, 1, 7, 2), 20, 37, OBJECTIVES["gspo, k3, everything"], bias=True, softcap=8.0)
+
+
+def calls(op: str, inputs: dict[str, Tensor], run: Callable[..., Any]) -> Iterator[Tensor]:
+    """Scalars of calls that differ in what they hand to the custom op; each is differentiable in the leaves."""
+    settings, device = CASE.settings, inputs["hidden"].device
+    if op == "linear_logprob":
+        head = {name: inputs[name] for name in (*HEAD, "targets")}
+        yield run(**head, temperature=0.7, softcap=CASE.softcap).sum()
+        logp, entropy = run(**(head | {"bias": None}), entropy=True)
+        yield (logp * entropy).sum()
+    elif op == "group_advantages":
+        for scale in ("group", "batch", "none"):
+            yield run(inputs["advantages"], 2, scale=scale).sum()
+    elif op == "grpo_loss":
+        per_row = {name: inputs[name] for name in ("seq_ids", "old_logp", "ref_logp", "sampling_logp")}
+        logp = inputs["hidden"].sum(1)
+        yield run(logp, **per_row, advantages=inputs["advantages"], settings=OBJECTIVES["gspo, k1"])[0]
+        yield run(logp, inputs["seq_ids"], rewards=inputs["advantages"], num_generations=2, normalizer=3.0)[0]
+    else:
+        yield run(**inputs, softcap=CASE.softcap, settings=settings)[0]
+        bare = {name: inputs[name] for name in ("hidden", "weight", "targets", "seq_ids")}
+        yield run(**bare, rewards=inputs["advantages"], num_generations=2, normalizer=3.0)[0]
+        active = torch.arange(6, device=device)
+        yield run(**bare, advantages=inputs["advantages"], active_rows=active)[0]
+
+
+class _Record(TorchDispatchMode):
+    """Keeps the calls of our custom ops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == NAMESPACE:
+            detached = tuple(value.detach() if isinstance(value, Tensor) else value for value in args)
+            self.calls.append((func, detached, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def registered() -> set[str]:
+    return {name for name in torch._C._dispatch_get_all_op_names() if name.startswith(f"{NAMESPACE}::")}
+
+
+@pytest.mark.parametrize(
+    ("impl", "dtype"),
+    [("native", torch.float32), ("native", torch.bfloat16), ("triton", torch.float32)],
+    ids=["native, float32", "native, bfloat16", "triton, float32"],
+)
+def test_opcheck(impl: str, dtype: torch.dtype) -> None:
+    device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
+    with _Record() as record:
+        for op in OPS:
+            target = Target(op, impl, device)
+            run, inputs = target.run(dtype), cast(CASE.draw(0, dtype), dtype, device)
+            for value in calls(op, inputs, run):
+                if value.requires_grad:
+                    value.backward()
+    checked = {func._schema.name for func, _, _ in record.calls}
+    assert checked == {name for name in registered() if f"_{impl}" in name}, "an op is registered and not checked"
+    for func, args, kwargs in record.calls:
+        torch.library.opcheck(func, args, kwargs)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_compiles_and_agrees(op: str) -> None:
+    run = Target(op, "native", "cpu").run(torch.float32)
+
+    def step(inputs: dict[str, Tensor]) -> Tensor:
+        # The op stands among others: it is given an intermediate value, and its result is used.
+        moved = inputs | {"hidden": inputs["hidden"] * 1.5}
+        return torch.stack(list(calls(op, moved, run))).square().sum()
+
+    def results(function: Callable[[dict[str, Tensor]], Tensor]) -> list[Tensor | None]:
+        inputs = cast(CASE.draw(0, torch.float32), torch.float32)
+        loss = function(inputs)
+        if loss.requires_grad:
+            loss.backward()
+        return [loss.detach(), *(inputs[name].grad for name in HEAD)]
+
+    torch._dynamo.reset()
+    for value, expected in zip(results(torch.compile(step, backend="aot_eager")), results(step), strict=True):
+        torch.testing.assert_close(value, expected)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_native_serves_wherever_a_compiler_can_build_it(op: str) -> None:
+    if shutil.which("c++") is None:
+        pytest.skip("no C++ compiler")
+    assert Target(op, "native", "cpu").refusal(torch.float32) is None
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_triton_serves_wherever_it_is_installed(op: str) -> None:
+    if find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert Target(op, "triton", device).refusal(torch.float32) is None
+
+
+@pytest.mark.parametrize("impl", COMPILED)
+@pytest.mark.parametrize("op", OPS)
+def test_float64_is_refused_by_name(op: str, impl: str) -> None:
+    inputs = cast(CASE.draw(0, torch.float64), torch.float64)
+    with pytest.raises(vlmr1_kernels.ImplementationError, match=f"{op}: implementation '{impl}' refuses"):
+        next(calls(op, inputs, partial(getattr(vlmr1_kernels, op), impl=impl)))
