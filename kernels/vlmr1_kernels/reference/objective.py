@@ -80,8 +80,9 @@ def token_losses(logp: Tensor, rows: Rows, settings: GRPOSettings) -> TokenLoss:
     old = logp.detach() if rows.old is None else rows.old
     log_ratio = logp - old
     if settings.sequence_level:
-        total = torch.zeros_like(rows.length).index_add(0, rows.sequence, log_ratio)  # [B]
-        log_ratio = (total / rows.length)[rows.sequence]
+        # index_add sums one by one: in float32 a long sequence would lose digits.
+        total = torch.zeros_like(rows.length, dtype=torch.float64).index_add(0, rows.sequence, log_ratio.double())  # [B]
+        log_ratio = (total / rows.length)[rows.sequence].to(logp.dtype)
     ratio = log_ratio.exp()
     if settings.loss_type == "cispo":
         loss = -ratio.clamp(max=settings.epsilon_high).detach() * rows.advantage * logp
@@ -113,13 +114,13 @@ def summarize(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss [], metrics) of all rows, as the ops return them; `entropy` [n] enters both."""
     token = token_losses(logp, rows, settings)
-    loss = token.loss @ rows.weight
+    loss = (token.loss * rows.weight).sum()  # pairwise, which a dot product is not
     with torch.no_grad():
         metrics = _metrics(logp, token, rows, settings)
     if entropy is not None:
         metrics["entropy"] = entropy.detach().sum() / max(entropy.numel(), 1)
         if settings.entropy_coef != 0:
-            loss = loss - settings.entropy_coef * (entropy @ rows.weight)
+            loss = loss - settings.entropy_coef * (entropy * rows.weight).sum()
     return loss, metrics
 
 
