@@ -44,6 +44,21 @@ def _settings(values: Sequence[Any]) -> tuple[tuple[Any, ...], GRPOSettings]:
     return tuple(values[:-_SETTINGS_COUNT]), GRPOSettings(*values[-_SETTINGS_COUNT:])
 
 
+def group_advantages(name: str, forward: Callable[[Tensor, int, str], Tensor]) -> Callable[..., Tensor]:
+    """The `group_advantages` of an implementation, from forward(rewards [B], num_generations, scale) -> [B]."""
+
+    def fake(rewards: Tensor, num_generations: int, scale: str) -> Tensor:
+        return torch.empty_like(rewards)
+
+    arguments = "Tensor rewards, int num_generations, str scale"
+    run_forward = _register(f"group_advantages_{name}", arguments, 1, forward, fake)
+
+    def run(rewards: Tensor, num_generations: int, *, scale: str) -> Tensor:
+        return run_forward(rewards.detach(), num_generations, scale)
+
+    return run
+
+
 def linear_logprob(
     name: str, forward: Callable[..., Any], backward: Callable[..., Any], chunk_rows: ChunkRows = chunk_rows
 ) -> Callable[..., Any]:

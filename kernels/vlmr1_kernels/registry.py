@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from importlib import import_module
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -58,6 +58,7 @@ class Explanation:
 
 
 _overrides: ContextVar[Mapping[str, str]] = ContextVar("vlmr1_kernels_overrides", default=MappingProxyType({}))
+_loaded: dict[str, Callable[..., Any]] = {}
 _announced: set[tuple[str, str, torch.dtype, str]] = set()
 
 
@@ -174,7 +175,8 @@ def _announce(op: str, request: Request, name: str) -> None:
         logger.info("%s on %s in %s: %s", op, request.device.type, request.dtype, name)
 
 
-@cache
 def _load(target: str) -> Callable[..., Any]:
-    module, function = target.split(":")
-    return getattr(import_module(module), function)
+    if target not in _loaded:  # a dict, because torch.compile looks through functools.cache, and stops at the import
+        module, function = target.split(":")
+        _loaded[target] = getattr(import_module(module), function)
+    return _loaded[target]

@@ -96,13 +96,13 @@ def test_kernels_setting_chooses_the_implementation(model, processor, make, tmp_
     calls = []
     original = reference.shared_prefix_attention
     monkeypatch.setattr(reference, "shared_prefix_attention", lambda *a, **k: calls.append(1) or original(*a, **k))
-    vlmr1_kernels.registry._load.cache_clear()
+    vlmr1_kernels.registry._loaded.clear()
     trainer_of(model, processor, tmp_path).train()
     assert calls == []
     trainer_of(model, processor, tmp_path, kernels="shared_prefix_attention=reference").train()
     layers = model.config.text_config.num_hidden_layers
     assert len(calls) == 3 * layers  # prefill, reference pass and policy pass
-    vlmr1_kernels.registry._load.cache_clear()
+    vlmr1_kernels.registry._loaded.clear()
 
 
 @pytest.mark.parametrize(

@@ -91,9 +91,14 @@ _SIGNATURES = {
 }
 
 
-@cache
+@torch.compiler.assume_constant_result
 def problem() -> str | None:
     """Why the library cannot be used, or None."""
+    return _problem()
+
+
+@cache
+def _problem() -> str | None:
     if not PATH.is_file():
         return "the native library is not built; it needs a C++ compiler: cmake -S . -B build && cmake --build build"
     try:
@@ -186,6 +191,12 @@ def integers(tensor: Tensor) -> Tensor:
     return tensor.to(torch.int64).contiguous()
 
 
+@torch.compiler.assume_constant_result
+def logit_bytes(dtype: torch.dtype) -> int:
+    """Bytes that a kept logit takes."""
+    return library().vlmr1_logit_bytes(byref(Head(dtype=DTYPES[dtype])))
+
+
 def chunk_rows(rows: int, weight: Tensor, chunk_mib: float | None) -> int:
     """How many rows to project at once: `chunk_mib` MiB of kept logits.
 
@@ -193,14 +204,12 @@ def chunk_rows(rows: int, weight: Tensor, chunk_mib: float | None) -> int:
     bits a logit, because one chunk needs no float32 [V, D] sums over chunks. Else an eighth of the rows in float32,
     three eighths with a frozen head, but enough that packing the weight for them costs little. All bounded.
     """
-    logit_bytes = library().vlmr1_logit_bytes(byref(head(weight, None, 1.0, None)))
-    row_bytes = weight.shape[0] * logit_bytes
+    each = logit_bytes(weight.dtype)
+    row_bytes = weight.shape[0] * each
     if chunk_mib is not None:
         return max(1, int(chunk_mib * 2**20 / row_bytes))
     trained = weight.requires_grad and torch.is_grad_enabled()
-    if trained and rows * logit_bytes <= weight.shape[1] * weight.itemsize:
+    if trained and rows * each <= weight.shape[1] * weight.itemsize:
         return max(rows, 1)
-    wanted = (
-        rows if trained and logit_bytes == 2 else max(_LEAST_ROWS, math.ceil(rows / 8 if trained else 3 * rows / 8))
-    )
+    wanted = rows if trained and each == 2 else max(_LEAST_ROWS, math.ceil(rows / 8 if trained else 3 * rows / 8))
     return max(1, min(wanted, int(_LARGEST_CHUNK_MIB * 2**20 / row_bytes)))

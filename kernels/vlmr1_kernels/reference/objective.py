@@ -81,7 +81,9 @@ def token_losses(logp: Tensor, rows: Rows, settings: GRPOSettings) -> TokenLoss:
     log_ratio = logp - old
     if settings.sequence_level:
         # index_add sums one by one: in float32 a long sequence would lose digits.
-        total = torch.zeros_like(rows.length, dtype=torch.float64).index_add(0, rows.sequence, log_ratio.double())  # [B]
+        total = torch.zeros_like(rows.length, dtype=torch.float64).index_add(
+            0, rows.sequence, log_ratio.double()
+        )  # [B]
         log_ratio = (total / rows.length)[rows.sequence].to(logp.dtype)
     ratio = log_ratio.exp()
     if settings.loss_type == "cispo":
