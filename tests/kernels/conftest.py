@@ -13,9 +13,6 @@ from vlmr1_kernels import GRPOSettings, registry
 from vlmr1_kernels.implementations import EXAMPLE_SHAPES
 from vlmr1_kernels.testing import Inputs, Problem, assert_within_budget, cast, pooled
 
-if interpreter.AVAILABLE:
-    interpreter.load_kernels()
-
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 INTERPRETER_LIMIT = 10_000  # logits; Triton's interpreter is slow
 
