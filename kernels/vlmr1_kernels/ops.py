@@ -159,7 +159,8 @@ def linear_grpo_loss(
     A chunk of rows is projected, turned into log-probs, loss and gradient, consumed by two GEMMs and
     forgotten: three GEMMs, two when the weight is frozen, one without gradient, and never an [N, V] tensor.
     Backward only scales. At importance level sequence a chunk's coefficients need the whole sequence: the
-    rows are projected twice (four GEMMs) unless one chunk holds them all.
+    rows are projected twice (four GEMMs) unless one chunk holds them all; `kernels/README.md` says where
+    an implementation can avoid it.
 
     Args:
         hidden, weight, targets, bias, softcap, chunk_mib: as in `linear_logprob`; the temperature is
