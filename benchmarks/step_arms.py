@@ -18,6 +18,7 @@ from benchmarks.peers.trl import TRLArm
 from vlmr1.config import GRPOConfig
 from vlmr1.loss import Objective, normalizer
 from vlmr1.memory.telemetry import Phases
+from vlmr1.models.adapter import ImageFeatures
 from vlmr1.models.attention import PackedAttention
 from vlmr1.trainer import GRPOTrainer
 from vlmr1.types import Group
@@ -62,7 +63,7 @@ class OurArm:
 
     def update(self) -> Tensor:
         """As `training_step`, after the rewards."""
-        packs = [self.trainer.with_reference(pack) for pack in self.trainer.pack(self.groups)]
+        packs = [self.trainer.with_reference(pack) for pack in self.trainer.pack(self.groups)[0]]
         return self.trainer.backward(self.model, packs, self.groups)[0]
 
 
@@ -96,14 +97,14 @@ def phases(arm: OurArm) -> dict[str, float]:
     model.zero_grad(set_to_none=True)
     objective = Objective(trainer.settings, normalizer(arm.groups, trainer.settings))
     with clock("pack"):
-        packs = trainer.pack(arm.groups)
+        packs, _ = trainer.pack(arm.groups)
     for pack in packs:
         with clock("reference"):
             pack = trainer.with_reference(pack)
         ids, positions = pack.input_ids[None].to(model.device), pack.positions[:, None].to(model.device)
         with clock("vision"):
-            features = trainer.adapter.encode_images(model, pack.image_inputs)
-        cut = [each.detach().requires_grad_() for each in features]
+            features = trainer.adapter.encode_images(model, pack.images)
+        cut = [_leaves(image) for image in features]
         with clock("decoder"):
             shared = PackedAttention(pack.layout)
             hidden = trainer.adapter.hidden(model, ids, positions, [cut[i] for i in pack.image_ids], shared=shared)
@@ -114,8 +115,14 @@ def phases(arm: OurArm) -> dict[str, float]:
         with clock("decoder backward"):
             rows.backward(leaf.grad)
         with clock("vision backward"):
-            torch.autograd.backward(features, [each.grad for each in cut])  # type: ignore[arg-type]
+            made, gradients = ([t for image in images for t in image.tensors()] for images in (features, cut))
+            torch.autograd.backward(made, [t.grad for t in gradients])  # type: ignore[arg-type]
     return clock.seconds
+
+
+def _leaves(image: ImageFeatures) -> ImageFeatures:
+    rows, *deepstack = (each.detach().requires_grad_() for each in image.tensors())
+    return ImageFeatures(rows, tuple(deepstack))
 
 
 class Worker:

@@ -76,6 +76,10 @@ class GRPOConfig(TrainingArguments):
     kl: Literal["k1", "k2", "k3"] = "k3"
     epsilon: float = 0.2
     epsilon_high: float | None = field(default=None, metadata={"help": "upper clip; default epsilon"})
+    old_logprobs: Literal["rollout", "recompute"] = field(
+        default="rollout",
+        metadata={"help": "where the ratio's denominator is from: the rollout engine, or the update's own forward"},
+    )
     max_nonfinite: int = field(
         default=5, metadata={"help": "stop after this many updates in a row that were not finite"}
     )
@@ -85,6 +89,10 @@ class GRPOConfig(TrainingArguments):
     share_prompt: bool = field(default=True, metadata={"help": "compute a prompt once a group, not G times"})
     pack: bool = field(default=True, metadata={"help": "several groups in one row, without padding"})
     tokens_per_pack: int = field(default=16384, metadata={"help": "budget of one packed row"})
+    skip_zero_advantage: bool | None = field(
+        default=None,
+        metadata={"help": "completions of advantage 0 leave the policy pass; default: where beta is 0, which is exact"},
+    )
     kernels: str = field(default="", metadata={"help": "op=impl,... ; see `vlmr1 doctor`"})
 
     # Parameters and precision
@@ -140,6 +148,10 @@ class GRPOConfig(TrainingArguments):
             raise SettingError(f"temperature is {self.temperature}: it must be above 0")
         if self.beta < 0:
             raise SettingError(f"beta is {self.beta}: it must not be negative")
+        if self.skip_zero_advantage and self.beta > 0:
+            raise SettingError(
+                f"skip_zero_advantage needs beta 0, not {self.beta}: by the KL such completions have a gradient"
+            )
         if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
             raise SettingError(
                 f"reward_weights has {len(self.reward_weights)} values for {len(self.reward_funcs)} reward_funcs"
@@ -165,6 +177,11 @@ class GRPOConfig(TrainingArguments):
             temperature=self.temperature,
             max_completion_length=self.max_completion_length,
         )
+
+    @property
+    def skips_zero_advantage(self) -> bool:
+        """`skip_zero_advantage`, or its default: whether the advantage is a completion's only source of gradient."""
+        return self.beta == 0 if self.skip_zero_advantage is None else self.skip_zero_advantage
 
     @property
     def question_text(self) -> str:

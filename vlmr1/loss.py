@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from vlmr1.types import Group, Pack
 from vlmr1_kernels import GRPOSettings, grpo_loss, linear_grpo_loss
 
-MAXIMA = ("ratio_max",)  # metrics that combine over packs by their maximum, not by their mean over tokens
-COUNTS = ("tokens", "dropped_rows")
+MAXIMA = ("ratio_max",)  # metrics that combine over packs by their maximum, not by their mean over rows
 
 
 @dataclass(frozen=True)
@@ -56,18 +55,15 @@ def normalizer(groups: Sequence[Group], settings: GRPOSettings) -> float:
     return float(sum(len(c.token_ids) for c in completions))
 
 
-def combine(parts: Sequence[dict[str, Tensor]]) -> dict[str, float]:
-    """Metrics of a step from those of its packs: means weighted by tokens, maxima, sums of counts."""
-    tokens = torch.stack([part["tokens"].double() for part in parts])  # [packs]
-    out = {}
-    for name in parts[0]:
-        if name == "logp":
-            continue
+def combine(parts: Sequence[dict[str, Tensor]], tokens: int) -> dict[str, float]:
+    """Metrics of a step of `tokens` completion tokens from those of its packs: maxima, and means over the rows that
+    were computed, which are `tokens - dropped_rows`."""
+    rows = torch.stack([part["tokens"].double() - part["dropped_rows"].double() for part in parts])  # [packs]
+    out = {"tokens": float(tokens), "dropped_rows": tokens - float(rows.sum())}
+    for name in parts[0].keys() - {"logp", *out}:
         values = torch.stack([part[name].double() for part in parts])
         if name in MAXIMA:
             out[name] = float(values.max())
-        elif name in COUNTS:
-            out[name] = float(values.sum())
         else:
-            out[name] = float((values * tokens).sum() / tokens.sum().clamp(min=1))
+            out[name] = float((values * rows).sum() / rows.sum().clamp(min=1))
     return out

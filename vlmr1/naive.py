@@ -39,8 +39,7 @@ class NaivePolicy(PackedPolicy):
         input_ids, positions, mask, lengths = (x.to(device) for x in padded(pack))
         columns = int(lengths.max())
         with autocast(device, self.dtype):
-            encoded = self.adapter.encode_images(self.model, pack.image_inputs)
-            features = [encoded[i] for i in pack.image_ids]
+            features = self.image_features(pack)
             hidden = self.adapter.hidden(self.model, input_ids, positions, features, attention_mask=mask)
             hidden = hidden[:, -columns - 1 : -1]  # the columns that predict the completion's
             logits = self.adapter.head(self.model)(hidden)  # [B, columns, V]
@@ -58,7 +57,7 @@ def _entropy(logits: Tensor) -> Tensor:
 
 
 def padded(pack: Pack) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """[B, L] ids, [3, B, L] positions and [B, L] mask of a pack whose prompts have one branch each, prompts padded
+    """[B, L] ids, [K, B, L] positions and [B, L] mask of a pack whose prompts have one branch each, prompts padded
     on the left and completions on the right, and the completion lengths [B]."""
     prompts = pack.layout.prompt_lengths
     lengths = torch.bincount(pack.seq_ids, minlength=len(prompts))  # [B]
@@ -68,8 +67,9 @@ def padded(pack: Pack) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     for i, (length, target) in enumerate(zip(prompts, pack.targets.split(lengths.tolist()), strict=True)):
         own = slice(starts[i], starts[i] + length)
         left, right = prompt_width - length, columns - len(target)
-        after = pack.positions[:, own].max() + 1 + torch.arange(len(target))
+        before = pack.positions[:, own]  # [K, L_p]
+        after = (before.max() + 1 + torch.arange(len(target))).expand(len(before), -1)
         ids.append(pad(torch.cat([pack.input_ids[own], target]), (left, right)))
-        positions.append(pad(torch.cat([pack.positions[:, own], after.expand(3, -1)], 1), (left, right), value=1))
+        positions.append(pad(torch.cat([before, after], 1), (left, right), value=1))
         mask.append(pad(torch.ones(length + len(target), dtype=torch.long), (left, right)))
     return torch.stack(ids), torch.stack(positions, 1), torch.stack(mask), lengths

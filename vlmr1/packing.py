@@ -6,9 +6,10 @@ its first token is predicted by the prompt's last row, and nothing is predicted 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ from torch import Tensor
 from vlmr1.types import Group, Pack, Prompt
 from vlmr1_kernels import PrefixLayout
 
-JoinImages = Callable[[list[dict[str, Tensor]]], dict[str, Tensor]]
+if TYPE_CHECKING:
+    from vlmr1.models.adapter import ImageInputs
 
 
 def plan_packs(groups: Sequence[Group], *, tokens_per_pack: int, share_prompt: bool, pack: bool) -> list[list[Group]]:
@@ -43,14 +45,36 @@ def plan_packs(groups: Sequence[Group], *, tokens_per_pack: int, share_prompt: b
     return rows
 
 
-def make_pack(groups: Sequence[Group], join_images: JoinImages, *, share_vision: bool = True) -> Pack:
+def repeated_prompt_tokens(plan: Sequence[Sequence[Group]]) -> int:
+    """Prompt tokens of a plan that are computed more than once: of groups that were split."""
+    prompts = [group.prompt for row in plan for group in row]
+    distinct = {id(prompt): prompt for prompt in prompts}
+    return sum(len(p.input_ids) for p in prompts) - sum(len(p.input_ids) for p in distinct.values())
+
+
+def with_signal(groups: Sequence[Group]) -> list[Group]:
+    """The completions whose advantage is not 0, and the groups that have some. Where none has, one completion is left:
+    a pass of zero weight, so that every rank runs one and every gradient is 0, not absent."""
+    left = []
+    for group in groups:
+        assert group.advantages is not None
+        which = group.advantages.nonzero()[:, 0].tolist()
+        if len(which) == len(group.completions):
+            left.append(group)
+        elif which:
+            left.append(_branches(group, which))
+    return left or [_branches(groups[0], [0])]
+
+
+def make_pack(groups: Sequence[Group], *, share_vision: bool = True) -> Pack:
     """One packed row of these groups, whose advantages are known."""
     completions = [c for group in groups for c in group.completions]
     prompts = [group.prompt for group in groups]
     branches = [c.token_ids[:-1] for c in completions]
     first = torch.tensor([group.prompt.next_position for group in groups for _ in group.completions])
+    kinds = len(prompts[0].positions)
     branch_positions = [start + torch.arange(len(b)) for start, b in zip(first, branches, strict=True)]
-    encoded, image_ids = unique_images(prompts) if share_vision else _all_images(prompts)
+    images, paths, image_ids = unique_images(prompts) if share_vision else _all_images(prompts)
     layout = PrefixLayout(
         tuple(len(p.input_ids) for p in prompts),
         tuple(tuple(len(c.token_ids) - 1 for c in group.completions) for group in groups),
@@ -58,9 +82,10 @@ def make_pack(groups: Sequence[Group], join_images: JoinImages, *, share_vision:
     lengths = torch.tensor([len(c.token_ids) for c in completions])
     return Pack(
         input_ids=torch.cat([p.input_ids for p in prompts] + branches),
-        positions=torch.cat([p.positions for p in prompts] + [p.expand(3, -1) for p in branch_positions], dim=1),
+        positions=torch.cat([p.positions for p in prompts] + [p.expand(kinds, -1) for p in branch_positions], dim=1),
         layout=layout,
-        image_inputs=join_images([p.image_inputs for p in encoded]),
+        images=images,
+        image_paths=paths,
         image_ids=image_ids,
         rows=_predicting_rows(layout),
         targets=torch.cat([c.token_ids for c in completions]),
@@ -83,23 +108,23 @@ def _predicting_rows(layout: PrefixLayout) -> Tensor:
     return torch.cat(rows)
 
 
-def _all_images(prompts: list[Prompt]) -> tuple[list[Prompt], tuple[int, ...]]:
-    return prompts, tuple(range(sum(p.num_images for p in prompts)))
+Images = tuple[tuple["ImageInputs", ...], tuple[Path, ...], tuple[int, ...]]
 
 
-def unique_images(prompts: Sequence[Prompt]) -> tuple[list[Prompt], tuple[int, ...]]:
-    """Prompts whose images are to be encoded, and which of these images stands at each placeholder."""
-    encoded: list[Prompt] = []
-    first: dict[tuple[Path, ...], int] = {}
-    count, image_ids = 0, []
-    for prompt in prompts:
-        if prompt.sample.images not in first:
-            first[prompt.sample.images] = count
-            count += prompt.num_images
-            encoded.append(prompt)
-        start = first[prompt.sample.images]
-        image_ids += range(start, start + prompt.num_images)
-    return encoded, tuple(image_ids)
+def _all_images(prompts: Sequence[Prompt]) -> Images:
+    images = tuple(image for prompt in prompts for image in prompt.images)
+    paths = tuple(path for prompt in prompts for path in prompt.sample.images)
+    return images, paths, tuple(range(len(images)))
+
+
+def unique_images(prompts: Sequence[Prompt]) -> Images:
+    """The images to encode, each once, their files, and which of them stands at each placeholder run."""
+    images: dict[Path, ImageInputs] = {}
+    every, paths, _ = _all_images(prompts)
+    for path, image in zip(paths, every, strict=True):
+        images.setdefault(path, image)
+    place = {path: i for i, path in enumerate(images)}
+    return tuple(images.values()), tuple(images), tuple(place[path] for path in paths)
 
 
 def _tokens(group: Group) -> int:

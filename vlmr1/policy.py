@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from vlmr1.loss import Objective
-from vlmr1.models import QwenVLAdapter
+from vlmr1.models.adapter import Adapter, ImageFeatures
 from vlmr1.models.attention import PackedAttention, autocast
+from vlmr1.models.features import FeatureCache, encode
 from vlmr1.types import Pack
 from vlmr1_kernels import linear_logprob
 
@@ -39,26 +40,39 @@ def call(wrapped: Any, model: Any, function: Callable[[], T]) -> T:
 class PackedPolicy:
     """The shared-prefix forward of one model: a pack's log-probs, or its loss."""
 
-    def __init__(self, model: Any, adapter: QwenVLAdapter, *, temperature: float, dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        model: Any,
+        adapter: Adapter,
+        *,
+        temperature: float,
+        dtype: torch.dtype | None = None,
+        features: FeatureCache | None = None,
+    ):
         self.model = model
         self.adapter = adapter
         self.temperature = temperature
         self.dtype = dtype  # of autocast
+        self.features = features  # of a frozen tower
 
     def attention(self) -> AbstractContextManager[None]:
         """Encloses forward and backward: activation checkpointing calls the layers again in backward."""
-        return self.adapter.shared_attention(self.model)
+        return self.adapter.attention(self.model)
+
+    def image_features(self, pack: Pack) -> list[ImageFeatures]:
+        """What stands at each placeholder run of the pack."""
+        encoded = encode(self.adapter, self.model, pack.image_paths, pack.images, self.features)
+        return [encoded[i] for i in pack.image_ids]
 
     def hidden_rows(self, pack: Pack) -> Tensor:
         """[N, D]: the hidden states that predict completion tokens."""
         device = self.model.device
         with autocast(device, self.dtype):
-            encoded = self.adapter.encode_images(self.model, pack.image_inputs)
             hidden = self.adapter.hidden(
                 self.model,
                 pack.input_ids[None].to(device),
                 pack.positions[:, None].to(device),
-                [encoded[i] for i in pack.image_ids],
+                self.image_features(pack),
                 shared=PackedAttention(pack.layout),
             )
         return hidden[0].index_select(0, pack.rows.to(device))

@@ -27,9 +27,10 @@ from vlmr1.errors import DivergedError, SettingError
 from vlmr1.loss import Objective, combine, normalizer
 from vlmr1.memory.telemetry import Phases, peak_memory_mib
 from vlmr1.models import adapter_of
+from vlmr1.models.features import FeatureCache
 from vlmr1.models.processor import save_processor
 from vlmr1.naive import NaivePolicy
-from vlmr1.packing import make_pack, plan_packs
+from vlmr1.packing import make_pack, plan_packs, repeated_prompt_tokens, with_signal
 from vlmr1.policy import PackedPolicy, call
 from vlmr1.rewards.registry import Reward, get_reward
 from vlmr1.rewards.score import score_groups
@@ -75,12 +76,16 @@ class GRPOTrainer(Trainer):
             processing_class=processor.tokenizer,
             callbacks=list(callbacks),
         )
-        self.engine = ENGINES[args.rollout_engine](model, self.adapter, processor.tokenizer, dtype=self.dtype)
+        frozen = not any(parameter.requires_grad for parameter in self.adapter.vision_parameters(model))
+        self.features = FeatureCache() if frozen and args.share_vision else None
+        self.engine = ENGINES[args.rollout_engine](
+            model, self.adapter, processor.tokenizer, dtype=self.dtype, features=self.features
+        )
         self.sampling = SamplingSettings(args.max_completion_length, args.temperature, seed=args.seed)
         self.policy = self._forward_of(model)
         self.reference = None
         if args.beta > 0:
-            self.reference = self._forward_of(copy.deepcopy(model).eval().requires_grad_(False))
+            self.reference = self._forward_of(frozen_copy(model))
         self.nonfinite = 0
         self.skipped = 0
         self.last_groups: list[Group] = []
@@ -90,7 +95,8 @@ class GRPOTrainer(Trainer):
 
     def _forward_of(self, model: Any) -> PackedPolicy:
         kind = PackedPolicy if self.args.share_prompt or self.args.pack else NaivePolicy
-        return kind(model, self.adapter, temperature=self.args.temperature, dtype=self.dtype)
+        options = {"temperature": self.args.temperature, "dtype": self.dtype, "features": self.features}
+        return kind(model, self.adapter, **options)
 
     # The step
 
@@ -106,13 +112,15 @@ class GRPOTrainer(Trainer):
         with phases("reward"):
             groups = score_groups(groups, self.rewards)
             groups = with_advantages(groups, self.reward_weights, self.args.scale_rewards)
-        packs = self.pack(groups)
+        packs, counts = self.pack(groups)
         with phases("reference"):
             packs = [self.with_reference(pack) for pack in packs]
         with phases("policy"):
             loss, values = self.backward(model, packs, groups)
         values |= group_statistics(groups, [reward.name for reward in self.rewards], self.reward_weights)
-        values |= {"packs": float(len(packs)), "skipped_updates": float(self.skipped)}
+        values |= counts | {"skipped_updates": float(self.skipped)}
+        if self.features is not None:
+            self.features.clear()
         self._unlogged.append(StepMetrics(values, phases.seconds, peak_memory_mib()))
         self.last_groups = groups
         self._last_loss = float(loss)
@@ -122,15 +130,22 @@ class GRPOTrainer(Trainer):
         """Prompts -> groups of completions, drawn from the present policy."""
         return self.engine.generate(prompts, self.args.num_generations, self.sampling, step=self.state.global_step)
 
-    def pack(self, groups: Sequence[Group]) -> list[Pack]:
-        """Groups -> packed rows under the token budget."""
-        rows = plan_packs(
-            groups,
+    def pack(self, groups: Sequence[Group]) -> tuple[list[Pack], dict[str, float]]:
+        """Groups -> packed rows under the token budget, and what they count."""
+        plan = plan_packs(
+            with_signal(groups) if self.args.skips_zero_advantage else groups,
             tokens_per_pack=self.args.tokens_per_pack,
             share_prompt=self.args.share_prompt,
             pack=self.args.pack,
         )
-        return [make_pack(row, self.adapter.join_images, share_vision=self.args.share_vision) for row in rows]
+        packs = [make_pack(row, share_vision=self.args.share_vision) for row in plan]
+        if self.args.old_logprobs == "recompute":  # None: the forward of the only update there is
+            packs = [replace(pack, old_logp=None) for pack in packs]
+        return packs, {
+            "packs": float(len(packs)),
+            "packed_tokens": float(sum(len(pack.input_ids) for pack in packs)),
+            "repeated_prompt_tokens": float(repeated_prompt_tokens(plan)),
+        }
 
     def with_reference(self, pack: Pack) -> Pack:
         """The pack with the reference model's log-probs, where the objective needs them."""
@@ -150,7 +165,7 @@ class GRPOTrainer(Trainer):
                 self.accelerator.backward(loss)
             total += loss.detach()
             parts.append(metrics)
-        return total, combine(parts)
+        return total, combine(parts, tokens=sum(len(c.token_ids) for group in groups for c in group.completions))
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> float:
         """The gradient norm; where it or the loss is not finite, the update is skipped: parameters without gradient
@@ -207,6 +222,12 @@ class GRPOTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
         save_processor(self.processor, output_dir or self.args.output_dir or ".")
+
+
+def frozen_copy(model: Any) -> Any:
+    """A reference model: what is trained is copied, what is frozen is the model's own."""
+    frozen = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
+    return copy.deepcopy(model, memo=frozen).eval().requires_grad_(False)
 
 
 def _as_list(prompts: Any) -> Any:

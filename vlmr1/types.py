@@ -1,7 +1,7 @@
 """The dataclasses that rooms hand to each other.
 
 Shapes: P prompts, G generations a prompt, B = P*G sequences, N completion rows, L packed tokens,
-L_p tokens of one prompt, C tokens of one completion, D hidden, V vocabulary, R reward functions.
+L_p tokens of one prompt, C tokens of one completion, K rows of positions, D hidden, V vocabulary, R reward functions.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from vlmr1.models.adapter import ImageInputs
     from vlmr1_kernels import PrefixLayout
 
 
@@ -35,9 +36,8 @@ class Prompt:
 
     sample: Sample
     input_ids: Tensor  # [L_p] int64
-    positions: Tensor  # [3, L_p] int64: time, height, width of M-RoPE (three equal rows for text)
-    image_inputs: dict[str, Tensor]  # what the processor made of the images; empty for text
-    num_images: int
+    positions: Tensor  # [K, L_p] int64; K is 3 with M-RoPE (time, height, width; equal rows for text), else 1
+    images: tuple[ImageInputs, ...] = ()  # what the processor made of each of the sample's images
 
     @property
     def next_position(self) -> int:
@@ -72,9 +72,10 @@ class Pack:
     """Several Groups in one row: prompts first, then branches."""
 
     input_ids: Tensor  # [L] int64
-    positions: Tensor  # [3, L] int64
+    positions: Tensor  # [K, L] int64
     layout: PrefixLayout  # which tokens are whose prefix
-    image_inputs: dict[str, Tensor]  # the images to encode, each once
+    images: tuple[ImageInputs, ...]  # the images to encode, each once
+    image_paths: tuple[Path, ...]  # the file of each
     image_ids: tuple[int, ...]  # which of them stands at each placeholder run, in order
     rows: Tensor  # [N] int64: the rows whose hidden states predict completion tokens
     targets: Tensor  # [N] int64

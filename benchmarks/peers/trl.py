@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks import model as bench_model
+from vlmr1.models.adapter import joined
 from vlmr1.types import Group
 
 
@@ -91,7 +92,7 @@ def batch(group: Group, image_token_id: int) -> dict[str, Any]:
     ids = [completion.token_ids for completion in group.completions]
     completion_ids = pad_sequence(ids, batch_first=True)  # [G, C]
     mask = pad_sequence([torch.ones_like(each) for each in ids], batch_first=True)
-    images = {name: torch.cat([value] * size) for name, value in prompt.image_inputs.items()}
+    images = {name: torch.cat([value] * size) for name, value in joined(prompt.images).items()}
     types = torch.cat([(prompt_ids == image_token_id).long(), torch.zeros_like(completion_ids)], dim=1)
     old = [completion.logp for completion in group.completions if completion.logp is not None]
     return {
@@ -102,6 +103,6 @@ def batch(group: Group, image_token_id: int) -> dict[str, Any]:
         "advantages": group.advantages,
         "num_items_in_batch": mask.sum(),
         "old_per_token_logps": pad_sequence(old, batch_first=True),
-        "num_images": [prompt.num_images] * size,
+        "num_images": [len(prompt.images)] * size,
         "mm_token_type_ids": types,
     } | images

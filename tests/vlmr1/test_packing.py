@@ -6,19 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from vlmr1.naive import padded
 from vlmr1.packing import make_pack, plan_packs, unique_images
-from vlmr1.types import Completion, Group, Prompt, Sample
+from vlmr1.types import Completion, Group, Pack, Prompt, Sample
 from vlmr1_kernels import PrefixLayout
 
 
 def prompt(length: int, images: tuple[str, ...] = (), start: int = 100, positions: list | None = None) -> Prompt:
     paths = tuple(Path(name) for name in images)
-    inputs = {"pixel_values": torch.arange(len(images))[:, None] + start} if images else {}
+    inputs = tuple({"pixel_values": torch.tensor([start + i])} for i in range(len(images)))
     rows = torch.arange(length).expand(3, -1) if positions is None else torch.tensor(positions)
-    return Prompt(Sample([], paths, "", "", 0), start + torch.arange(length), rows, inputs, len(images))
+    return Prompt(Sample([], paths, "", "", 0), start + torch.arange(length), rows, inputs)
 
 
 def group(of: Prompt, *lengths: int, start: int = 1000) -> Group:
@@ -29,9 +28,8 @@ def group(of: Prompt, *lengths: int, start: int = 1000) -> Group:
     return Group(of, completions, torch.stack([count, -count], 1), 10 * count)
 
 
-def join(inputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    pixels = [each["pixel_values"] for each in inputs if each]
-    return {"pixel_values": torch.cat(pixels)} if pixels else {}
+def pixels(pack: Pack) -> list[int]:
+    return [int(image["pixel_values"]) for image in pack.images]
 
 
 def names(plan: list[list[Group]]) -> list[list[str]]:
@@ -42,7 +40,7 @@ def names(plan: list[list[Group]]) -> list[list[str]]:
 def test_pack_by_hand():
     """Two groups; an image prompt whose last position is not its length, a completion of length 1."""
     image = prompt(4, ("a",), 10, [[0, 1, 1, 2], [0, 1, 2, 2], [0, 1, 1, 2]])
-    pack = make_pack([group(image, 3, 1, start=20), group(prompt(2, start=40), 2, 3, start=50)], join)
+    pack = make_pack([group(image, 3, 1, start=20), group(prompt(2, start=40), 2, 3, start=50)])
     assert pack.input_ids.tolist() == [10, 11, 12, 13, 40, 41, 20, 21, 50, 150, 151]
     assert pack.positions.tolist() == [
         [0, 1, 1, 2, 0, 1, 3, 4, 2, 2, 3],
@@ -57,20 +55,20 @@ def test_pack_by_hand():
     assert pack.old_logp is not None and pack.old_logp.tolist() == (-pack.targets).tolist()
     assert pack.sampling_logp is not None and pack.sampling_logp.tolist() == (-2 * pack.targets).tolist()
     assert pack.ref_logp is None
-    assert pack.image_ids == (0,) and pack.image_inputs["pixel_values"].tolist() == [[10]]
+    assert (pack.image_ids, pack.image_paths, pixels(pack)) == ((0,), (Path("a"),), [10])
 
 
 def test_pack_of_one_completion_of_one_token():
-    pack = make_pack([group(prompt(3), 1)], join)
+    pack = make_pack([group(prompt(3), 1)])
     assert pack.input_ids.tolist() == [100, 101, 102] and pack.positions.shape == (3, 3)
     assert (pack.rows.tolist(), pack.targets.tolist(), pack.seq_ids.tolist()) == ([2], [1000], [0])
-    assert pack.image_inputs == {} and pack.image_ids == ()
+    assert pack.images == pack.image_paths == pack.image_ids == ()
 
 
 def test_logprobs_are_absent_where_a_completion_has_none():
     one = group(prompt(3), 2, 2)
     unknown = Completion(torch.tensor([1]), None, None, "", "stop")
-    pack = make_pack([Group(one.prompt, (*one.completions, unknown), None, torch.zeros(3))], join)
+    pack = make_pack([Group(one.prompt, (*one.completions, unknown), None, torch.zeros(3))])
     assert pack.old_logp is None and pack.sampling_logp is None
 
 
@@ -102,7 +100,7 @@ def test_plan(lengths, budget, switches, expected):
     assert names(plan) == expected
     for row in plan if switches.get("share_prompt", True) else []:
         branches = sum(len(part.completions) for part in row)
-        assert branches == 1 or make_pack(row, join).layout.total_length <= budget
+        assert branches == 1 or make_pack(row).layout.total_length <= budget
 
 
 def test_a_split_group_keeps_the_rewards_and_advantages_of_its_branches():
@@ -121,25 +119,26 @@ def test_unique_images():
         prompt(3, ("b", "c"), 20),
         prompt(3),
         prompt(3, ("a",), 30),
-        prompt(3, ("b", "c"), 40),
+        prompt(3, ("c", "a", "d"), 40),
     ]
-    encoded, image_ids = unique_images(prompts)
-    assert [each.sample.images for each in encoded if each.num_images] == [(Path("a"),), (Path("b"), Path("c"))]
-    assert image_ids == (0, 1, 2, 0, 1, 2)
+    images, paths, image_ids = unique_images(prompts)
+    assert [int(image["pixel_values"]) for image in images] == [10, 20, 21, 42]
+    assert paths == (Path("a"), Path("b"), Path("c"), Path("d"))
+    assert image_ids == (0, 1, 2, 0, 2, 0, 3)
 
 
 @pytest.mark.parametrize(
-    "share_vision, image_ids, pixels",
+    "share_vision, image_ids, encoded",
     [
         pytest.param(True, (0, 1, 2, 0), [10, 20, 21], id="shared"),
         pytest.param(False, (0, 1, 2, 3), [10, 20, 21, 10], id="repeated"),
     ],
 )
-def test_images_of_a_pack(share_vision, image_ids, pixels):
+def test_images_of_a_pack(share_vision, image_ids, encoded):
     first, second = group(prompt(3, ("a",), 10), 2), group(prompt(5, ("b", "c"), 20), 2)
-    pack = make_pack([first, second, first], join, share_vision=share_vision)
+    pack = make_pack([first, second, first], share_vision=share_vision)
     assert pack.image_ids == image_ids
-    assert pack.image_inputs["pixel_values"][:, 0].tolist() == pixels
+    assert pixels(pack) == encoded
 
 
 def test_padded_batch_holds_the_sequences_of_the_pack():
@@ -148,7 +147,7 @@ def test_padded_batch_holds_the_sequences_of_the_pack():
     rows = plan_packs(groups, tokens_per_pack=1, share_prompt=False, pack=False)
     seen = []
     for row in rows:
-        ids, positions, mask, lengths = padded(make_pack(row, join, share_vision=False))
+        ids, positions, mask, lengths = padded(make_pack(row, share_vision=False))
         assert positions.shape == (3, *ids.shape) and mask.shape == ids.shape
         for i, part in enumerate(row):
             (completion,) = part.completions
@@ -165,7 +164,7 @@ def test_padded_batch_holds_the_sequences_of_the_pack():
 
 def test_padded_batch_of_prompts_of_different_lengths():
     """One row with both: the shorter prompt is padded on the left, the shorter completion on the right."""
-    pack = make_pack([group(prompt(2, start=10), 3, start=20), group(prompt(4, start=30), 1, start=40)], join)
+    pack = make_pack([group(prompt(2, start=10), 3, start=20), group(prompt(4, start=30), 1, start=40)])
     ids, positions, mask, lengths = padded(pack)
     assert ids.tolist() == [[0, 0, 10, 11, 20, 21, 22], [30, 31, 32, 33, 40, 0, 0]]
     assert mask.tolist() == [[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0]]

@@ -29,7 +29,7 @@ def sample(line=1, solution=SOLUTION, **columns):
 
 
 def group(row, *texts):
-    prompt = Prompt(row, torch.tensor([1, 2]), torch.zeros(3, 2, dtype=torch.int64), {}, 0)
+    prompt = Prompt(row, torch.tensor([1, 2]), torch.zeros(3, 2, dtype=torch.int64))
     completions = (Completion(torch.tensor([3] * len(text)), None, None, text, "stop") for text in texts)
     return Group(prompt, tuple(completions))
 

@@ -139,7 +139,7 @@ def test_logp_equals_the_training_forward(kind, case, temperature, make, model, 
     for forward, shared in ((PackedPolicy, True), (NaivePolicy, False)):
         policy = forward(model, adapter, temperature=temperature)
         rows = plan_packs(groups, tokens_per_pack=10**6, share_prompt=shared, pack=shared)
-        packs = [make_pack(row, adapter.join_images, share_vision=shared) for row in rows]
+        packs = [make_pack(row, share_vision=shared) for row in rows]
         logp = torch.cat([policy.logprobs(pack) for pack in packs])
         expected = torch.cat([completion.logp for completion in completions(groups)])
         assert_close(logp, expected)

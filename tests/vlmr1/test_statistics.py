@@ -16,7 +16,7 @@ from vlmr1.statistics import group_statistics
 from vlmr1.types import Completion, Group, Prompt, Sample
 from vlmr1_kernels import GRPOSettings
 
-PROMPT = Prompt(Sample([], (), "", "", 0), torch.zeros(3, dtype=torch.int64), torch.zeros(3, 3), {}, 0)
+PROMPT = Prompt(Sample([], (), "", "", 0), torch.zeros(3, dtype=torch.int64), torch.zeros(3, 3))
 
 
 def group(rewards: list[list[float]], lengths: list[int], reasons: str) -> Group:
@@ -96,7 +96,8 @@ def test_normalizer(loss_type, expected):
 
 
 def test_combine_packs():
-    """Packs of 10 and 30 tokens: means weigh 1 to 3, ratio_max is the greatest, counts add up."""
+    """Packs of 10 and 30 tokens, 6 and 30 of them projected, of a step of 50: means weigh 1 to 5, ratio_max is the
+    greatest, and 50 - 36 tokens were dropped, in the packs or before."""
     one = {"kl": 0.1, "entropy": 2.0, "clip_low": 0.0, "clip_high": 0.5, "ratio_max": 1.5}
     other = {"kl": 0.3, "entropy": 1.0, "clip_low": 0.2, "clip_high": 0.1, "ratio_max": 1.25}
     parts = [
@@ -104,20 +105,20 @@ def test_combine_packs():
         | {"tokens": torch.tensor(tokens), "dropped_rows": torch.tensor(dropped), "logp": torch.zeros(tokens)}
         for values, tokens, dropped in ((one, 10, 4), (other, 30, 0))
     ]
-    assert combine(parts) == pytest.approx(
+    assert combine(parts, tokens=50) == pytest.approx(
         {
-            "kl": 0.25,
-            "entropy": 1.25,
-            "clip_low": 0.15,
-            "clip_high": 0.2,
+            "kl": 1.6 / 6,
+            "entropy": 7 / 6,
+            "clip_low": 1 / 6,
+            "clip_high": 1 / 6,
             "ratio_max": 1.5,
-            "tokens": 40.0,
-            "dropped_rows": 4.0,
+            "tokens": 50.0,
+            "dropped_rows": 14.0,
         },
         rel=1e-6,
     )
-    alone = combine(parts[:1])
-    assert alone["kl"] == float(torch.tensor(0.1)) and alone["tokens"] == 10
+    alone = combine(parts[:1], tokens=10)
+    assert alone["kl"] == pytest.approx(float(torch.tensor(0.1))) and alone["dropped_rows"] == 4
 
 
 def test_bootstrap_of_constants_is_a_point():

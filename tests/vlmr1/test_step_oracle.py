@@ -116,7 +116,7 @@ def step(model: Any, processor: Any, groups: list[Group], output: Path, **settin
     torch.manual_seed(1)
     for parameter in trainer.reference.model.parameters():
         parameter.add_(0.02 * torch.randn_like(parameter))
-    packs = [trainer.with_reference(pack) for pack in trainer.pack(groups)]
+    packs = [trainer.with_reference(pack) for pack in trainer.pack(groups)[0]]
     trainer.accelerator.prepare(trainer.model)
     loss, metrics = trainer.backward(trainer.model, packs, groups)
     gradients = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}

@@ -47,7 +47,7 @@ def gradients(trainer: GRPOTrainer, make: Maker) -> tuple[float, dict[str, torch
         make.group(make.prompt("Locate the digit 3.", (112,)), (4, 2, 6)),
     ]
     with vlmr1_kernels.use(trainer.args.kernels):
-        packs = [trainer.with_reference(pack) for pack in trainer.pack(groups)]
+        packs = [trainer.with_reference(pack) for pack in trainer.pack(groups)[0]]
         loss, _ = trainer.backward(trainer.model, packs, groups)
     return float(loss), {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
 

@@ -68,7 +68,7 @@ def groups_of(case: Case, random: torch.Generator) -> list[Group]:
     groups, at = [], 0
     for index, lengths in enumerate(case.lengths):
         ids = torch.arange(2 + index)
-        prompt = Prompt(Sample([], (), "", "made", index), ids, ids.expand(3, -1), {}, 0)
+        prompt = Prompt(Sample([], (), "", "made", index), ids, ids.expand(3, -1))
         completions = []
         for length in lengths:
             logp = None if case.on_policy else -3 * torch.rand(length, generator=random)
@@ -92,7 +92,7 @@ def our_loss(logp: Tensor, ref: Tensor, groups: list[Group], config: GRPOConfig,
     assert len(rows) == packs
     total = torch.zeros(())
     for row in rows:
-        pack = make_pack(row, lambda _: {})
+        pack = make_pack(row)
         if config.beta > 0:
             pack = replace(pack, ref_logp=ref[pack.targets])
         total = total + objective.of_logprobs(logp[pack.targets], pack)[0]
@@ -176,7 +176,7 @@ ADVANTAGES = {
 
 @pytest.mark.parametrize(("scale", "rewards"), ADVANTAGES.values(), ids=ADVANTAGES.keys())
 def test_advantages_are_those_of_trl(scale: str, rewards: list[list[float]]) -> None:
-    prompt = Prompt(Sample([], (), "", "made", 0), torch.arange(2), torch.arange(2).expand(3, -1), {}, 0)
+    prompt = Prompt(Sample([], (), "", "made", 0), torch.arange(2), torch.arange(2).expand(3, -1))
     completion = Completion(torch.arange(1), None, None, "", "stop")
     weights = [1.0, 0.5]
     columns = [torch.stack([torch.tensor(row), 1 - torch.tensor(row).square()], 1) for row in rewards]  # [G, 2]

@@ -9,14 +9,14 @@ from torch.utils.data import Dataset
 
 from vlmr1.data.jsonl import open_image
 from vlmr1.errors import DataError
-from vlmr1.models import QwenVLAdapter
+from vlmr1.models.adapter import Adapter
 from vlmr1.types import Prompt, Sample
 
 
 class PromptBuilder:
     """Tokenizes one Sample with its model's processor; every image is read and held once."""
 
-    def __init__(self, model: Any, adapter: QwenVLAdapter, processor: Any, *, max_prompt_length: int | None = None):
+    def __init__(self, model: Any, adapter: Adapter, processor: Any, *, max_prompt_length: int | None = None):
         self.model = model
         self.adapter = adapter
         self.processor = processor
@@ -28,14 +28,8 @@ class PromptBuilder:
         inputs = self.processor(text=[text], images=images or None, return_tensors="pt")
         input_ids = inputs["input_ids"][0]
         self._check(sample, input_ids)
-        image_inputs = {name: inputs[name] for name in ("pixel_values", "image_grid_thw") if name in inputs}
-        return Prompt(
-            sample=sample,
-            input_ids=input_ids,
-            positions=self.adapter.positions(self.model, input_ids, image_inputs),
-            image_inputs=image_inputs,
-            num_images=len(images),
-        )
+        split = self.adapter.split_images(self.model, inputs, len(images))
+        return Prompt(sample, input_ids, self.adapter.positions(self.model, input_ids, split), split)
 
     def _check(self, sample: Sample, input_ids: Any) -> None:
         if self.max_prompt_length is not None and len(input_ids) > self.max_prompt_length:

@@ -9,20 +9,45 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from vlmr1.errors import SettingError
+from vlmr1.models.adapter import Adapter
 from vlmr1.models.processor import load_processor
-from vlmr1.models.qwen2_5_vl import QwenVLAdapter
+from vlmr1.models.qwen_vl import QwenVLAdapter
 
-ADAPTERS = {model_type: QwenVLAdapter for model_type in QwenVLAdapter.model_types}
+FAMILIES: tuple[type[Adapter], ...] = (QwenVLAdapter,)
+ADAPTERS: dict[str, type[Adapter]] = {model_type: family for family in FAMILIES for model_type in family.model_types}
+HOW_TO_ADD = "vlmr1/models/README.md shows how to add one"
 
-__all__ = ["ADAPTERS", "QwenVLAdapter", "adapter_of", "load_model", "load_processor"]
+__all__ = ["ADAPTERS", "Adapter", "adapter_for", "adapter_of", "load_model", "load_processor"]
 
 
-def adapter_of(model: Any) -> QwenVLAdapter:
+def adapter_of(model: Any) -> Adapter:
     """The adapter of a model's family; SettingError where there is none."""
-    model_type = model.config.model_type
-    if model_type not in ADAPTERS:
-        raise SettingError(f"model_name_or_path: no adapter for {model_type}; there is one for {', '.join(ADAPTERS)}")
-    return ADAPTERS[model_type]()
+    return adapter_for(model.config)
+
+
+def adapter_for(config: Any) -> Adapter:
+    """The adapter of a config's model type. SettingError: it has none, or its decoder cannot share a prompt."""
+    reason = _cannot_share(config.get_text_config(decoder=True))
+    if reason is not None:
+        raise SettingError(f"model_name_or_path: {config.model_type} {reason}; {HOW_TO_ADD}")
+    if config.model_type not in ADAPTERS:
+        known = ", ".join(ADAPTERS)
+        raise SettingError(
+            f"model_name_or_path: no adapter for {config.model_type}; there is one for {known}; {HOW_TO_ADD}"
+        )
+    return ADAPTERS[config.model_type]()
+
+
+def _cannot_share(decoder: Any) -> str | None:
+    """Why the branches of a prompt cannot be computed in one row by this decoder."""
+    for kind in sorted(set(getattr(decoder, "layer_types", None) or ()) - {"full_attention"}):
+        if "sliding" in kind or "chunked" in kind:
+            return f"has layers of {kind}, which only sees a part of a shared prompt"
+        return f"has layers of {kind}, which would read one branch of a group into the next"
+    experts = [name for name in ("num_experts", "num_local_experts", "n_routed_experts") if getattr(decoder, name, 0)]
+    if experts:
+        return f"routes tokens to experts ({experts[0]}), which was not tested with a shared prompt"
+    return None
 
 
 def load_model(
@@ -37,10 +62,7 @@ def load_model(
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(name, **options)
-        if config.model_type not in ADAPTERS:
-            raise SettingError(
-                f"model_name_or_path: no adapter for {config.model_type}; there is one for {', '.join(ADAPTERS)}"
-            )
+        adapter_for(config)
         return AutoModelForImageTextToText.from_pretrained(
             name, config=config, dtype=dtype, attn_implementation=attn_implementation, **options
         )

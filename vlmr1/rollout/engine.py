@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmr1.models import QwenVLAdapter
+from vlmr1.models.adapter import Adapter
 from vlmr1.models.attention import autocast
+from vlmr1.models.features import FeatureCache
 from vlmr1.rollout.sampling import SamplingSettings
 from vlmr1.types import Completion, Group, Prompt
 
@@ -18,11 +19,20 @@ from vlmr1.types import Completion, Group, Prompt
 class RolloutEngine(ABC):
     """Draws `num_generations` completions for each prompt from the present weights."""
 
-    def __init__(self, model: Any, adapter: QwenVLAdapter, tokenizer: Any, *, dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        model: Any,
+        adapter: Adapter,
+        tokenizer: Any,
+        *,
+        dtype: torch.dtype | None = None,
+        features: FeatureCache | None = None,
+    ):
         self.model = model
         self.adapter = adapter
         self.tokenizer = tokenizer
         self.dtype = dtype  # of autocast
+        self.features = features  # of a frozen tower
 
     @torch.no_grad()
     def generate(

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from vlmr1.models.attention import PackedAttention
+from vlmr1.models.features import encode
 from vlmr1.packing import unique_images
 from vlmr1.rollout.engine import RolloutEngine, stop_ids
 from vlmr1.rollout.sampling import SamplingSettings, choose, uniform
@@ -82,7 +83,7 @@ class NativeEngine(RolloutEngine):
             if position + 1 == settings.max_completion_length or bool(ended.all()):
                 break
             decode.step = position
-            positions = (first + position).expand(3, -1)[..., None]  # [3, B, 1]
+            positions = (first + position).expand(len(prompts[0].positions), -1)[..., None]  # [K, B, 1]
             hidden = self.adapter.hidden(self.model, tokens[:, None], positions, [], shared=decode)
             logits = head(hidden[:, 0])
         tokens, logp, sampling_logp = (torch.stack(parts, 1) for parts in zip(*columns, strict=True))
@@ -93,9 +94,8 @@ class NativeEngine(RolloutEngine):
         device = self.model.device
         lengths = tuple(len(p.input_ids) for p in prompts)
         prefill = PackedAttention(PrefixLayout(lengths, ((),) * len(prompts)), keep=True)
-        encoded, image_ids = unique_images(prompts)
-        joined = self.adapter.join_images([p.image_inputs for p in encoded])
-        features = self.adapter.encode_images(self.model, joined)
+        images, paths, image_ids = unique_images(prompts)
+        features = encode(self.adapter, self.model, paths, images, self.features)
         hidden = self.adapter.hidden(
             self.model,
             torch.cat([p.input_ids for p in prompts])[None].to(device),

@@ -64,7 +64,6 @@ class TransformersEngine(RolloutEngine):
         inputs = {
             "input_ids": input_ids,
             "attention_mask": torch.stack(masks),
-            "mm_token_type_ids": (input_ids == self.model.config.image_token_id).int(),
-            **self.adapter.join_images([p.image_inputs for p in prompts]),
+            **self.adapter.generation_inputs(self.model, input_ids, [p.images for p in prompts]),
         }
         return {name: value.to(device) for name, value in inputs.items()}

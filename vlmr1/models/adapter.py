@@ -1,0 +1,103 @@
+"""What the trainer asks of a model; one subclass a family says where its parts are and what its tower makes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vlmr1.models.attention import SharedAttention, shared_attention
+
+ImageInputs = dict[str, Tensor]  # what the processor made of one image
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """One encoded image: the rows that stand at its placeholders, T of them."""
+
+    rows: Tensor  # [T, D]
+    deepstack: tuple[Tensor, ...] = ()  # [T, D] each, added after the first decoder layers (Qwen3-VL)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.rows, *self.deepstack
+
+
+class Adapter(ABC):
+    """Images, positions, decoder, head. `model` is always the unwrapped model."""
+
+    model_types: ClassVar[tuple[str, ...]]  # of the config
+    decoder_path: ClassVar[str] = "model.language_model"
+    vision_paths: ClassVar[tuple[str, ...]] = ("model.visual",)  # tower and projector
+
+    # Images
+
+    @abstractmethod
+    def split_images(self, model: Any, inputs: Mapping[str, Tensor], count: int) -> tuple[ImageInputs, ...]:
+        """What the processor made of one prompt with `count` images, image by image."""
+
+    @abstractmethod
+    def encode_images(self, model: Any, images: Sequence[ImageInputs]) -> list[ImageFeatures]:
+        """Vision tower and projector over all of them at once."""
+
+    @abstractmethod
+    def encoder_output(self, features: Sequence[ImageFeatures]) -> Any:
+        """The features as the model's forward takes them, in `mm_encoder_outputs`."""
+
+    @abstractmethod
+    def generation_inputs(self, model: Any, input_ids: Tensor, images: Sequence[Sequence[ImageInputs]]) -> dict:
+        """What `generate` needs beside input_ids [B, L] and the mask: the images of each sequence."""
+
+    @abstractmethod
+    def placeholder_ids(self, model: Any) -> list[int]:
+        """Token ids that belong to images; they are never sampled."""
+
+    # Decoder
+
+    def positions(self, model: Any, input_ids: Tensor, images: Sequence[ImageInputs]) -> Tensor:
+        """[L_p] token ids -> [K, L_p] positions; K is 1, or 3 with M-RoPE."""
+        return torch.arange(len(input_ids), device=input_ids.device)[None]
+
+    def hidden(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        positions: Tensor,
+        features: Sequence[ImageFeatures],
+        *,
+        shared: SharedAttention | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """[b, l] token ids, [K, b, l] positions -> last hidden states [b, l, D].
+
+        With `shared` the decoder attends by it; without, by the model's own attention and `attention_mask`."""
+        positions = positions if len(positions) > 1 else positions[0]
+        inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": positions, "use_cache": False}
+        if features:
+            inputs["mm_encoder_outputs"] = {"image": self.encoder_output(features)}
+        if shared is None:
+            return model.model(**inputs, attention_mask=attention_mask).last_hidden_state
+        with self.attention(model):
+            return model.model(**inputs, shared=shared).last_hidden_state
+
+    def attention(self, model: Any) -> AbstractContextManager[None]:
+        """The decoder attends by `shared`; a backward that recomputes layers has to run inside it too."""
+        return shared_attention(attrgetter(self.decoder_path)(model))
+
+    def head(self, model: Any) -> nn.Linear:
+        """The vocabulary projection."""
+        return model.lm_head
+
+    def vision_parameters(self, model: Any) -> list[nn.Parameter]:
+        """Of tower and projector."""
+        return [p for path in self.vision_paths for p in attrgetter(path)(model).parameters()]
+
+
+def joined(images: Sequence[ImageInputs]) -> dict[str, Tensor]:
+    """Inputs of several images as one batch; empty for none."""
+    return {name: torch.cat([each[name] for each in images]) for name in images[0]} if images else {}
