@@ -165,6 +165,8 @@ class GRPOTrainer(Trainer):
                 self.accelerator.backward(loss)
             total += loss.detach()
             parts.append(metrics)
+        if any(group.prompt.images for group in groups):
+            self.adapter.fill_vision_gradients(self.policy.model)
         return total, combine(parts, tokens=sum(len(c.token_ids) for group in groups for c in group.completions))
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> float:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vlmr1.naive import padded
-from vlmr1.packing import make_pack, plan_packs, unique_images
+from vlmr1.packing import make_pack, plan_packs, repeated_prompt_tokens, unique_images, with_signal
 from vlmr1.types import Completion, Group, Pack, Prompt, Sample
 from vlmr1_kernels import PrefixLayout
 
@@ -170,3 +170,27 @@ def test_padded_batch_of_prompts_of_different_lengths():
     assert mask.tolist() == [[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0]]
     assert positions[0].tolist() == [[1, 1, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 1, 1]]
     assert lengths.tolist() == [3, 1]
+
+
+@pytest.mark.parametrize(
+    ("budget", "switches", "repeated"),
+    [
+        pytest.param(99, {}, 0, id="whole"),
+        pytest.param(22, {}, 10 + 10, id="a group in three parts"),
+        pytest.param(99, {"share_prompt": False}, 4 * 10 + 10, id="every branch its own"),
+    ],
+)
+def test_repeated_prompt_tokens(budget, switches, repeated):
+    groups = [group(prompt(10), 6, 6, 6, 6, 6), group(prompt(10, start=200), 2, 2)]
+    plan = plan_packs(groups, tokens_per_pack=budget, **{"share_prompt": True, "pack": True} | switches)
+    assert repeated_prompt_tokens(plan) == repeated
+
+
+def test_with_signal():
+    """Advantages are 0, 10, 20: the first completion goes; a group of one goes as a whole."""
+    three, one = group(prompt(10), 6, 5, 4), group(prompt(10, start=200), 2)
+    (left,) = with_signal([one, three])
+    assert left.prompt is three.prompt and [c.text for c in left.completions] == ["1", "2"]
+    assert left.advantages is not None and left.advantages.tolist() == [10, 20]
+    (kept,) = with_signal([one, one])
+    assert kept.prompt is one.prompt and [c.text for c in kept.completions] == ["0"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +134,24 @@ def test_reference_is_held_only_with_beta(beta, model, processor, tmp_path):
     kl = [row["kl"] for row in trainer.state.log_history if "kl" in row]
     assert (trainer.reference is None) == (beta == 0)
     assert (kl[1] > 1e-4) == (beta > 0)
+
+
+@pytest.mark.parametrize("source", ["rollout", "recompute"])
+def test_old_logprobs(source, model, processor, tmp_path):
+    """The rollout's are the policy's too, but for rounding; wrong ones tell them apart."""
+    trainer = trainer_of(model, processor, tmp_path, old_logprobs=source)
+    drawn = trainer.rollout
+
+    def off_by_one(prompts: Any) -> Any:
+        return [
+            replace(group, completions=tuple(replace(c, logp=c.logp - 1.0) for c in group.completions))
+            for group in drawn(prompts)
+        ]
+
+    trainer.rollout = off_by_one
+    trainer.train()
+    row = trainer.state.log_history[0]
+    assert row["ratio_max"] == pytest.approx(math.e if source == "rollout" else 1.0, rel=1e-4)
 
 
 @pytest.mark.parametrize("engine", ["native", "transformers"])

@@ -97,6 +97,12 @@ class Adapter(ABC):
         """Of tower and projector."""
         return [p for path in self.vision_paths for p in attrgetter(path)(model).parameters()]
 
+    def fill_vision_gradients(self, model: Any) -> None:
+        """Zeros where a trained tower has no gradient yet: what is left of a step may have no image, the step has."""
+        for parameter in self.vision_parameters(model):
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
 
 def joined(images: Sequence[ImageInputs]) -> dict[str, Tensor]:
     """Inputs of several images as one batch; empty for none."""
