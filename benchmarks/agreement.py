@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runs = [(arm, seed) for seed in options.seeds for arm in reversed(ARMS)]
     with TemporaryDirectory() as folder, ThreadPoolExecutor(options.processes) as pool:
         work = Path(options.work or folder)
-        found = pool.map(lambda run: train(*run, options.steps, work), runs)
+        found = pool.map(lambda run: train(run[0], run[1], options.steps, work), runs)
         curves = {arm: {} for arm in ARMS}
         for (arm, seed), rewards in zip(runs, found, strict=True):
             curves[arm][seed] = rewards

@@ -1,10 +1,12 @@
-"""A Qwen2.5-VL of benchmark size with random weights, and groups of fixed random completions for it.
+"""Qwen2.5-VL models with random weights, and groups of fixed random completions for them.
 
 Everything follows from seeds: each process of a benchmark makes the same weights and the same groups.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,10 @@ from PIL import Image
 from vlmr1.data.prompts import PromptBuilder
 from vlmr1.models import adapter_of, load_model, load_processor
 from vlmr1.tiny.build import SPECIAL, tokenizer
-from vlmr1.types import Completion, Group, Sample
+from vlmr1.types import Completion, Group, Prompt, Sample
 
-VOCABULARY = 8192
-IMAGE_PX = 448  # 32 x 32 patches of 14 px, merged 2 x 2: 256 image tokens
-NUM_GENERATIONS = 8
-COMPLETION_LENGTH = 64
-TEXT = {
-    "vocab_size": VOCABULARY,
+BENCH_TEXT = {
+    "vocab_size": 8192,
     "hidden_size": 256,
     "intermediate_size": 1024,
     "num_hidden_layers": 6,
@@ -31,7 +29,7 @@ TEXT = {
     "max_position_embeddings": 4096,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]},
 }
-VISION = {
+BENCH_VISION = {
     "depth": 6,
     "hidden_size": 256,
     "intermediate_size": 688,
@@ -40,32 +38,82 @@ VISION = {
     "window_size": 112,
     "fullatt_block_indexes": [2, 5],
 }
+# The published configuration of Qwen2.5-VL-3B.
+TEXT_3B = {
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128000,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [16, 24, 24]},
+    "tie_word_embeddings": True,
+}
+VISION_3B = {
+    "depth": 32,
+    "hidden_size": 1280,
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "out_hidden_size": 2048,
+    "window_size": 112,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+}
 
 
-def write(folder: Path, seed: int = 0) -> Path:
-    """Model, tokenizer and image processor in the Hugging Face layout; float32."""
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+@dataclass(frozen=True)
+class Shape:
+    """A model, and the groups that it is trained on. 28 x 28 px of an image are one token of the prompt."""
+
+    text: Mapping[str, Any]
+    vision: Mapping[str, Any]
+    image_px: int
+    num_generations: int = 8
+    completion_length: int = 64
+    prompt_length: int | None = None  # the question is made as long as it takes; None: one line
+
+
+SHAPES = {
+    "bench": Shape(BENCH_TEXT, BENCH_VISION, image_px=448),
+    "3b": Shape(TEXT_3B, VISION_3B, image_px=896, completion_length=256),
+}
+BENCH = SHAPES["bench"]
+
+
+def config_of(shape: Shape, tokens: Any) -> Any:
+    """The model's configuration, with the special tokens of the tiny model's tokenizer."""
+    from transformers import Qwen2_5_VLConfig
+
+    ids: dict[str, Any] = {token: tokens.convert_tokens_to_ids(token) for token in SPECIAL}
+    ends = {"eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"]}
+    return Qwen2_5_VLConfig(
+        text_config={**shape.text} | ends | {"bos_token_id": ids["<|endoftext|>"]},
+        vision_config={**shape.vision},
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=shape.text.get("tie_word_embeddings", False),
+    )
+
+
+def write_processor(folder: Path) -> Any:
+    """Tokenizer and image processor in the Hugging Face layout; the tokenizer."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     tokens = tokenizer()
     tokens.save_pretrained(folder)
     Qwen2VLImageProcessorPil().save_pretrained(folder)
-    ids: dict[str, Any] = {token: tokens.convert_tokens_to_ids(token) for token in SPECIAL}
-    ends = {"eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"]}
-    config = Qwen2_5_VLConfig(
-        text_config=TEXT | ends | {"bos_token_id": ids["<|endoftext|>"]},
-        vision_config=VISION,
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-    )
+    return tokens
+
+
+def write(folder: Path, shape: Shape = BENCH, seed: int = 0) -> Path:
+    """Model, tokenizer and image processor in the Hugging Face layout; float32."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    config = config_of(shape, write_processor(folder))
     torch.manual_seed(seed)
     Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
-    random = np.random.default_rng(seed)
-    for index in range(8):
-        pixels = random.integers(0, 255, (IMAGE_PX, IMAGE_PX, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{index}.png")
     return folder
 
 
@@ -74,29 +122,69 @@ def read(folder: Path) -> tuple[Any, Any]:
     return load_model(folder), load_processor(folder)
 
 
-def groups(folder: Path, model: Any, processor: Any, prompts: int, seed: int = 1) -> list[Group]:
-    """Groups of NUM_GENERATIONS random completions of COMPLETION_LENGTH tokens, each group with its image."""
+def build(folder: Path, shape: Shape, *, device: str, dtype: torch.dtype, seed: int = 0) -> tuple[Any, Any]:
+    """(model, processor), the model made where it is used; no weights are written."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    config = config_of(shape, write_processor(folder))
+    config.save_pretrained(folder)
+    torch.manual_seed(seed)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = Qwen2_5_VLForConditionalGeneration(config)
+    finally:
+        torch.set_default_dtype(before)
+    return model, load_processor(folder)
+
+
+def prompt_of(folder: Path, builder: PromptBuilder, shape: Shape, index: int) -> Prompt:
+    """Prompt `index`, with an image of its own; SystemExit where `prompt_length` cannot be met."""
+    path = folder / f"{shape.image_px}-{index}.png"
+    if not path.exists():
+        pixels = np.random.default_rng(index).integers(0, 255, (shape.image_px, shape.image_px, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+
+    def with_lines(count: int) -> Prompt:
+        content = [{"type": "image"}, {"type": "text", "text": "Locate the digit 7" + "\n" * count}]  # a token each
+        return builder(Sample([{"role": "user", "content": content}], (path,), "", "made", index))
+
+    prompt = with_lines(0)
+    if shape.prompt_length is None:
+        return prompt
+    prompt = with_lines(shape.prompt_length - len(prompt.input_ids))
+    if len(prompt.input_ids) != shape.prompt_length:
+        raise SystemExit(f"a prompt of {shape.prompt_length} tokens cannot be made with {shape.image_px} px")
+    return prompt
+
+
+def groups(
+    folder: Path, model: Any, processor: Any, prompts: int, shape: Shape = BENCH, seed: int = 1
+) -> Sequence[Group]:
+    """Groups of random completions, all of `completion_length`, each group with its image."""
     random = torch.Generator().manual_seed(seed)
     builder = PromptBuilder(model, adapter_of(model), processor)
-    content = [{"type": "image"}, {"type": "text", "text": "Locate the digit 7."}]
+    vocabulary, size, length = shape.text["vocab_size"], shape.num_generations, shape.completion_length
     made = []
     for index in range(prompts):
-        sample = Sample([{"role": "user", "content": content}], (folder / f"{index}.png",), "", "made", index)
         completions = []
-        for _ in range(NUM_GENERATIONS):
-            ids = torch.randint(len(SPECIAL), VOCABULARY, (COMPLETION_LENGTH,), generator=random)
+        for _ in range(size):
+            ids = torch.randint(len(SPECIAL), vocabulary, (length,), generator=random)
             # Near the log-probs of random weights, so that some ratios are clipped and most are not.
-            logp = -float(np.log(VOCABULARY)) + 0.2 * torch.randn(COMPLETION_LENGTH, generator=random)
+            logp = -float(np.log(vocabulary)) + 0.2 * torch.randn(length, generator=random)
             completions.append(Completion(ids, logp, logp, "", "length"))
-        advantages = torch.randn(NUM_GENERATIONS, generator=random)
-        rewards = torch.zeros(NUM_GENERATIONS, 1)
-        made.append(Group(builder(sample), tuple(completions), rewards, advantages))
+        advantages = torch.randn(size, generator=random)
+        prompt = prompt_of(folder, builder, shape, index)
+        made.append(Group(prompt, tuple(completions), torch.zeros(size, 1), advantages))
     return made
 
 
 @torch.no_grad()
 def perturb(model: Any, seed: int = 2) -> None:
     """Move the weights of a reference model, so that it is not the policy."""
-    random = torch.Generator().manual_seed(seed)
+    device = next(model.parameters()).device
+    random = torch.Generator(device).manual_seed(seed)
     for parameter in model.parameters():
-        parameter.add_(0.01 * torch.randn(parameter.shape, generator=random))
+        noise = torch.randn(parameter.shape, generator=random, device=device, dtype=parameter.dtype)
+        parameter.add_(0.01 * noise)

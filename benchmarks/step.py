@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -27,9 +28,10 @@ import torch
 
 from benchmarks import model as bench_model
 from benchmarks.harness import CheckFailed, PeakMemory, alternate, ratio, require_equal, write_result
+from benchmarks.model import BENCH
 from benchmarks.step_arms import ARMS, OurArm, Worker, figures, make, phases, seconds, serve
 
-PAIRS = (("naive", "shared"), ("trl", "shared"), ("naive", "trl"))
+PAIRS = (("naive", "shared"), ("repeated", "shared"), ("trl", "shared"), ("naive", "trl"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             bench_model.write(folder)
         if options.serve:
             answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
-            serve(make(options.arm, folder, options.prompts), answers)
+            serve(make(options.arm, folder, options.prompts, shape_of(options)), answers)
         elif options.memory:
             print(json.dumps({"arm": options.arm, "peak_mib": memory(options, folder)}))
         else:
@@ -59,7 +61,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=1, help="updates an arm before them")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompts", type=int, default=1, help="groups an update, the same in every arm")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--generations", type=int, default=BENCH.num_generations, help="completions a group")
+    parser.add_argument("--completion_length", type=int, default=BENCH.completion_length)
+    parser.add_argument("--prompt_length", type=int, help="image tokens included; default: image and one line")
+    parser.add_argument("--image_px", type=int, default=BENCH.image_px, help="side of the image; 28 x 28 px a token")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=["shared", "naive", "trl"])
     parser.add_argument("--profile", action="store_true", help="split the shared arm's update by phase")
     parser.add_argument("--out", type=Path, help="result file, JSON")
     parser.add_argument("--arm", choices=ARMS, default="shared", help="the one arm of --memory")
@@ -69,9 +75,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def shape_of(options: argparse.Namespace) -> bench_model.Shape:
+    return replace(
+        BENCH,
+        image_px=options.image_px,
+        num_generations=options.generations,
+        completion_length=options.completion_length,
+        prompt_length=options.prompt_length,
+    )
+
+
 def compare(options: argparse.Namespace, folder: Path) -> None:
     """Check that the arms agree, time them in turn, measure their memory, print and write the table."""
-    local = {name: make(name, folder, options.prompts) for name in options.arms if name != "trl"}
+    shape = shape_of(options)
+    local = {name: make(name, folder, options.prompts, shape) for name in options.arms if name != "trl"}
     workers = {name: Worker(command(options, folder, name, "--serve")) for name in options.arms if name == "trl"}
     try:
         checked = {name: figures(arm) for name, arm in local.items()}
@@ -101,13 +118,17 @@ def compare(options: argparse.Namespace, folder: Path) -> None:
 
 def command(options: argparse.Namespace, folder: Path, name: str, *mode: str) -> list[str]:
     """This benchmark for one arm, in a process of its own."""
-    shape = ["--threads", str(options.threads), "--prompts", str(options.prompts), "--folder", str(folder)]
-    return [sys.executable, "-m", "benchmarks.step", "--arm", name, *mode, *shape]
+    words = ["--threads", str(options.threads), "--prompts", str(options.prompts), "--folder", str(folder)]
+    words += ["--generations", str(options.generations), "--completion_length", str(options.completion_length)]
+    words += ["--image_px", str(options.image_px)]
+    if options.prompt_length is not None:
+        words += ["--prompt_length", str(options.prompt_length)]
+    return [sys.executable, "-m", "benchmarks.step", "--arm", name, *mode, *words]
 
 
 def memory(options: argparse.Namespace, folder: Path) -> float:
     """Peak memory of two updates of one arm, in MiB above what model and inputs take."""
-    arm = make(options.arm, folder, options.prompts)
+    arm = make(options.arm, folder, options.prompts, shape_of(options))
     peak = PeakMemory()
     seconds(arm)
     seconds(arm)

@@ -27,6 +27,8 @@ BETA = 0.04
 SWITCHES: dict[str, dict[str, Any]] = {
     "shared": {"share_vision": True, "share_prompt": True, "pack": True},
     "naive": {"share_vision": False, "share_prompt": False, "pack": False},
+    # Nothing is shared, and yet the kernels are those of the shared arm.
+    "repeated": {"share_vision": False, "share_prompt": False, "pack": True},
 }
 ARMS = (*SWITCHES, "trl")
 
@@ -44,20 +46,20 @@ class Arm(Protocol):
 class OurArm:
     """`GRPOTrainer`'s own methods, from groups on: pack, reference, backward."""
 
-    def __init__(self, name: str, folder: Path, groups: Sequence[Group], output: Path):
-        model, processor = bench_model.read(folder)
+    def __init__(
+        self, name: str, model: Any, processor: Any, groups: Sequence[Group], output: Path, **settings: Any
+    ) -> None:
+        given: dict[str, Any] = {"beta": BETA, "report_to": "none"} | SWITCHES[name] | settings
         config = GRPOConfig(
             output_dir=str(output),
             use_cpu=not torch.cuda.is_available(),
-            num_generations=bench_model.NUM_GENERATIONS,
-            max_completion_length=bench_model.COMPLETION_LENGTH,
-            beta=BETA,
-            report_to="none",
-            **SWITCHES[name],
+            num_generations=len(groups[0].completions),
+            max_completion_length=len(groups[0].completions[0].token_ids),
+            **given,
         )
         self.trainer = GRPOTrainer(model, config, [], processor, reward_funcs=["format"])
-        assert self.trainer.reference is not None
-        bench_model.perturb(self.trainer.reference.model)
+        if self.trainer.reference is not None:
+            bench_model.perturb(self.trainer.reference.model)
         self.model = self.trainer.accelerator.prepare(self.trainer.model)
         self.groups = groups
 
@@ -67,11 +69,14 @@ class OurArm:
         return self.trainer.backward(self.model, packs, self.groups)[0]
 
 
-def make(name: str, folder: Path, prompts: int) -> Arm:
-    """The arm of this name, in this process, on the model and images in `folder`."""
-    groups = bench_model.groups(folder, *bench_model.read(folder), prompts)
+def make(name: str, folder: Path, prompts: int, shape: bench_model.Shape) -> Arm:
+    """The arm of this name, in this process, on the model in `folder`."""
+    model, processor = bench_model.read(folder)
+    groups = bench_model.groups(folder, model, processor, prompts, shape)
     output = folder / "output" / name
-    return TRLArm(folder, groups, BETA, output) if name == "trl" else OurArm(name, folder, groups, output)
+    if name == "trl":
+        return TRLArm(model, processor, groups, BETA, output)
+    return OurArm(name, model, processor, groups, output)
 
 
 def figures(arm: Arm) -> dict[str, float]:

@@ -25,7 +25,7 @@ from vlmr1.types import Group
 class TRLArm:
     """One update of TRL's trainer: `prepare`, then the seconds-worthy `update`."""
 
-    def __init__(self, folder: Path, groups: Sequence[Group], beta: float, output: Path):
+    def __init__(self, model: Any, processor: Any, groups: Sequence[Group], beta: float, output: Path):
         import datasets
         from trl.trainer.grpo_config import GRPOConfig
         from trl.trainer.grpo_trainer import GRPOTrainer
@@ -35,16 +35,15 @@ class TRLArm:
             use_cpu=not torch.cuda.is_available(),
             bf16=False,
             gradient_checkpointing=False,
-            per_device_train_batch_size=bench_model.NUM_GENERATIONS,
+            per_device_train_batch_size=len(groups[0].completions),
             gradient_accumulation_steps=len(groups),
-            num_generations=bench_model.NUM_GENERATIONS,
-            max_completion_length=bench_model.COMPLETION_LENGTH,
+            num_generations=len(groups[0].completions),
+            max_completion_length=len(groups[0].completions[0].token_ids),
             beta=beta,
             loss_type="grpo",
             use_bias_correction_kl=False,
             report_to="none",
         )
-        model, processor = bench_model.read(folder)
         prompt = [{"role": "user", "content": "never read"}]
         self.trainer: Any = GRPOTrainer(
             model=model,
@@ -78,7 +77,7 @@ class TRLArm:
             torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
             torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
             inputs["completion_ids"].size(1),
-            batch_size=bench_model.NUM_GENERATIONS,
+            batch_size=len(inputs["prompt_ids"]),
             **{name: inputs[name] for name in names},
         )
         return logp

@@ -1,0 +1,121 @@
+"""What sharing gains over group size, prompt and completion length, beside what counting operations predicts.
+
+    python -m benchmarks.scaling --out benchmarks/results/scaling.json
+
+An update of the bench model (`benchmarks.step`: reference, policy, backward; one group, float32), naive and shared in
+turn; both must give the same loss and gradient norm first. Predicted: the ratio of the matrix operations of both
+(`benchmarks.flops`). Memory: each arm in a process of its own, as in `benchmarks.step`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from benchmarks import model as bench_model
+from benchmarks import step
+from benchmarks.flops import update_flops
+from benchmarks.harness import CheckFailed, alternate, ratio, require_equal, table, write_result
+from benchmarks.model import BENCH, Shape
+from benchmarks.step_arms import OurArm, figures, seconds
+
+IMAGE_PX = {128: 224, 512: 560, 1024: 784}  # 64 of 128 tokens, 400 of 512, 784 of 1024
+HEAD = ["G x prompt x completion", "naive / shared, time", "rounds", "predicted", "memory, naive / shared", "MiB"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    torch.set_num_threads(options.threads)
+    cells = list(product(options.generations, options.prompt_lengths, options.completion_lengths))
+    result: dict[str, Any] = {"prompts": 1, "threads": options.threads, "cells": []}
+    with TemporaryDirectory() as name:
+        folder = bench_model.write(Path(name))
+        model, processor = bench_model.read(folder)
+        for generations, prompt_length, completion_length in cells:
+            shape = replace(
+                BENCH,
+                num_generations=generations,
+                prompt_length=prompt_length,
+                completion_length=completion_length,
+                image_px=IMAGE_PX[prompt_length],
+            )
+            try:
+                cell = measure(options, folder, model, processor, shape)
+            except CheckFailed as error:
+                print(f"refused: {error}", file=sys.stderr)
+                return 1
+            result["cells"].append(cell)
+            print(*row(cell), sep=" | ", flush=True)
+            if options.out is not None:  # after each cell: a table takes an hour
+                write_result(options.out, result)
+    print(table(HEAD, [row(cell) for cell in result["cells"]]))
+    return 0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--generations", type=int, nargs="+", default=[2, 4, 8, 16])
+    parser.add_argument("--prompt_lengths", type=int, nargs="+", default=list(IMAGE_PX), choices=list(IMAGE_PX))
+    parser.add_argument("--completion_lengths", type=int, nargs="+", default=[32, 128, 512])
+    parser.add_argument("--seconds", type=float, default=20, help="about what the rounds of a cell take")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="result file, JSON")
+    return parser.parse_args(arguments)
+
+
+def measure(options: argparse.Namespace, folder: Path, model: Any, processor: Any, shape: Shape) -> dict[str, Any]:
+    """One cell: samples, ratios, prediction."""
+    groups = bench_model.groups(folder, model, processor, 1, shape)
+    arms = {name: OurArm(name, model, processor, groups, folder / "output" / name) for name in ("shared", "naive")}
+    require_equal({name: figures(arm) for name, arm in arms.items()})
+    calls = {name: lambda arm=arm: seconds(arm) for name, arm in arms.items()}
+    first = alternate(calls, rounds=1, warmup=0)
+    rounds = min(7, max(2, round(options.seconds / sum(times[0] for times in first.values()))))
+    more = alternate(calls, rounds=rounds, warmup=0)
+    samples = {name: first[name] + more[name] for name in calls}
+    packs = {name: arm.trainer.pack(groups)[0] for name, arm in arms.items()}
+    flops = {name: update_flops(model.config, of, reference=True) for name, of in packs.items()}
+    arms.clear()
+    model.zero_grad(set_to_none=True)
+    words = ["--threads", str(options.threads), "--generations", str(shape.num_generations)]
+    words += ["--completion_length", str(shape.completion_length), "--prompt_length", str(shape.prompt_length)]
+    asked = step.parse([*words, "--image_px", str(shape.image_px)])
+    peak = {name: step.memory_of(asked, folder, name) for name in calls}
+    time = ratio(samples, "naive", "shared")
+    return {
+        "generations": shape.num_generations,
+        "prompt": shape.prompt_length,
+        "completion": shape.completion_length,
+        "seconds": samples,
+        "median_ms": {name: 1e3 * median(times) for name, times in samples.items()},
+        "time": {"value": time.value, "low": time.low, "high": time.high},
+        "predicted": flops["naive"] / flops["shared"],
+        "peak_mib": peak,
+        "memory": peak["naive"] / peak["shared"],
+    }
+
+
+def row(cell: dict[str, Any]) -> list[str]:
+    """A cell as a line of the table."""
+    time, peak = cell["time"], cell["peak_mib"]
+    return [
+        f"{cell['generations']} x {cell['prompt']} x {cell['completion']}",
+        f"{time['value']:.2f} ({time['low']:.2f} to {time['high']:.2f})",
+        str(len(cell["seconds"]["naive"])),
+        f"{cell['predicted']:.2f}",
+        f"{cell['memory']:.2f}",
+        f"{peak['naive']:.0f} / {peak['shared']:.0f}",
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
