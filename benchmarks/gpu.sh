@@ -14,7 +14,7 @@ if [ -z "$python" ]; then
     if [ -x .venv/bin/python ]; then python=.venv/bin/python; else python=python3; fi
 fi
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-wanted=" ${*:-imports tests racecheck ops step} "
+wanted=" ${*:-imports tests racecheck ops attention step update} "
 table=()
 failed=0
 
@@ -31,11 +31,12 @@ part() {
         *) result="failed ($status)" ;;
     esac
     [ "$status" -eq 0 ] || failed=1
-    table+=("$(printf '%-28s %-20s %5d s' "$name" "$result" $((SECONDS - start)))")
+    table+=("$(printf '%-32s %-20s %5d s' "$name" "$result" $((SECONDS - start)))")
+    return "$status"
 }
 
 skip() {
-    table+=("$(printf '%-28s %s' "$1" "skipped: $2")")
+    table+=("$(printf '%-32s %s' "$1" "skipped: $2")")
 }
 
 chosen() {
@@ -71,10 +72,23 @@ if chosen ops; then
     part summary 60 "$python" -m benchmarks.summary "$out"
 fi
 
+if chosen attention; then
+    for op in shared_prefix_attention varlen_attention; do
+        part "bench_$op" 240 "$python" -m "benchmarks.bench_$op" --device cuda --out "$out"
+    done
+fi
+
 if chosen step; then
-    arms=(shared naive)
+    arms=(shared naive repeated)
     if "$python" -c 'import trl, datasets' 2>/dev/null; then arms+=(trl); fi
     part step 300 "$python" -m benchmarks.step --rounds 5 --profile --arms "${arms[@]}" --out "$out/step-cuda.json"
+fi
+
+if chosen update; then
+    for prompts in 8 2; do # the second where the first does not fit
+        part "update-$prompts" 400 "$python" -m benchmarks.update --prompts "$prompts" \
+            --out "$out/update-$prompts-cuda.json" && break
+    done
 fi
 
 { echo && printf '%s\n' "${table[@]}"; } | tee -a "$log"

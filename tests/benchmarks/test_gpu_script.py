@@ -44,7 +44,10 @@ def test_every_part_runs_although_one_fails(tmp_path: Path):
         ["bench_grpo_loss", "ok"],
         ["bench_group_advantages", "ok"],
         ["summary", "ok"],
+        ["bench_shared_prefix_attention", "ok"],
+        ["bench_varlen_attention", "ok"],
         ["step", "ok"],
+        ["update-8", "ok"],
     ]
     log = (tmp_path / "out" / "gpu.log").read_text()
     assert "called: -m pytest -q -m gpu" in log
