@@ -68,7 +68,10 @@ def train(arm: str, seed: int, steps: int, work: Path) -> Curve:
     command = [sys.executable, "-m", "vlmr1.cli", "train", *words]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [row["reward"] for row in rows if "reward" in row]
+    rewards = [row["reward"] for row in rows if "reward" in row]
+    if len(rewards) != steps:
+        raise ChildProcessError(f"{output} has {len(rewards)} steps, not {steps}")
+    return rewards
 
 
 def windows(curve: Curve, window: int) -> Curve:

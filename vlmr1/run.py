@@ -97,6 +97,9 @@ def train(config: GRPOConfig) -> GRPOTrainer:
     trainer.remove_callback(PrinterCallback)
     progress.trainer = trainer
     print(arithmetic(config, len(samples)), flush=True)
+    if resume is not None and trainer.is_finished(resume):
+        print(f"{resume}: all {trainer.state.max_steps} updates are done", flush=True)
+        return trainer
     if resume is not None:
         print(f"continuing from {resume}", flush=True)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from vlmr1.advantage import with_advantages
@@ -26,7 +27,7 @@ from vlmr1.data.prompts import PromptBuilder, PromptDataset
 from vlmr1.errors import DivergedError, SettingError
 from vlmr1.loss import Objective, combine, normalizer
 from vlmr1.memory.telemetry import Phases, peak_memory_mib
-from vlmr1.models import adapter_of
+from vlmr1.models import adapter_of, check_dropout, load_model
 from vlmr1.models.features import FeatureCache
 from vlmr1.models.processor import save_processor
 from vlmr1.naive import NaivePolicy
@@ -57,6 +58,8 @@ class GRPOTrainer(Trainer):
         callbacks: Sequence[TrainerCallback] = (),
     ):
         self.adapter = adapter_of(model)
+        if args.share_prompt or args.pack:
+            check_dropout(model.config)
         self.processor = processor
         self.rewards = [get_reward(reward) for reward in (reward_funcs or args.reward_funcs)]
         self.reward_weights = args.reward_weights or [1.0] * len(self.rewards)
@@ -220,6 +223,21 @@ class GRPOTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         self._staging = None
         rotate_checkpoints(str(output_dir), self.args.save_total_limit)
+
+    def is_finished(self, checkpoint: Path) -> bool:
+        """Whether this is the last checkpoint of a run, whose weights and state are then taken; `train` would go on."""
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        if state.global_step < state.max_steps:
+            return False
+        self.state = state
+        self._load_from_checkpoint(str(checkpoint))
+        return True
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """By the names that the files have, which for some families are not the module's: every weight or an error."""
+        model = self.model if model is None else model
+        saved = load_model(resume_from_checkpoint, dtype=model.dtype)
+        model.load_state_dict(saved.state_dict())
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)

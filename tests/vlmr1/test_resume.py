@@ -38,8 +38,9 @@ def command(data: Path, output: Path, *more: str) -> list[str]:
         "save_steps": 2,
         "prompts_per_device": 2,
         "num_generations": 3,
-        "max_completion_length": 12,
+        "max_completion_length": 32,
         "use_cpu": "true",
+        "warmup_steps": 0,
     }
     words = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
     return ["train", "--recipe", "tiny-digits", *words, *more]
@@ -56,8 +57,8 @@ def start(data: Path, output: Path) -> subprocess.Popen:
     )
 
 
-def weights(output: Path) -> dict[str, torch.Tensor]:
-    return load_file(output / f"checkpoint-{STEPS}" / "model.safetensors")
+def weights(output: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
+    return load_file(output / f"checkpoint-{step}" / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +67,8 @@ def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = start(data, folder)
     output, _ = run.communicate()
     assert run.returncode == 0, output
+    before, after = weights(folder, 4), weights(folder)  # what a run that forgets its weights would not show
+    assert all(not torch.equal(before[name], after[name]) for name in after)
     return folder
 
 
@@ -85,6 +88,7 @@ def test_killed_run_ends_with_the_same_weights(killed_after, data, undisturbed, 
     output, _ = again.communicate()
     assert again.returncode == 0, output
     assert ("continuing from" in output) == (killed_after > 2)
+    assert "missing keys" not in output
     expected, found = weights(undisturbed), weights(tmp_path)
     assert expected.keys() == found.keys()
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
@@ -92,6 +96,14 @@ def test_killed_run_ends_with_the_same_weights(killed_after, data, undisturbed, 
     histories = [[[row[name] for name in keep] for row in read_metrics(run)] for run in (undisturbed, tmp_path)]
     assert histories[0] == histories[1]
     assert [row[0] for row in histories[0]] == list(range(1, STEPS + 1))
+
+
+def test_a_finished_run_is_left_as_it_is(data, undisturbed, capsys):
+    before, metrics = weights(undisturbed), read_metrics(undisturbed)
+    assert main(command(data, undisturbed)) == 0
+    assert f"checkpoint-{STEPS}: all {STEPS} updates are done" in capsys.readouterr().out
+    assert read_metrics(undisturbed) == metrics and not (undisturbed / f"checkpoint-{STEPS + 1}").exists()
+    assert all(torch.equal(before[name], value) for name, value in weights(undisturbed).items())
 
 
 def written(folder: Path) -> Path:
