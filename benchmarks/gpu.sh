@@ -51,7 +51,7 @@ print("capability", torch.cuda.get_device_capability(), "free, total bytes", tor
 fi
 
 if chosen tests; then
-    part tests 300 "$python" -m pytest -q -m gpu -p no:cacheprovider --continue-on-collection-errors --durations=5 tests
+    part tests 420 "$python" -m pytest -q -m gpu -p no:cacheprovider --continue-on-collection-errors --durations=5 tests
 fi
 
 if chosen racecheck; then

@@ -8,6 +8,7 @@ from vlmr1_kernels.ops import (
     linear_logprob,
     shared_prefix_attention,
     shared_prefix_decode,
+    varlen_attention,
 )
 from vlmr1_kernels.registry import ImplementationError, use
 from vlmr1_kernels.settings import GRPOSettings
@@ -23,4 +24,5 @@ __all__ = [
     "shared_prefix_attention",
     "shared_prefix_decode",
     "use",
+    "varlen_attention",
 ]

@@ -1,5 +1,7 @@
 """Is a call well formed? Shapes, dtypes and devices always; values only where the caller asked (it syncs)."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -146,12 +148,37 @@ def rewards(values: Tensor, num_generations: int, scale: str) -> None:
         raise ValueError(f"scale is {scale!r}; known: group, batch, none")
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout) -> None:
+def attention(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, softcap: float | None, window: int | None) -> None:
+    _packed_attention(q, k, v)
+    if q.shape[2] != layout.total_length:
+        raise ValueError(f"q has {q.shape[2]} rows, the layout has {layout.total_length}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be above 0, or None, it is {softcap}")
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1, or None, it is {window}")
+
+
+def varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_length: int) -> None:
+    _packed_attention(q, k, v)
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(f"cu_seqlens must be int32 [S + 1], it is {cu_seqlens.dtype} {_shape(cu_seqlens)}")
+    if cu_seqlens.device != q.device:
+        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, q is on {q.device}")
+    if max_length < 1:
+        raise ValueError(f"max_length must be at least 1, it is {max_length}")
+    if cu_seqlens.device.type == "cpu":
+        offsets = cu_seqlens.tolist()
+        lengths = [end - start for start, end in pairwise(offsets)]
+        if offsets[0] != 0 or offsets[-1] != q.shape[2] or min(lengths) < 0:
+            raise ValueError(f"cu_seqlens must rise from 0 to {q.shape[2]}, it is {offsets}")
+        if max(lengths) > max_length:
+            raise ValueError(f"cu_seqlens has a sequence of {max(lengths)} rows, max_length is {max_length}")
+
+
+def _packed_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
     _floating("q", q)
     if q.dim() != 4 or q.shape[0] != 1:
         raise ValueError(f"q must be [1, H, L, Dh], it is {_shape(q)}")
-    if q.shape[2] != layout.total_length:
-        raise ValueError(f"q has {q.shape[2]} rows, the layout has {layout.total_length}")
     for name, value in (("k", k), ("v", v)):
         if value.dim() != 4 or value.shape[0] != 1 or value.shape[2:] != q.shape[2:]:
             raise ValueError(f"{name} must be [1, Hkv, {q.shape[2]}, {q.shape[3]}], it is {_shape(value)}")

@@ -1,7 +1,8 @@
 """The contents page: every op, its contract, and nothing else. Implementations are found by `registry.py`.
 
-N completion rows, B sequences, G generations a prompt, P = B / G prompts, L packed rows, D hidden,
-V vocabulary, H query heads, Hkv key and value heads, Dh head dimension, T suffix capacity.
+N completion rows, B sequences, G generations a prompt, P prompts, L packed rows, D hidden, V vocabulary,
+H query heads, Hkv key and value heads, Dh head dimension, R rows of a pool of keys and values, M blocks of
+a suffix, S sequences of an attention.
 """
 
 from collections.abc import Callable
@@ -210,31 +211,78 @@ def linear_grpo_loss(
 
 
 def shared_prefix_attention(
-    q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, *, scale: float | None = None, impl: str = "auto"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: PrefixLayout,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+    impl: str = "auto",
 ) -> Tensor:
-    """softmax(scale * q k^T, masked) v: a prompt row sees its prompt's past, a branch row its own past and
-    the whole prompt of its group.
+    """softmax(softcap(scale * q k^T), masked) v: a prompt row sees its prompt's past, a branch row its own past
+    and the whole prompt of its group.
 
     Equal to attention over each branch's own sequence prompt + branch, gradient included. Query head h reads
-    key and value head h // (H / Hkv).
+    key and value head h // (H / Hkv). softcap(x) = softcap * tanh(x / softcap), or x without one.
 
     Args:
         q: [1, H, L, Dh], any strides with a contiguous last dimension.
         k, v: [1, Hkv, L, Dh], H a multiple of Hkv.
         layout: which rows are whose prefix; `layout.total_length` is L.
         scale: default Dh ** -0.5.
+        window: a row sees the last `window` rows of its own sequence prompt + branch, itself included.
 
     Returns:
         [1, H, L, Dh] in the dtype of q, differentiable in q, k and v.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit together or the layout.
+        ImplementationError: the named implementation does not exist or refuses; softcap and window not all serve.
+    """
+    checks.attention(q, k, v, layout, softcap, window)
+    _, heads, length, head_dim = q.shape
+    options = {"softcap": softcap, "window": window}
+    given = {name: value for name, value in options.items() if value is not None}
+    shape = (heads, k.shape[1], length, head_dim)
+    run = _implementation("shared_prefix_attention", impl, q, *shape, options=frozenset(given))
+    return run(q, k, v, layout, scale=head_dim**-0.5 if scale is None else scale, **given)
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_length: int,
+    *,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """softmax(scale * q k^T) v within each of S sequences that lie behind one another; every row sees its whole
+    sequence. What vision towers do over images and windows.
+
+    Args:
+        q: [1, H, L, Dh], any strides with a contiguous last dimension.
+        k, v: [1, Hkv, L, Dh], H a multiple of Hkv.
+        cu_seqlens: [S + 1] int32 on the device of q, 0 = first <= ... <= last = L: sequence s has the rows
+            cu_seqlens[s]..cu_seqlens[s + 1] - 1.
+        max_length: no sequence has more rows.
+        scale: default Dh ** -0.5.
+
+    Returns:
+        [1, H, L, Dh] in the dtype of q, differentiable in q, k and v.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit together; on a CPU also values of cu_seqlens and
+            max_length, which on a GPU are not looked at, since that would synchronize.
         ImplementationError: the named implementation does not exist or refuses.
     """
-    checks.attention(q, k, v, layout)
+    checks.varlen(q, k, v, cu_seqlens, max_length)
     _, heads, length, head_dim = q.shape
-    run = _implementation("shared_prefix_attention", impl, q, heads, k.shape[1], length, head_dim)
-    return run(q, k, v, layout, scale=head_dim**-0.5 if scale is None else scale)
+    run = _implementation("varlen_attention", impl, q, heads, k.shape[1], length, head_dim)
+    return run(q, k, v, cu_seqlens, max_length, scale=head_dim**-0.5 if scale is None else scale)
 
 
 def shared_prefix_decode(
@@ -275,8 +323,10 @@ def shared_prefix_decode(
     return run(q, prefix_k, prefix_v, prefix_lengths, suffix_k, suffix_v, suffix_lengths, scale=scale)
 
 
-def _implementation(op: str, impl: str, tensor: Tensor, *shape: int) -> Callable[..., Any]:
-    run = resolve(op, impl, Request(tensor.device, tensor.dtype, shape))
+def _implementation(
+    op: str, impl: str, tensor: Tensor, *shape: int, options: frozenset[str] = frozenset()
+) -> Callable[..., Any]:
+    run = resolve(op, impl, Request(tensor.device, tensor.dtype, shape, options))
     if not torch.is_autocast_enabled(tensor.device.type):
         return run
 

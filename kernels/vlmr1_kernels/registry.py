@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: asked for by name, or chosen from device, dtype and shape.
+"""Which implementation of an op runs: asked for by name, or chosen from device, dtype, shape and options.
 
 Order of authority: the `impl=` argument of the call, `with use(...)`, the environment variable
 `VLMR1_KERNELS="op=impl,..."`, then `auto`. An implementation that was named is used or refused with the
@@ -29,11 +29,16 @@ class ImplementationError(ValueError):
 
 
 class Request(NamedTuple):
-    """All that `auto` may look at. The meaning of `shape` is the op's own, see `implementations.py`."""
+    """All that `auto` may look at: device, dtype, shape and the options asked for.
+
+    The meaning of `shape` is the op's own, see `implementations.py`. `options` are the names of those arguments
+    of the call that not every implementation serves.
+    """
 
     device: torch.device
     dtype: torch.dtype
     shape: tuple[int, ...]
+    options: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

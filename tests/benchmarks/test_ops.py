@@ -17,6 +17,8 @@ from benchmarks import (
     bench_grpo_loss,
     bench_linear_grpo_loss,
     bench_linear_logprob,
+    bench_shared_prefix_attention,
+    bench_varlen_attention,
     compare,
     device,
     op,
@@ -33,6 +35,8 @@ BENCHES = {
         bench_grpo_loss.BENCH,
         bench_linear_grpo_loss.BENCH,
         bench_linear_logprob.BENCH,
+        bench_shared_prefix_attention.BENCH,
+        bench_varlen_attention.BENCH,
     )
 }
 TINY = {
@@ -40,10 +44,12 @@ TINY = {
     "grpo_loss": ["24x8"],
     "linear_grpo_loss": ["24x20x97-float32-trainable", "1088x16x33-bfloat16-frozen"],
     "linear_logprob": ["24x20x97-float32-no_grad", "24x20x97-bfloat16-trainable"],
+    "shared_prefix_attention": ["2x9x3x5-4x2x16-float32"],
+    "varlen_attention": ["3x8+2x5-4x2x16-float32"],
 }
 PACKAGES = {"trl": "trl", "liger": "liger_kernel"}
 ABSENT = {arm for arm, package in PACKAGES.items() if find_spec(package) is None}
-MAY_REFUSE = {"native", "triton", "cce", "liger-logits"} | ABSENT
+MAY_REFUSE = {"native", "triton", "flash", "flex", "cce", "liger-logits"} | ABSENT
 CASES = [pytest.param(BENCHES[name], case, id=f"{name} {case}") for name, cases in TINY.items() for case in cases]
 
 

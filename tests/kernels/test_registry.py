@@ -53,7 +53,7 @@ def test_block_is_left_after_an_error() -> None:
     ("text", "message"),
     [
         ("no_such_op=cpu", "unknown op 'no_such_op'; known: linear_logprob, group_advantages"),
-        (f"{ATTENTION}=fast", f"{ATTENTION} has no implementation 'fast'; known: auto, cpu, reference"),
+        (f"{ATTENTION}=fast", f"{ATTENTION} has no implementation 'fast'; known: auto, cpu, flash, flex, reference"),
         (ATTENTION, "expected op=impl"),
         (f"{ATTENTION}=", "expected op=impl"),
         ("grpo_loss=reference,grpo_loss=auto", "grpo_loss is given twice"),
@@ -115,7 +115,14 @@ def test_doctor_explains_every_op() -> None:
     explanations = {explanation.op: explanation for explanation in doctor("cpu", torch.float32)}
     assert tuple(explanations) == registry.ops()
     assert explanations[ATTENTION].chosen == "cpu"
-    assert explanations[ATTENTION].others == {"reference": "usable by name; auto prefers cpu"}
-    on_cuda = explain(ATTENTION, CPU32._replace(device=torch.device("cuda")))
-    assert on_cuda.chosen == "reference"
-    assert on_cuda.others == {"cpu": "runs on cpu, the tensors are on cuda"}
+    assert explanations[ATTENTION].others["reference"] == "usable by name; auto prefers cpu"
+    assert explanations[ATTENTION].others["flash"] == "runs on cuda, the tensors are on cpu"
+    on_meta = explain(ATTENTION, CPU32._replace(device=torch.device("meta")))
+    assert on_meta.chosen == "reference"
+    assert on_meta.others["cpu"] == "runs on cpu, the tensors are on meta"
+
+
+def test_options_are_for_refusals_to_read() -> None:
+    assert chosen(request=CPU32._replace(options=frozenset({"window"}))) == "reference"
+    with pytest.raises(ImplementationError, match="has no window"):
+        chosen("cpu", CPU32._replace(options=frozenset({"window"})))

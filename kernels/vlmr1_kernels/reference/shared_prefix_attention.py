@@ -9,22 +9,29 @@ from vlmr1_kernels.layout import PrefixLayout
 from vlmr1_kernels.linear import accumulation_dtype
 
 
-def shared_prefix_attention(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, *, scale: float) -> Tensor:
+def shared_prefix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: PrefixLayout,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+) -> Tensor:
     _, heads, length, head_dim = q.shape
     kv_heads = k.shape[1]
     wide = accumulation_dtype(q.dtype)
     queries = q.reshape(kv_heads, heads // kv_heads, length, head_dim).to(wide)
-    keys, values = (
-        k.reshape(kv_heads, 1, length, head_dim).to(wide),
-        v.reshape(kv_heads, 1, length, head_dim).to(wide),
-    )
+    keys, values = (x.reshape(kv_heads, 1, length, head_dim).to(wide) for x in (k, v))
     scores = scale * (queries @ keys.mT)  # [Hkv, H / Hkv, L, L]
-    scores = scores.masked_fill(~visible(layout).to(q.device), -torch.inf)
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~visible(layout, window).to(q.device), -torch.inf)
     return (scores.softmax(dim=-1) @ values).reshape(1, heads, length, head_dim).to(q.dtype)
 
 
 @lru_cache(maxsize=4)
-def visible(layout: PrefixLayout) -> Tensor:
+def visible(layout: PrefixLayout, window: int | None = None) -> Tensor:
     """[L, L] bool: may row i see row j?"""
     prompts, branches = layout.prompt_lengths, layout.branch_lengths
     groups = torch.arange(layout.num_groups)
@@ -39,4 +46,8 @@ def visible(layout: PrefixLayout) -> Tensor:
     branch = torch.cat([torch.zeros(layout.prompt_total, dtype=torch.long), branch])  # [L], 0: a prompt
     past = torch.ones(layout.total_length, layout.total_length, dtype=torch.bool).tril()
     same_branch = (branch[:, None] == branch) | (branch == 0)
-    return past & (group[:, None] == group) & same_branch
+    seen = past & (group[:, None] == group) & same_branch
+    if window is None:
+        return seen
+    position = seen.sum(dim=1)  # [L] in its own sequence, from 1: without a window a row sees all of it up to itself
+    return seen & (position[:, None] - position < window)

@@ -1,0 +1,1 @@
+"""Implementations on torch's FlexAttention, compiled; CUDA."""

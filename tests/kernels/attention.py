@@ -1,0 +1,97 @@
+"""The cases of packed prefix attention, and its oracle: every branch in a sequence of its own."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmr1_kernels import PrefixLayout
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    *,
+    causal: bool = True,
+    softcap: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """[H, n, Dh] and [Hkv, n, Dh] -> [H, n, Dh]."""
+    repeat, rows = q.shape[0] // k.shape[0], q.shape[1]
+    k, v = k.repeat_interleave(repeat, 0), v.repeat_interleave(repeat, 0)
+    scores = scale * (q @ k.mT)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    hidden = torch.full((rows, rows), -torch.inf, dtype=q.dtype)
+    if causal:
+        scores = scores + hidden.triu(1)
+    if window is not None:
+        scores = scores + hidden.tril(-window)
+    return torch.softmax(scores, -1) @ v
+
+
+def separately(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, scale: float, **options: Any) -> Tensor:
+    """Every branch in a sequence of its own, behind a copy of its prompt."""
+    q, k, v = q[0], k[0], v[0]
+    first, prompts, branches = 0, [], []
+    start = sum(layout.prompt_lengths)
+    for prompt, lengths in zip(layout.prompt_lengths, layout.branch_lengths, strict=True):
+        head = torch.arange(first, first + prompt)
+        prompts.append(attend(q[:, head], k[:, head], v[:, head], scale, **options))
+        for length in lengths:
+            rows = torch.cat([head, torch.arange(start, start + length)])
+            branches.append(attend(q[:, rows], k[:, rows], v[:, rows], scale, **options)[:, prompt:])
+            start += length
+        first += prompt
+    return torch.cat(prompts + branches, dim=1)[None]
+
+
+def tensors(length: int, heads: int, kv_heads: int, head_dim: int) -> list[Tensor]:
+    """q, k, v and the gradient of the output, float64, strided like a model's projections."""
+    return [
+        torch.randn(1, length, count, head_dim, dtype=torch.float64).transpose(1, 2)
+        for count in (heads, kv_heads, kv_heads, heads)
+    ]
+
+
+def with_gradients(
+    attention: Callable[..., Tensor],
+    inputs: list[Tensor],
+    dtype: torch.dtype,
+    *rest: Any,
+    device: str = "cpu",
+    **options: Any,
+) -> list[Tensor]:
+    """out, d_q, d_k, d_v."""
+    *leaves, d_out = (value.to(device, dtype).detach() for value in inputs)
+    for leaf in leaves:
+        leaf.requires_grad_()
+    out = attention(*leaves, *rest, **options)
+    return [out.detach(), *torch.autograd.grad(out, leaves, d_out)]
+
+
+NAMES = ("out", "d_q", "d_k", "d_v")
+Heads = tuple[int, int, int]  # H, Hkv, Dh
+CASES: dict[str, tuple[PrefixLayout, Heads]] = {
+    "equal branches": (PrefixLayout((5,), ((4, 4, 4),)), (4, 4, 16)),
+    "ragged branches": (PrefixLayout((7,), ((3, 1, 6, 2),)), (4, 4, 16)),
+    "empty branches": (PrefixLayout((3, 4), ((0, 2, 0), (0,))), (2, 2, 16)),
+    "groups without branches": (PrefixLayout((3, 5, 2, 4), ((2, 1), (), (0, 0), (3,))), (4, 2, 16)),
+    "prefill": (PrefixLayout((3, 1, 6), ((), (), ())), (2, 1, 16)),
+    "prompt of one row": (PrefixLayout((1, 1), ((1, 3), (2,))), (2, 2, 64)),
+    "grouped heads": (PrefixLayout((9, 4), ((5, 2), (3, 3))), (8, 2, 80)),
+    "one key head": (PrefixLayout((6,), ((5, 2),)), (6, 1, 128)),
+    "odd head dimension": (PrefixLayout((6, 2), ((5, 2), (4,))), (3, 1, 17)),
+    "many groups": (
+        PrefixLayout(tuple(range(1, 21)), tuple((i % 4, 2, i % 3) for i in range(20))),
+        (4, 2, 16),
+    ),
+    "longer than a block": (PrefixLayout((150, 70), ((90, 140), (33,))), (2, 1, 64)),
+    "very different lengths": (PrefixLayout((200, 1), ((1, 1), (130, 2))), (6, 2, 16)),
+}
+# One or two keys a row. Their gradient is the small difference of numbers that flash kernels rebuild from their
+# rounded output: in float32 about 2.3 times the error of plain torch, so the budget does not hold here.
+FEW_KEYS = {"one row everywhere": (PrefixLayout((1, 1), ((1,), (1,))), (4, 2, 16))}

@@ -1,0 +1,290 @@
+"""The flash implementations: their arithmetic against kernels written out in plain torch, their calls against
+torch's schemas without a GPU, and the real kernels where there is one."""
+
+import sys
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+import vlmr1_kernels
+from tests.kernels import flash_kernels
+from tests.kernels.attention import CASES, FEW_KEYS, NAMES, Heads, separately, tensors, with_gradients
+from tests.kernels.conftest import DEVICES
+from tests.kernels.test_varlen_attention import SEQUENCES, offsets, one_by_one
+from vlmr1_kernels import PrefixLayout
+from vlmr1_kernels.flash import kernels, sequences, shared_prefix_attention, varlen_attention
+from vlmr1_kernels.testing import assert_within_budget, pooled
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...]]]:
+    """The kernels in plain torch; the calls that reach them."""
+    calls: list[tuple[str, tuple[Any, ...]]] = []
+
+    def spy(name: str, *arguments: Any) -> Any:
+        calls.append((name, arguments))
+        return getattr(flash_kernels, name)(*arguments)
+
+    for name in ("varlen_forward", "varlen_backward"):
+        monkeypatch.setattr(kernels, name, partial(spy, name))
+    return calls
+
+
+SERVED = {name: case for name, case in CASES.items() if case[1][2] % 8 == 0}
+
+
+@pytest.mark.usefixtures("plain")
+@pytest.mark.parametrize(("layout", "heads"), (SERVED | FEW_KEYS).values(), ids=(SERVED | FEW_KEYS).keys())
+def test_equals_separate_sequences(layout: PrefixLayout, heads: Heads) -> None:
+    inputs = tensors(layout.total_length, *heads)
+    attention = partial(shared_prefix_attention.shared_prefix_attention, layout=layout, scale=0.3)
+    expected = with_gradients(separately, inputs, torch.float64, layout, 0.3)
+    for value, truth in zip(with_gradients(attention, inputs, torch.float64), expected, strict=True):
+        torch.testing.assert_close(value, truth)
+
+
+@pytest.mark.usefixtures("plain")
+@pytest.mark.parametrize("lengths", SEQUENCES.values(), ids=SEQUENCES.keys())
+def test_varlen_equals_one_by_one(lengths: tuple[int, ...]) -> None:
+    lengths = tuple(filter(None, lengths))
+    inputs = tensors(sum(lengths), 4, 2, 16)
+    options: dict[str, Any] = {"cu_seqlens": offsets(lengths), "max_length": max(lengths), "scale": 0.3}
+    attention = partial(varlen_attention.varlen_attention, **options)
+    expected = with_gradients(one_by_one, inputs, torch.float64, lengths, 0.3)
+    for value, truth in zip(with_gradients(attention, inputs, torch.float64), expected, strict=True):
+        torch.testing.assert_close(value, truth)
+
+
+@pytest.mark.parametrize(
+    ("case", "count"), [("prefill", 1), ("equal branches", 2), ("groups without branches", 2)], ids=str
+)
+def test_number_of_calls(case: str, count: int, plain: list[Any]) -> None:
+    layout, heads = CASES[case]
+    inputs = tensors(layout.total_length, *heads)
+    with_gradients(shared_prefix_attention.shared_prefix_attention, inputs, torch.float64, layout, scale=1.0)
+    assert [name for name, _ in plain] == ["varlen_forward"] * count + ["varlen_backward"] * count
+
+
+def test_inputs_are_views_and_the_output_has_rows_outermost(plain: list[Any]) -> None:
+    layout = PrefixLayout((5, 3), ((2, 2), (3,)))
+    for inputs in (
+        tensors(15, 4, 2, 16),
+        [value.contiguous() for value in tensors(15, 4, 2, 16)],  # heads outermost
+    ):
+        plain.clear()
+        q, k, v, d_out = inputs
+        for leaf in (q, k, v):
+            leaf.requires_grad_()
+        out = shared_prefix_attention.shared_prefix_attention(q, k, v, layout, scale=1.0)
+        assert out.transpose(1, 2).is_contiguous()
+        torch.autograd.grad(out, (q, k, v), d_out)
+        given = [arguments[0] if name == "varlen_forward" else arguments[1] for name, arguments in plain]
+        base = given[0].data_ptr()
+        size = 4 * 16 * q.element_size()
+        assert [each.data_ptr() - base for each in given] == [0, 8 * size, 0, 8 * size]
+        assert base == q.data_ptr() or q.is_contiguous()
+        places = [arguments[1] for name, arguments in plain if name == "varlen_forward"]
+        assert {each.data_ptr() for each in places} == {k.data_ptr()}
+
+
+@pytest.mark.usefixtures("plain")
+def test_what_the_kernels_cannot_load_is_copied() -> None:
+    layout = PrefixLayout((5, 3), ((2, 2), (3,)))
+    inputs = tensors(15, 2, 1, 16)
+    shifted = [
+        torch.zeros(value.numel() + 3, dtype=value.dtype)[3:].view(1, -1, *value.shape[1::2]) for value in inputs
+    ]
+    for there, value in zip(shifted, inputs, strict=True):
+        there.copy_(value.transpose(1, 2))
+    attention = partial(shared_prefix_attention.shared_prefix_attention, layout=layout, scale=1.0)
+    leaves = [each.transpose(1, 2).requires_grad_() for each in shifted[:3]]
+    out = attention(*leaves)  # _check of the kernels asserts the alignment
+    torch.testing.assert_close(out, attention(*inputs[:3]))
+
+
+@pytest.mark.usefixtures("plain")
+def test_checkpointing_and_no_grad() -> None:
+    layout, heads = CASES["ragged branches"]
+    inputs = tensors(layout.total_length, *heads)
+    attention = partial(shared_prefix_attention.shared_prefix_attention, layout=layout, scale=1.0)
+
+    def checkpointed(*qkv: Tensor) -> Tensor:
+        out = checkpoint(attention, *qkv, use_reentrant=False)
+        assert isinstance(out, Tensor)
+        return out
+
+    expected = with_gradients(attention, inputs, torch.float64)
+    for value, truth in zip(with_gradients(checkpointed, inputs, torch.float64), expected, strict=True):
+        assert torch.equal(value, truth)
+    with torch.no_grad():
+        assert torch.equal(attention(*(each.requires_grad_() for each in inputs[:3])), expected[0])
+
+
+def test_plans_are_made_once() -> None:
+    device = torch.device("cpu")
+    first, again = (sequences.plan(PrefixLayout((3, 2), ((1,), (4, 0))), device) for _ in range(2))
+    assert first is again
+    assert first.own.offsets.tolist() == [0, 3, 5, 6, 10]
+    assert first.own.longest == 4
+    assert first.shared is not None
+    assert first.shared.queries.offsets.tolist() == [0, 1, 5]
+    assert first.shared.keys.offsets.tolist() == [0, 3, 5]
+    assert first.shared.prompts is None
+    some = sequences.plan(PrefixLayout((3, 2, 2), ((1,), (0,), (4,))), device).shared
+    assert some is not None
+    assert some.prompts is not None
+    assert some.prompts.tolist() == [0, 1, 2, 5, 6]
+    assert some.keys.offsets.tolist() == [0, 3, 5]
+
+
+LAYOUTS = {name: CASES[name][0] for name in ("many groups", "groups without branches", "prefill")}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_torch_accepts_the_calls(layout: PrefixLayout, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Schemas and shapes of torch's own kernels, forward and backward, on tensors without memory."""
+    shapes: list[tuple[int, ...]] = []
+    forward = kernels.varlen_forward
+
+    def spy(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        out, lse = forward(q, *others)
+        assert lse.dtype == torch.float32
+        shapes.extend((tuple(q.shape), tuple(lse.shape)))
+        return out, lse
+
+    monkeypatch.setattr(kernels, "varlen_forward", spy)
+    rows, first = layout.total_length, layout.prompt_total
+    q, k, v = leaves = [
+        torch.empty(1, rows, heads, 64, dtype=torch.bfloat16, device="meta").transpose(1, 2).requires_grad_()
+        for heads in (8, 2, 2)
+    ]
+    cu_seqlens = torch.empty(4, dtype=torch.int32, device="meta")
+    for out in (
+        shared_prefix_attention.shared_prefix_attention(q, k, v, layout, scale=0.3),
+        varlen_attention.varlen_attention(q, k, v, cu_seqlens, rows, scale=0.3),
+    ):
+        assert (out.shape, out.dtype) == (leaves[0].shape, torch.bfloat16)
+        gradients = torch.autograd.grad(out, leaves, torch.empty_like(out))
+        assert [(each.shape, each.dtype) for each in gradients] == [(leaf.shape, leaf.dtype) for leaf in leaves]
+    own, more = [(rows, 8, 64), (8, rows)], [(rows - first, 8, 64), (8, rows - first)]
+    assert shapes == own + (more if rows > first else []) + own
+
+
+def test_torch_accepts_the_calls_on_cuda() -> None:
+    """The schemas alone: autograd wants a GPU."""
+    with FakeTensorMode():
+        q, k, v = (torch.empty(15, heads, 80, dtype=torch.float16, device="cuda") for heads in (8, 2, 2))
+        cu = torch.empty(4, dtype=torch.int32, device="cuda")
+        out, lse = kernels.varlen_forward(q, k, v, cu, cu, 9, 9, False, 0.3)
+        assert (out.shape, lse.shape, lse.device.type) == (q.shape, (8, 15), "cuda")
+        results = kernels.varlen_backward(out, q, k, v, out, lse, cu, cu, 9, 9, False, 0.3)
+        assert [each.shape for each in results] == [q.shape, k.shape, v.shape]
+
+
+def package() -> ModuleType:
+    """flash_attn.flash_attn_interface of version 2.8: its signatures over the plain kernels."""
+    module = ModuleType("flash_attn.flash_attn_interface")
+
+    def _flash_attn_varlen_forward(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
+        window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False,
+        block_table=None, leftpad_k=None, seqused_k=None, zero_tensors=False,
+    ):  # fmt: skip
+        assert dropout_p == 0
+        numbers = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, softmax_scale)
+        return *flash_kernels.varlen_forward(q, k, v, *numbers), q.new_empty(0), q.new_empty(2)
+
+    def _flash_attn_varlen_backward(
+        dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, deterministic,
+        rng_state=None, zero_tensors=False,
+    ):  # fmt: skip
+        assert (dropout_p, window_size_left, window_size_right, softcap) == (0, -1, -1, 0)
+        numbers = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, softmax_scale)
+        results = flash_kernels.varlen_backward(dout, q, k, v, out, softmax_lse, *numbers)
+        for there, value in zip((dq, dk, dv), results, strict=True):
+            there.copy_(value)
+        return q.new_empty(0)
+
+    module.__dict__.update(
+        _flash_attn_varlen_forward=_flash_attn_varlen_forward, _flash_attn_varlen_backward=_flash_attn_varlen_backward
+    )
+    return module
+
+
+def test_the_package_is_preferred(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", package())
+    monkeypatch.setattr(kernels.metadata, "version", {"flash-attn": "2.8.3"}.__getitem__)
+    layout, heads = CASES["groups without branches"]
+    kernels._has_package.cache_clear()
+    try:
+        test_equals_separate_sequences(layout, heads)
+    finally:
+        kernels._has_package.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("version", "used"), [("2.7.0", True), ("3.0.0b1", True), ("2.10.1.post1", True), ("2.6.3", False)], ids=str
+)
+def test_old_packages_are_not_used(version: str, used: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels.metadata, "version", lambda name: version)
+    assert kernels._has_package.__wrapped__() is used
+
+
+ON_GPU = pytest.mark.skipif("cuda" not in DEVICES, reason="needs a GPU")
+
+
+@ON_GPU
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("layout", "heads"), SERVED.values(), ids=SERVED.keys())
+def test_error_is_within_budget(layout: PrefixLayout, heads: Heads, dtype: torch.dtype) -> None:
+    problems = [[value.to(dtype).double() for value in tensors(layout.total_length, *heads)] for _ in range(4)]
+    scale = heads[2] ** -0.5
+    attention = partial(vlmr1_kernels.shared_prefix_attention, layout=layout, impl="flash")
+    ours = [with_gradients(attention, inputs, dtype, device="cuda") for inputs in problems]
+    assert {value.dtype for value in ours[0]} == {dtype}
+    assert_within_budget(
+        NAMES,
+        pooled(ours),
+        pooled(with_gradients(separately, inputs, dtype, layout, scale) for inputs in problems),
+        pooled(with_gradients(separately, inputs, torch.float64, layout, scale) for inputs in problems),
+    )
+
+
+@ON_GPU
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", SEQUENCES.values(), ids=SEQUENCES.keys())
+def test_varlen_error_is_within_budget(lengths: tuple[int, ...]) -> None:
+    dtype = torch.bfloat16
+    problems = [[value.to(dtype).double() for value in tensors(sum(lengths), 4, 2, 80)] for _ in range(4)]
+    options: dict[str, Any] = {"cu_seqlens": offsets(lengths).cuda(), "max_length": max(lengths), "impl": "flash"}
+    attention = partial(vlmr1_kernels.varlen_attention, **options)
+    assert_within_budget(
+        NAMES,
+        pooled(with_gradients(attention, inputs, dtype, device="cuda") for inputs in problems),
+        pooled(with_gradients(one_by_one, inputs, dtype, lengths, 80**-0.5) for inputs in problems),
+        pooled(with_gradients(one_by_one, inputs, torch.float64, lengths, 80**-0.5) for inputs in problems),
+    )
+
+
+@ON_GPU
+@pytest.mark.gpu
+def test_nothing_waits_for_the_device() -> None:
+    layout, heads = CASES["many groups"]
+    attention = partial(vlmr1_kernels.shared_prefix_attention, layout=layout, impl="flash")
+    q, k, v, d_out = (value.to("cuda", torch.bfloat16) for value in tensors(layout.total_length, *heads))
+    leaves = [each.requires_grad_() for each in (q, k, v)]
+    sequences.plan.cache_clear()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.autograd.grad(attention(*leaves), leaves, d_out)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,160 @@
+"""FlexAttention: the block mask against the definition, and the compiled function, which on a CPU runs unfused."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch.nn.attention import flex_attention as torch_flex
+
+import vlmr1_kernels
+from tests.kernels.attention import CASES, NAMES, separately, tensors, with_gradients
+from tests.kernels.conftest import DEVICES
+from vlmr1_kernels import ImplementationError, PrefixLayout
+from vlmr1_kernels.flex import shared_prefix_attention as flex
+from vlmr1_kernels.flex.mask import BLOCK, tables, visible_ranges
+from vlmr1_kernels.reference.shared_prefix_attention import visible
+from vlmr1_kernels.testing import assert_within_budget, pooled
+
+LAYOUTS = {name: layout for name, (layout, _) in CASES.items()} | {
+    "whole blocks": PrefixLayout((256,), ((128, 256), (1,))[:1]),
+    "blocks of no one": PrefixLayout((300, 300), ((10, 200), (150, 7))),
+}
+WINDOWS = (None, 1, 5, 140, 1000)
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_ranges_are_what_a_row_sees(layout: PrefixLayout, window: int | None) -> None:
+    own, first, last = (each[:, None] for each in visible_ranges(layout, window))
+    row = torch.arange(layout.total_length)
+    key = row[None]
+    seen = ((key >= own) & (key <= row[:, None])) | ((key >= first) & (key < last))
+    assert torch.equal(seen, visible(layout, window))
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_blocks_are_those_that_torch_finds(layout: PrefixLayout, window: int | None) -> None:
+    seen, length = visible(layout, window), layout.total_length
+
+    def mask(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
+        return seen[row, key]
+
+    theirs = torch_flex.create_block_mask(mask, None, None, length, length, device="cpu", BLOCK_SIZE=BLOCK)
+    ours = tables(layout, window, torch.device("cpu"))
+    for name, counts, places in (
+        ("kv", ours.key_counts, ours.keys),
+        ("full_kv", ours.full_key_counts, ours.full_keys),
+        ("q", ours.query_counts, ours.queries),
+        ("full_q", ours.full_query_counts, ours.full_queries),
+    ):
+        assert torch.equal(counts, getattr(theirs, f"{name}_num_blocks")), name
+        assert torch.equal(places, getattr(theirs, f"{name}_indices")), name
+        assert counts.is_contiguous(), name  # the kernels count on it
+        assert places.is_contiguous(), name
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Traced as on CUDA, run by torch's unfused definition, which has a backward."""
+    torch._dynamo.reset()
+    compiled = torch.compile(flex.attend, dynamic=True, fullgraph=True, backend="aot_eager")
+    monkeypatch.setattr(flex, "_compiled", lambda: compiled)
+    monkeypatch.setattr(torch_flex, "_validate_device", lambda *qkv: None)
+    yield
+    torch._dynamo.reset()
+
+
+VALUES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "softcap": {"softcap": 0.7},
+    "window": {"window": 5},
+    "softcap and window": {"softcap": 1.5, "window": 9},
+}
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("options", VALUES.values(), ids=VALUES.keys())
+@pytest.mark.parametrize("case", ["grouped heads", "groups without branches", "longer than a block"])
+def test_equals_separate_sequences(case: str, options: dict[str, Any]) -> None:
+    layout, heads = CASES[case]
+    problem = [value.float().double() for value in tensors(layout.total_length, *heads)]
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return flex.shared_prefix_attention(q, k, v, layout, scale=0.3, **options)
+
+    expected = with_gradients(separately, problem, torch.float64, layout, 0.3, **options)
+    for value, truth in zip(with_gradients(attention, problem, torch.float32), expected, strict=True):
+        torch.testing.assert_close(value.double(), truth, rtol=1e-4, atol=1e-5)
+
+
+def compiled_for(layouts: list[PrefixLayout], device: str, dtype: torch.dtype) -> list[int]:
+    """Graphs that were compiled up to each layout. H is the number of blocks of one of them, Dh that of rows."""
+    found = []
+    for layout in layouts:
+        attention = partial(flex.shared_prefix_attention, layout=layout, scale=0.3, window=None)
+        with_gradients(attention, tensors(layout.total_length, 4, 2, 16), dtype, device=device)
+        found.append(counters["stats"]["unique_graphs"])
+    return found
+
+
+NEW_LAYOUTS = [
+    PrefixLayout((150, 70), ((90, 140), (33,))),  # 4 blocks
+    PrefixLayout((250, 170, 1), ((90, 140), (33, 7), ())),
+    PrefixLayout((256,), ((0, 2, 126),)),  # whole blocks
+    PrefixLayout((101,), ((40, 40),)),
+]
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_a_new_layout_does_not_recompile() -> None:
+    counters.clear()
+    assert compiled_for(NEW_LAYOUTS, "cpu", torch.float32) == [1, 1, 1, 1]
+    short = [PrefixLayout((13, 4), ((0, 2), (9,))), PrefixLayout((20,), ((5,),))]
+    assert compiled_for(short, "cpu", torch.float32) == [2, 2], "one block only is a graph of its own"
+
+
+def test_refused_on_cpu() -> None:
+    q = torch.zeros(1, 2, 5, 16)
+    with pytest.raises(ImplementationError, match="'flex' refuses: runs on cuda, the tensors are on cpu"):
+        vlmr1_kernels.shared_prefix_attention(q, q, q, PrefixLayout((2,), ((3,),)), impl="flex")
+
+
+ON_GPU = pytest.mark.skipif("cuda" not in DEVICES, reason="needs a GPU")
+
+
+@ON_GPU
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("case", "dtype", "options"),
+    [
+        ("grouped heads", torch.bfloat16, {}),
+        ("longer than a block", torch.float32, {}),
+        ("very different lengths", torch.bfloat16, {"softcap": 1.5, "window": 9}),
+    ],
+    ids=str,
+)
+def test_error_is_within_budget(case: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    torch._dynamo.reset()
+    layout, heads = CASES[case]
+    problems = [[value.to(dtype).double() for value in tensors(layout.total_length, *heads)] for _ in range(4)]
+    scale = heads[2] ** -0.5
+    attention = partial(vlmr1_kernels.shared_prefix_attention, layout=layout, impl="flex", **options)
+    assert_within_budget(
+        NAMES,
+        pooled(with_gradients(attention, inputs, dtype, device="cuda") for inputs in problems),
+        pooled(with_gradients(separately, inputs, dtype, layout, scale, **options) for inputs in problems),
+        pooled(with_gradients(separately, inputs, torch.float64, layout, scale, **options) for inputs in problems),
+    )
+
+
+@ON_GPU
+@pytest.mark.gpu
+def test_a_new_layout_does_not_recompile_on_a_gpu() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    assert compiled_for(NEW_LAYOUTS, "cuda", torch.bfloat16) == [1, 1, 1, 1]

@@ -1,0 +1,55 @@
+"""The attention of vision towers over images and windows, registered with transformers; no model is patched.
+
+Towers that receive `cu_seqlens` (Qwen-VL, GLM-V) loop over images and windows, unless the name of their attention
+holds "flash": then they pass all rows and the offsets in one call, which is what `varlen_attention` wants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from vlmr1.errors import SettingError
+from vlmr1_kernels import varlen_attention
+
+NAME = "vlmr1_varlen_as_flash"
+
+
+def _forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    cu_seq_lens_q: Tensor,
+    max_length_q: int,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """q, k, v [1, H, L, Dh] -> [1, L, H, Dh]; `max_length_q` comes from the tower, once a pass."""
+    if dropout:
+        raise SettingError(f"vision tower: its attention dropout ({dropout}) is not served; set it to 0 in the config")
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast RoPE leaves them in float32
+    out = varlen_attention(query, key, value, cu_seq_lens_q, max_length_q, scale=scaling)
+    return out.transpose(1, 2), None
+
+
+AttentionInterface.register(NAME, _forward)
+
+
+@contextmanager
+def varlen_tower(tower: nn.Module) -> Iterator[None]:
+    """In this block the tower attends by `varlen_attention`; a backward that recomputes its layers belongs inside."""
+    config: Any = tower.config
+    before = config._attn_implementation
+    config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
