@@ -67,7 +67,7 @@ class PackedPolicy:
     def hidden_rows(self, pack: Pack) -> Tensor:
         """[N, D]: the hidden states that predict completion tokens."""
         device = self.model.device
-        with autocast(device, self.dtype):
+        with autocast(device, self.dtype), self.attention():
             hidden = self.adapter.hidden(
                 self.model,
                 pack.input_ids[None].to(device),

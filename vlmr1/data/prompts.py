@@ -25,7 +25,9 @@ class PromptBuilder:
     def __call__(self, sample: Sample) -> Prompt:
         text = self.processor.apply_chat_template(sample.messages, tokenize=False, add_generation_prompt=True)
         images = [open_image(path, sample.source) for path in sample.images]
-        inputs = self.processor(text=[text], images=images or None, return_tensors="pt")
+        start = self.processor.tokenizer.bos_token
+        special = not (start and text.startswith(start))  # the template may have written the start token already
+        inputs = self.processor(text=[text], images=images or None, add_special_tokens=special, return_tensors="pt")
         input_ids = inputs["input_ids"][0]
         self._check(sample, input_ids)
         split = self.adapter.split_images(self.model, inputs, len(images))

@@ -10,14 +10,18 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 
 from vlmr1.errors import SettingError
 from vlmr1.models.adapter import Adapter
+from vlmr1.models.glm4v import Glm4vAdapter
+from vlmr1.models.idefics3 import Idefics3Adapter
+from vlmr1.models.internvl import InternVLAdapter
 from vlmr1.models.processor import load_processor
+from vlmr1.models.qwen3_vl import Qwen3VLAdapter
 from vlmr1.models.qwen_vl import QwenVLAdapter
 
-FAMILIES: tuple[type[Adapter], ...] = (QwenVLAdapter,)
+FAMILIES: tuple[type[Adapter], ...] = (QwenVLAdapter, Qwen3VLAdapter, InternVLAdapter, Glm4vAdapter, Idefics3Adapter)
 ADAPTERS: dict[str, type[Adapter]] = {model_type: family for family in FAMILIES for model_type in family.model_types}
 HOW_TO_ADD = "vlmr1/models/README.md shows how to add one"
 
-__all__ = ["ADAPTERS", "Adapter", "adapter_for", "adapter_of", "load_model", "load_processor"]
+__all__ = ["ADAPTERS", "Adapter", "adapter_for", "adapter_of", "check_dropout", "load_model", "load_processor"]
 
 
 def adapter_of(model: Any) -> Adapter:
@@ -38,9 +42,23 @@ def adapter_for(config: Any) -> Adapter:
     return ADAPTERS[config.model_type]()
 
 
+def check_dropout(config: Any) -> None:
+    """SettingError where the decoder has dropout: branches of one prompt would share what was dropped from it."""
+    decoder = config.get_text_config(decoder=True)
+    for name, value in decoder.to_dict().items():
+        if "dropout" in name and value:
+            raise SettingError(
+                f"share_prompt and pack are exact only without dropout, and this model's {name} is {value}: "
+                "set both to false, or the model's to 0"
+            )
+
+
 def _cannot_share(decoder: Any) -> str | None:
     """Why the branches of a prompt cannot be computed in one row by this decoder."""
-    for kind in sorted(set(getattr(decoder, "layer_types", None) or ()) - {"full_attention"}):
+    kinds = set(getattr(decoder, "layer_types", None) or ())
+    if not kinds and getattr(decoder, "sliding_window", None):
+        kinds = {"sliding_attention"}  # such configs have one kind of layer and do not name it
+    for kind in sorted(kinds - {"full_attention"}):
         if "sliding" in kind or "chunked" in kind:
             return f"has layers of {kind}, which only sees a part of a shared prompt"
         return f"has layers of {kind}, which would read one branch of a group into the next"
@@ -61,10 +79,18 @@ def load_model(
     """Read a local directory or hub id of a supported family."""
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        config = AutoConfig.from_pretrained(name, **options)
+        config = _config(name, options)
         adapter_for(config)
         return AutoModelForImageTextToText.from_pretrained(
             name, config=config, dtype=dtype, attn_implementation=attn_implementation, **options
         )
     except OSError as error:
         raise SettingError(f"model_name_or_path: {error}") from error
+
+
+def _config(name: str | Path, options: dict[str, Any]) -> Any:
+    try:
+        return AutoConfig.from_pretrained(name, **options)
+    except ValueError as error:  # a model type that the library does not know, or none
+        reason = str(error).splitlines()[0]
+        raise SettingError(f"model_name_or_path: {reason}; {HOW_TO_ADD}") from error

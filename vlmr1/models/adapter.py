@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, ClassVar
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmr1.models.attention import SharedAttention, shared_attention
+from vlmr1.models.tower import varlen_tower
 
 ImageInputs = dict[str, Tensor]  # what the processor made of one image
 
@@ -34,6 +35,7 @@ class Adapter(ABC):
     model_types: ClassVar[tuple[str, ...]]  # of the config
     decoder_path: ClassVar[str] = "model.language_model"
     vision_paths: ClassVar[tuple[str, ...]] = ("model.visual",)  # tower and projector
+    varlen_tower: ClassVar[bool] = False  # the tower's rows are sequences in a row, with their offsets
 
     # Images
 
@@ -54,8 +56,14 @@ class Adapter(ABC):
         """What `generate` needs beside input_ids [B, L] and the mask: the images of each sequence."""
 
     @abstractmethod
-    def placeholder_ids(self, model: Any) -> list[int]:
-        """Token ids that belong to images; they are never sampled."""
+    def placeholder_ids(self, model: Any, tokenizer: Any = None) -> list[int]:
+        """Token ids that belong to images or videos and are never sampled: those that the model's config names, and
+        with a tokenizer also those that only it has."""
+
+    def tower_inputs(self, model: Any, images: Sequence[ImageInputs], dim: int = 0) -> dict[str, Tensor]:
+        """Inputs of several images as one batch, where the tower is."""
+        device = next(attrgetter(self.vision_paths[0])(model).parameters()).device
+        return {name: value.to(device) for name, value in joined(images, dim).items()}
 
     # Decoder
 
@@ -82,12 +90,16 @@ class Adapter(ABC):
             inputs["mm_encoder_outputs"] = {"image": self.encoder_output(features)}
         if shared is None:
             return model.model(**inputs, attention_mask=attention_mask).last_hidden_state
-        with self.attention(model):
+        with shared_attention(attrgetter(self.decoder_path)(model)):
             return model.model(**inputs, shared=shared).last_hidden_state
 
-    def attention(self, model: Any) -> AbstractContextManager[None]:
-        """The decoder attends by `shared`; a backward that recomputes layers has to run inside it too."""
-        return shared_attention(attrgetter(self.decoder_path)(model))
+    @contextmanager
+    def attention(self, model: Any) -> Iterator[None]:
+        """The decoder attends by `shared`, the tower without a loop over its images and windows; a backward that
+        recomputes layers has to run inside it too."""
+        tower = varlen_tower(attrgetter(self.vision_paths[0])(model)) if self.varlen_tower else nullcontext()
+        with tower, shared_attention(attrgetter(self.decoder_path)(model)):
+            yield
 
     def head(self, model: Any) -> nn.Linear:
         """The vocabulary projection."""
@@ -104,6 +116,6 @@ class Adapter(ABC):
                 parameter.grad = torch.zeros_like(parameter)
 
 
-def joined(images: Sequence[ImageInputs]) -> dict[str, Tensor]:
+def joined(images: Sequence[ImageInputs], dim: int = 0) -> dict[str, Tensor]:
     """Inputs of several images as one batch; empty for none."""
-    return {name: torch.cat([each[name] for each in images]) for name in images[0]} if images else {}
+    return {name: torch.cat([each[name] for each in images], dim) for name in images[0]} if images else {}

@@ -16,8 +16,9 @@ class QwenVLAdapter(Adapter):
     """Images are runs of patches with a grid [1, 3] each; positions come from the model's rope index."""
 
     model_types = ("qwen2_vl", "qwen2_5_vl")
+    varlen_tower = True
 
-    def placeholder_ids(self, model: Any) -> list[int]:
+    def placeholder_ids(self, model: Any, tokenizer: Any = None) -> list[int]:
         config = model.config
         return [
             config.image_token_id,
@@ -49,8 +50,7 @@ class QwenVLAdapter(Adapter):
         return [ImageFeatures(rows) for rows in self._tower(model, images).pooler_output]
 
     def _tower(self, model: Any, images: Sequence[ImageInputs]) -> Any:
-        device = next(model.model.visual.parameters()).device
-        inputs = {name: value.to(device) for name, value in joined(images).items()}
+        inputs = self.tower_inputs(model, images)
         return model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
 
     def encoder_output(self, features: Sequence[ImageFeatures]) -> Any:

@@ -67,7 +67,7 @@ class NativeEngine(RolloutEngine):
         decode = DecodeAttention(prefill, branches, settings.max_completion_length)
         prefill.kept.clear()
         head = self.adapter.head(self.model)
-        banned = torch.tensor(self.adapter.placeholder_ids(self.model), device=device)
+        banned = torch.tensor(self.adapter.placeholder_ids(self.model, self.tokenizer), device=device)
         stops = torch.tensor(stop_ids(self.model), device=device)
         first = torch.tensor([p.next_position for p in prompts], device=device).repeat_interleave(num_generations)
         prompt_key = np.repeat([p.sample.index for p in prompts], num_generations)
@@ -95,7 +95,8 @@ class NativeEngine(RolloutEngine):
         lengths = tuple(len(p.input_ids) for p in prompts)
         prefill = PackedAttention(PrefixLayout(lengths, ((),) * len(prompts)), keep=True)
         images, paths, image_ids = unique_images(prompts)
-        features = encode(self.adapter, self.model, paths, images, self.features)
+        with self.adapter.attention(self.model):
+            features = encode(self.adapter, self.model, paths, images, self.features)
         hidden = self.adapter.hidden(
             self.model,
             torch.cat([p.input_ids for p in prompts])[None].to(device),

@@ -44,14 +44,14 @@ class TransformersEngine(RolloutEngine):
                 temperature=None if settings.greedy else settings.temperature,
                 top_k=None if settings.greedy else 0,
                 top_p=None if settings.greedy else 1.0,
-                suppress_tokens=self.adapter.placeholder_ids(self.model),
+                suppress_tokens=self.adapter.placeholder_ids(self.model, self.tokenizer),
                 return_dict_in_generate=True,
                 output_logits=True,
             )
         tokens = drawn.sequences[:, inputs["input_ids"].shape[1] :]
         full = (torch.stack(drawn.logits, 1).float() / settings.temperature).log_softmax(-1)  # [B, T, V]
         logp = full.gather(-1, tokens[..., None])[..., 0]
-        banned = torch.tensor(self.adapter.placeholder_ids(self.model), device=device)
+        banned = torch.tensor(self.adapter.placeholder_ids(self.model, self.tokenizer), device=device)
         allowed = full.index_fill(-1, banned, float("-inf")).logsumexp(-1)
         return tokens, logp, logp - allowed
 

@@ -1,0 +1,268 @@
+"""A tiny randomly initialized checkpoint of each model family, in the ordinary Hugging Face layout.
+
+Stock configuration class, stock image processor, a tokenizer with the family's special tokens, a chat template in the
+family's format. Everything follows from a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForImageTextToText,
+    Glm4vConfig,
+    Idefics3Config,
+    InternVLConfig,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2VLConfig,
+    Qwen3VLConfig,
+    SmolVLMConfig,
+)
+from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+
+from vlmr1.models.processor import PROCESSOR_MAPPING, image_only, save_processor
+from vlmr1.tiny.build import CHAT_TEMPLATE as QWEN2_TEMPLATE
+
+HIDDEN = 64
+TEXT = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 2048,
+}
+PARTS = (
+    "{{% for part in message['content'] %}}{{% if part['type'] == 'image' %}}{image}"
+    "{{% elif 'text' in part %}}{{{{ part['text'] }}}}{{% endif %}}{{% endfor %}}"
+)
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    + PARTS
+    + "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+GLM = (
+    "[gMASK]<sop>{% for message in messages %}<|{{ message['role'] }}|>\n"
+    + PARTS
+    + "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+IDEFICS = (
+    "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}:"
+    + PARTS
+    + "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+
+
+def with_parts(template: str, image: str) -> str:
+    return template.replace(PARTS, PARTS.format(image=image))
+
+
+@dataclass(frozen=True)
+class Family:
+    """`special`: the first is the padding, the second ends a turn."""
+
+    config: Callable[[dict[str, int]], Any]  # ids by token -> configuration
+    special: tuple[str, ...]
+    template: str
+    image_processor: Callable[[], Any]
+    named: dict[str, str] | None = None  # tokens that the tokenizer knows by a name
+    settings: dict[str, int] | None = None  # of the processor
+
+
+def tokenizer(family: Family) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with the family's special tokens."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=420,
+        special_tokens=[AddedToken(token, special=True) for token in family.special],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(
+        ["Locate the digit 7. Where, if anywhere on this canvas, is it? user assistant"] * 8, trainer
+    )
+    padding, end = family.special[:2]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        pad_token=padding,
+        eos_token=end,
+        padding_side="left",
+        chat_template=family.template,
+        extra_special_tokens=family.named or {},
+    )
+
+
+def build(name: str, folder: Path, seed: int = 0) -> Path:
+    """Write the family's tiny checkpoint: random float32 weights, three times as wide as usual, so that attention is
+    far from uniform."""
+    family = FAMILIES[name]
+    tokens = tokenizer(family)
+    config = family.config(tokens.get_vocab())
+    torch.manual_seed(seed)
+    model = AutoModelForImageTextToText.from_config(config)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.06)
+    model.generation_config.eos_token_id = [tokens.eos_token_id, tokens.pad_token_id]
+    model.generation_config.pad_token_id = tokens.pad_token_id
+    model.save_pretrained(folder)
+    make = image_only(PROCESSOR_MAPPING[type(config)])
+    processor = make(family.image_processor(), tokens, chat_template=family.template, **(family.settings or {}))
+    save_processor(processor, folder)
+    return folder
+
+
+def text(ids: dict[str, int], special: tuple[str, ...], **more: Any) -> dict[str, Any]:
+    """Decoder settings for a vocabulary."""
+    padding, end = (ids[token] for token in special[:2])
+    known = {"vocab_size": len(ids), "pad_token_id": padding, "bos_token_id": padding, "eos_token_id": end}
+    return TEXT | known | more
+
+
+def mrope(*sections: int, **more: Any) -> dict[str, Any]:
+    return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sections), **more}
+
+
+QWEN = (
+    *("<|endoftext|>", "<|im_end|>", "<|im_start|>", "<|vision_start|>", "<|vision_end|>"),
+    *("<|image_pad|>", "<|video_pad|>"),
+)
+
+
+def qwen_ids(ids: dict[str, int]) -> dict[str, int]:
+    return {
+        "image_token_id": ids["<|image_pad|>"],
+        "video_token_id": ids["<|video_pad|>"],
+        "vision_start_token_id": ids["<|vision_start|>"],
+        "vision_end_token_id": ids["<|vision_end|>"],
+    }
+
+
+def qwen2_vl(ids: dict[str, int]) -> Qwen2VLConfig:
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": HIDDEN, "num_heads": 2, "mlp_ratio": 2}
+    decoder = text(ids, QWEN, rope_parameters=mrope(4, 2, 2))
+    return Qwen2VLConfig(text_config=decoder, vision_config=vision, tie_word_embeddings=True, **qwen_ids(ids))
+
+
+def qwen2_5_vl(ids: dict[str, int]) -> Qwen2_5_VLConfig:
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": HIDDEN}
+    vision |= {"window_size": 56, "fullatt_block_indexes": [1]}
+    decoder = text(ids, QWEN, rope_parameters=mrope(4, 2, 2))
+    return Qwen2_5_VLConfig(text_config=decoder, vision_config=vision, **qwen_ids(ids))
+
+
+def qwen3_vl(ids: dict[str, int]) -> Qwen3VLConfig:
+    vision = {"depth": 3, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": HIDDEN}
+    vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1], "patch_size": 14}
+    decoder = text(ids, QWEN, num_hidden_layers=3, rope_parameters=mrope(4, 2, 2, mrope_interleaved=True))
+    return Qwen3VLConfig(text_config=decoder, vision_config=vision, tie_word_embeddings=True, **qwen_ids(ids))
+
+
+GLM_IMAGES = {  # and what the configuration calls them
+    "<|image|>": "image_token_id",
+    "<|begin_of_image|>": "image_start_token_id",
+    "<|end_of_image|>": "image_end_token_id",
+    "<|video|>": "video_token_id",
+    "<|begin_of_video|>": "video_start_token_id",
+    "<|end_of_video|>": "video_end_token_id",
+}
+GLM_TOKENS = ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|system|>", "[gMASK]", "<sop>", *GLM_IMAGES)
+
+
+def glm4v(ids: dict[str, int]) -> Glm4vConfig:
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": HIDDEN}
+    vision |= {"image_size": 84}
+    decoder = text(ids, GLM_TOKENS, rope_parameters=mrope(2, 1, 1, partial_rotary_factor=0.5))
+    tokens = {name: ids[token] for token, name in GLM_IMAGES.items()}
+    return Glm4vConfig(text_config=decoder, vision_config=vision, **tokens)
+
+
+INTERNVL = ("<|endoftext|>", "<|im_end|>", "<|im_start|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>")
+INTERNVL_NAMES = {
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "context_image_token": "<IMG_CONTEXT>",
+    "video_token": "<video>",
+}
+
+
+def internvl(ids: dict[str, int]) -> InternVLConfig:
+    vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    return InternVLConfig(
+        text_config=text(ids, INTERNVL, model_type="qwen2"),
+        vision_config=vision | {"image_size": [56, 56]},
+        image_token_id=ids["<IMG_CONTEXT>"],
+        image_seq_length=4,
+        tie_word_embeddings=False,
+    )
+
+
+ROWS_AND_COLUMNS = tuple(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2))
+IDEFICS_TOKENS = (
+    *("<|endoftext|>", "<end_of_utterance>", "<|im_start|>", "<fake_token_around_image>", "<image>"),
+    *("<global-img>", *ROWS_AND_COLUMNS),
+)
+
+
+def idefics3(ids: dict[str, int], kind: type = Idefics3Config) -> Any:
+    vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    return kind(
+        text_config=text(ids, IDEFICS_TOKENS, model_type="llama"),
+        vision_config=vision | {"image_size": 56, "patch_size": 14},
+        image_token_id=ids["<image>"],
+        scale_factor=2,
+    )
+
+
+def smolvlm(ids: dict[str, int]) -> Any:
+    return idefics3(ids, SmolVLMConfig)
+
+
+QWEN_TEMPLATE = with_parts(CHATML, "<|vision_start|><|image_pad|><|vision_end|>")
+GRIDS = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 64}
+SPLIT = {"size": {"longest_edge": 112}, "max_image_size": {"longest_edge": 56}}
+FAMILIES = {
+    "qwen2_vl": Family(qwen2_vl, QWEN, QWEN2_TEMPLATE, lambda: Qwen2VLImageProcessorPil(size=GRIDS)),
+    "qwen2_5_vl": Family(qwen2_5_vl, QWEN, QWEN2_TEMPLATE, lambda: Qwen2VLImageProcessorPil(size=GRIDS)),
+    "qwen3_vl": Family(qwen3_vl, QWEN, QWEN_TEMPLATE, lambda: Qwen2VLImageProcessorPil(size=GRIDS)),
+    "glm4v": Family(
+        glm4v,
+        GLM_TOKENS,
+        with_parts(GLM, "<|begin_of_image|><|image|><|end_of_image|>"),
+        lambda: Glm4vImageProcessorPil(size={"shortest_edge": 2 * 56 * 56, "longest_edge": 2 * 28 * 28 * 64}),
+    ),
+    "internvl": Family(
+        internvl,
+        INTERNVL,
+        with_parts(CHATML, "<IMG_CONTEXT>\n"),
+        lambda: GotOcr2ImageProcessorPil(size={"height": 56, "width": 56}, max_patches=4, crop_to_patches=True),
+        named=INTERNVL_NAMES,
+        settings={"image_seq_length": 4},
+    ),
+    "idefics3": Family(
+        idefics3,
+        IDEFICS_TOKENS,
+        with_parts(IDEFICS, "<image>"),
+        lambda: Idefics3ImageProcessorPil(**SPLIT),
+        settings={"image_seq_len": 4},
+    ),
+    "smolvlm": Family(
+        smolvlm,
+        IDEFICS_TOKENS,
+        with_parts(IDEFICS, "<image>"),
+        lambda: SmolVLMImageProcessorPil(**SPLIT),
+        settings={"image_seq_len": 4},
+    ),
+}

@@ -1,0 +1,17 @@
+"""GLM-4V (GLM-4.1V and later dense models): grids and M-RoPE as in Qwen2-VL."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vlmr1.models.qwen_vl import QwenVLAdapter
+
+
+class Glm4vAdapter(QwenVLAdapter):
+    """Images and videos have start and end tokens of their own."""
+
+    model_types = ("glm4v",)
+
+    def placeholder_ids(self, model: Any, tokenizer: Any = None) -> list[int]:
+        kinds = ("image", "image_start", "image_end", "video", "video_start", "video_end")
+        return [getattr(model.config, f"{kind}_token_id") for kind in kinds]
