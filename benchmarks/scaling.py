@@ -2,9 +2,10 @@
 
     python -m benchmarks.scaling --out benchmarks/results/scaling.json
 
-An update of the bench model (`benchmarks.step`: reference, policy, backward; one group, float32), naive and shared in
-turn; both must give the same loss and gradient norm first. Predicted: the ratio of the matrix operations of both
-(`benchmarks.flops`). Memory: each arm in a process of its own, as in `benchmarks.step`.
+An update of the bench model (`benchmarks.step`, without a reference model: the policy's forward and backward; one
+group, float32), naive and shared in turn; both must give the same loss and gradient norm first, which warms them up.
+Predicted: the ratio of the matrix operations of both (`benchmarks.flops`). Memory: each arm in a process of its own, one
+update.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     torch.set_num_threads(options.threads)
     cells = list(product(options.generations, options.prompt_lengths, options.completion_lengths))
-    result: dict[str, Any] = {"prompts": 1, "threads": options.threads, "cells": []}
+    result: dict[str, Any] = {"prompts": 1, "beta": 0, "threads": options.threads, "cells": []}
     with TemporaryDirectory() as name:
         folder = bench_model.write(Path(name))
         model, processor = bench_model.read(folder)
@@ -66,7 +67,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--generations", type=int, nargs="+", default=[2, 4, 8, 16])
     parser.add_argument("--prompt_lengths", type=int, nargs="+", default=list(IMAGE_PX), choices=list(IMAGE_PX))
     parser.add_argument("--completion_lengths", type=int, nargs="+", default=[32, 128, 512])
-    parser.add_argument("--seconds", type=float, default=20, help="about what the rounds of a cell take")
+    parser.add_argument("--seconds", type=float, default=12, help="about what the rounds of a cell take")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="result file, JSON")
     return parser.parse_args(arguments)
@@ -75,20 +76,22 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def measure(options: argparse.Namespace, folder: Path, model: Any, processor: Any, shape: Shape) -> dict[str, Any]:
     """One cell: samples, ratios, prediction."""
     groups = bench_model.groups(folder, model, processor, 1, shape)
-    arms = {name: OurArm(name, model, processor, groups, folder / "output" / name) for name in ("shared", "naive")}
+    settings = {"beta": 0.0, "skip_zero_advantage": False}
+    output = folder / "output"
+    arms = {name: OurArm(name, model, processor, groups, output, **settings) for name in ("shared", "naive")}
     require_equal({name: figures(arm) for name, arm in arms.items()})
     calls = {name: lambda arm=arm: seconds(arm) for name, arm in arms.items()}
     first = alternate(calls, rounds=1, warmup=0)
-    rounds = min(7, max(2, round(options.seconds / sum(times[0] for times in first.values()))))
+    rounds = min(6, max(1, round(options.seconds / sum(times[0] for times in first.values()))))
     more = alternate(calls, rounds=rounds, warmup=0)
     samples = {name: first[name] + more[name] for name in calls}
     packs = {name: arm.trainer.pack(groups)[0] for name, arm in arms.items()}
-    flops = {name: update_flops(model.config, of, reference=True) for name, of in packs.items()}
+    flops = {name: update_flops(model.config, of, reference=False) for name, of in packs.items()}
     arms.clear()
     model.zero_grad(set_to_none=True)
     words = ["--threads", str(options.threads), "--generations", str(shape.num_generations)]
     words += ["--completion_length", str(shape.completion_length), "--prompt_length", str(shape.prompt_length)]
-    asked = step.parse([*words, "--image_px", str(shape.image_px)])
+    asked = step.parse([*words, "--image_px", str(shape.image_px), "--beta", "0", "--updates", "1"])
     peak = {name: step.memory_of(asked, folder, name) for name in calls}
     time = ratio(samples, "naive", "shared")
     return {

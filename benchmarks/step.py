@@ -29,7 +29,7 @@ import torch
 from benchmarks import model as bench_model
 from benchmarks.harness import CheckFailed, PeakMemory, alternate, ratio, require_equal, write_result
 from benchmarks.model import BENCH
-from benchmarks.step_arms import ARMS, OurArm, Worker, figures, make, phases, seconds, serve
+from benchmarks.step_arms import ARMS, BETA, OurArm, Worker, figures, make, phases, seconds, serve
 
 PAIRS = (("naive", "shared"), ("repeated", "shared"), ("trl", "shared"), ("naive", "trl"))
 
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             bench_model.write(folder)
         if options.serve:
             answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
-            serve(make(options.arm, folder, options.prompts, shape_of(options)), answers)
+            serve(make(options.arm, folder, options.prompts, shape_of(options), options.beta), answers)
         elif options.memory:
             print(json.dumps({"arm": options.arm, "peak_mib": memory(options, folder)}))
         else:
@@ -65,6 +65,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--completion_length", type=int, default=BENCH.completion_length)
     parser.add_argument("--prompt_length", type=int, help="image tokens included; default: image and one line")
     parser.add_argument("--image_px", type=int, default=BENCH.image_px, help="side of the image; 28 x 28 px a token")
+    parser.add_argument("--beta", type=float, default=BETA, help="0: no reference model, and no pass of it")
+    parser.add_argument("--updates", type=int, default=2, help="that --memory is measured over")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=["shared", "naive", "trl"])
     parser.add_argument("--profile", action="store_true", help="split the shared arm's update by phase")
     parser.add_argument("--out", type=Path, help="result file, JSON")
@@ -88,7 +90,8 @@ def shape_of(options: argparse.Namespace) -> bench_model.Shape:
 def compare(options: argparse.Namespace, folder: Path) -> None:
     """Check that the arms agree, time them in turn, measure their memory, print and write the table."""
     shape = shape_of(options)
-    local = {name: make(name, folder, options.prompts, shape) for name in options.arms if name != "trl"}
+    here = [name for name in options.arms if name != "trl"]
+    local = {name: make(name, folder, options.prompts, shape, options.beta) for name in here}
     workers = {name: Worker(command(options, folder, name, "--serve")) for name in options.arms if name == "trl"}
     try:
         checked = {name: figures(arm) for name, arm in local.items()}
@@ -120,18 +123,18 @@ def command(options: argparse.Namespace, folder: Path, name: str, *mode: str) ->
     """This benchmark for one arm, in a process of its own."""
     words = ["--threads", str(options.threads), "--prompts", str(options.prompts), "--folder", str(folder)]
     words += ["--generations", str(options.generations), "--completion_length", str(options.completion_length)]
-    words += ["--image_px", str(options.image_px)]
+    words += ["--image_px", str(options.image_px), "--beta", str(options.beta), "--updates", str(options.updates)]
     if options.prompt_length is not None:
         words += ["--prompt_length", str(options.prompt_length)]
     return [sys.executable, "-m", "benchmarks.step", "--arm", name, *mode, *words]
 
 
 def memory(options: argparse.Namespace, folder: Path) -> float:
-    """Peak memory of two updates of one arm, in MiB above what model and inputs take."""
-    arm = make(options.arm, folder, options.prompts, shape_of(options))
+    """Peak memory of some updates of one arm, in MiB above what model and inputs take."""
+    arm = make(options.arm, folder, options.prompts, shape_of(options), options.beta)
     peak = PeakMemory()
-    seconds(arm)
-    seconds(arm)
+    for _ in range(options.updates):
+        seconds(arm)
     return peak.mib()
 
 

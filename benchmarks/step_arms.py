@@ -69,14 +69,14 @@ class OurArm:
         return self.trainer.backward(self.model, packs, self.groups)[0]
 
 
-def make(name: str, folder: Path, prompts: int, shape: bench_model.Shape) -> Arm:
+def make(name: str, folder: Path, prompts: int, shape: bench_model.Shape, beta: float = BETA) -> Arm:
     """The arm of this name, in this process, on the model in `folder`."""
     model, processor = bench_model.read(folder)
     groups = bench_model.groups(folder, model, processor, prompts, shape)
     output = folder / "output" / name
     if name == "trl":
-        return TRLArm(model, processor, groups, BETA, output)
-    return OurArm(name, model, processor, groups, output)
+        return TRLArm(model, processor, groups, beta, output)
+    return OurArm(name, model, processor, groups, output, beta=beta, skip_zero_advantage=False)
 
 
 def figures(arm: Arm) -> dict[str, float]:
