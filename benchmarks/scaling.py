@@ -4,8 +4,8 @@
 
 An update of the bench model (`benchmarks.step`, without a reference model: the policy's forward and backward; one
 group, float32), naive and shared in turn; both must give the same loss and gradient norm first, which warms them up.
-Predicted: the ratio of the matrix operations of both (`benchmarks.flops`). Memory: each arm in a process of its own, one
-update.
+Predicted: the ratio of the matrix operations of both (`benchmarks.flops`). Memory: each arm in a process of its own,
+one update.
 """
 
 from __future__ import annotations
