@@ -73,7 +73,7 @@ if chosen ops; then
 fi
 
 if chosen attention; then
-    for op in shared_prefix_attention varlen_attention; do
+    for op in shared_prefix_attention varlen_attention shared_prefix_decode; do
         part "bench_$op" 240 "$python" -m "benchmarks.bench_$op" --device cuda --out "$out"
     done
 fi

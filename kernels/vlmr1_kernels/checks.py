@@ -190,38 +190,53 @@ def _packed_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def decode(
     q: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    group_offsets: Tensor,
+    prefix_starts: Tensor,
     prefix_lengths: Tensor,
-    suffix_k: Tensor,
-    suffix_v: Tensor,
-    suffix_lengths: int | Tensor,
+    suffix_blocks: Tensor,
+    suffix_lengths: Tensor,
+    block: int,
+    max_group: int | None,
+    max_prefix: int | None,
 ) -> None:
     _floating("q", q)
-    if q.dim() != 3 or prefix_k.dim() != 4:
-        raise ValueError(f"q must be [B, H, Dh] and prefix_k [P, Hkv, Lmax, Dh]: {_shape(q)}, {_shape(prefix_k)}")
+    if q.dim() != 3:
+        raise ValueError(f"q must be [B, H, Dh], it is {_shape(q)}")
     batch, heads, head_dim = q.shape
-    prompts, kv_heads, _, _ = prefix_k.shape
-    if prefix_k.shape[3] != head_dim or prompts < 1 or batch % prompts:
-        raise ValueError(f"prefix_k is {_shape(prefix_k)}: Dh must be {head_dim}, and P divide {batch}")
-    _grouped_heads(heads, kv_heads)
-    if prefix_v.shape != prefix_k.shape:
-        raise ValueError(f"prefix_v must be {_shape(prefix_k)}, it is {_shape(prefix_v)}")
-    expected = (batch, kv_heads, suffix_k.shape[2] if suffix_k.dim() == 4 else 0, head_dim)
-    if suffix_k.shape != expected or suffix_v.shape != expected:
-        raise ValueError(
-            f"suffix_k and suffix_v must be [{batch}, {kv_heads}, T, {head_dim}]: "
-            f"{_shape(suffix_k)}, {_shape(suffix_v)}"
-        )
-    _integer("prefix_lengths", prefix_lengths, prompts, q)
-    if isinstance(suffix_lengths, Tensor):
-        _integer("suffix_lengths", suffix_lengths, batch, q)
-    elif not 0 <= suffix_lengths <= expected[2]:
-        raise ValueError(f"suffix_lengths is {suffix_lengths}; the suffix holds 0..{expected[2]} rows")
-    for name, value in (
-        ("prefix_k", prefix_k), ("prefix_v", prefix_v), ("suffix_k", suffix_k), ("suffix_v", suffix_v)
-    ):  # fmt: skip
+    for name, value in (("keys", keys), ("values", values)):
+        if value.dim() != 3 or value.shape[2] != head_dim or value.stride(2) != 1:
+            raise ValueError(
+                f"{name} must be [Hkv, R, {head_dim}] with a contiguous last dimension, it is {_shape(value)} "
+                f"with strides {list(value.stride())}"
+            )
         _same(name, value, "q", q)
+    if keys.shape != values.shape:
+        raise ValueError(f"keys is {_shape(keys)}, values is {_shape(values)}: they must be equal")
+    _grouped_heads(heads, keys.shape[0])
+    if group_offsets.dim() != 1 or group_offsets.shape[0] < 2:
+        raise ValueError(f"group_offsets must be [P + 1], P at least 1, it is {_shape(group_offsets)}")
+    if suffix_blocks.dim() != 2:
+        raise ValueError(f"suffix_blocks must be [{batch}, M], it is {_shape(suffix_blocks)}")
+    groups = group_offsets.shape[0] - 1
+    tables = (
+        ("group_offsets", group_offsets, [groups + 1]),
+        ("prefix_starts", prefix_starts, [groups]),
+        ("prefix_lengths", prefix_lengths, [groups]),
+        ("suffix_blocks", suffix_blocks, [batch, suffix_blocks.shape[1]]),
+        ("suffix_lengths", suffix_lengths, [batch]),
+    )
+    for name, table, shape in tables:
+        if table.dtype != torch.int32 or _shape(table) != shape:
+            raise ValueError(f"{name} must be int32 {shape}, it is {table.dtype} {_shape(table)}")
+        if table.device != q.device:
+            raise ValueError(f"{name} is on {table.device}, q is on {q.device}")
+    for name, bound in (("block", block), ("max_group", max_group), ("max_prefix", max_prefix)):
+        if bound is not None and bound < 1:
+            raise ValueError(f"{name} must be at least 1, it is {bound}")
+    if torch.is_grad_enabled() and (q.requires_grad or keys.requires_grad or values.requires_grad):
+        raise ValueError("a decode step has no gradient, and q, keys or values ask for one: call it in torch.no_grad()")
 
 
 def row_vector(name: str, value: Tensor, count: int | None, like: Tensor | None) -> None:

@@ -287,40 +287,63 @@ def varlen_attention(
 
 def shared_prefix_decode(
     q: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    group_offsets: Tensor,
+    prefix_starts: Tensor,
     prefix_lengths: Tensor,
-    suffix_k: Tensor,
-    suffix_v: Tensor,
-    suffix_lengths: int | Tensor,
+    suffix_blocks: Tensor,
+    suffix_lengths: Tensor,
     *,
+    block: int,
+    max_group: int | None = None,
+    max_prefix: int | None = None,
     scale: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """One decode step: softmax(scale * q [prefix, suffix]^T) [prefix, suffix]; a group's G queries share one
+    """One decode step: softmax(scale * q [prefix, suffix]^T) [prefix, suffix]; the queries of a group share one
     read of its prefix (the idea of Hydragen, arXiv:2402.05099).
 
+    All keys and values of a layer are rows of one pool. The prefix of a group is a run of rows; token t of a
+    branch's suffix is row suffix_blocks[b, t // block] * block + t % block. Rows that no length reaches are not
+    read, nor are the entries of suffix_blocks past the last used block: they may hold anything. On CUDA nothing
+    waits for the device and the launches depend on shapes, `max_group` and `max_prefix` alone, so that a CUDA
+    graph of a call serves any offsets, lengths and blocks within them.
+
     Args:
-        q: [B, H, Dh] the new token of each sequence; the sequences of a group are adjacent, B = P * G.
-        prefix_k, prefix_v: [P, Hkv, Lmax, Dh] one prompt a group, filled from the left.
-        prefix_lengths: [P] integer, 1..Lmax.
-        suffix_k, suffix_v: [B, Hkv, T, Dh] what each sequence generated, the new token included.
-        suffix_lengths: rows of the suffix to read, one int for all or [B], 0..T.
+        q: [B, H, Dh] the new token of each branch; the branches of a group are adjacent.
+        keys, values: [Hkv, R, Dh] the pool, any strides with a contiguous last dimension, the keys and values of
+            the new tokens included; query head h reads key and value head h // (H / Hkv).
+        group_offsets: [P + 1] rising from 0: group p has the branches group_offsets[p]..group_offsets[p + 1] - 1,
+            or none, then its prefix is not read. Branches from group_offsets[P] to B - 1 are padding: their
+            output is 0, whatever their q, blocks and lengths are.
+        prefix_starts, prefix_lengths: [P] first row and number of rows, at least 1, of each group's prefix.
+        suffix_blocks: [B, M].
+        suffix_lengths: [B] tokens of each suffix, 0..M * block.
+        block: rows of a block.
+        max_group: no group has more branches; default B.
+        max_prefix: no prefix has more rows; default R.
         scale: default Dh ** -0.5.
 
+        Offsets, starts, lengths and blocks are int32 on the device of q. Their values are trusted: on a GPU
+        looking at them would synchronize.
+
     Returns:
-        [B, H, Dh] in the dtype of q. Rows past a length are never read as numbers: they may hold anything
-        finite.
+        [B, H, Dh] in the dtype of q, without gradient.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit together.
+        ValueError: shapes, strides, dtypes or devices do not fit together, or a gradient is asked for.
+        ImplementationError: the named implementation does not exist or refuses.
     """
-    checks.decode(q, prefix_k, prefix_v, prefix_lengths, suffix_k, suffix_v, suffix_lengths)
+    tables = (group_offsets, prefix_starts, prefix_lengths, suffix_blocks, suffix_lengths)
+    checks.decode(q, keys, values, *tables, block, max_group, max_prefix)
     batch, heads, head_dim = q.shape
-    prompts, kv_heads = prefix_k.shape[:2]
-    run = _implementation("shared_prefix_decode", impl, q, batch, prompts, heads, kv_heads, head_dim)
+    kv_heads, rows, _ = keys.shape
+    shape = (batch, len(prefix_starts), heads, kv_heads, head_dim)
+    run = _implementation("shared_prefix_decode", impl, q, *shape)
+    bounds = {"max_group": batch if max_group is None else max_group, "max_prefix": max_prefix or rows}
     scale = head_dim**-0.5 if scale is None else scale
-    return run(q, prefix_k, prefix_v, prefix_lengths, suffix_k, suffix_v, suffix_lengths, scale=scale)
+    return run(q, keys, values, *tables, block=block, **bounds, scale=scale)
 
 
 def _implementation(

@@ -46,6 +46,7 @@ def test_every_part_runs_although_one_fails(tmp_path: Path):
         ["summary", "ok"],
         ["bench_shared_prefix_attention", "ok"],
         ["bench_varlen_attention", "ok"],
+        ["bench_shared_prefix_decode", "ok"],
         ["step", "ok"],
         ["update-8", "ok"],
     ]

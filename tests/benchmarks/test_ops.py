@@ -18,6 +18,7 @@ from benchmarks import (
     bench_linear_grpo_loss,
     bench_linear_logprob,
     bench_shared_prefix_attention,
+    bench_shared_prefix_decode,
     bench_varlen_attention,
     compare,
     device,
@@ -36,6 +37,7 @@ BENCHES = {
         bench_linear_grpo_loss.BENCH,
         bench_linear_logprob.BENCH,
         bench_shared_prefix_attention.BENCH,
+        bench_shared_prefix_decode.BENCH,
         bench_varlen_attention.BENCH,
     )
 }
@@ -45,6 +47,7 @@ TINY = {
     "linear_grpo_loss": ["24x20x97-float32-trainable", "1088x16x33-bfloat16-frozen"],
     "linear_logprob": ["24x20x97-float32-no_grad", "24x20x97-bfloat16-trainable"],
     "shared_prefix_attention": ["2x9x3x5-4x2x16-float32"],
+    "shared_prefix_decode": ["1x2x9x5-4x2x16-float32", "2x3x8x20-4x2x32-bfloat16"],
     "varlen_attention": ["3x8+2x5-4x2x16-float32"],
 }
 PACKAGES = {"trl": "trl", "liger": "liger_kernel"}

@@ -21,6 +21,7 @@ def load_kernels() -> None:
         environment.setenv(VARIABLE, "1")
         import_module("vlmr1_kernels.triton.linear_grpo_loss")
         import_module("vlmr1_kernels.triton.linear_logprob")
+        import_module("vlmr1_kernels.triton.shared_prefix_decode")
         _patch_once_a_launch()
 
 

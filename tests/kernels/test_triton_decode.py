@@ -1,0 +1,227 @@
+"""What is particular to the Triton implementation of the decode step: chunks, tiles, machine code, CUDA graphs."""
+
+import json
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.conftest import DEVICES
+from tests.kernels.test_shared_prefix_decode import Arguments, Case, cast, int32, one_by_one
+from tests.kernels.test_triton_compile import SHARED_MEMORY, python
+from vlmr1_kernels import ImplementationError, shared_prefix_decode
+from vlmr1_kernels.testing import assert_within_budget, relative_error
+
+triton = pytest.importorskip("triton")
+
+DEVICE = DEVICES[-1]
+HALF = torch.float16  # the interpreter multiplies bfloat16 as integers
+MODULE = "vlmr1_kernels.triton.shared_prefix_decode"
+
+
+def run(arguments: Arguments, dtype: torch.dtype, **options: Any) -> Tensor:
+    return shared_prefix_decode(**cast(arguments, dtype, DEVICE), impl="triton", **options).cpu()
+
+
+def check_budget(case: Case, dtype: torch.dtype, **options: Any) -> None:
+    arguments = cast(case.draw(), dtype)
+    exact = one_by_one(**cast(arguments, torch.float64))
+    assert_within_budget(["out"], [run(arguments, dtype, **options)], [one_by_one(**arguments)], [exact])
+
+
+CASES: dict[str, tuple[Case, torch.dtype]] = {
+    "chunks of a prefix": (Case((300, 129), (2, 1), (1, 0, 2), head_dim=32), torch.float32),
+    "chunks of a suffix": (Case((3,), (3,), (300, 128, 5), head_dim=32, block=16), torch.float32),
+    "chunks of both, half precision": (Case((200, 3), (2, 1), (140, 1, 0), head_dim=64, block=16), HALF),
+    "tiles of a group, float32": (Case((37,), (7,), (3,) * 7, heads=8, kv_heads=1), torch.float32),  # 4 of 16
+    "tiles of a group, half precision": (Case((37,), (9,), (3,) * 9, heads=8, kv_heads=1), HALF),  # 2 of 64
+    "a group of one tile, one of two": (Case((9, 5), (2, 5), (1,) * 7, heads=8), torch.float32),
+    "more query heads than rows of a tile": (Case((9,), (2,), (3, 1), heads=40, kv_heads=2), torch.float32),
+    "head dimension 80, half precision": (Case((70,), (3,), (3, 1, 66), head_dim=80), HALF),
+    "head dimension 128, half precision": (Case((70,), (3,), (3, 1, 5), head_dim=128), HALF),
+    "head dimension 256": (Case((20,), (2,), (3, 1), head_dim=256), torch.float32),
+}
+
+
+@pytest.mark.parametrize(("case", "dtype"), CASES.values(), ids=CASES.keys())
+def test_chunks_and_tiles(case: Case, dtype: torch.dtype, poison: None) -> None:
+    check_budget(case, dtype)
+
+
+def test_more_partial_results_than_one_block_merges(monkeypatch: pytest.MonkeyPatch, poison: None) -> None:
+    monkeypatch.setattr(import_module(MODULE), "LEAST_CHUNK", 16)
+    check_budget(Case((33 * 16, 5), (2, 1), (40, 1, 0), block=16), torch.float32)  # 33 and 3
+
+
+def test_bounds_may_be_generous(poison: None) -> None:
+    case = Case((150, 5), (3, 1), (20, 3, 0, 1))
+    arguments = case.draw()
+    exact = one_by_one(**arguments)
+    for bounds in ({"max_group": 3, "max_prefix": 150}, {"max_group": 64, "max_prefix": 9999}, {}):
+        assert relative_error(run(arguments, torch.float32, **bounds), exact) < 1e-6
+
+
+def test_scores_of_any_size_do_not_overflow(poison: None) -> None:
+    arguments = Case((150,), (2,), (5, 0)).draw()
+    for shift in (3e4, -3e4):
+        moved = arguments | {"q": 0 * arguments["q"] + shift, "keys": arguments["keys"].nan_to_num(0).abs()}
+        assert relative_error(run(moved, torch.float32), one_by_one(**moved)) < 1e-3
+
+
+def test_refusals_are_named() -> None:
+    with pytest.raises(ImplementationError, match="serves head dimensions up to 256, not 264"):
+        run(Case((3,), (1,), (1,), head_dim=264).draw(), torch.float32)
+    with pytest.raises(ImplementationError, match="serves float32, bfloat16 and float16, not"):
+        run(Case((3,), (1,), (1,)).draw(), torch.float64)
+
+
+COMPILE = """
+import json, re, sys
+import torch
+from vlmr1_kernels.triton import resources
+from vlmr1_kernels.triton.shared_prefix_decode import shared_prefix_decode
+
+def step(dtype, head_dim, heads, kv_heads, max_group, *, groups=8, max_prefix=1024, blocks=32, rows=70_000):
+    integers = lambda *shape: resources.meta(*shape, dtype=torch.int32)
+    batch, pool = max_group * groups, resources.meta(kv_heads, rows, head_dim, dtype=dtype)
+    shared_prefix_decode(
+        resources.meta(batch, heads, head_dim, dtype=dtype), pool, pool, integers(groups + 1), integers(groups),
+        integers(groups), integers(batch, blocks), integers(batch), block=16, max_group=max_group,
+        max_prefix=max_prefix, scale=0.1,
+    )
+"""
+
+RESOURCES = """
+found = []
+for name, dtype, *shape in json.loads(sys.argv[1]):
+    with resources.compiling(int(sys.argv[2])) as launches:
+        step(getattr(torch, dtype), *shape)
+    for launch in launches:
+        used = resources._resources(name, launch, int(sys.argv[2]))
+        code = launch.compiled.asm["ptx"]
+        products = len(re.findall(r"mma\\.sync|wgmma\\.mma_async", code))
+        found.append({
+            "case": name, "kernel": launch.name, "stack": used.stack, "local": used.local, "shared": used.shared,
+            "products": products, "half_products": len(re.findall(r"mma\\S*\\.(?:b?f16)\\.b?f16", code)),
+            "copies": re.findall(r"cp\\.async\\.c[ag]\\S+ [^;]*, (0x\\w+),", code),
+        })
+print(json.dumps(found))
+"""  # fmt: skip
+
+SHAPES = [
+    # dtype, head dimension, H, Hkv, branches of a group
+    ("tile of 64", "bfloat16", 128, 16, 2, 8),
+    ("tile of 16", "bfloat16", 64, 16, 16, 8),
+    ("tile of 32, padded", "float16", 80, 16, 4, 8),
+    ("wide", "bfloat16", 256, 16, 4, 16),
+    ("float32", "float32", 128, 16, 2, 8),
+    ("float32, wide", "float32", 256, 16, 2, 8),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", SHARED_MEMORY, ids=lambda capability: f"sm_{capability}")
+def test_machine_code(capability: int) -> None:
+    found = python("-c", COMPILE + RESOURCES, json.dumps(SHAPES), str(capability))
+    assert {each["kernel"] for each in found} == {"partials_kernel", "merge_kernel"}
+    for each in found:
+        assert (each["stack"], each["local"]) == (0, 0), each
+        half, wide = "float32" not in each["case"], "wide" in each["case"]
+        # Two programs share an SM, but for wide heads.
+        assert each["shared"] <= SHARED_MEMORY[capability] // (1 if wide else 2), each
+        if each["kernel"] == "partials_kernel":
+            # Keys and values arrive behind the work, 16 bytes at once; so do the entries of blocks.
+            assert set(each["copies"]) == {"0x10", "0x4"}, each
+            # Two products for the prefix, two for suffixes.
+            assert each["half_products"] == each["products"], each
+            assert each["products"] >= 4 if half else each["products"] == 0, each
+
+
+VARIANTS = """
+with resources.compiling(90) as launches:
+    for shape in (
+        {"max_group": 8}, {"max_group": 7, "groups": 1, "rows": 16}, {"max_group": 70, "groups": 1, "max_prefix": 1},
+        {"max_group": 5, "groups": 300, "blocks": 1, "max_prefix": 16}, {"max_group": 9, "groups": 17, "blocks": 0},
+        {"max_group": 6, "groups": 2, "max_prefix": 100_000, "blocks": 3000, "rows": 999_999},
+    ):
+        step(torch.bfloat16, 128, 16, 2, **shape)
+variants = {launch.name: set() for launch in launches}
+for launch in launches:
+    variants[launch.name].add(launch.compiled.hash)
+print(json.dumps([{name: len(hashes) for name, hashes in variants.items()}, max(len(l.grid) for l in launches)]))
+"""
+
+
+@pytest.mark.slow
+def test_no_shape_compiles_anew_or_waits_for_the_device() -> None:
+    # On meta tensors: whatever would have to wait for a value raises.
+    variants, dimensions = python("-c", COMPILE + VARIANTS)
+    assert variants == {"partials_kernel": 1, "merge_kernel": 1}
+    assert dimensions == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_on_the_device(head_dim: int, dtype: torch.dtype, poison: None) -> None:
+    suffixes = (0, 1, 300, 17, 64, 65, 2, 128, 129, 5)
+    check_budget(Case((1500, 1, 300), (3, 6, 1), suffixes, 16, 2, head_dim, block=16, padding=2), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+def test_one_graph_serves_all_lengths() -> None:
+    cases = (
+        Case((700, 60, 5), (4, 2, 3), (9, 1, 0, 200, 33, 64, 7, 8, 128), 16, 2, 128, 16, blocks=13),
+        Case((3, 800, 90), (1, 5, 0), (90, 100, 3, 0, 17, 208), 16, 2, 128, 16, blocks=13, padding=3),
+        Case((40, 1, 2), (0, 0, 9), (1,) * 9, 16, 2, 128, 16, blocks=13),
+    )
+    drawn = [cast(case.draw(), torch.bfloat16) for case in cases]
+    rows = max(each["keys"].shape[1] for each in drawn)
+    for each in drawn:
+        for name in ("keys", "values"):
+            each[name] = torch.nn.functional.pad(each[name], (0, 0, 0, rows - each[name].shape[1]), value=torch.nan)
+    static = cast(drawn[0], torch.bfloat16, "cuda")
+
+    def step() -> Tensor:
+        return shared_prefix_decode(**static, max_group=9, max_prefix=1000, impl="triton")
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # a wait for the device would end it
+        out = step()
+    for arguments in drawn:
+        for name, value in arguments.items():
+            if isinstance(value, Tensor):
+                static[name].copy_(value)
+        out.fill_(torch.nan)
+        graph.replay()
+        exact = one_by_one(**cast(arguments, torch.float64))
+        assert_within_budget(["out"], [out.cpu()], [one_by_one(**arguments)], [exact])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+def test_a_pool_of_more_than_2_31_numbers() -> None:
+    rows = 2**24 + 4  # of each of two heads
+    pool = torch.full((2, rows, 128), torch.nan, dtype=torch.bfloat16, device="cuda")
+    pool[:, -8:] = torch.randn(2, 8, 128)
+    arguments: Arguments = {
+        "q": torch.randn(2, 4, 128, dtype=torch.bfloat16),
+        "group_offsets": int32([0, 2]),
+        "prefix_starts": int32([rows - 8]),
+        "prefix_lengths": int32([3]),
+        "suffix_blocks": int32([rows // 2 - 2, rows // 2 - 1])[:, None],
+        "suffix_lengths": int32([2, 1]),
+        "block": 2,
+        "scale": None,
+    }
+    out = shared_prefix_decode(**cast(arguments, torch.bfloat16, "cuda"), keys=pool, values=pool, impl="triton")
+    last = pool[:, -8:].cpu()
+    arguments |= {"prefix_starts": int32([0]), "suffix_blocks": int32([2, 3])[:, None], "keys": last, "values": last}
+    exact = one_by_one(**cast(arguments, torch.float64))
+    assert_within_budget(["out"], [out.cpu()], [one_by_one(**arguments)], [exact])
