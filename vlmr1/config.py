@@ -10,6 +10,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from vlmr1.data.templates import TEMPLATES
 from vlmr1.errors import SettingError
+from vlmr1.rollout.sampling import SamplingSettings
 from vlmr1_kernels import GRPOSettings
 from vlmr1_kernels.registry import ImplementationError, parse_choices
 
@@ -66,6 +67,18 @@ class GRPOConfig(TrainingArguments):
     max_prompt_length: int | None = field(default=None, metadata={"help": "a longer prompt is an error"})
     max_completion_length: int = 256
     temperature: float = 1.0
+    top_k: int = field(default=0, metadata={"help": "draw from the k most probable tokens; 0: from all"})
+    top_p: float = field(default=1.0, metadata={"help": "draw from the most probable tokens of this mass"})
+    min_p: float = field(default=0.0, metadata={"help": "draw from tokens of this share of the greatest probability"})
+    repetition_penalty: float = field(default=1.0, metadata={"help": "of tokens in prompt and completion"})
+    stop_strings: list[str] = field(default_factory=list, metadata={"help": "texts that end a completion"})
+    rollout_kv_mib: float | None = field(
+        default=None,
+        metadata={"help": "budget of keys and values; default: what is needed, on a GPU up to half of what is free"},
+    )
+    rollout_logp_alarm: float = field(
+        default=0.1, metadata={"help": "warn where engine and policy log-probs differ by more, mean a token in nats"}
+    )
     rollout_engine: Literal["native", "transformers"] = field(
         default="native", metadata={"help": "native shares the prompt's KV; transformers calls `generate`"}
     )
@@ -76,6 +89,9 @@ class GRPOConfig(TrainingArguments):
     kl: Literal["k1", "k2", "k3"] = "k3"
     epsilon: float = 0.2
     epsilon_high: float | None = field(default=None, metadata={"help": "upper clip; default epsilon"})
+    mask_truncated_completions: bool = field(
+        default=False, metadata={"help": "completions that met the length limit leave the loss"}
+    )
     old_logprobs: Literal["rollout", "recompute"] = field(
         default="rollout",
         metadata={"help": "where the ratio's denominator is from: the rollout engine, or the update's own forward"},
@@ -144,8 +160,20 @@ class GRPOConfig(TrainingArguments):
         for name in at_least_one:
             if getattr(self, name) < 1:
                 raise SettingError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if self.temperature <= 0:
-            raise SettingError(f"temperature is {self.temperature}: it must be above 0")
+        for name in ("temperature", "repetition_penalty", "rollout_kv_mib", "rollout_logp_alarm"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise SettingError(f"{name} is {value}: it must be above 0")
+        if self.top_k < 0:
+            raise SettingError(f"top_k is {self.top_k}: it must not be negative; 0 turns it off")
+        if not 0 < self.top_p <= 1:
+            raise SettingError(f"top_p is {self.top_p}: it must be above 0 and at most 1")
+        if not 0 <= self.min_p <= 1:
+            raise SettingError(f"min_p is {self.min_p}: it must be between 0 and 1")
+        if "" in self.stop_strings:
+            raise SettingError("stop_strings holds an empty text: it would end every completion")
+        if self.rollout_kv_mib is not None and self.rollout_engine != "native":
+            raise SettingError(f"rollout_kv_mib needs rollout_engine native, it is {self.rollout_engine}")
         if self.beta < 0:
             raise SettingError(f"beta is {self.beta}: it must not be negative")
         if self.skip_zero_advantage and self.beta > 0:
@@ -176,6 +204,19 @@ class GRPOConfig(TrainingArguments):
             kl=self.kl,
             temperature=self.temperature,
             max_completion_length=self.max_completion_length,
+        )
+
+    def sampling(self) -> SamplingSettings:
+        """How the rollouts of a run draw."""
+        return SamplingSettings(
+            self.max_completion_length,
+            self.temperature,
+            seed=self.seed,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            stop=tuple(self.stop_strings),
         )
 
     @property

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from vlmr1.types import Group, Pack
 from vlmr1_kernels import GRPOSettings, grpo_loss, linear_grpo_loss
 
-MAXIMA = ("ratio_max",)  # metrics that combine over packs by their maximum, not by their mean over rows
+# Metrics that combine over packs by their maximum, not by their mean over rows.
+MAXIMA = ("ratio_max", "rollout/logp_difference_max")
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,21 @@ def _sequence_inputs(pack: Pack, device: torch.device) -> dict[str, Any]:
     return {name: None if value is None else value.to(device) for name, value in moved.items()}
 
 
-def normalizer(groups: Sequence[Group], settings: GRPOSettings) -> float:
-    """What this rank's loss of a step divides by: sequences for means over sequences, tokens for means over tokens."""
+def normalizer(groups: Sequence[Group], settings: GRPOSettings, *, mask_truncated: bool = False) -> float:
+    """What this rank's loss of a step divides by: sequences for means over sequences, tokens for means over tokens.
+    Of truncated completions that are masked the sequences count, their tokens do not, as in TRL."""
     completions = [c for group in groups for c in group.completions]
     if settings.loss_type in ("grpo", "gspo", "dr_grpo"):
         return float(len(completions))
-    return float(sum(len(c.token_ids) for c in completions))
+    return float(sum(len(c.token_ids) for c in completions if not (mask_truncated and c.finish_reason == "length")))
+
+
+def logp_difference(logp: Tensor, pack: Pack) -> dict[str, Tensor]:
+    """Mean and greatest difference of the policy's log-probs [N] and those that the rollout engine reported."""
+    if pack.rollout_logp is None:
+        return {}
+    differences = (logp - pack.rollout_logp.to(logp.device)).abs()
+    return {"rollout/logp_difference": differences.mean(), "rollout/logp_difference_max": differences.max()}
 
 
 def combine(parts: Sequence[dict[str, Tensor]], tokens: int) -> dict[str, float]:

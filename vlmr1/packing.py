@@ -52,18 +52,30 @@ def repeated_prompt_tokens(plan: Sequence[Sequence[Group]]) -> int:
     return sum(len(p.input_ids) for p in prompts) - sum(len(p.input_ids) for p in distinct.values())
 
 
-def with_signal(groups: Sequence[Group]) -> list[Group]:
-    """The completions whose advantage is not 0, and the groups that have some. Where none has, one completion is left:
-    a pass of zero weight, so that every rank runs one and every gradient is 0, not absent."""
+def with_signal(groups: Sequence[Group], *, skip_zero_advantage: bool, mask_truncated: bool) -> list[Group]:
+    """The completions that have a part in the loss, and the groups that have some: those whose advantage is not 0
+    with the one setting, those that ended by themselves with the other."""
     left = []
     for group in groups:
         assert group.advantages is not None
-        which = group.advantages.nonzero()[:, 0].tolist()
+        pairs = enumerate(zip(group.advantages.tolist(), group.completions, strict=True))
+        which = [
+            i
+            for i, (advantage, completion) in pairs
+            if not (skip_zero_advantage and advantage == 0)
+            and not (mask_truncated and completion.finish_reason == "length")
+        ]
         if len(which) == len(group.completions):
             left.append(group)
         elif which:
             left.append(_branches(group, which))
-    return left or [_branches(groups[0], [0])]
+    return left
+
+
+def without_weight(groups: Sequence[Group]) -> Pack:
+    """A pass over one completion that counts for nothing: where none has a part in the loss, every rank still runs a
+    pass, and gradients are 0, not absent."""
+    return replace(make_pack([_branches(groups[0], [0])]), weight=0.0)
 
 
 def make_pack(groups: Sequence[Group], *, share_vision: bool = True) -> Pack:
@@ -92,6 +104,7 @@ def make_pack(groups: Sequence[Group], *, share_vision: bool = True) -> Pack:
         seq_ids=torch.repeat_interleave(torch.arange(len(completions)), lengths),
         advantages=torch.cat([group.advantages for group in groups if group.advantages is not None]),
         old_logp=_joined([c.logp for c in completions]),
+        rollout_logp=_joined([c.logp for c in completions]),
         sampling_logp=_joined([c.sampling_logp for c in completions]),
     )
 

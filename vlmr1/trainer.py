@@ -25,17 +25,17 @@ from vlmr1.checkpoint import staged
 from vlmr1.config import GRPOConfig
 from vlmr1.data.prompts import PromptBuilder, PromptDataset
 from vlmr1.errors import DivergedError, SettingError
-from vlmr1.loss import Objective, combine, normalizer
+from vlmr1.loss import Objective, combine, logp_difference, normalizer
 from vlmr1.memory.telemetry import Phases, peak_memory_mib
 from vlmr1.models import adapter_of, check_dropout, load_model
 from vlmr1.models.features import FeatureCache
 from vlmr1.models.processor import save_processor
 from vlmr1.naive import NaivePolicy
-from vlmr1.packing import make_pack, plan_packs, repeated_prompt_tokens, with_signal
+from vlmr1.packing import make_pack, plan_packs, repeated_prompt_tokens, with_signal, without_weight
 from vlmr1.policy import PackedPolicy, call
 from vlmr1.rewards.registry import Reward, get_reward
 from vlmr1.rewards.score import score_groups
-from vlmr1.rollout import ENGINES, SamplingSettings
+from vlmr1.rollout import ENGINES
 from vlmr1.statistics import group_statistics
 from vlmr1.types import Group, Pack, Prompt, Sample, StepMetrics
 from vlmr1_kernels import use
@@ -82,9 +82,14 @@ class GRPOTrainer(Trainer):
         frozen = not any(parameter.requires_grad for parameter in self.adapter.vision_parameters(model))
         self.features = FeatureCache() if frozen and args.share_vision else None
         self.engine = ENGINES[args.rollout_engine](
-            model, self.adapter, processor.tokenizer, dtype=self.dtype, features=self.features
+            model,
+            self.adapter,
+            processor.tokenizer,
+            dtype=self.dtype,
+            features=self.features,
+            kv_mib=args.rollout_kv_mib,
         )
-        self.sampling = SamplingSettings(args.max_completion_length, args.temperature, seed=args.seed)
+        self.sampling = args.sampling()
         self.policy = self._forward_of(model)
         self.reference = None
         if args.beta > 0:
@@ -121,7 +126,8 @@ class GRPOTrainer(Trainer):
         with phases("policy"):
             loss, values = self.backward(model, packs, groups)
         values |= group_statistics(groups, [reward.name for reward in self.rewards], self.reward_weights)
-        values |= counts | {"skipped_updates": float(self.skipped)}
+        self._check_logp(values)
+        values |= counts | self.engine.stats.values() | {"skipped_updates": float(self.skipped)}
         if self.features is not None:
             self.features.clear()
         self._unlogged.append(StepMetrics(values, phases.seconds, peak_memory_mib()))
@@ -136,12 +142,16 @@ class GRPOTrainer(Trainer):
     def pack(self, groups: Sequence[Group]) -> tuple[list[Pack], dict[str, float]]:
         """Groups -> packed rows under the token budget, and what they count."""
         plan = plan_packs(
-            with_signal(groups) if self.args.skips_zero_advantage else groups,
+            with_signal(
+                groups,
+                skip_zero_advantage=self.args.skips_zero_advantage,
+                mask_truncated=self.args.mask_truncated_completions,
+            ),
             tokens_per_pack=self.args.tokens_per_pack,
             share_prompt=self.args.share_prompt,
             pack=self.args.pack,
         )
-        packs = [make_pack(row, share_vision=self.args.share_vision) for row in plan]
+        packs = [make_pack(row, share_vision=self.args.share_vision) for row in plan] or [without_weight(groups)]
         if self.args.old_logprobs == "recompute":  # None: the forward of the only update there is
             packs = [replace(pack, old_logp=None) for pack in packs]
         return packs, {
@@ -159,18 +169,33 @@ class GRPOTrainer(Trainer):
     def backward(self, model: Any, packs: Sequence[Pack], groups: Sequence[Group]) -> tuple[Tensor, dict[str, float]]:
         """Accumulate the gradient of the step's loss over its packs; returns the loss and the metrics."""
         model.train()
-        objective = Objective(self.settings, normalizer(groups, self.settings))
+        masked = self.args.mask_truncated_completions
+        count = normalizer(groups, self.settings, mask_truncated=masked)
+        objective = Objective(self.settings, max(count, 1.0))
         total = torch.zeros((), device=self.args.device)
         parts = []
         for pack in packs:
             with self.policy.attention():
                 loss, metrics = call(model, self.policy.model, lambda pack=pack: self.policy.loss(pack, objective))
+                loss = loss * pack.weight
                 self.accelerator.backward(loss)
             total += loss.detach()
-            parts.append(metrics)
+            parts.append(metrics | logp_difference(metrics["logp"], pack))
         if any(group.prompt.images for group in groups):
             self.adapter.fill_vision_gradients(self.policy.model)
         return total, combine(parts, tokens=sum(len(c.token_ids) for group in groups for c in group.completions))
+
+    def _check_logp(self, values: dict[str, float]) -> None:
+        """The engine's log-probs become the ratio's denominator: they should be the policy's."""
+        difference = values.get("rollout/logp_difference", 0.0)
+        if difference > self.args.rollout_logp_alarm:
+            logger.warning(
+                "step %d: the log-probs of the rollout engine and of the policy differ by %.3f nats a token "
+                "(rollout_logp_alarm is %g); old_logprobs=recompute keeps them out of the ratio",
+                self.state.global_step + 1,
+                difference,
+                self.args.rollout_logp_alarm,
+            )
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> float:
         """The gradient norm; where it or the loss is not finite, the update is skipped: parameters without gradient

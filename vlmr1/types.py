@@ -84,6 +84,8 @@ class Pack:
     old_logp: Tensor | None = None  # [N] float32
     ref_logp: Tensor | None = None  # [N] float32
     sampling_logp: Tensor | None = None  # [N] float32
+    rollout_logp: Tensor | None = None  # [N] float32, what the engine says that the policy's log-probs are
+    weight: float = 1.0  # 0: a pass that has no part in loss and gradient
 
 
 @dataclass(frozen=True)

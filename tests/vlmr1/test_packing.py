@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from vlmr1.naive import padded
-from vlmr1.packing import make_pack, plan_packs, repeated_prompt_tokens, unique_images, with_signal
+from vlmr1.packing import make_pack, plan_packs, repeated_prompt_tokens, unique_images, with_signal, without_weight
 from vlmr1.types import Completion, Group, Pack, Prompt, Sample
 from vlmr1_kernels import PrefixLayout
 
@@ -186,11 +187,28 @@ def test_repeated_prompt_tokens(budget, switches, repeated):
     assert repeated_prompt_tokens(plan) == repeated
 
 
-def test_with_signal():
-    """Advantages are 0, 10, 20: the first completion goes; a group of one goes as a whole."""
+SIGNALS = {
+    "all": ({}, ["0", "1", "2"], ["0"]),
+    "advantage": ({"skip_zero_advantage": True}, ["1", "2"], []),
+    "truncated": ({"mask_truncated": True}, ["0", "1"], ["0"]),
+    "both": ({"skip_zero_advantage": True, "mask_truncated": True}, ["1"], []),
+}
+
+
+@pytest.mark.parametrize(("settings", "of_three", "of_one"), SIGNALS.values(), ids=SIGNALS.keys())
+def test_with_signal(settings, of_three, of_one):
+    """Advantages are 0, 10, 20, and the third completion is truncated; the other group has the first alone."""
     three, one = group(prompt(10), 6, 5, 4), group(prompt(10, start=200), 2)
-    (left,) = with_signal([one, three])
-    assert left.prompt is three.prompt and [c.text for c in left.completions] == ["1", "2"]
-    assert left.advantages is not None and left.advantages.tolist() == [10, 20]
-    (kept,) = with_signal([one, one])
-    assert kept.prompt is one.prompt and [c.text for c in kept.completions] == ["0"]
+    cut = replace(three.completions[2], finish_reason="length")
+    three = replace(three, completions=(*three.completions[:2], cut))
+    off = {"skip_zero_advantage": False, "mask_truncated": False}
+    found = with_signal([three, one], **off | settings)
+    assert [[c.text for c in each.completions] for each in found] == [each for each in (of_three, of_one) if each]
+    assert found[0].prompt is three.prompt and found[0].advantages is not None
+    assert found[0].advantages.tolist() == [10.0 * int(text) for text in of_three]
+
+
+def test_a_pass_without_weight_is_of_one_completion():
+    pack = without_weight([group(prompt(10), 6, 5), group(prompt(7), 3)])
+    assert pack.weight == 0 and pack.targets.tolist() == [1000, 1001, 1002, 1003, 1004, 1005]
+    assert make_pack([group(prompt(10), 6)]).weight == 1

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tests.vlmr1.conftest import Maker
 from vlmr1.data.jsonl import open_image
+from vlmr1.errors import SettingError
 from vlmr1.models import adapter_of
 from vlmr1.naive import NaivePolicy
 from vlmr1.packing import make_pack, plan_packs
@@ -155,6 +156,7 @@ def test_placeholders_are_never_sampled(kind, settings, make, model, processor):
     seen = []
 
     def prefer(call: int, logits: Tensor) -> None:
+        logits[..., model.generation_config.eos_token_id] = -50  # every row is there to the end
         logits[..., banned] = logits.amax(-1, keepdim=True) + 20
         seen.append(logits.flatten(0, -2).double() / settings.temperature)
 
@@ -202,13 +204,13 @@ def test_draws_follow_seed_step_prompt_and_branch(kind, make, model, processor):
 
 
 def test_stop_token_and_length_limit(make, model, processor):
-    """Branch i is made to stop at its token i + 2; the last has no room for it."""
+    """Branch i is made to stop at its token i + 2, when it is the first that is left; the last has no room for it."""
     stops = model.generation_config.eos_token_id
 
     def stop(call: int, logits: Tensor) -> None:
         logits[:, stops] = -50
         if call:
-            logits[call - 1, stops[(call - 1) % 2]] = 80
+            logits[0, stops[(call - 1) % 2]] = 80
 
     with changed_logits(model, stop):
         groups = engine(model, processor).generate([make.prompt("Where?", (56,))], 4, SamplingSettings(4, 1.5))
@@ -231,28 +233,166 @@ def test_one_token(make, model, processor):
         assert_close(completion.logp, logp)
 
 
-def test_prefix_is_stored_once_a_group(make, model, processor, monkeypatch):
-    """Bytes of the KV: prompts by their longest, not by generations; suffixes by the completion limit."""
-    made = []
-
-    class Recorded(native_module.DecodeAttention):
-        def __init__(self, *args: Any):
-            super().__init__(*args)
-            made.append(self)
-
-    monkeypatch.setattr(native_module, "DecodeAttention", Recorded)
-    prompts = prompts_of(make, "mixed_lengths")
-    engine(model, processor).generate(prompts, 5, SamplingSettings(6))
-    (decode,) = made
+def block_mib(model: Any) -> float:
+    """Of 16 tokens of keys and values, in float32."""
     text = model.config.text_config
-    heads, width = text.num_key_value_heads, text.hidden_size // text.num_attention_heads
-    longest = max(len(prompt.input_ids) for prompt in prompts)
-    assert decode.prefix_lengths.tolist() == [len(prompt.input_ids) for prompt in prompts]
-    assert len(decode.prefix) == len(decode.suffix) == text.num_hidden_layers
-    for kept, rows, columns in ((decode.prefix, 3, longest), (decode.suffix, 15, 6)):
-        assert {tuple(t.shape) for kv in kept.values() for t in kv} == {(rows, heads, columns, width)}
-        size = sum(t.untyped_storage().nbytes() for kv in kept.values() for t in kv)
-        assert size == 4 * 2 * text.num_hidden_layers * rows * heads * columns * width
+    width = text.num_key_value_heads * text.hidden_size // text.num_attention_heads
+    return 16 * 4 * 2 * text.num_hidden_layers * width / 2**20
+
+
+@pytest.mark.parametrize("generations", [1, 5])
+def test_prefix_is_stored_once_a_group(generations, make, model, processor, monkeypatch):
+    """Bytes of the KV cache: a prompt's blocks once, whatever the generations; a block of 16 tokens a branch."""
+    pools = []
+
+    class Recorded(native_module.Pool):
+        def __init__(self, *args: Any, **options: Any):
+            super().__init__(*args, **options)
+            pools.append(self)
+
+    monkeypatch.setattr(native_module, "Pool", Recorded)
+    prompts = prompts_of(make, "mixed_lengths")
+    native = engine(model, processor)
+    native.generate(prompts, generations, SamplingSettings(6))
+    (pool,) = pools
+    count = sum(-(-len(prompt.input_ids) // 16) for prompt in prompts) + 3 * generations
+    assert pool.rows.untyped_storage().nbytes() == pytest.approx((count + 1) * block_mib(model) * 2**20)
+    assert native.stats.kv_peak_mib == pytest.approx(count * block_mib(model))
+    assert pool.blocks.left == count  # all free again
+
+
+def limited(model: Any, processor: Any, blocks: float) -> Any:
+    native = engine(model, processor)
+    native.kv_mib = blocks * block_mib(model)
+    return native
+
+
+def assert_same(groups: list[Group], others: list[Group]) -> None:
+    assert tokens(groups) == tokens(others)
+    for one, other in zip(completions(groups), completions(others), strict=True):
+        assert one.finish_reason == other.finish_reason
+        assert_close(one.logp, other.logp)
+        assert_close(one.sampling_logp, other.sampling_logp)
+
+
+@pytest.mark.parametrize("blocks", [17, 22, 40], ids=["one group", "crowded", "two groups"])
+def test_a_small_budget_changes_nothing_but_the_order(blocks, make, model, processor):
+    """Prompts of 2 to 5 blocks, completions of up to 3: groups wait, take the place of others, or go back."""
+    settings = SamplingSettings(40, 2.0, seed=5)
+    prompts = prompts_of(make, "mixed_lengths") + prompts_of(make, "text_beside_images")
+    free, tight = engine(model, processor), limited(model, processor, blocks)
+    expected = free.generate(prompts, 4, settings, step=3)
+    assert_same(tight.generate(prompts, 4, settings, step=3), expected)
+    assert tight.stats.kv_peak_mib <= blocks * block_mib(model) < free.stats.kv_peak_mib
+    assert free.stats.sent_back == 0
+
+
+def test_a_group_that_goes_back_draws_the_same_again(make, model, processor):
+    """Short completions come first, so that more groups are let in than long ones leave room for."""
+    stops, settings = model.generation_config.eos_token_id, SamplingSettings(64, seed=5)
+    prompts = [make.prompt("What is seven?") for _ in range(6)]
+
+    def short_then_long(call: int, logits: Tensor) -> None:
+        logits[:, stops] = 80 if call == 1 else -80  # the second token of the first group's
+
+    def long(call: int, logits: Tensor) -> None:
+        logits[:, stops] = -80
+
+    tight = limited(model, processor, -(-len(prompts[0].input_ids) // 16) + 2 * 4 + 3)
+    with changed_logits(model, short_then_long):
+        groups = tight.generate(prompts, 2, settings)
+    with changed_logits(model, long):
+        expected = engine(model, processor).generate(prompts, 2, settings)
+    assert tight.stats.sent_back > 0
+    assert [len(ids) for ids in tokens(groups)] == [2, 2] + [64] * 10
+    assert_same(groups[1:], expected[1:])
+
+
+@pytest.mark.parametrize("at", [0, 7], ids=["prefill", "decode"])
+def test_out_of_memory_halves_the_budget_and_loses_nothing(at, make, model, processor, caplog):
+    settings = SamplingSettings(20, 1.5, seed=5)
+    prompts = prompts_of(make, "mixed_lengths")
+    expected = engine(model, processor).generate(prompts, 3, settings)
+    native = limited(model, processor, 100)
+    failed = []
+
+    def fail(call: int, logits: Tensor) -> None:
+        if call == at and not failed:
+            failed.append(call)
+            raise torch.OutOfMemoryError("out of memory")
+
+    with changed_logits(model, fail):
+        groups = native.generate(prompts, 3, settings)
+    assert failed == [at] and native.stats.out_of_memory == 1
+    assert "it goes on with half the KV cache" in caplog.text
+    assert_same(groups, expected)
+
+
+def test_a_group_that_never_fits_is_refused(make, model, processor):
+    with pytest.raises(SettingError, match=r"rollout_kv_mib: one group needs .* MiB of keys and values, there are"):
+        limited(model, processor, 5).generate(prompts_of(make, "one_image"), 8, SamplingSettings(64))
+    native = limited(model, processor, 40)
+
+    def fail(call: int, logits: Tensor) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    with changed_logits(model, fail), pytest.raises(SettingError, match="rollout_kv_mib"):
+        native.generate(prompts_of(make, "one_image"), 8, SamplingSettings(40))
+    assert model.training is False
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stop_text_ends_a_completion(kind, make, model, processor):
+    """With the token that completes it, wherever its tokens are cut."""
+    (prompt,) = prompts_of(make, "one_image")
+    (plain,) = engine(model, processor, kind).generate([prompt], 1, GREEDY)
+    text = processor.tokenizer.decode(plain.completions[0].token_ids)
+    stop = text[5:9]
+    (group,) = engine(model, processor, kind).generate([prompt], 2, replace(GREEDY, stop=("never there", stop)))
+    for completion in group.completions:
+        ids = plain.completions[0].token_ids.tolist()
+        length = next(n for n in range(1, len(ids) + 1) if stop in processor.tokenizer.decode(ids[:n]))
+        assert completion.token_ids.tolist() == ids[:length] and length < len(ids)
+        assert completion.finish_reason == "stop" and stop in completion.text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_repetition_penalty_is_that_of_generate(kind, make, model, processor):
+    """Over prompt and completion; `logp` is of the distribution without it."""
+    settings = replace(GREEDY, repetition_penalty=1.8)
+    prompts = prompts_of(make, "mixed_lengths")
+    groups = engine(model, processor, kind).generate(prompts, 2, settings)
+    plain = engine(model, processor, kind).generate(prompts, 2, GREEDY)
+    assert tokens(groups) != tokens(plain)
+    for prompt, group in zip(prompts, groups, strict=True):
+        inputs = {"input_ids": prompt.input_ids[None]}
+        adapter = adapter_of(model)
+        inputs |= adapter.generation_inputs(model, inputs["input_ids"], [prompt.images])
+        drawn = model.generate(
+            **inputs,
+            max_new_tokens=20,
+            do_sample=False,
+            repetition_penalty=1.8,
+            suppress_tokens=adapter.placeholder_ids(model),
+            return_dict_in_generate=True,
+            output_logits=True,
+            output_scores=True,
+        )
+        ids = drawn.sequences[0, prompt.input_ids.shape[0] :]
+        for completion in group.completions:
+            assert completion.token_ids.tolist() == ids.tolist()
+            for found, values in ((completion.logp, drawn.logits), (completion.sampling_logp, drawn.scores)):
+                assert_close(found, torch.cat(values).log_softmax(-1).gather(-1, ids[:, None])[:, 0])
+
+
+def test_stats_count_what_was_drawn(make, model, processor):
+    native = engine(model, processor)
+    groups = native.generate(prompts_of(make, "mixed_lengths"), 2, SamplingSettings(5))
+    values = native.stats.values()
+    assert native.stats.tokens == sum(len(ids) for ids in tokens(groups))
+    assert values["rollout/tokens_per_second"] == native.stats.tokens / native.stats.seconds
+    parts = values["rollout/prefill_seconds"], values["rollout/decode_seconds"]
+    assert min(parts) > 0 and sum(parts) < native.stats.seconds
 
 
 @pytest.mark.parametrize("kind", KINDS)

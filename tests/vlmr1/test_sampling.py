@@ -8,12 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from vlmr1.rollout.sampling import SamplingSettings, choose, mix, uniform
+from vlmr1.rollout import sampling
+from vlmr1.rollout.sampling import SamplingSettings, mix, uniform
 
 ONCE = SamplingSettings(1)
 GREEDY = SamplingSettings(1, greedy=True)
 NONE = torch.tensor([], dtype=torch.int64)
 LAST = 1 - 2.0**-53  # the greatest draw there is
+
+
+def choose(logits, banned, settings, draws, seen=None):
+    return sampling.choose(logits, banned, settings, torch.from_numpy(draws), seen)
 
 
 def chain(*keys: int) -> int:
@@ -143,3 +148,56 @@ def test_banned_tokens_that_have_all_the_mass_are_never_chosen(settings, lead):
     assert tokens.tolist() == expected
     share = {0: math.log(0.25), 2: math.log(0.75)}
     assert sampling_logp.tolist() == pytest.approx([share[token] for token in expected], abs=1e-3)
+
+
+TRUNCATIONS = {
+    "top_k": {"top_k": 3},
+    "top_k above the vocabulary": {"top_k": 100},
+    "top_p": {"top_p": 0.7},
+    "top_p of the first alone": {"top_p": 1e-4},
+    "min_p": {"min_p": 0.2},
+    "penalty": {"repetition_penalty": 1.7},
+    "all": {"top_k": 9, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.3, "temperature": 0.8},
+}
+
+
+@pytest.mark.parametrize("values", TRUNCATIONS.values(), ids=TRUNCATIONS.keys())
+def test_truncations_are_those_of_generate(values):
+    """What may be drawn, and with which probability, against the library's own processors, in its order."""
+    from transformers.generation import logits_process as library
+
+    settings = SamplingSettings(1, **values)
+    logits = 2 * torch.randn(5, 13, generator=torch.Generator().manual_seed(4))
+    banned, context = torch.tensor([2, 12]), torch.tensor([[0, 3, 3, 7, 1]]).expand(5, -1)
+    seen = torch.zeros(5, 13, dtype=torch.bool).scatter_(1, context, True)
+    steps = [
+        library.RepetitionPenaltyLogitsProcessor(settings.repetition_penalty),
+        library.SuppressTokensLogitsProcessor(banned.tolist()),
+        library.TemperatureLogitsWarper(settings.temperature),
+    ]
+    steps += [library.TopKLogitsWarper(settings.top_k)] if settings.top_k else []
+    steps += [library.TopPLogitsWarper(settings.top_p)] if settings.top_p < 1 else []
+    steps += [library.MinPLogitsWarper(settings.min_p)] if settings.min_p else []
+    scores = logits
+    for process in steps:
+        scores = process(context, scores)
+    expected = scores.double().softmax(-1)  # [5, 13]
+    count = 4_000
+    draws = (np.arange(count) + 0.5) / count
+    full = (logits / settings.temperature).log_softmax(-1)
+    for row in range(5):
+        repeated = logits[row].expand(count, -1), banned, settings, draws, seen[row].expand(count, -1)
+        tokens, logp, sampling_logp = choose(*repeated)
+        seen_shares = torch.bincount(tokens, minlength=13).double() / count
+        assert seen_shares.sub(expected[row]).abs().max() <= 1.01 / count
+        torch.testing.assert_close(sampling_logp, expected[row].log().float()[tokens], rtol=0, atol=1e-5)
+        torch.testing.assert_close(logp, full[row][tokens], rtol=0, atol=1e-6)
+    assert settings.truncates
+
+
+def test_truncation_off_is_the_full_distribution():
+    logits = torch.randn(3, 9, generator=torch.Generator().manual_seed(1))
+    settings = SamplingSettings(1)
+    _, logp, sampling_logp = choose(logits, NONE, settings, np.array([0.1, 0.5, 0.9]))
+    assert not settings.truncates
+    torch.testing.assert_close(logp, sampling_logp, rtol=0, atol=1e-6)

@@ -154,6 +154,39 @@ def test_old_logprobs(source, model, processor, tmp_path):
     assert row["ratio_max"] == pytest.approx(math.e if source == "rollout" else 1.0, rel=1e-4)
 
 
+def test_an_engine_whose_logprobs_are_not_the_policys_is_noticed(model, processor, tmp_path, caplog):
+    for off, alarm in ((0.0, False), (0.05, False), (0.3, True)):
+        trainer = trainer_of(model, processor, tmp_path)
+        drawn = trainer.rollout
+
+        def shifted(prompts: Any, off: float = off, drawn: Any = drawn) -> Any:
+            return [
+                replace(group, completions=tuple(replace(c, logp=c.logp - off) for c in group.completions))
+                for group in drawn(prompts)
+            ]
+
+        trainer.rollout = shifted
+        caplog.clear()
+        trainer.train()
+        row = trainer.state.log_history[0]
+        assert row["rollout/logp_difference"] == pytest.approx(off, abs=1e-4)
+        assert off - 1e-4 < row["rollout/logp_difference_max"] < off + 1e-3
+        assert ("rollout_logp_alarm is 0.1" in caplog.text) == alarm
+
+
+@pytest.mark.parametrize("engine", ["native", "transformers"])
+def test_sampling_settings_reach_the_rollout(engine, model, processor, tmp_path):
+    """top_k 1 leaves one token at each place: all completions of a group are the same."""
+    for settings, kinds in (({}, 3), ({"top_k": 1}, 1), ({"top_p": 1e-6}, 1), ({"min_p": 1.0}, 1)):
+        trainer = trainer_of(
+            model, processor, tmp_path, rollout_engine=engine, temperature=3.0, prompts_per_device=1, **settings
+        )
+        trainer.train()
+        (group,) = trainer.last_groups
+        assert len({tuple(c.token_ids.tolist()) for c in group.completions}) == kinds
+        assert all(bool((c.sampling_logp.abs() < 1e-5).all()) == (kinds == 1) for c in group.completions)
+
+
 @pytest.mark.parametrize("engine", ["native", "transformers"])
 def test_both_engines_train(engine, model, processor, tmp_path):
     trainer = trainer_of(model, processor, tmp_path, rollout_engine=engine)

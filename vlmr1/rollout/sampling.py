@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,12 +15,25 @@ _MASK = _U64(0xFFFFFFFFFFFFFFFF)
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How a rollout draws: `greedy` takes the most probable token and ignores the seed."""
+    """How a rollout draws: `greedy` takes the most probable token and ignores the seed.
+
+    A token is drawn at `temperature` from what penalty, top_k, top_p and min_p leave, in this order, as `generate`
+    applies them; each is off by default."""
 
     max_completion_length: int
     temperature: float = 1.0
     greedy: bool = False
     seed: int = 0
+    top_k: int = 0  # the k most probable tokens; 0: all
+    top_p: float = 1.0  # the most probable tokens that together have this probability
+    min_p: float = 0.0  # those with at least this share of the greatest probability
+    repetition_penalty: float = 1.0  # logits of tokens in prompt or completion: divided if positive, else multiplied
+    stop: tuple[str, ...] = ()  # a completion ends with the token that completes one of these
+
+    @property
+    def truncates(self) -> bool:
+        """Whether the distribution drawn from is not the full one, placeholders aside."""
+        return bool(self.top_k) or self.top_p < 1 or self.min_p > 0 or self.repetition_penalty != 1
 
 
 def mix(*keys: np.ndarray | int) -> np.ndarray:
@@ -41,20 +55,43 @@ def uniform(*keys: np.ndarray | int) -> np.ndarray:
 
 
 def choose(
-    logits: Tensor, banned: Tensor, settings: SamplingSettings, draws: np.ndarray
+    logits: Tensor, banned: Tensor, settings: SamplingSettings, draws: Tensor, seen: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Next tokens from logits [B, V]; `banned` ids are never chosen, `draws` [B] are uniform in [0, 1).
+    """Next tokens from logits [B, V]; `banned` ids are never chosen, `draws` [B] float64 are uniform in [0, 1), and
+    `seen` [B, V] is True at the tokens that the penalty is for.
 
     Returns token ids [B], `logp` [B] of the full distribution at the temperature, and `sampling_logp` [B] of the
     distribution drawn from."""
-    full = torch.log_softmax(logits.float() / settings.temperature, -1)  # [B, V]
-    allowed = full.index_fill(-1, banned, float("-inf"))
+    logits = logits.float()
+    full = torch.log_softmax(logits / settings.temperature, -1)  # [B, V]
+    allowed = full
+    if seen is not None and settings.repetition_penalty != 1:
+        penalized = torch.where(logits > 0, logits / settings.repetition_penalty, logits * settings.repetition_penalty)
+        allowed = torch.where(seen, penalized, logits) / settings.temperature
+    allowed = _truncated(allowed.index_fill(-1, banned, float("-inf")), settings)
     if settings.greedy:
         tokens = allowed.argmax(-1)
     else:
         cumulative = (allowed - allowed.amax(-1, keepdim=True)).double().exp().cumsum(-1)  # [B, V]
-        target = torch.from_numpy(draws).to(logits.device)[:, None] * cumulative[:, -1:]
+        target = draws[:, None] * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
     chosen = tokens[:, None]
-    logp = full.gather(-1, chosen)[:, 0]
-    return tokens, logp, logp - allowed.logsumexp(-1)
+    sampling_logp = allowed.gather(-1, chosen)[:, 0] - allowed.logsumexp(-1)
+    return tokens, full.gather(-1, chosen)[:, 0], sampling_logp
+
+
+def _truncated(scores: Tensor, settings: SamplingSettings) -> Tensor:
+    """[B, V] scores, -inf where top_k, top_p or min_p leave a token out; the most probable one is always left."""
+    if 0 < settings.top_k < scores.shape[-1]:
+        least = scores.topk(settings.top_k, -1).values[:, -1:]
+        scores = scores.masked_fill(scores < least, float("-inf"))
+    if settings.top_p < 1:
+        ordered, order = scores.sort(-1, descending=True)
+        before = ordered.softmax(-1).cumsum(-1).roll(1, -1)  # [B, V] probability of all that are more probable
+        before[:, 0] = 0
+        out = torch.empty_like(before, dtype=torch.bool).scatter_(-1, order, before >= settings.top_p)
+        scores = scores.masked_fill(out, float("-inf"))
+    if settings.min_p > 0:
+        least = scores.amax(-1, keepdim=True) + math.log(settings.min_p)
+        scores = scores.masked_fill(scores < least, float("-inf"))
+    return scores

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import GenerationConfig
 
-from vlmr1.rollout.engine import RolloutEngine
+from vlmr1.rollout.engine import Drawn, Request, RolloutEngine, Stops
 from vlmr1.rollout.sampling import SamplingSettings, mix
 from vlmr1.types import Prompt
 
@@ -30,30 +30,32 @@ def _plain_generation(model: Any) -> Iterator[None]:
 class TransformersEngine(RolloutEngine):
     """Works with any model that generates; its draws depend on the batch that a prompt is in."""
 
-    def draw(
-        self, prompts: Sequence[Prompt], num_generations: int, settings: SamplingSettings, step: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        device = self.model.device
-        inputs = self._inputs([p for p in prompts for _ in range(num_generations)], device)
+    def draw(self, request: Request) -> list[Drawn]:
+        settings, prompts = request.settings, request.prompts
+        inputs = self._inputs([p for p in prompts for _ in range(request.num_generations)], self.model.device)
         with torch.random.fork_rng(), _plain_generation(self.model):
-            torch.manual_seed(int(mix(settings.seed, step)) % 2**63)
+            torch.manual_seed(int(mix(settings.seed, request.step)) % 2**63)
             drawn = self.model.generate(
                 **inputs,
                 max_new_tokens=settings.max_completion_length,
                 do_sample=not settings.greedy,
-                temperature=None if settings.greedy else settings.temperature,
-                top_k=None if settings.greedy else 0,
-                top_p=None if settings.greedy else 1.0,
-                suppress_tokens=self.adapter.placeholder_ids(self.model, self.tokenizer),
+                **_truncation(settings),
+                repetition_penalty=settings.repetition_penalty,
+                suppress_tokens=self.banned().tolist(),
+                stop_strings=list(settings.stop) or None,
+                tokenizer=self.tokenizer,
                 return_dict_in_generate=True,
                 output_logits=True,
+                output_scores=True,
             )
-        tokens = drawn.sequences[:, inputs["input_ids"].shape[1] :]
-        full = (torch.stack(drawn.logits, 1).float() / settings.temperature).log_softmax(-1)  # [B, T, V]
-        logp = full.gather(-1, tokens[..., None])[..., 0]
-        banned = torch.tensor(self.adapter.placeholder_ids(self.model, self.tokenizer), device=device)
-        allowed = full.index_fill(-1, banned, float("-inf")).logsumexp(-1)
-        return tokens, logp, logp - allowed
+        tokens = drawn.sequences[:, inputs["input_ids"].shape[1] :]  # [B, T]
+        full = torch.stack(drawn.logits, 1).float() / settings.temperature  # [B, T, V]
+        logp, sampling_logp = (
+            scores.log_softmax(-1).gather(-1, tokens[..., None])[..., 0].tolist()
+            for scores in (full, torch.stack(drawn.scores, 1).float())
+        )
+        stops = Stops(self.model, self.tokenizer, settings.stop)
+        return [_cut(*each, stops) for each in zip(tokens.tolist(), logp, sampling_logp, strict=True)]
 
     def _inputs(self, prompts: Sequence[Prompt], device: torch.device) -> dict[str, Tensor]:
         width = max(len(p.input_ids) for p in prompts)
@@ -67,3 +69,17 @@ class TransformersEngine(RolloutEngine):
             **self.adapter.generation_inputs(self.model, input_ids, [p.images for p in prompts]),
         }
         return {name: value.to(device) for name, value in inputs.items()}
+
+
+def _truncation(settings: SamplingSettings) -> dict[str, Any]:
+    if settings.greedy:
+        return dict.fromkeys(("temperature", "top_k", "top_p", "min_p"))
+    kept = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
+    return kept | {"min_p": settings.min_p or None}
+
+
+def _cut(tokens: list[int], logp: list[float], sampling_logp: list[float], stops: Stops) -> Drawn:
+    """A completion without the padding after what ended it."""
+    end = stops.end(tokens)
+    reason = "length" if end is None else "stop"
+    return Drawn(tokens[:end], logp[:end], sampling_logp[:end], reason)
