@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks import model as bench_model
+from vlmr1.data.prompts import PromptBuilder
+from vlmr1.models import adapter_of
 from vlmr1.models.adapter import joined
 from vlmr1.types import Group
 
@@ -81,6 +83,63 @@ class TRLArm:
             **{name: inputs[name] for name in names},
         )
         return logp
+
+
+class TRLStep:
+    """Whole steps of TRL's trainer: its own generation, rewards, reference pass, loss, backward, optimizer."""
+
+    def __init__(self, folder: Path, prompts: int, beta: float, reward: Any):
+        import datasets
+        from PIL import Image
+        from trl.trainer.grpo_config import GRPOConfig
+        from trl.trainer.grpo_trainer import GRPOTrainer
+
+        shape = bench_model.BENCH
+        config = GRPOConfig(
+            output_dir=str(folder / "output" / "trl"),
+            use_cpu=not torch.cuda.is_available(),
+            bf16=False,
+            gradient_checkpointing=False,
+            per_device_train_batch_size=shape.num_generations,
+            gradient_accumulation_steps=prompts,
+            num_generations=shape.num_generations,
+            max_completion_length=shape.completion_length,
+            generation_kwargs={"min_new_tokens": shape.completion_length},
+            beta=beta,
+            loss_type="grpo",
+            use_bias_correction_kl=False,
+            report_to="none",
+        )
+        model, processor = bench_model.read(folder)
+        prompt = [{"role": "user", "content": "Locate the digit 7"}]
+        self.trainer: Any = GRPOTrainer(
+            model=model,
+            reward_funcs=reward,
+            args=config,
+            train_dataset=datasets.Dataset.from_list([{"prompt": prompt}]),
+            processing_class=processor,
+        )
+        self.model = self.trainer.model
+        self.optimizer = self.trainer.create_optimizer()
+        self.trainer.current_gradient_accumulation_steps = prompts  # the training loop sets it
+        builder = PromptBuilder(model, adapter_of(model), processor)
+        paths = [bench_model.prompt_of(folder, builder, shape, index).sample.images[0] for index in range(prompts)]
+        rows = [{"prompt": prompt, "image": Image.open(path).convert("RGB")} for path in paths]
+        self.groups = [[row] * shape.num_generations for row in rows]
+
+    def run(self) -> None:
+        """One step."""
+        self.model.train()
+        for rows in self.groups:
+            inputs = self.trainer._generate_and_score_completions(rows)
+            width = inputs["completion_ids"].shape[1]
+            if width != bench_model.BENCH.completion_length:
+                raise RuntimeError(f"TRL drew {width} tokens")
+            with self.trainer.compute_loss_context_manager():
+                loss = self.trainer.compute_loss(self.model, inputs)
+            self.trainer.accelerator.backward(loss)
+        self.optimizer.step()
+        self.model.zero_grad(set_to_none=True)
 
 
 def batch(group: Group, image_token_id: int) -> dict[str, Any]:
