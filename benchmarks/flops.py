@@ -16,7 +16,7 @@ FORWARD, TRAINED = 1, 3  # a pass without gradient, and one with its backward, i
 
 
 def pack_flops(config: Any, pack: Pack) -> float:
-    """Of one forward of this Qwen2-VL or Qwen2.5-VL on this pack."""
+    """Of one forward of a Qwen2.5-VL with this configuration on this pack."""
     text, layout = config.text_config, pack.layout
     head_dim = text.hidden_size // text.num_attention_heads
     heads = text.num_attention_heads + 2 * text.num_key_value_heads

@@ -14,7 +14,7 @@ if [ -z "$python" ]; then
     if [ -x .venv/bin/python ]; then python=.venv/bin/python; else python=python3; fi
 fi
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-wanted=" ${*:-imports tests racecheck ops attention step update} "
+wanted=" ${*:-imports tests racecheck ops attention step update decode} "
 table=()
 failed=0
 
@@ -89,6 +89,11 @@ if chosen update; then
         part "update-$prompts" 400 "$python" -m benchmarks.update --prompts "$prompts" \
             --out "$out/update-$prompts-cuda.json" && break
     done
+fi
+
+if chosen decode; then
+    part decode 400 "$python" -m benchmarks.decode --out "$out/decode-cuda.json"
+    part rollout 300 "$python" -m benchmarks.rollout --rounds 3 --out "$out/rollout-cuda.json"
 fi
 
 { echo && printf '%s\n' "${table[@]}"; } | tee -a "$log"

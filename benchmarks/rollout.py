@@ -21,13 +21,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from time import perf_counter
 from typing import Any
 
 import torch
 
 from benchmarks import model as bench_model
-from benchmarks.harness import PeakMemory, alternate, ratio, write_result
+from benchmarks.harness import PeakMemory, alternate, ratio, timed, write_result
 from benchmarks.model import BENCH
 from benchmarks.peers.trl import TRLStep
 from benchmarks.step_arms import BETA, Worker
@@ -96,9 +95,7 @@ def make_step(name: str, folder: Path, prompts: int) -> Any:
 
 
 def seconds(arm: Any) -> float:
-    start = perf_counter()
-    arm.run()
-    return perf_counter() - start
+    return timed(arm.run)()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,6 +11,7 @@ one update.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -35,6 +36,9 @@ HEAD = ["G x prompt x completion", "naive / shared, time", "rounds", "predicted"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
+    if options.show is not None:
+        print(pivot(json.loads(options.show.read_text(encoding="utf-8"))["figures"]["cells"]))
+        return 0
     torch.set_num_threads(options.threads)
     cells = list(product(options.generations, options.prompt_lengths, options.completion_lengths))
     result: dict[str, Any] = {"prompts": 1, "beta": 0, "threads": options.threads, "cells": []}
@@ -69,6 +73,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--completion_lengths", type=int, nargs="+", default=[32, 128, 512])
     parser.add_argument("--seconds", type=float, default=12, help="about what the rounds of a cell take")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--show", type=Path, help="only print the table of this result file")
     parser.add_argument("--out", type=Path, help="result file, JSON")
     return parser.parse_args(arguments)
 
@@ -105,6 +110,17 @@ def measure(options: argparse.Namespace, folder: Path, model: Any, processor: An
         "peak_mib": peak,
         "memory": peak["naive"] / peak["shared"],
     }
+
+
+def pivot(cells: Sequence[dict[str, Any]]) -> str:
+    """A line for each prompt and completion length, a column for each group size: time, predicted, memory."""
+    sizes = sorted({cell["generations"] for cell in cells})
+    lines: dict[tuple[int, int], dict[int, str]] = {}
+    for cell in cells:
+        figures = f"{cell['time']['value']:.2f} ({cell['predicted']:.2f}), {cell['memory']:.1f}"
+        lines.setdefault((cell["prompt"], cell["completion"]), {})[cell["generations"]] = figures
+    rows = [[f"{prompt} x {length}", *(of.get(size, "") for size in sizes)] for (prompt, length), of in lines.items()]
+    return table(["prompt x completion", *(f"G {size}" for size in sizes)], rows)
 
 
 def row(cell: dict[str, Any]) -> list[str]:

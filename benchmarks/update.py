@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks import model as bench_model
+from benchmarks.device import ceilings, default_device
 from benchmarks.flops import update_flops
 from benchmarks.harness import CheckFailed, PeakMemory, alternate, ratio, require_equal, timed, write_result
 from benchmarks.model import SHAPES
@@ -62,7 +63,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Check, times, memory and utilization of both arms."""
-    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", DTYPES[options.dtype]
+    device, dtype = default_device(), DTYPES[options.dtype]
     shape = replace(SHAPES[options.shape], completion_length=options.completion_length)
     model, processor = bench_model.build(folder, shape, device=device, dtype=dtype)
     model.gradient_checkpointing_enable()
@@ -85,7 +86,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
     result["predicted"] = flops["repeated"] / flops["shared"]
     result["of predicted"] = result["time repeated/shared"].value / result["predicted"]
-    rate = gemm_rate(device, dtype)
+    rate = 1e12 * ceilings(device, dtype).matmul_tflop_s
     result["gemm_tflops"] = rate / 1e12
     result["utilization"] = {name: flops[name] / median(times) / rate for name, times in seconds.items()}
     result["peak_mib"] = {name: peak(arm) for name, arm in arms.items()}
@@ -110,14 +111,6 @@ def peak(arm: OurArm) -> float:
     before = PeakMemory()
     arm.update()
     return before.mib()
-
-
-def gemm_rate(device: str, dtype: torch.dtype, size: int = 8192, rounds: int = 20) -> float:
-    """Operations a second of a square matrix product (smaller where there is no GPU)."""
-    size = size if device == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    seconds = alternate({"gemm": timed(lambda: a @ b)}, rounds=rounds, warmup=3)["gemm"]
-    return 2 * size**3 / median(seconds)
 
 
 if __name__ == "__main__":

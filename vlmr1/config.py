@@ -63,8 +63,17 @@ class GRPOConfig(TrainingArguments):
 
     # Rollout
     prompts_per_device: int = field(default=8, metadata={"help": "prompts that each device works on in one update"})
+    steps_per_generation: int = field(
+        default=1, metadata={"help": "updates that share one generation, each with prompts_per_device of its prompts"}
+    )
+    num_iterations: int = field(default=1, metadata={"help": "times that updates go over the prompts of a generation"})
     num_generations: int = field(default=8, metadata={"help": "completions a prompt (G), at least 2"})
-    max_prompt_length: int | None = field(default=None, metadata={"help": "a longer prompt is an error"})
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "limit of a prompt in tokens, those of its images included; nothing is cut"}
+    )
+    overlong_prompts: Literal["error", "filter"] = field(
+        default="error", metadata={"help": "a longer prompt stops the run, or its row is left out before it begins"}
+    )
     max_completion_length: int = 256
     temperature: float = 1.0
     top_k: int = field(default=0, metadata={"help": "draw from the k most probable tokens; 0: from all"})
@@ -75,6 +84,9 @@ class GRPOConfig(TrainingArguments):
     rollout_kv_mib: float | None = field(
         default=None,
         metadata={"help": "budget of keys and values; default: what is needed, on a GPU up to half of what is free"},
+    )
+    cuda_graphs: bool | None = field(
+        default=None, metadata={"help": "decode steps as CUDA graphs; default: on a GPU, with the native engine"}
     )
     rollout_logp_alarm: float = field(
         default=0.1, metadata={"help": "warn where engine and policy log-probs differ by more, mean a token in nats"}
@@ -94,7 +106,7 @@ class GRPOConfig(TrainingArguments):
     )
     old_logprobs: Literal["rollout", "recompute"] = field(
         default="rollout",
-        metadata={"help": "where the ratio's denominator is from: the rollout engine, or the update's own forward"},
+        metadata={"help": "of the ratio: the rollout engine's, or of a forward of the policy before its first update"},
     )
     max_nonfinite: int = field(
         default=5, metadata={"help": "stop after this many updates in a row that were not finite"}
@@ -154,12 +166,24 @@ class GRPOConfig(TrainingArguments):
             raise SettingError("save_strategy is 'best': there is no evaluation in training; use 'steps' or 'epoch'")
         if self.log_completions < 0:
             raise SettingError(f"log_completions is {self.log_completions}: it must not be negative")
-        at_least_one = ["prompts_per_device", "max_completion_length", "tokens_per_pack", "max_nonfinite"]
+        at_least_one = ["prompts_per_device", "steps_per_generation", "num_iterations", "max_completion_length"]
+        at_least_one += ["tokens_per_pack", "max_nonfinite"]
         if self.max_prompt_length is not None:
             at_least_one.append("max_prompt_length")
         for name in at_least_one:
             if getattr(self, name) < 1:
                 raise SettingError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.overlong_prompts == "filter" and self.max_prompt_length is None:
+            raise SettingError("overlong_prompts=filter needs max_prompt_length")
+        if self.steps_per_generation * self.num_iterations > 1:
+            for name, value in (("ignore_data_skip", False), ("dataloader_in_order", True)):
+                if getattr(self, name) != value:
+                    raise SettingError(
+                        f"{name}={not value} cannot be, where a generation serves several updates "
+                        "(steps_per_generation, num_iterations): prompts and updates would not meet"
+                    )
+        if self.full_determinism and self.device.type == "cuda":
+            raise SettingError("full_determinism has no effect on a GPU yet: sampling uses sums that vary there")
         for name in ("temperature", "repetition_penalty", "rollout_kv_mib", "rollout_logp_alarm"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -172,6 +196,10 @@ class GRPOConfig(TrainingArguments):
             raise SettingError(f"min_p is {self.min_p}: it must be between 0 and 1")
         if "" in self.stop_strings:
             raise SettingError("stop_strings holds an empty text: it would end every completion")
+        if self.cuda_graphs and (self.device.type != "cuda" or self.rollout_engine != "native"):
+            raise SettingError(
+                f"cuda_graphs needs a GPU and rollout_engine native: this is {self.device.type}, {self.rollout_engine}"
+            )
         if self.rollout_kv_mib is not None and self.rollout_engine != "native":
             raise SettingError(f"rollout_kv_mib needs rollout_engine native, it is {self.rollout_engine}")
         if self.beta < 0:

@@ -75,7 +75,8 @@ class PackedPolicy:
                 self.image_features(pack),
                 shared=PackedAttention(pack.layout),
             )
-        return hidden[0].index_select(0, pack.rows.to(device))
+        # The final norm leaves them in float32 where its weights are; the head's GEMMs are in the dtype of autocast.
+        return hidden[0].index_select(0, pack.rows.to(device)).to(self.dtype or hidden.dtype)
 
     def logprobs(self, pack: Pack) -> Tensor:
         """[N] float32 log-probs of the completion tokens, without gradient."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from vlmr1.buffer import BufferSampler
 from vlmr1.checkpoint import clean, is_complete, last_complete
 from vlmr1.config import GRPOConfig
 from vlmr1.data.jsonl import load_samples
@@ -90,13 +91,13 @@ def train(config: GRPOConfig) -> GRPOTrainer:
     model, processor, samples = prepare(config)
     output_dir.mkdir(parents=True, exist_ok=True)
     clean(output_dir)
-    keep_settings(config, output_dir, resuming=resume is not None)
+    keep_settings(config, output_dir, resume)
     progress = Progress(output_dir, console=not config.disable_tqdm)
     trainer = GRPOTrainer(model, config, samples, processor, callbacks=[progress])
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     progress.trainer = trainer
-    print(arithmetic(config, len(samples)), flush=True)
+    print(arithmetic(config, len(trainer.train_dataset)), flush=True)  # type: ignore[arg-type]
     if resume is not None and trainer.is_finished(resume):
         print(f"{resume}: all {trainer.state.max_steps} updates are done", flush=True)
         return trainer
@@ -116,18 +117,21 @@ def find_resume(config: GRPOConfig, output_dir: Path) -> Path | None:
     return named
 
 
-def keep_settings(config: GRPOConfig, output_dir: Path, *, resuming: bool) -> None:
-    """Write the settings beside the checkpoints; a resumed run must have the same, where they matter."""
+def keep_settings(config: GRPOConfig, output_dir: Path, resume: Path | None) -> None:
+    """Write the settings beside the checkpoints; a run that goes on from one must have the same as the run that wrote
+    it, where they matter. A setting that it did not know yet had its default."""
     now = json.loads(config.to_json_string())
     now = {field.name: now.get(field.name) for field in fields(config)}
     path = output_dir / SETTINGS
-    if resuming and path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [name for name in now if name not in CHANGEABLE and before.get(name) != now[name]]
+    written = resume.parent / SETTINGS if resume is not None else None
+    if written is not None and written.exists():
+        defaults = {field.name: field.default for field in fields(config)}
+        before = defaults | json.loads(written.read_text(encoding="utf-8"))
+        changed = [name for name in now if name not in CHANGEABLE and before[name] != now[name]]
         if changed:
             name = changed[0]
             raise SettingError(
-                f"{name} is {now[name]!r}, but the run in {output_dir} was started with {before.get(name)!r}: "
+                f"{name} is {now[name]!r}, but the run in {written.parent} was started with {before[name]!r}: "
                 "give another output_dir, or the same settings"
             )
     path.write_text(json.dumps(now, indent=1), encoding="utf-8")
@@ -137,10 +141,19 @@ def arithmetic(config: GRPOConfig, rows: int) -> str:
     """Prompts, generations, sequences and updates, over all ranks, in words."""
     ranks = config.world_size
     prompts = config.prompts_per_device * ranks
-    epoch = max(1, rows // prompts if config.dataloader_drop_last else -(-rows // prompts))
+    repeats = config.steps_per_generation * config.num_iterations
+    counted = BufferSampler(
+        range(rows),  # type: ignore[arg-type]
+        prompts=prompts,
+        parts=config.steps_per_generation,
+        iterations=config.num_iterations,
+        drop_last=config.dataloader_drop_last,
+    )
+    epoch = max(1, len(counted))
     updates = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * epoch)
     return (
         f"{rows} rows; an update: {prompts} prompts x {config.num_generations} generations = "
         f"{prompts * config.num_generations} sequences on {ranks} device{'s' if ranks > 1 else ''}; "
+        f"{'' if repeats == 1 else f'a generation serves {repeats} updates; '}"
         f"{epoch} updates an epoch, {updates} in all ({updates / epoch:.1f} epochs)"
     )

@@ -23,5 +23,6 @@ def group_statistics(groups: Sequence[Group], names: Sequence[str], weights: Seq
     return out | {
         "zero_variance_groups": float((total.max(1).values == total.min(1).values).double().mean()),
         "completion_length": float(lengths.mean()),
+        "completion_length_max": float(lengths.max()),
         "truncated": sum(c.finish_reason == "length" for c in completions) / len(completions),
     }

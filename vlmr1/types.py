@@ -93,5 +93,5 @@ class StepMetrics:
     """Everything one update reports: means over the step, seconds by phase, peak memory."""
 
     values: dict[str, float]
-    seconds: dict[str, float]  # by phase: rollout, reward, reference, policy
+    seconds: dict[str, float]  # by phase: rollout, reward, reference, old, policy
     peak_memory_mib: float

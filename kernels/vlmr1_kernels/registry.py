@@ -128,20 +128,25 @@ def use(choices: str = "", /, **by_op: str) -> Iterator[None]:
 
 def resolve(op: str, impl: str, request: Request) -> Callable[..., Any]:
     """The function that serves a call of `op`; raises ImplementationError where there is none."""
+    return _load(chosen(op, request, impl).target)
+
+
+def chosen(op: str, request: Request, impl: str = AUTO) -> Implementation:
+    """The implementation that serves a call of `op`; raises ImplementationError where there is none."""
     if impl == AUTO:
         overrides = _overrides.get()
         environment = parse_choices(os.environ.get(ENVIRONMENT_VARIABLE, ""))
         impl = overrides.get(op) or environment.get(op, AUTO)
     if impl == AUTO:
-        chosen = _choose(op, request)
-        _announce(op, request, chosen.name)
-        return _load(chosen.target)
+        found = _choose(op, request)
+        _announce(op, request, found.name)
+        return found
     check_choices({op: impl})
-    chosen = implementations(op)[impl]
-    reason = chosen.refusal(request)
+    named = implementations(op)[impl]
+    reason = named.refusal(request)
     if reason is not None:
         raise ImplementationError(f"{op}: implementation {impl!r} refuses: {reason}")
-    return _load(chosen.target)
+    return named
 
 
 def explain(op: str, request: Request) -> Explanation:

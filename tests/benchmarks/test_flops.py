@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import scaling
 from benchmarks.flops import FORWARD, TRAINED, chunks, pack_flops, update_flops
 from vlmr1.packing import make_pack
 from vlmr1.policy import PackedPolicy
@@ -62,3 +63,16 @@ def test_an_update_is_four_forwards_and_three_without_a_reference(model, make):
 
 def test_chunks():
     assert (chunks(8, 4), chunks(10, 4), chunks(3, 4)) == ([4, 4], [4, 4, 2], [3])
+
+
+def test_scaling_tables_of_two_cells():
+    cell = {"generations": 2, "prompt": 128, "completion": 32, "time": {"value": 1.654, "low": 1.5, "high": 1.8}}
+    cell |= {"predicted": 1.811, "memory": 1.26, "peak_mib": {"naive": 239.0, "shared": 190.0}}
+    cell |= {"seconds": {"naive": [1.0, 2.0]}}
+    more = cell | {"generations": 4, "memory": 2.0}
+    assert scaling.pivot([cell, more]).splitlines() == [
+        "| prompt x completion |              G 2 |              G 4 |",
+        "| :------------------ | ---------------: | ---------------: |",
+        "| 128 x 32            | 1.65 (1.81), 1.3 | 1.65 (1.81), 2.0 |",
+    ]
+    assert scaling.row(cell) == ["2 x 128 x 32", "1.65 (1.50 to 1.80)", "2", "1.81", "1.26", "239 / 190"]

@@ -49,6 +49,8 @@ def test_every_part_runs_although_one_fails(tmp_path: Path):
         ["bench_shared_prefix_decode", "ok"],
         ["step", "ok"],
         ["update-8", "ok"],
+        ["decode", "ok"],
+        ["rollout", "ok"],
     ]
     log = (tmp_path / "out" / "gpu.log").read_text()
     assert "called: -m pytest -q -m gpu" in log

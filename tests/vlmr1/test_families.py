@@ -3,6 +3,7 @@ tokens as `generate`, and the same logits as the stock forward."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -165,23 +166,26 @@ PROMPTS = {
 }
 
 
+@pytest.mark.parametrize("generations", [1, 2])
 @pytest.mark.parametrize("case", PROMPTS)
-def test_greedy_equals_generate(case, make, model, processor):
+def test_greedy_equals_generate(case, generations, make, model, processor):
+    """Token for token; and the log-probs are those of the policy's packed forward."""
     prompts = [make.prompt(*each) for each in PROMPTS[case]]
     adapter, settings = adapter_of(model), SamplingSettings(12, greedy=True)
-    drawn = [
-        [
-            completion
-            for group in kind(model, adapter, processor.tokenizer).generate(prompts, 2, settings)
-            for completion in group.completions
-        ]
+    groups, fallback = (
+        kind(model, adapter, processor.tokenizer).generate(prompts, generations, settings)
         for kind in (NativeEngine, TransformersEngine)
-    ]
-    for one, other in zip(*drawn, strict=True):
+    )
+    drawn = [completion for group in groups for completion in group.completions]
+    others = [completion for group in fallback for completion in group.completions]
+    for one, other in zip(drawn, others, strict=True):
         assert one.token_ids.tolist() == other.token_ids.tolist()
         assert_near(one.logp, other.logp)
-    for prompt, completion in zip(prompts, drawn[0][::2], strict=True):
+    for prompt, completion in zip(prompts, drawn[::generations], strict=True):
         assert completion.token_ids.tolist() == generated(model, processor, prompt, 12)
+    pack = make_pack([replace(group, advantages=torch.zeros(generations)) for group in groups])
+    logp = PackedPolicy(model, adapter, temperature=1.0).logprobs(pack)
+    assert_near(torch.cat([completion.logp for completion in drawn]), logp)
 
 
 def generated(model: Any, processor: Any, prompt: Prompt, length: int) -> list[int]:

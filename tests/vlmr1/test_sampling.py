@@ -192,12 +192,10 @@ def test_truncations_are_those_of_generate(values):
         assert seen_shares.sub(expected[row]).abs().max() <= 1.01 / count
         torch.testing.assert_close(sampling_logp, expected[row].log().float()[tokens], rtol=0, atol=1e-5)
         torch.testing.assert_close(logp, full[row][tokens], rtol=0, atol=1e-6)
-    assert settings.truncates
 
 
 def test_truncation_off_is_the_full_distribution():
     logits = torch.randn(3, 9, generator=torch.Generator().manual_seed(1))
     settings = SamplingSettings(1)
     _, logp, sampling_logp = choose(logits, NONE, settings, np.array([0.1, 0.5, 0.9]))
-    assert not settings.truncates
     torch.testing.assert_close(logp, sampling_logp, rtol=0, atol=1e-6)

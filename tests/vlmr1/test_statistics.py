@@ -48,6 +48,7 @@ def test_group_statistics():
             "rewards/format/std": math.sqrt(1 / 3) / 2,
             "zero_variance_groups": 0.5,
             "completion_length": 30 / 6,
+            "completion_length_max": 6.0,
             "truncated": 4 / 6,
         },
         rel=1e-12,
@@ -72,6 +73,7 @@ def test_group_that_differs_in_parts_only_is_flat():
         "rewards/b/std": pytest.approx(math.sqrt(0.5)),
         "zero_variance_groups": 1.0,
         "completion_length": 1.0,
+        "completion_length_max": 1.0,
         "truncated": 0.0,
     }
 

@@ -216,6 +216,20 @@ def test_max_prompt_length_names_the_row(model, processor, tmp_path):
         trainer_of(model, processor, tmp_path, max_prompt_length=10).train()
 
 
+def test_overlong_prompts_are_left_out(model, processor, tmp_path, caplog):
+    every = trainer_of(model, processor, tmp_path).train_dataset
+    lengths = sorted(len(every[i].input_ids) for i in range(len(every)))
+    assert lengths[0] < lengths[-1]
+    limit = lengths[-1] - 1
+    trainer = trainer_of(model, processor, tmp_path, max_prompt_length=limit, overlong_prompts="filter")
+    kept = [sample.index for sample in trainer.train_dataset.samples]
+    assert kept == [i for i in range(len(every)) if len(every[i].input_ids) <= limit]
+    assert f"{len(every) - len(kept)} of {len(every)} rows are left out" in caplog.text
+    trainer.train()
+    with pytest.raises(SettingError, match=f"max_prompt_length is 10: every one of the {len(every)} prompts is longer"):
+        trainer_of(model, processor, tmp_path, max_prompt_length=10, overlong_prompts="filter")
+
+
 def test_reward_weights_must_fit_the_rewards(model, processor, tmp_path):
     config = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, reward_weights=[1.0, 2.0])
     with pytest.raises(SettingError, match="reward_weights has 2 values for 1 rewards"):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from vlmr1.data.jsonl import open_image
-from vlmr1.errors import DataError
+from vlmr1.errors import DataError, SettingError
 from vlmr1.models.adapter import Adapter
 from vlmr1.types import Prompt, Sample
+
+logger = logging.getLogger(__name__)
 
 
 class PromptBuilder:
@@ -39,6 +43,18 @@ class PromptBuilder:
             raise DataError(f"{sample.source}: the prompt has {len(input_ids)} tokens, {limit}")
 
 
+def without_overlong(samples: Sequence[Sample], builder: PromptBuilder, limit: int) -> list[Sample]:
+    """The samples whose prompts have at most `limit` tokens; each prompt is made once for it."""
+    reading = tqdm(samples, desc="measuring prompts", delay=2, disable=None)
+    kept = [sample for sample in reading if len(builder(sample).input_ids) <= limit]
+    if not kept:
+        raise SettingError(f"max_prompt_length is {limit}: every one of the {len(samples)} prompts is longer")
+    if len(kept) < len(samples):
+        counts = len(samples) - len(kept), len(samples), limit
+        logger.warning("%d of %d rows are left out: their prompts have more than %d tokens", *counts)
+    return kept
+
+
 class PromptDataset(Dataset[Prompt]):
     """Prompts by index, made when they are asked for: in the loader's workers where it has some."""
 
@@ -51,3 +67,7 @@ class PromptDataset(Dataset[Prompt]):
 
     def __getitem__(self, index: int) -> Prompt:
         return self.builder(self.samples[index])
+
+    def of_sample(self, index: int) -> Prompt:
+        """The prompt of the sample of this `Sample.index`."""
+        return self.builder(next(sample for sample in self.samples if sample.index == index))

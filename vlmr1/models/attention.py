@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from vlmr1.errors import SettingError
 from vlmr1_kernels import PrefixLayout, shared_prefix_attention
@@ -34,12 +34,8 @@ class PackedAttention:
     """Packed row: prompts causal, each branch sees its prompt and its own past."""
 
     layout: PrefixLayout
-    keep: bool = False  # keep keys and values, by layer: a prefill
-    kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-        if self.keep:
-            self.kept[layer] = (k, v)
         return shared_prefix_attention(q, k, v, self.layout, scale=scale)
 
 
@@ -63,12 +59,9 @@ def _forward(
     return shared.attend(layer, query, key, value, scaling).transpose(1, 2), None
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    return None
-
-
+# It has no entry in AttentionMaskInterface: the library then makes no mask, and does not look at positions to find out
+# whether sequences were packed, which would wait for the device.
 AttentionInterface.register(NAME, _forward)
-AttentionMaskInterface.register(NAME, _no_mask)
 
 
 @contextmanager

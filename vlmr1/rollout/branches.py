@@ -55,54 +55,93 @@ class Branch:
 
 
 class Batch:
-    """The tensors of a step over S branches, which are in the order of their groups."""
+    """The tensors of a step, of up to S branches in P groups. Their addresses stay; `fill` gives them other branches.
 
-    def __init__(self, branches: Sequence[Branch], pool: Pool, capacity: int, seen: Tensor | None):
-        device = pool.rows.device
-        groups = [(flight, len(list(of))) for flight, of in groupby(branches, key=lambda branch: branch.flight)]
-        flights, counts = zip(*groups, strict=True)
-        cached = [branch.cached for branch in branches]
-        self.branches = branches
-        self.kinds = len(flights[0].prompt.positions)  # K
-        self.tokens = torch.tensor([branch.tokens[-1] for branch in branches], device=device)  # [S]
-        self.positions = torch.tensor(
-            [b.flight.prompt.next_position + b.cached for b in branches], device=device
-        )  # [S]
-        self.seen = seen  # [S, V] tokens that the repetition penalty is for
+    Rows behind the last branch are padding: they write to the pool's scratch block, and nobody reads what they draw."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        *,
+        rows: int,
+        groups: int,
+        columns: int,
+        kinds: int,
+        max_group: int,
+        max_prefix: int,
+        vocabulary: int | None = None,
+    ):
+        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=pool.rows.device)
+
+        self.branches: Sequence[Branch] = ()
+        self.kinds = kinds  # K, of the positions
+        self.tokens, self.positions = zeros(rows, dtype=torch.int64), zeros(rows, dtype=torch.int64)
+        # [S, V] tokens that the repetition penalty is for
+        self.seen = None if vocabulary is None else zeros(rows, vocabulary, dtype=torch.bool)
         self.attention = DecodeAttention(
             pool,
-            group_offsets=_int32(np.cumsum([0, *counts]), device),
-            prefix_starts=_int32([flight.block * BLOCK for flight in flights], device),
-            prefix_lengths=_int32([flight.length for flight in flights], device),
-            suffix_blocks=torch.full(
-                (len(branches), blocks_of(capacity)), pool.scratch, dtype=torch.int32, device=device
-            ),
-            suffix_lengths=_int32(cached, device),
-            max_group=max(counts),
-            max_prefix=max(flight.length for flight in flights),
+            group_offsets=zeros(groups + 1),
+            prefix_starts=zeros(groups),
+            prefix_lengths=zeros(groups),
+            suffix_blocks=zeros(rows, columns),
+            suffix_lengths=zeros(rows),
+            max_group=max_group,
+            max_prefix=max_prefix,
         )
-        self.show_blocks()
         # Of the random numbers: prompt, branch, and the position that is drawn next.
-        self.prompt_keys = np.array([branch.flight.prompt.sample.index for branch in branches])
-        self.branch_keys = np.array([branch.index for branch in branches])
-        self.places = np.array(cached) + 1
+        self.prompt_keys, self.branch_keys, self.places = (np.zeros(rows, dtype=np.int64) for _ in range(3))
+
+    @property
+    def rows(self) -> int:
+        return len(self.tokens)
+
+    def fill(self, branches: Sequence[Branch]) -> None:
+        """Take these branches, which are in the order of their groups."""
+        self.branches = branches
+        groups = [(flight, len(list(of))) for flight, of in groupby(branches, key=lambda branch: branch.flight)]
+        ends = np.cumsum([count for _, count in groups])
+        attention = self.attention
+        _copy(attention.group_offsets[1:], ends, rest=len(branches))
+        _copy(attention.prefix_starts, [flight.block * BLOCK for flight, _ in groups])
+        _copy(attention.prefix_lengths, [flight.length for flight, _ in groups], rest=1)
+        _copy(attention.suffix_lengths, [branch.cached for branch in branches])
+        _copy(self.tokens, [branch.tokens[-1] for branch in branches])
+        _copy(self.positions, [branch.flight.prompt.next_position + branch.cached for branch in branches])
+        self.show_blocks()
+        self.prompt_keys[: len(branches)] = [branch.flight.prompt.sample.index for branch in branches]
+        self.branch_keys[: len(branches)] = [branch.index for branch in branches]
+        self.places[: len(branches)] = [len(branch.tokens) for branch in branches]
+        if self.seen is not None:
+            _copy(self.seen, seen(branches, self.seen.shape[1]), rest=False)
 
     def show_blocks(self) -> None:
         """Tell the device which blocks the branches have now."""
         table = self.attention.suffix_blocks
         blocks = np.full(table.shape, self.attention.pool.scratch, dtype=np.int32)
-        for row, branch in zip(blocks, self.branches, strict=True):
+        for row, branch in zip(blocks, self.branches, strict=False):
             row[: len(branch.blocks)] = branch.blocks
         table.copy_(torch.from_numpy(blocks))
 
     def advance(self, tokens: Tensor) -> None:
         """These tokens [S] were chosen."""
-        self.tokens = tokens
-        self.positions = self.positions + 1
-        self.places = self.places + 1
+        self.tokens.copy_(tokens)
+        self.positions.add_(1)
         if self.seen is not None:
             self.seen.scatter_(1, tokens[:, None], True)
 
 
-def _int32(values: Sequence[int] | np.ndarray, device: torch.device) -> Tensor:
-    return torch.tensor(np.asarray(values), dtype=torch.int32, device=device)
+def seen(branches: Sequence[Branch], vocabulary: int) -> np.ndarray:
+    """[S, V] bool: which tokens prompt and completion have so far."""
+    found = np.zeros((len(branches), vocabulary), dtype=bool)
+    for row, branch in zip(found, branches, strict=True):
+        row[branch.flight.prompt.input_ids.numpy()] = True
+        row[branch.tokens] = True
+    return found
+
+
+def _copy(target: Tensor, values: Sequence[int] | np.ndarray, rest: int = 0) -> None:
+    """The first rows of a tensor get these values, those behind them `rest`."""
+    filled = np.full(target.shape, rest, dtype=torch.empty(0, dtype=target.dtype).numpy().dtype)
+    filled[: len(values)] = values
+    target.copy_(torch.from_numpy(filled))

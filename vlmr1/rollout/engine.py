@@ -95,6 +95,7 @@ class RolloutEngine(ABC):
         dtype: torch.dtype | None = None,
         features: FeatureCache | None = None,
         kv_mib: float | None = None,
+        cuda_graphs: bool | None = None,
     ):
         self.model = model
         self.adapter = adapter
@@ -102,6 +103,7 @@ class RolloutEngine(ABC):
         self.dtype = dtype  # of autocast
         self.features = features  # of a frozen tower
         self.kv_mib = kv_mib  # budget of the KV cache; None: what the prompts need, on a GPU half of what is free
+        self.cuda_graphs = cuda_graphs  # of decode steps; None: where they can be
         self.stats = RolloutStats()
 
     @torch.no_grad()

@@ -122,7 +122,8 @@ class DecodeAttention:
     def begin(self) -> None:
         """A step: where its keys and values go, the same in every layer."""
         lengths = self.suffix_lengths
-        block = self.suffix_blocks.gather(1, (lengths // BLOCK).long()[:, None])[:, 0]
+        column = (lengths // BLOCK).clamp(max=self.suffix_blocks.shape[1] - 1)  # padding goes on for ever
+        block = self.suffix_blocks.gather(1, column.long()[:, None])[:, 0]
         self.now = (block * BLOCK + lengths % BLOCK).long(), lengths + 1
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:

@@ -30,11 +30,6 @@ class SamplingSettings:
     repetition_penalty: float = 1.0  # logits of tokens in prompt or completion: divided if positive, else multiplied
     stop: tuple[str, ...] = ()  # a completion ends with the token that completes one of these
 
-    @property
-    def truncates(self) -> bool:
-        """Whether the distribution drawn from is not the full one, placeholders aside."""
-        return bool(self.top_k) or self.top_p < 1 or self.min_p > 0 or self.repetition_penalty != 1
-
 
 def mix(*keys: np.ndarray | int) -> np.ndarray:
     """Hash integer keys (broadcast against each other) to uniform 64-bit words: chained SplitMix64 finalizers

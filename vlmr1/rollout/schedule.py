@@ -17,21 +17,22 @@ from torch import Tensor
 
 from vlmr1.models.features import encode
 from vlmr1.packing import unique_images
-from vlmr1.rollout.branches import Batch, Branch, Flight
+from vlmr1.rollout.branches import Batch, Branch, Flight, seen
 from vlmr1.rollout.engine import Drawn, Request, RolloutEngine, Stops
+from vlmr1.rollout.graphs import Columns, Graph, Step, rung
 from vlmr1.rollout.kv import BLOCK, Pool, blocks_of, prefill_attention
 from vlmr1.rollout.sampling import choose, uniform
 from vlmr1.types import Prompt
+from vlmr1_kernels.linear import operand, project
 
 STEPS_PER_LOOK = {"cuda": 16}  # steps between two looks at what has ended; where a look costs nothing, one
-Columns = tuple[Tensor, Tensor, Tensor]  # tokens, logp and sampling_logp [S] of one step
 Done = dict[tuple[int, int], Drawn]  # by group and branch
 
 
 class Schedule:
     """Draws what `done` lacks of a request, within one pool."""
 
-    def __init__(self, engine: RolloutEngine, request: Request, pool: Pool, done: Done):
+    def __init__(self, engine: RolloutEngine, request: Request, pool: Pool, done: Done, *, graphs: bool = False):
         self.engine, self.request, self.pool, self.done = engine, request, pool, done
         self.model, self.adapter, self.stats = engine.model, engine.adapter, engine.stats
         self.settings = request.settings
@@ -42,6 +43,14 @@ class Schedule:
         self.queue = deque(p for p in groups if any((p, g) not in done for g in branches))
         self.live: list[Branch] = []
         self.batch: Batch | None = None
+        self.with_graphs = graphs
+        self.graphs: dict[int, Graph] = {}  # by rows
+        self.head = self.adapter.head(self.model)
+        self.vocabulary = len(self.head.weight)
+        dtype = engine.dtype or self.head.weight.dtype
+        # Half-precision logits would be rounded before the softmax, and the policy's are not.
+        self.half_weight = operand(self.head.weight.to(dtype)) if dtype.itemsize < 4 else None
+        self.half = dtype
 
     def run(self) -> None:
         room = True
@@ -149,8 +158,11 @@ class Schedule:
         counts = torch.tensor([flight.left for flight in flights], device=logits.device)
         prompt_keys = np.array([branch.flight.prompt.sample.index for branch in branches])
         draws = self.draws(prompt_keys, np.array([branch.index for branch in branches]), 0)
+        known = None
+        if self.settings.repetition_penalty != 1:
+            known = torch.from_numpy(seen(branches, self.vocabulary)).to(logits.device)
         logits = logits.repeat_interleave(counts, 0)  # [S, V]
-        record(branches, [choose(logits, self.banned, self.settings, draws, self.seen(branches))])
+        record(branches, [choose(logits, self.banned, self.settings, draws, known)])
         self.live += branches
         self.batch = None
         self.stats.prefill_seconds += perf_counter() - clock
@@ -169,49 +181,77 @@ class Schedule:
             [features[i] for i in image_ids],
             shared=prefill_attention(self.pool, lengths, starts),
         )
-        return self.adapter.head(self.model)(hidden[0, torch.tensor(lengths).cumsum(0) - 1])
+        return self.logits(hidden[0, torch.tensor(lengths).cumsum(0) - 1])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[n, D] -> [n, V]; float32 from half-precision weights, as the policy's."""
+        if self.half_weight is None:
+            return self.head(hidden)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return project(operand(hidden.to(self.half)), self.half_weight, self.head.bias, 1.0)
 
     def decode(self, steps: int) -> None:
         """The next `steps` tokens of all branches."""
         clock = perf_counter()
-        if self.batch is None:
-            self.batch = Batch(self.live, self.pool, self.settings.max_completion_length, self.seen(self.live))
-        batch = self.batch
-        columns = []
-        for _ in range(steps):
-            columns.append(self.token(batch, self.draws(batch.prompt_keys, batch.branch_keys, batch.places)))
-            batch.advance(columns[-1][0])
+        batch, step = self.prepared()
+        places = batch.places + np.arange(steps)[:, None]  # [steps, S]
+        draws = self.draws(batch.prompt_keys, batch.branch_keys, places)
+        columns = [step(batch, row) for row in draws]
+        batch.places += steps
         record(batch.branches, columns)
         self.stats.decode_seconds += perf_counter() - clock
 
-    def token(self, batch: Batch, draws: Tensor) -> Columns:
-        """The next token of each branch."""
+    def prepared(self) -> tuple[Batch, Step]:
+        """The batch of the branches in flight, and what makes a step on it: a graph where the engine asks for one."""
+        if not self.with_graphs:
+            if self.batch is None:
+                self.batch = self.new_batch(len(self.live), len({id(branch.flight) for branch in self.live}))
+                self.batch.fill(self.live)
+            return self.batch, self.step
+        rows = rung(len(self.live))
+        graph = self.graphs.get(rows)
+        if self.batch is None or graph is None:
+            groups = min(rows, len(self.request.prompts))
+            self.batch = self.new_batch(rows, groups) if graph is None else graph.batch
+            self.batch.fill(self.live)
+        if graph is None:
+            first = next(iter(self.graphs.values()), None)
+            graph = self.graphs[rows] = Graph(self.step, self.batch, None if first is None else first.pool)
+        return self.batch, graph
+
+    def new_batch(self, rows: int, groups: int) -> Batch:
+        prompts = self.request.prompts
+        return Batch(
+            self.pool,
+            rows=rows,
+            groups=groups,
+            columns=max(1, blocks_of(self.settings.max_completion_length)),
+            kinds=len(prompts[0].positions),
+            max_group=self.request.num_generations,
+            max_prefix=max(len(prompt.input_ids) for prompt in prompts),
+            vocabulary=None if self.settings.repetition_penalty == 1 else self.vocabulary,
+        )
+
+    def step(self, batch: Batch, draws: Tensor) -> Columns:
+        """The next token of each branch; the batch is then ready for the one after it."""
         batch.attention.begin()
         positions = batch.positions.expand(batch.kinds, -1)[..., None]  # [K, S, 1]
         hidden = self.adapter.hidden(self.model, batch.tokens[:, None], positions, [], shared=batch.attention)
-        logits = self.adapter.head(self.model)(hidden[:, 0])  # [S, V]
+        logits = self.logits(hidden[:, 0])  # [S, V]
         batch.attention.end()
-        return choose(logits, self.banned, self.settings, draws, batch.seen)
+        chosen = choose(logits, self.banned, self.settings, draws, batch.seen)
+        batch.advance(chosen[0])
+        return chosen
 
     def draws(self, prompt_keys: np.ndarray, branch_keys: np.ndarray, places: np.ndarray | int) -> Tensor:
-        """[S] uniform numbers in [0, 1)."""
+        """[S], or [steps, S] where `places` is, uniform numbers in [0, 1)."""
         numbers = uniform(self.settings.seed, self.request.step, prompt_keys, branch_keys, places)
         return torch.from_numpy(numbers).to(self.model.device)
 
-    def seen(self, branches: Sequence[Branch]) -> Tensor | None:
-        """[S, V]: which tokens prompt and completion have so far, where a penalty asks for it."""
-        if self.settings.repetition_penalty == 1:
-            return None
-        seen = torch.zeros(len(branches), self.adapter.head(self.model).weight.shape[0], dtype=torch.bool)
-        for row, branch in zip(seen, branches, strict=True):
-            row[branch.flight.prompt.input_ids] = True
-            row[branch.tokens] = True
-        return seen.to(self.model.device)
-
 
 def record(branches: Sequence[Branch], columns: Sequence[Columns]) -> None:
-    """Add chosen tokens and their log-probs to the branches that they are of."""
+    """Add chosen tokens and their log-probs to the branches that they are of; padding is behind the last of them."""
     tokens, logp, sampling_logp = (torch.stack(each, 1).tolist() for each in zip(*columns, strict=True))  # [S, steps]
-    for branch, *rows in zip(branches, tokens, logp, sampling_logp, strict=True):
+    for branch, *rows in zip(branches, tokens, logp, sampling_logp, strict=False):
         for kept, row in zip((branch.tokens, branch.logp, branch.sampling_logp), rows, strict=True):
             kept.extend(row)
