@@ -139,12 +139,18 @@ def build(folder: Path, shape: Shape, *, device: str, dtype: torch.dtype, seed: 
     return model, load_processor(folder)
 
 
-def prompt_of(folder: Path, builder: PromptBuilder, shape: Shape, index: int) -> Prompt:
-    """Prompt `index`, with an image of its own; SystemExit where `prompt_length` cannot be met."""
+def image_of(folder: Path, shape: Shape, index: int) -> Path:
+    """Image `index`, of noise."""
     path = folder / f"{shape.image_px}-{index}.png"
     if not path.exists():
         pixels = np.random.default_rng(index).integers(0, 255, (shape.image_px, shape.image_px, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(path)
+    return path
+
+
+def prompt_of(folder: Path, builder: PromptBuilder, shape: Shape, index: int) -> Prompt:
+    """Prompt `index`, with an image of its own; SystemExit where `prompt_length` cannot be met."""
+    path = image_of(folder, shape, index)
 
     def with_lines(count: int) -> Prompt:
         content = [{"type": "image"}, {"type": "text", "text": "Locate the digit 7" + "\n" * count}]  # a token each

@@ -18,8 +18,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks import model as bench_model
-from vlmr1.data.prompts import PromptBuilder
-from vlmr1.models import adapter_of
 from vlmr1.models.adapter import joined
 from vlmr1.types import Group
 
@@ -122,8 +120,7 @@ class TRLStep:
         self.model = self.trainer.model
         self.optimizer = self.trainer.create_optimizer()
         self.trainer.current_gradient_accumulation_steps = prompts  # the training loop sets it
-        builder = PromptBuilder(model, adapter_of(model), processor)
-        paths = [bench_model.prompt_of(folder, builder, shape, index).sample.images[0] for index in range(prompts)]
+        paths = [bench_model.image_of(folder, shape, index) for index in range(prompts)]
         rows = [{"prompt": prompt, "image": Image.open(path).convert("RGB")} for path in paths]
         self.groups = [[row] * shape.num_generations for row in rows]
 
