@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlmr1.data.jsonl import load_samples, open_image
+from vlmr1.data.images import open_image
+from vlmr1.data.samples import load_samples
 from vlmr1.errors import DataError, SettingError
 
 QUESTION = "{question} Answer in JSON."
 IMAGE, TEXT = {"type": "image"}, "text"
+TURN, GPT = {"from": "human", "value": "And then?"}, {"from": "gpt", "value": "x"}
 
 
 @pytest.fixture
@@ -34,6 +36,11 @@ def load(folder, *lines, question=QUESTION, check_images=True):
     data = b"".join((line if isinstance(line, bytes) else line.encode()) + b"\n" for line in encoded)
     (folder / "data.jsonl").write_bytes(data)
     return load_samples([folder / "data.jsonl"], [folder / "images"], question=question, check_images=check_images)
+
+
+def shown(message):
+    """A message's text parts, with I in place of an image."""
+    return ["I" if part == IMAGE else part["text"] for part in message["content"]]
 
 
 def fault(folder, *lines, **options):
@@ -72,7 +79,7 @@ def test_row(folder):
 )
 def test_images_keep_their_places(folder, human, images, expected):
     (sample,) = load(folder, row(human, image=images))
-    content = ["I" if part == IMAGE else part["text"] for part in sample.messages[0]["content"]]
+    content = shown(sample.messages[0])
     assert content == expected
     assert len(sample.images) == content.count("I")
 
@@ -89,26 +96,42 @@ def test_blank_lines_and_bom_keep_line_numbers(folder):
     assert samples[1].messages[0]["content"][1]["text"] == "Encore: où? Answer in JSON."
 
 
-def test_first_turns_count_and_a_json_solution_becomes_text(folder):
+def test_the_last_gpt_turn_is_the_solution_and_images_keep_their_places_in_all_turns(folder):
     turns = [
-        {"from": "human", "value": "Where?"},
+        {"from": "human", "value": "<image>\nWhat is this?"},
+        {"from": "gpt", "value": " A cat, as in <image>. "},
+        {"from": "human", "value": "Between it and <image>, where? "},
         {"from": "gpt", "value": {"bbox_2d": [1, 2, 3, 4]}},
-        {"from": "human", "value": "And then?"},
-        {"from": "gpt", "value": "no"},
     ]
-    (sample,) = load(folder, row(conversations=turns))
+    (sample,) = load(folder, row(conversations=turns, image=["a.png", "sub/b.png", "a.png"]))
     assert sample.solution == '{"bbox_2d": [1, 2, 3, 4]}'
-    assert len(sample.messages) == 1
+    assert [(each["role"], shown(each)) for each in sample.messages] == [
+        ("user", ["I", "What is this?"]),
+        ("assistant", ["A cat, as in ", "I", "."]),
+        ("user", ["Between it and ", "I", ", where? Answer in JSON."]),
+    ]
+    assert [path.name for path in sample.images] == ["a.png", "b.png", "a.png"]
 
 
-def test_several_files_and_folders(folder):
+def test_images_without_markers_stand_before_the_first_turn(folder):
+    turns = [
+        {"from": "human", "value": "This."},
+        {"from": "gpt", "value": "Yes?"},
+        {"from": "human", "value": "Where?"},
+    ]
+    (sample,) = load(folder, row(conversations=[*turns, {"from": "gpt", "value": "x"}]))
+    assert [shown(each) for each in sample.messages] == [["I", "This."], ["Yes?"], ["Where? Answer in JSON."]]
+
+
+@pytest.mark.parametrize("split", [list, lambda names: [":".join(names)]], ids=["list", "joined"])
+def test_several_files_and_folders(folder, split):
     (folder / "more").mkdir()
     Image.new("L", (5, 5)).save(folder / "more" / "c.png")
     for name, image in (("one", "a.png"), ("two", "c.png")):
         (folder / f"{name}.jsonl").write_text(json.dumps(row(image=image)) + "\n")
     files = [str(folder / "one.jsonl"), str(folder / "two.jsonl")]
     folders = [str(folder / "images"), str(folder / "more")]
-    samples = load_samples(files, folders, question=QUESTION, check_images=True)
+    samples = load_samples(split(files), split(folders), question=QUESTION, check_images=True)
     assert [sample.images[0].name for sample in samples] == ["a.png", "c.png"]
     assert [(sample.source, sample.index) for sample in samples] == [
         (f"{files[0]}:1", 0),
@@ -127,16 +150,35 @@ def test_several_files_and_folders(folder):
         pytest.param({"image": "a.png"}, "no conversations", id="no-conversations"),
         pytest.param(row(conversations=[]), "no conversations", id="no-turns"),
         pytest.param(row(conversations="Locate it."), "no conversations", id="conversations-a-text"),
-        pytest.param(row(conversations=[{"from": "gpt", "value": "x"}]), "no human turn", id="no-human"),
-        pytest.param(row(conversations=[{"from": "human", "value": "x"}]), "no gpt turn", id="no-gpt"),
+        pytest.param(
+            row(conversations=[{"from": "gpt", "value": "x"}]), "no human turn before the last gpt turn", id="no-human"
+        ),
+        pytest.param(row(conversations=[TURN]), "no gpt turn at the end", id="no-gpt"),
         pytest.param(
             row(conversations=[{"from": "system", "value": "x"}]),
             'a turn is {"from": "human" or "gpt", "value": ...}, not {"from": "system", "value": "x"}',
             id="system",
         ),
-        pytest.param(row(7), "the human turn is not text but int", id="human-a-number"),
-        pytest.param(row("<image> and <image>"), "2 <image> markers in the human turn for 1 images", id="markers"),
-        pytest.param(row(image=None), "1 <image> markers in the human turn for 0 images", id="marker-no-image"),
+        pytest.param(row(7), "a human turn is not text but int", id="human-a-number"),
+        pytest.param(row(gpt=None), "no gpt turn at the end", id="gpt-null"),
+        pytest.param(
+            row(conversations=[TURN, GPT, TURN]),
+            "no gpt turn at the end of conversations: it is the solution",
+            id="human-last",
+        ),
+        pytest.param(
+            row(conversations=[TURN, GPT, GPT]),
+            "no human turn before the last gpt turn",
+            id="gpt-twice",
+        ),
+        pytest.param(
+            row(conversations=[{"from": "human", "value": " "}, GPT, TURN, GPT], image=None),
+            "a turn of user is empty",
+            id="empty-turn",
+        ),
+        pytest.param(row("<image> and <image>"), "2 <image> markers in the prompt for 1 image", id="markers"),
+        pytest.param(row(image=None), "1 <image> markers in the prompt for 0 images", id="marker-no-image"),
+        pytest.param(row(images=["a.png"]), "there is both a column image and a column images", id="image-and-images"),
         pytest.param(row(image=["a.png", 3]), "image is neither a file name nor a list of", id="image-a-number"),
         pytest.param(row(image={"path": "a.png"}), "image is neither a file name nor a list", id="image-a-dict"),
         pytest.param(row(image=0), "image is neither a file name nor a list", id="image-zero"),
@@ -161,7 +203,7 @@ def test_faults_name_file_and_line(folder, line, expected):
 
 def test_empty_question_without_template(folder):
     assert fault(folder, row(" ", image=None), question="{question}") == (
-        f"{folder}/data.jsonl:1: the human turn is empty"
+        f"{folder}/data.jsonl:1: a turn of user is empty"
     )
 
 
@@ -206,22 +248,31 @@ def test_each_image_is_checked_once(folder, monkeypatch):
     opened = []
     real = open_image
     monkeypatch.setattr(
-        "vlmr1.data.jsonl.open_image",
+        "vlmr1.data.images.open_image",
         lambda path, source: opened.append((path.name, source[-1])) or real(path, source),
     )
     load(folder, row(), row(), row(image="sub/../a.png"), row(image="sub/b.png"))
     assert sorted(opened) == [("a.png", "1"), ("b.png", "4")]
 
 
-def test_open_image_is_rgb(folder):
-    Image.new("LA", (6, 4), (9, 128)).save(folder / "images" / "grey.png")
-    image = open_image(folder / "images" / "grey.png", "x:1")
-    assert (image.mode, image.size, image.getpixel((0, 0))) == ("RGB", (6, 4), (9, 9, 9))
-
-
 @pytest.mark.parametrize("content", ["", "\n \n"], ids=["no-bytes", "blank-lines"])
 def test_empty_data_set(folder, content):
     assert fault(folder, content) == f"{folder}/data.jsonl: the data set is empty: no rows in this file"
+
+
+def test_a_name_with_a_colon_is_one_file(folder):
+    (folder / "a:b.jsonl").write_text(json.dumps(row()))
+    (sample,) = load_samples([folder / "a:b.jsonl"], [folder / "images"], question=QUESTION, check_images=False)
+    assert sample.source == f"{folder}/a:b.jsonl:1"
+
+
+def test_text_only_rows_need_no_folder(folder):
+    (folder / "data.jsonl").write_text(json.dumps(row("1 + 1?", image=None)) + "\n" + json.dumps(row()))
+    with pytest.raises(DataError) as caught:
+        load_samples([folder / "data.jsonl"], [], question=QUESTION, check_images=False)
+    assert str(caught.value) == (
+        f"{folder}/data.jsonl:2: image a.png is a file name, and image_folders names no folder"
+    )
 
 
 @pytest.mark.parametrize(
@@ -231,10 +282,12 @@ def test_empty_data_set(folder, content):
         (["none.jsonl"], ["images"], QUESTION, "data_file_paths: none.jsonl is not a file"),
         (["images"], ["images"], QUESTION, "data_file_paths: images is not a file"),
         (["data.jsonl"], ["none"], QUESTION, "image_folders: none is not a directory"),
-        (["data.jsonl"], [], QUESTION, "image_folders has 0 folders for 1 data files"),
+        (["data.jsonl:none.jsonl"], ["images"], QUESTION, "data_file_paths: none.jsonl is not a file"),
+        (["data.jsonl"], ["images:none"], QUESTION, "image_folders has 2 folders for 1 data files"),
         (["data.jsonl"], ["images"] * 2, QUESTION, "image_folders has 2 folders for 1 data files"),
         (["data.jsonl"] * 3, ["images"] * 2, QUESTION, "image_folders has 2 folders for 3 data files"),
         (["data.jsonl"], ["images"], "Locate it.", "question_template is 'Locate it.'"),
+        (["data.jsonl"], ["images"], "{question} {question}", "question_template is '{question} {question}'"),
         (["data.jsonl"], ["images"], "<image>{question}", "question_template is '<image>{question}'"),
     ],
 )

@@ -9,7 +9,8 @@ from typing import Any
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from vlmr1.data.jsonl import open_image
+from vlmr1.data.images import open_image
+from vlmr1.data.samples import Samples
 from vlmr1.errors import DataError, SettingError
 from vlmr1.models.adapter import Adapter
 from vlmr1.types import Prompt, Sample
@@ -31,7 +32,11 @@ class PromptBuilder:
         images = [open_image(path, sample.source) for path in sample.images]
         start = self.processor.tokenizer.bos_token
         special = not (start and text.startswith(start))  # the template may have written the start token already
-        inputs = self.processor(text=[text], images=images or None, add_special_tokens=special, return_tensors="pt")
+        options = {"add_special_tokens": special, "return_tensors": "pt"}
+        try:
+            inputs = self.processor(text=[text], images=images or None, **options)
+        except ValueError as error:  # an image that is too long and narrow, for one
+            raise DataError(f"{sample.source}: the processor refuses the row: {error}") from error
         input_ids = inputs["input_ids"][0]
         self._check(sample, input_ids)
         split = self.adapter.split_images(self.model, inputs, len(images))
@@ -43,16 +48,19 @@ class PromptBuilder:
             raise DataError(f"{sample.source}: the prompt has {len(input_ids)} tokens, {limit}")
 
 
-def without_overlong(samples: Sequence[Sample], builder: PromptBuilder, limit: int) -> list[Sample]:
+def without_overlong(samples: Sequence[Sample], builder: PromptBuilder, limit: int) -> Sequence[Sample]:
     """The samples whose prompts have at most `limit` tokens; each prompt is made once for it."""
     reading = tqdm(samples, desc="measuring prompts", delay=2, disable=None)
-    kept = [sample for sample in reading if len(builder(sample).input_ids) <= limit]
+    kept = [sample.index for sample in reading if len(builder(sample).input_ids) <= limit]
     if not kept:
         raise SettingError(f"max_prompt_length is {limit}: every one of the {len(samples)} prompts is longer")
     if len(kept) < len(samples):
         counts = len(samples) - len(kept), len(samples), limit
         logger.warning("%d of %d rows are left out: their prompts have more than %d tokens", *counts)
-    return kept
+    if isinstance(samples, Samples):
+        return samples.select(kept)
+    within = set(kept)
+    return [sample for sample in samples if sample.index in within]
 
 
 class PromptDataset(Dataset[Prompt]):
@@ -70,4 +78,6 @@ class PromptDataset(Dataset[Prompt]):
 
     def of_sample(self, index: int) -> Prompt:
         """The prompt of the sample of this `Sample.index`."""
+        if isinstance(self.samples, Samples):
+            return self.builder(self.samples.sample(index))
         return self.builder(next(sample for sample in self.samples if sample.index == index))

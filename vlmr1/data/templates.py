@@ -1,7 +1,36 @@
-"""Question templates, by name (VLM-R1's own words)."""
+"""Question templates, by name: VLM-R1's own words for its tasks, some of them other for some families."""
 
-REC_QUESTION = (
+from __future__ import annotations
+
+from vlmr1.data.messages import check_template
+
+DEFAULT = (
     "{question} First output the thinking process in <think> </think> tags and then output the final answer in "
-    "<answer> </answer> tags. Output the final answer in JSON format."
+    "<answer> </answer> tags."
 )
-TEMPLATES = {"rec": REC_QUESTION, "none": "{question}"}
+TAGS = (
+    "First thinks about the reasoning process in the mind and then provides the user with the answer. The reasoning "
+    "process and answer are enclosed within <think> </think> and <answer> </answer> tags, respectively, i.e., "
+    "<think> reasoning process here </think>"
+)
+REC_QUESTION = f"{DEFAULT} Output the final answer in JSON format."
+TEMPLATES = {
+    "default": DEFAULT,
+    "rec": REC_QUESTION,  # a referring expression -> a box
+    "ic": f"{{question}} {TAGS}<answer> json format answer here </answer>",  # image captions
+    "odLength": f"{TAGS}<answer> answer here </answer>\n{{question}}",  # object detection with the length reward
+    "gui": DEFAULT,  # defects in screenshots, several images
+    "no-think": "{question} Output the final answer in <answer> </answer> tags.",
+    "none": "{question}",
+}
+ONE_WORDING = {name: DEFAULT for name in ("rec", "ic", "odLength", "gui")}
+OF_FAMILY = {"internvl": ONE_WORDING, "glm4v": ONE_WORDING}  # by model type, where it is not that of TEMPLATES
+
+
+def question_text(template: str, model_type: str | None = None) -> str:
+    """A template's text by its name, for a model type where that matters, or the text itself.
+
+    Raises SettingError for a text that does not hold `{question}` once, an unknown name among them."""
+    text = OF_FAMILY.get(model_type or "", {}).get(template) or TEMPLATES.get(template, template)
+    check_template(text, TEMPLATES)
+    return text

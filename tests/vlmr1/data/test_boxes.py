@@ -1,0 +1,82 @@
+"""Box coordinates: there and back, known numbers, and the size that the image processors make."""
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from vlmr1.data.images import enlarged
+from vlmr1.errors import SettingError
+from vlmr1.models import ADAPTERS
+from vlmr1.models.boxes import SPACES, from_original, grid_size, resized_size, to_original
+
+SIDE = st.integers(1, 20_000)
+NUMBER = st.floats(-1e6, 1e6)
+PROCESSORS = {
+    "qwen2_vl": Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 64}),
+    "qwen3_vl": Qwen2VLImageProcessorPil(patch_size=16, size={"shortest_edge": 64 * 64, "longest_edge": 32 * 32 * 64}),
+    "glm4v": Glm4vImageProcessorPil(size={"shortest_edge": 2 * 56 * 56, "longest_edge": 2 * 28 * 28 * 64}),
+}
+
+
+def test_every_family_has_its_coordinates():
+    assert SPACES.keys() == ADAPTERS.keys()
+
+
+@pytest.mark.parametrize("family", SPACES)
+@given(box=st.tuples(NUMBER, NUMBER, NUMBER, NUMBER), size=st.tuples(SIDE, SIDE), resized=st.tuples(SIDE, SIDE))
+@example(box=(0.0, 0.0, 640.0, 427.0), size=(640, 427), resized=(644, 420))
+def test_there_and_back(family, box, size, resized):
+    there_and_back = from_original(to_original(box, family, size, resized), family, size, resized)
+    back_and_there = to_original(from_original(box, family, size, resized), family, size, resized)
+    np.testing.assert_allclose(there_and_back, box, rtol=1e-9, atol=1e-300)
+    np.testing.assert_allclose(back_and_there, box, rtol=1e-9, atol=1e-300)
+
+
+@pytest.mark.parametrize(
+    "family, expected",
+    [
+        ("qwen2_vl", (10, 20, 640, 480)),
+        ("qwen2_5_vl", (10, 20, 640, 480)),
+        ("qwen3_vl", (6.4, 9.6, 409.6, 230.4)),
+        ("internvl", (6.4, 9.6, 409.6, 230.4)),
+        ("glm4v", (6.4, 9.6, 409.6, 230.4)),
+        ("idefics3", (10, 20, 640, 480)),
+        ("smolvlm", (10, 20, 640, 480)),
+    ],
+)
+def test_known_numbers(family, expected):
+    """A file of 640 x 480 that the tower sees as 320 x 960."""
+    box = {"qwen2_vl": (5, 40, 320, 960), "qwen2_5_vl": (5, 40, 320, 960)}.get(family, (10, 20, 640, 480))
+    assert to_original(box, family, (640, 480), (320, 960)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_unknown_families_are_refused():
+    with pytest.raises(SettingError, match=r"^no box coordinates are known for llava; there are for qwen2_vl, "):
+        to_original((0, 0, 1, 1), "llava", (1, 1), (1, 1))
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+@settings(max_examples=30, deadline=None)
+@given(width=st.integers(1, 500), height=st.integers(1, 500))
+@example(width=28, height=28)
+@example(width=41, height=43)
+@example(width=500, height=3)
+def test_the_size_is_that_of_the_processor(name, width, height):
+    processor = PROCESSORS[name]
+    image = enlarged(Image.new("RGB", (width, height)))
+    if max(image.size) > 200 * min(image.size):
+        with pytest.raises(ValueError, match="aspect ratio"):
+            resized_size(processor, image.size)
+        return
+    grid = processor(images=[image], return_tensors="np")["image_grid_thw"]
+    assert resized_size(processor, image.size) == grid_size(grid, processor.patch_size)
+
+
+def test_processors_of_tiles_have_no_such_size():
+    with pytest.raises(SettingError, match=r"^GotOcr2ImageProcessorPil does not resize images to a grid of merged"):
+        resized_size(GotOcr2ImageProcessorPil(size={"height": 56, "width": 56}), (100, 100))

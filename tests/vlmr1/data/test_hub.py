@@ -1,0 +1,195 @@
+"""Hugging Face data sets as rows: saved directories, Parquet with image bytes, and what cannot be read."""
+
+import io
+import pickle
+import sys
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlmr1.data.images import ImageBytes, open_image
+from vlmr1.data.samples import load_samples, validation_split
+from vlmr1.data.sources import open_rows
+from vlmr1.errors import DataError, SettingError
+
+COLOURS = [(10, 20, 30), (40, 50, 60), (70, 80, 90)]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+
+def encoded(colour):
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 30), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def conversations(i):
+    return [{"from": "human", "value": "<image>Where?"}, {"from": "gpt", "value": f"answer {i}"}]
+
+
+def load(name, folders=(), **options):
+    return load_samples([name], folders, question="{question}", check_images=True, **options)
+
+
+def colours(samples):
+    return [open_image(image, "").getpixel((0, 0)) for sample in samples for image in sample.images]
+
+
+def with_image_feature():
+    features = datasets.Features(
+        {"image": datasets.Image(), "prompt": datasets.Value("string"), "solution": datasets.Value("string")}
+    )
+    images = [Image.new("RGB", (40, 30), colour) for colour in COLOURS]
+    rows = {"image": images, "prompt": ["Where?"] * 3, "solution": ["a", "b", "c"]}
+    return datasets.Dataset.from_dict(rows, features)
+
+
+def test_a_saved_directory(tmp_path):
+    with_image_feature().save_to_disk(tmp_path / "saved")
+    samples = load(tmp_path / "saved")
+    assert [sample.source for sample in samples] == [f"{tmp_path}/saved:{i}" for i in (1, 2, 3)]
+    assert [sample.solution for sample in samples] == ["a", "b", "c"]
+    assert samples[0].messages[0]["content"] == [{"type": "image"}, {"type": "text", "text": "Where?"}]
+    assert colours(samples) == COLOURS
+
+
+def test_splits_of_a_saved_directory(tmp_path):
+    data = with_image_feature()
+    datasets.DatasetDict({"train": data.select([0, 1]), "test": data.select([2])}).save_to_disk(tmp_path / "saved")
+    assert colours(load(f"{tmp_path}/saved@test")) == COLOURS[2:]
+    assert load(f"{tmp_path}/saved@test")[0].source == f"{tmp_path}/saved@test:1"
+    for name in ("saved", "saved@validation"):
+        with pytest.raises(SettingError, match=r"name a split of .*/saved, .*/saved@SPLIT: one of train, test$"):
+            load(f"{tmp_path}/{name}")
+
+
+def test_the_only_split_needs_no_name(tmp_path):
+    datasets.DatasetDict({"train": with_image_feature()}).save_to_disk(tmp_path / "saved")
+    assert colours(load(tmp_path / "saved")) == COLOURS
+
+
+def test_a_single_data_set_has_no_split(tmp_path):
+    with_image_feature().save_to_disk(tmp_path / "saved")
+    with pytest.raises(SettingError, match=r"saved is a single data set, it has no split 'train'$"):
+        load(f"{tmp_path}/saved@train")
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    """VLM-R1's rows as a table: images as structs of bytes and path, one row with two, one without any."""
+    structs = [{"bytes": encoded(colour), "path": f"{i}.png"} for i, colour in enumerate(COLOURS)]
+    text_only = [{"from": "human", "value": "1 + 1?"}, {"from": "gpt", "value": "2"}]
+    two = [{"from": "human", "value": "<image> or <image>?"}, {"from": "gpt", "value": "the first"}]
+    rows = {
+        "images": [structs[:1], None, structs[1:]],
+        "conversations": [conversations(0), text_only, two],
+        "source": ["a", "b", "c"],
+    }
+    path = tmp_path / "rows.parquet"
+    datasets.Dataset.from_dict(rows).to_parquet(path)
+    return path
+
+
+def test_parquet_with_image_bytes(parquet):
+    samples = load(parquet)
+    assert [len(sample.images) for sample in samples] == [1, 0, 2]
+    assert colours(samples) == COLOURS
+    assert [str(image) for sample in samples for image in sample.images] == ["0.png", "1.png", "2.png"]
+    assert [sample.solution for sample in samples] == ["answer 0", "2", "the first"]
+    assert samples[2].messages[0]["content"] == [
+        {"type": "image"},
+        {"type": "text", "text": "or "},
+        {"type": "image"},
+        {"type": "text", "text": "?"},
+    ]
+    assert samples[1].columns == {"source": "b"}
+
+
+def test_equal_images_of_two_rows_are_one(tmp_path):
+    rows = {"image": [{"bytes": encoded(COLOURS[0]), "path": None}] * 2, "prompt": ["a", "b"], "solution": ["x", "y"]}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "rows.parquet")
+    one, two = load(tmp_path / "rows.parquet")
+    assert one.images == two.images
+    assert [image.name for each in (one, two) for image in each.images] == [
+        f"1 of {tmp_path}/rows.parquet:{i}" for i in (1, 2)
+    ]
+
+
+def test_a_table_travels_to_a_worker_and_is_split(parquet):
+    samples = pickle.loads(pickle.dumps(load(parquet)))
+    assert colours(samples) == COLOURS
+    train, validation = validation_split(samples, 0.3, 0)
+    assert sorted(sample.index for part in (train, validation) for sample in part) == [0, 1, 2]
+
+
+def test_a_broken_image_names_its_row(tmp_path):
+    good, bad = encoded(COLOURS[0]), encoded(COLOURS[1])[:-30]
+    rows = {
+        "image": [{"bytes": data, "path": "x.png"} for data in (good, bad)],
+        "prompt": ["a"] * 2,
+        "solution": ["x"] * 2,
+    }
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(DataError) as caught:
+        load(tmp_path / "rows.parquet")
+    assert str(caught.value).startswith(f"{tmp_path}/rows.parquet:2: image x.png cannot be decoded: ")
+
+
+def test_file_names_in_a_table(tmp_path):
+    Image.new("RGB", (40, 30), COLOURS[1]).save(tmp_path / "a.png")
+    rows = {"image": ["a.png"], "prompt": ["a"], "solution": ["x"]}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "rows.parquet")
+    (sample,) = load(tmp_path / "rows.parquet", [tmp_path])
+    assert sample.images == (tmp_path / "a.png",)
+
+
+def test_in_memory_data_sets_keep_their_bytes():
+    from vlmr1.data.folder import ImageFolder
+    from vlmr1.data.hub import DatasetRows
+    from vlmr1.data.samples import Samples
+
+    samples = Samples([(DatasetRows("mine", with_image_feature()), ImageFolder(None))], "{question}")
+    assert colours(samples) == COLOURS
+    assert all(isinstance(sample.images[0], ImageBytes) for sample in samples)
+    assert np.asarray(open_image(samples[0].images[0], "")).shape == (30, 40, 3)
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("broken.parquet", "data_file_paths: {folder}/broken.parquet cannot be read: "),
+        ("nothing@train", "data_file_paths: {folder}/nothing@train is not a file, nor a directory of save_to_disk"),
+        ("empty", "data_file_paths: {folder}/empty is not a file, nor a directory of save_to_disk"),
+    ],
+)
+def test_unreadable(tmp_path, name, expected):
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SettingError) as caught:
+        open_rows(f"{tmp_path}/{name}")
+    assert str(caught.value).startswith(expected.format(folder=tmp_path))
+
+
+def test_a_hub_name_asks_for_its_split(monkeypatch):
+    asked = []
+
+    def load_dataset(*names, **options):
+        asked.append((names, options))
+        return with_image_feature()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    samples = load("owner/name@train[:3]:owner/other@test")
+    assert asked == [(("owner/name",), {"split": "train[:3]"}), (("owner/other",), {"split": "test"})]
+    assert [samples[i].source for i in (2, 3)] == ["owner/name@train[:3]:3", "owner/other@test:1"]
+
+
+def test_a_missing_package_is_named(monkeypatch, parquet):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(SettingError, match=r"rows\.parquet needs the package datasets: pip install 'vlmr1\[data\]'$"):
+        load(parquet)

@@ -1,0 +1,170 @@
+"""TRL's rows -> samples: prompts as text and as messages, images as names, bytes and open images."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlmr1.data.folder import ImageFolder
+from vlmr1.data.images import ImageBytes, open_image
+from vlmr1.data.rows import ListRows
+from vlmr1.data.samples import Columns, Samples
+from vlmr1.errors import DataError
+
+IMAGE = {"type": "image"}
+TEMPLATE = "Look. {question} Answer."
+
+
+@pytest.fixture
+def folder(tmp_path):
+    Image.new("RGB", (40, 30), (7, 8, 9)).save(tmp_path / "a.png")
+    return ImageFolder(tmp_path)
+
+
+def text(value):
+    return {"type": "text", "text": value}
+
+
+def encoded(colour):
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 30), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def sample(folder, row, question=TEMPLATE, columns=None):
+    samples = Samples([(ListRows("rows", [row]), folder)], question, columns or Columns())
+    return samples[0]
+
+
+def shown(made):
+    """Role and parts of each message, an image as I, a text as itself."""
+    return [
+        (each["role"], ["I" if part == IMAGE else part["text"] for part in each["content"]]) for each in made.messages
+    ]
+
+
+@pytest.mark.parametrize(
+    "prompt, images, expected",
+    [
+        pytest.param("Where? ", 0, [("user", ["Look. Where? Answer."])], id="text"),
+        pytest.param("Where?", 2, [("user", ["I", "I", "Look. Where? Answer."])], id="text-and-images"),
+        pytest.param("In <image>?", 1, [("user", ["Look. In ", "I", "? Answer."])], id="marker"),
+        pytest.param("Find it in <image>", 1, [("user", ["Look. Find it in ", "I", " Answer."])], id="marker-last"),
+        pytest.param("<image>", 1, [("user", ["I", "Look.  Answer."])], id="no-text"),
+        pytest.param(
+            [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Where?"}],
+            1,
+            [("system", ["Be brief."]), ("user", ["I", "Look. Where? Answer."])],
+            id="messages",
+        ),
+        pytest.param(
+            [
+                {"role": "user", "content": [IMAGE, text("What?")]},
+                {"role": "assistant", "content": "A cat."},
+                {"role": "user", "content": [text(" And "), IMAGE]},
+            ],
+            2,
+            [("user", ["I", "What?"]), ("assistant", ["A cat."]), ("user", ["Look.  And ", "I", " Answer."])],
+            id="turns-of-parts",
+        ),
+        pytest.param(
+            [{"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "Where?"}]}],
+            1,
+            [("user", ["I", "Look. Where? Answer."])],
+            id="nulls-of-a-table",
+        ),
+        pytest.param(
+            [{"role": "user", "content": [text("Print <image> here")]}],
+            1,
+            [("user", ["I", "Look. Print <image> here Answer."])],
+            id="marker-in-a-part-is-text",
+        ),
+    ],
+)
+def test_prompts(folder, prompt, images, expected):
+    made = sample(folder, {"prompt": prompt, "images": ["a.png"] * images, "solution": "x"})
+    assert shown(made) == expected
+    assert len(made.images) == images
+
+
+def test_without_a_template_messages_stay_as_they_are(folder):
+    content = [text(" Where "), IMAGE, text("\n")]
+    row = {"prompt": [{"role": "user", "content": content}], "image": "a.png", "solution": "x"}
+    made = sample(folder, row, "{question}")
+    assert made.messages == [{"role": "user", "content": content}]
+
+
+@pytest.mark.parametrize(
+    "value, colour, name",
+    [
+        pytest.param("a.png", (7, 8, 9), None, id="name"),
+        pytest.param(encoded((1, 2, 3)), (1, 2, 3), "1 of rows:1", id="bytes"),
+        pytest.param({"bytes": encoded((1, 2, 4)), "path": None}, (1, 2, 4), "1 of rows:1", id="struct"),
+        pytest.param({"bytes": encoded((1, 2, 5)), "path": "cat.png"}, (1, 2, 5), "cat.png", id="named-struct"),
+        pytest.param({"bytes": None, "path": "a.png"}, (7, 8, 9), None, id="struct-of-a-file"),
+        pytest.param(Image.new("RGB", (40, 30), (1, 2, 6)), (1, 2, 6), "1 of rows:1", id="open"),
+    ],
+)
+@pytest.mark.parametrize("column", ["image", "images"])
+def test_images(folder, tmp_path, value, colour, name, column):
+    row = {"prompt": "Where?", "solution": "x", column: [value] if column == "images" else value}
+    (image,) = sample(folder, row).images
+    if name is None:
+        assert image == tmp_path / "a.png"
+    else:
+        assert isinstance(image, ImageBytes)
+        assert image.name == name
+    assert np.unique(np.asarray(open_image(image, "x")).reshape(-1, 3), axis=0).tolist() == [list(colour)]
+
+
+@pytest.mark.parametrize("columns", [{"image": None}, {"images": None}, {"images": []}, {}], ids=repr)
+def test_rows_without_images(folder, columns):
+    made = sample(folder, {"prompt": "1 + 1?", "solution": 2} | columns, "{question}")
+    assert (made.images, made.solution, made.columns) == ((), "2", {})
+    assert made.messages == [{"role": "user", "content": [text("1 + 1?")]}]
+
+
+def test_named_columns(folder):
+    row = {"problem": "Where?", "answer": {"bbox_2d": [1, 2, 3, 4]}, "level": 3, "prompt": "not this"}
+    made = sample(folder, row, "{question}", Columns("problem", "answer"))
+    assert shown(made) == [("user", ["Where?"])]
+    assert json.loads(made.solution) == {"bbox_2d": [1, 2, 3, 4]}
+    assert made.columns == {"level": 3, "prompt": "not this"}
+
+
+@pytest.mark.parametrize(
+    "row, expected",
+    [
+        pytest.param({"prompt": 3}, "the prompt is neither text nor a list of messages but 3", id="number"),
+        pytest.param({"prompt": []}, "the prompt is neither text nor a list of messages but []", id="no-messages"),
+        pytest.param({"prompt": ["a"]}, 'a message is {"role": system or user or assistant', id="no-message"),
+        pytest.param({"prompt": [{"role": "tool", "content": "a"}]}, 'a message is {"role": system or', id="role"),
+        pytest.param({"prompt": [{"role": "user"}]}, "the content of a message is neither text nor parts", id="empty"),
+        pytest.param(
+            {"prompt": [{"role": "user", "content": [{"type": "video"}]}]},
+            'a part is {"type": "text", "text": ...} or {"type": "image"}, not {"type": "video"}',
+            id="video",
+        ),
+        pytest.param(
+            {"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+            "the last message of the prompt is of assistant, not of user",
+            id="assistant-last",
+        ),
+        pytest.param({"prompt": " "}, "a turn of user is empty", id="blank"),
+        pytest.param({"prompt": "a", "solution": None}, "no solution: the row has no column 'solution'", id="null"),
+        pytest.param({"prompt": "a", "completions": 1}, "a column cannot be called 'completions'", id="reserved"),
+        pytest.param({"prompt": "a", "image": {"path": "a.png"}}, "image is neither a file name nor a", id="path-only"),
+        pytest.param({"prompt": "a", "image": 3}, "image is neither a file name nor a list of file", id="number-image"),
+        pytest.param({"prompt": "a", "image": "../b.png"}, "image ../b.png leaves the image folder", id="outside"),
+        pytest.param(
+            {"prompt": "a", "image": Image.new("F", (9, 9), 7)}, "image 1 of rows:1 cannot be read", id="range"
+        ),
+        pytest.param({"prompt": "<image><image>", "image": "a.png"}, "2 <image> markers in the prompt for 1", id="two"),
+    ],
+)
+def test_faults(folder, row, expected):
+    with pytest.raises(DataError) as caught:
+        sample(folder, {"solution": "x"} | row, "{question}")
+    assert str(caught.value).startswith(f"rows:1: {expected}")

@@ -1,0 +1,67 @@
+"""What a check of data files found, and how it is written."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from vlmr1.data.faults import RowFault
+from vlmr1.errors import DataError
+
+BINS, BAR = 10, 40  # of the histogram: lines at most, and characters of the longest bar
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is wrong with one row."""
+
+    source: str  # "file:line"
+    kind: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.source}: {self.kind}: {self.what}"
+
+
+@dataclass
+class Findings:
+    """Faults are in the order of the rows."""
+
+    rows: int = 0
+    images: int = 0  # distinct ones that were decoded, or could not be
+    faults: list[Fault] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)  # tokens of each prompt that could be made
+
+    @property
+    def status(self) -> int:
+        """The exit status: 1 where there is a fault."""
+        return 1 if self.faults else 0
+
+    def text(self) -> str:
+        """A line a fault, the histogram of the prompts' lengths, and the sums."""
+        lines = [str(fault) for fault in self.faults]
+        lines += ["tokens a prompt:", histogram(self.lengths)] if self.lengths else []
+        kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(each.kind for each in self.faults).items())
+        found = f"{len(self.faults)} faults ({kinds})" if self.faults else "no faults"
+        return "\n".join([*lines, f"{self.rows} rows, {self.images} images: {found}"])
+
+
+def as_fault(error: DataError, source: str) -> Fault:
+    """The fault that an error of the row of `source` is about; without a kind of its own it is a reward's."""
+    kind = error.kind if isinstance(error, RowFault) else "solution"
+    return Fault(source, kind, str(error).removeprefix(f"{source}: "))
+
+
+def histogram(values: Sequence[int]) -> str:
+    """Bars over bins of equal width, one a line, with their counts."""
+    low, high = min(values), max(values)
+    width = -(-(high - low + 1) // BINS)
+    counts = Counter((value - low) // width for value in values)
+    most, digits = max(counts.values()), len(str(high))
+    lines = []
+    for place in range((high - low) // width + 1):
+        start, end = low + place * width, min(high, low + (place + 1) * width - 1)
+        bar = "#" * -(-BAR * counts[place] // most)
+        lines.append(f"{start:>{digits}} to {end:>{digits}}  {bar:{BAR}}  {counts[place]}")
+    return "\n".join(lines)

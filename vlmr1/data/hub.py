@@ -1,0 +1,84 @@
+"""Hugging Face data sets, local or from the hub, as rows. `datasets` is imported only where one is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vlmr1.data.rows import Row, Rows
+from vlmr1.errors import SettingError
+
+EXTRA = "data"  # the extra of the package that installs `datasets`
+
+
+class DatasetRows(Rows):
+    """Rows of an Arrow table that is mapped from disk; images stay as they are stored: bytes, or a path."""
+
+    def __init__(self, name: str, dataset: Any):
+        self.name = name
+        self.dataset = dataset.with_format("arrow")  # whatever `datasets` would decode, it does not
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def line(self, index: int) -> int:
+        return index + 1
+
+    def read(self, index: int) -> Row:
+        return self.dataset[index : index + 1].to_pylist()[0]
+
+
+def parquet_rows(path: Path) -> DatasetRows:
+    """Rows of a Parquet file, mapped from the Arrow copy that `datasets` keeps in its cache."""
+    datasets = imported(str(path))
+    return _made(str(path), lambda: datasets.Dataset.from_parquet(str(path)))
+
+
+def folder_rows(path: Path, split: str | None) -> DatasetRows:
+    """Rows of a directory that `save_to_disk` wrote."""
+    datasets = imported(str(path))
+    name = str(path) if split is None else f"{path}@{split}"
+    return _made(name, lambda: _split_of(datasets.load_from_disk(str(path)), split, str(path)))
+
+
+def hub_rows(name: str, split: str) -> DatasetRows:
+    """Rows of one split of a data set of the hub."""
+    datasets = imported(name)
+    return _made(f"{name}@{split}", lambda: datasets.load_dataset(name, split=split))
+
+
+def imported(name: str) -> Any:
+    """The `datasets` package; SettingError that names the extra where it is not installed."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise SettingError(
+            f"data_file_paths: {name} needs the package datasets: pip install 'vlmr1[{EXTRA}]'"
+        ) from error
+    return datasets
+
+
+def _made(name: str, load: Callable[[], Any]) -> DatasetRows:
+    from datasets.exceptions import DatasetsError
+    from pyarrow import ArrowException
+
+    try:
+        return DatasetRows(name, load())
+    except (OSError, ValueError, ArrowException, DatasetsError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SettingError(f"data_file_paths: {name} cannot be read: {reason}") from error
+
+
+def _split_of(loaded: Any, split: str | None, name: str) -> Any:
+    """The one data set, or the named one of several."""
+    if not hasattr(loaded, "keys"):
+        if split is not None:
+            raise SettingError(f"data_file_paths: {name} is a single data set, it has no split {split!r}")
+        return loaded
+    splits = list(loaded.keys())
+    if split is None and len(splits) == 1:
+        return loaded[splits[0]]
+    if split not in splits:
+        raise SettingError(f"data_file_paths: name a split of {name}, {name}@SPLIT: one of {', '.join(splits)}")
+    return loaded[split]

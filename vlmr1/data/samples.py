@@ -1,0 +1,157 @@
+"""Rows -> samples, read when they are asked for; every fault of a row is found before training time is spent.
+
+A row is VLM-R1's, `{"id", "image": str | [str], "conversations": [{"from": "human", "value": "<image>Locate ..."},
+{"from": "gpt", "value": "<answer>...</answer>"}], ...}`, or TRL's, `{"prompt": text | [message], "image" or "images",
+"solution", ...}`. Without images it is text only.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, overload
+
+from tqdm import tqdm
+
+from vlmr1.data.faults import row_fault
+from vlmr1.data.folder import ImageFolder, image_of, image_values
+from vlmr1.data.images import image_faults
+from vlmr1.data.messages import as_text, check_template, from_prompt, from_turns
+from vlmr1.data.rows import Row, Rows
+from vlmr1.data.sources import open_sources
+from vlmr1.errors import DataError, SettingError
+from vlmr1.types import Sample
+
+RESERVED = ("solution", "prompts", "completions", "completion_ids")  # arguments of a reward function
+
+OnFault = Callable[[DataError], None]
+
+
+def stop(fault: DataError) -> None:
+    raise fault
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where a row of TRL's format has its prompt and its solution."""
+
+    prompt: str = "prompt"
+    solution: str = "solution"
+
+
+class Samples(Sequence[Sample]):
+    """The rows of some data files. A sample is made anew each time that it is asked for; no image is held."""
+
+    def __init__(
+        self,
+        sources: Sequence[tuple[Rows, ImageFolder]],
+        question: str,
+        columns: Columns = Columns(),
+        indices: Sequence[int] | None = None,
+    ):
+        check_template(question)
+        self.sources = list(sources)
+        self.question = question
+        self.columns = columns
+        self.ends = list(accumulate(len(rows) for rows, _ in sources))
+        self.indices: Sequence[int] = range(self.ends[-1]) if indices is None else indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        if isinstance(index, slice):
+            return [self.sample(i) for i in self.indices[index]]
+        return self.sample(self.indices[index])
+
+    def sample(self, index: int, on_fault: OnFault = stop) -> Sample:
+        """The sample whose `Sample.index` is this. `on_fault` gets the faults of images, which are then left out."""
+        rows, folder, place = self._place(index)
+        return self._sample(rows.read(place), rows.source(place), index, folder, on_fault)
+
+    def source(self, index: int) -> str:
+        """ "file:line" of the sample whose `Sample.index` is this."""
+        rows, _, place = self._place(index)
+        return rows.source(place)
+
+    def select(self, indices: Sequence[int]) -> Samples:
+        """Those samples whose `Sample.index` is one of these, in this order."""
+        return Samples(self.sources, self.question, self.columns, indices)
+
+    def _place(self, index: int) -> tuple[Rows, ImageFolder, int]:
+        which = bisect_right(self.ends, index)
+        return *self.sources[which], index - (self.ends[which - 1] if which else 0)
+
+    def _sample(self, row: Row, source: str, index: int, folder: ImageFolder, on_fault: OnFault) -> Sample:
+        values = image_values(row, source)
+        if row.get("conversations") is not None or self.columns.prompt not in row:
+            used = {"conversations", "image", "images"}
+            messages, solution = from_turns(row.get("conversations"), len(values), self.question, source)
+        else:
+            used = {self.columns.prompt, self.columns.solution, "image", "images"}
+            messages = from_prompt(row[self.columns.prompt], len(values), self.question, source)
+            if row.get(self.columns.solution) is None:
+                raise row_fault(source, "solution", f"no solution: the row has no column {self.columns.solution!r}")
+            solution = as_text(row[self.columns.solution])
+        columns = {key: value for key, value in row.items() if key not in used}
+        for name in RESERVED:
+            if name in columns:
+                what = f"a column cannot be called {name!r}: reward functions get ours by this name"
+                raise row_fault(source, "column", what)
+        images: list[Any] = []
+        for place, value in enumerate(values):
+            try:
+                images.append(image_of(value, folder, f"{place + 1} of {source}", source))
+            except DataError as error:
+                on_fault(error)
+        return Sample(messages, tuple(images), solution, source, index, columns)
+
+
+def load_samples(
+    data_file_paths: Sequence[str | Path],
+    image_folders: Sequence[str | Path],
+    *,
+    question: str,
+    check_images: bool,
+    prompt_column: str = "prompt",
+    solution_column: str = "solution",
+) -> Samples:
+    """All rows of all files, in order; `open_sources` says what a file may be.
+
+    `question` is a text with `{question}` in it; the last user turn takes that place. Each row is read once here, and
+    with `check_images` each distinct image is decoded once. Raises DataError "file:line: what is wrong" for the first
+    fault, or SettingError for a file or folder that does not exist.
+    """
+    check_template(question)
+    sources = open_sources(data_file_paths, image_folders)
+    for rows, _ in sources:
+        if not len(rows):
+            raise DataError(f"{rows.name}: the data set is empty: no rows in this file")
+    samples = Samples(sources, question, Columns(prompt_column, solution_column))
+    reading = tqdm(samples, desc="checking rows", delay=2, disable=None)
+    every = ((image, sample.source) for sample in reading for image in sample.images)
+    for fault in image_faults(every) if check_images else (None for _ in every):
+        if fault is not None:
+            raise fault
+    return samples
+
+
+def validation_split(samples: Samples, ratio: float, seed: int) -> tuple[Samples, Samples]:
+    """(train, validation): `ratio` of the rows, at least one of each, drawn by the seed and the rows' places alone.
+
+    The two are disjoint and each in the order of the files. Raises SettingError where a part would be empty."""
+    if not 0 < ratio < 1:
+        raise SettingError(f"val_split_ratio is {ratio}: it must be above 0 and below 1")
+    if len(samples) < 2:
+        raise SettingError(f"val_split_ratio is {ratio}: {len(samples)} rows cannot be split")
+    count = min(len(samples) - 1, max(1, round(len(samples) * ratio)))
+    drawn = sorted(samples.indices, key=lambda index: blake2b(f"{seed}:{index}".encode(), digest_size=8).digest())
+    return samples.select(sorted(drawn[count:])), samples.select(sorted(drawn[:count]))

@@ -1,0 +1,72 @@
+"""Names of data files and image folders -> rows, and where the images of each file are looked for."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from vlmr1.data.folder import ImageFolder
+from vlmr1.data.hub import folder_rows, hub_rows, parquet_rows
+from vlmr1.data.rows import Rows, json_rows
+from vlmr1.errors import SettingError
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+JOINT = re.compile(r":(?![^\[\]]*\])")  # not the colon of a slice, as in train[:100]
+
+
+def open_sources(
+    data_file_paths: Sequence[str | Path], image_folders: Sequence[str | Path]
+) -> list[tuple[Rows, ImageFolder]]:
+    """The rows of each data file, in order, with its image folder.
+
+    A data file is a JSON or Parquet file, a directory that `save_to_disk` wrote (DIRECTORY@SPLIT where it has
+    several), or a split of a hub data set (OWNER/NAME@SPLIT). Several may be joined by ':', and so may folders. One
+    folder serves all files, or there is one for each; none is needed where rows hold their images.
+    Raises SettingError for what does not exist."""
+    files, folders = split_names(data_file_paths), split_names(image_folders)
+    if not files:
+        raise SettingError("data_file_paths is empty: name at least one data file")
+    if len(folders) not in (0, 1, len(files)):
+        raise SettingError(
+            f"image_folders has {len(folders)} folders for {len(files)} data files: give one for all, or one for each"
+        )
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise SettingError(f"image_folders: {folder} is not a directory")
+    places = [ImageFolder(Path(folder)) for folder in folders] or [ImageFolder(None)]
+    places *= len(files) if len(places) == 1 else 1
+    return [(open_rows(file), place) for file, place in zip(files, places, strict=True)]
+
+
+def open_rows(name: str) -> Rows:
+    """The rows of one data file, directory or hub data set."""
+    path = Path(name)
+    base, _, split = name.partition("@")
+    if path.is_file():
+        return parquet_rows(path) if path.suffix.lower() == ".parquet" else json_rows(path)
+    if path.is_dir() and is_saved(path):
+        return folder_rows(path, None)
+    if split and is_saved(Path(base)):
+        return folder_rows(Path(base), split)
+    if split and HUB_NAME.fullmatch(base):
+        return hub_rows(base, split)
+    raise SettingError(
+        f"data_file_paths: {name} is not a file, nor a directory of save_to_disk, nor a hub data set with its split "
+        "(OWNER/NAME@SPLIT)"
+    )
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` wrote this directory."""
+    return any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
+
+
+def split_names(names: Iterable[str | Path]) -> list[str]:
+    """Names that are joined by ':', one by one; what exists under its whole name is one."""
+    return [
+        part
+        for name in map(str, names)
+        for part in ([name] if os.path.exists(name) else filter(None, JOINT.split(name)))
+    ]
