@@ -31,7 +31,9 @@ class CMakeBuild(build_ext):
 setup(
     packages=find_packages(".", include=["vlmr1*"]) + find_packages("kernels", include=["vlmr1_kernels*"]),
     package_dir={"vlmr1_kernels": "kernels/vlmr1_kernels"},
-    package_data={"vlmr1": ["models/*.md", "recipes/*.yaml", "report/*.css", "tiny/checkpoint/*"]},
+    package_data={
+        "vlmr1": ["data/*.md", "models/*.md", "recipes/*.yaml", "rewards/*.md", "report/*.css", "tiny/checkpoint/*"]
+    },
     include_package_data=False,
     ext_modules=[LIBRARY],
     cmdclass={"build_ext": CMakeBuild},

@@ -1,4 +1,4 @@
-"""vlmr1 demo | train | evaluate | doctor."""
+"""vlmr1 demo | train | evaluate | data | doctor."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from vlmr1.data.check import add_arguments, check_command
 from vlmr1.errors import UserError
 from vlmr1_kernels.registry import ImplementationError
 
@@ -31,25 +32,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     evaluate.add_argument("--max_completion_length", type=int, default=256)
     evaluate.add_argument("--batch_size", type=int, default=32)
     evaluate.add_argument("--out", type=Path, help="JSONL file for the completions")
+    data = commands.add_parser("data", help="check data files before training")
+    check = data.add_subparsers(dest="action", required=True).add_parser("check", help="every fault, by file and line")
+    add_arguments(check)
     commands.add_parser("doctor", help="what this machine has, and which kernels it would use")
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command not in ("train", "demo"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
-        _run(options, rest)
+        return _run(options, rest)
     except (UserError, ImplementationError) as error:
         print(f"vlmr1: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
-def _run(options: argparse.Namespace, rest: list[str]) -> None:
+def _run(options: argparse.Namespace, rest: list[str]) -> int:
     if options.command == "doctor":
         from vlmr1.doctor import doctor
 
         print(doctor())
-        return
+        return 0
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -69,6 +72,9 @@ def _run(options: argparse.Namespace, rest: list[str]) -> None:
         from vlmr1.evaluation.command import evaluate_command
 
         evaluate_command(options)
+    elif options.command == "data":
+        return check_command(options)
+    return 0
 
 
 if __name__ == "__main__":

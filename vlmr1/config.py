@@ -8,8 +8,10 @@ from typing import Literal
 from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from vlmr1.data.templates import TEMPLATES
+from vlmr1.data.templates import TEMPLATES, question_text
 from vlmr1.errors import SettingError
+from vlmr1.rewards.judge import Judge
+from vlmr1.rewards.settings import RewardSettings
 from vlmr1.rollout.sampling import SamplingSettings
 from vlmr1_kernels import GRPOSettings
 from vlmr1_kernels.registry import ImplementationError, parse_choices
@@ -49,8 +51,15 @@ class GRPOConfig(TrainingArguments):
     attn_implementation: str = field(
         default="sdpa", metadata={"help": "attention of the vision tower and of unpacked passes"}
     )
-    data_file_paths: list[str] = field(default_factory=list, metadata={"help": "JSONL files in VLM-R1's format"})
-    image_folders: list[str] = field(default_factory=list, metadata={"help": "one for each data file, or one for all"})
+    data_file_paths: list[str] = field(
+        default_factory=list, metadata={"help": "JSON lines, JSON, parquet, data set folders or hub ids"}
+    )
+    image_folders: list[str] = field(
+        default_factory=list,
+        metadata={"help": "one for each data file, one for all, or none where rows hold their images"},
+    )
+    prompt_column: str = field(default="prompt", metadata={"help": "of rows in TRL's format"})
+    solution_column: str = field(default="solution", metadata={"help": "of rows in TRL's format"})
     check_images: bool = field(default=True, metadata={"help": "decode every image before training"})
     question_template: str = field(
         default="rec", metadata={"help": f"{', '.join(TEMPLATES)}, or a text with {{question}} in it"}
@@ -60,6 +69,26 @@ class GRPOConfig(TrainingArguments):
     reward_funcs: list[str] = field(default_factory=lambda: ["accuracy", "format"])
     reward_weights: list[float] | None = field(default=None, metadata={"help": "one a reward; default 1 each"})
     scale_rewards: Literal["group", "batch", "none"] = "group"
+    reward_mode: Literal["strict", "vlmr1"] = field(
+        default="strict", metadata={"help": "vlmr1 scores as the published code does, oddities included"}
+    )
+    accu_reward_method: list[str] = field(
+        default_factory=lambda: ["iou"],
+        metadata={"help": "of the accuracy reward: one for all data files, or one for each; a row's own column wins"},
+    )
+    judge_url: str | None = field(default=None, metadata={"help": "OpenAI-compatible API of accu_reward_method llm"})
+    judge_model: str | None = None
+    judge_timeout: float = field(default=60.0, metadata={"help": "seconds a request"})
+    judge_retries: int = 3
+    judge_concurrency: int = 8
+    overlong_cache_length: int | None = field(
+        default=None, metadata={"help": "tokens of the `overlong` reward's slope"}
+    )
+    length_reward_max: int = field(default=1024, metadata={"help": "tokens from which the `length` reward is flat"})
+    reward_workers: int = field(
+        default=2, metadata={"help": "processes for rewards that may hang, started when needed; 0: none, no time limit"}
+    )
+    reward_timeout: float = field(default=10.0, metadata={"help": "seconds a completion, in those processes"})
 
     # Rollout
     prompts_per_device: int = field(default=8, metadata={"help": "prompts that each device works on in one update"})
@@ -175,6 +204,11 @@ class GRPOConfig(TrainingArguments):
                 raise SettingError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.overlong_prompts == "filter" and self.max_prompt_length is None:
             raise SettingError("overlong_prompts=filter needs max_prompt_length")
+        if not self.accu_reward_method:
+            raise SettingError("accu_reward_method is empty: name one method, or one for each data file")
+        if self.reward_workers < 0:
+            raise SettingError(f"reward_workers is {self.reward_workers}: it must not be negative")
+        self.rewards()
         if self.steps_per_generation * self.num_iterations > 1:
             for name, value in (("ignore_data_skip", False), ("dataloader_in_order", True)):
                 if getattr(self, name) != value:
@@ -184,7 +218,7 @@ class GRPOConfig(TrainingArguments):
                     )
         if self.full_determinism and self.device.type == "cuda":
             raise SettingError("full_determinism has no effect on a GPU yet: sampling uses sums that vary there")
-        for name in ("temperature", "repetition_penalty", "rollout_kv_mib", "rollout_logp_alarm"):
+        for name in ("temperature", "repetition_penalty", "rollout_kv_mib", "rollout_logp_alarm", "reward_timeout"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise SettingError(f"{name} is {value}: it must be above 0")
@@ -234,6 +268,28 @@ class GRPOConfig(TrainingArguments):
             max_completion_length=self.max_completion_length,
         )
 
+    def rewards(self) -> RewardSettings:
+        """What the rewards of a run are asked for; SettingError where a setting is out of range."""
+        judge = None
+        if self.judge_url is not None:
+            judge = Judge(
+                self.judge_url,
+                self.judge_model or "",
+                timeout=self.judge_timeout,
+                retries=self.judge_retries,
+                concurrency=self.judge_concurrency,
+            )
+        elif self.judge_model is not None:
+            raise SettingError("judge_model needs judge_url")
+        return RewardSettings(
+            mode=self.reward_mode,
+            accu_reward_method=self.accu_reward_method[0],
+            judge=judge,
+            max_completion_length=self.max_completion_length,
+            overlong_cache_length=self.overlong_cache_length,
+            length_reward_max=self.length_reward_max,
+        )
+
     def sampling(self) -> SamplingSettings:
         """How the rollouts of a run draw."""
         return SamplingSettings(
@@ -251,19 +307,6 @@ class GRPOConfig(TrainingArguments):
     def skips_zero_advantage(self) -> bool:
         """`skip_zero_advantage`, or its default: whether the advantage is a completion's only source of gradient."""
         return self.beta == 0 if self.skip_zero_advantage is None else self.skip_zero_advantage
-
-    @property
-    def question_text(self) -> str:
-        return question_text(self.question_template)
-
-
-def question_text(template: str) -> str:
-    """A template's text by its name, or the text itself."""
-    text = TEMPLATES.get(template, template)
-    if "{question}" not in text:
-        known = ", ".join(TEMPLATES)
-        raise SettingError(f"question_template is {template!r}: one of {known}, or a text with {{question}} in it")
-    return text
 
 
 def _changed(setting: Field, value: object) -> bool:

@@ -11,7 +11,8 @@ import numpy as np
 from vlmr1.arguments import parse_config
 from vlmr1.checkpoint import last_complete
 from vlmr1.config import GRPOConfig
-from vlmr1.data.jsonl import load_samples
+from vlmr1.data.samples import load_samples
+from vlmr1.data.templates import question_text
 from vlmr1.evaluation.evaluate import Evaluation, evaluate
 from vlmr1.models import load_model, load_processor
 from vlmr1.progress import read_metrics
@@ -74,11 +75,13 @@ def demo(seed: int, output_dir: Path, changes: Sequence[str] = ()) -> None:
     print(f"{time.monotonic() - begin:.0f} s in all")
 
 
-def held_out(config: GRPOConfig, output_dir: Path) -> list[Sample]:
+def held_out(config: GRPOConfig, output_dir: Path) -> Sequence[Sample]:
     """Canvases whose scans training never shows."""
     folder = output_dir / "data"
     path = digits.write(folder, "held_out", HELD_OUT_ROWS, config.seed)
-    return load_samples([path], [folder / "images"], question=config.question_text, check_images=False)
+    return load_samples(
+        [path], [folder / "images"], question=question_text(config.question_template), check_images=False
+    )
 
 
 def measure(config: GRPOConfig, name: str, samples: Sequence[Sample]) -> Evaluation:
@@ -131,7 +134,7 @@ def examples(samples: Sequence[Sample], before: Evaluation, after: Evaluation) -
         assert true_box is not None
         out.append(
             Example(
-                image=sample.images[0],
+                image=Path(str(sample.images[0])),
                 question=sample.messages[0]["content"][-1]["text"].split(" First output")[0],
                 true_box=true_box,
                 box_before=predicted_box(before.texts[i]),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +17,7 @@ from vlmr1.types import Group, Pack, Prompt
 from vlmr1_kernels import PrefixLayout
 
 if TYPE_CHECKING:
+    from vlmr1.data.images import ImageRef
     from vlmr1.models.adapter import ImageInputs
 
 
@@ -86,7 +86,7 @@ def make_pack(groups: Sequence[Group], *, share_vision: bool = True) -> Pack:
     first = torch.tensor([group.prompt.next_position for group in groups for _ in group.completions])
     kinds = len(prompts[0].positions)
     branch_positions = [start + torch.arange(len(b)) for start, b in zip(first, branches, strict=True)]
-    images, paths, image_ids = unique_images(prompts) if share_vision else _all_images(prompts)
+    images, refs, image_ids = unique_images(prompts) if share_vision else _all_images(prompts)
     layout = PrefixLayout(
         tuple(len(p.input_ids) for p in prompts),
         tuple(tuple(len(c.token_ids) - 1 for c in group.completions) for group in groups),
@@ -97,7 +97,7 @@ def make_pack(groups: Sequence[Group], *, share_vision: bool = True) -> Pack:
         positions=torch.cat([p.positions for p in prompts] + [p.expand(kinds, -1) for p in branch_positions], dim=1),
         layout=layout,
         images=images,
-        image_paths=paths,
+        image_refs=refs,
         image_ids=image_ids,
         rows=_predicting_rows(layout),
         targets=torch.cat([c.token_ids for c in completions]),
@@ -121,23 +121,23 @@ def _predicting_rows(layout: PrefixLayout) -> Tensor:
     return torch.cat(rows)
 
 
-Images = tuple[tuple["ImageInputs", ...], tuple[Path, ...], tuple[int, ...]]
+Images = tuple[tuple["ImageInputs", ...], tuple["ImageRef", ...], tuple[int, ...]]
 
 
 def _all_images(prompts: Sequence[Prompt]) -> Images:
     images = tuple(image for prompt in prompts for image in prompt.images)
-    paths = tuple(path for prompt in prompts for path in prompt.sample.images)
-    return images, paths, tuple(range(len(images)))
+    refs = tuple(ref for prompt in prompts for ref in prompt.sample.images)
+    return images, refs, tuple(range(len(images)))
 
 
 def unique_images(prompts: Sequence[Prompt]) -> Images:
-    """The images to encode, each once, their files, and which of them stands at each placeholder run."""
-    images: dict[Path, ImageInputs] = {}
-    every, paths, _ = _all_images(prompts)
-    for path, image in zip(paths, every, strict=True):
-        images.setdefault(path, image)
-    place = {path: i for i, path in enumerate(images)}
-    return tuple(images.values()), tuple(images), tuple(place[path] for path in paths)
+    """The images to encode, each once, where they are from, and which of them stands at each placeholder run."""
+    images: dict[ImageRef, ImageInputs] = {}
+    every, refs, _ = _all_images(prompts)
+    for ref, image in zip(refs, every, strict=True):
+        images.setdefault(ref, image)
+    place = {ref: i for i, ref in enumerate(images)}
+    return tuple(images.values()), tuple(images), tuple(place[ref] for ref in refs)
 
 
 def _tokens(group: Group) -> int:

@@ -61,7 +61,7 @@ class PackedPolicy:
 
     def image_features(self, pack: Pack) -> list[ImageFeatures]:
         """What stands at each placeholder run of the pack."""
-        encoded = encode(self.adapter, self.model, pack.image_paths, pack.images, self.features)
+        encoded = encode(self.adapter, self.model, pack.image_refs, pack.images, self.features)
         return [encoded[i] for i in pack.image_ids]
 
     def hidden_rows(self, pack: Pack) -> Tensor:

@@ -63,6 +63,7 @@ class Progress(TrainerCallback):
 
     def _completions(self, step: int, groups: Any, count: int) -> None:
         """Append up to `count` completions of a step, each with its prompt's row, images and rewards."""
+        late = self.trainer.timed_out  # rewards that were not done in time, and are 0
         rows = [(group, i) for group in groups for i in range(len(group.completions))]
         for group, i in rows[:: max(1, len(rows) // count)][:count] if count else []:
             sample, completion = group.prompt.sample, group.completions[i]
@@ -75,6 +76,7 @@ class Progress(TrainerCallback):
                 "rewards": group.rewards[i].tolist(),
                 "advantage": float(group.advantages[i]),
                 "finish_reason": completion.finish_reason,
+                "timed_out": [t.reward for t in late if (t.source, t.completion) == (sample.source, i)],
             }
             self._append(COMPLETIONS, record)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from vlmr1.buffer import BufferSampler
 from vlmr1.checkpoint import clean, is_complete, last_complete
 from vlmr1.config import GRPOConfig
-from vlmr1.data.jsonl import load_samples
+from vlmr1.data.samples import load_samples
+from vlmr1.data.templates import question_text
 from vlmr1.errors import SettingError
-from vlmr1.models import load_model, load_processor
+from vlmr1.models import load_model, load_processor, model_type_of
 from vlmr1.progress import Progress
+from vlmr1.rewards.methods import with_methods
 from vlmr1.rewards.registry import check_samples
 from vlmr1.tiny import CHECKPOINT, digits
 from vlmr1.trainer import GRPOTrainer
@@ -46,19 +49,25 @@ CHANGEABLE = {
 }
 
 
-def prepare(config: GRPOConfig) -> tuple[Any, Any, list[Sample]]:
+def prepare(config: GRPOConfig) -> tuple[Any, Any, Sequence[Sample]]:
     """Model, processor and samples of a run, each row checked against the rewards that will score it."""
     output_dir = Path(config.output_dir or "output")
     if not config.model_name_or_path:
         raise SettingError(f"model_name_or_path is not set: a local directory, a hub id, or {TINY!r}")
     if not config.data_file_paths:
         raise SettingError(f"data_file_paths is not set: JSONL files, or {DIGITS!r}")
-    samples = load_samples(
-        *data_of(config, output_dir), question=config.question_text, check_images=config.check_images
-    )
-    check_samples(config.reward_funcs, samples)
     name = model_path(config.model_name_or_path)
     options = {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
+    samples: Sequence[Sample] = load_samples(
+        *data_of(config, output_dir),
+        question=question_text(config.question_template, model_type_of(name, **options)),
+        check_images=config.check_images,
+        prompt_column=config.prompt_column,
+        solution_column=config.solution_column,
+    )
+    if len(config.accu_reward_method) > 1:
+        samples = with_methods(samples, config.data_file_paths, config.accu_reward_method)
+    check_samples(config.reward_funcs, samples, config.rewards())
     model = load_model(
         name,
         dtype=getattr(torch, config.model_dtype),

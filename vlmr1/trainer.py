@@ -29,8 +29,9 @@ from vlmr1.models.features import FeatureCache
 from vlmr1.naive import NaivePolicy
 from vlmr1.packing import make_pack, plan_packs, repeated_prompt_tokens, with_signal, without_weight
 from vlmr1.policy import PackedPolicy, call
+from vlmr1.rewards.groups import TimedOut, score_groups
+from vlmr1.rewards.pool import RewardPool
 from vlmr1.rewards.registry import Reward, get_reward
-from vlmr1.rewards.score import score_groups
 from vlmr1.rollout import ENGINES
 from vlmr1.statistics import group_statistics
 from vlmr1.types import Group, Pack, Prompt, Sample, StepMetrics
@@ -55,7 +56,10 @@ class GRPOTrainer(BaseTrainer):
         if args.share_prompt or args.pack:
             check_dropout(model.config)
         self.processor = processor
-        self.rewards = [get_reward(reward) for reward in (reward_funcs or args.reward_funcs)]
+        settings = args.rewards()
+        self.rewards = [get_reward(reward, settings) for reward in (reward_funcs or args.reward_funcs)]
+        self.timed_out: list[TimedOut] = []  # of the last generation
+        self.reward_pool = RewardPool(args.reward_workers, args.reward_timeout) if args.reward_workers else None
         self.reward_weights = args.reward_weights or [1.0] * len(self.rewards)
         if len(self.reward_weights) != len(self.rewards):
             raise SettingError(f"reward_weights has {len(self.reward_weights)} values for {len(self.rewards)} rewards")
@@ -115,7 +119,7 @@ class GRPOTrainer(BaseTrainer):
         values |= group_statistics(part.groups, [reward.name for reward in self.rewards], self.reward_weights)
         values |= part.counts
         if prompts:
-            values |= self.engine.stats.values()
+            values |= self.engine.stats.values() | {"reward_timeouts": float(len(self.timed_out))}
             self._check_logp(values)
         else:  # the policy is not the one that drew these any more
             values = {name: value for name, value in values.items() if "logp_difference" not in name}
@@ -132,7 +136,8 @@ class GRPOTrainer(BaseTrainer):
         with phases("rollout"):
             groups = self.rollout(prompts)
         with phases("reward"):
-            groups = score_groups(groups, self.rewards)
+            self.timed_out = []
+            groups = score_groups(groups, self.rewards, pool=self.reward_pool, timed_out=self.timed_out)
             groups = with_advantages(groups, self.reward_weights, self.args.scale_rewards)
         parts = []
         for part in parts_of(groups, self.args.steps_per_generation):

@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import Tensor
 
+    from vlmr1.data.images import ImageRef
     from vlmr1.models.adapter import ImageInputs
     from vlmr1_kernels import PrefixLayout
 
@@ -23,7 +22,7 @@ class Sample:
     """One row of data. `source` is "file:line", for messages; `index` its place in the data set."""
 
     messages: list[dict[str, Any]]  # chat messages; image parts are {"type": "image"}
-    images: tuple[Path, ...]
+    images: tuple[ImageRef, ...]  # files, or the bytes of one
     solution: str
     source: str
     index: int
@@ -75,7 +74,7 @@ class Pack:
     positions: Tensor  # [K, L] int64
     layout: PrefixLayout  # which tokens are whose prefix
     images: tuple[ImageInputs, ...]  # the images to encode, each once
-    image_paths: tuple[Path, ...]  # the file of each
+    image_refs: tuple[ImageRef, ...]  # where each is from
     image_ids: tuple[int, ...]  # which of them stands at each placeholder run, in order
     rows: Tensor  # [N] int64: the rows whose hidden states predict completion tokens
     targets: Tensor  # [N] int64

@@ -12,7 +12,7 @@ import torch
 from vlmr1.checkpoint import last_complete
 from vlmr1.cli import main
 from vlmr1.config import GRPOConfig
-from vlmr1.data.jsonl import load_samples
+from vlmr1.data.samples import load_samples
 from vlmr1.errors import DivergedError
 from vlmr1.tiny import digits
 from vlmr1.trainer import GRPOTrainer

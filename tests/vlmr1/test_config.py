@@ -11,7 +11,7 @@ import yaml
 from vlmr1.arguments import RECIPES, parse_config, recipe_names
 from vlmr1.cli import main
 from vlmr1.config import REPLACED, GRPOConfig
-from vlmr1.data.templates import TEMPLATES
+from vlmr1.data.templates import TEMPLATES, question_text
 from vlmr1.errors import SettingError
 from vlmr1.run import arithmetic
 from vlmr1_kernels import GRPOSettings
@@ -43,7 +43,7 @@ def test_precedence(tmp_path):
     assert (config.learning_rate, config.reward_funcs, config.pack) == (2e-6, ["format"], False)
     assert (config.beta, config.max_steps) == (0.5, 7)
     assert (config.seed, config.kl, config.share_prompt) == (42, "k3", True)
-    assert config.question_text == TEMPLATES["none"] == "{question}"
+    assert question_text(config.question_template) == TEMPLATES["none"] == "{question}"
 
 
 def test_defaults():
@@ -107,6 +107,12 @@ REFUSED = {
         ["--dataloader_in_order", "false", "--steps_per_generation", "2"],
         "dataloader_in_order=False cannot be",
     ),
+    "judge_model": (["--judge_model", "qwen"], "judge_model needs judge_url"),
+    "judge_url": (["--judge_url", "localhost", "--judge_model", "qwen"], "judge_url is 'localhost'"),
+    "reward_workers": (["--reward_workers", "-1"], "reward_workers is -1"),
+    "reward_timeout": (["--reward_timeout", "0"], "reward_timeout is 0.0"),
+    "reward_mode": (["--reward_mode", "loose"], "--reward_mode"),
+    "overlong_cache_length": (["--overlong_cache_length", "300"], "overlong_cache_length is 300"),
     "rollout_logp_alarm": (["--rollout_logp_alarm", "0"], "rollout_logp_alarm is 0.0"),
     "skip_zero_advantage": (["--skip_zero_advantage", "true"], "skip_zero_advantage needs beta 0"),
     "prompts_per_device": (["--prompts_per_device", "0"], "prompts_per_device is 0"),

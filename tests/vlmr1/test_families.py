@@ -18,7 +18,7 @@ from tests.vlmr1.test_step_oracle import NAIVE, assert_equal_steps, step
 from vlmr1.checkpoint import last_complete
 from vlmr1.cli import main
 from vlmr1.config import GRPOConfig
-from vlmr1.data.jsonl import open_image
+from vlmr1.data.images import open_image
 from vlmr1.models import adapter_of, load_model, load_processor
 from vlmr1.models.idefics3 import tiles_of_images
 from vlmr1.models.runs import runs

@@ -56,14 +56,14 @@ def test_pack_by_hand():
     assert pack.old_logp is not None and pack.old_logp.tolist() == (-pack.targets).tolist()
     assert pack.sampling_logp is not None and pack.sampling_logp.tolist() == (-2 * pack.targets).tolist()
     assert pack.ref_logp is None
-    assert (pack.image_ids, pack.image_paths, pixels(pack)) == ((0,), (Path("a"),), [10])
+    assert (pack.image_ids, pack.image_refs, pixels(pack)) == ((0,), (Path("a"),), [10])
 
 
 def test_pack_of_one_completion_of_one_token():
     pack = make_pack([group(prompt(3), 1)])
     assert pack.input_ids.tolist() == [100, 101, 102] and pack.positions.shape == (3, 3)
     assert (pack.rows.tolist(), pack.targets.tolist(), pack.seq_ids.tolist()) == ([2], [1000], [0])
-    assert pack.images == pack.image_paths == pack.image_ids == ()
+    assert pack.images == pack.image_refs == pack.image_ids == ()
 
 
 def test_logprobs_are_absent_where_a_completion_has_none():

@@ -20,6 +20,22 @@ from vlmr1.rewards.answer import find_answer, has_format, iou, parse_box, soluti
 from vlmr1.rewards.registry import REWARDS
 from vlmr1.types import Completion, Group, Prompt, Sample
 
+NAMES = [
+    "accuracy",
+    "counting",
+    "format",
+    "format_rec_glm",
+    "format_rec_internvl",
+    "format_rec_qwen",
+    "iou",
+    "iou_glm",
+    "iou_internvl",
+    "iou_qwen",
+    "length",
+    "overlong",
+    "point_in_box",
+    "repetition",
+]
 SOLUTION = '<answer>{"bbox_2d": [0, 0, 10, 10], "label": "7"}</answer>'
 
 
@@ -174,13 +190,13 @@ def test_unknown_reward_names_known_and_nearest():
     with pytest.raises(SettingError) as caught:
         get_reward("acuracy")
     assert str(caught.value) == (
-        "reward_funcs: unknown reward 'acuracy'; did you mean 'accuracy'? Known: accuracy, format, "
+        f"reward_funcs: unknown reward 'acuracy'; did you mean 'accuracy'? Known: {', '.join(NAMES)}, "
         "or your own as module:function or file.py:function"
     )
 
 
 def test_unknown_reward_without_a_near_one():
-    with pytest.raises(SettingError, match=r"unknown reward 'x'\. Known: accuracy, format"):
+    with pytest.raises(SettingError, match=r"unknown reward 'x'\. Known: accuracy, counting"):
         get_reward("x")
 
 
@@ -226,8 +242,8 @@ def test_a_solution_without_a_box_is_found_before_training():
         with pytest.raises(DataError) as caught:
             check_samples(["format", reward], rows)
         assert str(caught.value) == (
-            'data.jsonl:2: the solution has no box {"bbox_2d": [x1, y1, x2, y2]} with an area: '
-            "'<answer>seven</answer>'"
+            "data.jsonl:2: the solution has no box: '<answer>seven</answer>'; "
+            'it must hold {"bbox_2d": [x1, y1, x2, y2]} with an area'
         )
 
 
@@ -342,5 +358,5 @@ def test_the_wrong_number_of_values(values, expected):
 
 
 def test_the_installed_rewards():
-    assert sorted(REWARDS) == ["accuracy", "format"]
+    assert sorted(REWARDS) == NAMES
     assert Path(get_reward("accuracy").function.__code__.co_filename).name == "accuracy.py"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.vlmr1.conftest import Maker
-from vlmr1.data.jsonl import open_image
+from vlmr1.data.images import open_image
 from vlmr1.errors import SettingError
 from vlmr1.models import adapter_of
 from vlmr1.naive import NaivePolicy

@@ -15,7 +15,8 @@ from safetensors import safe_open
 from sklearn.datasets import load_digits
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from vlmr1.data.jsonl import load_samples, open_image
+from vlmr1.data.images import open_image
+from vlmr1.data.samples import load_samples
 from vlmr1.rewards.answer import solution_box
 from vlmr1.tiny import CHECKPOINT, build, digits
 from vlmr1.tiny.texts import JITTER, jittered, prompt_text

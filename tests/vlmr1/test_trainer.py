@@ -15,9 +15,10 @@ import torch
 import vlmr1_kernels
 from tests.vlmr1.conftest import Maker
 from vlmr1.config import GRPOConfig
-from vlmr1.data.jsonl import load_samples
+from vlmr1.data.samples import load_samples
 from vlmr1.errors import DataError, SettingError
 from vlmr1.progress import Progress
+from vlmr1.rewards.registry import get_reward
 from vlmr1.tiny import digits
 from vlmr1.trainer import GRPOTrainer
 
@@ -209,6 +210,33 @@ def test_log_completions(count, model, processor, tmp_path):
     assert len(rows) == count
     for row in rows:
         assert row["step"] == 1 and len(row["rewards"]) == 2 and row["images"][0].endswith(".png")
+
+
+def test_a_reward_that_overruns_scores_0_and_is_recorded(model, processor, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import time\n\n\ndef slow(prompts, completions, **columns):\n    time.sleep(60)\n\n\nslow.one_by_one = True\n"
+    )
+    trainer = trainer_of(model, processor, tmp_path, prompts_per_device=1, reward_workers=1, reward_timeout=0.3)
+    trainer.rewards = [get_reward(f"{path}:slow"), trainer.rewards[0]]
+    progress = Progress(tmp_path, console=False)
+    progress.trainer = trainer
+    trainer.add_callback(progress)
+    trainer.train()
+    assert trainer.state.log_history[0]["reward_timeouts"] == 3
+    (group,) = trainer.last_groups
+    assert group.rewards.tolist() == [[0, 0], [0, 1], [0, 2]]
+    rows = [json.loads(line) for line in (tmp_path / "completions.jsonl").read_text().splitlines()]
+    assert rows and all(row["timed_out"] == [trainer.rewards[0].name] for row in rows)
+
+
+@pytest.mark.parametrize(("method", "expected"), [("iou", 1.0), ("all_match", 0.0)])
+def test_accu_reward_method_reaches_the_reward(method, expected, model, processor, tmp_path):
+    trainer = trainer_of(model, processor, tmp_path, accu_reward_method=[method])
+    reward = get_reward("accuracy", trainer.args.rewards())
+    box = '<answer>{"bbox_2d": [1, 2, 30, 40]}</answer>'
+    same = box.replace("[1,", "[1.0,")
+    assert reward([[]], [[{"role": "assistant", "content": same}]], solution=[box]) == [expected]
 
 
 def test_max_prompt_length_names_the_row(model, processor, tmp_path):

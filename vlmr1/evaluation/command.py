@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
-from vlmr1.config import question_text
-from vlmr1.data.jsonl import load_samples
+from vlmr1.data.samples import load_samples
+from vlmr1.data.templates import question_text
 from vlmr1.evaluation.evaluate import evaluate
 from vlmr1.models import load_model, load_processor
 from vlmr1.rewards.registry import check_samples

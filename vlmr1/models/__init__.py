@@ -21,7 +21,16 @@ FAMILIES: tuple[type[Adapter], ...] = (QwenVLAdapter, Qwen3VLAdapter, InternVLAd
 ADAPTERS: dict[str, type[Adapter]] = {model_type: family for family in FAMILIES for model_type in family.model_types}
 HOW_TO_ADD = "vlmr1/models/README.md shows how to add one"
 
-__all__ = ["ADAPTERS", "Adapter", "adapter_for", "adapter_of", "check_dropout", "load_model", "load_processor"]
+__all__ = [
+    "ADAPTERS",
+    "Adapter",
+    "adapter_for",
+    "adapter_of",
+    "check_dropout",
+    "load_model",
+    "load_processor",
+    "model_type_of",
+]
 
 
 def adapter_of(model: Any) -> Adapter:
@@ -86,6 +95,16 @@ def load_model(
         )
     except OSError as error:
         raise SettingError(f"model_name_or_path: {error}") from error
+
+
+def model_type_of(name: str | Path, *, revision: str = "main", trust_remote_code: bool = False) -> str:
+    """The model type of a local directory or hub id; SettingError where it has no adapter."""
+    try:
+        config = _config(name, {"revision": revision, "trust_remote_code": trust_remote_code})
+    except OSError as error:
+        raise SettingError(f"model_name_or_path: {error}") from error
+    adapter_for(config)
+    return config.model_type
 
 
 def _config(name: str | Path, options: dict[str, Any]) -> Any:

@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from vlmr1.data.images import ImageRef
 from vlmr1.models.adapter import Adapter, ImageFeatures, ImageInputs
 
 
 class FeatureCache:
-    """Encoded images by file, until `clear`. Policy and reference have the same frozen tower."""
+    """Encoded images by where they are from, until `clear`. Policy and reference have the same frozen tower."""
 
     def __init__(self) -> None:
-        self.kept: dict[Path, ImageFeatures] = {}
+        self.kept: dict[ImageRef, ImageFeatures] = {}
 
     def clear(self) -> None:
         self.kept.clear()
 
 
 def encode(
-    adapter: Adapter, model: Any, paths: Sequence[Path], images: Sequence[ImageInputs], cache: FeatureCache | None
+    adapter: Adapter, model: Any, refs: Sequence[ImageRef], images: Sequence[ImageInputs], cache: FeatureCache | None
 ) -> list[ImageFeatures]:
     """The features of these images. With a cache, those that it lacks are encoded together, without gradient."""
     if cache is None:
         return adapter.encode_images(model, images)
-    missing = {path: image for path, image in zip(paths, images, strict=True) if path not in cache.kept}
+    missing = {ref: image for ref, image in zip(refs, images, strict=True) if ref not in cache.kept}
     with torch.no_grad():
         cache.kept |= zip(missing, adapter.encode_images(model, list(missing.values())), strict=True)
-    return [cache.kept[path] for path in paths]
+    return [cache.kept[ref] for ref in refs]

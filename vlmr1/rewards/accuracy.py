@@ -1,40 +1,97 @@
-"""The accuracy reward of referring expressions: how well the predicted box covers the right one."""
+"""The rewards that ask whether an answer is right: accuracy, and the length that depends on it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from vlmr1.errors import DataError
-from vlmr1.rewards.answer import iou, predicted_box, solution_box
+from vlmr1.errors import SettingError
+from vlmr1.rewards.check import check_accuracy, check_length
+from vlmr1.rewards.functions import Completions, Prompts, row_options, text_of
+from vlmr1.rewards.judge import JudgeError
 from vlmr1.rewards.registry import register
-from vlmr1.types import Sample
+from vlmr1.rewards.score import METHOD, judged, score
+from vlmr1.rewards.settings import DEFAULTS, RewardSettings
+from vlmr1.rewards.strict.iou import rec_iou as box_iou
+
+__all__ = ["accuracy_reward", "box_iou", "length_reward"]
+
+SYMBOLIC = ("default", "math")  # methods that may take seconds
 
 
-def check_box(sample: Sample) -> None:
-    """Raises DataError where the solution holds no box with an area."""
-    if solution_box(sample.solution) is None:
-        raise DataError(
-            f'{sample.source}: the solution has no box {{"bbox_2d": [x1, y1, x2, y2]}} with an area: '
-            f"{sample.solution[:120]!r}"
-        )
+def _is_slow(settings: RewardSettings, method: str) -> bool:
+    return method != "llm" and (settings.mode == "vlmr1" or method in SYMBOLIC)  # the judge has limits of its own
 
 
-@register("accuracy", check=check_box)
+@register("accuracy", check=check_accuracy, with_settings=True, slow=_is_slow, images=True)
 def accuracy_reward(
-    prompts: list[list[dict[str, Any]]],
-    completions: list[list[dict[str, str]]],
+    prompts: Prompts,
+    completions: Completions,
     *,
     solution: list[str],
+    settings: RewardSettings = DEFAULTS,
     **columns: list[Any],
 ) -> list[float]:
-    """IoU of the box in the last `<answer>` with the solution's, 0..1; 0 where no box can be parsed."""
-    return [box_iou(completion[-1]["content"], truth) for completion, truth in zip(completions, solution, strict=True)]
+    """Each completion's score by the method in the column `accu_reward_method`; without one by the setting's."""
+    methods = _methods(len(completions), settings, columns)
+    asked = [i for i, method in enumerate(methods) if method == "llm"]
+    texts = [text_of(completion) for completion in completions]
+    values = _judged(asked, texts, solution, settings)
+    for i, (text, truth) in enumerate(zip(texts, solution, strict=True)):
+        if i not in values:
+            row = row_options(columns, i) | {METHOD: methods[i]}
+            values[i] = score("accuracy", text, truth, mode=settings.mode, **row)
+    return [values[i] for i in range(len(texts))]
 
 
-def box_iou(text: str, solution: str) -> float:
-    """IoU of a completion's box with the solution's; 0 where the completion has none."""
-    truth = solution_box(solution)
-    if truth is None:
-        raise ValueError(f"the solution has no box: {solution[:120]!r}")
-    box = predicted_box(text)
-    return 0.0 if box is None else iou(box, truth)
+@register("length", check=check_length, with_settings=True, slow=_is_slow, images=True)
+def length_reward(
+    prompts: Prompts,
+    completions: Completions,
+    *,
+    solution: list[str],
+    completion_ids: list[list[int]],
+    settings: RewardSettings = DEFAULTS,
+    **columns: list[Any],
+) -> list[float]:
+    """The cosine of the completion's length in tokens; with mode strict by the accuracy of its answer."""
+    methods = _methods(len(completions), settings, columns)
+    if settings.mode == "strict" and "llm" in methods:
+        raise SettingError("the reward length needs an accu_reward_method other than llm")
+    longest = settings.length_reward_max
+    return [
+        score(
+            "length",
+            text_of(completions[i]),
+            truth,
+            mode=settings.mode,
+            **row_options(columns, i)
+            | {METHOD: methods[i], "tokenizer": _Counted(len(ids)), "num_tokens": len(ids), "longest": longest},
+        )
+        for i, (truth, ids) in enumerate(zip(solution, completion_ids, strict=True))
+    ]
+
+
+class _Counted:
+    """A tokenizer of a text whose tokens are counted already."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def encode(self, text: str) -> range:
+        return range(self.count)
+
+
+def _judged(asked: Sequence[int], texts: Sequence[str], solution: Sequence[str], settings: RewardSettings) -> dict:
+    if not asked:
+        return {}
+    try:
+        values = judged([(texts[i], solution[i]) for i in asked], settings.judge, mode=settings.mode)
+    except JudgeError as error:
+        error.index = asked[error.index]
+        raise
+    return dict(zip(asked, values, strict=True))
+
+
+def _methods(count: int, settings: RewardSettings, columns: dict[str, list[Any]]) -> list[str]:
+    return [method or settings.accu_reward_method for method in columns.get(METHOD) or [None] * count]

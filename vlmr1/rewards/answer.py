@@ -10,6 +10,7 @@ import json
 import re
 
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in px
+LabelledBox = tuple[str | None, Box | None]  # None for what could not be read
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 FORMAT = re.compile(r"\s*<think>(.*)</think>\s*<answer>(.*)</answer>\s*", re.DOTALL)
@@ -41,15 +42,41 @@ def parse_box(text: str) -> Box | None:
     A Markdown code fence around it is allowed. None for anything else: two boxes, strings, NaN, infinity.
     The box may be inverted; see `area`.
     """
-    fenced = FENCE.fullmatch(text.strip())
-    try:
-        value = json.loads(fenced[1] if fenced else text, parse_int=float)
-    except (json.JSONDecodeError, RecursionError):
-        return None
+    value = _parse_json(text)
     if isinstance(value, list) and len(value) == 1:
         value = value[0] if isinstance(value[0], dict) else None
-    if isinstance(value, dict):
-        value = value.get("bbox_2d")
+    return _box(value.get("bbox_2d") if isinstance(value, dict) else value)
+
+
+def labelled_boxes(text: str) -> list[LabelledBox] | None:
+    """The boxes of `[{"bbox_2d": [x1, y1, x2, y2], "label": text}, ...]`, or of one such object; [] for the word None.
+
+    None where the text is anything else. An entry without a label or a readable box has None in its place; labels are
+    in one case.
+    """
+    if text.strip().strip(".").casefold() in ("none", "null"):
+        return []
+    value = _parse_json(text)
+    value = [value] if isinstance(value, dict) else value
+    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+        return None
+    return [(_label(entry.get("label")), _box(entry.get("bbox_2d"))) for entry in value]
+
+
+def _label(value: object) -> str | None:
+    return value.strip().casefold() if isinstance(value, str) else None
+
+
+def _parse_json(text: str) -> object:
+    """JSON, in a code fence or not; None where it is none."""
+    fenced = FENCE.fullmatch(text.strip())
+    try:
+        return json.loads(fenced[1] if fenced else text, parse_int=float)
+    except (json.JSONDecodeError, RecursionError):
+        return None
+
+
+def _box(value: object) -> Box | None:
     if not isinstance(value, list) or len(value) != 4:
         return None
     if not all(isinstance(number, float) and abs(number) <= FLOAT_MAX for number in value):
@@ -64,10 +91,15 @@ def predicted_box(text: str) -> Box | None:
     return None if answer is None else parse_box(answer)
 
 
+def true_text(solution: str) -> str:
+    """What a solution says, inside `<answer>` or bare, stripped."""
+    answer = find_answer(solution)
+    return solution.strip() if answer is None else answer
+
+
 def solution_box(solution: str) -> Box | None:
     """The box of a solution, inside `<answer>` or bare; None if there is none or it has no area."""
-    answer = find_answer(solution)
-    box = parse_box(solution if answer is None else answer)
+    box = parse_box(true_text(solution))
     return box if box is not None and area(box) > 0 else None
 
 

@@ -12,52 +12,88 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
 from vlmr1.errors import SettingError
+from vlmr1.rewards.settings import DEFAULTS, RewardSettings
 from vlmr1.types import Sample
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-Check = Callable[[Sample], None]
+Check = Callable[..., None]
+Slow = Callable[[RewardSettings, str], bool]
 
 
 @dataclass(frozen=True)
 class Reward:
-    """A reward function with its name and its check of a row."""
+    """A reward function with its name and its check of a row.
+
+    `spec` is how another process finds the function, "module:function" or "file.py:function"; None keeps it in this
+    one. `slow(settings, accu_reward_method)` tells whether a row is worth a process with a time limit; None: where the
+    function says `one_by_one`.
+    """
 
     name: str
     function: Callable[..., Any]
     check: Check | None = None
+    spec: str | None = None
+    settings: RewardSettings | None = None  # where the function takes them
+    slow: Slow | None = None
+    images: bool = False  # whether it takes the columns image_size and image_grid_thw
 
     def __call__(self, /, prompts: list, completions: list, **columns: list) -> Any:
-        return self.function(prompts=prompts, completions=completions, **columns)
+        return self.function(prompts=prompts, completions=completions, **columns, **self.options)
+
+    @property
+    def options(self) -> dict[str, RewardSettings]:
+        """Further arguments of the function."""
+        return {} if self.settings is None else {"settings": self.settings}
 
 
 REWARDS: dict[str, Reward] = {}
 
 
-def register(name: str, check: Check | None = None) -> Callable[[Function], Function]:
-    """Decorator: makes a reward function known by `name`."""
+def register(
+    name: str,
+    check: Check | None = None,
+    *,
+    with_settings: bool = False,
+    slow: Slow | None = None,
+    images: bool = False,
+) -> Callable[[Function], Function]:
+    """Decorator: makes a reward function known by `name`.
+
+    One `with_settings` is called with `settings=RewardSettings`, and so is its check. `slow`, `images`: see `Reward`.
+    """
 
     def add(function: Function) -> Function:
         if name in REWARDS:
             raise ValueError(f"a reward called {name!r} is registered already")
-        REWARDS[name] = Reward(name, function, check)
+        settings = DEFAULTS if with_settings else None
+        REWARDS[name] = Reward(name, function, check, _spec(function), settings, slow, images)
         return function
 
     return add
 
 
-def get_reward(reward: str | Reward | Callable[..., Any]) -> Reward:
+def get_reward(reward: str | Reward | Callable[..., Any], settings: RewardSettings | None = None) -> Reward:
     """A reward by its name, by `module:function` or `file.py:function`, or a plain function.
 
-    Raises SettingError for an unknown name, with the known ones and the nearest of them.
+    `settings` are those of the run; a Reward that has some keeps them where none are given. Raises SettingError for an
+    unknown name, with the known ones and the nearest of them.
     """
+    found = _find(reward)
+    if settings is None or found.settings is None:
+        return found
+    check = None if found.check is None else partial(getattr(found.check, "func", found.check), settings=settings)
+    return replace(found, settings=settings, check=check)
+
+
+def _find(reward: str | Reward | Callable[..., Any]) -> Reward:
     if isinstance(reward, Reward):
         return reward
     if not isinstance(reward, str):
@@ -74,35 +110,55 @@ def get_reward(reward: str | Reward | Callable[..., Any]) -> Reward:
     )
 
 
-def check_samples(rewards: Iterable[str | Reward | Callable[..., Any]], samples: Sequence[Sample]) -> None:
+def check_samples(
+    rewards: Iterable[str | Reward | Callable[..., Any]],
+    samples: Sequence[Sample],
+    settings: RewardSettings | None = None,
+) -> None:
     """Runs each reward's check over all rows; a row that cannot be scored raises its DataError."""
-    for check in [reward.check for reward in map(get_reward, rewards) if reward.check]:
+    for check in [reward.check for reward in (get_reward(each, settings) for each in rewards) if reward.check]:
         for sample in samples:
             check(sample)
 
 
-def _wrap(name: str, function: Any) -> Reward:
+def resolve(spec: str) -> Callable[..., Any]:
+    """The function of a Reward's `spec`, in any process."""
+    where, _, attribute = spec.rpartition(":")
+    return getattr(_load_module(where), attribute)
+
+
+def _spec(function: Callable[..., Any]) -> str | None:
+    """How another process imports a function; None for one that it could not."""
+    name, module = getattr(function, "__qualname__", "."), getattr(function, "__module__", "__main__")
+    return None if "." in name or name == "<lambda>" or module == "__main__" else f"{module}:{name}"
+
+
+def _wrap(name: str, function: Any, spec: str | None = None) -> Reward:
     if not callable(function):
         raise SettingError(f"reward_funcs: {name} is not a function but {type(function).__name__}")
     for known in REWARDS.values():
         if known.function is function:
             return known
-    return Reward(name, function, getattr(function, "check", None))
+    return Reward(name, function, getattr(function, "check", None), spec)
 
 
 @cache
 def _load(name: str) -> Reward:
     where, _, attribute = name.rpartition(":")
     try:
-        module = _load_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+        module = _load_module(where)
     except (ImportError, SyntaxError, OSError, ValueError) as error:
         raise SettingError(f"reward_funcs: {name}: cannot import {where}: {error}") from error
     if not hasattr(module, attribute):
         raise SettingError(f"reward_funcs: {name}: {where} has no {attribute!r}")
-    return _wrap(name, getattr(module, attribute))
+    return _wrap(name, getattr(module, attribute), spec=name)
 
 
-def _load_file(path: Path) -> ModuleType:
+@cache
+def _load_module(where: str) -> ModuleType:
+    if not where.endswith(".py"):
+        return importlib.import_module(where)
+    path = Path(where)
     spec = importlib.util.spec_from_file_location(f"_vlmr1_reward_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is not a Python file")

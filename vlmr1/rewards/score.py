@@ -1,93 +1,59 @@
-"""Completions -> scores: each reward function is called once for all completions of a step."""
+"""One completion -> one score, by the name of the reward."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
-import numpy as np
-import torch
+from vlmr1.errors import SettingError
+from vlmr1.rewards.answer import find_answer, true_text
+from vlmr1.rewards.judge import JudgeError
+from vlmr1.rewards.published import SCORERS as PUBLISHED
+from vlmr1.rewards.published.tags import last_answer, true_answer
+from vlmr1.rewards.settings import MODES
+from vlmr1.rewards.strict import SCORERS as STRICT
 
-from vlmr1.errors import RewardError
-from vlmr1.rewards.registry import Reward, get_reward
-from vlmr1.types import Completion, Group, Sample
-
-FLOAT32_MAX = torch.finfo(torch.float32).max
-NUMBER = (int, float, np.integer, np.floating, np.bool_)
-
-Row = tuple[Sample, Completion]
+SCORERS = {"strict": STRICT, "vlmr1": STRICT | PUBLISHED}  # the published code has not all of ours
+METHOD = "accu_reward_method"
 
 
-def score_groups(groups: Sequence[Group], reward_functions: Sequence[str | Reward | Callable]) -> list[Group]:
-    """The groups with their rewards [G, R] float32 filled in, one column a reward function.
+def score(reward: str, content: str, solution: str, *, mode: str = "strict", **kwargs: Any) -> float:
+    """The score of one completion's text.
 
-    Raises RewardError, with the function and the row, where a function raises, returns another number of
-    values than there are completions, or a value that is not a finite number.
+    Args:
+        reward: accuracy, format, format_rec_{qwen,internvl,glm}, iou, iou_{qwen,internvl,glm}, length, repetition,
+            counting, point_in_box.
+        mode: "vlmr1" for what VLM-R1 published, faults and exceptions included, "strict" for the same without them.
+        kwargs: `accu_reward_method` (accuracy; default "iou"), `image_grid_thw` and `image_size` (iou_qwen),
+            `tokenizer` (length), `judge` (the method llm). Others are not looked at: a row may have any columns.
+
+    Raises SettingError for an unknown name or mode, and what the reward raises for a solution that it cannot score.
     """
-    rows = [(group.prompt.sample, completion) for group in groups for completion in group.completions]  # B
-    if not rows:
-        return list(groups)
-    columns = [_call(get_reward(reward), rows) for reward in reward_functions]  # R lists of B
-    rewards = torch.tensor(columns, dtype=torch.float32).reshape(len(columns), len(rows)).T  # [B, R]
-    parts = rewards.split([len(group.completions) for group in groups])
-    return [replace(group, rewards=part.contiguous()) for group, part in zip(groups, parts, strict=True)]
+    if mode not in MODES:
+        raise SettingError(f"reward_mode is {mode!r}: one of {', '.join(MODES)}")
+    if reward not in SCORERS[mode]:
+        raise SettingError(f"unknown reward {reward!r}; known: {', '.join(SCORERS[mode])}")
+    if reward == "accuracy":
+        kwargs.setdefault(METHOD, "iou")
+        if kwargs[METHOD] == "llm":
+            return judged([(content, solution)], kwargs.get("judge"), mode=mode)[0]
+    return float(SCORERS[mode][reward](content, solution, **kwargs))
 
 
-def _call(reward: Reward, rows: Sequence[Row]) -> list[float]:
-    """One reward's B scores."""
+def judged(rows: list[tuple[str, str]], judge: Any, *, mode: str) -> list[float]:
+    """The judge's scores of (completion, solution) rows; in mode strict one without an answer scores 0 unasked.
+
+    Raises SettingError without a judge, JudgeError where it fails.
+    """
+    if judge is None:
+        raise SettingError("accu_reward_method llm needs a judge: set judge_url and judge_model")
+    if mode == "vlmr1":
+        return judge.scores([(last_answer(content), true_answer(solution)) for content, solution in rows])
+    asked = {i: (find_answer(content), true_text(solution)) for i, (content, solution) in enumerate(rows)}
+    asked = {i: pair for i, pair in asked.items() if pair[0]}
+    places = list(asked)
     try:
-        values = reward(**_arguments(rows))
-    except Exception as error:  # the user's code: anything can come out of it
-        raise RewardError(f"reward {reward.name}: raised {error!r} {_blame(reward, rows)}") from error
-    if isinstance(values, torch.Tensor | np.ndarray):
-        values = values.tolist()
-    if not isinstance(values, list | tuple):
-        raise RewardError(
-            f"reward {reward.name}: returned {type(values).__name__}, not a list of numbers, {_span(rows)}"
-        )
-    if len(values) != len(rows):
-        raise RewardError(
-            f"reward {reward.name}: returned {len(values)} values for {len(rows)} completions, {_span(rows)}"
-        )
-    return [_number(value, reward, row) for value, row in zip(values, rows, strict=True)]
-
-
-def _arguments(rows: Sequence[Row]) -> dict[str, list[Any]]:
-    """Arguments of a reward function, B values each. A column that some rows lack is left out."""
-    shared = set.intersection(*(set(sample.columns) for sample, _ in rows))
-    arguments = {name: [sample.columns[name] for sample, _ in rows] for name in sorted(shared)}
-    return arguments | {
-        "prompts": [sample.messages for sample, _ in rows],
-        "completions": [[{"role": "assistant", "content": completion.text}] for _, completion in rows],
-        "completion_ids": [completion.token_ids.tolist() for _, completion in rows],
-        "solution": [sample.solution for sample, _ in rows],
-    }
-
-
-def _number(value: object, reward: Reward, row: Row) -> float:
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
-        value = value.item()
-    if not isinstance(value, NUMBER) or not abs(value) <= FLOAT32_MAX:  # NaN compares false
-        raise RewardError(f"reward {reward.name}: returned {value!r}, not a finite number, {_describe(row)}")
-    return float(value)
-
-
-def _blame(reward: Reward, rows: Sequence[Row]) -> str:
-    """Which row made the function raise: the first that does so alone, if there is one."""
-    for row in rows:
-        try:
-            reward(**_arguments([row]))
-        except Exception:  # the user's code again; the first exception is the one that is chained
-            return _describe(row)
-    return f"{_span(rows)}; no single row raises alone"
-
-
-def _describe(row: Row) -> str:
-    sample, completion = row
-    text = completion.text if len(completion.text) <= 120 else completion.text[:117] + "..."
-    return f"for the row {sample.source} and the completion {text!r}"
-
-
-def _span(rows: Sequence[Row]) -> str:
-    return f"for the rows {rows[0][0].source} to {rows[-1][0].source}"
+        values = dict(zip(places, judge.scores(list(asked.values())), strict=True))
+    except JudgeError as error:
+        error.index = places[error.index]
+        raise
+    return [values.get(i, 0.0) for i in range(len(rows))]

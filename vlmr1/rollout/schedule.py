@@ -171,9 +171,9 @@ class Schedule:
         """[P, V] logits of the first tokens; keys and values go to the pool, from these rows on."""
         device = self.model.device
         lengths = [len(prompt.input_ids) for prompt in prompts]
-        images, paths, image_ids = unique_images(prompts)
+        images, refs, image_ids = unique_images(prompts)
         with self.adapter.attention(self.model):
-            features = encode(self.adapter, self.model, paths, images, self.engine.features)
+            features = encode(self.adapter, self.model, refs, images, self.engine.features)
         hidden = self.adapter.hidden(
             self.model,
             torch.cat([prompt.input_ids for prompt in prompts])[None].to(device),

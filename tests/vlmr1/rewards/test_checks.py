@@ -1,0 +1,110 @@
+"""What is found before training: solutions that cannot be scored, unknown names, settings out of range."""
+
+import json
+
+import pytest
+
+from vlmr1.errors import DataError, SettingError
+from vlmr1.rewards import RewardSettings, check_samples, score
+from vlmr1.types import Sample
+
+
+def box(*numbers, label="cat"):
+    return {"bbox_2d": list(numbers), "label": label}
+
+
+CAT = box(0, 0, 100, 100)
+
+
+def row(solution, **columns):
+    return Sample([], (), f"<answer>{solution}</answer>", "data.jsonl:7", 0, columns)
+
+
+@pytest.mark.parametrize(
+    "reward, method, solution, message",
+    [
+        ("accuracy", "mcp", "A", "accu_reward_method 'mcp' is unknown; did you mean 'mcq'? Known: default, mcq"),
+        ("accuracy", "mcq", "dog", "the solution is no choice: '<answer>dog</answer>'"),
+        ("accuracy", "yes_no", "unsure", "the solution is neither yes nor no"),
+        ("accuracy", "default", " ", "the solution is empty"),
+        ("accuracy", "map", json.dumps([{"bbox_2d": [0, 0, 1, 1]}]), "the solution is neither None nor a list"),
+        ("accuracy", "od_ap", json.dumps([box(5, 5, 5, 5)]), "the solution is neither None nor a list"),
+        ("accuracy", "weighted_sum", "[{oops", "the solution is neither None nor a list"),
+        ("accuracy", "counting", "many", "the solution is no count"),
+        ("accuracy", "point_in_box", "[1, 2]", "the solution has no box"),
+        ("length", "iou", "[1, 2]", "the solution has no box"),
+        ("iou", None, "[1, 2]", "the solution has no box"),
+        ("counting", None, "many", "the solution is no count"),
+        ("point_in_box", None, "[1, 2]", "the solution has no box"),
+    ],
+)
+def test_a_solution_that_cannot_be_scored_is_found_before_training(reward, method, solution, message):
+    with pytest.raises(DataError) as caught:
+        check_samples([reward], [row(solution, accu_reward_method=method)])
+    assert str(caught.value).startswith(f"data.jsonl:7: {message}")
+
+
+@pytest.mark.parametrize(
+    "method, solution",
+    [
+        ("mcq", "(b)"),
+        ("yes_no", "Yes."),
+        ("default", "cat"),
+        ("map", "None"),
+        ("od_ap", json.dumps([CAT])),
+        ("iou_qwen", "[0,0,1,1]"),
+    ],
+)
+def test_a_solution_that_can_be_scored_passes(method, solution):
+    check_samples(["accuracy", "length", "format"], [row(solution, accu_reward_method=method)])
+
+
+def test_a_solution_that_the_published_code_cannot_score():
+    settings = RewardSettings(mode="vlmr1", accu_reward_method="iou")
+    with pytest.raises(DataError, match=r"data.jsonl:7: JSONDecodeError: Expecting value"):
+        check_samples(["accuracy"], [row("seven")], settings)
+    check_samples(["accuracy"], [row("seven", accu_reward_method="mcp")], settings)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"mode": "loose"}, "reward_mode is 'loose': one of strict, vlmr1"),
+        ({"length_reward_max": 0}, "length_reward_max is 0"),
+        ({"mode": "vlmr1", "length_reward_max": 9}, "length_reward_max is 1024 with reward_mode vlmr1, not 9"),
+        ({"overlong_cache_length": 9}, "overlong_cache_length is 9: it must be at least 1 and below"),
+        ({"overlong_cache_length": 9, "max_completion_length": 9}, "overlong_cache_length is 9"),
+    ],
+)
+def test_settings_out_of_range(values, message):
+    with pytest.raises(SettingError) as caught:
+        RewardSettings(**values)
+    assert str(caught.value).startswith(message)
+
+
+def test_the_published_length_needs_no_method():
+    """It reads a fence of the solution, and has no use for the method."""
+    settings = RewardSettings(mode="vlmr1")
+    check_samples(["length"], [row("seven")], settings)
+    with pytest.raises(DataError, match=r"data.jsonl:7: JSONDecodeError"):
+        check_samples(["length"], [row("```json\n[{\n```")], settings)
+
+
+def test_settings_that_are_missing():
+    with pytest.raises(
+        SettingError, match=r"data.jsonl:7: the reward length needs an accu_reward_method other than llm"
+    ):
+        check_samples(["length"], [row("x", accu_reward_method="llm")])
+    with pytest.raises(SettingError, match="overlong: it needs overlong_cache_length"):
+        check_samples(["overlong"], [row("x")])
+    with pytest.raises(SettingError, match=r"data.jsonl:7: accu_reward_method llm needs a judge"):
+        check_samples(["accuracy"], [row("x", accu_reward_method="llm")])
+
+
+def test_unknown_names():
+    with pytest.raises(SettingError, match="unknown reward 'acuracy'"):
+        score("acuracy", "", "")
+    with pytest.raises(SettingError, match="reward_mode is 'x'"):
+        score("accuracy", "", "", mode="x")
+    with pytest.raises(SettingError, match="accu_reward_method 'x' is unknown"):
+        score("accuracy", "", "", accu_reward_method="x")

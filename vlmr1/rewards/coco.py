@@ -1,0 +1,102 @@
+"""COCO's average precision of one image, where all detections have the same score.
+
+Equal to `pycocotools.cocoeval.COCOeval` to the last bit, and much faster: there is one image, one area range, no crowd
+and no sorting. IoUs are those of `pycocotools.mask`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from pycocotools import mask
+
+IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # [T]
+RECALLS = np.linspace(0.0, 1.0, 101)  # [R]
+MAX_DETECTIONS = 100  # of one category
+MAX_AREA = 1e10  # px^2; what is larger, or negative, is ignored
+AP, AP50 = slice(None), slice(1)  # of the thresholds
+TINY = np.spacing(1)
+
+Boxes = list[list[Any]]  # x, y, width, height in px
+
+
+@dataclass
+class Category:
+    """Boxes of one label."""
+
+    truths: Boxes = field(default_factory=list)
+    predictions: Boxes = field(default_factory=list)
+
+
+def average_precision(categories: Sequence[Category], thresholds: slice = AP) -> float:
+    """Mean over IoU thresholds, recall levels and categories of the interpolated precision; -1 if all is ignored."""
+    curves = [precision(category, IOU_THRESHOLDS[thresholds]) for category in categories]
+    counted = [curve for curve in curves if curve is not None]
+    return float(np.mean(np.stack(counted, axis=-1).ravel())) if counted else -1.0
+
+
+def precision(category: Category, thresholds: np.ndarray) -> np.ndarray | None:
+    """Precision [T, R] by IoU threshold and recall; None where every true box is ignored."""
+    boxes = category.predictions[:MAX_DETECTIONS]
+    sizes = np.array([_is_ignored(box) for box in category.truths])
+    order = np.argsort(sizes, kind="stable")  # ignored ones last
+    ignored = sizes[order].tolist()
+    count = ignored.count(False)
+    ious = box_ious(boxes, category.truths)
+    if count == 0:
+        return None
+    curve = np.zeros((len(thresholds), len(RECALLS)))
+    if not boxes:
+        return curve
+    overlaps = ious[:, order].tolist()  # [D, G]
+    outside = [_is_ignored(box) for box in boxes]
+    outcomes: dict[tuple[int, ...], np.ndarray] = {}  # most thresholds have the same
+    for row, threshold in zip(curve, thresholds.tolist(), strict=True):
+        outcome = tuple(match(overlaps, ignored, outside, min(threshold, 1 - 1e-10)))
+        if outcome not in outcomes:
+            outcomes[outcome] = _interpolated(np.array(outcome), count)
+        row[:] = outcomes[outcome]
+    return curve
+
+
+def box_ious(boxes: Boxes, truths: Boxes) -> np.ndarray:
+    """IoU [D, G] of continuous boxes; empty where one of the lists is."""
+    measure: Any = mask.iou
+    return np.asarray(measure(boxes, truths, [0] * len(truths)))
+
+
+def match(overlaps: list[list[float]], ignored: list[bool], outside: list[bool], threshold: float) -> list[int]:
+    """What each detection is: 1 right, 0 wrong, -1 ignored. Each in turn takes the free true box of most overlap."""
+    taken, outcome = [False] * len(ignored), []
+    for row, is_outside in zip(overlaps, outside, strict=True):
+        best, found = threshold, -1
+        for place, overlap in enumerate(row):
+            if taken[place]:
+                continue
+            if found >= 0 and ignored[place] and not ignored[found]:
+                break
+            if overlap < best:  # NaN is not
+                continue
+            best, found = overlap, place
+        if found >= 0:
+            taken[found] = True
+            outcome.append(-1 if ignored[found] else 1)
+        else:
+            outcome.append(-1 if is_outside else 0)
+    return outcome
+
+
+def _interpolated(outcome: np.ndarray, count: int) -> np.ndarray:
+    """Outcomes [D] -> for each recall level the best precision at that recall or a greater one."""
+    right, wrong = np.cumsum(outcome == 1).astype(float), np.cumsum(outcome == 0).astype(float)
+    envelope = np.maximum.accumulate((right / (wrong + right + TINY))[::-1])[::-1]
+    places = np.searchsorted(right / count, RECALLS, side="left")
+    return np.append(envelope, 0.0)[places]
+
+
+def _is_ignored(box: list[Any]) -> bool:
+    area = box[2] * box[3]
+    return area < 0 or area > MAX_AREA

@@ -1,0 +1,49 @@
+"""What the rewards of a run are asked for; made from the settings of the run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from vlmr1.errors import SettingError
+from vlmr1.rewards.judge import Judge
+from vlmr1.rewards.length import COSINE_MAX
+
+Mode = Literal["strict", "vlmr1"]
+MODES = ("strict", "vlmr1")
+DEFAULT_METHOD = "iou"
+
+
+@dataclass(frozen=True)
+class RewardSettings:
+    """Settings that all rewards share.
+
+    `accu_reward_method` is of rows without a column of that name; `overlong_cache_length` and
+    `max_completion_length` are the L_cache and L_max of `overlong`; `length_reward_max` the tokens from which `length`
+    is flat. Raises SettingError for a value out of range.
+    """
+
+    mode: Mode = "strict"
+    accu_reward_method: str = DEFAULT_METHOD
+    judge: Judge | None = None
+    max_completion_length: int | None = None
+    overlong_cache_length: int | None = None
+    length_reward_max: int = COSINE_MAX
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise SettingError(f"reward_mode is {self.mode!r}: one of {', '.join(MODES)}")
+        if self.length_reward_max < 1:
+            raise SettingError(f"length_reward_max is {self.length_reward_max}: it must be at least 1")
+        if self.mode == "vlmr1" and self.length_reward_max != COSINE_MAX:
+            raise SettingError(
+                f"length_reward_max is {COSINE_MAX} with reward_mode vlmr1, not {self.length_reward_max}"
+            )
+        cache, longest = self.overlong_cache_length, self.max_completion_length
+        if cache is not None and (longest is None or not 1 <= cache < longest):
+            raise SettingError(
+                f"overlong_cache_length is {cache}: it must be at least 1 and below max_completion_length, {longest}"
+            )
+
+
+DEFAULTS = RewardSettings()

@@ -1,0 +1,41 @@
+"""Counting: how near a number is to the right one."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from vlmr1.rewards.answer import find_answer, labelled_boxes, true_text
+
+INTEGER = re.compile(r"(?<![\d.,])\d+(?![\d]|[.,]\d)")
+
+
+def counting(content: str, solution: str, **options: Any) -> float:
+    """max(0, 1 - |m - n| / max(n, 1)) for m counted and n true: 1 for the right number, 0 from an error of n on.
+
+    The answer is a whole number, the only one in a sentence, or a list with one entry for each thing. A definition of
+    this project: the relative error, cut at 0.
+    """
+    right, answer = count(true_text(solution)), find_answer(content)
+    if right is None:
+        raise ValueError(f"the solution is no count: {solution[:120]!r}")
+    said = None if answer is None else count(answer)
+    return 0.0 if said is None else max(0.0, 1.0 - abs(said - right) / max(right, 1))
+
+
+def count(text: str) -> int | None:
+    """The number that a text states, or the length of the list that it is; None for none or several."""
+    boxes = labelled_boxes(text)
+    if boxes is not None and text.strip()[:1] in ("[", "`", "{"):
+        return len(boxes)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if isinstance(value, list):
+        return len(value)
+    if isinstance(value, float) and value.is_integer() and value >= 0:
+        return int(value)
+    numbers = set(INTEGER.findall(text))
+    return int(numbers.pop()) if len(numbers) == 1 and "-" not in text and len(text) < 4000 else None

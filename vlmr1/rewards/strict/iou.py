@@ -1,0 +1,46 @@
+"""Strict IoU of one box, as referring expressions are scored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vlmr1.rewards.answer import Box, iou, predicted_box, solution_box
+
+PATCH = 14  # px of a patch in `image_grid_thw`
+
+
+def rec_iou(content: str, solution: str, **options: Any) -> float:
+    """IoU of the answer's box with the solution's, 0..1, as they stand; 0 where the completion has none."""
+    box = predicted_box(content)
+    truth = true_box(solution)
+    return 0.0 if box is None else iou(box, truth)
+
+
+def scaled_iou(
+    content: str,
+    solution: str,
+    *,
+    image_grid_thw: Sequence[int] | None = None,
+    image_size: Sequence[int] | None = None,
+    **options: Any,
+) -> float:
+    """IoU where the answer's box is in px of the model's input, of `image_grid_thw` (time, rows, columns of patches),
+    and the solution's in px of the image, of `image_size` (width, height)."""
+    if image_grid_thw is None or image_size is None:
+        raise ValueError("iou_qwen needs the columns image_grid_thw and image_size: it scales boxes to the image")
+    box, truth = predicted_box(content), true_box(solution)
+    if box is None:
+        return 0.0
+    x, y = (image_size[0] / (image_grid_thw[2] * PATCH), image_size[1] / (image_grid_thw[1] * PATCH))
+    return iou((box[0] * x, box[1] * y, box[2] * x, box[3] * y), truth)
+
+
+def true_box(solution: str) -> Box:
+    """The box of a solution. Raises ValueError where it has none with an area."""
+    truth = solution_box(solution)
+    if truth is None:
+        error = ValueError(f"the solution has no box: {solution[:120]!r}")
+        error.add_note('it must hold {"bbox_2d": [x1, y1, x2, y2]} with an area')
+        raise error
+    return truth

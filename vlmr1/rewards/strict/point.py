@@ -1,0 +1,47 @@
+"""GUI grounding: does a click land in the right element?"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any
+
+from vlmr1.rewards.answer import FENCE, find_answer, parse_box
+from vlmr1.rewards.strict.iou import true_box
+
+NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
+POINT = re.compile(rf"\({NUMBER},{NUMBER}\)|\[{NUMBER},{NUMBER}\]|{NUMBER},{NUMBER}")
+
+
+def point_in_box(content: str, solution: str, **options: Any) -> float:
+    """1 where the answer's point lies in the solution's box, edges included, else 0.
+
+    Click accuracy, as in ScreenSpot (SeeClick, arXiv:2401.10935) and GUI-R1 (arXiv:2504.10458).
+    """
+    x1, y1, x2, y2 = true_box(solution)
+    answer = find_answer(content)
+    point = None if answer is None else parse_point(answer)
+    return float(point is not None and x1 <= point[0] <= x2 and y1 <= point[1] <= y2)
+
+
+def parse_point(text: str) -> tuple[float, float] | None:
+    """The point of `{"point_2d": [x, y]}`, `[x, y]`, `(x, y)` or `x, y`; of a box its centre; else None."""
+    box = parse_box(text)
+    if box is not None:
+        return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    fenced = FENCE.fullmatch(text.strip())
+    text = (fenced[1] if fenced else text).strip()
+    if match := POINT.fullmatch(text):
+        x, y = (float(number) for number in match.groups() if number is not None)
+        return (x, y) if math.isfinite(x) and math.isfinite(y) else None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if not isinstance(value, dict):
+        return None
+    inner = value.get("point_2d", value.get("point"))
+    return parse_point(json.dumps(inner)) if isinstance(inner, list) else None

@@ -1,0 +1,121 @@
+"""Strict accuracy of answers in words: choices, yes or no, numbers, formulas, fuzzy text."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from typing import Any
+
+from rapidfuzz.distance import Indel
+
+from vlmr1.rewards.answer import find_answer, true_text
+from vlmr1.rewards.formula import normal_form, symbolic_equal, unboxed
+
+END = r"\s.,:;!?)\]。、，：；！？）"  # noqa: RUF001
+# A letter alone, in brackets, or before what it stands for: A  (A)  A.  B。  **C**  \boxed{D}  A: cat
+ALONE = re.compile(rf"[(\[（*]*(?:\\boxed\{{)?([A-Za-z])[}}*{END}]*")  # noqa: RUF001
+LEADING = re.compile(r"[(\[（*]*([A-Z])\s*[).:：。\]）*](?!\w{0,3}\.\w)")  # noqa: RUF001
+CUE = re.compile(
+    r"(?:answer|choice|choose|option|select|pick|correct|答案|选项|选择|选)"
+    r"(?:\s*(?:is|was|should be|是|为|应该是|应为))?\s*[:：=]?\s*[(\[（*\"']*([A-Z])(?![A-Za-z0-9])",  # noqa: RUF001
+    re.IGNORECASE,
+)
+STANDALONE = re.compile(r"(?<![A-Za-z0-9'])([A-Z])(?![A-Za-z0-9'])")
+WORDS = re.compile(r"(?:^|[.!?]\s+)A\s+(?!or\b|and\b)[a-z]|\bI\s+(?!or\b|and\b)[a-z]")  # "A cat" at a start, "I am"
+PROSE = re.compile(
+    r"(?<![\\A-Za-z])(?!sqrt|sin|cos|tan|log|exp|text)[A-Za-z]{3,}"
+)  # not "12 cm"; of "route 66" 66 is a part
+WORD = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
+
+
+def mcq(content: str, solution: str, **options: Any) -> float:
+    """1 where the answer chooses the letter of the solution, else 0."""
+    right, answer = choice(true_text(solution)), find_answer(content)
+    if right is None:
+        raise ValueError(f"the solution is no choice: {solution[:120]!r}")
+    return float(answer is not None and choice(answer) == right)
+
+
+def choice(text: str) -> str | None:
+    """The letter that a text chooses: alone, in front, after the last cue (as "answer"), or the only one."""
+    text = text.strip()
+    if found := ALONE.fullmatch(text) or LEADING.match(text):
+        return found[1].upper()
+    cued = [letter for letter in CUE.findall(text) if letter.isupper()]
+    if cued:
+        return cued[-1]
+    letters = set(STANDALONE.findall(WORDS.sub(" ", text)))
+    return letters.pop() if len(letters) == 1 else None
+
+
+def yes_no(content: str, solution: str, **options: Any) -> float:
+    """1 where answer and solution are the same of yes and no, as words of their own."""
+    right, answer = decision(true_text(solution)), find_answer(content)
+    if right is None:
+        raise ValueError(f"the solution is neither yes nor no: {solution[:120]!r}")
+    return float(answer is not None and decision(answer) == right)
+
+
+def decision(text: str) -> str | None:
+    """The word, yes or no, that a text begins with, or the only one of them in it; else None."""
+    words = [word.lower() for word in WORD.findall(text)]
+    start = WORD.match(text.lstrip())
+    if start is not None:
+        return start[1].lower()
+    return words[0] if len(set(words)) == 1 else None
+
+
+def all_match(content: str, solution: str, **options: Any) -> float:
+    """1 where the answer is the solution, but for case, width, white space and a full stop."""
+    answer = find_answer(content)
+    return float(answer is not None and plain(answer) == plain(true_text(solution)))
+
+
+def plain(text: str) -> str:
+    """A text in one case, one width, with single spaces, without a full stop at its end."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).rstrip(".。").rstrip()
+
+
+def math(content: str, solution: str, **options: Any) -> float:
+    """1 where answer and solution are equal texts, symbolically equal, or equal in their normal form."""
+    answer, right = find_answer(content), true_text(solution)
+    if not answer:
+        return 0.0
+    if plain(_bare(answer)) == plain(_bare(right)) or symbolic_equal(right, answer):
+        return 1.0
+    try:
+        return float(normal_form(_bare(answer)) == normal_form(_bare(right)))
+    except ValueError:
+        return 0.0
+
+
+def _bare(text: str) -> str:
+    """A text out of its box, where it has a whole one."""
+    try:
+        return unboxed(text)
+    except ValueError:
+        return text
+
+
+def default(content: str, solution: str, **options: Any) -> float:
+    """By what the solution is: a choice is compared as one; a number or anything with digits by value or as text,
+    without credit for being near; other text by its similarity (0..1), and by value."""
+    answer, right = find_answer(content), true_text(solution)
+    if not answer:
+        return 0.0
+    if plain(_bare(answer)) == plain(_bare(right)):
+        return 1.0
+    if ALONE.fullmatch(right):
+        return float(choice(answer) == choice(right))
+    if _same_number(answer, right) or (not PROSE.search(right) and symbolic_equal(right, answer)):
+        return 1.0
+    if re.search(r"\d", right):
+        return 0.0
+    return Indel.normalized_similarity(plain(answer), plain(right))
+
+
+def _same_number(answer: str, right: str) -> bool:
+    try:
+        return float(plain(answer)) == float(plain(right))
+    except ValueError:
+        return False
