@@ -7,7 +7,7 @@ Each such pass hands its own branch layout or decode state to every decoder laye
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -65,15 +65,20 @@ AttentionInterface.register(NAME, _forward)
 
 
 @contextmanager
-def shared_attention(decoder: nn.Module) -> Iterator[None]:
-    """For this pass the decoder's layers call the registered function (the vision tower keeps its own)."""
-    config: Any = decoder.config
+def attending_by(name: str, module: nn.Module) -> Iterator[None]:
+    """In this block the module, and what shares its config, attends by the function of this name."""
+    config: Any = module.config
     before = config._attn_implementation
-    config._attn_implementation = NAME
+    config._attn_implementation = name
     try:
         yield
     finally:
         config._attn_implementation = before
+
+
+def shared_attention(decoder: nn.Module) -> AbstractContextManager[None]:
+    """For this pass the decoder's layers call the registered function (the vision tower keeps its own)."""
+    return attending_by(NAME, decoder)
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:

@@ -6,14 +6,14 @@ holds "flash": then they pass all rows and the offsets in one call, which is wha
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from vlmr1.errors import SettingError
+from vlmr1.models.attention import attending_by
 from vlmr1_kernels import varlen_attention
 
 NAME = "vlmr1_varlen_as_flash"
@@ -43,13 +43,6 @@ def _forward(
 AttentionInterface.register(NAME, _forward)
 
 
-@contextmanager
-def varlen_tower(tower: nn.Module) -> Iterator[None]:
+def varlen_tower(tower: nn.Module) -> AbstractContextManager[None]:
     """In this block the tower attends by `varlen_attention`; a backward that recomputes its layers belongs inside."""
-    config: Any = tower.config
-    before = config._attn_implementation
-    config._attn_implementation = NAME
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
+    return attending_by(NAME, tower)
