@@ -39,6 +39,7 @@ CHANGEABLE = {
     "logging_steps",
     "log_completions",
     "log_level",
+    "rollout_logp_alarm",
     "disable_tqdm",
     "report_to",
     "run_name",
