@@ -24,20 +24,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train.add_argument("--recipe", help="a recipe shipped with the package")
     train.add_argument("--config", type=Path, help="a YAML file of settings")
     train.add_argument("-h", "--help", action="store_true")
-    evaluate = commands.add_parser("evaluate", help="greedy acc@0.5 and mean IoU of a checkpoint")
-    evaluate.add_argument("--model", required=True, help="local directory, hub id, or tiny")
-    evaluate.add_argument("--data", required=True, type=Path, help="JSONL file")
-    evaluate.add_argument("--images", required=True, type=Path, help="image folder")
-    evaluate.add_argument("--question_template", default="rec")
-    evaluate.add_argument("--max_completion_length", type=int, default=256)
-    evaluate.add_argument("--batch_size", type=int, default=32)
-    evaluate.add_argument("--out", type=Path, help="JSONL file for the completions")
+    commands.add_parser("evaluate", help="greedy evaluation of checkpoints, and its comparison", add_help=False)
     data = commands.add_parser("data", help="check data files before training")
     check = data.add_subparsers(dest="action", required=True).add_parser("check", help="every fault, by file and line")
     add_arguments(check)
     commands.add_parser("doctor", help="what this machine has, and which kernels it would use")
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command not in ("train", "demo"):
+    if rest and options.command not in ("train", "demo", "evaluate"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
@@ -71,7 +64,7 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
     elif options.command == "evaluate":
         from vlmr1.evaluation.command import evaluate_command
 
-        evaluate_command(options)
+        evaluate_command(rest)
     elif options.command == "data":
         return check_command(options)
     return 0

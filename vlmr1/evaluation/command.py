@@ -1,42 +1,55 @@
-"""`vlmr1 evaluate`: one table on the console, the completions in a file."""
+"""`vlmr1 evaluate`: each model in turn, a table on the console, and a table that compares them."""
 
 from __future__ import annotations
 
-import argparse
-import json
+from collections.abc import Sequence
+from pathlib import Path
 
-from vlmr1.data.samples import load_samples
-from vlmr1.data.templates import question_text
-from vlmr1.evaluation.evaluate import evaluate
-from vlmr1.models import load_model, load_processor
-from vlmr1.rewards.registry import check_samples
-from vlmr1.run import model_path
+from vlmr1.evaluation.arguments import Compare, Evaluate, parse
+from vlmr1.evaluation.compare import COMPARISON, compare, comparison
+from vlmr1.evaluation.job import PAGE, evaluate_model, slug, slugs
+from vlmr1.evaluation.ranks import joined
+from vlmr1.evaluation.results import RESULTS, Results
 
 
-def evaluate_command(options: argparse.Namespace) -> None:
-    """Greedy decoding of every row: acc@0.5, mean IoU, share with the format, share without a box."""
-    question = question_text(options.question_template)
-    samples = load_samples([options.data], [options.images], question=question, check_images=True)
-    check_samples(["accuracy"], samples)
-    name = model_path(options.model)
-    evaluation = evaluate(
-        load_model(name),
-        load_processor(name),
-        samples,
-        max_completion_length=options.max_completion_length,
-        batch_size=options.batch_size,
-    )
-    result = evaluation.result
-    print(f"{len(samples)} rows of {options.data}")
-    print(f"acc@0.5 {result.accuracy:.4f}  mean IoU {result.mean_iou:.4f}")
-    print(f"format {result.format_share:.4f}  no box {result.parse_failure_share:.4f}")
-    if options.out:
-        with options.out.open("w", encoding="utf-8") as file:
-            for sample, text, iou in zip(samples, evaluation.texts, result.ious, strict=True):
-                record = {
-                    "source": sample.source,
-                    "completion": text,
-                    "solution": sample.solution,
-                    "iou": iou,
-                }
-                file.write(json.dumps(record) + "\n")
+def evaluate_command(words: Sequence[str]) -> None:
+    """The command with its words after `vlmr1 evaluate`."""
+    asked = parse(words)
+    if isinstance(asked, Compare):
+        text = compare(asked.folders)
+        _write(asked.out or asked.folders[0] / COMPARISON, text)
+        print(text, end="")
+    else:
+        _evaluate(asked)
+
+
+def _evaluate(asked: Evaluate) -> None:
+    slugs(asked.models)
+    found: list[Results] = []
+    with joined(asked.ddp_timeout) as ranks:
+        for model in asked.models:
+            results = evaluate_model(model, asked.options, asked.around, ranks)
+            if results is not None:
+                print(table(results), flush=True)
+                folder = asked.around.output_dir / slug(model)
+                print(f"results  {folder / RESULTS}\npictures {folder / PAGE}", flush=True)
+                found.append(results)
+        if len(found) > 1:
+            text = comparison(found)
+            _write(asked.around.output_dir / COMPARISON, text)
+            print(f"\n{text}", end="")
+        ranks.wait()  # so that a failure of the first ends all
+
+
+def table(results: Results) -> str:
+    """What the console shows of one model."""
+    rows = [("metric", "value", "95% interval"), *results.table()]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    head = f"{results.model}: {results.content['options']['task']}, {results.content['rows']['count']} rows"
+    lines = (f"{name:{widths[0]}}  {value:>{widths[1]}}  {interval:>{widths[2]}}" for name, value, interval in rows)
+    return "\n".join([head, *(line.rstrip() for line in lines)])
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")

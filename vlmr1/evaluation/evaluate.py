@@ -1,4 +1,4 @@
-"""Greedy evaluation of a checkpoint on rows with a true box."""
+"""Greedy evaluation of a model in memory on rows with a true box."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vlmr1.data.prompts import PromptBuilder
+from vlmr1.evaluation.coordinates import Coordinates
+from vlmr1.evaluation.decode import Decoder
 from vlmr1.evaluation.rec import RecResult, score_rec
-from vlmr1.models import adapter_of
-from vlmr1.rollout import NativeEngine, SamplingSettings
+from vlmr1.evaluation.scored import sizes_of
 from vlmr1.types import Sample
 
 
@@ -22,15 +22,21 @@ class Evaluation:
 
 
 def evaluate(
-    model: Any, processor: Any, samples: Sequence[Sample], *, max_completion_length: int, batch_size: int = 32
+    model: Any,
+    processor: Any,
+    samples: Sequence[Sample],
+    *,
+    max_completion_length: int,
+    batch_size: int = 32,
+    box_coordinates: Coordinates = "auto",
 ) -> Evaluation:
-    """Decode each row greedily; the native engine gives the tokens that `generate` would."""
-    adapter = adapter_of(model)
-    engine = NativeEngine(model, adapter, processor.tokenizer)
-    builder = PromptBuilder(model, adapter, processor)
-    settings = SamplingSettings(max_completion_length, greedy=True)
-    texts = []
+    """Decode each row greedily; predicted boxes are taken to pixels of the file before they are scored."""
+    decoder = Decoder(model, processor, max_completion_length=max_completion_length, box_coordinates=box_coordinates)
+    records = []
     for start in range(0, len(samples), batch_size):
-        prompts = [builder(sample) for sample in samples[start : start + batch_size]]
-        texts += [group.completions[0].text for group in engine.generate(prompts, 1, settings)]
-    return Evaluation(score_rec(texts, [sample.solution for sample in samples]), texts)
+        batch = samples[start : start + batch_size]
+        records += decoder(batch, range(start, start + len(batch)))
+    texts = [record.completion for record in records]
+    return Evaluation(
+        score_rec(texts, [sample.solution for sample in samples], [sizes_of(record) for record in records]), texts
+    )

@@ -1,0 +1,61 @@
+"""Greedy completions of rows, batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vlmr1.data.prompts import PromptBuilder
+from vlmr1.evaluation.coordinates import BoxSpace, Coordinates, upright_size
+from vlmr1.evaluation.records import Record
+from vlmr1.models import adapter_of
+from vlmr1.models.boxes import Size
+from vlmr1.rollout import ENGINES, SamplingSettings
+from vlmr1.rollout.engine import RolloutEngine
+from vlmr1.types import Group, Prompt, Sample
+
+
+class Decoder:
+    """Decodes each row greedily; the native engine gives the tokens that `generate` would.
+
+    A completion may depend on the rows that it is decoded with, in the last bits of a float: so who decodes which
+    batch must not change what is in it."""
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        *,
+        max_completion_length: int,
+        box_coordinates: Coordinates = "auto",
+        with_boxes: bool = True,
+        engine: RolloutEngine | str = "native",
+    ):
+        adapter = adapter_of(model)
+        made = ENGINES[engine](model, adapter, processor.tokenizer) if isinstance(engine, str) else engine
+        self.engine: RolloutEngine = made
+        self.builder = PromptBuilder(model, adapter, processor)
+        self.sampling = SamplingSettings(max_completion_length, greedy=True)
+        self.boxes = BoxSpace(box_coordinates, model) if with_boxes else None
+
+    def groups(self, samples: Sequence[Sample]) -> list[Group]:
+        """One group of one completion a sample, decoded together."""
+        return self.engine.generate([self.builder(sample) for sample in samples], 1, self.sampling)
+
+    def __call__(self, samples: Sequence[Sample], rows: Sequence[int]) -> list[Record]:
+        """The records of these samples, which are these rows of the data, decoded together."""
+        return [self.record(group, row) for group, row in zip(self.groups(samples), rows, strict=True)]
+
+    def record(self, group: Group, row: int) -> Record:
+        completion, sample = group.completions[0], group.prompt.sample
+        size, extent = self._sizes(group.prompt)
+        tokens = tuple(completion.token_ids.tolist())
+        return Record(row, sample.source, tokens, completion.text, completion.finish_reason, size, extent)
+
+    def _sizes(self, prompt: Prompt) -> tuple[Size | None, Size | None]:
+        """Of rows with one image: only there it is clear what a box is on."""
+        images = prompt.sample.images
+        if self.boxes is None or len(images) != 1:
+            return None, None
+        size = upright_size(images[0], prompt.sample.source)
+        return size, self.boxes.extent(prompt, size)

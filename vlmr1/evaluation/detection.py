@@ -1,0 +1,119 @@
+"""Detection: completions -> boxes with scores, and what NMS-AP leaves of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from vlmr1.data.faults import row_fault
+from vlmr1.evaluation.coco import ImageBoxes, ScoredBox, TrueBox
+from vlmr1.evaluation.coordinates import to_pixels
+from vlmr1.models.boxes import Size
+from vlmr1.rewards.answer import FENCE, find_answer, iou, labelled_boxes, true_text
+from vlmr1.rewards.strict.boxes import true_boxes
+from vlmr1.types import Sample
+
+NMS_IOU = 0.5
+MATCH_IOU = 0.5  # of an image's own score
+LABELS = "labels"  # column of a row: what its question asks for
+CROWD = "crowd"  # column of a row: which of its true boxes are regions of many
+SCORES = ("score", "confidence")  # of a box
+
+
+def check_detection(sample: Sample) -> None:
+    """A DataError by file and line for a row whose solution is no list of boxes, or whose columns do not fit it."""
+    try:
+        boxes = true_boxes(sample.solution)
+    except ValueError as error:
+        raise row_fault(sample.source, "solution", str(error)) from error
+    labels, crowd = sample.columns.get(LABELS), sample.columns.get(CROWD)
+    if labels is not None and not (isinstance(labels, list) and all(isinstance(label, str) for label in labels)):
+        raise row_fault(sample.source, "column", f"the column {LABELS} is not a list of texts")
+    if crowd is not None and not (isinstance(crowd, list) and len(crowd) == len(boxes)):
+        raise row_fault(sample.source, "column", f"the column {CROWD} has not one value for each box")
+
+
+def truths_of(sample: Sample) -> tuple[TrueBox, ...]:
+    """The true boxes of a row that `check_detection` passed."""
+    boxes = labelled_boxes(true_text(sample.solution)) or []
+    crowd = sample.columns.get(CROWD) or [False] * len(boxes)
+    return tuple(
+        TrueBox(label, box, bool(many))
+        for (label, box), many in zip(boxes, crowd, strict=True)
+        if label is not None and box is not None
+    )
+
+
+def asked(sample: Sample) -> list[str]:
+    """The labels that a row asks for, in one case; empty where it does not say."""
+    return [label.strip().casefold() for label in sample.columns.get(LABELS) or []]
+
+
+def predicted(text: str, extent: Size, original: Size) -> tuple[ScoredBox, ...] | None:
+    """The boxes that a completion answers, in px of the file; None where the answer is not a list of boxes.
+
+    A box's score is its numeric `score` or `confidence`; without one 1, 1/2, 1/3, ... by its place in the list."""
+    answer = find_answer(text)
+    boxes = None if answer is None else labelled_boxes(answer)
+    if answer is None or boxes is None:
+        return None
+    scores = _scores(answer, len(boxes))
+    return tuple(
+        ScoredBox(label, None if box is None else to_pixels(box, extent, original), score)
+        for (label, box), score in zip(boxes, scores, strict=True)
+    )
+
+
+def best_of_each(boxes: ImageBoxes) -> ImageBoxes:
+    """What NMS-AP counts (OVDEval, arXiv:2308.13177): of all predictions, whatever their label, whose IoU with a true
+    box is above 0.5, only the one with the highest score stays, the first of equal ones; what is the best of another
+    true box stays too, and so does what is near none."""
+    near: set[int] = set()
+    best: set[int] = set()
+    for true in boxes.truths:
+        if true.crowd:
+            continue
+        on_it = [i for i, said in enumerate(boxes.predictions) if said.box and iou(said.box, true.box) > NMS_IOU]
+        if on_it:
+            near |= set(on_it)
+            best.add(max(on_it, key=lambda i: (boxes.predictions[i].score, -i)))
+    kept = (said for i, said in enumerate(boxes.predictions) if i in best or i not in near)
+    return ImageBoxes(boxes.truths, tuple(kept))
+
+
+def image_score(boxes: ImageBoxes) -> float:
+    """2 * right / (true + predicted) of one image at IoU 0.5, labels included; 1 where there are neither."""
+    truths = [true for true in boxes.truths if not true.crowd]
+    if not truths and not boxes.predictions:
+        return 1.0
+    free, right = set(range(len(truths))), 0
+    for said in sorted(boxes.predictions, key=lambda box: -box.score):
+        fits = [
+            (iou(said.box, truths[i].box), -i) for i in free if said.box is not None and said.label == truths[i].label
+        ]
+        overlap, place = max(fits, default=(0.0, 0))
+        if overlap >= MATCH_IOU:
+            free.remove(-place)
+            right += 1
+    return 2 * right / (len(truths) + len(boxes.predictions))
+
+
+def _scores(answer: str, count: int) -> list[float]:
+    """One score a box of an answer that `labelled_boxes` has read."""
+    fenced = FENCE.fullmatch(answer.strip())
+    by_place = [1 / (1 + place) for place in range(count)]
+    if not count:
+        return by_place
+    value = json.loads(fenced[1] if fenced else answer)
+    entries: Sequence[dict[str, Any]] = [value] if isinstance(value, dict) else value
+    return [_score(entry, default) for entry, default in zip(entries, by_place, strict=True)]
+
+
+def _score(entry: dict[str, Any], default: float) -> float:
+    for name in SCORES:
+        value = entry.get(name)
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    return default

@@ -1,0 +1,103 @@
+"""Completions on disk, a line a row: kept as they are made, whole batches only, in the order of the data at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from vlmr1.errors import UserError
+from vlmr1.models.boxes import Size
+
+COMPLETIONS = "completions.jsonl"
+PARTS = "completions.rank-*.jsonl"
+
+
+@dataclass(frozen=True)
+class Record:
+    """The completion of one row."""
+
+    row: int  # place in the data that is evaluated
+    source: str  # "file:line"
+    token_ids: tuple[int, ...]
+    completion: str
+    finish_reason: str  # "stop" | "length"
+    image_size: Size | None = None  # width and height of the upright file in px, of rows with one image
+    box_extent: Size | None = None  # what the lower right corner of that image is, in the coordinates of the model
+
+    def line(self) -> str:
+        return json.dumps(asdict(self), ensure_ascii=False) + "\n"
+
+
+class RecordFiles:
+    """The files of one evaluation: `completions.jsonl`, and beside it one file a rank while several are at work."""
+
+    def __init__(self, folder: Path, rows: int, batch_size: int):
+        self.folder = folder
+        self.batches = [range(at, min(at + batch_size, rows)) for at in range(0, rows, batch_size)]
+
+    @property
+    def path(self) -> Path:
+        return self.folder / COMPLETIONS
+
+    def part(self, rank: int, ranks: int) -> Path:
+        """The file that a rank appends to."""
+        return self.path if ranks == 1 else self.folder / PARTS.replace("*", str(rank))
+
+    def gather(self) -> dict[int, Record]:
+        """Bring the files of all ranks together in `completions.jsonl`, by row: records of whole batches, the rest is
+        dropped, half lines too. To be called where nobody writes."""
+        kept = self.done()
+        if kept or self.path.exists():
+            replacement = self.path.with_suffix(".tmp")
+            with replacement.open("w", encoding="utf-8") as file:
+                file.writelines(kept[row].line() for row in sorted(kept))
+                file.flush()
+                os.fsync(file.fileno())
+            replacement.replace(self.path)
+        for path in self.folder.glob(PARTS):
+            path.unlink()
+        return kept
+
+    def done(self) -> dict[int, Record]:
+        """The records of whole batches, by row."""
+        found = {record.row: record for path in self._paths() for record in read_records(path)}
+        return {row: found[row] for batch in self.batches if all(row in found for row in batch) for row in batch}
+
+    def missing(self, done: Iterable[int]) -> list[range]:
+        """The batches that are left to do."""
+        rows = set(done)
+        return [batch for batch in self.batches if batch[0] not in rows]
+
+    def _paths(self) -> Sequence[Path]:
+        return [path for path in (self.path, *sorted(self.folder.glob(PARTS))) if path.exists()]
+
+
+def append(path: Path, records: Iterable[Record]) -> None:
+    """Add the records of a batch, and do not come back before they are on disk."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(record.line() for record in records)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records of a file; a last line that a killed process left unfinished is no record."""
+    lines = path.read_bytes().split(b"\n")
+    records = []
+    for number, line in enumerate(lines[:-1], start=1):  # behind the last end of line there is nothing, or half a line
+        try:
+            record = Record(**json.loads(line))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path}:{number}: not a record of an evaluation: {error}") from error
+        records.append(_with_tuples(record))
+    return records
+
+
+def _with_tuples(record: Record) -> Record:
+    size, extent = (None if pair is None else (pair[0], pair[1]) for pair in (record.image_size, record.box_extent))
+    return Record(
+        record.row, record.source, tuple(record.token_ids), record.completion, record.finish_reason, size, extent
+    )

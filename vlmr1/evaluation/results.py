@@ -1,0 +1,95 @@
+"""results.json: what was evaluated, the metrics with their intervals; beside it what pairs two results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlmr1.errors import SettingError
+from vlmr1.evaluation.bootstrap import DRAWS, SEED, Metric
+from vlmr1.evaluation.identity import as_json
+from vlmr1.evaluation.scored import Scored
+
+RESULTS = "results.json"
+REPLICATES = "bootstrap.json"
+TITLES = {
+    "acc@0.5": "acc@0.5",
+    "mean_iou": "mean IoU",
+    "ap": "AP",
+    "ap50": "AP50",
+    "ap75": "AP75",
+    "nms_ap": "NMS-AP",
+    "score": "mean score",
+    "format_share": "with the format",
+    "parse_failure_share": "answer not read",
+    "unknown_label_share": "boxes of unknown labels",
+    "truncated_share": "cut at the limit",
+    "completion_length": "tokens a completion",
+}
+
+
+@dataclass(frozen=True)
+class Results:
+    """What results.json says, with the bootstrap replicates."""
+
+    content: Mapping[str, Any]
+    metrics: Mapping[str, Metric]
+
+    @property
+    def model(self) -> str:
+        return self.content["model"]["name"]
+
+    def table(self) -> list[tuple[str, str, str]]:
+        """(metric, value, 95% interval) as they are shown."""
+        return [(title(name), shown(name, m.value), shown_interval(name, m)) for name, m in self.metrics.items()]
+
+
+def write_results(folder: Path, what: Mapping[str, Any], scored: Scored) -> Results:
+    """Write results.json and bootstrap.json; no time, host or path of the output is in them."""
+    metrics = {name: {"value": m.value, "low": m.low, "high": m.high} for name, m in scored.metrics.items()}
+    bootstrap = {"draws": DRAWS, "seed": SEED, "interval": 0.95, "replicates": REPLICATES}
+    content = {**what, "metrics": metrics, "counts": scored.counts, "bootstrap": bootstrap}
+    replicates = {name: _numbers(m.replicates) for name, m in scored.metrics.items()}
+    for name, text in ((REPLICATES, json.dumps(replicates) + "\n"), (RESULTS, as_json(content))):
+        replacement = (folder / name).with_suffix(".tmp")
+        replacement.write_text(text, encoding="utf-8")
+        replacement.replace(folder / name)
+    return Results(content, scored.metrics)
+
+
+def read_results(folder: Path) -> Results:
+    """What `write_results` wrote. SettingError where it is not there."""
+    texts = {}
+    for name in (RESULTS, REPLICATES):
+        try:
+            texts[name] = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise SettingError(f"{folder / name} cannot be read: {error}") from error
+    metrics = {
+        name: Metric(**value, replicates=np.array(texts[REPLICATES][name], dtype=np.float64))
+        for name, value in texts[RESULTS]["metrics"].items()
+    }
+    return Results(texts[RESULTS], metrics)
+
+
+def title(name: str) -> str:
+    kind, _, method = name.partition("/")
+    return f"mean score, {method}" if kind == "score" and method else TITLES[name]
+
+
+def shown(name: str, value: float | None) -> str:
+    digits = 1 if name == "completion_length" else 4
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def shown_interval(name: str, metric: Metric) -> str:
+    return f"{shown(name, metric.low)} to {shown(name, metric.high)}"
+
+
+def _numbers(values: np.ndarray) -> list[float | None]:
+    return [None if np.isnan(value) else float(value) for value in values]
