@@ -113,6 +113,10 @@ class BaseTrainer(Trainer):
             logs["peak_memory_mib"] = max(step.peak_memory_mib for step in steps)
         super().log(logs, start_time)
 
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        """Nothing: `eval_on_start`, by which the library calls it, is the evaluation callback's."""
+        return {}
+
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted: the library's estimate knows neither images nor shared prompts."""
         return 0

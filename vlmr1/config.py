@@ -21,7 +21,7 @@ REPLACED = {
     "per_device_train_batch_size": "use prompts_per_device; passes are cut by tokens_per_pack",
     "gradient_accumulation_steps": "use prompts_per_device; passes are cut by tokens_per_pack",
     "auto_find_batch_size": "use tokens_per_pack",
-    "eval_strategy": "use `vlmr1 evaluate` on a checkpoint",
+    "eval_strategy": "use `vlmr1 evaluate` on a checkpoint, or eval_steps",
     "push_to_hub": "push the checkpoint directory with `hf upload`",
 }
 # Settings of `TrainingArguments` that mean here what they mean there; any other is refused, not ignored.
@@ -33,6 +33,7 @@ activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing 
 logging_strategy logging_steps logging_first_step logging_nan_inf_filter log_on_each_node log_level log_level_replica
 disable_tqdm report_to run_name project skip_memory_metrics
 save_strategy save_steps save_total_limit save_only_model save_on_each_node ignore_data_skip remove_unused_columns
+eval_steps eval_on_start
 accelerator_config ddp_backend ddp_timeout ddp_bucket_cap_mb
 dataloader_drop_last dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
 dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order
@@ -64,6 +65,11 @@ class GRPOConfig(TrainingArguments):
     question_template: str = field(
         default="rec", metadata={"help": f"{', '.join(TEMPLATES)}, or a text with {{question}} in it"}
     )
+
+    # Evaluation during training, every eval_steps updates, and before the first with eval_on_start
+    eval_data_file_paths: list[str] = field(default_factory=list, metadata={"help": "rows to evaluate on"})
+    eval_image_folders: list[str] = field(default_factory=list, metadata={"help": "as image_folders"})
+    eval_limit: int | None = field(default=None, metadata={"help": "evaluate on the first rows only"})
 
     # Rewards
     reward_funcs: list[str] = field(default_factory=lambda: ["accuracy", "format"])
@@ -192,7 +198,10 @@ class GRPOConfig(TrainingArguments):
                 f"num_generations is {self.num_generations}: a group needs at least 2 completions to compare"
             )
         if self.save_strategy == SaveStrategy.BEST:
-            raise SettingError("save_strategy is 'best': there is no evaluation in training; use 'steps' or 'epoch'")
+            raise SettingError(
+                "save_strategy is 'best': no checkpoint is chosen by an evaluation; use 'steps' or 'epoch'"
+            )
+        self._check_evaluation()
         if self.log_completions < 0:
             raise SettingError(f"log_completions is {self.log_completions}: it must not be negative")
         at_least_one = ["prompts_per_device", "steps_per_generation", "num_iterations", "max_completion_length"]
@@ -253,6 +262,19 @@ class GRPOConfig(TrainingArguments):
         except ImplementationError as error:
             raise SettingError(f"kernels: {error}") from error
         question_text(self.question_template)
+
+    def _check_evaluation(self) -> None:
+        if self.eval_steps is not None:
+            if self.eval_steps < 1 or self.eval_steps != int(self.eval_steps):
+                raise SettingError(f"eval_steps is {self.eval_steps:g}: it must be a whole number, at least 1")
+            self.eval_steps = int(self.eval_steps)
+        if self.eval_limit is not None and self.eval_limit < 1:
+            raise SettingError(f"eval_limit is {self.eval_limit}: it must be at least 1")
+        if self.eval_image_folders and not self.eval_data_file_paths:
+            raise SettingError("eval_image_folders needs eval_data_file_paths")
+        for name in ("eval_data_file_paths", "eval_limit"):
+            if getattr(self, name) and self.eval_steps is None and not self.eval_on_start:
+                raise SettingError(f"{name} needs eval_steps or eval_on_start: nothing is evaluated without")
 
     def objective(self) -> GRPOSettings:
         """The objective that these settings ask for; SettingError where one is out of range."""

@@ -18,6 +18,7 @@ from vlmr1.config import GRPOConfig
 from vlmr1.data.samples import load_samples
 from vlmr1.data.templates import question_text
 from vlmr1.errors import SettingError
+from vlmr1.evaluation.callback import EvaluationCallback, evaluation_samples
 from vlmr1.models import load_model, load_processor, model_type_of
 from vlmr1.progress import Progress
 from vlmr1.rewards.methods import with_methods
@@ -47,6 +48,11 @@ CHANGEABLE = {
     "dataloader_num_workers",
     "ddp_timeout",
     "local_rank",
+    "eval_steps",
+    "eval_on_start",
+    "eval_limit",
+    "eval_data_file_paths",
+    "eval_image_folders",
 }
 
 
@@ -99,6 +105,7 @@ def train(config: GRPOConfig) -> GRPOTrainer:
     output_dir = Path(config.output_dir or "output")
     resume = find_resume(config, output_dir)
     model, processor, samples = prepare(config)
+    evaluated = evaluation_samples(config, model.config.model_type)
     output_dir.mkdir(parents=True, exist_ok=True)
     clean(output_dir)
     keep_settings(config, output_dir, resume)
@@ -107,6 +114,8 @@ def train(config: GRPOConfig) -> GRPOTrainer:
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     progress.trainer = trainer
+    if evaluated is not None:
+        trainer.add_callback(EvaluationCallback(trainer, evaluated))
     print(arithmetic(config, len(trainer.train_dataset)), flush=True)  # type: ignore[arg-type]
     if resume is not None and trainer.is_finished(resume):
         print(f"{resume}: all {trainer.state.max_steps} updates are done", flush=True)

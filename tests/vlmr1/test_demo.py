@@ -35,11 +35,11 @@ def test_demo_and_evaluate(tmp_path, capsys, monkeypatch):
     report = (out / "report.html").read_text()
     assert report.count('<article class="card">') == demo.SHOWN and table["held-out greedy mean IoU"] in report
 
-    data, completions = out / "data", tmp_path / "completions.jsonl"
-    words = ["evaluate", "--model", str(out / "checkpoint-3"), "--data", str(data / "held_out.jsonl")]
-    words += ["--images", str(data / "images"), "--max_completion_length", "48", "--out", str(completions)]
+    data, results = out / "data", tmp_path / "results"
+    words = ["evaluate", "--model", str(out / "checkpoint-3"), "--task", "rec", "--output_dir", str(results)]
+    words += ["--data", str(data / "held_out.jsonl"), "--images", str(data / "images"), "--max_completion_length", "48"]
     assert main(words) == 0
-    ious = [json.loads(line)["iou"] for line in completions.read_text().splitlines()]
-    assert len(ious) == 20
-    assert f"mean IoU {sum(ious) / 20:.4f}" in capsys.readouterr().out
-    assert f"{sum(ious) / 20:.3f}" == table["held-out greedy mean IoU"]
+    (path,) = results.glob("*/results.json")
+    mean_iou = json.loads(path.read_text())["metrics"]["mean_iou"]["value"]
+    assert f"{mean_iou:.4f}" in capsys.readouterr().out
+    assert f"{mean_iou:.3f}" == table["held-out greedy mean IoU"]

@@ -111,7 +111,7 @@ def model_digest(folder: Path) -> str:
 
 
 def as_json(value: Any) -> str:
-    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(value, indent=1) + "\n"
 
 
 def installed(package: str) -> str | None:

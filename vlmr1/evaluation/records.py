@@ -28,7 +28,7 @@ class Record:
     box_extent: Size | None = None  # what the lower right corner of that image is, in the coordinates of the model
 
     def line(self) -> str:
-        return json.dumps(asdict(self), ensure_ascii=False) + "\n"
+        return json.dumps(asdict(self)) + "\n"
 
 
 class RecordFiles:

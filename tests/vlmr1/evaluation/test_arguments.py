@@ -1,0 +1,92 @@
+"""The command line of `vlmr1 evaluate`: defaults by task, and one message for what cannot be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vlmr1.cli import main
+from vlmr1.errors import SettingError
+from vlmr1.evaluation.arguments import Compare, Evaluate, parse
+from vlmr1.evaluation.job import slug, slugs
+
+GIVEN = ["--model", "a", "b", "--data", "x.jsonl", "--output_dir", "out"]
+
+
+def parsed(*words: str) -> Evaluate:
+    asked = parse([*GIVEN, *words])
+    assert isinstance(asked, Evaluate)
+    return asked
+
+
+@pytest.mark.parametrize(
+    "task, template, tokens", [("rec", "rec", 256), ("ovd", "odLength", 1024), ("vqa", "default", 1024)]
+)
+def test_defaults_by_task(task, template, tokens):
+    asked = parsed("--task", task)
+    assert asked.models == ["a", "b"]
+    assert (asked.options.template, asked.options.tokens) == (template, tokens)
+    assert parsed("--task", task, "--question_template", "none").options.template == "none"
+    assert parsed("--task", task, "--max_completion_length", "7").options.tokens == 7
+
+
+def test_judge_and_methods():
+    words = ["--task", "vqa", "--accu_reward_method", "llm", "math", "--judge_url", "http://h/v1", "--judge_model", "m"]
+    options = parsed(*words).options
+    assert options.methods == ("llm", "math") and options.judge is not None and options.judge.model == "m"
+    assert options.rewards().accu_reward_method == "llm" and options.written()["judge"] == {
+        "url": "http://h/v1",
+        "model": "m",
+    }
+
+
+def test_compare():
+    assert parse(["compare", "a", "b"]) == Compare([Path("a"), Path("b")], None)
+    assert parse(["compare", "a", "--out", "t.md"]) == Compare([Path("a")], Path("t.md"))
+
+
+REC = ["--task", "rec"]
+REFUSED = {
+    "no task": ([], "evaluate: the following arguments are required: --task"),
+    "task": (["--task", "od"], "evaluate: argument --task: invalid choice: 'od'"),
+    "abbreviation": ([*REC, "--lim", "3"], "evaluate: unrecognized arguments: --lim 3"),
+    "unknown": ([*REC, "--seed", "3"], "evaluate: unrecognized arguments: --seed 3"),
+    "limit": ([*REC, "--limit", "0"], "--limit is 0: it must be at least 1"),
+    "batch_size": ([*REC, "--batch_size", "0"], "--batch_size is 0: it must be at least 1"),
+    "length": ([*REC, "--max_completion_length", "0"], "--max_completion_length is 0: it must be at least 1"),
+    "pictures": ([*REC, "--pictures", "-1"], "--pictures is -1: it must not be negative"),
+    "timeout": ([*REC, "--ddp_timeout", "0"], "--ddp_timeout is 0.0: it must be above 0"),
+    "coordinates": ([*REC, "--box_coordinates", "px"], "evaluate: argument --box_coordinates: invalid choice: 'px'"),
+    "dtype": ([*REC, "--dtype", "int8"], "evaluate: argument --dtype: invalid choice: 'int8'"),
+    "engine": ([*REC, "--rollout_engine", "x"], "evaluate: argument --rollout_engine: invalid choice: 'x'"),
+    "kernels": ([*REC, "--kernels", "grpo_loss=none"], "--kernels: grpo_loss has no implementation 'none'"),
+    "template": ([*REC, "--question_template", "Where?"], "question_template is 'Where?'"),
+    "method of rec": ([*REC, "--accu_reward_method", "iou"], "--accu_reward_method is for --task vqa"),
+    "judge of rec": ([*REC, "--judge_url", "http://x", "--judge_model", "m"], "--judge_url is for --task vqa"),
+    "judge model": (["--task", "vqa", "--judge_model", "m"], "--judge_model needs --judge_url"),
+    "judge url": (["--task", "vqa", "--judge_url", "x", "--judge_model", "m"], "judge_url is 'x': it must begin with"),
+}
+
+
+@pytest.mark.parametrize("words, message", REFUSED.values(), ids=REFUSED)
+def test_refused(words, message):
+    with pytest.raises(SettingError) as caught:
+        parsed(*words)
+    assert str(caught.value).startswith(message)
+
+
+def test_one_line_and_exit_status_2(capsys):
+    assert main(["evaluate", *GIVEN, "--task", "rec", "--limit", "0"]) == 2
+    assert capsys.readouterr().err == "vlmr1: --limit is 0: it must be at least 1\n"
+    assert main(["evaluate", "compare", "nowhere"]) == 2
+    assert capsys.readouterr().err == "vlmr1: compare: there is no results.json in nowhere, nor one level below\n"
+
+
+def test_names_of_directories():
+    assert slug("Qwen/Qwen2.5-VL-3B-Instruct") == "Qwen-Qwen2.5-VL-3B-Instruct"
+    assert slug("/runs/rec/checkpoint-600/") == "runs-rec-checkpoint-600"
+    assert slug("..") == "model" and len(slug("x/" * 100)) <= 89
+    assert slug("x/" * 100 + "a") != slug("y/" * 100 + "a")
+    with pytest.raises(SettingError, match="--model: a/b and a-b would both be written to a-b"):
+        slugs(["a/b", "a-b"])

@@ -1,0 +1,181 @@
+"""Evaluation during training: what it reports, when, and that training does not notice it."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vlmr1.config import GRPOConfig
+from vlmr1.data.samples import load_samples
+from vlmr1.errors import DataError, SettingError
+from vlmr1.evaluation.callback import EVALUATIONS, EvaluationCallback, evaluate_during_training, evaluation_samples
+from vlmr1.evaluation.evaluate import evaluate
+from vlmr1.models import load_model
+from vlmr1.progress import Progress, read_metrics
+from vlmr1.tiny import CHECKPOINT, digits
+from vlmr1.trainer import GRPOTrainer
+
+ROWS = 5
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    digits.write(folder, "train", 6, seed=3)
+    digits.write(folder, "held_out", ROWS, seed=3)
+    return folder
+
+
+def settings_of(data: Path, output: Path, **more: Any) -> GRPOConfig:
+    given = {
+        "num_generations": 2,
+        "prompts_per_device": 2,
+        "max_completion_length": 32,
+        "max_steps": 2,
+        "use_cpu": True,
+    }
+    given |= {"disable_tqdm": True, "save_strategy": "no", "learning_rate": 1e-3, "output_dir": str(output)} | more
+    if given.get("eval_steps") or given.get("eval_on_start"):
+        given.setdefault("eval_data_file_paths", [str(data / "held_out.jsonl")])
+        given.setdefault("eval_image_folders", [str(data / "images")])
+    return GRPOConfig(**given)
+
+
+def trainer_of(data: Path, output: Path, processor: Any, **more: Any) -> GRPOTrainer:
+    """As `vlmr1 train` puts it together."""
+    output.mkdir(exist_ok=True)
+    config = settings_of(data, output, **more)
+    samples = load_samples([data / "train.jsonl"], [data / "images"], question="{question}", check_images=False)
+    progress = Progress(output, console=False)
+    trainer = GRPOTrainer(load_model(CHECKPOINT), config, samples, processor, callbacks=[progress])
+    progress.trainer = trainer
+    evaluated = evaluation_samples(config, "qwen2_5_vl")
+    if evaluated is not None:
+        trainer.add_callback(EvaluationCallback(trainer, evaluated))
+    return trainer
+
+
+def evaluations(output: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (output / EVALUATIONS).read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def runs(data: Path, tmp_path_factory: pytest.TempPathFactory, processor: Any) -> dict[str, GRPOTrainer]:
+    """Two updates without evaluation, and with one before and after each."""
+    trainers = {}
+    for name, more in {"without": {}, "with": {"eval_steps": 1, "eval_on_start": True}}.items():
+        trainers[name] = trainer_of(data, tmp_path_factory.mktemp(name) / "out", processor, **more)
+        trainers[name].train()
+    return trainers
+
+
+def test_training_does_not_notice(runs):
+    weights = [runs[name].model.state_dict() for name in ("without", "with")]
+    before = load_model(CHECKPOINT).state_dict()
+    assert any(not torch.equal(weights[0][name], value) for name, value in before.items())
+    assert [name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])] == []
+    logs = [read_metrics(Path(runs[name].args.output_dir)) for name in ("without", "with")]
+    keep = ("step", "loss", "reward", "kl", "grad_norm", "completion_length", "rewards/accuracy/mean")
+    assert [[row[key] for key in keep] for row in logs[0]] == [[row[key] for key in keep] for row in logs[1]]
+    assert [row["step"] for row in logs[1]] == [1, 2]
+
+
+def test_a_line_a_time(runs, data, processor):
+    found = evaluations(Path(runs["with"].args.output_dir))
+    assert [(line["step"], line["rows"]) for line in found] == [(0, ROWS), (1, ROWS), (2, ROWS)]
+    samples = runs["with"].callback_handler.callbacks[-1].samples
+    for line, model in ((found[0], load_model(CHECKPOINT)), (found[2], runs["with"].model)):
+        expected = evaluate(model, processor, samples, max_completion_length=32, batch_size=4).result
+        assert line["eval/rec/mean_iou"] == line["eval/rewards/accuracy/mean"] == pytest.approx(expected.mean_iou)
+        assert line["eval/rec/acc@0.5"] == expected.accuracy
+        assert line["eval/rewards/format/mean"] == pytest.approx(expected.format_share)
+    assert found[0]["eval/rec/mean_iou"] != found[2]["eval/rec/mean_iou"]
+
+
+def test_trackers_get_it(runs):
+    logged = [log for log in runs["with"].state.log_history if "eval_rewards/accuracy/mean" in log]
+    assert [log["step"] for log in logged] == [0, 1, 2]
+    assert not any("kl" in log for log in logged)  # what was gathered of the steps is in their own logs
+    lines = evaluations(Path(runs["with"].args.output_dir))
+    assert [log["eval_rec/mean_iou"] for log in logged] == [line["eval/rec/mean_iou"] for line in lines]
+
+
+def test_random_states_and_mode_are_left_alone(runs):
+    trainer = runs["with"]
+    trainer.model.train()
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    statistics = trainer.engine.stats
+    evaluate_during_training(trainer, trainer.callback_handler.callbacks[-1].samples[:1])
+    assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    assert trainer.model.training and trainer.engine.stats is statistics
+
+
+def test_a_resumed_run_drops_later_lines(data, tmp_path, processor, monkeypatch):
+    trainer = trainer_of(data, tmp_path / "out", processor, eval_steps=2)
+    path = tmp_path / "out" / EVALUATIONS
+    path.write_text('{"step": 0}\n{"step": 2}\n{"step": 4}\n{"step": 6, "ro')
+    callback = trainer.callback_handler.callbacks[-1]
+    monkeypatch.setattr("vlmr1.evaluation.callback.evaluate_during_training", lambda *_: {"eval/x": 1.0})
+    trainer.state.global_step = 2
+    callback.on_train_begin(trainer.args, trainer.state, trainer.control)
+    for trainer.state.global_step in (3, 4):
+        callback.on_step_end(trainer.args, trainer.state, trainer.control)
+    assert evaluations(tmp_path / "out") == [{"step": 0}, {"step": 2}, {"step": 4, "rows": ROWS, "eval/x": 1.0}]
+
+
+def test_detection_metrics(data, tmp_path, processor):
+    """The model answers one box with its label: of one image it is right, of the other it is of a label too many."""
+    rows = [json.loads(line) for line in (data / "held_out.jsonl").read_text().splitlines()[:2]]
+    rows[1]["conversations"][1]["value"] = "None"
+    for row in rows:
+        row["accu_reward_method"] = "od_ap"
+    (tmp_path / "ovd.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trainer = trainer_of(
+        data, tmp_path / "out", processor, eval_steps=1, eval_data_file_paths=[str(tmp_path / "ovd.jsonl")]
+    )
+    values = evaluate_during_training(trainer, trainer.callback_handler.callbacks[-1].samples)
+    assert values["eval/rewards/accuracy/mean"] > 0
+    assert {name for name in values if "/ovd/" in name} == {"eval/ovd/ap", "eval/ovd/ap50", "eval/ovd/nms_ap"}
+    assert "eval/rec/mean_iou" not in values
+    assert values["eval/ovd/ap"] == values["eval/ovd/nms_ap"] == pytest.approx(values["eval/rewards/accuracy/mean"] * 2)
+
+
+def test_rows_are_checked_and_limited(data, tmp_path):
+    config = settings_of(data, tmp_path, eval_steps=1, eval_limit=2)
+    samples = evaluation_samples(config, "qwen2_5_vl")
+    assert samples is not None and [sample.index for sample in samples] == [0, 1]
+    (tmp_path / "bad.jsonl").write_text((data / "held_out.jsonl").read_text().replace("bbox_2d", "box"))
+    with pytest.raises(DataError, match=r"bad\.jsonl:1: the solution has no box"):
+        evaluation_samples(
+            settings_of(data, tmp_path, eval_steps=1, eval_data_file_paths=[str(tmp_path / "bad.jsonl")]), "qwen2_5_vl"
+        )
+    assert evaluation_samples(settings_of(data, tmp_path), "qwen2_5_vl") is None
+    validation = samples[:1]
+    without = settings_of(data, tmp_path, eval_steps=1, eval_data_file_paths=[], eval_image_folders=[])
+    assert evaluation_samples(without, "qwen2_5_vl", validation) == validation
+    with pytest.raises(SettingError, match="eval_steps needs data to evaluate on: set eval_data_file_paths"):
+        evaluation_samples(without, "qwen2_5_vl")
+
+
+REFUSED = {
+    "share": ({"eval_steps": 0.5}, "eval_steps is 0.5: it must be a whole number, at least 1"),
+    "zero": ({"eval_steps": 0}, "eval_steps is 0: it must be a whole number, at least 1"),
+    "limit": ({"eval_steps": 1, "eval_limit": 0}, "eval_limit is 0: it must be at least 1"),
+    "files alone": ({"eval_data_file_paths": ["a"]}, "eval_data_file_paths needs eval_steps or eval_on_start"),
+    "limit alone": ({"eval_limit": 3}, "eval_limit needs eval_steps or eval_on_start"),
+    "folders alone": ({"eval_image_folders": ["a"]}, "eval_image_folders needs eval_data_file_paths"),
+}
+
+
+@pytest.mark.parametrize("settings, message", REFUSED.values(), ids=REFUSED)
+def test_refused(settings, message, tmp_path):
+    with pytest.raises(SettingError) as caught:
+        GRPOConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
+    assert str(caught.value).startswith(message)

@@ -1,0 +1,142 @@
+"""Predicted boxes in pixels of the upright file, whatever a family writes and its processor makes of the image."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.vlmr1.families import build
+from vlmr1.data.images import ImageBytes
+from vlmr1.errors import DataError, SettingError
+from vlmr1.evaluation.coordinates import from_pixels, space_of, to_pixels, upright_size
+from vlmr1.evaluation.decode import Decoder
+from vlmr1.evaluation.records import Record
+from vlmr1.evaluation.scored import score_task
+from vlmr1.models import load_model, load_processor
+from vlmr1.models.boxes import resized_size
+from vlmr1.types import Completion, Group, Sample
+
+TRUE = (10.0, 20.0, 90.0, 60.0)
+
+
+def write(path: Path, size: tuple[int, int], orientation: int = 1) -> Path:
+    """A file whose pixels have this size before they are turned."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, exif=exif)
+    return path
+
+
+def sample(image, box=TRUE) -> Sample:
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Where?"}]}
+    return Sample([message], (image,), json.dumps(list(box)), "data.jsonl:1", 0)
+
+
+def record_of(model, processor, image, coordinates="auto") -> Record:
+    """The record of an empty completion."""
+    decoder = Decoder(model, processor, max_completion_length=4, box_coordinates=coordinates)
+    prompt = decoder.builder(sample(image))
+    ids = prompt.input_ids[:0]
+    return decoder.record(Group(prompt, (Completion(ids, None, None, "", "stop"),)), 0)
+
+
+def mean_iou(record: Record, image, written, box=TRUE) -> float:
+    """The score of a completion that writes this box."""
+    text = f"<think>a</think><answer>{json.dumps(list(written))}</answer>"
+    said = Record(0, record.source, (), text, "stop", record.image_size, record.box_extent)
+    value = score_task("rec", [sample(image, box)], [said]).metrics["mean_iou"].value
+    assert value is not None
+    return value
+
+
+def test_a_resized_image(model, processor, tmp_path):
+    """600 x 400 px are more than the tiny processor takes: the model sees, and writes, another size."""
+    image = write(tmp_path / "large.png", (600, 400))
+    record = record_of(model, processor, image)
+    assert record.image_size == (600, 400)
+    assert record.box_extent == resized_size(processor.image_processor, (600, 400)) == (532, 364)
+    written = [TRUE[i] * (532, 364)[i % 2] / (600, 400)[i % 2] for i in range(4)]
+    assert mean_iou(record, image, written) == pytest.approx(1.0, abs=1e-12)
+    assert mean_iou(record, image, TRUE) < 0.8
+    as_written = record_of(model, processor, image, "original")
+    assert as_written.box_extent == (600, 400)
+    assert mean_iou(as_written, image, TRUE) == 1.0 and mean_iou(as_written, image, written) < 0.8
+
+
+def test_an_image_that_keeps_its_size_is_compared_as_written(model, processor, tmp_path):
+    record = record_of(model, processor, write(tmp_path / "kept.png", (112, 84)))
+    assert record.image_size == record.box_extent == (112, 84)
+
+
+def test_thousandths(model, processor, tmp_path):
+    image = write(tmp_path / "kept.png", (112, 84))
+    record = record_of(model, processor, image, "thousand")
+    assert record.box_extent == (1000, 1000)
+    written = (TRUE[0] / 0.112, TRUE[1] / 0.084, TRUE[2] / 0.112, TRUE[3] / 0.084)
+    assert mean_iou(record, image, written) == pytest.approx(1.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_a_turned_image_is_measured_upright(orientation, model, processor, tmp_path):
+    """The file of 600 x 400 is looked at as 400 x 600 where its orientation says so."""
+    image = write(tmp_path / "turned.png", (600, 400), orientation)
+    record = record_of(model, processor, image)
+    turned = orientation == 6
+    assert record.image_size == ((400, 600) if turned else (600, 400))
+    assert record.box_extent == ((364, 532) if turned else (532, 364))
+
+
+def test_an_enlarged_image_keeps_the_pixels_of_its_file(model, processor, tmp_path):
+    """14 px are enlarged to 28 before the processor makes 56 of them."""
+    image = write(tmp_path / "small.png", (14, 14))
+    record = record_of(model, processor, image)
+    assert (record.image_size, record.box_extent) == ((14, 14), (56, 56))
+    assert mean_iou(record, image, (8, 8, 24, 24), box=(2, 2, 6, 6)) == 1.0
+
+
+def test_image_bytes():
+    buffer = io.BytesIO()
+    Image.new("RGB", (30, 20)).save(buffer, "PNG")
+    assert upright_size(ImageBytes.of(buffer.getvalue(), "x"), "a:1") == (30, 20)
+    with pytest.raises(DataError, match=r"^a:1: image x cannot be decoded"):
+        upright_size(ImageBytes.of(b"no image", "x"), "a:1")
+
+
+def test_a_tiff_turns_itself(tmp_path):
+    pixels = Image.new("RGB", (30, 20))
+    pixels.save(tmp_path / "a.tiff", tiffinfo={274: 6})
+    assert upright_size(tmp_path / "a.tiff", "a:1") == (20, 30)
+
+
+FAMILIES = {"qwen3_vl": (1000, 1000), "glm4v": (1000, 1000), "internvl": (1000, 1000), "idefics3": (75, 133)}
+
+
+@pytest.mark.parametrize("family, extent", FAMILIES.items(), ids=FAMILIES)
+def test_families(family, extent, tmp_path):
+    folder = build(family, tmp_path / family)
+    model, processor = load_model(folder), load_processor(folder)
+    image = write(tmp_path / "odd.png", (75, 133))
+    assert record_of(model, processor, image).box_extent == extent
+    if family in ("internvl", "idefics3"):
+        with pytest.raises(SettingError, match=f"box_coordinates resized: {family} cuts images into tiles"):
+            record_of(model, processor, image, "resized")
+    else:
+        record = record_of(model, processor, image, "resized")
+        assert record.box_extent == resized_size(processor.image_processor, (75, 133))
+
+
+def test_an_unknown_model_type_is_asked_for_its_coordinates():
+    with pytest.raises(SettingError, match="it is not known how newvl writes boxes"):
+        space_of("auto", "newvl")
+    assert space_of("thousand", "newvl") == "thousand"
+
+
+def test_there_and_back():
+    assert to_pixels((100, 200, 300, 400), (1000, 1000), (500, 250)) == (50, 50, 150, 100)
+    assert from_pixels((50, 50, 150, 100), (1000, 1000), (500, 250)) == (100, 200, 300, 400)
