@@ -92,7 +92,8 @@ def test_a_line_a_time(runs, data, processor):
     samples = runs["with"].callback_handler.callbacks[-1].samples
     for line, model in ((found[0], load_model(CHECKPOINT)), (found[2], runs["with"].model)):
         expected = evaluate(model, processor, samples, max_completion_length=32, batch_size=4).result
-        assert line["eval/rec/mean_iou"] == line["eval/rewards/accuracy/mean"] == pytest.approx(expected.mean_iou)
+        assert line["eval/rec/mean_iou"] == pytest.approx(expected.mean_iou)
+        assert line["eval/rewards/accuracy/mean"] == pytest.approx(expected.mean_iou)  # of float32 scores
         assert line["eval/rec/acc@0.5"] == expected.accuracy
         assert line["eval/rewards/format/mean"] == pytest.approx(expected.format_share)
     assert found[0]["eval/rec/mean_iou"] != found[2]["eval/rec/mean_iou"]
