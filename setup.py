@@ -38,6 +38,8 @@ setup(
             "models/*.md",
             "recipes/*.yaml",
             "rewards/*.md",
+            "scale/*.md",
+            "scale/configs/*.json",
             "report/*.css",
             "tiny/checkpoint/*",
         ]

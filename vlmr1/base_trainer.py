@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -22,6 +24,9 @@ from vlmr1.errors import DivergedError, SettingError
 from vlmr1.loss import MAXIMA
 from vlmr1.models import load_model
 from vlmr1.models.processor import save_processor
+from vlmr1.scale.launch import check_launched
+from vlmr1.scale.ranks import Ranks
+from vlmr1.scale.sharded import sharding_of
 from vlmr1.types import Group, Pack, Prompt, StepMetrics
 
 logger = logging.getLogger(__name__)
@@ -37,6 +42,9 @@ class BaseTrainer(Trainer):
 
     def __init__(self, **options: Any):
         super().__init__(data_collator=as_list, **options)
+        self.ranks = Ranks(self.args.process_index, self.args.world_size)
+        check_launched(self.ranks.world, self.accelerator)
+        self.sharding = sharding_of(self.accelerator)
         self.nonfinite = 0  # updates in a row
         self.skipped = 0  # updates in all
         self.last_loss = 0.0
@@ -56,10 +64,12 @@ class BaseTrainer(Trainer):
             parts=args.steps_per_generation,
             iterations=args.num_iterations,
             drop_last=args.dataloader_drop_last,
+            ranks=self.ranks,
         )
         if not len(sampler):
+            each = "" if self.ranks.world == 1 else f" on each of {self.ranks.world} ranks"
             raise SettingError(
-                f"{len(self.train_dataset)} rows are too few: an update needs one, and steps_per_generation is "  # type: ignore[arg-type]
+                f"{len(self.train_dataset)} rows are too few: an update needs one{each}, and steps_per_generation is "  # type: ignore[arg-type]
                 f"{args.steps_per_generation} (dataloader_drop_last is {args.dataloader_drop_last})"
             )
         workers = {
@@ -71,7 +81,29 @@ class BaseTrainer(Trainer):
             "in_order": args.dataloader_in_order,
         }
         loader = DataLoader(self.train_dataset, batch_sampler=sampler, collate_fn=as_list, **workers)  # type: ignore[arg-type]
-        return self.accelerator.prepare(loader)
+        config = self.accelerator.dataloader_config
+        return prepare_data_loader(  # not the accelerator's: it would deal out batches that are dealt out already
+            loader,
+            num_processes=1,
+            process_index=0,
+            rng_types=self.accelerator.rng_types,
+            use_seedable_sampler=config.use_seedable_sampler,
+            data_seed=config.data_seed,
+        )
+
+    @property
+    def joins_tower(self) -> bool:
+        """Whether a pass without an image has to call the tower too: engines count on gradients of every parameter."""
+        return self.ranks.world > 1 or self.is_deepspeed_enabled or self.is_fsdp_enabled
+
+    @contextmanager
+    def syncing(self, model: Any, *, last: bool) -> Iterator[None]:
+        """Around a pass: the ranks add up their gradients in the last one of an update, with FSDP in each, where they
+        stay in shards. DeepSpeed updates in the backward that is the last."""
+        self.accelerator.gradient_state._set_sync_gradients(last)
+        apart = last or self.is_deepspeed_enabled or self.is_fsdp_enabled
+        with nullcontext() if apart else self.accelerator.no_sync(model):
+            yield
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> float:
         """The gradient norm; where it or the loss is not finite, the update is skipped: parameters without gradient
@@ -126,12 +158,18 @@ class BaseTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         output_dir = Path(self.args.output_dir or ".")
-        with staged(output_dir, f"checkpoint-{self.state.global_step}") as self._staging:
+        with staged(output_dir, f"checkpoint-{self.state.global_step}", self.ranks) as self._staging:
             super()._save_checkpoint(model, trial)
             if not self.buffer.spent:
-                torch.save(self.buffer.state(), self._staging / f"checkpoint-{self.state.global_step}" / ROLLOUTS)
+                torch.save(self.buffer.state(), self._staging / f"checkpoint-{self.state.global_step}" / self.rollouts)
         self._staging = None
-        rotate_checkpoints(str(output_dir), self.args.save_total_limit)
+        if self.ranks.rank == 0:
+            rotate_checkpoints(str(output_dir), self.args.save_total_limit)
+
+    @property
+    def rollouts(self) -> str:
+        """The file of this rank's buffer."""
+        return ROLLOUTS if self.ranks.world == 1 else f"{self.ranks.rank}-{ROLLOUTS}"
 
     def is_finished(self, checkpoint: Path) -> bool:
         """Whether this is the last checkpoint of a run, whose weights and state are then taken; `train` would go on."""
@@ -139,16 +177,24 @@ class BaseTrainer(Trainer):
         if state.global_step < state.max_steps:
             return False
         self.state = state
-        self._load_from_checkpoint(str(checkpoint))
+        if self.sharding is None:
+            self._load_weights(str(checkpoint), self.model)
         return True
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self._load_weights(resume_from_checkpoint, self.model if model is None else model)
+
+    def _load_weights(self, checkpoint: str, model: Any) -> None:
         """By the names that the files have, which for some families are not the module's: every weight or an error."""
-        model = self.model if model is None else model
-        saved = load_model(resume_from_checkpoint, dtype=model.dtype)
-        model.load_state_dict(saved.state_dict())
-        rollouts = Path(resume_from_checkpoint) / ROLLOUTS
-        if rollouts.exists():
+        model.load_state_dict(load_model(checkpoint, dtype=model.dtype).state_dict())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        rollouts = None if checkpoint is None else Path(checkpoint) / self.rollouts
+        if rollouts is not None and rollouts.exists():
             self.buffer.load(torch.load(rollouts, weights_only=True), self._prompt_of, self.pack)
 
     def _prompt_of(self, sample: int) -> Prompt:

@@ -5,33 +5,40 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 from torch.utils.data import BatchSampler, Sampler
 
+from vlmr1.scale.ranks import ALONE, Ranks
 from vlmr1.types import Completion, Group, Pack, Prompt
+
+T = TypeVar("T")
 
 
 class BufferSampler(BatchSampler):
-    """Rows for one generation, then an empty batch for each further update that it serves.
+    """This rank's rows for one generation, then an empty batch for each further update that it serves.
 
-    Every update needs a prompt: a last batch that has not got so many is left out."""
+    The ranks share out a batch in turn, row by row. Every update needs a prompt on every rank: a last batch that has
+    not got so many is left out."""
 
-    def __init__(self, sampler: Sampler, *, prompts: int, parts: int, iterations: int, drop_last: bool):
-        super().__init__(sampler, prompts * parts, drop_last)
-        self.parts = parts
+    def __init__(
+        self, sampler: Sampler, *, prompts: int, parts: int, iterations: int, drop_last: bool, ranks: Ranks = ALONE
+    ):
+        super().__init__(sampler, prompts * parts * ranks.world, drop_last)
+        self.ranks = ranks
+        self.least = parts * ranks.world
         self.updates = parts * iterations
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in super().__iter__():
-            if len(batch) >= self.parts:
-                yield batch
+            if len(batch) >= self.least:
+                yield batch[self.ranks.rank :: self.ranks.world]
                 yield from ([] for _ in range(self.updates - 1))
 
     def __len__(self) -> int:
         rows: int = len(self.sampler)  # type: ignore[arg-type]
         last = rows % self.batch_size
-        return self.updates * (rows // self.batch_size + (not self.drop_last and last >= self.parts))
+        return self.updates * (rows // self.batch_size + (not self.drop_last and last >= self.least))
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,7 @@ class Buffer:
             self.parts.append(Part(groups, packs, counts))
 
 
-def parts_of(groups: Sequence[Group], parts: int) -> list[list[Group]]:
+def parts_of(groups: Sequence[T], parts: int) -> list[list[T]]:
     """Groups in order, in parts whose sizes differ by one at most."""
     size, more = divmod(len(groups), parts)
     ends = [i * size + min(i, more) for i in range(parts + 1)]

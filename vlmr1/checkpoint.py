@@ -9,20 +9,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from vlmr1.scale.ranks import ALONE, Ranks
+
 MANIFEST = "manifest.json"
 STAGING = ".staging-"
 
 
 @contextmanager
-def staged(output_dir: Path, name: str) -> Iterator[Path]:
-    """Yields an empty directory; what is in its folder `name` at the end becomes `output_dir/name`, or nothing does."""
+def staged(output_dir: Path, name: str, ranks: Ranks = ALONE) -> Iterator[Path]:
+    """Yields an empty directory; what all ranks have put into its folder `name` becomes `output_dir/name`, or nothing
+    does."""
     staging = output_dir / f"{STAGING}{name}"
-    if staging.exists():
-        shutil.rmtree(staging)
-    staging.mkdir(parents=True)
+    if ranks.rank == 0:
+        if staging.exists():
+            shutil.rmtree(staging)
+        staging.mkdir(parents=True)
+    ranks.wait()
     yield staging
-    publish(staging / name, output_dir / name)
-    staging.rmdir()
+    ranks.wait()
+    if ranks.rank == 0:
+        publish(staging / name, output_dir / name)
+        staging.rmdir()
+    ranks.wait()
 
 
 def publish(source: Path, target: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train = commands.add_parser("train", help="GRPO on your model and data", add_help=False, allow_abbrev=False)
     train.add_argument("--recipe", help="a recipe shipped with the package")
     train.add_argument("--config", type=Path, help="a YAML file of settings")
+    train.add_argument("--launch", help="start one process a GPU: ddp, fsdp2, zero2, zero3 or zero3-offload")
+    train.add_argument("--processes", type=int, help="of --launch; default: one a GPU")
     train.add_argument("-h", "--help", action="store_true")
     commands.add_parser("evaluate", help="greedy evaluation of checkpoints, and its comparison", add_help=False)
     data = commands.add_parser("data", help="check data files before training")
@@ -36,11 +39,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(options, rest)
     except (UserError, ImplementationError) as error:
-        print(f"vlmr1: {error}", file=sys.stderr)
+        rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+        print(f"vlmr1: {rank}{error}", file=sys.stderr, flush=True)
+        if rank:
+            os._exit(2)  # the other ranks wait for this one in a collective: it must not wait for them
         return 2
 
 
 def _run(options: argparse.Namespace, rest: list[str]) -> int:
+    if options.command == "train" and options.launch is not None and not options.help:
+        from vlmr1.scale.launch import launch
+
+        chosen = {"--recipe": options.recipe, "--config": options.config}
+        given = [word for name, value in chosen.items() if value is not None for word in (name, str(value))]
+        return launch(options.launch, options.processes, [*given, *rest])
     if options.command == "doctor":
         from vlmr1.doctor import doctor
 

@@ -184,11 +184,8 @@ class GRPOConfig(TrainingArguments):
         except (ValueError, ImportError) as error:
             raise SettingError(str(error)) from error
         self._check()
-        if self.world_size > 1:
-            raise SettingError(
-                f"{self.world_size} processes were launched: training on several ranks is not supported yet"
-            )
         self.per_device_train_batch_size = self.prompts_per_device  # what the loader reads
+        self.ddp_find_unused_parameters = False  # every pass uses every parameter
         if self.n_gpu > 1:
             self._n_gpu = 1  # one process drives one device
 

@@ -39,8 +39,9 @@ class NaivePolicy(PackedPolicy):
         input_ids, positions, mask, lengths = (x.to(device) for x in padded(pack))
         columns = int(lengths.max())
         with autocast(device, self.dtype):
-            features = self.image_features(pack)
+            features, nothing = self.image_features(pack)
             hidden = self.adapter.hidden(self.model, input_ids, positions, features, attention_mask=mask)
+            hidden = hidden if nothing is None else hidden + nothing
             hidden = hidden[:, -columns - 1 : -1]  # the columns that predict the completion's
             logits = self.adapter.head(self.model)(hidden)  # [B, columns, V]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature

@@ -140,6 +140,16 @@ def unique_images(prompts: Sequence[Prompt]) -> Images:
     return tuple(images.values()), tuple(images), tuple(place[ref] for ref in refs)
 
 
+def with_image(pack: Pack, ref: ImageRef, image: ImageInputs) -> Pack:
+    """The pack, with this image to encode where it has none: every rank calls the tower in every pass."""
+    return pack if pack.images else replace(pack, images=(image,), image_refs=(ref,))
+
+
+def tokens_of(groups: Sequence[Group]) -> int:
+    """Of their packed rows."""
+    return sum(map(_tokens, groups))
+
+
 def _tokens(group: Group) -> int:
     return len(group.prompt.input_ids) + sum(len(c.token_ids) - 1 for c in group.completions)
 

@@ -1,7 +1,8 @@
 """Packs -> log-probs and loss: the one place where the model is called for training.
 
 Whatever touches parameters runs inside the wrapped model's forward: `call` binds a function as the forward of the
-unwrapped model and calls the wrapper, so that the hooks of DDP, FSDP2 and DeepSpeed fire as in any other forward.
+unwrapped model and calls the wrapper, so that the hooks of DDP, FSDP2 and DeepSpeed fire as in any other forward. The
+head is called in the same way, with the fused projection as its forward: engines that shard gather its weight by hooks.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from vlmr1_kernels import linear_logprob
 T = TypeVar("T")
 
 
-def call(wrapped: Any, model: Any, function: Callable[[], T]) -> T:
-    """Run `function` as the forward of `wrapped` (whose innermost module is `model`)."""
+def call(wrapped: Any, model: Any, function: Callable[..., T], *inputs: Any) -> T:
+    """Run `function` of the inputs as the forward of `wrapped` (whose innermost module is `model`)."""
     missing = object()
     before = model.__dict__.get("forward", missing)
     model.forward = function
     try:
-        return wrapped()
+        return wrapped(*inputs)
     finally:
         if before is missing:
             del model.forward
@@ -59,22 +60,26 @@ class PackedPolicy:
         """Encloses forward and backward: activation checkpointing calls the layers again in backward."""
         return self.adapter.attention(self.model)
 
-    def image_features(self, pack: Pack) -> list[ImageFeatures]:
-        """What stands at each placeholder run of the pack."""
+    def image_features(self, pack: Pack) -> tuple[list[ImageFeatures], Tensor | None]:
+        """What stands at each placeholder run of the pack, and a zero that depends on the images that stand at none."""
         encoded = encode(self.adapter, self.model, pack.image_refs, pack.images, self.features)
-        return [encoded[i] for i in pack.image_ids]
+        unused = [encoded[i] for i in set(range(len(encoded))) - set(pack.image_ids)]
+        nothing = [0 * rows.sum() for each in unused for rows in each.tensors()]
+        return [encoded[i] for i in pack.image_ids], torch.stack(nothing).sum() if nothing else None
 
     def hidden_rows(self, pack: Pack) -> Tensor:
         """[N, D]: the hidden states that predict completion tokens."""
         device = self.model.device
         with autocast(device, self.dtype), self.attention():
+            features, nothing = self.image_features(pack)
             hidden = self.adapter.hidden(
                 self.model,
                 pack.input_ids[None].to(device),
                 pack.positions[:, None].to(device),
-                self.image_features(pack),
+                features,
                 shared=PackedAttention(pack.layout),
             )
+            hidden = hidden if nothing is None else hidden + nothing
         # The final norm leaves them in float32 where its weights are; the head's GEMMs are in the dtype of autocast.
         return hidden[0].index_select(0, pack.rows.to(device)).to(self.dtype or hidden.dtype)
 
@@ -83,12 +88,17 @@ class PackedPolicy:
         with torch.no_grad():
             hidden = self.hidden_rows(pack)
             head = self.adapter.head(self.model)
-            weight = head.weight.to(hidden.dtype)
             targets = pack.targets.to(hidden.device)
-            logp = linear_logprob(hidden, weight, targets, bias=head.bias, temperature=self.temperature)
-            assert isinstance(logp, Tensor)  # no entropy was asked for
-            return logp
+
+            def logprobs(hidden: Tensor) -> Tensor:
+                weight = head.weight.to(hidden.dtype)
+                logp = linear_logprob(hidden, weight, targets, bias=head.bias, temperature=self.temperature)
+                assert isinstance(logp, Tensor)  # no entropy was asked for
+                return logp
+
+            return call(head, head, logprobs, hidden)
 
     def loss(self, pack: Pack, objective: Objective) -> tuple[Tensor, dict[str, Tensor]]:
         """The pack's share of the step's loss, and its metrics."""
-        return objective.fused(self.hidden_rows(pack), self.adapter.head(self.model), pack)
+        head = self.adapter.head(self.model)
+        return call(head, head, lambda hidden: objective.fused(hidden, head, pack), self.hidden_rows(pack))

@@ -23,6 +23,8 @@ from vlmr1.models import load_model, load_processor, model_type_of
 from vlmr1.progress import Progress
 from vlmr1.rewards.methods import with_methods
 from vlmr1.rewards.registry import check_samples
+from vlmr1.scale.launch import launched_as
+from vlmr1.scale.ranks import Ranks
 from vlmr1.tiny import CHECKPOINT, digits
 from vlmr1.trainer import GRPOTrainer
 from vlmr1.types import Sample
@@ -95,20 +97,26 @@ def data_of(config: GRPOConfig, output_dir: Path) -> tuple[list[str], list[str]]
         return config.data_file_paths, config.image_folders
     folder = output_dir / "data"
     path = folder / "train.jsonl"
-    if not path.exists():
+    if config.process_index == 0 and not path.exists():
         digits.write(folder, "train", count=TRAIN_ROWS, seed=config.seed)
+    ranks_of(config).wait()
     return [str(path)], [str(folder / "images")]
 
 
 def train(config: GRPOConfig) -> GRPOTrainer:
     """Run, or continue from the last complete checkpoint in the output directory."""
     output_dir = Path(config.output_dir or "output")
+    ranks = ranks_of(config)
     resume = find_resume(config, output_dir)
     model, processor, samples = prepare(config)
     evaluated = evaluation_samples(config, model.config.model_type)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    clean(output_dir)
-    keep_settings(config, output_dir, resume)
+    check_settings(config, resume)
+    ranks.wait()  # for all to have looked, before one writes
+    if ranks.rank == 0:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        clean(output_dir)
+        keep_settings(config, output_dir)
+    ranks.wait()
     progress = Progress(output_dir, console=not config.disable_tqdm)
     trainer = GRPOTrainer(model, config, samples, processor, callbacks=[progress])
     trainer.remove_callback(ProgressCallback)
@@ -116,12 +124,13 @@ def train(config: GRPOConfig) -> GRPOTrainer:
     progress.trainer = trainer
     if evaluated is not None:
         trainer.add_callback(EvaluationCallback(trainer, evaluated))
-    print(arithmetic(config, len(trainer.train_dataset)), flush=True)  # type: ignore[arg-type]
+    say = print if ranks.rank == 0 else lambda *words, **options: None
+    say(arithmetic(config, len(trainer.train_dataset)), flush=True)  # type: ignore[arg-type]
     if resume is not None and trainer.is_finished(resume):
-        print(f"{resume}: all {trainer.state.max_steps} updates are done", flush=True)
+        say(f"{resume}: all {trainer.state.max_steps} updates are done", flush=True)
         return trainer
     if resume is not None:
-        print(f"continuing from {resume}", flush=True)
+        say(f"continuing from {resume}", flush=True)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     return trainer
 
@@ -136,15 +145,22 @@ def find_resume(config: GRPOConfig, output_dir: Path) -> Path | None:
     return named
 
 
-def keep_settings(config: GRPOConfig, output_dir: Path, resume: Path | None) -> None:
-    """Write the settings beside the checkpoints; a run that goes on from one must have the same as the run that wrote
-    it, where they matter. A setting that it did not know yet had its default."""
+def settings_of(config: GRPOConfig) -> dict[str, Any]:
+    """All settings, and how the run is spread over processes."""
     now = json.loads(config.to_json_string())
-    now = {field.name: now.get(field.name) for field in fields(config)}
-    path = output_dir / SETTINGS
+    return {field.name: now.get(field.name) for field in fields(config)} | {
+        "processes": config.world_size,
+        "launch": launched_as(),
+    }
+
+
+def check_settings(config: GRPOConfig, resume: Path | None) -> None:
+    """A run that goes on from a checkpoint must have the same settings as the run that wrote it, where they matter. One
+    that it did not know yet had its default."""
+    now = settings_of(config)
     written = resume.parent / SETTINGS if resume is not None else None
     if written is not None and written.exists():
-        defaults = {field.name: field.default for field in fields(config)}
+        defaults = {field.name: field.default for field in fields(config)} | {"processes": 1, "launch": "ddp"}
         before = defaults | json.loads(written.read_text(encoding="utf-8"))
         changed = [name for name in now if name not in CHANGEABLE and before[name] != now[name]]
         if changed:
@@ -153,7 +169,15 @@ def keep_settings(config: GRPOConfig, output_dir: Path, resume: Path | None) -> 
                 f"{name} is {now[name]!r}, but the run in {written.parent} was started with {before[name]!r}: "
                 "give another output_dir, or the same settings"
             )
-    path.write_text(json.dumps(now, indent=1), encoding="utf-8")
+
+
+def keep_settings(config: GRPOConfig, output_dir: Path) -> None:
+    """Write the settings beside the checkpoints."""
+    (output_dir / SETTINGS).write_text(json.dumps(settings_of(config), indent=1), encoding="utf-8")
+
+
+def ranks_of(config: GRPOConfig) -> Ranks:
+    return Ranks(config.process_index, config.world_size)
 
 
 def arithmetic(config: GRPOConfig, rows: int) -> str:
@@ -163,10 +187,11 @@ def arithmetic(config: GRPOConfig, rows: int) -> str:
     repeats = config.steps_per_generation * config.num_iterations
     counted = BufferSampler(
         range(rows),  # type: ignore[arg-type]
-        prompts=prompts,
+        prompts=config.prompts_per_device,
         parts=config.steps_per_generation,
         iterations=config.num_iterations,
         drop_last=config.dataloader_drop_last,
+        ranks=ranks_of(config),
     )
     epoch = max(1, len(counted))
     updates = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * epoch)

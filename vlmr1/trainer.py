@@ -18,21 +18,33 @@ from transformers import TrainerCallback
 
 from vlmr1.advantage import with_advantages
 from vlmr1.base_trainer import BaseTrainer
-from vlmr1.buffer import Buffer, Part, parts_of
+from vlmr1.buffer import Buffer, Part
 from vlmr1.config import GRPOConfig
 from vlmr1.data.prompts import PromptBuilder, PromptDataset, without_overlong
 from vlmr1.errors import SettingError
-from vlmr1.loss import Objective, combine, logp_difference, normalizer
+from vlmr1.loss import Objective, logp_difference, normalizer
 from vlmr1.memory.telemetry import Phases, peak_memory_mib
-from vlmr1.models import adapter_of, check_dropout
-from vlmr1.models.features import FeatureCache
+from vlmr1.models import adapter_of, check_dropout, load_model
+from vlmr1.models.features import FeatureCache, encode
 from vlmr1.naive import NaivePolicy
-from vlmr1.packing import make_pack, plan_packs, repeated_prompt_tokens, with_signal, without_weight
+from vlmr1.packing import (
+    make_pack,
+    plan_packs,
+    repeated_prompt_tokens,
+    tokens_of,
+    unique_images,
+    with_image,
+    with_signal,
+    without_weight,
+)
 from vlmr1.policy import PackedPolicy, call
 from vlmr1.rewards.groups import TimedOut, score_groups
 from vlmr1.rewards.pool import RewardPool
 from vlmr1.rewards.registry import Reward, get_reward
 from vlmr1.rollout import ENGINES
+from vlmr1.scale.balance import exchange
+from vlmr1.scale.metrics import all_losses, longest, over_ranks
+from vlmr1.scale.sharded import is_partitioned, sharded_reference, whole
 from vlmr1.statistics import group_statistics
 from vlmr1.types import Group, Pack, Prompt, Sample, StepMetrics
 from vlmr1_kernels import use
@@ -80,6 +92,7 @@ class GRPOTrainer(BaseTrainer):
         )
         frozen = not any(parameter.requires_grad for parameter in self.adapter.vision_parameters(model))
         self.features = FeatureCache() if frozen and args.share_vision else None
+        self.blank = builder.blank() if self.joins_tower and self.features is None else None
         self.engine = ENGINES[args.rollout_engine](
             model,
             self.adapter,
@@ -93,7 +106,11 @@ class GRPOTrainer(BaseTrainer):
         self.policy = self._forward_of(model)
         self.reference = None
         if args.beta > 0:
-            self.reference = self._forward_of(frozen_copy(model))
+            copied = frozen_copy(model, shared=self.sharding is None)
+            self.reference = self._forward_of(copied)
+            self.reference_model = copied.to(args.device)
+            if self.sharding is not None:
+                self.reference_model = sharded_reference(copied, self.accelerator, self.sharding)
         self.buffer = Buffer(args.num_iterations)
         self.last_groups: list[Group] = []
 
@@ -111,21 +128,24 @@ class GRPOTrainer(BaseTrainer):
 
     def _step(self, model: Any, prompts: Sequence[Prompt]) -> Tensor:
         phases = Phases()
-        if prompts:  # none where the buffer serves this update too
+        drawn = self.buffer.spent  # else the buffer serves this update too
+        if drawn:
             self.buffer.fill(self.generation(model, prompts, phases))
         part = self.buffer.take()
         with phases("policy"):
             loss, values = self.backward(model, part.packs, part.groups)
-        values |= group_statistics(part.groups, [reward.name for reward in self.rewards], self.reward_weights)
-        values |= part.counts
-        if prompts:
-            values |= self.engine.stats.values() | {"reward_timeouts": float(len(self.timed_out))}
+        own = group_statistics(part.groups, [reward.name for reward in self.rewards], self.reward_weights) | part.counts
+        if drawn:
+            own |= self.engine.stats.values() | {"reward_timeouts": float(len(self.timed_out))}
+        values |= over_ranks(own, len(part.groups), self.ranks)
+        if drawn:
             self._check_logp(values)
         else:  # the policy is not the one that drew these any more
             values = {name: value for name, value in values.items() if "logp_difference" not in name}
         if self.buffer.spent and self.features is not None:
             self.features.clear()
-        self.unlogged.append(StepMetrics(values, phases.seconds, peak_memory_mib()))
+        peak = max(self.ranks.gather(peak_memory_mib()))
+        self.unlogged.append(StepMetrics(values, longest(phases.seconds, self.ranks), peak))
         self.last_groups = part.groups
         self.last_loss = float(loss)
         return loss
@@ -138,9 +158,9 @@ class GRPOTrainer(BaseTrainer):
         with phases("reward"):
             self.timed_out = []
             groups = score_groups(groups, self.rewards, pool=self.reward_pool, timed_out=self.timed_out)
-            groups = with_advantages(groups, self.reward_weights, self.args.scale_rewards)
+            groups = with_advantages(groups, self.reward_weights, self.args.scale_rewards, self.ranks)
         parts = []
-        for part in parts_of(groups, self.args.steps_per_generation):
+        for part in self.shared_out(groups):
             packs, counts = self.pack(part)
             with phases("reference"):
                 packs = [self.with_reference(pack) for pack in packs]
@@ -151,21 +171,40 @@ class GRPOTrainer(BaseTrainer):
 
     def rollout(self, prompts: Sequence[Prompt]) -> list[Group]:
         """Prompts -> groups of completions, drawn from the present policy."""
-        return self.engine.generate(prompts, self.args.num_generations, self.sampling, step=self.state.global_step)
+        with whole(self.engine.model, self.sharding):
+            return self.engine.generate(prompts, self.args.num_generations, self.sampling, step=self.state.global_step)
+
+    def shared_out(self, groups: Sequence[Group]) -> list[list[Group]]:
+        """The groups of each update that this rank trains on: about as many tokens on every rank."""
+        tokens = [tokens_of(self.with_signal([group])) for group in groups]
+        parts = exchange(groups, tokens, self.args.steps_per_generation, self.ranks, self._prompt_of)
+        if self.features is not None and self.sharding is not None:  # passes will not meet in the tower
+            prompts = [group.prompt for part in parts for group in part]
+            images, refs, _ = unique_images(prompts)
+            with whole(self.engine.model, self.sharding):
+                encode(self.adapter, self.engine.model, refs, images, self.features)
+        return parts
+
+    def with_signal(self, groups: Sequence[Group]) -> list[Group]:
+        """What of the groups has a part in the loss."""
+        return with_signal(
+            groups,
+            skip_zero_advantage=self.args.skips_zero_advantage,
+            mask_truncated=self.args.mask_truncated_completions,
+        )
 
     def pack(self, groups: Sequence[Group]) -> tuple[list[Pack], dict[str, float]]:
         """Groups -> packed rows under the token budget, and what they count."""
         plan = plan_packs(
-            with_signal(
-                groups,
-                skip_zero_advantage=self.args.skips_zero_advantage,
-                mask_truncated=self.args.mask_truncated_completions,
-            ),
+            self.with_signal(groups),
             tokens_per_pack=self.args.tokens_per_pack,
             share_prompt=self.args.share_prompt,
             pack=self.args.pack,
         )
-        packs = [make_pack(row, share_vision=self.args.share_vision) for row in plan] or [without_weight(groups)]
+        packs = [make_pack(row, share_vision=self.args.share_vision) for row in plan]
+        packs += [without_weight(groups)] * (self.ranks.most(max(len(packs), 1)) - len(packs))
+        if self.blank is not None:
+            packs = [with_image(pack, *self.blank) for pack in packs]
         return packs, {
             "packs": float(len(packs)),
             "packed_tokens": float(sum(len(pack.input_ids) for pack in packs)),
@@ -176,7 +215,8 @@ class GRPOTrainer(BaseTrainer):
         """The pack with the reference model's log-probs, where the objective needs them."""
         if self.reference is None:
             return pack
-        return replace(pack, ref_logp=self.reference.logprobs(pack))
+        reference = self.reference
+        return replace(pack, ref_logp=call(self.reference_model, reference.model, lambda: reference.logprobs(pack)))
 
     def with_old(self, model: Any, pack: Pack) -> Pack:
         """The pack with the log-probs of the policy that drew it: the engine's, or the policy's own."""
@@ -191,21 +231,22 @@ class GRPOTrainer(BaseTrainer):
         """Accumulate the gradient of the step's loss over its packs; returns the loss and the metrics."""
         model.train()
         masked = self.args.mask_truncated_completions
-        count = normalizer(groups, self.settings, mask_truncated=masked)
+        count = self.ranks.total(normalizer(groups, self.settings, mask_truncated=masked))
         objective = Objective(self.settings, max(count, 1.0))
         total = torch.zeros((), device=self.args.device)
         parts = []
-        for pack in packs:
-            with self.policy.attention():
+        for i, pack in enumerate(packs):
+            with self.policy.attention(), self.syncing(model, last=i == len(packs) - 1):
                 loss, metrics = call(model, self.policy.model, lambda pack=pack: self.policy.loss(pack, objective))
                 loss = loss * pack.weight
-                self.accelerator.backward(loss)
+                self.accelerator.backward(loss * self.ranks.world)  # of which the engines take the mean over ranks
             total += loss.detach()
             metrics |= logp_difference(metrics["logp"], pack)
             parts.append(metrics if pack.weight else metrics | {"dropped_rows": metrics["tokens"]})
-        if any(group.prompt.images for group in groups):
+        if self.blank is None and any(group.prompt.images for group in groups):
             self.adapter.fill_vision_gradients(self.policy.model)
-        return total, combine(parts, tokens=sum(len(c.token_ids) for group in groups for c in group.completions))
+        tokens = sum(len(c.token_ids) for group in groups for c in group.completions)
+        return all_losses(total, tokens, parts, self.ranks)
 
     def _check_logp(self, values: dict[str, float]) -> None:
         """The engine's log-probs become the ratio's denominator: they should be the policy's."""
@@ -220,7 +261,11 @@ class GRPOTrainer(BaseTrainer):
             )
 
 
-def frozen_copy(model: Any) -> Any:
-    """A reference model: what is trained is copied, what is frozen is the model's own."""
+def frozen_copy(model: Any, *, shared: bool = True) -> Any:
+    """A reference model: what is trained is copied, what is frozen is the model's own where it is `shared`."""
+    if is_partitioned(model):  # there is nothing here to copy
+        attention = model.config._attn_implementation
+        read = load_model(model.name_or_path, dtype=model.dtype, attn_implementation=attention)
+        return read.eval().requires_grad_(False)
     frozen = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
-    return copy.deepcopy(model, memo=frozen).eval().requires_grad_(False)
+    return copy.deepcopy(model, memo=frozen if shared else None).eval().requires_grad_(False)

@@ -6,13 +6,14 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from vlmr1.data.images import open_image
+from vlmr1.data.images import MIN_SIDE, ImageBytes, ImageRef, open_image
 from vlmr1.data.samples import Samples
 from vlmr1.errors import DataError, SettingError
-from vlmr1.models.adapter import Adapter
+from vlmr1.models.adapter import Adapter, ImageInputs
 from vlmr1.types import Prompt, Sample
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,14 @@ class PromptBuilder:
         self._check(sample, input_ids)
         split = self.adapter.split_images(self.model, inputs, len(images))
         return Prompt(sample, input_ids, self.adapter.positions(self.model, input_ids, split), split)
+
+    def blank(self) -> tuple[ImageRef, ImageInputs]:
+        """A small black image, and what the processor makes of it: for passes that have none and call the tower."""
+        image = ImageBytes.of_image(Image.new("RGB", (2 * MIN_SIDE, 2 * MIN_SIDE)), "blank image")
+        message = {"role": "user", "content": [{"type": "image"}]}
+        builder = PromptBuilder(self.model, self.adapter, self.processor)  # without a limit of length
+        prompt = builder(Sample([message], (image,), "", "blank image", -1))
+        return image, prompt.images[0]
 
     def _check(self, sample: Sample, input_ids: Any) -> None:
         if self.max_prompt_length is not None and len(input_ids) > self.max_prompt_length:

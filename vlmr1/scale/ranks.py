@@ -1,0 +1,50 @@
+"""What ranks tell each other; with one process everything is said to oneself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a run. Every rank has to call each method, in the same order."""
+
+    rank: int = 0
+    world: int = 1
+
+    def gather(self, value: T) -> list[T]:
+        """One value a rank, in the order of the ranks; tensors are best on the CPU."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def total(self, number: float) -> float:
+        """The sum over all ranks."""
+        return sum(self.gather(number))
+
+    def most(self, number: int) -> int:
+        """The maximum over all ranks."""
+        return max(self.gather(number))
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if self.world > 1:
+            dist.barrier()
+
+
+ALONE = Ranks()
+
+
+def interleaved(lists: Sequence[Sequence[T]]) -> list[T]:
+    """The first of each rank, then the second of each, and so on: the order of a batch whose k-th row went to rank
+    k mod world."""
+    longest = max(map(len, lists))
+    return [each[i] for i in range(longest) for each in lists if i < len(each)]

@@ -1,0 +1,96 @@
+"""Engines that shard parameters (ZeRO-3, FSDP2): rollouts with all of them, and a reference model of their kind."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+from torch import nn
+
+from vlmr1.errors import SettingError
+
+Sharding = Literal["zero3", "fsdp2"]
+HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+
+
+def sharding_of(accelerator: Any) -> Sharding | None:
+    """How parameters are spread over the ranks; None where each has them all. SettingError for FSDP of version 1."""
+    deepspeed = accelerator.state.deepspeed_plugin
+    if deepspeed is not None:
+        return "zero3" if deepspeed.zero_stage == 3 else None
+    fsdp = getattr(accelerator.state, "fsdp_plugin", None)
+    if fsdp is None:
+        return None
+    if fsdp.fsdp_version != 2:
+        raise SettingError("FSDP of version 1 is not supported: set fsdp_version to 2, or use --launch fsdp2")
+    return "fsdp2"
+
+
+@contextmanager
+def whole(model: nn.Module, sharding: Sharding | None) -> Iterator[None]:
+    """In this block each rank has every parameter, and forwards of the model and of its parts run without collectives:
+    ranks that draw completions of other lengths call them at other times."""
+    if sharding is None:
+        yield
+        return
+    with ExitStack() as stack:
+        if sharding == "zero3":
+            from deepspeed.runtime.zero import GatheredParameters
+
+            stack.enter_context(GatheredParameters(list(model.parameters())))
+        else:
+            stack.enter_context(_unsharded(model))
+        stack.enter_context(_without_hooks(model))
+        yield
+
+
+@contextmanager
+def _unsharded(model: nn.Module) -> Iterator[None]:
+    from torch.distributed.fsdp import FSDPModule
+
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.reshard()
+
+
+@contextmanager
+def _without_hooks(model: nn.Module) -> Iterator[None]:
+    """The engine's forward hooks would release what was gathered."""
+    kept = [(module, name, getattr(module, name)) for module in model.modules() for name in HOOKS]
+    for module, name, _ in kept:
+        setattr(module, name, OrderedDict())
+    try:
+        yield
+    finally:
+        for module, name, hooks in kept:
+            setattr(module, name, hooks)
+
+
+def is_partitioned(model: nn.Module) -> bool:
+    """Whether ZeRO-3 spread the parameters when they were read."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def sharded_reference(model: nn.Module, accelerator: Any, sharding: Sharding) -> nn.Module:
+    """A frozen model, spread over the ranks as the policy is; the wrapper whose call fires the engine's hooks."""
+    if sharding == "fsdp2":
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+        return fsdp2_prepare_model(accelerator, model)
+    import deepspeed
+
+    config = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
+    for part in ("optimizer", "scheduler", "train_batch_size"):
+        config.pop(part, None)
+    config["zero_optimization"].pop("offload_optimizer", None)
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    engine.eval()
+    return engine
