@@ -27,10 +27,11 @@ class PatchGrid:
         """SettingError for a processor that does not resize so."""
         name = type(image_processor).__name__
         patch, merge = (getattr(image_processor, name, None) for name in ("patch_size", "merge_size"))
-        bounds = [image_processor.size.get(name) for name in ("shortest_edge", "longest_edge")]
-        if not patch or not merge or None in bounds:
+        shortest, longest = (image_processor.size.get(name) for name in ("shortest_edge", "longest_edge"))
+        if not patch or not merge or shortest is None or longest is None:
             raise SettingError(f"{name} does not resize images to a grid of merged patches")
-        return cls(patch, merge, *bounds, image_processor.temporal_patch_size if name.startswith("Glm4v") else None)
+        frames = image_processor.temporal_patch_size if name.startswith("Glm4v") else None
+        return cls(patch, merge, shortest, longest, frames)
 
     def resized(self, size: Size) -> Size:
         """The size to which an image of this one is brought; ValueError for an aspect ratio above 200."""

@@ -98,7 +98,7 @@ def _size_of_file(image: Path) -> tuple[int, int]:
 def _size(image: ImageRef) -> tuple[int, int]:
     with _opened(image) as file:
         turned = file.format != "TIFF" and orientation(file) in SIDEWAYS  # a TIFF's size is that of the turned one
-        return file.size[::-1] if turned else file.size
+        return (file.height, file.width) if turned else file.size
 
 
 def _opened(image: ImageRef) -> Image.Image:

@@ -13,6 +13,7 @@ from vlmr1.rewards.length import COSINE_MAX
 Mode = Literal["strict", "vlmr1"]
 MODES = ("strict", "vlmr1")
 DEFAULT_METHOD = "iou"
+AS_THEY_STAND = BoxCoordinates()
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class RewardSettings:
     max_completion_length: int | None = None
     overlong_cache_length: int | None = None
     length_reward_max: int = COSINE_MAX
-    boxes: BoxCoordinates = BoxCoordinates()
+    boxes: BoxCoordinates = AS_THEY_STAND
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -41,8 +42,10 @@ class RewardSettings:
             raise SettingError(
                 f"length_reward_max is {COSINE_MAX} with reward_mode vlmr1, not {self.length_reward_max}"
             )
-        if self.mode == "vlmr1" and self.boxes != BoxCoordinates():
-            raise SettingError(f"boxes are {self.boxes.space} with reward_mode vlmr1: the published code converts its own")
+        if self.mode == "vlmr1" and self.boxes != AS_THEY_STAND:
+            raise SettingError(
+                f"boxes are {self.boxes.space} with reward_mode vlmr1: the published code converts its own"
+            )
         cache, longest = self.overlong_cache_length, self.max_completion_length
         if cache is not None and (longest is None or not 1 <= cache < longest):
             raise SettingError(
@@ -50,13 +53,10 @@ class RewardSettings:
             )
 
     def with_boxes(self, setting: Setting, model_type: str, image_processor: Any) -> RewardSettings:
-        """With the coordinates that the setting box_coordinates says for a model; SettingError where they cannot be."""
+        """With the coordinates that the setting box_coordinates says for a model; the published code converts its own.
+
+        SettingError where the model cannot have them."""
         if self.mode == "vlmr1":
-            if setting != "auto":
-                raise SettingError(
-                    f"box_coordinates is {setting!r} with reward_mode vlmr1, whose code converts boxes or not by the "
-                    "reward's name: leave it at auto"
-                )
             return self
         return replace(self, boxes=BoxCoordinates.of(setting, model_type, image_processor))
 
