@@ -54,7 +54,8 @@ def check_command(options: argparse.Namespace) -> int:
     if options.model is not None:
         processor, family = processor_of(options.model, {name: getattr(options, name) for name in LIMITS})
         measure = prompt_measure(processor)
-        settings = RewardSettings().with_boxes(options.box_coordinates, family, processor.image_processor)
+        if options.reward_funcs or options.box_coordinates != "auto":
+            settings = RewardSettings().with_boxes(options.box_coordinates, family, processor.image_processor)
     findings = check_data(
         options.files,
         options.images,
