@@ -135,6 +135,10 @@ def test_methods_of_a_family_do_as_they_say(method):
     for coordinates in (BoxCoordinates(), BoxCoordinates("thousand"), BoxCoordinates.of("resized", "qwen2_vl", QWEN)):
         value = scored(box, "[0, 0, 320, 480]", coordinates, [image], [[1, 10, 20]], method=method)
         assert value == pytest.approx(1, rel=1e-6)
+    options = {"image_grid_thw": [1, 10, 20], "image_size": [640, 480], "box_scale": (9.0, 9.0)}
+    for name in ("accuracy", method):
+        value = score(name, answered(json.dumps(box)), "[0, 0, 320, 480]", accu_reward_method=method, **options)
+        assert value == pytest.approx(1, rel=1e-12)
 
 
 def test_the_length_reward_asks_the_same_accuracy():
