@@ -20,6 +20,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from vlmr1.buffer import Buffer, BufferSampler
 from vlmr1.checkpoint import staged
 from vlmr1.config import GRPOConfig
+from vlmr1.data.loader import Batches
 from vlmr1.errors import DivergedError, SettingError
 from vlmr1.loss import MAXIMA
 from vlmr1.models import load_model
@@ -80,7 +81,7 @@ class BaseTrainer(Trainer):
             "multiprocessing_context": args.dataloader_multiprocessing_context or None,
             "in_order": args.dataloader_in_order,
         }
-        loader = DataLoader(self.train_dataset, batch_sampler=sampler, collate_fn=as_list, **workers)  # type: ignore[arg-type]
+        loader = DataLoader(Batches(self.train_dataset), batch_sampler=sampler, collate_fn=as_list, **workers)  # type: ignore[arg-type]
         config = self.accelerator.dataloader_config
         return prepare_data_loader(  # not the accelerator's: it would deal out batches that are dealt out already
             loader,

@@ -62,6 +62,14 @@ class GRPOConfig(TrainingArguments):
     prompt_column: str = field(default="prompt", metadata={"help": "of rows in TRL's format"})
     solution_column: str = field(default="solution", metadata={"help": "of rows in TRL's format"})
     check_images: bool = field(default=True, metadata={"help": "decode every image before training"})
+    val_split_ratio: float = field(default=0.0, metadata={"help": "share of the rows that are kept from training"})
+    min_pixels: int | None = field(
+        default=None, metadata={"help": "area to which smaller images are enlarged; models of patch grids"}
+    )
+    max_pixels: int | None = field(
+        default=None, metadata={"help": "area to which larger images are reduced; models of patch grids"}
+    )
+    max_anyres_num: int | None = field(default=None, metadata={"help": "tiles of an image at most; InternVL"})
     question_template: str = field(
         default="rec", metadata={"help": f"{', '.join(TEMPLATES)}, or a text with {{question}} in it"}
     )
@@ -77,6 +85,13 @@ class GRPOConfig(TrainingArguments):
     scale_rewards: Literal["group", "batch", "none"] = "group"
     reward_mode: Literal["strict", "vlmr1"] = field(
         default="strict", metadata={"help": "vlmr1 scores as the published code does, oddities included"}
+    )
+    box_coordinates: Literal["auto", "original", "resized", "thousand"] = field(
+        default="auto",
+        metadata={
+            "help": "of a completion's boxes: pixels of the file, of the resized image, or thousandths; "
+            "auto: by the model type; they are scored in pixels of the file"
+        },
     )
     accu_reward_method: list[str] = field(
         default_factory=lambda: ["iou"],
@@ -203,13 +218,23 @@ class GRPOConfig(TrainingArguments):
             raise SettingError(f"log_completions is {self.log_completions}: it must not be negative")
         at_least_one = ["prompts_per_device", "steps_per_generation", "num_iterations", "max_completion_length"]
         at_least_one += ["tokens_per_pack", "max_nonfinite"]
-        if self.max_prompt_length is not None:
-            at_least_one.append("max_prompt_length")
+        may_be_none = ("max_prompt_length", "min_pixels", "max_pixels", "max_anyres_num")
+        at_least_one += [name for name in may_be_none if getattr(self, name) is not None]
         for name in at_least_one:
             if getattr(self, name) < 1:
                 raise SettingError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.overlong_prompts == "filter" and self.max_prompt_length is None:
             raise SettingError("overlong_prompts=filter needs max_prompt_length")
+        if not 0 <= self.val_split_ratio < 1:
+            raise SettingError(f"val_split_ratio is {self.val_split_ratio}: it must be at least 0 and below 1")
+        if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
+            raise SettingError(f"min_pixels is {self.min_pixels}: it is above max_pixels, {self.max_pixels}")
+        if self.reward_mode == "vlmr1" and self.box_coordinates != "auto":
+            raise SettingError(
+                f"box_coordinates is {self.box_coordinates!r} with reward_mode vlmr1, whose code converts boxes or not "
+                "by the reward's name: leave it at auto"
+            )
+        self.accu_reward_method = [name for joint in self.accu_reward_method for name in joint.split(":")]
         if not self.accu_reward_method:
             raise SettingError("accu_reward_method is empty: name one method, or one for each data file")
         if self.reward_workers < 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,16 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from vlmr1.buffer import BufferSampler
 from vlmr1.checkpoint import clean, is_complete, last_complete
 from vlmr1.config import GRPOConfig
-from vlmr1.data.samples import load_samples
+from vlmr1.data.samples import load_samples, validation_split
+from vlmr1.data.sources import split_names
 from vlmr1.data.templates import question_text
 from vlmr1.errors import SettingError
 from vlmr1.evaluation.callback import EvaluationCallback, evaluation_samples
 from vlmr1.models import load_model, load_processor, model_type_of
+from vlmr1.models.image_limits import limit_images
 from vlmr1.progress import Progress
-from vlmr1.rewards.methods import with_methods
-from vlmr1.rewards.registry import check_samples
+from vlmr1.rewards.methods import columns_of_files
+from vlmr1.rewards.registry import checks_of
 from vlmr1.scale.launch import launched_as
 from vlmr1.scale.ranks import Ranks
 from vlmr1.tiny import CHECKPOINT, digits
@@ -48,6 +50,9 @@ CHANGEABLE = {
     "run_name",
     "check_images",
     "dataloader_num_workers",
+    "dataloader_prefetch_factor",
+    "dataloader_persistent_workers",
+    "dataloader_pin_memory",
     "ddp_timeout",
     "local_rank",
     "eval_steps",
@@ -58,7 +63,17 @@ CHANGEABLE = {
 }
 
 
-def prepare(config: GRPOConfig) -> tuple[Any, Any, Sequence[Sample]]:
+@dataclass(frozen=True)
+class Prepared:
+    """What a run starts from."""
+
+    model: Any
+    processor: Any
+    train: Sequence[Sample]
+    validation: Sequence[Sample] | None  # val_split_ratio of the rows
+
+
+def prepare(config: GRPOConfig) -> Prepared:
     """Model, processor and samples of a run, each row checked against the rewards that will score it."""
     output_dir = Path(config.output_dir or "output")
     if not config.model_name_or_path:
@@ -67,23 +82,33 @@ def prepare(config: GRPOConfig) -> tuple[Any, Any, Sequence[Sample]]:
         raise SettingError(f"data_file_paths is not set: JSONL files, or {DIGITS!r}")
     name = model_path(config.model_name_or_path)
     options = {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
-    samples: Sequence[Sample] = load_samples(
-        *data_of(config, output_dir),
-        question=question_text(config.question_template, model_type_of(name, **options)),
+    model_type = model_type_of(name, **options)
+    processor = load_processor(name, **options)
+    limits = {name: getattr(config, name) for name in ("min_pixels", "max_pixels", "max_anyres_num")}
+    limit_images(processor, model_type, **limits)
+    rewards = config.rewards().with_boxes(config.box_coordinates, model_type, processor.image_processor)
+    files, folders = data_of(config, output_dir)
+    train: Sequence[Sample] = load_samples(
+        files,
+        folders,
+        question=question_text(config.question_template, model_type),
         check_images=config.check_images,
         prompt_column=config.prompt_column,
         solution_column=config.solution_column,
+        checks=checks_of(config.reward_funcs, rewards),
+        defaults=columns_of_files(len(split_names(files)), config.accu_reward_method),
     )
-    if len(config.accu_reward_method) > 1:
-        samples = with_methods(samples, config.data_file_paths, config.accu_reward_method)
-    check_samples(config.reward_funcs, samples, config.rewards())
+    validation = None
+    if config.val_split_ratio > 0:
+        seed = config.seed if config.data_seed is None else config.data_seed
+        train, validation = validation_split(train, config.val_split_ratio, seed)
     model = load_model(
         name,
         dtype=getattr(torch, config.model_dtype),
         attn_implementation=config.attn_implementation,
         **options,
     )
-    return model, load_processor(name, **options), samples
+    return Prepared(model, processor, train, validation)
 
 
 def model_path(name: str) -> str:
@@ -108,8 +133,8 @@ def train(config: GRPOConfig) -> GRPOTrainer:
     output_dir = Path(config.output_dir or "output")
     ranks = ranks_of(config)
     resume = find_resume(config, output_dir)
-    model, processor, samples = prepare(config)
-    evaluated = evaluation_samples(config, model.config.model_type)
+    prepared = prepare(config)
+    evaluated = evaluation_samples(config, prepared.model, prepared.processor, prepared.validation)
     check_settings(config, resume)
     ranks.wait()  # for all to have looked, before one writes
     if ranks.rank == 0:
@@ -118,12 +143,12 @@ def train(config: GRPOConfig) -> GRPOTrainer:
         keep_settings(config, output_dir)
     ranks.wait()
     progress = Progress(output_dir, console=not config.disable_tqdm)
-    trainer = GRPOTrainer(model, config, samples, processor, callbacks=[progress])
+    trainer = GRPOTrainer(prepared.model, config, prepared.train, prepared.processor, callbacks=[progress])
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     progress.trainer = trainer
     if evaluated is not None:
-        trainer.add_callback(EvaluationCallback(trainer, evaluated))
+        trainer.add_callback(EvaluationCallback(trainer, evaluated, box_coordinates=config.box_coordinates))
     say = print if ranks.rank == 0 else lambda *words, **options: None
     say(arithmetic(config, len(trainer.train_dataset)), flush=True)  # type: ignore[arg-type]
     if resume is not None and trainer.is_finished(resume):

@@ -20,6 +20,7 @@ from vlmr1.advantage import with_advantages
 from vlmr1.base_trainer import BaseTrainer
 from vlmr1.buffer import Buffer, Part
 from vlmr1.config import GRPOConfig
+from vlmr1.data.loader import unpacked
 from vlmr1.data.prompts import PromptBuilder, PromptDataset, without_overlong
 from vlmr1.errors import SettingError
 from vlmr1.loss import Objective, logp_difference, normalizer
@@ -68,7 +69,7 @@ class GRPOTrainer(BaseTrainer):
         if args.share_prompt or args.pack:
             check_dropout(model.config)
         self.processor = processor
-        settings = args.rewards()
+        settings = args.rewards().with_boxes(args.box_coordinates, model.config.model_type, processor.image_processor)
         self.rewards = [get_reward(reward, settings) for reward in (reward_funcs or args.reward_funcs)]
         self.timed_out: list[TimedOut] = []  # of the last generation
         self.reward_pool = RewardPool(args.reward_workers, args.reward_timeout) if args.reward_workers else None
@@ -124,7 +125,7 @@ class GRPOTrainer(BaseTrainer):
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One update's gradients from a list of Prompts; returns the loss."""
         with use(self.args.kernels):
-            return self._step(model, inputs)
+            return self._step(model, unpacked(inputs))
 
     def _step(self, model: Any, prompts: Sequence[Prompt]) -> Tensor:
         phases = Phases()

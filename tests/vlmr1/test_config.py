@@ -113,6 +113,15 @@ REFUSED = {
     "reward_timeout": (["--reward_timeout", "0"], "reward_timeout is 0.0"),
     "reward_mode": (["--reward_mode", "loose"], "--reward_mode"),
     "overlong_cache_length": (["--overlong_cache_length", "300"], "overlong_cache_length is 300"),
+    "val_split_ratio": (["--val_split_ratio", "1"], "val_split_ratio is 1.0"),
+    "min_pixels": (["--min_pixels", "0"], "min_pixels is 0: it must be at least 1"),
+    "max_anyres_num": (["--max_anyres_num", "0"], "max_anyres_num is 0: it must be at least 1"),
+    "min_pixels above max_pixels": (["--min_pixels", "9", "--max_pixels", "8"], "min_pixels is 9: it is above max_pix"),
+    "box_coordinates": (["--box_coordinates", "pixels"], "--box_coordinates"),
+    "box_coordinates with vlmr1": (
+        ["--box_coordinates", "original", "--reward_mode", "vlmr1"],
+        "box_coordinates is 'original' with reward_mode vlmr1",
+    ),
     "rollout_logp_alarm": (["--rollout_logp_alarm", "0"], "rollout_logp_alarm is 0.0"),
     "skip_zero_advantage": (["--skip_zero_advantage", "true"], "skip_zero_advantage needs beta 0"),
     "prompts_per_device": (["--prompts_per_device", "0"], "prompts_per_device is 0"),
@@ -177,7 +186,8 @@ def test_refused_file(text, message, tmp_path):
 
 
 def test_refused_sources(tmp_path):
-    assert refusal(recipe="rec-4b").startswith("--recipe: unknown recipe 'rec-4b'; known: rec-3b")
+    assert refusal(recipe="rec-4b") == f"--recipe: unknown recipe 'rec-4b'; known: {', '.join(recipe_names())}"
+    assert "rec-3b" in recipe_names()
     assert str(tmp_path / "none.yaml") in refusal(config=tmp_path / "none.yaml")
 
 

@@ -17,9 +17,11 @@ from vlmr1.data.sources import open_sources
 from vlmr1.data.templates import question_text
 from vlmr1.errors import DataError, SettingError
 from vlmr1.rewards.registry import Reward, get_reward
+from vlmr1.rewards.settings import RewardSettings
 from vlmr1.types import Sample
 
 Measure = Callable[[Sample], int]  # tokens of a sample's prompt
+LIMITS = ("min_pixels", "max_pixels", "max_anyres_num")  # of images
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,20 +32,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reward_funcs", nargs="*", default=[], help="rewards that have to be able to score each row")
     parser.add_argument("--model", help="count the tokens of each prompt with this model's processor")
     parser.add_argument("--max_prompt_length", type=int, help="with --model: a longer prompt is a fault")
+    for name in LIMITS:
+        parser.add_argument(f"--{name}", type=int, help="with --model: as in training")
+    parser.add_argument(
+        "--box_coordinates",
+        choices=("auto", "original", "resized", "thousand"),
+        default="auto",
+        help="with --model: whether boxes of a row can be brought to pixels of its image",
+    )
     parser.add_argument("--prompt_column", default=Columns.prompt)
     parser.add_argument("--solution_column", default=Columns.solution)
 
 
 def check_command(options: argparse.Namespace) -> int:
     """Print what is wrong and how long the prompts are; the exit status: 1 where there is a fault."""
-    if options.max_prompt_length is not None and options.model is None:
-        raise SettingError("--max_prompt_length needs --model: its processor counts the tokens")
-    measure, family = (None, None) if options.model is None else measure_of(options.model)
+    given = [name for name in ("max_prompt_length", *LIMITS) if getattr(options, name) is not None]
+    given += ["box_coordinates"] * (options.box_coordinates != "auto")
+    if given and options.model is None:
+        raise SettingError(f"--{given[0]} needs --model: it is about what a model's processor makes of a row")
+    measure, family, settings = None, None, None
+    if options.model is not None:
+        processor, family = processor_of(options.model, {name: getattr(options, name) for name in LIMITS})
+        measure = prompt_measure(processor)
+        if options.reward_funcs or options.box_coordinates != "auto":
+            settings = RewardSettings().with_boxes(options.box_coordinates, family, processor.image_processor)
     findings = check_data(
         options.files,
         options.images,
         question=question_text(options.question_template, family),
-        rewards=options.reward_funcs,
+        rewards=[get_reward(reward, settings) for reward in options.reward_funcs],
         measure=measure,
         max_prompt_length=options.max_prompt_length,
         columns=Columns(options.prompt_column, options.solution_column),
@@ -78,18 +95,21 @@ def check_data(
     return findings
 
 
-def measure_of(model: str) -> tuple[Measure, str]:
-    """The counter of a model's processor, and the model's type."""
+def processor_of(model: str, limits: dict[str, int | None]) -> tuple[Any, str]:
+    """A model's processor with these limits of its images, and the model's type."""
     from transformers import AutoConfig
 
+    from vlmr1.models.image_limits import limit_images
     from vlmr1.models.processor import load_processor
     from vlmr1.run import model_path
 
     try:
         name = model_path(model)
-        return prompt_measure(load_processor(name)), AutoConfig.from_pretrained(name).model_type
+        processor, model_type = load_processor(name), AutoConfig.from_pretrained(name).model_type
     except (OSError, ValueError) as error:
         raise SettingError(f"--model: {error}") from error
+    limit_images(processor, model_type, **limits)
+    return processor, model_type
 
 
 def prompt_measure(processor: Any) -> Measure:

@@ -10,7 +10,9 @@ import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +44,7 @@ UPRIGHT = {  # by EXIF orientation
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+SIDEWAYS = (5, 6, 7, 8)  # of those: width and height change places
 
 
 @dataclass(frozen=True)
@@ -75,9 +78,38 @@ def open_image(image: ImageRef, source: str) -> Image.Image:
     short side enlarged to `MIN_SIDE` where it is less.
 
     Raises a DataError that begins with `source` where it cannot be decoded, or has more pixels than PIL's limit."""
+    with _faults(image, source), _opened(image) as file:
+        return enlarged(to_rgb(file))
+
+
+def upright_size(image: ImageRef, source: str) -> tuple[int, int]:
+    """(width, height) of the image in px, by its EXIF orientation, before it is enlarged; its pixels are not decoded.
+
+    Raises as `open_image`."""
+    with _faults(image, source):
+        return _size_of_file(image) if isinstance(image, Path) else _size(image)
+
+
+@lru_cache(maxsize=100_000)
+def _size_of_file(image: Path) -> tuple[int, int]:
+    return _size(image)
+
+
+def _size(image: ImageRef) -> tuple[int, int]:
+    with _opened(image) as file:
+        turned = file.format != "TIFF" and orientation(file) in SIDEWAYS  # a TIFF's size is that of the turned one
+        return (file.height, file.width) if turned else file.size
+
+
+def _opened(image: ImageRef) -> Image.Image:
+    return Image.open(image if isinstance(image, Path) else io.BytesIO(image.data))
+
+
+@contextmanager
+def _faults(image: ImageRef, source: str) -> Iterator[None]:
+    """What is raised in the block, because the image cannot be decoded, becomes a DataError of `source`."""
     try:
-        with Image.open(image if isinstance(image, Path) else io.BytesIO(image.data)) as opened:
-            return enlarged(to_rgb(opened))
+        yield
     except Image.DecompressionBombError as error:
         raise row_fault(source, "image too large", f"image {image} cannot be decoded: {error}") from error
     except UNDECODABLE as error:

@@ -8,7 +8,7 @@ A row is VLM-R1's, `{"id", "image": str | [str], "conversations": [{"from": "hum
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import accumulate
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from vlmr1.data.faults import row_fault
 from vlmr1.data.folder import ImageFolder, image_of, image_values
-from vlmr1.data.images import image_faults
+from vlmr1.data.images import ImageRef, image_faults
 from vlmr1.data.messages import as_text, check_template, from_prompt, from_turns
 from vlmr1.data.rows import Row, Rows
 from vlmr1.data.sources import open_sources
@@ -52,11 +52,13 @@ class Samples(Sequence[Sample]):
         question: str,
         columns: Columns = Columns(),
         indices: Sequence[int] | None = None,
+        defaults: Sequence[Mapping[str, Any]] = (),
     ):
         check_template(question)
         self.sources = list(sources)
         self.question = question
         self.columns = columns
+        self.defaults = list(defaults)  # one a source, or none: columns of rows that have none, or null, of that name
         self.ends = list(accumulate(len(rows) for rows, _ in sources))
         self.indices: Sequence[int] = range(self.ends[-1]) if indices is None else indices
 
@@ -75,7 +77,12 @@ class Samples(Sequence[Sample]):
     def sample(self, index: int, on_fault: OnFault = stop) -> Sample:
         """The sample whose `Sample.index` is this. `on_fault` gets the faults of images, which are then left out."""
         rows, folder, place = self._place(index)
-        return self._sample(rows.read(place), rows.source(place), index, folder, on_fault)
+        sample = self._sample(rows.read(place), rows.source(place), index, folder, on_fault)
+        if self.defaults:
+            for name, value in self.defaults[bisect_right(self.ends, index)].items():
+                if sample.columns.get(name) is None:
+                    sample.columns[name] = value
+        return sample
 
     def source(self, index: int) -> str:
         """ "file:line" of the sample whose `Sample.index` is this."""
@@ -84,7 +91,7 @@ class Samples(Sequence[Sample]):
 
     def select(self, indices: Sequence[int]) -> Samples:
         """Those samples whose `Sample.index` is one of these, in this order."""
-        return Samples(self.sources, self.question, self.columns, indices)
+        return Samples(self.sources, self.question, self.columns, indices, self.defaults)
 
     def _place(self, index: int) -> tuple[Rows, ImageFolder, int]:
         which = bisect_right(self.ends, index)
@@ -123,25 +130,47 @@ def load_samples(
     check_images: bool,
     prompt_column: str = "prompt",
     solution_column: str = "solution",
+    checks: Sequence[Callable[[Sample], None]] = (),
+    defaults: Sequence[Mapping[str, Any]] = (),
 ) -> Samples:
     """All rows of all files, in order; `open_sources` says what a file may be.
 
-    `question` is a text with `{question}` in it; the last user turn takes that place. Each row is read once here, and
+    `question` is a text with `{question}` in it; the last user turn takes that place. `defaults` are columns of the
+    rows of each file that lack them. Each row is read once here and handed to the `checks`, which raise DataError, and
     with `check_images` each distinct image is decoded once. Raises DataError "file:line: what is wrong" for the first
-    fault, or SettingError for a file or folder that does not exist.
+    row with a fault, or SettingError for a file or folder that does not exist.
     """
     check_template(question)
     sources = open_sources(data_file_paths, image_folders)
     for rows, _ in sources:
         if not len(rows):
             raise DataError(f"{rows.name}: the data set is empty: no rows in this file")
-    samples = Samples(sources, question, Columns(prompt_column, solution_column))
-    reading = tqdm(samples, desc="checking rows", delay=2, disable=None)
-    every = ((image, sample.source) for sample in reading for image in sample.images)
+    samples = Samples(sources, question, Columns(prompt_column, solution_column), defaults=defaults)
+    faults: list[DataError] = []
+    every = _checked_images(samples, checks, faults)
     for fault in image_faults(every) if check_images else (None for _ in every):
         if fault is not None:
             raise fault
+    if faults:
+        raise faults[0]
     return samples
+
+
+def _checked_images(
+    samples: Samples, checks: Sequence[Callable[[Sample], None]], faults: list[DataError]
+) -> Iterator[tuple[ImageRef, str]]:
+    """The images of all rows, up to the first row with another fault, which is added to `faults`: images of rows before
+    it may still wait for their decoder, and have theirs first."""
+    reading = tqdm(samples.indices, desc="checking rows", delay=2, disable=None)
+    for index in reading:
+        try:
+            sample = samples.sample(index)
+            for check in checks:
+                check(sample)
+        except DataError as error:
+            faults.append(error)
+            return
+        yield from ((image, sample.source) for image in sample.images)
 
 
 def validation_split(samples: Samples, ratio: float, seed: int) -> tuple[Samples, Samples]:

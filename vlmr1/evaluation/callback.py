@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 from vlmr1.checkpoint import truncate_after
 from vlmr1.data.samples import Samples, load_samples
+from vlmr1.data.sources import split_names
 from vlmr1.data.templates import question_text
 from vlmr1.errors import SettingError
 from vlmr1.evaluation.coco import AveragePrecision, ImageBoxes
@@ -27,8 +28,8 @@ from vlmr1.evaluation.rec import score_rec
 from vlmr1.evaluation.records import Record
 from vlmr1.evaluation.scored import sizes_of
 from vlmr1.rewards.groups import score_groups
-from vlmr1.rewards.methods import with_methods
-from vlmr1.rewards.registry import check_samples
+from vlmr1.rewards.methods import columns_of_files
+from vlmr1.rewards.registry import checks_of
 from vlmr1.rewards.score import METHOD
 from vlmr1.rollout import ENGINES
 from vlmr1.types import Group, Sample
@@ -43,31 +44,33 @@ OF_BOXES = ("map", "od_ap", "od_ap50", "odLength", "weighted_sum")
 
 
 def evaluation_samples(
-    config: GRPOConfig, model_type: str, validation: Sequence[Sample] | None = None
+    config: GRPOConfig, model: Any, processor: Any, validation: Sequence[Sample] | None = None
 ) -> Sequence[Sample] | None:
     """The rows that a run evaluates, each checked against its rewards: of `eval_data_file_paths`, else `validation`,
     the part of the data that was kept from training. None where the settings ask for no evaluation."""
     if config.eval_steps is None and not config.eval_on_start:
         return None
     if config.eval_data_file_paths:
+        model_type = model.config.model_type
+        rewards = config.rewards().with_boxes(config.box_coordinates, model_type, processor.image_processor)
+        files = split_names(config.eval_data_file_paths)
         samples: Sequence[Sample] = load_samples(
-            config.eval_data_file_paths,
+            files,
             config.eval_image_folders,
             question=question_text(config.question_template, model_type),
             check_images=config.check_images,
             prompt_column=config.prompt_column,
             solution_column=config.solution_column,
+            checks=checks_of(config.reward_funcs, rewards),
+            defaults=columns_of_files(len(files), config.accu_reward_method),
         )
-        if len(config.accu_reward_method) > 1:
-            samples = with_methods(samples, config.eval_data_file_paths, config.accu_reward_method)
     elif validation is not None:
         samples = validation
     else:
         name = "eval_on_start" if config.eval_steps is None else "eval_steps"
-        raise SettingError(f"{name} needs data to evaluate on: set eval_data_file_paths")
+        raise SettingError(f"{name} needs data to evaluate on: set eval_data_file_paths, or val_split_ratio")
     if config.eval_limit is not None:
         samples = _first(samples, config.eval_limit)
-    check_samples(config.reward_funcs, samples, config.rewards())
     return samples
 
 

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import io
-from pathlib import Path
 from typing import Any, Literal
 
-from PIL import Image
-
-from vlmr1.data.images import UNDECODABLE, ImageRef, orientation
-from vlmr1.errors import DataError, SettingError
+from vlmr1.errors import SettingError
 from vlmr1.models.boxes import SPACES, Box, Size, Space, grid_size
 from vlmr1.types import Prompt
 
 Coordinates = Literal["auto", "original", "resized", "thousand"]
-ON_THEIR_SIDE = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 THOUSAND = (1000, 1000)
 
 
@@ -65,17 +59,3 @@ def to_pixels(box: Box, extent: Size, original: Size) -> Box:
 def from_pixels(box: Box, extent: Size, original: Size) -> Box:
     """The inverse of `to_pixels`."""
     return to_pixels(box, original, extent)
-
-
-def upright_size(image: ImageRef, source: str) -> Size:
-    """(width, height) of the image file in px, as it is looked at: turned by its EXIF orientation, not enlarged.
-
-    Raises a DataError that begins with `source` where it is no image."""
-    try:
-        with Image.open(image if isinstance(image, Path) else io.BytesIO(image.data)) as opened:
-            if opened.format == "TIFF":
-                opened.load()  # a TIFF turns itself
-            width, height = opened.size
-            return (height, width) if orientation(opened) in ON_THEIR_SIDE else (width, height)
-    except UNDECODABLE as error:
-        raise DataError(f"{source}: image {image} cannot be decoded: {error}") from error

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from vlmr1.data.images import upright_size
 from vlmr1.data.prompts import PromptBuilder
-from vlmr1.evaluation.coordinates import BoxSpace, Coordinates, upright_size
+from vlmr1.evaluation.coordinates import BoxSpace, Coordinates
 from vlmr1.evaluation.records import Record
 from vlmr1.models import adapter_of
 from vlmr1.models.boxes import Size

@@ -23,7 +23,7 @@ from vlmr1.evaluation.annotations import annotation_rows
 from vlmr1.evaluation.detection import check_detection
 from vlmr1.evaluation.options import Options
 from vlmr1.evaluation.vqa import check_answer
-from vlmr1.rewards.methods import with_methods
+from vlmr1.rewards.methods import columns_of_files
 from vlmr1.rewards.settings import RewardSettings
 from vlmr1.rewards.strict.iou import true_box
 from vlmr1.types import Sample
@@ -50,10 +50,9 @@ def load_rows(options: Options, model_type: str) -> Data:
     for rows, _ in opened:
         if not len(rows):
             raise DataError(f"{rows.name}: the data set is empty: no rows in this file")
-    every = Samples(opened, question_text(options.template, model_type), columns)
+    defaults = columns_of_files(len(split_names(options.data)), options.methods)
+    every = Samples(opened, question_text(options.template, model_type), columns, defaults=defaults)
     samples: Sequence[Sample] = every.select(range(min(len(every), options.limit or len(every))))
-    if len(options.methods) > 1:
-        samples = with_methods(samples, split_names(options.data), options.methods)
     check_rows(samples, check_of(options.task, options.rewards()))
     return Data(samples, rows_digest([rows for rows, _ in opened], samples))
 

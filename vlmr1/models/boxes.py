@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from vlmr1.data.grid import PatchGrid, Size
 from vlmr1.errors import SettingError
 
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2
-Size = tuple[int, int]  # width, height in px
 Space = Literal["resized", "thousand", "original"]
 
 # By model type: pixels of the image as the tower sees it, thousandths of its sides, or pixels of the file.
@@ -48,21 +48,7 @@ def resized_size(image_processor: Any, size: Size) -> Size:
 
     Sides are multiples of patch_size * merge_size, the area between the processor's bounds. SettingError for a
     processor that does not resize so; ValueError for an aspect ratio above 200, as the processor raises it."""
-    patch, merge = (getattr(image_processor, name, None) for name in ("patch_size", "merge_size"))
-    bounds = [image_processor.size.get(name) for name in ("shortest_edge", "longest_edge")]
-    if not patch or not merge or None in bounds:
-        raise SettingError(f"{type(image_processor).__name__} does not resize images to a grid of merged patches")
-    width, height = size
-    if type(image_processor).__name__.startswith("Glm4v"):
-        from transformers.models.glm4v.image_processing_pil_glm4v import smart_resize as glm_resize
-
-        frames = image_processor.temporal_patch_size  # an image is one frame, repeated
-        new = glm_resize(frames, height, width, frames, patch * merge, *bounds)
-    else:
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-
-        new = smart_resize(height, width, patch * merge, *bounds)
-    return new[1], new[0]
+    return PatchGrid.of(image_processor).resized(size)
 
 
 def grid_size(grid: Any, patch_size: int) -> Size:

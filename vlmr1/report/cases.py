@@ -12,8 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from vlmr1.data.images import ImageRef, open_image
-from vlmr1.evaluation.coordinates import upright_size
+from vlmr1.data.images import ImageRef, open_image, upright_size
 from vlmr1.report.html import CRISP_BELOW, Box, box_svg, document
 from vlmr1.types import Sample
 

@@ -10,6 +10,7 @@ import json
 import re
 
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in px
+Scale = tuple[float, float]  # px of the file for one unit of what a model writes, to the right and downwards
 LabelledBox = tuple[str | None, Box | None]  # None for what could not be read
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -89,6 +90,14 @@ def predicted_box(text: str) -> Box | None:
     """The box that a completion answers, or None."""
     answer = find_answer(text)
     return None if answer is None else parse_box(answer)
+
+
+def in_pixels(box: Box, scale: Scale | None) -> Box:
+    """(x1 sx, y1 sy, x2 sx, y2 sy): a model's box in px of the file; as it stands without a scale."""
+    if scale is None:
+        return box
+    (x, y), (x1, y1, x2, y2) = scale, box
+    return x1 * x, y1 * y, x2 * x, y2 * y
 
 
 def true_text(solution: str) -> str:

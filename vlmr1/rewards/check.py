@@ -7,6 +7,7 @@ from difflib import get_close_matches
 
 from vlmr1.errors import DataError, SettingError
 from vlmr1.rewards.answer import true_text
+from vlmr1.rewards.coordinates import converts
 from vlmr1.rewards.score import METHOD, score
 from vlmr1.rewards.settings import DEFAULTS, RewardSettings
 from vlmr1.rewards.strict.accuracy import METHODS
@@ -18,7 +19,8 @@ OPTIONS = {"image_grid_thw": [1, 2, 2], "image_size": [28, 28], "tokenizer": "wh
 
 
 def check_accuracy(sample: Sample, settings: RewardSettings = DEFAULTS) -> None:
-    """Raises DataError for a row whose method is unknown, or whose solution its method cannot score."""
+    """Raises DataError for a row whose method is unknown, whose solution its method cannot score, or whose boxes it
+    cannot bring to px of the image."""
     method = sample.columns.get(METHOD) or settings.accu_reward_method
     if method == "llm" and settings.judge is None:
         raise SettingError(f"{sample.source}: accu_reward_method llm needs a judge: set judge_url and judge_model")
@@ -33,6 +35,8 @@ def check_accuracy(sample: Sample, settings: RewardSettings = DEFAULTS) -> None:
             raise DataError(f"{sample.source}: the solution is empty")
         return
     _probe("accuracy", sample, settings, method)
+    if converts("accuracy", method):
+        settings.boxes.check(sample)
 
 
 def check_length(sample: Sample, settings: RewardSettings = DEFAULTS) -> None:
@@ -50,6 +54,8 @@ def check_solution(name: str) -> Callable[..., None]:
 
     def check(sample: Sample, settings: RewardSettings = DEFAULTS) -> None:
         _probe(name, sample, settings, settings.accu_reward_method)
+        if converts(name, ""):
+            settings.boxes.check(sample)
 
     return check
 

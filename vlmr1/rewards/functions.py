@@ -78,7 +78,7 @@ point_in_box_reward = _simple("point_in_box", truth=True)
 
 def row_options(columns: dict[str, list[Any]], i: int) -> dict[str, Any]:
     """The columns that scorers take, of one row."""
-    names = ("image_grid_thw", "image_size")
+    names = ("image_grid_thw", "image_size", "box_scale")
     return {name: columns[name][i] for name in names if name in columns}
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
+from vlmr1.data.images import upright_size
 from vlmr1.errors import RewardError
+from vlmr1.rewards.answer import Scale
+from vlmr1.rewards.coordinates import converts
 from vlmr1.rewards.pool import Outcome, RewardPool, WorkerDied
 from vlmr1.rewards.registry import Reward, get_reward
 from vlmr1.rewards.score import METHOD
@@ -150,6 +150,8 @@ def _arguments(reward: Reward, rows: Sequence[_Row]) -> dict[str, list[Any]]:
         arguments[METHOD] = [sample.columns.get(METHOD) for sample in samples]
     if reward.images:
         arguments = _image_columns(rows) | arguments
+    if reward.settings is not None:
+        arguments["box_scale"] = [_box_scale(reward, row) for row in rows]
     return arguments | {
         "prompts": [sample.messages for sample in samples],
         "completions": [[{"role": "assistant", "content": row.completion.text}] for row in rows],
@@ -161,17 +163,19 @@ def _arguments(reward: Reward, rows: Sequence[_Row]) -> dict[str, list[Any]]:
 def _image_columns(rows: Sequence[_Row]) -> dict[str, list[Any]]:
     """Width and height of each row's first image in px, and the grid of its patches; None where there is none."""
     grids = [row.prompt.images[0].get("image_grid_thw") if row.prompt.images else None for row in rows]
-    paths = [row.prompt.sample.images[:1] for row in rows]
+    samples = [row.prompt.sample for row in rows]
     return {
-        "image_size": [_size(*path) if path else None for path in paths],
+        "image_size": [upright_size(each.images[0], each.source) if each.images else None for each in samples],
         "image_grid_thw": [None if grid is None else grid.reshape(-1).tolist() for grid in grids],
     }
 
 
-@lru_cache(maxsize=100_000)
-def _size(path: Path) -> tuple[int, int]:
-    with Image.open(path) as image:
-        return image.size
+def _box_scale(reward: Reward, row: _Row) -> Scale | None:
+    """The factor from the model's boxes to px of the file, where this reward reads boxes of this row."""
+    settings = reward.settings
+    assert settings is not None
+    method = row.prompt.sample.columns.get(METHOD) or settings.accu_reward_method
+    return settings.boxes.scale(row.prompt) if converts(reward.name, method) else None
 
 
 def _number(value: object, reward: Reward, row: _Row) -> float:

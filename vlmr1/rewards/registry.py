@@ -116,9 +116,16 @@ def check_samples(
     settings: RewardSettings | None = None,
 ) -> None:
     """Runs each reward's check over all rows; a row that cannot be scored raises its DataError."""
-    for check in [reward.check for reward in (get_reward(each, settings) for each in rewards) if reward.check]:
+    for check in checks_of(rewards, settings):
         for sample in samples:
             check(sample)
+
+
+def checks_of(
+    rewards: Iterable[str | Reward | Callable[..., Any]], settings: RewardSettings | None = None
+) -> list[Check]:
+    """The checks of a row that these rewards have."""
+    return [reward.check for reward in (get_reward(each, settings) for each in rewards) if reward.check]
 
 
 def resolve(spec: str) -> Callable[..., Any]:

@@ -24,7 +24,9 @@ def score(reward: str, content: str, solution: str, *, mode: str = "strict", **k
             counting, point_in_box.
         mode: "vlmr1" for what VLM-R1 published, faults and exceptions included, "strict" for the same without them.
         kwargs: `accu_reward_method` (accuracy; default "iou"), `image_grid_thw` and `image_size` (iou_qwen),
-            `tokenizer` (length), `judge` (the method llm). Others are not looked at: a row may have any columns.
+            `tokenizer` (length), `judge` (the method llm), `box_scale` (mode strict; (sx, sy), px of the image file for
+            one unit of the completion's boxes and points, which without it count as they stand). Others are not
+            looked at: a row may have any columns.
 
     Raises SettingError for an unknown name or mode, and what the reward raises for a solution that it cannot score.
     """

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from vlmr1.errors import SettingError
+from vlmr1.rewards.coordinates import BoxCoordinates, Setting
 from vlmr1.rewards.judge import Judge
 from vlmr1.rewards.length import COSINE_MAX
 
 Mode = Literal["strict", "vlmr1"]
 MODES = ("strict", "vlmr1")
 DEFAULT_METHOD = "iou"
+AS_THEY_STAND = BoxCoordinates()
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class RewardSettings:
 
     `accu_reward_method` is of rows without a column of that name; `overlong_cache_length` and
     `max_completion_length` are the L_cache and L_max of `overlong`; `length_reward_max` the tokens from which `length`
-    is flat. Raises SettingError for a value out of range.
+    is flat; `boxes` what coordinates completions have. Raises SettingError for a value out of range.
     """
 
     mode: Mode = "strict"
@@ -29,6 +31,7 @@ class RewardSettings:
     max_completion_length: int | None = None
     overlong_cache_length: int | None = None
     length_reward_max: int = COSINE_MAX
+    boxes: BoxCoordinates = AS_THEY_STAND
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -39,11 +42,23 @@ class RewardSettings:
             raise SettingError(
                 f"length_reward_max is {COSINE_MAX} with reward_mode vlmr1, not {self.length_reward_max}"
             )
+        if self.mode == "vlmr1" and self.boxes != AS_THEY_STAND:
+            raise SettingError(
+                f"boxes are {self.boxes.space} with reward_mode vlmr1: the published code converts its own"
+            )
         cache, longest = self.overlong_cache_length, self.max_completion_length
         if cache is not None and (longest is None or not 1 <= cache < longest):
             raise SettingError(
                 f"overlong_cache_length is {cache}: it must be at least 1 and below max_completion_length, {longest}"
             )
+
+    def with_boxes(self, setting: Setting, model_type: str, image_processor: Any) -> RewardSettings:
+        """With the coordinates that the setting box_coordinates says for a model; the published code converts its own.
+
+        SettingError where the model cannot have them."""
+        if self.mode == "vlmr1":
+            return self
+        return replace(self, boxes=BoxCoordinates.of(setting, model_type, image_processor))
 
 
 DEFAULTS = RewardSettings()

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from tests.vlmr1.families import build
-from vlmr1.data.images import ImageBytes
+from vlmr1.data.images import ImageBytes, upright_size
 from vlmr1.errors import DataError, SettingError
-from vlmr1.evaluation.coordinates import from_pixels, space_of, to_pixels, upright_size
+from vlmr1.evaluation.coordinates import from_pixels, space_of, to_pixels
 from vlmr1.evaluation.decode import Decoder
 from vlmr1.evaluation.records import Record
 from vlmr1.evaluation.scored import score_task

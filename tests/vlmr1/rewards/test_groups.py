@@ -10,7 +10,7 @@ import vlmr1.rewards
 from tests.vlmr1.rewards.helpers import CAT, answered, group, sample, values
 from vlmr1.errors import RewardError, SettingError
 from vlmr1.rewards import RewardSettings, accuracy_reward, get_reward, score_groups
-from vlmr1.rewards.methods import with_methods
+from vlmr1.rewards.methods import columns_of_files
 
 HALF = answered("[0, 0, 5, 10]")
 
@@ -26,15 +26,10 @@ def test_the_method_of_a_row_wins_over_the_setting():
 
 
 def test_the_methods_of_data_files():
-    samples = [sample(1), sample(2, accu_reward_method="mcq")]
-    by_one = with_methods(samples, ["data.jsonl"], ["map"])
-    assert [each.columns for each in by_one] == [{"accu_reward_method": "map"}, {"accu_reward_method": "mcq"}]
-    by_two = with_methods([sample(1, accu_reward_method=None)], ["other.jsonl", "data.jsonl"], ["map", "iou"])
-    assert [each.columns for each in by_two] == [{"accu_reward_method": "iou"}]
+    assert columns_of_files(2, ["map", "iou"]) == [{"accu_reward_method": "map"}, {"accu_reward_method": "iou"}]
+    assert columns_of_files(2, ["map"]) == []  # the rewards' own setting
     with pytest.raises(SettingError, match="accu_reward_method has 2 methods for 1 data files"):
-        with_methods(samples, ["data.jsonl"], ["map", "iou"])
-    with pytest.raises(SettingError, match=r"data.jsonl is named twice, with 'map' and 'iou'"):
-        with_methods(samples, ["data.jsonl", "data.jsonl"], ["map", "iou"])
+        columns_of_files(1, ["map", "iou"])
 
 
 def test_the_mode_changes_the_score():

@@ -7,7 +7,7 @@ never raises; a solution that cannot be scored does (`DataError` before training
 from vlmr1.rewards.strict.accuracy import accuracy
 from vlmr1.rewards.strict.counting import counting
 from vlmr1.rewards.strict.form import form, length, rec_form, repetition
-from vlmr1.rewards.strict.iou import rec_iou, scaled_iou
+from vlmr1.rewards.strict.iou import plain_iou, rec_iou, scaled_iou
 from vlmr1.rewards.strict.point import point_in_box
 
 SCORERS = {
@@ -18,8 +18,8 @@ SCORERS = {
     "format_rec_glm": rec_form,
     "iou": rec_iou,
     "iou_qwen": scaled_iou,
-    "iou_internvl": rec_iou,
-    "iou_glm": rec_iou,
+    "iou_internvl": plain_iou,
+    "iou_glm": plain_iou,
     "length": length,
     "repetition": repetition,
     "counting": counting,

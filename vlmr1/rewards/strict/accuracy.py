@@ -8,7 +8,7 @@ from vlmr1.errors import SettingError
 from vlmr1.rewards.coco import AP50
 from vlmr1.rewards.strict.boxes import mean_ap, weighted_sum
 from vlmr1.rewards.strict.counting import counting
-from vlmr1.rewards.strict.iou import rec_iou, scaled_iou
+from vlmr1.rewards.strict.iou import plain_iou, rec_iou, scaled_iou
 from vlmr1.rewards.strict.point import point_in_box
 from vlmr1.rewards.strict.text import all_match, default, math, mcq, yes_no
 
@@ -19,13 +19,13 @@ METHODS = {
     "math": math,
     "map": mean_ap,
     "od_ap": mean_ap,
-    "od_ap50": lambda content, solution, **options: mean_ap(content, solution, AP50),
-    "odLength": lambda content, solution, **options: mean_ap(content, solution, by_count=True),
+    "od_ap50": lambda content, solution, **options: mean_ap(content, solution, AP50, **options),
+    "odLength": lambda content, solution, **options: mean_ap(content, solution, by_count=True, **options),
     "weighted_sum": weighted_sum,
     "all_match": all_match,
     "iou": rec_iou,
-    "iou_internvl": rec_iou,
-    "iou_glm": rec_iou,
+    "iou_internvl": plain_iou,
+    "iou_glm": plain_iou,
     "iou_qwen": scaled_iou,
     "counting": counting,
     "point_in_box": point_in_box,

@@ -9,22 +9,31 @@ from typing import Any
 
 import numpy as np
 
-from vlmr1.rewards.answer import Box, LabelledBox, area, find_answer, labelled_boxes, true_text
+from vlmr1.rewards.answer import Box, LabelledBox, Scale, area, find_answer, in_pixels, labelled_boxes, true_text
 from vlmr1.rewards.coco import AP, IOU_THRESHOLDS, RECALLS, box_ious
 
 THRESHOLD = 0.5  # IoU from which two boxes match
 POSITION, COMPLETENESS = 0.7, 0.3  # weights of the weighted sum
 
 
-def mean_ap(content: str, solution: str, thresholds: slice = AP, *, by_count: bool = False, **options: Any) -> float:
+def mean_ap(
+    content: str,
+    solution: str,
+    thresholds: slice = AP,
+    *,
+    by_count: bool = False,
+    box_scale: Scale | None = None,
+    **options: Any,
+) -> float:
     """Mean over IoU thresholds and labels of average precision, where all boxes of a label are one operating point.
 
     With TP the most pairs of boxes that can be matched, precision P = TP / predicted, recall R = TP / true, it is P
     times the share of COCO's 101 recall levels up to R; so the order of the boxes has no part in it. Labels are those
     of solution and answer together: one that is not in the solution has 0. Without true boxes it is 1 for an answer
-    that says so ("None" or an empty list), else 0. With `by_count` times min(1, true / predicted).
+    that says so ("None" or an empty list), else 0. With `by_count` times min(1, true / predicted). `box_scale` brings
+    the answer's boxes to px of the file.
     """
-    truths, predictions = true_boxes(solution), _predicted(content)
+    truths, predictions = true_boxes(solution), _predicted(content, box_scale)
     if predictions is None:
         return 0.0
     if not truths or not predictions:
@@ -37,12 +46,12 @@ def mean_ap(content: str, solution: str, thresholds: slice = AP, *, by_count: bo
     return result * min(1.0, len(truths) / len(predictions)) if by_count else result
 
 
-def weighted_sum(content: str, solution: str, **options: Any) -> float:
+def weighted_sum(content: str, solution: str, *, box_scale: Scale | None = None, **options: Any) -> float:
     """0.7 * sum of IoU of matched boxes / true + 0.3 * (1 - (missed / true + false / predicted) / 2).
 
     Boxes of one label match, those of most IoU first, from an IoU of 0.5 on. Without true boxes as in `mean_ap`.
     """
-    truths, predictions = true_boxes(solution), _predicted(content)
+    truths, predictions = true_boxes(solution), _predicted(content, box_scale)
     if predictions is None:
         return 0.0
     if not truths or not predictions:
@@ -65,9 +74,10 @@ def true_boxes(solution: str) -> list[LabelledBox]:
     return boxes
 
 
-def _predicted(content: str) -> list[LabelledBox] | None:
+def _predicted(content: str, scale: Scale | None) -> list[LabelledBox] | None:
     answer = find_answer(content)
-    return None if answer is None else labelled_boxes(answer)
+    boxes = None if answer is None else labelled_boxes(answer)
+    return boxes and [(label, None if box is None else in_pixels(box, scale)) for label, box in boxes]
 
 
 def _by_label(boxes: Sequence[LabelledBox]) -> dict[str | None, list[Box | None]]:

@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vlmr1.rewards.answer import Box, iou, predicted_box, solution_box
+from vlmr1.rewards.answer import Box, Scale, in_pixels, iou, predicted_box, solution_box
 
-PATCH = 14  # px of a patch in `image_grid_thw`
+PATCH = 14  # px of a patch in `image_grid_thw`, as in Qwen2-VL and Qwen2.5-VL, whatever the model
 
 
-def rec_iou(content: str, solution: str, **options: Any) -> float:
-    """IoU of the answer's box with the solution's, 0..1, as they stand; 0 where the completion has none."""
+def rec_iou(content: str, solution: str, *, box_scale: Scale | None = None, **options: Any) -> float:
+    """IoU of the answer's box, in px of the file by `box_scale`, with the solution's, 0..1; 0 where there is none."""
     box = predicted_box(content)
     truth = true_box(solution)
-    return 0.0 if box is None else iou(box, truth)
+    return 0.0 if box is None else iou(in_pixels(box, box_scale), truth)
+
+
+def plain_iou(content: str, solution: str, **options: Any) -> float:
+    """IoU of the two boxes as they stand, whatever their coordinates; 0 where the completion has none."""
+    return rec_iou(content, solution)
 
 
 def scaled_iou(
@@ -32,8 +37,8 @@ def scaled_iou(
     box, truth = predicted_box(content), true_box(solution)
     if box is None:
         return 0.0
-    x, y = (image_size[0] / (image_grid_thw[2] * PATCH), image_size[1] / (image_grid_thw[1] * PATCH))
-    return iou((box[0] * x, box[1] * y, box[2] * x, box[3] * y), truth)
+    scale = (image_size[0] / (image_grid_thw[2] * PATCH), image_size[1] / (image_grid_thw[1] * PATCH))
+    return iou(in_pixels(box, scale), truth)
 
 
 def true_box(solution: str) -> Box:

@@ -7,22 +7,25 @@ import math
 import re
 from typing import Any
 
-from vlmr1.rewards.answer import FENCE, find_answer, parse_box
+from vlmr1.rewards.answer import FENCE, Scale, find_answer, parse_box
 from vlmr1.rewards.strict.iou import true_box
 
 NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
 POINT = re.compile(rf"\({NUMBER},{NUMBER}\)|\[{NUMBER},{NUMBER}\]|{NUMBER},{NUMBER}")
 
 
-def point_in_box(content: str, solution: str, **options: Any) -> float:
-    """1 where the answer's point lies in the solution's box, edges included, else 0.
+def point_in_box(content: str, solution: str, *, box_scale: Scale | None = None, **options: Any) -> float:
+    """1 where the answer's point, in px of the file by `box_scale`, lies in the solution's box, edges included, else 0.
 
     Click accuracy, as in ScreenSpot (SeeClick, arXiv:2401.10935) and GUI-R1 (arXiv:2504.10458).
     """
     x1, y1, x2, y2 = true_box(solution)
     answer = find_answer(content)
     point = None if answer is None else parse_point(answer)
-    return float(point is not None and x1 <= point[0] <= x2 and y1 <= point[1] <= y2)
+    if point is None:
+        return 0.0
+    x, y = point if box_scale is None else (point[0] * box_scale[0], point[1] * box_scale[1])
+    return float(x1 <= x <= x2 and y1 <= y <= y2)
 
 
 def parse_point(text: str) -> tuple[float, float] | None:
