@@ -27,7 +27,7 @@ from vlmr1.models import load_model
 from vlmr1.models.processor import save_processor
 from vlmr1.scale.launch import check_launched
 from vlmr1.scale.ranks import Ranks
-from vlmr1.scale.sharded import sharding_of
+from vlmr1.scale.sharded import Sharding, sharding_of
 from vlmr1.types import Group, Pack, Prompt, StepMetrics
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class BaseTrainer(Trainer):
         super().__init__(data_collator=as_list, **options)
         self.ranks = Ranks(self.args.process_index, self.args.world_size)
         check_launched(self.ranks.world, self.accelerator)
-        self.sharding = sharding_of(self.accelerator)
+        self.sharding: Sharding | None = sharding_of(self.accelerator)
         self.nonfinite = 0  # updates in a row
         self.skipped = 0  # updates in all
         self.last_loss = 0.0
@@ -87,7 +87,7 @@ class BaseTrainer(Trainer):
             loader,
             num_processes=1,
             process_index=0,
-            rng_types=self.accelerator.rng_types,
+            rng_types=self.accelerator.rng_types,  # type: ignore[arg-type]
             use_seedable_sampler=config.use_seedable_sampler,
             data_seed=config.data_seed,
         )

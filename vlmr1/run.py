@@ -134,7 +134,7 @@ def train(config: GRPOConfig) -> GRPOTrainer:
     ranks = ranks_of(config)
     resume = find_resume(config, output_dir)
     prepared = prepare(config)
-    evaluated = evaluation_samples(config, prepared.model, prepared.processor, prepared.validation)
+    evaluated = evaluation_samples(config, prepared.model.config.model_type, prepared.processor, prepared.validation)
     check_settings(config, resume)
     ranks.wait()  # for all to have looked, before one writes
     if ranks.rank == 0:

@@ -32,7 +32,8 @@ from vlmr1.rewards.methods import columns_of_files
 from vlmr1.rewards.registry import checks_of
 from vlmr1.rewards.score import METHOD
 from vlmr1.rollout import ENGINES
-from vlmr1.types import Group, Sample
+from vlmr1.scale.sharded import whole
+from vlmr1.types import Sample
 from vlmr1_kernels import use
 
 if TYPE_CHECKING:
@@ -44,14 +45,13 @@ OF_BOXES = ("map", "od_ap", "od_ap50", "odLength", "weighted_sum")
 
 
 def evaluation_samples(
-    config: GRPOConfig, model: Any, processor: Any, validation: Sequence[Sample] | None = None
+    config: GRPOConfig, model_type: str, processor: Any, validation: Sequence[Sample] | None = None
 ) -> Sequence[Sample] | None:
     """The rows that a run evaluates, each checked against its rewards: of `eval_data_file_paths`, else `validation`,
     the part of the data that was kept from training. None where the settings ask for no evaluation."""
     if config.eval_steps is None and not config.eval_on_start:
         return None
     if config.eval_data_file_paths:
-        model_type = model.config.model_type
         rewards = config.rewards().with_boxes(config.box_coordinates, model_type, processor.image_processor)
         files = split_names(config.eval_data_file_paths)
         samples: Sequence[Sample] = load_samples(
@@ -90,7 +90,8 @@ class EvaluationCallback(TrainerCallback):
         self.decoder = decoder_of(trainer, box_coordinates)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        truncate_after(self._path(args), state.global_step)
+        if state.is_world_process_zero:
+            truncate_after(self._path(args), state.global_step)
         if args.eval_on_start and state.global_step == 0:
             self._evaluate(args, state, control)
 
@@ -100,6 +101,8 @@ class EvaluationCallback(TrainerCallback):
 
     def _evaluate(self, args: Any, state: Any, control: Any) -> None:
         values = evaluate_during_training(self.trainer, self.samples, self.decoder)
+        if not state.is_world_process_zero:
+            return
         record = {"step": state.global_step, "rows": len(self.samples), **values}
         with self._path(args).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
@@ -130,14 +133,18 @@ def evaluate_during_training(
     by boxes with labels `eval/ovd/...`; lengths. The model's mode and all random states are as before."""
     decoder = decoder or decoder_of(trainer)
     size = trainer.args.prompts_per_device * trainer.args.num_generations  # as many as the rollout has in flight
-    groups: list[Group] = []
-    records: list[Record] = []
-    with untouched(), use(trainer.args.kernels):
-        for start in range(0, len(samples), size):
+    ranks = trainer.ranks
+    scored: list[tuple[int, list[float], Record]] = []  # row, rewards, what was decoded
+    with untouched(), use(trainer.args.kernels), whole(decoder.engine.model, trainer.sharding):
+        for start in range(ranks.rank * size, len(samples), ranks.world * size):
             drawn = decoder.groups(samples[start : start + size])
-            groups += score_groups(drawn, trainer.rewards, pool=trainer.reward_pool)
-            records += [decoder.record(group, start + i) for i, group in enumerate(drawn)]
-    rewards = torch.stack([group.rewards[0] for group in groups if group.rewards is not None]).double()  # [rows, R]
+            groups = score_groups(drawn, trainer.rewards, pool=trainer.reward_pool)
+            for i, group in enumerate(groups):
+                assert group.rewards is not None
+                scored.append((start + i, group.rewards[0].tolist(), decoder.record(drawn[i], start + i)))
+    rows = sorted((row for own in ranks.gather(scored) for row in own), key=lambda row: row[0])
+    rewards = torch.tensor([values for _, values, _ in rows], dtype=torch.float64)  # [rows, R]
+    records = [record for _, _, record in rows]
     means = rewards.mean(0).tolist()
     values = {f"eval/rewards/{reward.name}/mean": mean for reward, mean in zip(trainer.rewards, means, strict=True)}
     values |= _box_metrics(trainer, samples, records)

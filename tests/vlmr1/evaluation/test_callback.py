@@ -55,7 +55,7 @@ def trainer_of(data: Path, output: Path, processor: Any, **more: Any) -> GRPOTra
     progress = Progress(output, console=False)
     trainer = GRPOTrainer(load_model(CHECKPOINT), config, samples, processor, callbacks=[progress])
     progress.trainer = trainer
-    evaluated = evaluation_samples(config, "qwen2_5_vl")
+    evaluated = evaluation_samples(config, "qwen2_5_vl", processor)
     if evaluated is not None:
         trainer.add_callback(EvaluationCallback(trainer, evaluated))
     return trainer
@@ -148,21 +148,23 @@ def test_detection_metrics(data, tmp_path, processor):
     assert values["eval/ovd/ap"] == values["eval/ovd/nms_ap"] == pytest.approx(values["eval/rewards/accuracy/mean"] * 2)
 
 
-def test_rows_are_checked_and_limited(data, tmp_path):
+def test_rows_are_checked_and_limited(data, tmp_path, processor):
     config = settings_of(data, tmp_path, eval_steps=1, eval_limit=2)
-    samples = evaluation_samples(config, "qwen2_5_vl")
+    samples = evaluation_samples(config, "qwen2_5_vl", processor)
     assert samples is not None and [sample.index for sample in samples] == [0, 1]
     (tmp_path / "bad.jsonl").write_text((data / "held_out.jsonl").read_text().replace("bbox_2d", "box"))
     with pytest.raises(DataError, match=r"bad\.jsonl:1: the solution has no box"):
         evaluation_samples(
-            settings_of(data, tmp_path, eval_steps=1, eval_data_file_paths=[str(tmp_path / "bad.jsonl")]), "qwen2_5_vl"
+            settings_of(data, tmp_path, eval_steps=1, eval_data_file_paths=[str(tmp_path / "bad.jsonl")]),
+            "qwen2_5_vl",
+            processor,
         )
-    assert evaluation_samples(settings_of(data, tmp_path), "qwen2_5_vl") is None
+    assert evaluation_samples(settings_of(data, tmp_path), "qwen2_5_vl", processor) is None
     validation = samples[:1]
     without = settings_of(data, tmp_path, eval_steps=1, eval_data_file_paths=[], eval_image_folders=[])
-    assert evaluation_samples(without, "qwen2_5_vl", validation) == validation
+    assert evaluation_samples(without, "qwen2_5_vl", processor, validation) == validation
     with pytest.raises(SettingError, match="eval_steps needs data to evaluate on: set eval_data_file_paths"):
-        evaluation_samples(without, "qwen2_5_vl")
+        evaluation_samples(without, "qwen2_5_vl", processor)
 
 
 REFUSED = {
