@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader
@@ -19,13 +19,20 @@ from vlmr1.buffer import Buffer, BufferSampler
 from vlmr1.checkpoint import staged
 from vlmr1.config import GRPOConfig
 from vlmr1.errors import DivergedError, SettingError
-from vlmr1.loss import MAXIMA
+from vlmr1.loss import MAXIMA, MINIMA
 from vlmr1.models import load_model
 from vlmr1.models.processor import save_processor
 from vlmr1.types import Group, Pack, Prompt, StepMetrics
 
 logger = logging.getLogger(__name__)
 ROLLOUTS = "rollouts.pt"  # of a checkpoint: the buffer, where updates on it are left
+
+
+class Kept(Protocol):
+    """What checkpoints hold besides model, optimizer and rollouts: a file of its own in their directory."""
+
+    def save(self, checkpoint: Path) -> None: ...
+    def load(self, checkpoint: Path) -> None: ...
 
 
 class BaseTrainer(Trainer):
@@ -41,6 +48,7 @@ class BaseTrainer(Trainer):
         self.skipped = 0  # updates in all
         self.last_loss = 0.0
         self.unlogged: list[StepMetrics] = []
+        self.kept: list[Kept] = []
         self._staging: Path | None = None
 
     def pack(self, groups: Sequence[Group]) -> tuple[list[Pack], dict[str, float]]:
@@ -98,6 +106,18 @@ class BaseTrainer(Trainer):
         model.zero_grad(set_to_none=True)
         return norm
 
+    def check_logp(self, values: dict[str, float]) -> None:
+        """Warn: the engine's log-probs become the ratio's denominator: they should be the policy's."""
+        difference = values.get("rollout/logp_difference", 0.0)
+        if difference > self.args.rollout_logp_alarm:
+            logger.warning(
+                "step %d: the log-probs of the rollout engine and of the policy differ by %.3f nats a token "
+                "(rollout_logp_alarm is %g); old_logprobs=recompute keeps them out of the ratio",
+                self.state.global_step + 1,
+                difference,
+                self.args.rollout_logp_alarm,
+            )
+
     # Logs and checkpoints
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -106,7 +126,7 @@ class BaseTrainer(Trainer):
             steps, self.unlogged = self.unlogged, []
             for name in dict.fromkeys(name for step in steps for name in step.values):
                 known = [step.values[name] for step in steps if name in step.values]
-                logs[name] = max(known) if name in MAXIMA else sum(known) / len(known)
+                logs[name] = combined(name, known)
             for phase in dict.fromkeys(phase for step in steps for phase in step.seconds):
                 logs[f"seconds/{phase}"] = sum(step.seconds.get(phase, 0.0) for step in steps) / len(steps)
             logs["skipped_updates"] = float(self.skipped)  # since this process began
@@ -124,8 +144,11 @@ class BaseTrainer(Trainer):
         output_dir = Path(self.args.output_dir or ".")
         with staged(output_dir, f"checkpoint-{self.state.global_step}") as self._staging:
             super()._save_checkpoint(model, trial)
+            checkpoint = self._staging / f"checkpoint-{self.state.global_step}"
+            for each in self.kept:
+                each.save(checkpoint)
             if not self.buffer.spent:
-                torch.save(self.buffer.state(), self._staging / f"checkpoint-{self.state.global_step}" / ROLLOUTS)
+                torch.save(self.buffer.state(), checkpoint / ROLLOUTS)
         self._staging = None
         rotate_checkpoints(str(output_dir), self.args.save_total_limit)
 
@@ -143,6 +166,8 @@ class BaseTrainer(Trainer):
         model = self.model if model is None else model
         saved = load_model(resume_from_checkpoint, dtype=model.dtype)
         model.load_state_dict(saved.state_dict())
+        for each in self.kept:
+            each.load(Path(resume_from_checkpoint))
         rollouts = Path(resume_from_checkpoint) / ROLLOUTS
         if rollouts.exists():
             self.buffer.load(torch.load(rollouts, weights_only=True), self._prompt_of, self.pack)
@@ -154,6 +179,13 @@ class BaseTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
         save_processor(self.processor, output_dir or self.args.output_dir or ".")
+
+
+def combined(name: str, values: Sequence[float]) -> float:
+    """One number of several steps: their mean, or what the metric is the greatest or the least of."""
+    if name in MAXIMA:
+        return max(values)
+    return min(values) if name in MINIMA else sum(values) / len(values)
 
 
 def as_list(prompts: Any) -> Any:

@@ -6,8 +6,6 @@ One `training_step` is one optimizer update. Optimizers, schedulers, checkpoints
 
 from __future__ import annotations
 
-import copy
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,6 +18,7 @@ from vlmr1.advantage import with_advantages
 from vlmr1.base_trainer import BaseTrainer
 from vlmr1.buffer import Buffer, Part, parts_of
 from vlmr1.config import GRPOConfig
+from vlmr1.correction import with_correction
 from vlmr1.data.prompts import PromptBuilder, PromptDataset, without_overlong
 from vlmr1.errors import SettingError
 from vlmr1.loss import Objective, combine, logp_difference, normalizer
@@ -28,7 +27,10 @@ from vlmr1.models import adapter_of, check_dropout
 from vlmr1.models.features import FeatureCache
 from vlmr1.naive import NaivePolicy
 from vlmr1.packing import make_pack, plan_packs, repeated_prompt_tokens, with_signal, without_weight
+from vlmr1.penalty import unjudged, with_kl
 from vlmr1.policy import PackedPolicy, call
+from vlmr1.reference import Reference, SyncReference, frozen_copy
+from vlmr1.resampling import Reserve, resample
 from vlmr1.rewards.groups import TimedOut, score_groups
 from vlmr1.rewards.pool import RewardPool
 from vlmr1.rewards.registry import Reward, get_reward
@@ -36,8 +38,6 @@ from vlmr1.rollout import ENGINES
 from vlmr1.statistics import group_statistics
 from vlmr1.types import Group, Pack, Prompt, Sample, StepMetrics
 from vlmr1_kernels import use
-
-logger = logging.getLogger(__name__)
 
 
 class GRPOTrainer(BaseTrainer):
@@ -71,10 +71,11 @@ class GRPOTrainer(BaseTrainer):
         if args.overlong_prompts == "filter" and args.max_prompt_length is not None:
             samples = without_overlong(samples, PromptBuilder(model, self.adapter, processor), args.max_prompt_length)
         builder = PromptBuilder(model, self.adapter, processor, max_prompt_length=args.max_prompt_length)
+        dataset = PromptDataset(samples, builder)
         super().__init__(
             model=model,
             args=args,
-            train_dataset=PromptDataset(samples, builder),
+            train_dataset=dataset,
             processing_class=processor.tokenizer,
             callbacks=list(callbacks),
         )
@@ -93,7 +94,16 @@ class GRPOTrainer(BaseTrainer):
         self.policy = self._forward_of(model)
         self.reference = None
         if args.beta > 0:
-            self.reference = self._forward_of(frozen_copy(model))
+            self.reference = Reference(self._forward_of(frozen_copy(model)), model)
+        if args.sync_ref_model and self.reference is not None:
+            self.kept.append(self.reference)
+            self.add_callback(SyncReference(self.reference))
+        self.reserve = None
+        if args.dynamic_sampling:
+            seed = args.seed if args.data_seed is None else args.data_seed
+            self.reserve = Reserve(dataset.indices(), seed)
+            self.kept.append(self.reserve)
+        self.resampling: dict[str, float] = {}  # what the last generation took
         self.buffer = Buffer(args.num_iterations)
         self.last_groups: list[Group] = []
 
@@ -119,8 +129,8 @@ class GRPOTrainer(BaseTrainer):
         values |= group_statistics(part.groups, [reward.name for reward in self.rewards], self.reward_weights)
         values |= part.counts
         if prompts:
-            values |= self.engine.stats.values() | {"reward_timeouts": float(len(self.timed_out))}
-            self._check_logp(values)
+            values |= self.engine.stats.values() | {"reward_timeouts": float(len(self.timed_out))} | self.resampling
+            self.check_logp(values)
         else:  # the policy is not the one that drew these any more
             values = {name: value for name, value in values.items() if "logp_difference" not in name}
         if self.buffer.spent and self.features is not None:
@@ -135,42 +145,74 @@ class GRPOTrainer(BaseTrainer):
         of reference and old policy."""
         with phases("rollout"):
             groups = self.rollout(prompts)
-        with phases("reward"):
-            self.timed_out = []
-            groups = score_groups(groups, self.rewards, pool=self.reward_pool, timed_out=self.timed_out)
-            groups = with_advantages(groups, self.reward_weights, self.args.scale_rewards)
+        self.timed_out = []
+        groups = self.scored(groups, phases)
+        if self.reserve is not None:
+            groups = self.resampled(groups, self.reserve, phases)
+        if self.args.kl_in_reward:
+            groups = self.with_kl(model, groups, phases)
+        groups = with_advantages(groups, self.reward_weights, self.args.scale_rewards, kl_weight=self.args.beta)
         parts = []
         for part in parts_of(groups, self.args.steps_per_generation):
             packs, counts = self.pack(part)
-            with phases("reference"):
-                packs = [self.with_reference(pack) for pack in packs]
-            with phases("old"):
-                packs = [self.with_old(model, pack) for pack in packs]
-            parts.append(Part(part, packs, counts))
+            if not self.args.kl_in_reward:  # else the completions have brought them
+                packs = self.with_logprobs(model, packs, phases)
+            mode, cap = self.args.importance_sampling_correction, self.args.importance_sampling_cap
+            packs, ratios = with_correction(packs, mode, cap)
+            parts.append(Part(part, packs, counts | ratios))
         return parts
 
-    def rollout(self, prompts: Sequence[Prompt]) -> list[Group]:
-        """Prompts -> groups of completions, drawn from the present policy."""
-        return self.engine.generate(prompts, self.args.num_generations, self.sampling, step=self.state.global_step)
+    def rollout(self, prompts: Sequence[Prompt], number: int = 0) -> list[Group]:
+        """Prompts -> groups of completions, drawn from the present policy; `number` of the round varies the draws."""
+        step = self.state.global_step + (number << 32)
+        return self.engine.generate(prompts, self.args.num_generations, self.sampling, step=step)
+
+    def scored(self, groups: Sequence[Group], phases: Phases) -> list[Group]:
+        with phases("reward"):
+            return score_groups(groups, self.rewards, pool=self.reward_pool, timed_out=self.timed_out)
+
+    def resampled(self, groups: Sequence[Group], reserve: Reserve, phases: Phases) -> list[Group]:
+        """The groups after further rounds for those without signal; rollout statistics are of all rounds."""
+        dataset: Any = self.train_dataset
+
+        def draw(rows: Sequence[int], number: int) -> list[Group]:
+            before = self.engine.stats
+            with phases("rollout"):
+                drawn = self.rollout([dataset[row] for row in rows], number)
+            self.engine.stats = before + self.engine.stats
+            return self.scored(drawn, phases)
+
+        options = {"rounds": self.args.dynamic_sampling_max_rounds, "rank": self.args.process_index}
+        groups, self.resampling = resample(groups, draw, reserve, self.reward_weights, **options)
+        return groups
+
+    def with_kl(self, model: Any, groups: Sequence[Group], phases: Phases) -> list[Group]:
+        """The groups with the KL that lowers their rewards; truncated completions have one too."""
+        plan = self._plan(unjudged(groups))
+        packs = [make_pack(row, share_vision=self.args.share_vision) for row in plan]
+        return with_kl(groups, plan, self.with_logprobs(model, packs, phases), self.args.kl)
 
     def pack(self, groups: Sequence[Group]) -> tuple[list[Pack], dict[str, float]]:
         """Groups -> packed rows under the token budget, and what they count."""
-        plan = plan_packs(
-            with_signal(
-                groups,
-                skip_zero_advantage=self.args.skips_zero_advantage,
-                mask_truncated=self.args.mask_truncated_completions,
-            ),
-            tokens_per_pack=self.args.tokens_per_pack,
-            share_prompt=self.args.share_prompt,
-            pack=self.args.pack,
-        )
+        skip, mask = self.args.skips_zero_advantage, self.args.mask_truncated_completions
+        plan = self._plan(with_signal(groups, skip_zero_advantage=skip, mask_truncated=mask))
         packs = [make_pack(row, share_vision=self.args.share_vision) for row in plan] or [without_weight(groups)]
         return packs, {
             "packs": float(len(packs)),
             "packed_tokens": float(sum(len(pack.input_ids) for pack in packs)),
             "repeated_prompt_tokens": float(repeated_prompt_tokens(plan)),
         }
+
+    def _plan(self, groups: Sequence[Group]) -> list[list[Group]]:
+        switches = {"share_prompt": self.args.share_prompt, "pack": self.args.pack}
+        return plan_packs(groups, tokens_per_pack=self.args.tokens_per_pack, **switches)
+
+    def with_logprobs(self, model: Any, packs: Sequence[Pack], phases: Phases) -> list[Pack]:
+        """The packs with the log-probs of reference and old policy."""
+        with phases("reference"):
+            packs = [self.with_reference(pack) for pack in packs]
+        with phases("old"):
+            return [self.with_old(model, pack) for pack in packs]
 
     def with_reference(self, pack: Pack) -> Pack:
         """The pack with the reference model's log-probs, where the objective needs them."""
@@ -182,7 +224,8 @@ class GRPOTrainer(BaseTrainer):
         """The pack with the log-probs of the policy that drew it: the engine's, or the policy's own."""
         if self.args.old_logprobs == "rollout":
             return pack
-        if self.args.steps_per_generation * self.args.num_iterations == 1:
+        needed = self.args.kl_in_reward or self.args.importance_sampling_correction != "none"
+        if self.args.steps_per_generation * self.args.num_iterations == 1 and not needed:
             return replace(pack, old_logp=None)  # the update's own forward computes them
         with self.policy.attention():
             return replace(pack, old_logp=call(model, self.policy.model, lambda: self.policy.logprobs(pack)))
@@ -206,21 +249,3 @@ class GRPOTrainer(BaseTrainer):
         if any(group.prompt.images for group in groups):
             self.adapter.fill_vision_gradients(self.policy.model)
         return total, combine(parts, tokens=sum(len(c.token_ids) for group in groups for c in group.completions))
-
-    def _check_logp(self, values: dict[str, float]) -> None:
-        """The engine's log-probs become the ratio's denominator: they should be the policy's."""
-        difference = values.get("rollout/logp_difference", 0.0)
-        if difference > self.args.rollout_logp_alarm:
-            logger.warning(
-                "step %d: the log-probs of the rollout engine and of the policy differ by %.3f nats a token "
-                "(rollout_logp_alarm is %g); old_logprobs=recompute keeps them out of the ratio",
-                self.state.global_step + 1,
-                difference,
-                self.args.rollout_logp_alarm,
-            )
-
-
-def frozen_copy(model: Any) -> Any:
-    """A reference model: what is trained is copied, what is frozen is the model's own."""
-    frozen = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
-    return copy.deepcopy(model, memo=frozen).eval().requires_grad_(False)
