@@ -37,11 +37,13 @@ class Objective:
             **_sequence_inputs(pack, hidden.device),
         )
 
-    def of_logprobs(self, logp: Tensor, entropy: Tensor, pack: Pack) -> tuple[Tensor, dict[str, Tensor]]:
-        """logp [N], entropy [N] of what was drawn from -> loss [], metrics."""
+    def of_logprobs(self, logp: Tensor, pack: Pack, entropy: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """logp [N] -> loss [], metrics; a bonus for entropy needs the entropies [N] of what was drawn from."""
         inputs = _sequence_inputs(pack, logp.device)
-        settings = replace(self.settings, entropy_coef=0.0)
+        settings = self.settings if entropy is None else replace(self.settings, entropy_coef=0.0)
         loss, metrics = grpo_loss(logp, settings=settings, normalizer=self.normalizer, **inputs)
+        if entropy is None:
+            return loss, metrics
         if self.settings.entropy_coef != 0:
             loss = loss - self.settings.entropy_coef * (self.shares(inputs["seq_ids"]) * entropy).sum()
         return loss, metrics | {"entropy": entropy.detach().mean()}

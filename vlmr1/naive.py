@@ -30,7 +30,7 @@ class NaivePolicy(PackedPolicy):
 
     def loss(self, pack: Pack, objective: Objective) -> tuple[Tensor, dict[str, Tensor]]:
         logp, entropy = self._forward(pack, with_bonus=objective.settings.entropy_coef != 0)
-        return objective.of_logprobs(logp, entropy, pack)
+        return objective.of_logprobs(logp, pack, entropy)
 
     def _forward(self, pack: Pack, *, with_bonus: bool = False) -> tuple[Tensor, Tensor]:
         """[N] log-probs of the completion tokens, and the entropies [N] of what they were drawn from: with gradient
