@@ -166,8 +166,13 @@ class BaseTrainer(Trainer):
         model = self.model if model is None else model
         saved = load_model(resume_from_checkpoint, dtype=model.dtype)
         model.load_state_dict(saved.state_dict())
-        for each in self.kept:
-            each.load(Path(resume_from_checkpoint))
+        try:
+            for each in self.kept:
+                each.load(Path(resume_from_checkpoint))
+        except FileNotFoundError as error:
+            raise SettingError(
+                f"{resume_from_checkpoint} was written without dynamic_sampling or sync_ref_model: {error}"
+            ) from error
         rollouts = Path(resume_from_checkpoint) / ROLLOUTS
         if rollouts.exists():
             self.buffer.load(torch.load(rollouts, weights_only=True), self._prompt_of, self.pack)

@@ -135,7 +135,7 @@ def written_out(objective: Any, trainer: Any, groups: list[Group], dapo: bool) -
             tokens += len(loss)
     total = torch.stack(sums).sum() / tokens if dapo else torch.stack(means).mean()
     total.backward()
-    return float(total), {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+    return float(total.detach()), {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize(

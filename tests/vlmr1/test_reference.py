@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.vlmr1.test_trainer import trainer_of
+from vlmr1.errors import SettingError
 from vlmr1.reference import REFERENCE, SyncReference
 
 
@@ -52,6 +53,14 @@ def test_checkpoint_holds_what_the_reference_owns(model, processor, tmp_path):
         assert torch.equal(parameter, start[name]) == ("visual" in name), name
         assert torch.equal(again.model.get_parameter(name), start[name])
     assert (tmp_path / REFERENCE).stat().st_size < sum(p.nbytes for p in found.values())
+
+
+@pytest.mark.parametrize("settings", [{"sync_ref_model": True}, {"dynamic_sampling": True}], ids=str)
+def test_a_checkpoint_without_its_state_is_refused(settings, model, processor, tmp_path):
+    trainer_of(model, processor, tmp_path, save_strategy="steps", save_steps=1, prompts_per_device=1).train()
+    again = trainer_of(model, processor, tmp_path, max_steps=2, prompts_per_device=1, **settings)
+    with pytest.raises(SettingError, match="checkpoint-1 was written without dynamic_sampling or sync_ref_model"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
 def test_sync_follows_the_number_of_updates(model, processor, tmp_path, monkeypatch):
