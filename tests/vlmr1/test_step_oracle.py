@@ -120,7 +120,7 @@ OBJECTIVES = {
     "entropy_masked": {"entropy_coef": 0.3, "mask_truncated_completions": True},
     "kl_in_reward": {"kl_in_reward": True},
     # at ratio 1 the loss of grpo is minus the mean advantage: 0
-    "kl_in_reward_recomputed": {"kl_in_reward": True, "kl": "k1", "loss_type": "dapo", "num_iterations": 2}
+    "kl_in_reward_recomputed": {"kl_in_reward": True, "kl": "k2", "loss_type": "dapo", "num_iterations": 2}
     | RECOMPUTED,
     "token_truncate": {"importance_sampling_correction": "token_truncate", **RECOMPUTED},
     "token_mask": {"importance_sampling_correction": "token_mask", **RECOMPUTED},
