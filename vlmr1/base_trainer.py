@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate.data_loader import prepare_data_loader
@@ -22,16 +22,23 @@ from vlmr1.checkpoint import staged
 from vlmr1.config import GRPOConfig
 from vlmr1.data.loader import Batches
 from vlmr1.errors import DivergedError, SettingError
-from vlmr1.loss import MAXIMA
+from vlmr1.loss import MAXIMA, MINIMA
 from vlmr1.models import load_model
 from vlmr1.models.processor import save_processor
 from vlmr1.scale.launch import check_launched
 from vlmr1.scale.ranks import Ranks
-from vlmr1.scale.sharded import Sharding, sharding_of
+from vlmr1.scale.sharded import Sharding, check_sharded, sharding_of
 from vlmr1.types import Group, Pack, Prompt, StepMetrics
 
 logger = logging.getLogger(__name__)
 ROLLOUTS = "rollouts.pt"  # of a checkpoint: the buffer, where updates on it are left
+
+
+class Kept(Protocol):
+    """What checkpoints hold besides model, optimizer and rollouts: a file of its own in their directory."""
+
+    def save(self, checkpoint: Path) -> None: ...
+    def load(self, checkpoint: Path) -> None: ...
 
 
 class BaseTrainer(Trainer):
@@ -46,10 +53,12 @@ class BaseTrainer(Trainer):
         self.ranks = Ranks(self.args.process_index, self.args.world_size)
         check_launched(self.ranks.world, self.accelerator)
         self.sharding: Sharding | None = sharding_of(self.accelerator)
+        check_sharded(self.args, self.sharding)
         self.nonfinite = 0  # updates in a row
         self.skipped = 0  # updates in all
         self.last_loss = 0.0
         self.unlogged: list[StepMetrics] = []
+        self.kept: list[Kept] = []
         self._staging: Path | None = None
 
     def pack(self, groups: Sequence[Group]) -> tuple[list[Pack], dict[str, float]]:
@@ -131,6 +140,18 @@ class BaseTrainer(Trainer):
         model.zero_grad(set_to_none=True)
         return norm
 
+    def check_logp(self, values: dict[str, float]) -> None:
+        """Warn: the engine's log-probs become the ratio's denominator: they should be the policy's."""
+        difference = values.get("rollout/logp_difference", 0.0)
+        if difference > self.args.rollout_logp_alarm:
+            logger.warning(
+                "step %d: the log-probs of the rollout engine and of the policy differ by %.3f nats a token "
+                "(rollout_logp_alarm is %g); old_logprobs=recompute keeps them out of the ratio",
+                self.state.global_step + 1,
+                difference,
+                self.args.rollout_logp_alarm,
+            )
+
     # Logs and checkpoints
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -139,7 +160,7 @@ class BaseTrainer(Trainer):
             steps, self.unlogged = self.unlogged, []
             for name in dict.fromkeys(name for step in steps for name in step.values):
                 known = [step.values[name] for step in steps if name in step.values]
-                logs[name] = max(known) if name in MAXIMA else sum(known) / len(known)
+                logs[name] = combined(name, known)
             for phase in dict.fromkeys(phase for step in steps for phase in step.seconds):
                 logs[f"seconds/{phase}"] = sum(step.seconds.get(phase, 0.0) for step in steps) / len(steps)
             logs["skipped_updates"] = float(self.skipped)  # since this process began
@@ -161,8 +182,11 @@ class BaseTrainer(Trainer):
         output_dir = Path(self.args.output_dir or ".")
         with staged(output_dir, f"checkpoint-{self.state.global_step}", self.ranks) as self._staging:
             super()._save_checkpoint(model, trial)
+            checkpoint = self._staging / f"checkpoint-{self.state.global_step}"
+            for each in self.kept if self.ranks.rank == 0 else ():
+                each.save(checkpoint)
             if not self.buffer.spent:
-                torch.save(self.buffer.state(), self._staging / f"checkpoint-{self.state.global_step}" / self.rollouts)
+                torch.save(self.buffer.state(), checkpoint / self.rollouts)
         self._staging = None
         if self.ranks.rank == 0:
             rotate_checkpoints(str(output_dir), self.args.save_total_limit)
@@ -194,8 +218,17 @@ class BaseTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        rollouts = None if checkpoint is None else Path(checkpoint) / self.rollouts
-        if rollouts is not None and rollouts.exists():
+        if checkpoint is None:
+            return
+        try:
+            for each in self.kept:
+                each.load(Path(checkpoint))
+        except FileNotFoundError as error:
+            raise SettingError(
+                f"{checkpoint} was written without dynamic_sampling or sync_ref_model: {error}"
+            ) from error
+        rollouts = Path(checkpoint) / self.rollouts
+        if rollouts.exists():
             self.buffer.load(torch.load(rollouts, weights_only=True), self._prompt_of, self.pack)
 
     def _prompt_of(self, sample: int) -> Prompt:
@@ -205,6 +238,13 @@ class BaseTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
         save_processor(self.processor, output_dir or self.args.output_dir or ".")
+
+
+def combined(name: str, values: Sequence[float]) -> float:
+    """One number of several steps: their mean, or what the metric is the greatest or the least of."""
+    if name in MAXIMA:
+        return max(values)
+    return min(values) if name in MINIMA else sum(values) / len(values)
 
 
 def as_list(prompts: Any) -> Any:

@@ -88,6 +88,7 @@ class Buffer:
         for part in state["parts"]:
             groups = [_group(saved, prompt_of(saved["sample"])) for saved in part["groups"]]
             packs, counts = pack(groups)
+            counts = part.get("counts", counts)
             packs = [replace(made, **known) for made, known in zip(packs, part["packs"], strict=True)]
             self.parts.append(Part(groups, packs, counts))
 
@@ -105,13 +106,15 @@ def _part_state(part: Part) -> dict[str, Any]:
             "sample": group.prompt.sample.index,
             "rewards": group.rewards,
             "advantages": group.advantages,
+            "kl": group.kl,
             "completions": [{f.name: getattr(c, f.name) for f in fields(c)} for c in group.completions],
         }
         for group in part.groups
     ]
-    return {"groups": groups, "packs": [{"ref_logp": p.ref_logp, "old_logp": p.old_logp} for p in part.packs]}
+    packs = [{"ref_logp": p.ref_logp, "old_logp": p.old_logp, "trust_logp": p.trust_logp} for p in part.packs]
+    return {"groups": groups, "packs": packs, "counts": part.counts}
 
 
 def _group(saved: dict[str, Any], prompt: Prompt) -> Group:
     completions = tuple(Completion(**each) for each in saved["completions"])
-    return Group(prompt, completions, saved["rewards"], saved["advantages"])
+    return Group(prompt, completions, saved["rewards"], saved["advantages"], saved.get("kl"))

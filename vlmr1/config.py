@@ -10,6 +10,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from vlmr1.data.templates import TEMPLATES, question_text
 from vlmr1.errors import SettingError
+from vlmr1.objective import check_objective, kernel_settings
 from vlmr1.rewards.judge import Judge
 from vlmr1.rewards.settings import RewardSettings
 from vlmr1.rollout.sampling import SamplingSettings
@@ -118,6 +119,10 @@ class GRPOConfig(TrainingArguments):
     )
     num_iterations: int = field(default=1, metadata={"help": "times that updates go over the prompts of a generation"})
     num_generations: int = field(default=8, metadata={"help": "completions a prompt (G), at least 2"})
+    dynamic_sampling: bool = field(
+        default=False, metadata={"help": "groups whose rewards are all equal give way to groups of other prompts"}
+    )
+    dynamic_sampling_max_rounds: int = field(default=4, metadata={"help": "rounds after the first, at most"})
     max_prompt_length: int | None = field(
         default=None, metadata={"help": "limit of a prompt in tokens, those of its images included; nothing is cut"}
     )
@@ -147,10 +152,23 @@ class GRPOConfig(TrainingArguments):
 
     # Objective
     loss_type: Literal["grpo", "bnpo", "dapo", "dr_grpo", "cispo", "gspo"] = "grpo"
+    importance_sampling_level: Literal["token", "sequence"] | None = field(
+        default=None, metadata={"help": "of the ratio; default token, with gspo sequence"}
+    )
     beta: float = field(default=0.04, metadata={"help": "weight of the KL to the reference; 0 loads none"})
     kl: Literal["k1", "k2", "k3"] = "k3"
+    kl_in_reward: bool = field(
+        default=False, metadata={"help": "the KL, summed over a completion, lowers its reward instead of being a loss"}
+    )
+    sync_ref_model: bool = field(default=False, metadata={"help": "the reference follows the policy"})
+    ref_model_sync_steps: int = field(default=512, metadata={"help": "updates from one time to the next"})
+    ref_model_mixup_alpha: float = field(
+        default=0.6, metadata={"help": "reference = alpha * policy + (1 - alpha) * reference"}
+    )
     epsilon: float = 0.2
     epsilon_high: float | None = field(default=None, metadata={"help": "upper clip; default epsilon"})
+    delta: float | None = field(default=None, metadata={"help": "two-sided clip: cap of the unclipped ratio, above 1"})
+    entropy_coef: float = field(default=0.0, metadata={"help": "weight of the entropy bonus in the loss"})
     mask_truncated_completions: bool = field(
         default=False, metadata={"help": "completions that met the length limit leave the loss"}
     )
@@ -158,6 +176,10 @@ class GRPOConfig(TrainingArguments):
         default="rollout",
         metadata={"help": "of the ratio: the rollout engine's, or of a forward of the policy before its first update"},
     )
+    importance_sampling_correction: Literal[
+        "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
+    ] = field(default="none", metadata={"help": "weight of the loss: policy over rollout engine, bounded by the cap"})
+    importance_sampling_cap: float = field(default=3.0, metadata={"help": "above it a weight is cut, or masked: 0"})
     max_nonfinite: int = field(
         default=5, metadata={"help": "stop after this many updates in a row that were not finite"}
     )
@@ -201,6 +223,7 @@ class GRPOConfig(TrainingArguments):
         self._check()
         self.per_device_train_batch_size = self.prompts_per_device  # what the loader reads
         self.ddp_find_unused_parameters = False  # every pass uses every parameter
+        self.ddp_broadcast_buffers = False  # they are constants
         if self.n_gpu > 1:
             self._n_gpu = 1  # one process drives one device
 
@@ -267,12 +290,7 @@ class GRPOConfig(TrainingArguments):
             )
         if self.rollout_kv_mib is not None and self.rollout_engine != "native":
             raise SettingError(f"rollout_kv_mib needs rollout_engine native, it is {self.rollout_engine}")
-        if self.beta < 0:
-            raise SettingError(f"beta is {self.beta}: it must not be negative")
-        if self.skip_zero_advantage and self.beta > 0:
-            raise SettingError(
-                f"skip_zero_advantage needs beta 0, not {self.beta}: by the KL such completions have a gradient"
-            )
+        check_objective(self)
         if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
             raise SettingError(
                 f"reward_weights has {len(self.reward_weights)} values for {len(self.reward_funcs)} reward_funcs"
@@ -300,17 +318,7 @@ class GRPOConfig(TrainingArguments):
 
     def objective(self) -> GRPOSettings:
         """The objective that these settings ask for; SettingError where one is out of range."""
-        if not 0 <= self.epsilon <= 1:
-            raise SettingError(f"epsilon is {self.epsilon}: it must be between 0 and 1")
-        return GRPOSettings(
-            loss_type=self.loss_type,
-            epsilon_low=self.epsilon,
-            epsilon_high=self.epsilon if self.epsilon_high is None else self.epsilon_high,
-            beta=self.beta,
-            kl=self.kl,
-            temperature=self.temperature,
-            max_completion_length=self.max_completion_length,
-        )
+        return kernel_settings(self)
 
     def rewards(self) -> RewardSettings:
         """What the rewards of a run are asked for; SettingError where a setting is out of range."""
@@ -348,9 +356,15 @@ class GRPOConfig(TrainingArguments):
         )
 
     @property
+    def loss_beta(self) -> float:
+        """Weight of the KL in the loss: none where it is in the reward."""
+        return 0.0 if self.kl_in_reward else self.beta
+
+    @property
     def skips_zero_advantage(self) -> bool:
         """`skip_zero_advantage`, or its default: whether the advantage is a completion's only source of gradient."""
-        return self.beta == 0 if self.skip_zero_advantage is None else self.skip_zero_advantage
+        only = self.loss_beta == 0 and self.entropy_coef == 0
+        return only if self.skip_zero_advantage is None else self.skip_zero_advantage
 
 
 def _changed(setting: Field, value: object) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from vlmr1.types import Group, Pack
 from vlmr1_kernels import GRPOSettings, grpo_loss, linear_grpo_loss
 
 # Metrics that combine over packs by their maximum, not by their mean over rows.
-MAXIMA = ("ratio_max", "rollout/logp_difference_max", "completion_length_max")
+MAXIMA = ("ratio_max", "rollout/logp_difference_max", "rollout/importance_ratio_max", "completion_length_max")
+MINIMA = ("rollout/importance_ratio_min",)
 
 
 @dataclass(frozen=True)
@@ -36,16 +37,29 @@ class Objective:
             **_sequence_inputs(pack, hidden.device),
         )
 
-    def of_logprobs(self, logp: Tensor, pack: Pack) -> tuple[Tensor, dict[str, Tensor]]:
-        """logp [N] -> loss [], metrics."""
-        return grpo_loss(
-            logp, settings=self.settings, normalizer=self.normalizer, **_sequence_inputs(pack, logp.device)
-        )
+    def of_logprobs(self, logp: Tensor, pack: Pack, entropy: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """logp [N] -> loss [], metrics; a bonus for entropy needs the entropies [N] of what was drawn from."""
+        inputs = _sequence_inputs(pack, logp.device)
+        settings = self.settings if entropy is None else replace(self.settings, entropy_coef=0.0)
+        loss, metrics = grpo_loss(logp, settings=settings, normalizer=self.normalizer, **inputs)
+        if entropy is None:
+            return loss, metrics
+        if self.settings.entropy_coef != 0:
+            loss = loss - self.settings.entropy_coef * (self.shares(inputs["seq_ids"]) * entropy).sum()
+        return loss, metrics | {"entropy": entropy.detach().mean()}
+
+    def shares(self, seq_ids: Tensor) -> Tensor:
+        """[N]: the share of each row in the loss, which is the sum of share * loss of the row."""
+        share = torch.ones_like(seq_ids, dtype=torch.float32) / self.normalizer
+        if self.settings.loss_type in ("grpo", "gspo"):
+            return share / torch.bincount(seq_ids)[seq_ids]
+        return share / (self.settings.max_completion_length or 1) if self.settings.loss_type == "dr_grpo" else share
 
 
 def _sequence_inputs(pack: Pack, device: torch.device) -> dict[str, Any]:
-    moved = {name: getattr(pack, name) for name in ("seq_ids", "advantages", "old_logp", "ref_logp")}
-    return {name: None if value is None else value.to(device) for name, value in moved.items()}
+    given = {name: getattr(pack, name) for name in ("seq_ids", "advantages", "old_logp", "ref_logp")}
+    given["sampling_logp"] = pack.trust_logp
+    return {name: None if value is None else value.to(device) for name, value in given.items()}
 
 
 def normalizer(groups: Sequence[Group], settings: GRPOSettings, *, mask_truncated: bool = False) -> float:

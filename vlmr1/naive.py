@@ -29,12 +29,12 @@ class NaivePolicy(PackedPolicy):
             return self._forward(pack)[0]
 
     def loss(self, pack: Pack, objective: Objective) -> tuple[Tensor, dict[str, Tensor]]:
-        logp, entropy = self._forward(pack)
-        loss, metrics = objective.of_logprobs(logp, pack)
-        return loss, metrics | {"entropy": entropy.mean()}
+        logp, entropy = self._forward(pack, with_bonus=objective.settings.entropy_coef != 0)
+        return objective.of_logprobs(logp, pack, entropy)
 
-    def _forward(self, pack: Pack) -> tuple[Tensor, Tensor]:
-        """[N] log-probs of the completion tokens, and the entropies [N] of what they were drawn from."""
+    def _forward(self, pack: Pack, *, with_bonus: bool = False) -> tuple[Tensor, Tensor]:
+        """[N] log-probs of the completion tokens, and the entropies [N] of what they were drawn from: with gradient
+        where there is a bonus for them."""
         device = self.model.device
         input_ids, positions, mask, lengths = (x.to(device) for x in padded(pack))
         columns = int(lengths.max())
@@ -48,7 +48,7 @@ class NaivePolicy(PackedPolicy):
         targets = input_ids[:, -columns:]
         logp = logits.gather(-1, targets[..., None])[..., 0] - logits.logsumexp(-1)
         real = torch.arange(columns, device=device) < lengths[:, None]
-        return logp[real], _entropy(logits.detach())[real]
+        return logp[real], _entropy(logits if with_bonus else logits.detach())[real]
 
 
 def _entropy(logits: Tensor) -> Tensor:

@@ -103,7 +103,8 @@ def make_pack(groups: Sequence[Group], *, share_vision: bool = True) -> Pack:
         targets=torch.cat([c.token_ids for c in completions]),
         seq_ids=torch.repeat_interleave(torch.arange(len(completions)), lengths),
         advantages=torch.cat([group.advantages for group in groups if group.advantages is not None]),
-        old_logp=_joined([c.logp for c in completions]),
+        old_logp=_joined([c.logp if c.old_logp is None else c.old_logp for c in completions]),
+        ref_logp=_joined([c.ref_logp for c in completions]),
         rollout_logp=_joined([c.logp for c in completions]),
         sampling_logp=_joined([c.sampling_logp for c in completions]),
     )

@@ -6,8 +6,6 @@ One `training_step` is one optimizer update. Optimizers, schedulers, checkpoints
 
 from __future__ import annotations
 
-import copy
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,12 +18,13 @@ from vlmr1.advantage import with_advantages
 from vlmr1.base_trainer import BaseTrainer
 from vlmr1.buffer import Buffer, Part
 from vlmr1.config import GRPOConfig
+from vlmr1.correction import with_correction
 from vlmr1.data.loader import unpacked
 from vlmr1.data.prompts import PromptBuilder, PromptDataset, without_overlong
 from vlmr1.errors import SettingError
 from vlmr1.loss import Objective, logp_difference, normalizer
 from vlmr1.memory.telemetry import Phases, peak_memory_mib
-from vlmr1.models import adapter_of, check_dropout, load_model
+from vlmr1.models import adapter_of, check_dropout
 from vlmr1.models.features import FeatureCache, encode
 from vlmr1.naive import NaivePolicy
 from vlmr1.packing import (
@@ -38,19 +37,20 @@ from vlmr1.packing import (
     with_signal,
     without_weight,
 )
+from vlmr1.penalty import unjudged, with_kl
 from vlmr1.policy import PackedPolicy, call
+from vlmr1.reference import Reference, SyncReference, frozen_copy
+from vlmr1.resampling import Reserve, resample
 from vlmr1.rewards.groups import TimedOut, score_groups
 from vlmr1.rewards.pool import RewardPool
 from vlmr1.rewards.registry import Reward, get_reward
 from vlmr1.rollout import ENGINES
 from vlmr1.scale.balance import exchange
 from vlmr1.scale.metrics import all_losses, longest, over_ranks
-from vlmr1.scale.sharded import is_partitioned, sharded_reference, whole
+from vlmr1.scale.sharded import sharded_reference, whole
 from vlmr1.statistics import group_statistics
 from vlmr1.types import Group, Pack, Prompt, Sample, StepMetrics
 from vlmr1_kernels import use
-
-logger = logging.getLogger(__name__)
 
 
 class GRPOTrainer(BaseTrainer):
@@ -84,10 +84,11 @@ class GRPOTrainer(BaseTrainer):
         if args.overlong_prompts == "filter" and args.max_prompt_length is not None:
             samples = without_overlong(samples, PromptBuilder(model, self.adapter, processor), args.max_prompt_length)
         builder = PromptBuilder(model, self.adapter, processor, max_prompt_length=args.max_prompt_length)
+        dataset = PromptDataset(samples, builder)
         super().__init__(
             model=model,
             args=args,
-            train_dataset=PromptDataset(samples, builder),
+            train_dataset=dataset,
             processing_class=processor.tokenizer,
             callbacks=list(callbacks),
         )
@@ -107,11 +108,18 @@ class GRPOTrainer(BaseTrainer):
         self.policy = self._forward_of(model)
         self.reference = None
         if args.beta > 0:
-            copied = frozen_copy(model, shared=self.sharding is None)
-            self.reference = self._forward_of(copied)
-            self.reference_model = copied.to(args.device)
-            if self.sharding is not None:
-                self.reference_model = sharded_reference(copied, self.accelerator, self.sharding)
+            copied = frozen_copy(model, shared=self.sharding is None).to(args.device)
+            wrapped = copied if self.sharding is None else sharded_reference(copied, self.accelerator, self.sharding)
+            self.reference = Reference(self._forward_of(copied), model, wrapped)
+        if args.sync_ref_model and self.reference is not None:
+            self.kept.append(self.reference)
+            self.add_callback(SyncReference(self.reference))
+        self.reserve = None
+        if args.dynamic_sampling:
+            seed = args.seed if args.data_seed is None else args.data_seed
+            self.reserve = Reserve(dataset.indices(), seed)
+            self.kept.append(self.reserve)
+        self.resampling: dict[str, float] = {}  # what the last generation took
         self.buffer = Buffer(args.num_iterations)
         self.last_groups: list[Group] = []
 
@@ -137,10 +145,10 @@ class GRPOTrainer(BaseTrainer):
             loss, values = self.backward(model, part.packs, part.groups)
         own = group_statistics(part.groups, [reward.name for reward in self.rewards], self.reward_weights) | part.counts
         if drawn:
-            own |= self.engine.stats.values() | {"reward_timeouts": float(len(self.timed_out))}
+            own |= self.engine.stats.values() | {"reward_timeouts": float(len(self.timed_out))} | self.resampling
         values |= over_ranks(own, len(part.groups), self.ranks)
         if drawn:
-            self._check_logp(values)
+            self.check_logp(values)
         else:  # the policy is not the one that drew these any more
             values = {name: value for name, value in values.items() if "logp_difference" not in name}
         if self.buffer.spent and self.features is not None:
@@ -156,24 +164,54 @@ class GRPOTrainer(BaseTrainer):
         of reference and old policy."""
         with phases("rollout"):
             groups = self.rollout(prompts)
-        with phases("reward"):
-            self.timed_out = []
-            groups = score_groups(groups, self.rewards, pool=self.reward_pool, timed_out=self.timed_out)
-            groups = with_advantages(groups, self.reward_weights, self.args.scale_rewards, self.ranks)
+        self.timed_out = []
+        groups = self.scored(groups, phases)
+        if self.reserve is not None:
+            groups = self.resampled(groups, self.reserve, phases)
+        if self.args.kl_in_reward:
+            groups = self.with_kl(model, groups, phases)
+        weights, scale = self.reward_weights, self.args.scale_rewards
+        groups = with_advantages(groups, weights, scale, self.ranks, kl_weight=self.args.beta)
         parts = []
         for part in self.shared_out(groups):
             packs, counts = self.pack(part)
-            with phases("reference"):
-                packs = [self.with_reference(pack) for pack in packs]
-            with phases("old"):
-                packs = [self.with_old(model, pack) for pack in packs]
-            parts.append(Part(part, packs, counts))
+            if not self.args.kl_in_reward:  # else the completions have brought them
+                packs = self.with_logprobs(model, packs, phases)
+            mode, cap = self.args.importance_sampling_correction, self.args.importance_sampling_cap
+            packs, ratios = with_correction(packs, mode, cap)
+            parts.append(Part(part, packs, counts | ratios))
         return parts
 
-    def rollout(self, prompts: Sequence[Prompt]) -> list[Group]:
-        """Prompts -> groups of completions, drawn from the present policy."""
+    def rollout(self, prompts: Sequence[Prompt], number: int = 0) -> list[Group]:
+        """Prompts -> groups of completions, drawn from the present policy; `number` of the round varies the draws."""
+        step = self.state.global_step + (number << 32)
         with whole(self.engine.model, self.sharding):
-            return self.engine.generate(prompts, self.args.num_generations, self.sampling, step=self.state.global_step)
+            return self.engine.generate(prompts, self.args.num_generations, self.sampling, step=step)
+
+    def scored(self, groups: Sequence[Group], phases: Phases) -> list[Group]:
+        with phases("reward"):
+            return score_groups(groups, self.rewards, pool=self.reward_pool, timed_out=self.timed_out)
+
+    def resampled(self, groups: Sequence[Group], reserve: Reserve, phases: Phases) -> list[Group]:
+        """The groups after further rounds for those without signal; rollout statistics are of all rounds."""
+        dataset: Any = self.train_dataset
+
+        def draw(rows: Sequence[int], number: int) -> list[Group]:
+            before = self.engine.stats
+            with phases("rollout"):
+                drawn = self.rollout([dataset[row] for row in rows], number)
+            self.engine.stats = before + self.engine.stats
+            return self.scored(drawn, phases)
+
+        options = {"rounds": self.args.dynamic_sampling_max_rounds, "rank": self.args.process_index}
+        groups, self.resampling = resample(groups, draw, reserve, self.reward_weights, **options)
+        return groups
+
+    def with_kl(self, model: Any, groups: Sequence[Group], phases: Phases) -> list[Group]:
+        """The groups with the KL that lowers their rewards; truncated completions have one too."""
+        plan = self._plan(unjudged(groups))
+        packs = [make_pack(row, share_vision=self.args.share_vision) for row in plan]
+        return with_kl(groups, plan, self.with_logprobs(model, packs, phases), self.args.kl)
 
     def shared_out(self, groups: Sequence[Group]) -> list[list[Group]]:
         """The groups of each update that this rank trains on: about as many tokens on every rank."""
@@ -188,20 +226,12 @@ class GRPOTrainer(BaseTrainer):
 
     def with_signal(self, groups: Sequence[Group]) -> list[Group]:
         """What of the groups has a part in the loss."""
-        return with_signal(
-            groups,
-            skip_zero_advantage=self.args.skips_zero_advantage,
-            mask_truncated=self.args.mask_truncated_completions,
-        )
+        skip, mask = self.args.skips_zero_advantage, self.args.mask_truncated_completions
+        return with_signal(groups, skip_zero_advantage=skip, mask_truncated=mask)
 
     def pack(self, groups: Sequence[Group]) -> tuple[list[Pack], dict[str, float]]:
-        """Groups -> packed rows under the token budget, and what they count."""
-        plan = plan_packs(
-            self.with_signal(groups),
-            tokens_per_pack=self.args.tokens_per_pack,
-            share_prompt=self.args.share_prompt,
-            pack=self.args.pack,
-        )
+        """Groups -> packed rows under the token budget, as many on every rank, and what they count."""
+        plan = self._plan(self.with_signal(groups))
         packs = [make_pack(row, share_vision=self.args.share_vision) for row in plan]
         packs += [without_weight(groups)] * (self.ranks.most(max(len(packs), 1)) - len(packs))
         if self.blank is not None:
@@ -212,18 +242,29 @@ class GRPOTrainer(BaseTrainer):
             "repeated_prompt_tokens": float(repeated_prompt_tokens(plan)),
         }
 
+    def _plan(self, groups: Sequence[Group]) -> list[list[Group]]:
+        switches = {"share_prompt": self.args.share_prompt, "pack": self.args.pack}
+        return plan_packs(groups, tokens_per_pack=self.args.tokens_per_pack, **switches)
+
+    def with_logprobs(self, model: Any, packs: Sequence[Pack], phases: Phases) -> list[Pack]:
+        """The packs with the log-probs of reference and old policy."""
+        with phases("reference"):
+            packs = [self.with_reference(pack) for pack in packs]
+        with phases("old"):
+            return [self.with_old(model, pack) for pack in packs]
+
     def with_reference(self, pack: Pack) -> Pack:
         """The pack with the reference model's log-probs, where the objective needs them."""
         if self.reference is None:
             return pack
-        reference = self.reference
-        return replace(pack, ref_logp=call(self.reference_model, reference.model, lambda: reference.logprobs(pack)))
+        return replace(pack, ref_logp=self.reference.logprobs(pack))
 
     def with_old(self, model: Any, pack: Pack) -> Pack:
         """The pack with the log-probs of the policy that drew it: the engine's, or the policy's own."""
         if self.args.old_logprobs == "rollout":
             return pack
-        if self.args.steps_per_generation * self.args.num_iterations == 1:
+        needed = self.args.kl_in_reward or self.args.importance_sampling_correction != "none"
+        if self.args.steps_per_generation * self.args.num_iterations == 1 and not needed:
             return replace(pack, old_logp=None)  # the update's own forward computes them
         with self.policy.attention():
             return replace(pack, old_logp=call(model, self.policy.model, lambda: self.policy.logprobs(pack)))
@@ -248,25 +289,3 @@ class GRPOTrainer(BaseTrainer):
             self.adapter.fill_vision_gradients(self.policy.model)
         tokens = sum(len(c.token_ids) for group in groups for c in group.completions)
         return all_losses(total, tokens, parts, self.ranks)
-
-    def _check_logp(self, values: dict[str, float]) -> None:
-        """The engine's log-probs become the ratio's denominator: they should be the policy's."""
-        difference = values.get("rollout/logp_difference", 0.0)
-        if difference > self.args.rollout_logp_alarm:
-            logger.warning(
-                "step %d: the log-probs of the rollout engine and of the policy differ by %.3f nats a token "
-                "(rollout_logp_alarm is %g); old_logprobs=recompute keeps them out of the ratio",
-                self.state.global_step + 1,
-                difference,
-                self.args.rollout_logp_alarm,
-            )
-
-
-def frozen_copy(model: Any, *, shared: bool = True) -> Any:
-    """A reference model: what is trained is copied, what is frozen is the model's own where it is `shared`."""
-    if is_partitioned(model):  # there is nothing here to copy
-        attention = model.config._attn_implementation
-        read = load_model(model.name_or_path, dtype=model.dtype, attn_implementation=attention)
-        return read.eval().requires_grad_(False)
-    frozen = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
-    return copy.deepcopy(model, memo=frozen if shared else None).eval().requires_grad_(False)

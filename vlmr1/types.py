@@ -54,6 +54,8 @@ class Completion:
     sampling_logp: Tensor | None  # [C] float32
     text: str
     finish_reason: str  # "stop" | "length"
+    old_logp: Tensor | None = None  # [C] float32 of the policy that drew it, where that was computed before packing
+    ref_logp: Tensor | None = None  # [C] float32 of the reference, where that was
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Group:
     completions: tuple[Completion, ...]
     rewards: Tensor | None = None  # [G, R] float32
     advantages: Tensor | None = None  # [G] float32
+    kl: Tensor | None = None  # [G] float32, summed over the completion, where it is in the reward
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ class Pack:
     ref_logp: Tensor | None = None  # [N] float32
     sampling_logp: Tensor | None = None  # [N] float32
     rollout_logp: Tensor | None = None  # [N] float32, what the engine says that the policy's log-probs are
+    trust_logp: Tensor | None = None  # [N] float32: min(exp(old_logp - trust_logp), cap) is the weight of a row's loss
     weight: float = 1.0  # 0: a pass that has no part in loss and gradient
 
 

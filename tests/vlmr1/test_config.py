@@ -139,6 +139,55 @@ REFUSED = {
     # What the kernels, or transformers, would refuse later and in their own words
     "epsilon": (["--epsilon", "2"], "epsilon"),
     "cispo": (["--loss_type", "cispo"], "epsilon_high"),
+    "delta": (["--delta", "0.9"], "delta is 0.9"),
+    "delta of cispo": (["--loss_type", "cispo", "--epsilon_high", "5", "--delta", "2"], "delta is 2.0"),
+    "epsilon of cispo": (
+        ["--loss_type", "cispo", "--epsilon_high", "5", "--epsilon", "0.1"],
+        "epsilon has no effect with loss_type=cispo",
+    ),
+    "importance_sampling_level": (["--importance_sampling_level", "word"], "--importance_sampling_level"),
+    "importance_sampling_level of gspo": (
+        ["--loss_type", "gspo", "--importance_sampling_level", "token"],
+        "importance_sampling_level=token contradicts loss_type=gspo",
+    ),
+    "entropy_coef": (["--entropy_coef", "inf"], "entropy_coef is inf"),
+    "entropy_coef and skipping": (
+        ["--beta", "0", "--entropy_coef", "0.1", "--skip_zero_advantage", "true"],
+        "skip_zero_advantage needs entropy_coef 0, not 0.1",
+    ),
+    "kl_in_reward": (["--beta", "0", "--kl_in_reward", "true"], "kl_in_reward needs beta above 0"),
+    "negative beta in the reward": (["--beta", "-1", "--kl_in_reward", "true"], "beta is -1.0"),
+    "sync_ref_model": (["--beta", "0", "--sync_ref_model", "true"], "sync_ref_model needs beta above 0"),
+    "ref_model_sync_steps": (
+        ["--sync_ref_model", "true", "--ref_model_sync_steps", "0"],
+        "ref_model_sync_steps is 0",
+    ),
+    "ref_model_mixup_alpha": (
+        ["--sync_ref_model", "true", "--ref_model_mixup_alpha", "1.5"],
+        "ref_model_mixup_alpha is 1.5",
+    ),
+    "ref_model_sync_steps alone": (["--ref_model_sync_steps", "3"], "has no effect without sync_ref_model"),
+    "ref_model_mixup_alpha alone": (["--ref_model_mixup_alpha", "1"], "has no effect without sync_ref_model"),
+    "dynamic_sampling_max_rounds": (
+        ["--dynamic_sampling", "true", "--dynamic_sampling_max_rounds", "0"],
+        "dynamic_sampling_max_rounds is 0",
+    ),
+    "dynamic_sampling_max_rounds alone": (
+        ["--dynamic_sampling_max_rounds", "2"],
+        "dynamic_sampling_max_rounds has no effect without dynamic_sampling",
+    ),
+    "importance_sampling_correction": (
+        ["--importance_sampling_correction", "token_mask"],
+        "importance_sampling_correction=token_mask needs old_logprobs=recompute",
+    ),
+    "importance_sampling_cap": (
+        ["--importance_sampling_correction", "token_mask", "--importance_sampling_cap", "0"],
+        "importance_sampling_cap is 0.0",
+    ),
+    "importance_sampling_cap alone": (
+        ["--importance_sampling_cap", "2"],
+        "importance_sampling_cap has no effect without importance_sampling_correction",
+    ),
     "kernels": (["--kernels", "grpo_loss=none"], "grpo_loss has no implementation 'none'"),
     "bf16 and fp16": (["--bf16", "true", "--fp16", "true"], "fp16"),
     "save_strategy best": (["--save_strategy", "best"], "save_strategy"),
@@ -211,6 +260,8 @@ def test_command_line_exits_with_2(arguments, message, tmp_path, capsys):
 
 # What they become
 
+SEQUENCE_GSPO = {"loss_type": "gspo", "importance_level": "sequence"}
+
 
 def test_grpo_settings_of_the_defaults():
     assert GRPOConfig(use_cpu=True).objective() == GRPOSettings(
@@ -235,6 +286,21 @@ def test_grpo_settings_of_the_defaults():
         ({"epsilon": 0.1, "epsilon_high": 0.28}, {"epsilon_low": 0.1, "epsilon_high": 0.28}),
         ({"epsilon_high": 0.0}, {"epsilon_high": 0.0}),
         ({"temperature": 0.7}, {"temperature": 0.7}),
+        ({"delta": 4.0}, {"delta": 4.0}),
+        ({"importance_sampling_level": "token"}, {}),
+        ({"importance_sampling_level": "sequence"}, {"importance_level": "sequence"}),
+        ({"loss_type": "gspo", "importance_sampling_level": "sequence"}, SEQUENCE_GSPO),
+        ({"entropy_coef": 0.1}, {"entropy_coef": 0.1}),
+        ({"kl_in_reward": True}, {"beta": 0.0}),
+        ({"importance_sampling_correction": "token_mask", "old_logprobs": "recompute"}, {"tis_cap": 3.0}),
+        (
+            {
+                "importance_sampling_correction": "sequence_truncate",
+                "old_logprobs": "recompute",
+                "importance_sampling_cap": 2.0,
+            },
+            {"tis_cap": 2.0},
+        ),
         ({"max_completion_length": 9}, {"max_completion_length": 9}),
     ],
     ids=str,

@@ -13,7 +13,10 @@ import torch
 
 from tests.vlmr1.conftest import Maker
 from vlmr1.config import GRPOConfig
+from vlmr1.memory.telemetry import Phases
 from vlmr1.models import load_model
+from vlmr1.packing import make_pack
+from vlmr1.policy import PackedPolicy
 from vlmr1.tiny import CHECKPOINT
 from vlmr1.trainer import GRPOTrainer
 from vlmr1.types import Group
@@ -106,6 +109,29 @@ SWITCHES = {
     "only_share_vision": {"share_prompt": False, "pack": False},
     "split_groups": {"tokens_per_pack": 64},
 }
+RECOMPUTED = {"old_logprobs": "recompute"}
+OBJECTIVES = {
+    "delta": {"delta": 1.1},
+    "sequence_level": {"importance_sampling_level": "sequence"},
+    "sequence_level_dapo": {"importance_sampling_level": "sequence", "loss_type": "dapo"},
+    "entropy": {"entropy_coef": 0.3},
+    "entropy_dr_grpo": {"entropy_coef": 0.3, "loss_type": "dr_grpo"},
+    "entropy_bnpo": {"entropy_coef": -0.3, "loss_type": "bnpo"},
+    "entropy_masked": {"entropy_coef": 0.3, "mask_truncated_completions": True},
+    "kl_in_reward": {"kl_in_reward": True},
+    # at ratio 1 the loss of grpo is minus the mean advantage: 0
+    "kl_in_reward_recomputed": {"kl_in_reward": True, "kl": "k2", "loss_type": "dapo", "num_iterations": 2}
+    | RECOMPUTED,
+    "token_truncate": {"importance_sampling_correction": "token_truncate", **RECOMPUTED},
+    "token_mask": {"importance_sampling_correction": "token_mask", **RECOMPUTED},
+    "sequence_truncate": {
+        "importance_sampling_correction": "sequence_truncate",
+        "importance_sampling_level": "sequence",
+        **RECOMPUTED,
+    },
+    "sequence_mask_kl_in_reward": {"importance_sampling_correction": "sequence_mask", "kl_in_reward": True}
+    | RECOMPUTED,
+}
 
 
 def step(model: Any, processor: Any, groups: list[Group], output: Path, **settings: Any) -> tuple[float, dict, dict]:
@@ -116,11 +142,49 @@ def step(model: Any, processor: Any, groups: list[Group], output: Path, **settin
     torch.manual_seed(1)
     for parameter in trainer.reference.model.parameters():
         parameter.add_(0.02 * torch.randn_like(parameter))
-    packs = [trainer.with_reference(pack) for pack in trainer.pack(groups)[0]]
     trainer.accelerator.prepare(trainer.model)
+    packs = [trainer.with_reference(pack) for pack in trainer.pack(groups)[0]]
     loss, metrics = trainer.backward(trainer.model, packs, groups)
     gradients = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
     return float(loss), metrics, gradients
+
+
+def whole_step(model: Any, processor: Any, groups: list[Group], output: Path, **settings: Any) -> tuple:
+    """As `step`, from scored groups on: advantages, KL in the reward and corrections are the trainer's."""
+    given = {"beta": 0.04, "num_generations": len(groups[0].completions)} | settings
+    config = GRPOConfig(output_dir=str(output), use_cpu=True, **given)
+    trainer = GRPOTrainer(copy.deepcopy(model), config, [], processor, reward_funcs=["format"])
+    if trainer.reference is not None:
+        torch.manual_seed(1)
+        for parameter in trainer.reference.model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    trainer.rollout = lambda prompts, number=0: groups
+    trainer.scored = lambda groups, phases: groups
+    trainer.accelerator.prepare(trainer.model)
+    (part,) = trainer.generation(trainer.model, [], Phases())
+    loss, metrics = trainer.backward(trainer.model, part.packs, part.groups)
+    ratios = {name: value for name, value in part.counts.items() if "ratio" in name or "cut" in name}
+    gradients = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
+    return float(loss), metrics | ratios, gradients
+
+
+def near_the_policy(make: Maker, model: Any, groups: list[Group], noise: float = 0.3) -> list[Group]:
+    """The groups with rewards, and with an engine's log-probs that are the model's and noise."""
+    policy = PackedPolicy(model, make.adapter, temperature=1.0)
+    out = []
+    for group in groups:
+        sizes = [len(c.token_ids) for c in group.completions]
+        pack = make_pack([group])
+        noisy = policy.logprobs(pack) + noise * torch.randn(sum(sizes), generator=make.random)
+        parts = zip(group.completions, noisy.split(sizes), strict=True)
+        completions = tuple(replace(c, logp=logp, sampling_logp=logp + 0.5) for c, logp in parts)
+        rewards = torch.rand(len(sizes), 1, generator=make.random)
+        out.append(replace(group, completions=completions, rewards=rewards, advantages=None))
+    return out
+
+
+def relative(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).norm() / other.norm())
 
 
 def assert_equal_steps(one: tuple, other: tuple, tolerance: float = TOLERANCE) -> None:
@@ -148,6 +212,18 @@ def test_every_combination_of_switches_gives_the_same_step(switches, make, model
     groups[-1] = replace(groups[-1], completions=groups[-1].completions[:2], advantages=groups[-1].advantages[:2])
     naive = step(model, processor, groups, tmp_path, **NAIVE)
     assert_equal_steps(step(model, processor, groups, tmp_path, **switches), naive)
+
+
+@pytest.mark.parametrize("settings", OBJECTIVES.values(), ids=OBJECTIVES.keys())
+def test_every_objective_gives_the_same_step(settings, make, model, processor, tmp_path):
+    """And another one than without the setting."""
+    groups = near_the_policy(make, model, two_lengths(make))
+    naive = whole_step(model, processor, groups, tmp_path, **settings, **NAIVE)
+    assert_equal_steps(whole_step(model, processor, groups, tmp_path, **settings), naive)
+    plain = {name: value for name, value in settings.items() if name in ("loss_type", "old_logprobs", "num_iterations")}
+    _, _, gradients = whole_step(model, processor, groups, tmp_path, **plain)
+    different = [name for name, gradient in gradients.items() if relative(gradient, naive[2][name]) > 1e-3]
+    assert len(different) > len(gradients) / 2
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)

@@ -59,6 +59,12 @@ CASES = {
     "equal_lengths": Case({"beta": 0.04}, lengths=((6, 6, 6),)),
     "length_one": Case({"beta": 0.04}, lengths=((1, 4), (1, 1))),
     "equal_rewards": Case({"beta": 0.04}, equal_rewards=True),
+    "delta": Case({"beta": 0.0, "delta": 1.5}, noise=1.0),
+    "delta_reference": Case({"beta": 0.1, "delta": 1.3, "loss_type": "dapo"}, noise=0.4),
+    "sequence_level": Case({"beta": 0.1, "importance_sampling_level": "sequence", "epsilon": 0.05}, noise=0.4),
+    "dapo_sequence_level": Case(
+        {"loss_type": "dapo", "beta": 0.0, "importance_sampling_level": "sequence", "delta": 1.2}, noise=0.4
+    ),
     "on_policy": Case({"beta": 0.04}, on_policy=True),
 }
 
@@ -117,7 +123,7 @@ def trl_loss(logp: Tensor, ref: Tensor, groups: list[Group], config: GRPOConfig)
             None,
         ),
         loss_type="grpo" if gspo else config.loss_type,
-        importance_sampling_level="sequence" if gspo else "token",
+        importance_sampling_level="sequence" if gspo else config.importance_sampling_level or "token",
         beta=config.beta,
         epsilon_low=config.epsilon,
         epsilon_high=config.epsilon if config.epsilon_high is None else config.epsilon_high,
@@ -128,7 +134,7 @@ def trl_loss(logp: Tensor, ref: Tensor, groups: list[Group], config: GRPOConfig)
         use_vllm=False,
         _entropy_bonus_enabled=False,
         current_gradient_accumulation_steps=1,
-        args=SimpleNamespace(delta=None, use_bias_correction_kl=False, steps_per_generation=1),
+        args=SimpleNamespace(delta=config.delta, use_bias_correction_kl=False, steps_per_generation=1),
         model=SimpleNamespace(training=True),
         accelerator=SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x),
         _metrics={"train": defaultdict(list)},

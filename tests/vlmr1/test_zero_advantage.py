@@ -89,8 +89,14 @@ def test_a_group_without_images_can_be_what_is_left(model, processor, make, tmp_
 
 @pytest.mark.parametrize(
     ("settings", "expected"),
-    [({"beta": 0.0}, True), ({"beta": 0.04}, False), ({"beta": 0.0, "skip_zero_advantage": False}, False)],
-    ids=["beta 0", "beta", "off"],
+    [
+        ({"beta": 0.0}, True),
+        ({"beta": 0.04}, False),
+        ({"beta": 0.0, "skip_zero_advantage": False}, False),
+        ({"beta": 0.0, "entropy_coef": 0.1}, False),
+        ({"beta": 0.04, "kl_in_reward": True}, True),
+    ],
+    ids=["beta 0", "beta", "off", "entropy bonus", "KL in the reward"],
 )
 def test_on_where_the_advantage_is_the_only_source(settings, expected, tmp_path):
     assert GRPOConfig(output_dir=str(tmp_path), use_cpu=True, **settings).skips_zero_advantage == expected

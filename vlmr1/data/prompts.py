@@ -85,6 +85,12 @@ class PromptDataset(Dataset[Prompt]):
     def __getitem__(self, index: int) -> Prompt:
         return self.builder(self.samples[index])
 
+    def indices(self) -> list[int]:
+        """The `Sample.index` of each row."""
+        if isinstance(self.samples, Samples):
+            return list(self.samples.indices)
+        return [sample.index for sample in self.samples]
+
     def of_sample(self, index: int) -> Prompt:
         """The prompt of the sample of this `Sample.index`."""
         if isinstance(self.samples, Samples):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from time import perf_counter
 from typing import Any
 
@@ -50,6 +50,13 @@ class RolloutStats:
     kv_peak_mib: float = 0.0
     sent_back: int = 0  # groups that were drawn again because the KV cache was full
     out_of_memory: int = 0  # times that the KV cache was halved
+
+    def __add__(self, other: RolloutStats) -> RolloutStats:
+        """Of both: what was spent adds up."""
+        mine, others = asdict(self), asdict(other)
+        sums: dict[str, Any] = {name: value + others[name] for name, value in mine.items()}
+        sums["kv_peak_mib"] = max(self.kv_peak_mib, other.kv_peak_mib)
+        return RolloutStats(**sums)
 
     def values(self) -> dict[str, float]:
         """By name, as metrics of a step."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from vlmr1.loss import MAXIMA, combine
+from vlmr1.loss import MAXIMA, MINIMA, combine
 from vlmr1.scale.ranks import Ranks
 
 # What is counted adds up; what is measured in seconds or MiB is as long, or as much, as on the slowest or fullest rank.
@@ -18,8 +18,13 @@ COUNTS = (
     "rollout/tokens_per_second",
     "rollout/sent_back",
     "rollout/out_of_memory",
+    "dynamic_sampling/groups_drawn",
+    "dynamic_sampling/groups_replaced",
+    "dynamic_sampling/groups_discarded",
+    "dynamic_sampling/groups_left_flat",
+    "dynamic_sampling/tokens_discarded",
 )
-LONGEST = ("rollout/prefill_seconds", "rollout/decode_seconds", "rollout/kv_peak_mib")
+LONGEST = ("dynamic_sampling/rounds", "rollout/prefill_seconds", "rollout/decode_seconds", "rollout/kv_peak_mib")
 
 
 def over_ranks(values: Mapping[str, float], weight: float, ranks: Ranks) -> dict[str, float]:
@@ -35,6 +40,8 @@ def _combined(name: str, known: Sequence[tuple[float, float]]) -> float:
         return sum(values)
     if name in MAXIMA or name in LONGEST:
         return max(values)
+    if name in MINIMA:
+        return min(values)
     return sum(value * weight for value, weight in known) / sum(weight for _, weight in known)
 
 

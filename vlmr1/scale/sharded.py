@@ -29,6 +29,13 @@ def sharding_of(accelerator: Any) -> Sharding | None:
     return "fsdp2"
 
 
+def check_sharded(args: Any, sharding: Sharding | None) -> None:
+    """SettingError for settings that need passes of which the ranks would run different numbers, or all weights."""
+    for name in ("dynamic_sampling", "kl_in_reward", "sync_ref_model"):
+        if sharding is not None and getattr(args, name):
+            raise SettingError(f"{name} is not supported where {sharding} shards the weights: use ddp or zero2")
+
+
 @contextmanager
 def whole(model: nn.Module, sharding: Sharding | None) -> Iterator[None]:
     """In this block each rank has every parameter, and forwards of the model and of its parts run without collectives:
