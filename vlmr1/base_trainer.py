@@ -5,27 +5,34 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
-from vlmr1.buffer import Buffer, BufferSampler
+from vlmr1.buffer import Buffer, BufferSampler, Part
 from vlmr1.checkpoint import staged
 from vlmr1.config import GRPOConfig
 from vlmr1.errors import DivergedError, SettingError
 from vlmr1.loss import MAXIMA
+from vlmr1.memory.budget import PackBudget, PackTooLarge, carried_over, free_memory
+from vlmr1.memory.nvml import GpuMeter
+from vlmr1.memory.telemetry import Phases, peak_memory_mib
 from vlmr1.models import load_model
 from vlmr1.models.processor import save_processor
 from vlmr1.types import Group, Pack, Prompt, StepMetrics
 
 logger = logging.getLogger(__name__)
 ROLLOUTS = "rollouts.pt"  # of a checkpoint: the buffer, where updates on it are left
+BUDGET = "pack_budget.json"  # of a checkpoint: how much smaller packs have become, where memory ran out
+UPDATE = ("forward", "backward", "update")  # phases
+T = TypeVar("T")
 
 
 class BaseTrainer(Trainer):
@@ -41,11 +48,45 @@ class BaseTrainer(Trainer):
         self.skipped = 0  # updates in all
         self.last_loss = 0.0
         self.unlogged: list[StepMetrics] = []
+        self.budget = PackBudget(self.args.tokens_per_pack)
+        self.phases = Phases()  # of the present update
+        self.gpu = GpuMeter.of(self.args.device)
+        self.add_callback(UpdateEnd(self.end_update))
         self._staging: Path | None = None
 
     def pack(self, groups: Sequence[Group]) -> tuple[list[Pack], dict[str, float]]:
         """Groups -> packed rows; of the step."""
         raise NotImplementedError
+
+    # Around an update
+
+    def begin_update(self) -> None:
+        """Clocks and meters start anew."""
+        self.phases = Phases(memory=self.args.memory_by_phase)
+        if self.gpu is not None:
+            self.gpu.begin()
+
+    def end_update(self) -> None:
+        """After the optimizer's step: what it took belongs to the metrics of the update too."""
+        self.phases.stop("update")
+        if self.gpu is not None:
+            self.unlogged[-1].values.update(self.gpu.end())
+
+    def fitting(self, part: Part, run: Callable[[list[Pack]], T]) -> tuple[Part, T]:
+        """`run` over the packs of a part; where memory runs out in one, over all of them again, cut smaller. Returns
+        the part as it was packed in the end, and what `run` returned."""
+        while True:
+            try:
+                return part, run(part.packs)
+            except PackTooLarge as error:
+                self.budget.shrink(error)
+            free_memory()
+            part = self.packed_anew(part)
+
+    def packed_anew(self, part: Part) -> Part:
+        """The part in packs of the present budget, with the log-probs that it has."""
+        packs, counts = self.pack(part.groups)
+        return replace(part, packs=carried_over(packs, part.packs), counts=counts)
 
     def get_train_dataloader(self) -> DataLoader:
         """The prompts of one generation in a batch, empty batches for the other updates that it serves."""
@@ -107,10 +148,10 @@ class BaseTrainer(Trainer):
             for name in dict.fromkeys(name for step in steps for name in step.values):
                 known = [step.values[name] for step in steps if name in step.values]
                 logs[name] = max(known) if name in MAXIMA else sum(known) / len(known)
-            for phase in dict.fromkeys(phase for step in steps for phase in step.seconds):
-                logs[f"seconds/{phase}"] = sum(step.seconds.get(phase, 0.0) for step in steps) / len(steps)
+            logs |= costs(steps)
             logs["skipped_updates"] = float(self.skipped)  # since this process began
-            logs["peak_memory_mib"] = max(step.peak_memory_mib for step in steps)
+            logs["out_of_memory"] = float(self.budget.out_of_memory)  # of the run
+            logs["memory/peak_mib"] = peak_memory_mib()
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: Any) -> int:
@@ -124,8 +165,10 @@ class BaseTrainer(Trainer):
         output_dir = Path(self.args.output_dir or ".")
         with staged(output_dir, f"checkpoint-{self.state.global_step}") as self._staging:
             super()._save_checkpoint(model, trial)
+            folder = self._staging / f"checkpoint-{self.state.global_step}"
+            self.budget.save(folder / BUDGET)
             if not self.buffer.spent:
-                torch.save(self.buffer.state(), self._staging / f"checkpoint-{self.state.global_step}" / ROLLOUTS)
+                torch.save(self.buffer.state(), folder / ROLLOUTS)
         self._staging = None
         rotate_checkpoints(str(output_dir), self.args.save_total_limit)
 
@@ -143,6 +186,7 @@ class BaseTrainer(Trainer):
         model = self.model if model is None else model
         saved = load_model(resume_from_checkpoint, dtype=model.dtype)
         model.load_state_dict(saved.state_dict())
+        self.budget.load(Path(resume_from_checkpoint) / BUDGET)
         rollouts = Path(resume_from_checkpoint) / ROLLOUTS
         if rollouts.exists():
             self.buffer.load(torch.load(rollouts, weights_only=True), self._prompt_of, self.pack)
@@ -154,6 +198,30 @@ class BaseTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
         save_processor(self.processor, output_dir or self.args.output_dir or ".")
+
+
+class UpdateEnd(TrainerCallback):
+    """Calls a function after each step of the optimizer."""
+
+    def __init__(self, function: Callable[[], None]):
+        self.function = function
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.function()
+
+
+def costs(steps: Sequence[StepMetrics]) -> dict[str, float]:
+    """Seconds a step and the highest peak memory by phase, and completion tokens a second: of all phases, and of the
+    update alone."""
+    phases = dict.fromkeys(phase for step in steps for phase in step.seconds)
+    seconds = {phase: sum(step.seconds.get(phase, 0.0) for step in steps) for phase in phases}
+    tokens = sum(step.values.get("tokens", 0.0) for step in steps)
+    logs = {f"seconds/{phase}": value / len(steps) for phase, value in seconds.items()}
+    for phase in dict.fromkeys(phase for step in steps for phase in step.memory):
+        logs[f"memory/{phase}_mib"] = max(step.memory.get(phase, 0.0) for step in steps)
+    logs["tokens_per_second"] = tokens / sum(seconds.values())
+    logs["update/tokens_per_second"] = tokens / sum(seconds.get(phase, 0.0) for phase in UPDATE)
+    return logs
 
 
 def as_list(prompts: Any) -> Any:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any
 
 from torch.utils.data import BatchSampler, Sampler
 
+from vlmr1.memory.budget import log_probs, with_log_probs
 from vlmr1.types import Completion, Group, Pack, Prompt
 
 
@@ -81,8 +82,9 @@ class Buffer:
         for part in state["parts"]:
             groups = [_group(saved, prompt_of(saved["sample"])) for saved in part["groups"]]
             packs, counts = pack(groups)
-            packs = [replace(made, **known) for made, known in zip(packs, part["packs"], strict=True)]
-            self.parts.append(Part(groups, packs, counts))
+            completions = [completion for group in groups for completion in group.completions]
+            known = {id(completions[place]): values for place, values in part["log_probs"].items()}
+            self.parts.append(Part(groups, [with_log_probs(made, known) for made in packs], counts))
 
 
 def parts_of(groups: Sequence[Group], parts: int) -> list[list[Group]]:
@@ -102,7 +104,10 @@ def _part_state(part: Part) -> dict[str, Any]:
         }
         for group in part.groups
     ]
-    return {"groups": groups, "packs": [{"ref_logp": p.ref_logp, "old_logp": p.old_logp} for p in part.packs]}
+    completions = [completion for group in part.groups for completion in group.completions]
+    known = log_probs(part.packs)
+    places = {i: known[id(completion)] for i, completion in enumerate(completions) if id(completion) in known}
+    return {"groups": groups, "log_probs": places}  # by completion: packs may be cut smaller meanwhile
 
 
 def _group(saved: dict[str, Any], prompt: Prompt) -> Group:

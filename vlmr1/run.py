@@ -18,8 +18,10 @@ from vlmr1.config import GRPOConfig
 from vlmr1.data.samples import load_samples
 from vlmr1.data.templates import question_text
 from vlmr1.errors import SettingError
+from vlmr1.flat_rewards import FlatRewards
 from vlmr1.models import load_model, load_processor, model_type_of
 from vlmr1.progress import Progress
+from vlmr1.report.training import write_run_report
 from vlmr1.rewards.methods import with_methods
 from vlmr1.rewards.registry import check_samples
 from vlmr1.tiny import CHECKPOINT, digits
@@ -38,6 +40,8 @@ CHANGEABLE = {
     "save_total_limit",
     "logging_steps",
     "log_completions",
+    "memory_by_phase",
+    "write_report",
     "log_level",
     "rollout_logp_alarm",
     "disable_tqdm",
@@ -103,7 +107,7 @@ def train(config: GRPOConfig) -> GRPOTrainer:
     clean(output_dir)
     keep_settings(config, output_dir, resume)
     progress = Progress(output_dir, console=not config.disable_tqdm)
-    trainer = GRPOTrainer(model, config, samples, processor, callbacks=[progress])
+    trainer = GRPOTrainer(model, config, samples, processor, callbacks=[progress, FlatRewards()])
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     progress.trainer = trainer
@@ -114,6 +118,8 @@ def train(config: GRPOConfig) -> GRPOTrainer:
     if resume is not None:
         print(f"continuing from {resume}", flush=True)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    if config.write_report and trainer.is_world_process_zero():
+        print(f"report     {write_run_report(output_dir)}", flush=True)
     return trainer
 
 

@@ -23,12 +23,14 @@ from vlmr1.config import GRPOConfig
 from vlmr1.data.prompts import PromptBuilder, PromptDataset, without_overlong
 from vlmr1.errors import SettingError
 from vlmr1.loss import Objective, combine, logp_difference, normalizer
-from vlmr1.memory.telemetry import Phases, peak_memory_mib
+from vlmr1.memory.budget import PackTooLarge, guarded
+from vlmr1.memory.telemetry import Phases
 from vlmr1.models import adapter_of, check_dropout
 from vlmr1.models.features import FeatureCache
 from vlmr1.naive import NaivePolicy
 from vlmr1.packing import make_pack, plan_packs, repeated_prompt_tokens, with_signal, without_weight
 from vlmr1.policy import PackedPolicy, call
+from vlmr1.rewards.failures import unreadable
 from vlmr1.rewards.groups import TimedOut, score_groups
 from vlmr1.rewards.pool import RewardPool
 from vlmr1.rewards.registry import Reward, get_reward
@@ -106,18 +108,21 @@ class GRPOTrainer(BaseTrainer):
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One update's gradients from a list of Prompts; returns the loss."""
+        self.begin_update()
         with use(self.args.kernels):
-            return self._step(model, inputs)
+            loss = self._step(model, inputs)
+        self.phases.start("update")  # until the optimizer has made its step
+        return loss
 
     def _step(self, model: Any, prompts: Sequence[Prompt]) -> Tensor:
-        phases = Phases()
         if prompts:  # none where the buffer serves this update too
-            self.buffer.fill(self.generation(model, prompts, phases))
+            self.buffer.fill(self.generation(model, prompts, self.phases))
         part = self.buffer.take()
-        with phases("policy"):
-            loss, values = self.backward(model, part.packs, part.groups)
+        if self.budget.limit is not None:  # memory ran out, perhaps since this was packed
+            part = self.packed_anew(part)
+        part, (loss, values) = self.fitting(part, lambda packs: self.backward(model, packs, part.groups))
         values |= group_statistics(part.groups, [reward.name for reward in self.rewards], self.reward_weights)
-        values |= part.counts
+        values |= part.counts | unreadable(part.groups, self.rewards)
         if prompts:
             values |= self.engine.stats.values() | {"reward_timeouts": float(len(self.timed_out))}
             self._check_logp(values)
@@ -125,7 +130,7 @@ class GRPOTrainer(BaseTrainer):
             values = {name: value for name, value in values.items() if "logp_difference" not in name}
         if self.buffer.spent and self.features is not None:
             self.features.clear()
-        self.unlogged.append(StepMetrics(values, phases.seconds, peak_memory_mib()))
+        self.unlogged.append(StepMetrics(values, self.phases.seconds, self.phases.memory))
         self.last_groups = part.groups
         self.last_loss = float(loss)
         return loss
@@ -140,14 +145,19 @@ class GRPOTrainer(BaseTrainer):
             groups = score_groups(groups, self.rewards, pool=self.reward_pool, timed_out=self.timed_out)
             groups = with_advantages(groups, self.reward_weights, self.args.scale_rewards)
         parts = []
-        for part in parts_of(groups, self.args.steps_per_generation):
-            packs, counts = self.pack(part)
+        for of_part in parts_of(groups, self.args.steps_per_generation):
+            part = Part(of_part, *self.pack(of_part))
             with phases("reference"):
-                packs = [self.with_reference(pack) for pack in packs]
+                part = self.with_passes(part, self.with_reference)
             with phases("old"):
-                packs = [self.with_old(model, pack) for pack in packs]
-            parts.append(Part(part, packs, counts))
+                part = self.with_passes(part, lambda pack: self.with_old(model, pack))
+            parts.append(part)
         return parts
+
+    def with_passes(self, part: Part, run: Callable[[Pack], Pack]) -> Part:
+        """The part with what `run` adds to each of its packs."""
+        part, packs = self.fitting(part, lambda packs: [guarded(pack, run) for pack in packs])
+        return replace(part, packs=packs)
 
     def rollout(self, prompts: Sequence[Prompt]) -> list[Group]:
         """Prompts -> groups of completions, drawn from the present policy."""
@@ -161,7 +171,8 @@ class GRPOTrainer(BaseTrainer):
                 skip_zero_advantage=self.args.skips_zero_advantage,
                 mask_truncated=self.args.mask_truncated_completions,
             ),
-            tokens_per_pack=self.args.tokens_per_pack,
+            tokens_per_pack=self.budget.tokens,
+            limit=self.budget.limit,
             share_prompt=self.args.share_prompt,
             pack=self.args.pack,
         )
@@ -170,6 +181,7 @@ class GRPOTrainer(BaseTrainer):
             "packs": float(len(packs)),
             "packed_tokens": float(sum(len(pack.input_ids) for pack in packs)),
             "repeated_prompt_tokens": float(repeated_prompt_tokens(plan)),
+            "tokens_per_pack": float(self.budget.tokens),
         }
 
     def with_reference(self, pack: Pack) -> Pack:
@@ -188,24 +200,37 @@ class GRPOTrainer(BaseTrainer):
             return replace(pack, old_logp=call(model, self.policy.model, lambda: self.policy.logprobs(pack)))
 
     def backward(self, model: Any, packs: Sequence[Pack], groups: Sequence[Group]) -> tuple[Tensor, dict[str, float]]:
-        """Accumulate the gradient of the step's loss over its packs; returns the loss and the metrics."""
+        """Accumulate the gradient of the step's loss over its packs; returns the loss and the metrics.
+
+        PackTooLarge where memory runs out: gradients are None again then, as before the step."""
         model.train()
         masked = self.args.mask_truncated_completions
         count = normalizer(groups, self.settings, mask_truncated=masked)
         objective = Objective(self.settings, max(count, 1.0))
         total = torch.zeros((), device=self.args.device)
         parts = []
-        for pack in packs:
-            with self.policy.attention():
-                loss, metrics = call(model, self.policy.model, lambda pack=pack: self.policy.loss(pack, objective))
-                loss = loss * pack.weight
-                self.accelerator.backward(loss)
-            total += loss.detach()
-            metrics |= logp_difference(metrics["logp"], pack)
-            parts.append(metrics if pack.weight else metrics | {"dropped_rows": metrics["tokens"]})
+        try:
+            for pack in packs:
+                loss, metrics = guarded(pack, lambda pack: self._pass(model, pack, objective))
+                total += loss
+                parts.append(metrics)
+        except PackTooLarge:
+            model.zero_grad(set_to_none=True)
+            raise
         if any(group.prompt.images for group in groups):
             self.adapter.fill_vision_gradients(self.policy.model)
         return total, combine(parts, tokens=sum(len(c.token_ids) for group in groups for c in group.completions))
+
+    def _pass(self, model: Any, pack: Pack, objective: Objective) -> tuple[Tensor, dict[str, Tensor]]:
+        """One pack's forward and backward; its share of the loss, and its metrics."""
+        with self.policy.attention():
+            with self.phases("forward"):
+                loss, metrics = call(model, self.policy.model, lambda: self.policy.loss(pack, objective))
+                loss = loss * pack.weight
+            with self.phases("backward"):
+                self.accelerator.backward(loss)
+        metrics |= logp_difference(metrics["logp"], pack)
+        return loss.detach(), metrics if pack.weight else metrics | {"dropped_rows": metrics["tokens"]}
 
     def _check_logp(self, values: dict[str, float]) -> None:
         """The engine's log-probs become the ratio's denominator: they should be the policy's."""

@@ -85,12 +85,13 @@ class Pack:
     sampling_logp: Tensor | None = None  # [N] float32
     rollout_logp: Tensor | None = None  # [N] float32, what the engine says that the policy's log-probs are
     weight: float = 1.0  # 0: a pass that has no part in loss and gradient
+    groups: tuple[Group, ...] = ()  # what it was made of
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """Everything one update reports: means over the step, seconds by phase, peak memory."""
+    """Everything one update reports: means over the step, seconds and peak memory by phase."""
 
     values: dict[str, float]
-    seconds: dict[str, float]  # by phase: rollout, reward, reference, old, policy
-    peak_memory_mib: float
+    seconds: dict[str, float]  # by phase: rollout, reward, reference, old, forward, backward, update
+    memory: dict[str, float] = field(default_factory=dict)  # MiB by phase, where it is measured

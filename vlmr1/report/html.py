@@ -64,14 +64,19 @@ def write_report(
         "<h2>Settings</h2>",
         f"<details><summary>{len(settings)} settings</summary>{_settings(settings)}</details>",
     ]
+    path.write_text(document(title, body), encoding="utf-8")
+    return path
+
+
+def document(title: str, body: Sequence[str]) -> str:
+    """A whole page with the style inside; `body` is HTML, `title` text."""
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{STYLE.read_text(encoding='utf-8')}</style>"
     )
     text = "\n".join(body)
     page = f'<html lang="en"><head>{head}</head><body><main>\n{text}\n</main></body></html>'
-    path.write_text(f"<!doctype html>\n{page}\n", encoding="utf-8")
-    return path
+    return f"<!doctype html>\n{page}\n"
 
 
 def data_uri(path: Path) -> str:
@@ -109,7 +114,7 @@ def _card(example: Example) -> str:
         width, height = image.size
     crisp = ' class="crisp"' if max(width, height) < CRISP_BELOW else ""
     boxes = {"true": example.true_box, "before": example.box_before, "after": example.box_after}
-    drawn = "".join(_box(kind, box) for kind, box in boxes.items())
+    drawn = "".join(box_svg(kind, box) for kind, box in boxes.items())
     before = _iou(example.box_before, example.iou_before)
     after = _iou(example.box_after, example.iou_after)
     return (
@@ -128,7 +133,7 @@ def _iou(box: Box | None, iou: float) -> str:
     return f"{iou:.2f}" if box is not None else f"{iou:.2f} (no box)"
 
 
-def _box(kind: str, box: Box | None) -> str:
+def box_svg(kind: str, box: Box | None) -> str:
     """The box as an SVG rectangle over a light halo; corners that a model swapped are put in order."""
     if box is None or not all(map(isfinite, box)):
         return ""
