@@ -30,13 +30,15 @@ def step_line(logs: dict[str, float], step: int, width: int = WIDTH) -> str:
     for place, (name, value) in enumerate(rewards):
         parts.append((1 + place, f"{name} {value:.3f}\u00b1{logs[f'rewards/{name}/std']:.2f}"))
     parts += [(2, f"kl {logs['kl']:.4f}")]
-    parts += [(4, f"entropy {logs['entropy']:.2f}")] if "entropy" in logs else []
-    parts += [(5, f"clip {logs['clip_low']:.1%}/{logs['clip_high']:.1%}")] if "clip_low" in logs else []
-    parts += [(3, f"grad {logs['grad_norm']:.2f}"), (2, f"length {logs['completion_length']:.0f}")]
+    parts += [(4, f"ent {logs['entropy']:.2f}")] if "entropy" in logs else []
+    parts += (
+        [(5, f"clip {logs['clip_low']:.1%}/{logs['clip_high']:.1%}".replace("%/", "/"))] if "clip_low" in logs else []
+    )
+    parts += [(3, f"grad {logs['grad_norm']:.2f}"), (2, f"len {logs['completion_length']:.0f}")]
     parts += [(2, f"flat {logs['zero_variance_groups']:.0%}"), (4, f"cut {logs['truncated']:.0%}")]
     if "parse_failures" in logs:
         parts.append((3, f"unread {logs['parse_failures']:.0%}"))
-    parts += [(6, f"{logs['tokens_per_second']:.0f} tok/s"), (5, f"{logs['memory/peak_mib'] / 1024:.2f} GiB")]
+    parts += [(6, f"{logs['tokens_per_second']:.0f} t/s"), (5, f"{logs['memory/peak_mib'] / 1024:.1f} GiB")]
     parts.append((1, f"{seconds:.2f} s"))
     while len(parts) > 1 and len("  ".join(text for _, text in parts)) > width:
         parts.remove(max(reversed(parts), key=lambda part: part[0]))

@@ -122,7 +122,7 @@ CASES = {
     "frozen tower": ({"freeze_vision": True}, {"reference": {1}, "forward": {1}, "backward": {1}}),
     "one group a row": ({"pack": False}, {"forward": {2}, "backward": {1}}),
     "prompts not shared": ({"share_prompt": False}, {"forward": {1}, "backward": {2}}),
-    "naive": (NAIVE, {"reference": {2}, "backward": {2}}),
+    "naive": (NAIVE, {"reference": {2}, "backward": {1}}),
     "no reference": ({"beta": 0.0}, {"forward": {1}, "backward": {1}}),
     "checkpointing": ({"gradient_checkpointing": True}, {"forward": {1}, "backward": {2}}),
 }
