@@ -10,9 +10,11 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from vlmr1.report.curves import COLORS, running_mean
+from vlmr1.report import curves
+from vlmr1.report.curves import running_mean
 
 COLUMNS = 3
+COLORS = (*curves.COLORS, "#f0e442", "#444444")  # one for each phase, and the peak
 # Title and metrics of each panel of lines; those that a run has not got are left out.
 LINES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("KL to the reference, nats a token", ("kl",)),
