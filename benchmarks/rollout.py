@@ -72,6 +72,7 @@ class StepArm:
             max_completion_length=BENCH.completion_length,
             beta=BETA,
             report_to="none",
+            memory_by_phase=False,  # the peak of the whole step is what is measured
         )
         self.trainer = GRPOTrainer(model, config, [], processor, reward_funcs=[spread])
         self.model = self.trainer.accelerator.prepare(self.trainer.model)

@@ -5,24 +5,28 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
-from vlmr1.buffer import Buffer, BufferSampler
+from vlmr1.buffer import Buffer, BufferSampler, Part
 from vlmr1.checkpoint import staged
 from vlmr1.config import GRPOConfig
 from vlmr1.data.loader import Batches
 from vlmr1.errors import DivergedError, SettingError
 from vlmr1.loss import MAXIMA, MINIMA
+from vlmr1.memory.budget import PackBudget, PackTooLarge, carried_over, free_memory
+from vlmr1.memory.nvml import GpuMeter
+from vlmr1.memory.telemetry import Phases, peak_memory_mib
 from vlmr1.models import load_model
 from vlmr1.models.processor import save_processor
 from vlmr1.scale.launch import check_launched
@@ -32,6 +36,9 @@ from vlmr1.types import Group, Pack, Prompt, StepMetrics
 
 logger = logging.getLogger(__name__)
 ROLLOUTS = "rollouts.pt"  # of a checkpoint: the buffer, where updates on it are left
+BUDGET = "pack_budget.json"  # of a checkpoint: how much smaller packs have become, where memory ran out
+UPDATE = ("forward", "backward", "update")  # phases
+T = TypeVar("T")
 
 
 class Kept(Protocol):
@@ -59,11 +66,47 @@ class BaseTrainer(Trainer):
         self.last_loss = 0.0
         self.unlogged: list[StepMetrics] = []
         self.kept: list[Kept] = []
+        self.budget = PackBudget(self.args.tokens_per_pack)
+        self.phases = Phases()  # of the present update
+        self.gpu = GpuMeter.of(self.args.device)
+        self.add_callback(UpdateEnd(self.end_update))
         self._staging: Path | None = None
 
     def pack(self, groups: Sequence[Group]) -> tuple[list[Pack], dict[str, float]]:
         """Groups -> packed rows; of the step."""
         raise NotImplementedError
+
+    # Around an update
+
+    def begin_update(self) -> None:
+        """Clocks and meters start anew."""
+        self.phases = Phases(memory=self.args.memory_by_phase)
+        if self.gpu is not None:
+            self.gpu.begin()
+
+    def end_update(self) -> None:
+        """After the optimizer's step: what it took belongs to the metrics of the update too."""
+        self.phases.stop("update")
+        if self.gpu is not None:
+            self.unlogged[-1].values.update(self.gpu.end())
+
+    def fitting(self, part: Part, run: Callable[[list[Pack]], T]) -> tuple[Part, T]:
+        """`run` over the packs of a part; where memory runs out in one, over all of them again, cut smaller. Returns
+        the part as it was packed in the end, and what `run` returned."""
+        while True:
+            try:
+                return part, run(part.packs)
+            except PackTooLarge as error:
+                if self.joins_tower:  # the others would not make the passes again
+                    raise SettingError(f"out of memory in a pass: lower tokens_per_pack ({error})") from error
+                self.budget.shrink(error)
+            free_memory()
+            part = self.packed_anew(part)
+
+    def packed_anew(self, part: Part) -> Part:
+        """The part in packs of the present budget, with the log-probs that it has."""
+        packs, counts = self.pack(part.groups)
+        return replace(part, packs=carried_over(packs, part.packs), counts=part.counts | counts)
 
     def get_train_dataloader(self) -> DataLoader:
         """The prompts of one generation in a batch, empty batches for the other updates that it serves."""
@@ -161,10 +204,10 @@ class BaseTrainer(Trainer):
             for name in dict.fromkeys(name for step in steps for name in step.values):
                 known = [step.values[name] for step in steps if name in step.values]
                 logs[name] = combined(name, known)
-            for phase in dict.fromkeys(phase for step in steps for phase in step.seconds):
-                logs[f"seconds/{phase}"] = sum(step.seconds.get(phase, 0.0) for step in steps) / len(steps)
+            logs |= costs(steps)
             logs["skipped_updates"] = float(self.skipped)  # since this process began
-            logs["peak_memory_mib"] = max(step.peak_memory_mib for step in steps)
+            logs["out_of_memory"] = float(self.budget.out_of_memory)  # of the run
+            logs["memory/peak_mib"] = peak_memory_mib()
         super().log(logs, start_time)
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
@@ -183,8 +226,10 @@ class BaseTrainer(Trainer):
         with staged(output_dir, f"checkpoint-{self.state.global_step}", self.ranks) as self._staging:
             super()._save_checkpoint(model, trial)
             checkpoint = self._staging / f"checkpoint-{self.state.global_step}"
-            for each in self.kept if self.ranks.rank == 0 else ():
-                each.save(checkpoint)
+            if self.ranks.rank == 0:
+                self.budget.save(checkpoint / BUDGET)
+                for each in self.kept:
+                    each.save(checkpoint)
             if not self.buffer.spent:
                 torch.save(self.buffer.state(), checkpoint / self.rollouts)
         self._staging = None
@@ -227,6 +272,7 @@ class BaseTrainer(Trainer):
             raise SettingError(
                 f"{checkpoint} was written without dynamic_sampling or sync_ref_model: {error}"
             ) from error
+        self.budget.load(Path(checkpoint) / BUDGET)
         rollouts = Path(checkpoint) / self.rollouts
         if rollouts.exists():
             self.buffer.load(torch.load(rollouts, weights_only=True), self._prompt_of, self.pack)
@@ -245,6 +291,30 @@ def combined(name: str, values: Sequence[float]) -> float:
     if name in MAXIMA:
         return max(values)
     return min(values) if name in MINIMA else sum(values) / len(values)
+
+
+class UpdateEnd(TrainerCallback):
+    """Calls a function after each step of the optimizer."""
+
+    def __init__(self, function: Callable[[], None]):
+        self.function = function
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.function()
+
+
+def costs(steps: Sequence[StepMetrics]) -> dict[str, float]:
+    """Seconds a step and the highest peak memory by phase, and completion tokens a second: of all phases, and of the
+    update alone."""
+    phases = dict.fromkeys(phase for step in steps for phase in step.seconds)
+    seconds = {phase: sum(step.seconds.get(phase, 0.0) for step in steps) for phase in phases}
+    tokens = sum(step.values.get("tokens", 0.0) for step in steps)
+    logs = {f"seconds/{phase}": value / len(steps) for phase, value in seconds.items()}
+    for phase in dict.fromkeys(phase for step in steps for phase in step.memory):
+        logs[f"memory/{phase}_mib"] = max(step.memory.get(phase, 0.0) for step in steps)
+    logs["tokens_per_second"] = tokens / sum(seconds.values())
+    logs["update/tokens_per_second"] = tokens / sum(seconds.get(phase, 0.0) for phase in UPDATE)
+    return logs
 
 
 def as_list(prompts: Any) -> Any:

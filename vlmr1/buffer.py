@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any, TypeVar
 
 from torch.utils.data import BatchSampler, Sampler
 
+from vlmr1.memory.budget import log_probs, with_log_probs
 from vlmr1.scale.ranks import ALONE, Ranks
 from vlmr1.types import Completion, Group, Pack, Prompt
 
@@ -89,8 +90,9 @@ class Buffer:
             groups = [_group(saved, prompt_of(saved["sample"])) for saved in part["groups"]]
             packs, counts = pack(groups)
             counts = part.get("counts", counts)
-            packs = [replace(made, **known) for made, known in zip(packs, part["packs"], strict=True)]
-            self.parts.append(Part(groups, packs, counts))
+            completions = [completion for group in groups for completion in group.completions]
+            known = {id(completions[place]): values for place, values in part["log_probs"].items()}
+            self.parts.append(Part(groups, [with_log_probs(made, known) for made in packs], counts))
 
 
 def parts_of(groups: Sequence[T], parts: int) -> list[list[T]]:
@@ -111,8 +113,14 @@ def _part_state(part: Part) -> dict[str, Any]:
         }
         for group in part.groups
     ]
-    packs = [{"ref_logp": p.ref_logp, "old_logp": p.old_logp, "trust_logp": p.trust_logp} for p in part.packs]
-    return {"groups": groups, "packs": packs, "counts": part.counts}
+    completions = [completion for group in part.groups for completion in group.completions]
+    known = log_probs(part.packs)
+    places = {i: known[id(completion)] for i, completion in enumerate(completions) if id(completion) in known}
+    return {
+        "groups": groups,
+        "log_probs": places,
+        "counts": part.counts,
+    }  # by completion: packs may be cut smaller meanwhile
 
 
 def _group(saved: dict[str, Any], prompt: Prompt) -> Group:

@@ -1,4 +1,4 @@
-"""vlmr1 demo | train | evaluate | data | doctor."""
+"""vlmr1 demo | train | evaluate | report | data | doctor."""
 
 from __future__ import annotations
 
@@ -32,6 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check = data.add_subparsers(dest="action", required=True).add_parser("check", help="every fault, by file and line")
     add_arguments(check)
     commands.add_parser("doctor", help="what this machine has, and which kernels it would use")
+    report = commands.add_parser("report", help="one HTML page of a training run, which may still be running")
+    report.add_argument("run", type=Path, help="the run's output_dir")
+    report.add_argument("--out", type=Path, help="default: training.html in it")
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command not in ("train", "demo", "evaluate"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -77,6 +80,10 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
         from vlmr1.evaluation.command import evaluate_command
 
         evaluate_command(rest)
+    elif options.command == "report":
+        from vlmr1.report.training import write_run_report
+
+        print(write_run_report(options.run, options.out))
     elif options.command == "data":
         return check_command(options)
     return 0

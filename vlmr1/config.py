@@ -209,6 +209,10 @@ class GRPOConfig(TrainingArguments):
     save_steps: float = 100
     remove_unused_columns: bool | None = False
     log_completions: int = field(default=4, metadata={"help": "completions a step written to completions.jsonl"})
+    memory_by_phase: bool = field(
+        default=True, metadata={"help": "peak memory of each phase; starts the process's high-water marks anew"}
+    )
+    write_report: bool = field(default=True, metadata={"help": "training.html in output_dir when the run ends"})
 
     def __post_init__(self):
         for inherited in fields(TrainingArguments):

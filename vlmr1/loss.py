@@ -13,7 +13,14 @@ from vlmr1.types import Group, Pack
 from vlmr1_kernels import GRPOSettings, grpo_loss, linear_grpo_loss
 
 # Metrics that combine over packs by their maximum, not by their mean over rows.
-MAXIMA = ("ratio_max", "rollout/logp_difference_max", "rollout/importance_ratio_max", "completion_length_max")
+MAXIMA = (
+    "ratio_max",
+    "rollout/logp_difference_max",
+    "rollout/importance_ratio_max",
+    "completion_length_max",
+    "gpu/memory_used_mib",
+    "gpu/process_memory_mib",
+)
 MINIMA = ("rollout/importance_ratio_min",)
 
 

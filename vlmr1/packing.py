@@ -21,20 +21,22 @@ if TYPE_CHECKING:
     from vlmr1.models.adapter import ImageInputs
 
 
-def plan_packs(groups: Sequence[Group], *, tokens_per_pack: int, share_prompt: bool, pack: bool) -> list[list[Group]]:
+def plan_packs(
+    groups: Sequence[Group], *, tokens_per_pack: int, share_prompt: bool, pack: bool, limit: int | None = None
+) -> list[list[Group]]:
     """Which groups go into which row: first fit, in order; `pack=False`: one group a row.
 
     A group that exceeds the budget is split by branches, its prompt repeated; with `share_prompt=False` every
-    branch is a group of its own."""
+    branch is a group of its own. `limit` is the budget of rows with neither, which have none otherwise."""
     rows: list[list[Group]] = []
     free: list[int] = []
     for group in groups:
         parts = _split(group, tokens_per_pack) if share_prompt else _split(group, 0)
         if not pack:
-            rows += [[part] for part in parts] if share_prompt else [parts]
+            rows += [[part] for part in parts] if share_prompt else _within(parts, limit)
             continue
         for part in parts:
-            size = _tokens(part)
+            size = tokens_of(part)
             at = next((i for i, room in enumerate(free) if size <= room), None)
             if at is None:
                 rows.append([])
@@ -107,6 +109,7 @@ def make_pack(groups: Sequence[Group], *, share_vision: bool = True) -> Pack:
         ref_logp=_joined([c.ref_logp for c in completions]),
         rollout_logp=_joined([c.logp for c in completions]),
         sampling_logp=_joined([c.sampling_logp for c in completions]),
+        groups=tuple(groups),
     )
 
 
@@ -146,13 +149,32 @@ def with_image(pack: Pack, ref: ImageRef, image: ImageInputs) -> Pack:
     return pack if pack.images else replace(pack, images=(image,), image_refs=(ref,))
 
 
-def tokens_of(groups: Sequence[Group]) -> int:
-    """Of their packed rows."""
-    return sum(map(_tokens, groups))
-
-
-def _tokens(group: Group) -> int:
+def tokens_of(group: Group) -> int:
+    """Of a group in a pack: its prompt and its branches."""
     return len(group.prompt.input_ids) + sum(len(c.token_ids) - 1 for c in group.completions)
+
+
+def halves(groups: Sequence[Group]) -> list[list[Group]]:
+    """Groups in two parts as equal in tokens as their order allows, a single one by branches; a single branch is one
+    part."""
+    if len(groups) == 1:
+        count = len(groups[0].completions)
+        if count == 1:
+            return [list(groups)]
+        return [[_branches(groups[0], list(range(count // 2)))], [_branches(groups[0], list(range(count // 2, count)))]]
+    sizes = [tokens_of(group) for group in groups]
+    at = min(range(1, len(groups)), key=lambda i: max(sum(sizes[:i]), sum(sizes[i:])))
+    return [list(groups[:at]), list(groups[at:])]
+
+
+def _within(parts: list[Group], limit: int | None) -> list[list[Group]]:
+    """Runs of groups within the limit, at least one each."""
+    rows: list[list[Group]] = [[]]
+    for part in parts:
+        if limit is not None and rows[-1] and sum(map(tokens_of, rows[-1])) + tokens_of(part) > limit:
+            rows.append([])
+        rows[-1].append(part)
+    return rows
 
 
 def _split(group: Group, budget: int) -> list[Group]:

@@ -11,20 +11,38 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from vlmr1.checkpoint import truncate_after
+from vlmr1.errors import DataError
+from vlmr1.report.pictures import keep_picture
+from vlmr1.rewards.failures import reads_boxes
+from vlmr1.types import Prompt
 
 METRICS = "metrics.jsonl"
 COMPLETIONS = "completions.jsonl"
+PICTURES = "completion_images"  # of completions whose images are no files of their own
+WIDTH = 160  # columns of the line a step
 
 
-def step_line(logs: dict[str, float], step: int) -> str:
-    """The numbers that one looks at, in one line."""
-    rewards = [(k.split("/")[1], v) for k, v in logs.items() if k.startswith("rewards/") and k.endswith("/mean")]
+def step_line(logs: dict[str, float], step: int, width: int = WIDTH) -> str:
+    """The numbers that one looks at, in one line; where it would be wider, the less important ones are left out."""
     seconds = sum(v for k, v in logs.items() if k.startswith("seconds/"))
-    parts = [f"step {step}"]
-    parts += [f"{name} {value:.3f}" for name, value in rewards]
-    parts += [f"kl {logs['kl']:.4f}", f"loss {logs['loss']:+.4f}", f"grad {logs['grad_norm']:.2f}"]
-    parts += [f"length {logs['completion_length']:.1f}", f"flat groups {logs['zero_variance_groups']:.0%}"]
-    return "  ".join([*parts, f"{seconds:.2f} s"])
+    rewards = [(k.split("/")[1], v) for k, v in logs.items() if k.startswith("rewards/") and k.endswith("/mean")]
+    parts = [(0, f"step {step}")]  # importance, 0 the highest, and text
+    for place, (name, value) in enumerate(rewards):
+        parts.append((1 + place, f"{name} {value:.3f}\u00b1{logs[f'rewards/{name}/std']:.2f}"))
+    parts += [(2, f"kl {logs['kl']:.4f}")]
+    parts += [(4, f"ent {logs['entropy']:.2f}")] if "entropy" in logs else []
+    parts += (
+        [(5, f"clip {logs['clip_low']:.1%}/{logs['clip_high']:.1%}".replace("%/", "/"))] if "clip_low" in logs else []
+    )
+    parts += [(3, f"grad {logs['grad_norm']:.2f}"), (2, f"len {logs['completion_length']:.0f}")]
+    parts += [(2, f"flat {logs['zero_variance_groups']:.0%}"), (4, f"cut {logs['truncated']:.0%}")]
+    if "parse_failures" in logs:
+        parts.append((3, f"unread {logs['parse_failures']:.0%}"))
+    parts += [(6, f"{logs['tokens_per_second']:.0f} t/s"), (5, f"{logs['memory/peak_mib'] / 1024:.1f} GiB")]
+    parts.append((1, f"{seconds:.2f} s"))
+    while len(parts) > 1 and len("  ".join(text for _, text in parts)) > width:
+        parts.remove(max(reversed(parts), key=lambda part: part[0]))
+    return "  ".join(text for _, text in parts)
 
 
 class Progress(TrainerCallback):
@@ -71,6 +89,8 @@ class Progress(TrainerCallback):
                 "step": step,
                 "source": sample.source,
                 "images": [str(path) for path in sample.images],
+                "pictures": [keep_picture(image, self.output_dir / PICTURES) for image in sample.images],
+                "box_scale": self._box_scale(group.prompt),
                 "completion": completion.text,
                 "solution": sample.solution,
                 "rewards": group.rewards[i].tolist(),
@@ -80,6 +100,15 @@ class Progress(TrainerCallback):
             }
             self._append(COMPLETIONS, record)
 
+    def _box_scale(self, prompt: Prompt) -> tuple[float, float] | None:
+        """(x, y): pixels of the image for one unit of the completion's boxes, where a reward converts them."""
+        readers = [reward for reward in self.trainer.rewards if reads_boxes(reward, prompt.sample)]
+        boxes = [getattr(reward.settings, "boxes", None) for reward in readers]
+        try:
+            return next((each.scale(prompt) for each in boxes if each is not None), None)
+        except DataError:  # images of different scales: boxes are not drawn on those anyway
+            return None
+
     def _append(self, name: str, record: dict[str, Any]) -> None:
         with (self.output_dir / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
@@ -87,4 +116,11 @@ class Progress(TrainerCallback):
 
 def read_metrics(output_dir: Path) -> list[dict[str, float]]:
     """The metrics of every logged step, in order."""
-    return [json.loads(line) for line in (output_dir / METRICS).read_text(encoding="utf-8").splitlines()]
+    return read_lines(output_dir / METRICS)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSONL log, without a last line that is still being written; none where there is no file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")]

@@ -20,9 +20,11 @@ from vlmr1.data.sources import split_names
 from vlmr1.data.templates import question_text
 from vlmr1.errors import SettingError
 from vlmr1.evaluation.callback import EvaluationCallback, evaluation_samples
+from vlmr1.flat_rewards import FlatRewards
 from vlmr1.models import load_model, load_processor, model_type_of
 from vlmr1.models.image_limits import limit_images
 from vlmr1.progress import Progress
+from vlmr1.report.training import write_run_report
 from vlmr1.rewards.methods import columns_of_files
 from vlmr1.rewards.registry import checks_of
 from vlmr1.scale.launch import launched_as
@@ -43,6 +45,8 @@ CHANGEABLE = {
     "save_total_limit",
     "logging_steps",
     "log_completions",
+    "memory_by_phase",
+    "write_report",
     "log_level",
     "rollout_logp_alarm",
     "disable_tqdm",
@@ -143,7 +147,8 @@ def train(config: GRPOConfig) -> GRPOTrainer:
         keep_settings(config, output_dir)
     ranks.wait()
     progress = Progress(output_dir, console=not config.disable_tqdm)
-    trainer = GRPOTrainer(prepared.model, config, prepared.train, prepared.processor, callbacks=[progress])
+    callbacks = [progress, FlatRewards()]
+    trainer = GRPOTrainer(prepared.model, config, prepared.train, prepared.processor, callbacks=callbacks)
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     progress.trainer = trainer
@@ -157,6 +162,8 @@ def train(config: GRPOConfig) -> GRPOTrainer:
     if resume is not None:
         say(f"continuing from {resume}", flush=True)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    if config.write_report and trainer.is_world_process_zero():
+        print(f"report     {write_run_report(output_dir)}", flush=True)
     return trainer
 
 

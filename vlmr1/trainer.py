@@ -23,7 +23,8 @@ from vlmr1.data.loader import unpacked
 from vlmr1.data.prompts import PromptBuilder, PromptDataset, without_overlong
 from vlmr1.errors import SettingError
 from vlmr1.loss import Objective, logp_difference, normalizer
-from vlmr1.memory.telemetry import Phases, peak_memory_mib
+from vlmr1.memory.budget import PackTooLarge, guarded
+from vlmr1.memory.telemetry import Phases
 from vlmr1.models import adapter_of, check_dropout
 from vlmr1.models.features import FeatureCache, encode
 from vlmr1.naive import NaivePolicy
@@ -41,12 +42,13 @@ from vlmr1.penalty import unjudged, with_kl
 from vlmr1.policy import PackedPolicy, call
 from vlmr1.reference import Reference, SyncReference, frozen_copy
 from vlmr1.resampling import Reserve, resample
+from vlmr1.rewards.failures import unreadable
 from vlmr1.rewards.groups import TimedOut, score_groups
 from vlmr1.rewards.pool import RewardPool
 from vlmr1.rewards.registry import Reward, get_reward
 from vlmr1.rollout import ENGINES
 from vlmr1.scale.balance import exchange
-from vlmr1.scale.metrics import all_losses, longest, over_ranks
+from vlmr1.scale.metrics import all_losses, over_ranks
 from vlmr1.scale.sharded import sharded_reference, whole
 from vlmr1.statistics import group_statistics
 from vlmr1.types import Group, Pack, Prompt, Sample, StepMetrics
@@ -132,18 +134,22 @@ class GRPOTrainer(BaseTrainer):
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One update's gradients from a list of Prompts; returns the loss."""
+        self.begin_update()
         with use(self.args.kernels):
-            return self._step(model, unpacked(inputs))
+            loss = self._step(model, unpacked(inputs))
+        self.phases.start("update")  # until the optimizer has made its step
+        return loss
 
     def _step(self, model: Any, prompts: Sequence[Prompt]) -> Tensor:
-        phases = Phases()
         drawn = self.buffer.spent  # else the buffer serves this update too
         if drawn:
-            self.buffer.fill(self.generation(model, prompts, phases))
+            self.buffer.fill(self.generation(model, prompts, self.phases))
         part = self.buffer.take()
-        with phases("policy"):
-            loss, values = self.backward(model, part.packs, part.groups)
-        own = group_statistics(part.groups, [reward.name for reward in self.rewards], self.reward_weights) | part.counts
+        if self.budget.limit is not None:  # memory ran out, perhaps since this was packed
+            part = self.packed_anew(part)
+        part, (loss, values) = self.fitting(part, lambda packs: self.backward(model, packs, part.groups))
+        own = group_statistics(part.groups, [reward.name for reward in self.rewards], self.reward_weights)
+        own |= part.counts | unreadable(part.groups, self.rewards)
         if drawn:
             own |= self.engine.stats.values() | {"reward_timeouts": float(len(self.timed_out))} | self.resampling
         values |= over_ranks(own, len(part.groups), self.ranks)
@@ -153,8 +159,7 @@ class GRPOTrainer(BaseTrainer):
             values = {name: value for name, value in values.items() if "logp_difference" not in name}
         if self.buffer.spent and self.features is not None:
             self.features.clear()
-        peak = max(self.ranks.gather(peak_memory_mib()))
-        self.unlogged.append(StepMetrics(values, longest(phases.seconds, self.ranks), peak))
+        self.unlogged.append(StepMetrics(values, self.phases.seconds, self.phases.memory))
         self.last_groups = part.groups
         self.last_loss = float(loss)
         return loss
@@ -173,14 +178,22 @@ class GRPOTrainer(BaseTrainer):
         weights, scale = self.reward_weights, self.args.scale_rewards
         groups = with_advantages(groups, weights, scale, self.ranks, kl_weight=self.args.beta)
         parts = []
-        for part in self.shared_out(groups):
-            packs, counts = self.pack(part)
+        for of_part in self.shared_out(groups):
+            part = Part(of_part, *self.pack(of_part))
             if not self.args.kl_in_reward:  # else the completions have brought them
-                packs = self.with_logprobs(model, packs, phases)
+                with phases("reference"):
+                    part = self.with_passes(part, self.with_reference)
+                with phases("old"):
+                    part = self.with_passes(part, lambda pack: self.with_old(model, pack))
             mode, cap = self.args.importance_sampling_correction, self.args.importance_sampling_cap
-            packs, ratios = with_correction(packs, mode, cap)
-            parts.append(Part(part, packs, counts | ratios))
+            packs, ratios = with_correction(part.packs, mode, cap)
+            parts.append(replace(part, packs=packs, counts=part.counts | ratios))
         return parts
+
+    def with_passes(self, part: Part, run: Callable[[Pack], Pack]) -> Part:
+        """The part with what `run` adds to each of its packs."""
+        part, packs = self.fitting(part, lambda packs: [guarded(pack, run) for pack in packs])
+        return replace(part, packs=packs)
 
     def rollout(self, prompts: Sequence[Prompt], number: int = 0) -> list[Group]:
         """Prompts -> groups of completions, drawn from the present policy; `number` of the round varies the draws."""
@@ -215,7 +228,7 @@ class GRPOTrainer(BaseTrainer):
 
     def shared_out(self, groups: Sequence[Group]) -> list[list[Group]]:
         """The groups of each update that this rank trains on: about as many tokens on every rank."""
-        tokens = [tokens_of(self.with_signal([group])) for group in groups]
+        tokens = [sum(map(tokens_of, self.with_signal([group]))) for group in groups]
         parts = exchange(groups, tokens, self.args.steps_per_generation, self.ranks, self._prompt_of)
         if self.features is not None and self.sharding is not None:  # passes will not meet in the tower
             prompts = [group.prompt for part in parts for group in part]
@@ -240,11 +253,12 @@ class GRPOTrainer(BaseTrainer):
             "packs": float(len(packs)),
             "packed_tokens": float(sum(len(pack.input_ids) for pack in packs)),
             "repeated_prompt_tokens": float(repeated_prompt_tokens(plan)),
+            "tokens_per_pack": float(self.budget.tokens),
         }
 
     def _plan(self, groups: Sequence[Group]) -> list[list[Group]]:
         switches = {"share_prompt": self.args.share_prompt, "pack": self.args.pack}
-        return plan_packs(groups, tokens_per_pack=self.args.tokens_per_pack, **switches)
+        return plan_packs(groups, tokens_per_pack=self.budget.tokens, limit=self.budget.limit, **switches)
 
     def with_logprobs(self, model: Any, packs: Sequence[Pack], phases: Phases) -> list[Pack]:
         """The packs with the log-probs of reference and old policy."""
@@ -270,22 +284,36 @@ class GRPOTrainer(BaseTrainer):
             return replace(pack, old_logp=call(model, self.policy.model, lambda: self.policy.logprobs(pack)))
 
     def backward(self, model: Any, packs: Sequence[Pack], groups: Sequence[Group]) -> tuple[Tensor, dict[str, float]]:
-        """Accumulate the gradient of the step's loss over its packs; returns the loss and the metrics."""
+        """Accumulate the gradient of the step's loss over its packs; returns the loss and the metrics.
+
+        PackTooLarge where memory runs out: gradients are None again then, as before the step."""
         model.train()
         masked = self.args.mask_truncated_completions
         count = self.ranks.total(normalizer(groups, self.settings, mask_truncated=masked))
         objective = Objective(self.settings, max(count, 1.0))
         total = torch.zeros((), device=self.args.device)
         parts = []
-        for i, pack in enumerate(packs):
-            with self.policy.attention(), self.syncing(model, last=i == len(packs) - 1):
-                loss, metrics = call(model, self.policy.model, lambda pack=pack: self.policy.loss(pack, objective))
-                loss = loss * pack.weight
-                self.accelerator.backward(loss * self.ranks.world)  # of which the engines take the mean over ranks
-            total += loss.detach()
-            metrics |= logp_difference(metrics["logp"], pack)
-            parts.append(metrics if pack.weight else metrics | {"dropped_rows": metrics["tokens"]})
+        try:
+            for i, pack in enumerate(packs):
+                last = i == len(packs) - 1
+                loss, metrics = guarded(pack, lambda pack, last=last: self._pass(model, pack, objective, last=last))
+                total += loss
+                parts.append(metrics)
+        except PackTooLarge:
+            model.zero_grad(set_to_none=True)
+            raise
         if self.blank is None and any(group.prompt.images for group in groups):
             self.adapter.fill_vision_gradients(self.policy.model)
         tokens = sum(len(c.token_ids) for group in groups for c in group.completions)
         return all_losses(total, tokens, parts, self.ranks)
+
+    def _pass(self, model: Any, pack: Pack, objective: Objective, *, last: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """One pack's forward and backward; its share of the loss, and its metrics."""
+        with self.policy.attention(), self.syncing(model, last=last):
+            with self.phases("forward"):
+                loss, metrics = call(model, self.policy.model, lambda: self.policy.loss(pack, objective))
+                loss = loss * pack.weight
+            with self.phases("backward"):
+                self.accelerator.backward(loss * self.ranks.world)  # of which the engines take the mean over ranks
+        metrics |= logp_difference(metrics["logp"], pack)
+        return loss.detach(), metrics if pack.weight else metrics | {"dropped_rows": metrics["tokens"]}

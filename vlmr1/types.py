@@ -89,12 +89,13 @@ class Pack:
     rollout_logp: Tensor | None = None  # [N] float32, what the engine says that the policy's log-probs are
     trust_logp: Tensor | None = None  # [N] float32: min(exp(old_logp - trust_logp), cap) is the weight of a row's loss
     weight: float = 1.0  # 0: a pass that has no part in loss and gradient
+    groups: tuple[Group, ...] = ()  # what it was made of
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """Everything one update reports: means over the step, seconds by phase, peak memory."""
+    """Everything one update reports: means over the step, seconds and peak memory by phase."""
 
     values: dict[str, float]
-    seconds: dict[str, float]  # by phase: rollout, reward, reference, old, policy
-    peak_memory_mib: float
+    seconds: dict[str, float]  # by phase: rollout, reward, reference, old, forward, backward, update
+    memory: dict[str, float] = field(default_factory=dict)  # MiB by phase, where it is measured

@@ -1,9 +1,7 @@
-"""What a run costs: seconds by phase, peak memory, and the state of the GPUs through NVML."""
+"""What a run costs: seconds and peak memory by phase, and the GPUs of the machine."""
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +9,7 @@ from time import perf_counter
 
 import torch
 
-MIB = 2**20
+from vlmr1.memory.peaks import MIB, PEAKS
 
 
 @dataclass(frozen=True)
@@ -26,32 +24,50 @@ class Gpu:
 
 
 class Phases:
-    """Seconds by phase: `with phases("rollout"): ...` adds to `phases.seconds["rollout"]`.
+    """Seconds and peak memory by phase: `with phases("rollout"): ...` adds to `phases.seconds["rollout"]`, and makes
+    `phases.memory["rollout"]` the highest peak, in MiB, that it has had.
 
     On CUDA the device is synchronized at both ends, so that a phase is charged for its own kernels. A phase
-    inside another one counts in both.
+    inside another one counts in both. Memory is of the process, what it held before included; it is measured with
+    `memory=True`, which starts the high-water marks of torch and of the kernel anew at each end (see `peaks.py`).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, memory: bool = False) -> None:
         self.seconds: dict[str, float] = {}
+        self.memory: dict[str, float] = {}
+        self._measures_memory = memory
+        self._open: dict[str, float] = {}  # when each began
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        _synchronize()
-        start = perf_counter()
+        self.start(name)
         try:
             yield
         finally:
-            _synchronize()
-            self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - start
+            self.stop(name)
+
+    def start(self, name: str) -> None:
+        """The phase begins."""
+        _synchronize()
+        self._lap()
+        self._open[name] = perf_counter()
+
+    def stop(self, name: str) -> None:
+        """The phase ends. KeyError for one that has not begun."""
+        _synchronize()
+        self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - self._open[name]
+        self._lap()
+        del self._open[name]
+
+    def _lap(self) -> None:
+        peak = PEAKS.lap() if self._measures_memory else None
+        if peak is not None:
+            self.memory |= {name: max(peak, self.memory.get(name, 0.0)) for name in self._open}
 
 
 def peak_memory_mib() -> float:
-    """Peak memory of this process in MiB: allocated by torch where it uses CUDA, resident otherwise."""
-    if torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated() / MIB
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / MIB if sys.platform == "darwin" else peak / 1024  # bytes there, KiB on Linux
+    """Peak memory of this process in MiB since it began: allocated by torch where it uses CUDA, resident otherwise."""
+    return PEAKS.peak()
 
 
 def gpu_info() -> list[Gpu] | None:

@@ -45,13 +45,6 @@ def _combined(name: str, known: Sequence[tuple[float, float]]) -> float:
     return sum(value * weight for value, weight in known) / sum(weight for _, weight in known)
 
 
-def longest(seconds: Mapping[str, float], ranks: Ranks) -> dict[str, float]:
-    """Of each phase the seconds of the rank that took longest."""
-    everyone = ranks.gather(dict(seconds))
-    names = dict.fromkeys(name for own in everyone for name in own)
-    return {name: max(own.get(name, 0.0) for own in everyone) for name in names}
-
-
 def all_losses(
     loss: Tensor, tokens: int, parts: Sequence[dict[str, Tensor]], ranks: Ranks
 ) -> tuple[Tensor, dict[str, float]]:

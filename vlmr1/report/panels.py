@@ -1,0 +1,107 @@
+"""The curves of a training run as one picture: lines by step, and seconds by phase as areas on each other."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from vlmr1.report import curves
+from vlmr1.report.curves import running_mean
+
+COLUMNS = 3
+COLORS = (*curves.COLORS, "#f0e442", "#444444")  # one for each phase, and the peak
+# Title and metrics of each panel of lines; those that a run has not got are left out.
+LINES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("KL to the reference, nats a token", ("kl",)),
+    ("entropy, nats a token", ("entropy",)),
+    ("share of clipped tokens", ("clip_low", "clip_high")),
+    ("completion length, tokens", ("completion_length", "completion_length_max")),
+    (
+        "shares of groups and completions",
+        ("zero_variance_groups", "truncated", "parse_failures", "box_failures"),
+    ),
+    ("gradient norm", ("grad_norm",)),
+    ("completion tokens a second", ("tokens_per_second", "update/tokens_per_second")),
+    ("GPU power, W", ("gpu/power_watts",)),
+)
+Rows = Sequence[Mapping[str, float]]
+
+
+def run_curves(rows: Rows) -> bytes | None:
+    """A PNG of the logged steps, each row with its "step"; None where nothing was logged.
+
+    Each reward has a panel with a band of one standard deviation (within groups) around its mean; then the lines of
+    `LINES`, peak memory by phase, and seconds by phase, stacked."""
+    panels = _panels(rows)
+    if not panels:
+        return None
+    height = -(-len(panels) // COLUMNS)
+    figure = Figure(figsize=(4.6 * COLUMNS, 2.9 * height), dpi=100, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    for place, (title, kind, keys) in enumerate(panels):
+        axes = figure.add_subplot(height, COLUMNS, place + 1)
+        {"reward": _reward, "lines": _lines, "areas": _areas}[kind](axes, rows, keys)
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.margins(x=0.01)
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        if kind != "reward" and len(keys) > 1:
+            axes.legend(fontsize=7, frameon=False)
+    buffer = io.BytesIO()
+    canvas.print_png(buffer)
+    return buffer.getvalue()
+
+
+def _panels(rows: Rows) -> list[tuple[str, str, tuple[str, ...]]]:
+    """Title, kind and metrics of each panel of a run."""
+    known = dict.fromkeys(key for row in rows for key in row)
+    rewards = [k.split("/")[1] for k in known if k.startswith("rewards/") and k.endswith("/mean")]
+    panels: list[tuple[str, str, tuple[str, ...]]] = [("reward, weighted sum", "lines", ("reward",))]
+    panels += [(f"{n} reward", "reward", (f"rewards/{n}/mean", f"rewards/{n}/std")) for n in rewards]
+    panels += [(title, "lines", keys) for title, keys in LINES]
+    panels.append(("peak memory by phase, MiB", "lines", tuple(k for k in known if k.startswith("memory/"))))
+    panels.append(("seconds a step by phase", "areas", tuple(k for k in known if k.startswith("seconds/"))))
+    there = [(title, kind, tuple(key for key in keys if key in known)) for title, kind, keys in panels]
+    return [panel for panel in there if panel[2]]
+
+
+def _series(rows: Rows, key: str) -> np.ndarray:
+    """[T], NaN in steps that lack it."""
+    return np.array([row.get(key, np.nan) for row in rows], dtype=float)
+
+
+def _steps(rows: Rows) -> np.ndarray:
+    return np.array([row["step"] for row in rows], dtype=float)
+
+
+def _reward(axes: Any, rows: Rows, keys: tuple[str, ...]) -> None:
+    mean, std = (_series(rows, key) for key in keys)
+    axes.fill_between(_steps(rows), mean - std, mean + std, color=COLORS[0], alpha=0.15, linewidth=0)
+    _line(axes, _steps(rows), mean, COLORS[0], None)
+
+
+def _lines(axes: Any, rows: Rows, keys: tuple[str, ...]) -> None:
+    for place, key in enumerate(keys):
+        label = key.removeprefix("memory/").removesuffix("_mib")
+        _line(axes, _steps(rows), _series(rows, key), COLORS[place % len(COLORS)], label)
+
+
+def _line(axes: Any, steps: np.ndarray, values: np.ndarray, color: str, label: str | None) -> None:
+    """Each step thin, a running mean of a tenth of the steps thick."""
+    there = np.isfinite(values)
+    steps, values = steps[there], values[there]
+    axes.plot(steps, values, color=color, linewidth=0.7, alpha=0.35)
+    axes.plot(steps, running_mean(values, max(1, len(values) // 10)), color=color, linewidth=1.8, label=label)
+
+
+def _areas(axes: Any, rows: Rows, keys: tuple[str, ...]) -> None:
+    """A phase that a step has not got took no time in it."""
+    parts = [np.nan_to_num(_series(rows, key)) for key in keys]
+    colors = [COLORS[place % len(COLORS)] for place in range(len(keys))]
+    labels = [key.removeprefix("seconds/") for key in keys]
+    axes.stackplot(_steps(rows), parts, labels=labels, colors=colors, alpha=0.8, linewidth=0)

@@ -1,0 +1,53 @@
+"""Completions that a reward cannot read: without an answer, or without the box or point that it is about."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from vlmr1.rewards.answer import find_answer, labelled_boxes, parse_box
+from vlmr1.rewards.registry import Reward
+from vlmr1.rewards.score import METHOD
+from vlmr1.rewards.settings import DEFAULT_METHOD
+from vlmr1.rewards.strict.point import parse_point
+from vlmr1.types import Group, Sample
+
+BY_METHOD = ("accuracy", "length")  # rewards that read an answer as the row's accuracy method does
+ANSWERED = (*BY_METHOD, "iou", "iou_qwen", "iou_internvl", "iou_glm", "counting", "point_in_box")
+# What an answer is read with, by accuracy method or reward; None is what cannot be read.
+BOXES: dict[str, Callable[[str], object | None]] = {
+    **dict.fromkeys(("iou", "iou_qwen", "iou_internvl", "iou_glm"), parse_box),
+    **dict.fromkeys(("map", "od_ap", "od_ap50", "odLength", "weighted_sum"), labelled_boxes),
+    "point_in_box": parse_point,
+}
+
+
+def unreadable(groups: Sequence[Group], rewards: Iterable[Reward]) -> dict[str, float]:
+    """`parse_failures`: the share of completions without a closed `<answer>`, where a reward needs one.
+    `box_failures`: of the completions that a reward reads boxes or a point from, the share with none to be read."""
+    needing = [reward for reward in rewards if reward.name in ANSWERED]
+    if not needing:
+        return {}
+    missing: list[bool] = []
+    no_box: list[bool] = []
+    for group in groups:
+        readers = [BOXES[kind] for kind in (_kind(each, group.prompt.sample) for each in needing) if kind in BOXES]
+        for completion in group.completions:
+            answer = find_answer(completion.text)
+            missing.append(answer is None)
+            if readers:
+                no_box.append(answer is None or any(read(answer) is None for read in readers))
+    shares = {"parse_failures": missing, "box_failures": no_box}
+    return {name: sum(each) / len(each) for name, each in shares.items() if each}
+
+
+def reads_boxes(reward: Reward, sample: Sample) -> bool:
+    """Whether the reward's score of this row comes from boxes or a point of the completion."""
+    return reward.name in ANSWERED and _kind(reward, sample) in BOXES
+
+
+def _kind(reward: Reward, sample: Sample) -> str:
+    """The accuracy method of a row, or the reward's own name."""
+    if reward.name not in BY_METHOD:
+        return reward.name
+    default = DEFAULT_METHOD if reward.settings is None else reward.settings.accu_reward_method
+    return sample.columns.get(METHOD) or default
