@@ -20,8 +20,8 @@ REFERENCE = "reference.safetensors"  # of a checkpoint, where the reference move
 
 
 def frozen_copy(model: Any, *, shared: bool = True) -> Any:
-    """A reference model: what is trained is copied, what is frozen is the model's own where it is `shared`. A model that
-    ZeRO-3 has spread over the ranks is read again."""
+    """A reference model: what is trained is copied, what is frozen is the model's own where it is `shared`. A model
+    that ZeRO-3 has spread over the ranks is read again."""
     if is_partitioned(model):
         attention = model.config._attn_implementation
         read = load_model(model.name_or_path, dtype=model.dtype, attn_implementation=attention)
