@@ -21,6 +21,7 @@ from vlmr1.config import GRPOConfig
 from vlmr1.errors import DivergedError, SettingError
 from vlmr1.loss import MAXIMA
 from vlmr1.models import load_model
+from vlmr1.models.lora import base_of, is_adapter, restore_adapter
 from vlmr1.models.processor import save_processor
 from vlmr1.types import Group, Pack, Prompt, StepMetrics
 
@@ -141,8 +142,11 @@ class BaseTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """By the names that the files have, which for some families are not the module's: every weight or an error."""
         model = self.model if model is None else model
-        saved = load_model(resume_from_checkpoint, dtype=model.dtype)
-        model.load_state_dict(saved.state_dict())
+        if self.args.use_peft:
+            restore_adapter(model, resume_from_checkpoint)
+        else:
+            saved = load_model(resume_from_checkpoint, dtype=model.dtype)
+            model.load_state_dict(saved.state_dict())
         rollouts = Path(resume_from_checkpoint) / ROLLOUTS
         if rollouts.exists():
             self.buffer.load(torch.load(rollouts, weights_only=True), self._prompt_of, self.pack)
@@ -153,7 +157,10 @@ class BaseTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
-        save_processor(self.processor, output_dir or self.args.output_dir or ".")
+        folder = output_dir or self.args.output_dir or "."
+        save_processor(self.processor, folder)
+        if is_adapter(folder):  # the processor's class, and how the weights were quantized
+            base_of(self.model).config.save_pretrained(folder)
 
 
 def as_list(prompts: Any) -> Any:

@@ -1,4 +1,4 @@
-"""vlmr1 demo | train | evaluate | data | doctor."""
+"""vlmr1 demo | train | evaluate | merge | data | doctor."""
 
 from __future__ import annotations
 
@@ -32,6 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     evaluate.add_argument("--max_completion_length", type=int, default=256)
     evaluate.add_argument("--batch_size", type=int, default=32)
     evaluate.add_argument("--out", type=Path, help="JSONL file for the completions")
+    merge = commands.add_parser("merge", help="a checkpoint with an adapter -> an ordinary model directory")
+    merge.add_argument("--checkpoint", required=True, type=Path)
+    merge.add_argument("--output", required=True, type=Path, help="a directory that does not exist")
+    merge.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights")
     data = commands.add_parser("data", help="check data files before training")
     check = data.add_subparsers(dest="action", required=True).add_parser("check", help="every fault, by file and line")
     add_arguments(check)
@@ -72,6 +76,10 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
         from vlmr1.evaluation.command import evaluate_command
 
         evaluate_command(options)
+    elif options.command == "merge":
+        from vlmr1.merge import merge
+
+        merge(options.checkpoint, options.output, dtype=options.dtype)
     elif options.command == "data":
         return check_command(options)
     return 0

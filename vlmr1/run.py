@@ -19,6 +19,7 @@ from vlmr1.data.samples import load_samples
 from vlmr1.data.templates import question_text
 from vlmr1.errors import SettingError
 from vlmr1.models import load_model, load_processor, model_type_of
+from vlmr1.models.lora import is_adapter
 from vlmr1.progress import Progress
 from vlmr1.rewards.methods import with_methods
 from vlmr1.rewards.registry import check_samples
@@ -58,6 +59,8 @@ def prepare(config: GRPOConfig) -> tuple[Any, Any, Sequence[Sample]]:
     if not config.data_file_paths:
         raise SettingError(f"data_file_paths is not set: JSONL files, or {DIGITS!r}")
     name = model_path(config.model_name_or_path)
+    if is_adapter(name):
+        raise SettingError(f"model_name_or_path: {name} holds an adapter only; `vlmr1 merge` makes a model of it")
     options = {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
     samples: Sequence[Sample] = load_samples(
         *data_of(config, output_dir),
@@ -73,9 +76,15 @@ def prepare(config: GRPOConfig) -> tuple[Any, Any, Sequence[Sample]]:
         name,
         dtype=getattr(torch, config.model_dtype),
         attn_implementation=config.attn_implementation,
+        compute_dtype=compute_dtype(config) if config.load_in_4bit else None,
         **options,
     )
     return model, load_processor(name, **options), samples
+
+
+def compute_dtype(config: GRPOConfig) -> torch.dtype:
+    """Of layers whose weights are in 4 bits."""
+    return torch.bfloat16 if config.bf16 else getattr(torch, config.model_dtype)
 
 
 def model_path(name: str) -> str:

@@ -6,9 +6,9 @@ One `training_step` is one optimizer update. Optimizers, schedulers, checkpoints
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -26,9 +26,12 @@ from vlmr1.loss import Objective, combine, logp_difference, normalizer
 from vlmr1.memory.telemetry import Phases, peak_memory_mib
 from vlmr1.models import adapter_of, check_dropout
 from vlmr1.models.features import FeatureCache
+from vlmr1.models.lora import merged
 from vlmr1.naive import NaivePolicy
 from vlmr1.packing import make_pack, plan_packs, repeated_prompt_tokens, with_signal, without_weight
+from vlmr1.parameters import choose_trained
 from vlmr1.policy import PackedPolicy, call
+from vlmr1.reference import make_reference
 from vlmr1.rewards.groups import TimedOut, score_groups
 from vlmr1.rewards.pool import RewardPool
 from vlmr1.rewards.registry import Reward, get_reward
@@ -65,14 +68,12 @@ class GRPOTrainer(BaseTrainer):
             raise SettingError(f"reward_weights has {len(self.reward_weights)} values for {len(self.rewards)} rewards")
         self.settings = args.objective()
         self.dtype = torch.bfloat16 if args.bf16 else None
-        if args.freeze_vision:
-            for parameter in self.adapter.vision_parameters(model):
-                parameter.requires_grad_(False)
+        trained = choose_trained(model, self.adapter, args)
         if args.overlong_prompts == "filter" and args.max_prompt_length is not None:
             samples = without_overlong(samples, PromptBuilder(model, self.adapter, processor), args.max_prompt_length)
         builder = PromptBuilder(model, self.adapter, processor, max_prompt_length=args.max_prompt_length)
         super().__init__(
-            model=model,
+            model=trained,
             args=args,
             train_dataset=PromptDataset(samples, builder),
             processing_class=processor.tokenizer,
@@ -93,7 +94,7 @@ class GRPOTrainer(BaseTrainer):
         self.policy = self._forward_of(model)
         self.reference = None
         if args.beta > 0:
-            self.reference = self._forward_of(frozen_copy(model))
+            self.reference = make_reference(args.reference, self._forward_of(model), trained)
         self.buffer = Buffer(args.num_iterations)
         self.last_groups: list[Group] = []
 
@@ -142,7 +143,7 @@ class GRPOTrainer(BaseTrainer):
         parts = []
         for part in parts_of(groups, self.args.steps_per_generation):
             packs, counts = self.pack(part)
-            with phases("reference"):
+            with phases("reference"), nullcontext() if self.reference is None else self.reference.ready():
                 packs = [self.with_reference(pack) for pack in packs]
             with phases("old"):
                 packs = [self.with_old(model, pack) for pack in packs]
@@ -151,7 +152,8 @@ class GRPOTrainer(BaseTrainer):
 
     def rollout(self, prompts: Sequence[Prompt]) -> list[Group]:
         """Prompts -> groups of completions, drawn from the present policy."""
-        return self.engine.generate(prompts, self.args.num_generations, self.sampling, step=self.state.global_step)
+        with merged(self.model) if self.args.lora_merge_rollout else nullcontext():
+            return self.engine.generate(prompts, self.args.num_generations, self.sampling, step=self.state.global_step)
 
     def pack(self, groups: Sequence[Group]) -> tuple[list[Pack], dict[str, float]]:
         """Groups -> packed rows under the token budget, and what they count."""
@@ -218,9 +220,3 @@ class GRPOTrainer(BaseTrainer):
                 difference,
                 self.args.rollout_logp_alarm,
             )
-
-
-def frozen_copy(model: Any) -> Any:
-    """A reference model: what is trained is copied, what is frozen is the model's own."""
-    frozen = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
-    return copy.deepcopy(model, memo=frozen).eval().requires_grad_(False)

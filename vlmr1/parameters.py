@@ -1,0 +1,41 @@
+"""Which parameters a run trains, and with which precision: frozen parts, adapters, the dtype of gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vlmr1.config import GRPOConfig
+from vlmr1.errors import SettingError
+from vlmr1.memory.precision import prepare_trained
+from vlmr1.models.adapter import Adapter
+from vlmr1.models.lora import with_lora
+
+
+def choose_trained(model: Any, adapter: Adapter, args: GRPOConfig) -> Any:
+    """The model that is trained: the given one with what `args` freezes frozen, or the `peft.PeftModel` around it."""
+    if args.use_liger_kernel:
+        _check_liger(model)
+    if args.use_peft:
+        model = with_lora(model, adapter, args)
+    else:
+        _freeze(model, adapter, tower=args.freeze_vision, merger=args.freeze_merger)
+    prepare_trained(model, args)
+    return model
+
+
+def _freeze(model: Any, adapter: Adapter, *, tower: bool, merger: bool | None) -> None:
+    """Tower, and projector: by default as the tower."""
+    of_merger = {id(parameter) for parameter in adapter.merger_parameters(model)}
+    for parameter in adapter.vision_parameters(model):
+        frozen = tower if merger is None or id(parameter) not in of_merger else merger
+        if frozen:
+            parameter.requires_grad_(False)
+
+
+def _check_liger(model: Any) -> None:
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as KNOWN
+
+    decoder = model.config.get_text_config(decoder=True).model_type
+    for kind in (model.config.model_type, decoder):
+        if kind not in KNOWN:
+            raise SettingError(f"use_liger_kernel: Liger has no kernels for {kind}")
