@@ -166,7 +166,7 @@ class GRPOConfig(TrainingArguments):
     )
     load_in_4bit: bool = field(
         default=False,
-        metadata={"help": "the decoder's linear layers in 4 bits (nf4, double quantization), with use_peft"},
+        metadata={"help": "the decoder's linear layers in 4 bits (nf4), with use_peft"},
     )
     use_peft: bool = field(default=False, metadata={"help": "train a LoRA adapter; everything else is frozen"})
     lora_r: int = 64
@@ -183,13 +183,11 @@ class GRPOConfig(TrainingArguments):
     use_dora: bool = field(default=False, metadata={"help": "adapters of direction, and a trained magnitude"})
     lora_merge_rollout: bool = field(
         default=False,
-        metadata={"help": "the adapter is merged for the rollout, and its layers' weights kept beside it"},
+        metadata={"help": "the adapter is merged for the rollout; costs a copy of its layers' weights"},
     )
     reference: Literal["auto", "copy", "adapter", "offload"] = field(
         default="auto",
-        metadata={
-            "help": "a copy; the adapter switched off; a copy in host memory. auto: adapter with use_peft, or copy"
-        },
+        metadata={"help": "a copy, the adapter switched off, or a copy in host memory; auto: adapter, or copy"},
     )
     activation_offload: bool = field(
         default=False, metadata={"help": "what gradient_checkpointing keeps is held in host memory"}

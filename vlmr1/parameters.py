@@ -14,7 +14,7 @@ from vlmr1.models.lora import with_lora
 def choose_trained(model: Any, adapter: Adapter, args: GRPOConfig) -> Any:
     """The model that is trained: the given one with what `args` freezes frozen, or the `peft.PeftModel` around it."""
     if args.use_liger_kernel:
-        _check_liger(model)
+        _choose_liger(model, args)
     if args.use_peft:
         model = with_lora(model, adapter, args)
     else:
@@ -32,10 +32,14 @@ def _freeze(model: Any, adapter: Adapter, *, tower: bool, merger: bool | None) -
             parameter.requires_grad_(False)
 
 
-def _check_liger(model: Any) -> None:
+def _choose_liger(model: Any, args: GRPOConfig) -> None:
+    """Which of Liger's kernels `transformers.Trainer` will apply: of layers, not its losses and forwards, in whose place
+    the packed forward has its own."""
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as KNOWN
 
     decoder = model.config.get_text_config(decoder=True).model_type
     for kind in (model.config.model_type, decoder):
         if kind not in KNOWN:
             raise SettingError(f"use_liger_kernel: Liger has no kernels for {kind}")
+    layers = dict.fromkeys(("rope", "rms_norm", "layer_norm", "swiglu"), True)
+    args.liger_kernel_config = layers | dict.fromkeys(("cross_entropy", "fused_linear_cross_entropy"), False)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 OPTIMIZERS = {
     "adamw_torch": "AdamW, two float32 moments",
     "adamw_torch_fused": "AdamW, two float32 moments, one kernel",
-    "adamw_torch_8bit": "AdamW, two 8-bit moments (torchao); rounds bfloat16 weights stochastically where it is asked to",
+    "adamw_torch_8bit": "AdamW, two 8-bit moments (torchao); the one that can round stochastically",
     "adamw_bnb_8bit": "AdamW, two 8-bit moments (bitsandbytes)",
     "adamw_8bit": "another name of adamw_bnb_8bit",
     "paged_adamw_32bit": "AdamW, two float32 moments that may leave the GPU (bitsandbytes)",
@@ -44,12 +44,13 @@ OPTIMIZERS = {
 }
 # The one whose bfloat16 weights go where float32 weights would, in expectation.
 STOCHASTIC = "adamw_torch_8bit"
+ROUND = "bf16_stochastic_round=True"  # what `optim_args` says to it
 REFUSED = {
     "adamw_torch_4bit": "its 4-bit moments move weights 8 to 11% less than float32 ones; use adamw_torch_8bit",
 }
 BFLOAT16 = (
-    "updates of bfloat16 weights are rounded away at the learning rates of GRPO. Use model_dtype=float32 with bf16=true "
-    f"(float32 masters), or optim={STOCHASTIC} with stochastic_rounding=true, or use_peft=true"
+    "updates of bfloat16 weights are rounded away at the learning rates of GRPO. Use model_dtype=float32 with bf16=true"
+    f" (float32 masters), or optim={STOCHASTIC} with stochastic_rounding=true, or use_peft=true"
 )
 
 
@@ -60,23 +61,24 @@ def check_optimizer(args: GRPOConfig) -> None:
         raise SettingError(f"optim is {name!r}: {REFUSED.get(name, f'it was not tested here; use {_names()}')}")
     if name.startswith("paged") and args.device.type != "cuda":
         raise SettingError(f"optim={name} needs a CUDA device: pages of {args.device.type} memory have nowhere to go")
-    if "bf16_stochastic_round" in (args.optim_args or ""):
-        raise SettingError("optim_args: bf16_stochastic_round is called stochastic_rounding here")
+    given = [each for each in (args.optim_args or "").replace(" ", "").split(",") if each]
+    for each in given:
+        if each.startswith("bf16_stochastic_round") and not (args.stochastic_rounding and each == ROUND):
+            raise SettingError(f"optim_args: {each} is the setting stochastic_rounding here")
     if args.stochastic_rounding:
         if name != STOCHASTIC:
             raise SettingError(f"stochastic_rounding needs optim={STOCHASTIC}: {name} rounds to the nearest number")
         if args.model_dtype != "bfloat16" or args.use_peft:
             what = "use_peft trains float32 weights" if args.use_peft else "model_dtype is float32"
             raise SettingError(f"stochastic_rounding has no effect: {what}")
-        given = f"{args.optim_args}," if args.optim_args else ""
-        args.optim_args = f"{given}bf16_stochastic_round=True"
+        args.optim_args = ",".join([*(each for each in given if each != ROUND), ROUND])
     elif args.model_dtype == "bfloat16" and not args.use_peft:
         raise SettingError(f"model_dtype=bfloat16 with optim={name}: {BFLOAT16}")
 
 
 def prepare_trained(model: nn.Module, args: GRPOConfig) -> None:
-    """Gradients of trained bfloat16 weights are float32, and accumulate as such over packs and uses of a weight: 4 bytes
-    a weight instead of 2. SettingError where such weights would be rounded to the nearest, or nothing is trained."""
+    """Gradients of trained bfloat16 weights are float32, and accumulate as such over packs: 4 bytes a weight, not 2.
+    SettingError where such weights would be rounded to the nearest, or nothing is trained."""
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not trained:
         raise SettingError("nothing is trained: every weight is frozen")

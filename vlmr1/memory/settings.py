@@ -14,9 +14,6 @@ if TYPE_CHECKING:
 
 OF_LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_vision", "lora_modules_to_save")
 OF_LORA += ("use_rslora", "use_dora", "lora_merge_rollout")
-# What Liger's kernels replace. Its losses and forwards have no part: the packed forward has its own.
-LIGER = {"rope": True, "rms_norm": True, "layer_norm": True, "swiglu": True}
-LIGER |= {"cross_entropy": False, "fused_linear_cross_entropy": False}
 
 
 def check_parameters(args: GRPOConfig) -> None:
@@ -36,7 +33,6 @@ def check_parameters(args: GRPOConfig) -> None:
         if args.device.type != "cuda":
             raise SettingError(f"use_liger_kernel needs a GPU: its kernels do not run on {args.device.type}")
         _installed("use_liger_kernel", "liger_kernel", "gpu")
-        args.liger_kernel_config = dict(LIGER)
 
 
 def _check_lora(args: GRPOConfig) -> None:

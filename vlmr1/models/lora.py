@@ -83,9 +83,7 @@ def _kept_modules(model: Any, adapter: Adapter, names: Sequence[str]) -> list[st
             raise SettingError(f"lora_modules_to_save: the model has no module {name!r}")
         for each, module in modules.items():
             if any(part in (adapter.head(model), model.get_input_embeddings()) for part in module.modules()):
-                raise SettingError(
-                    f"lora_modules_to_save: {each!r} holds the head or the embeddings, which stay frozen"
-                )
+                raise SettingError(f"lora_modules_to_save: {each!r} holds the head or embeddings, which stay frozen")
             found.append(each)
     return found
 
@@ -96,16 +94,16 @@ def merged(model: Any) -> Iterator[None]:
     they were, bit for bit: they are kept, not computed back. Costs a second copy of these layers' weights."""
     from peft.tuners.lora import LoraLayer
 
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
     kept = [layer.get_base_layer().weight.data for layer in layers]
     try:
         for layer in layers:
-            layer.merge(safe_merge=True)  # type: ignore[operator]  # into a copy
+            layer.merge(safe_merge=True)  # into a copy
         yield
     finally:
         for layer, weight in zip(layers, kept, strict=True):
             if layer.merged:
-                layer.unmerge()  # type: ignore[operator]
+                layer.unmerge()
             layer.get_base_layer().weight.data = weight
 
 
