@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any
+
+from transformers.integrations.liger import apply_liger_kernel
 
 from vlmr1.config import GRPOConfig
 from vlmr1.errors import SettingError
@@ -10,11 +13,15 @@ from vlmr1.memory.precision import prepare_trained
 from vlmr1.models.adapter import Adapter
 from vlmr1.models.lora import with_lora
 
+COMPOSED = ("internvl", "smolvlm")  # whose decoder Liger looks up by its own type
+# Liger has no rotary kernel for GLM-4V, and of Qwen2-VL it replaces a function that transformers 5 does not have.
+OWN_ROPE = ("qwen2_vl", "qwen2_5_vl", "glm4v")
+
 
 def choose_trained(model: Any, adapter: Adapter, args: GRPOConfig) -> Any:
     """The model that is trained: the given one with what `args` freezes frozen, or the `peft.PeftModel` around it."""
     if args.use_liger_kernel:
-        _choose_liger(model, args)
+        _apply_liger(model, args)
     if args.use_peft:
         model = with_lora(model, adapter, args)
     else:
@@ -32,14 +39,19 @@ def _freeze(model: Any, adapter: Adapter, *, tower: bool, merger: bool | None) -
             parameter.requires_grad_(False)
 
 
-def _choose_liger(model: Any, args: GRPOConfig) -> None:
-    """Which of Liger's kernels `transformers.Trainer` will apply: of layers, not its losses and forwards, in whose place
-    the packed forward has its own."""
+def _apply_liger(model: Any, args: GRPOConfig) -> None:
+    """Liger's kernels of layers, as `transformers.Trainer` applies them, but before the reference is copied. In the
+    place of Liger's losses and forwards the packed forward has its own."""
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as KNOWN
 
-    decoder = model.config.get_text_config(decoder=True).model_type
-    for kind in (model.config.model_type, decoder):
-        if kind not in KNOWN:
-            raise SettingError(f"use_liger_kernel: Liger has no kernels for {kind}")
-    layers = dict.fromkeys(("rope", "rms_norm", "layer_norm", "swiglu"), True)
+    kind = model.config.model_type
+    for needed in (kind, model.config.get_text_config(decoder=True).model_type)[: 2 if kind in COMPOSED else 1]:
+        if needed not in KNOWN:
+            raise SettingError(f"use_liger_kernel: Liger has no kernels for {needed}")
+    layers = dict.fromkeys(("rms_norm", "layer_norm", "swiglu"), True) | {"rope": kind not in OWN_ROPE}
     args.liger_kernel_config = layers | dict.fromkeys(("cross_entropy", "fused_linear_cross_entropy"), False)
+    try:
+        apply_liger_kernel(model, args.liger_kernel_config)
+    except ImportError as error:
+        versions = f"Liger {version('liger_kernel')}, transformers {version('transformers')}"
+        raise SettingError(f"use_liger_kernel: Liger's kernels do not fit {kind} here ({versions}): {error}") from error

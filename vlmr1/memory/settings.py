@@ -26,13 +26,19 @@ def check_parameters(args: GRPOConfig) -> None:
     _check_reference(args)
     if args.activation_offload:
         if not args.activation_checkpointing:
-            raise SettingError("activation_offload needs gradient_checkpointing: it holds what that keeps")
+            raise SettingError("activation_offload needs gradient_checkpointing: it moves what that keeps")
+        if not on_gpu(args):
+            raise SettingError(f"activation_offload needs a GPU: on {args.device.type} it has nothing to move")
         kwargs: Any = args.activation_checkpointing_kwargs or {}
         args.activation_checkpointing_kwargs = {**kwargs, "offload": True}
     if args.use_liger_kernel:
-        if args.device.type != "cuda":
+        if not on_gpu(args):
             raise SettingError(f"use_liger_kernel needs a GPU: its kernels do not run on {args.device.type}")
         _installed("use_liger_kernel", "liger_kernel", "gpu")
+
+
+def on_gpu(args: GRPOConfig) -> bool:
+    return args.device.type == "cuda"
 
 
 def _check_lora(args: GRPOConfig) -> None:

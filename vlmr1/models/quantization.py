@@ -36,8 +36,8 @@ def quantization_of(folder: str | Path) -> torch.dtype | None:
 
 
 def check_layers(model: Any) -> None:
-    """What bitsandbytes 0.50 does on CPU and must not. SettingError where rows are no multiple of its blocks of 64, which
-    it reads back wrongly. And no repacking at the first forward without gradient (AVX-512 with bfloat16): that rounds
+    """What bitsandbytes 0.50 does on CPU and must not. SettingError where rows are no multiple of its blocks of 64: it
+    reads them back wrongly. And no repacking at the first forward without gradient (AVX-512 with bfloat16): that rounds
     the scales, and rollouts would draw from another model than the one that is trained."""
     from bitsandbytes.nn.modules import Linear4bit
 
