@@ -20,6 +20,9 @@ OWN_ROPE = ("qwen2_vl", "qwen2_5_vl", "glm4v")
 
 def choose_trained(model: Any, adapter: Adapter, args: GRPOConfig) -> Any:
     """The model that is trained: the given one with what `args` freezes frozen, or the `peft.PeftModel` around it."""
+    if args.load_in_4bit != bool(getattr(model, "is_loaded_in_4bit", False)):
+        state = "not quantized" if args.load_in_4bit else "quantized to 4 bits"
+        raise SettingError(f"load_in_4bit is {args.load_in_4bit}, and the model is {state}")
     if args.use_liger_kernel:
         _apply_liger(model, args)
     if args.use_peft:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +144,7 @@ def keep_settings(config: GRPOConfig, output_dir: Path, resume: Path | None) -> 
     path = output_dir / SETTINGS
     written = resume.parent / SETTINGS if resume is not None else None
     if written is not None and written.exists():
-        defaults = {field.name: field.default for field in fields(config)}
+        defaults = {each.name: _default(each) for each in fields(config)}
         before = defaults | json.loads(written.read_text(encoding="utf-8"))
         changed = [name for name in now if name not in CHANGEABLE and before[name] != now[name]]
         if changed:
@@ -154,6 +154,10 @@ def keep_settings(config: GRPOConfig, output_dir: Path, resume: Path | None) -> 
                 "give another output_dir, or the same settings"
             )
     path.write_text(json.dumps(now, indent=1), encoding="utf-8")
+
+
+def _default(setting: Field) -> Any:
+    return setting.default if setting.default_factory is MISSING else setting.default_factory()
 
 
 def arithmetic(config: GRPOConfig, rows: int) -> str:

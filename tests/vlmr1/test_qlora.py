@@ -114,3 +114,11 @@ def test_rows_that_are_no_multiple_of_the_blocks_are_refused_on_cpu(tmp_path):
     folder = families.build("qwen2_5_vl", tmp_path)
     with pytest.raises(SettingError, match=r"multiple of 64: model.language_model.layers.0.mlp.down_proj has 96"):
         load_model(folder, compute_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("folder", ["qwen2_5_vl"], indirect=True)
+def test_the_setting_and_the_model_must_agree(folder, model, processor, tmp_path):
+    with pytest.raises(SettingError, match="load_in_4bit is False, and the model is quantized to 4 bits"):
+        trainer_of(model, processor, tmp_path, **LORA)
+    with pytest.raises(SettingError, match="load_in_4bit is True, and the model is not quantized"):
+        trainer_of(load_model(folder), processor, tmp_path, **QLORA)
