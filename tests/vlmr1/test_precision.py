@@ -30,7 +30,7 @@ class Weights(nn.Module):
         generator = torch.Generator().manual_seed(0)
         usual = (0.03 * torch.randn(96, 128, generator=generator)).to(torch.bfloat16)
         self.usual = nn.Parameter(usual.to(dtype))
-        self.ones = nn.Parameter(torch.ones(512, 128, dtype=dtype))
+        self.ones = nn.Parameter(torch.ones(2048, 128, dtype=dtype))
 
 
 def gradients(step: int, model: Weights) -> list[Tensor]:
