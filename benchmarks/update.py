@@ -28,6 +28,7 @@ from benchmarks.flops import update_flops
 from benchmarks.harness import CheckFailed, PeakMemory, alternate, ratio, require_equal, timed, write_result
 from benchmarks.model import SHAPES
 from benchmarks.step_arms import OurArm, figures
+from vlmr1.reference import Reference
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -97,7 +98,8 @@ def share_reference(owner: OurArm, other: OurArm) -> None:
     """One reference model for both arms; the second is made without one, so that memory holds a single copy."""
     assert owner.trainer.reference is not None
     other.trainer.settings = owner.trainer.settings
-    other.trainer.reference = other.trainer._forward_of(owner.trainer.reference.model)
+    forward = other.trainer._forward_of(owner.trainer.reference.model)
+    other.trainer.reference = Reference(forward, other.trainer.policy.model)
 
 
 def run(arm: OurArm) -> None:
