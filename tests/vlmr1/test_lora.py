@@ -281,9 +281,9 @@ NOT_MODULES = {
     "unknown": ({"lora_target_modules": ["qq_proj"]}, "'qq_proj' is no linear layer of the decoder"),
     "of the tower": ({"lora_target_modules": ["qkv"]}, "lora_vision adds the vision tower"),
     "head": ({"lora_target_modules": ["lm_head"]}, "'lm_head' is the head, whose weights the loss reads"),
-    "head, whole": ({"lora_modules_to_save": ["lm_head"]}, "holds the head or the embeddings"),
-    "embeddings": ({"lora_modules_to_save": ["embed_tokens"]}, "holds the head or the embeddings"),
-    "decoder": ({"lora_modules_to_save": ["language_model"]}, "holds the head or the embeddings"),
+    "head, whole": ({"lora_modules_to_save": ["lm_head"]}, "holds the head or embeddings"),
+    "embeddings": ({"lora_modules_to_save": ["embed_tokens"]}, "holds the head or embeddings"),
+    "decoder": ({"lora_modules_to_save": ["language_model"]}, "holds the head or embeddings"),
     "no module": ({"lora_modules_to_save": ["nothing"]}, "lora_modules_to_save: the model has no module 'nothing'"),
 }
 
