@@ -99,7 +99,7 @@ def share_reference(owner: OurArm, other: OurArm) -> None:
     assert owner.trainer.reference is not None
     other.trainer.settings = owner.trainer.settings
     forward = other.trainer._forward_of(owner.trainer.reference.model)
-    other.trainer.reference = Reference(forward, other.trainer.model)
+    other.trainer.reference = Reference(forward, other.trainer.policy.model)
 
 
 def run(arm: OurArm) -> None:

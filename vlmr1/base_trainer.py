@@ -28,6 +28,7 @@ from vlmr1.memory.budget import PackBudget, PackTooLarge, carried_over, free_mem
 from vlmr1.memory.nvml import GpuMeter
 from vlmr1.memory.telemetry import Phases, peak_memory_mib
 from vlmr1.models import load_model
+from vlmr1.models.lora import base_of, is_adapter, restore_adapter
 from vlmr1.models.processor import save_processor
 from vlmr1.scale.launch import check_launched
 from vlmr1.scale.ranks import Ranks
@@ -259,7 +260,10 @@ class BaseTrainer(Trainer):
 
     def _load_weights(self, checkpoint: str, model: Any) -> None:
         """By the names that the files have, which for some families are not the module's: every weight or an error."""
-        model.load_state_dict(load_model(checkpoint, dtype=model.dtype).state_dict())
+        if self.args.use_peft:
+            restore_adapter(model, checkpoint)
+        else:
+            model.load_state_dict(load_model(checkpoint, dtype=model.dtype).state_dict())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -283,7 +287,10 @@ class BaseTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
-        save_processor(self.processor, output_dir or self.args.output_dir or ".")
+        folder = output_dir or self.args.output_dir or "."
+        save_processor(self.processor, folder)
+        if is_adapter(folder):  # the processor's class, and how the weights were quantized
+            base_of(self.model).config.save_pretrained(folder)
 
 
 def combined(name: str, values: Sequence[float]) -> float:

@@ -120,7 +120,7 @@ def _part_state(part: Part) -> dict[str, Any]:
         "groups": groups,
         "log_probs": places,
         "counts": part.counts,
-    }  # by completion: packs may be cut smaller meanwhile
+    }
 
 
 def _group(saved: dict[str, Any], prompt: Prompt) -> Group:

@@ -1,4 +1,4 @@
-"""vlmr1 demo | train | evaluate | report | data | doctor."""
+"""vlmr1 demo | train | evaluate | report | merge | data | doctor."""
 
 from __future__ import annotations
 
@@ -28,6 +28,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train.add_argument("--processes", type=int, help="of --launch; default: one a GPU")
     train.add_argument("-h", "--help", action="store_true")
     commands.add_parser("evaluate", help="greedy evaluation of checkpoints, and its comparison", add_help=False)
+    merge = commands.add_parser("merge", help="a checkpoint with an adapter -> an ordinary model directory")
+    merge.add_argument("--checkpoint", required=True, type=Path)
+    merge.add_argument("--output", required=True, type=Path, help="a directory that does not exist")
+    merge.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights")
     data = commands.add_parser("data", help="check data files before training")
     check = data.add_subparsers(dest="action", required=True).add_parser("check", help="every fault, by file and line")
     add_arguments(check)
@@ -84,6 +88,10 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
         from vlmr1.report.training import write_run_report
 
         print(write_run_report(options.run, options.out))
+    elif options.command == "merge":
+        from vlmr1.merge import merge
+
+        merge(options.checkpoint, options.output, dtype=options.dtype)
     elif options.command == "data":
         return check_command(options)
     return 0

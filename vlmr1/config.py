@@ -10,6 +10,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from vlmr1.data.templates import TEMPLATES, question_text
 from vlmr1.errors import SettingError
+from vlmr1.memory.settings import check_parameters
 from vlmr1.objective import check_objective, kernel_settings
 from vlmr1.rewards.judge import Judge
 from vlmr1.rewards.settings import RewardSettings
@@ -28,7 +29,7 @@ REPLACED = {
 # Settings of `TrainingArguments` that mean here what they mean there; any other is refused, not ignored.
 HONOURED = """
 output_dir num_train_epochs max_steps seed data_seed full_determinism use_cpu bf16 tf32 resume_from_checkpoint
-local_rank learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args optim_target_modules
+local_rank learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args use_liger_kernel
 weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm
 activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs
 logging_strategy logging_steps logging_first_step logging_nan_inf_filter log_on_each_node log_level log_level_replica
@@ -197,8 +198,42 @@ class GRPOConfig(TrainingArguments):
 
     # Parameters and precision
     freeze_vision: bool = field(default=False, metadata={"help": "train the decoder only"})
+    freeze_merger: bool | None = field(
+        default=None, metadata={"help": "the projector behind the vision tower is frozen; default: as freeze_vision"}
+    )
     model_dtype: Literal["float32", "bfloat16"] = field(
         default="float32", metadata={"help": "dtype of the weights; with bf16, float32 weights are masters"}
+    )
+    stochastic_rounding: bool = field(
+        default=False, metadata={"help": "of bfloat16 weights after an update, with optim adamw_torch_8bit"}
+    )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "the decoder's linear layers in 4 bits (nf4), with use_peft"},
+    )
+    use_peft: bool = field(default=False, metadata={"help": "train a LoRA adapter; everything else is frozen"})
+    lora_r: int = 64
+    lora_alpha: int = 128
+    lora_dropout: float = field(default=0.0, metadata={"help": "above 0 without share_prompt and pack only"})
+    lora_target_modules: list[str] = field(
+        default_factory=list, metadata={"help": "names of linear layers; default: all of the decoder"}
+    )
+    lora_vision: bool = field(default=False, metadata={"help": "adapters in the vision tower and projector too"})
+    lora_modules_to_save: list[str] = field(
+        default_factory=list, metadata={"help": "modules that are trained whole beside the adapter"}
+    )
+    use_rslora: bool = field(default=False, metadata={"help": "scale by alpha / sqrt(r), not alpha / r"})
+    use_dora: bool = field(default=False, metadata={"help": "adapters of direction, and a trained magnitude"})
+    lora_merge_rollout: bool = field(
+        default=False,
+        metadata={"help": "the adapter is merged for the rollout; costs a copy of its layers' weights"},
+    )
+    reference: Literal["auto", "copy", "adapter", "offload"] = field(
+        default="auto",
+        metadata={"help": "a copy, the adapter switched off, or a copy in host memory; auto: adapter, or copy"},
+    )
+    activation_offload: bool = field(
+        default=False, metadata={"help": "what gradient_checkpointing keeps is held in host memory"}
     )
 
     # Defaults that differ from TrainingArguments
@@ -225,6 +260,7 @@ class GRPOConfig(TrainingArguments):
         except (ValueError, ImportError) as error:
             raise SettingError(str(error)) from error
         self._check()
+        check_parameters(self)
         self.per_device_train_batch_size = self.prompts_per_device  # what the loader reads
         self.ddp_find_unused_parameters = False  # every pass uses every parameter
         self.ddp_broadcast_buffers = False  # they are constants

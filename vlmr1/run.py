@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from vlmr1.evaluation.callback import EvaluationCallback, evaluation_samples
 from vlmr1.flat_rewards import FlatRewards
 from vlmr1.models import load_model, load_processor, model_type_of
 from vlmr1.models.image_limits import limit_images
+from vlmr1.models.lora import is_adapter
 from vlmr1.progress import Progress
 from vlmr1.report.training import write_run_report
 from vlmr1.rewards.methods import columns_of_files
@@ -85,6 +86,8 @@ def prepare(config: GRPOConfig) -> Prepared:
     if not config.data_file_paths:
         raise SettingError(f"data_file_paths is not set: JSONL files, or {DIGITS!r}")
     name = model_path(config.model_name_or_path)
+    if is_adapter(name):
+        raise SettingError(f"model_name_or_path: {name} holds an adapter only; `vlmr1 merge` makes a model of it")
     options = {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
     model_type = model_type_of(name, **options)
     processor = load_processor(name, **options)
@@ -110,9 +113,15 @@ def prepare(config: GRPOConfig) -> Prepared:
         name,
         dtype=getattr(torch, config.model_dtype),
         attn_implementation=config.attn_implementation,
+        compute_dtype=compute_dtype(config) if config.load_in_4bit else None,
         **options,
     )
     return Prepared(model, processor, train, validation)
+
+
+def compute_dtype(config: GRPOConfig) -> torch.dtype:
+    """Of layers whose weights are in 4 bits."""
+    return torch.bfloat16 if config.bf16 else getattr(torch, config.model_dtype)
 
 
 def model_path(name: str) -> str:
@@ -192,7 +201,7 @@ def check_settings(config: GRPOConfig, resume: Path | None) -> None:
     now = settings_of(config)
     written = resume.parent / SETTINGS if resume is not None else None
     if written is not None and written.exists():
-        defaults = {field.name: field.default for field in fields(config)} | {"processes": 1, "launch": "ddp"}
+        defaults = {each.name: _default(each) for each in fields(config)} | {"processes": 1, "launch": "ddp"}
         before = defaults | json.loads(written.read_text(encoding="utf-8"))
         changed = [name for name in now if name not in CHANGEABLE and before[name] != now[name]]
         if changed:
@@ -210,6 +219,10 @@ def keep_settings(config: GRPOConfig, output_dir: Path) -> None:
 
 def ranks_of(config: GRPOConfig) -> Ranks:
     return Ranks(config.process_index, config.world_size)
+
+
+def _default(setting: Field) -> Any:
+    return setting.default if setting.default_factory is MISSING else setting.default_factory()
 
 
 def arithmetic(config: GRPOConfig, rows: int) -> str:

@@ -7,6 +7,7 @@ One `training_step` is one optimizer update. Optimizers, schedulers, checkpoints
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +28,7 @@ from vlmr1.memory.budget import PackTooLarge, guarded
 from vlmr1.memory.telemetry import Phases
 from vlmr1.models import adapter_of, check_dropout
 from vlmr1.models.features import FeatureCache, encode
+from vlmr1.models.lora import merged
 from vlmr1.naive import NaivePolicy
 from vlmr1.packing import (
     make_pack,
@@ -38,9 +40,10 @@ from vlmr1.packing import (
     with_signal,
     without_weight,
 )
+from vlmr1.parameters import choose_trained
 from vlmr1.penalty import unjudged, with_kl
 from vlmr1.policy import PackedPolicy, call
-from vlmr1.reference import Reference, SyncReference, frozen_copy
+from vlmr1.reference import SyncReference, make_reference
 from vlmr1.resampling import Reserve, resample
 from vlmr1.rewards.failures import unreadable
 from vlmr1.rewards.groups import TimedOut, score_groups
@@ -49,7 +52,7 @@ from vlmr1.rewards.registry import Reward, get_reward
 from vlmr1.rollout import ENGINES
 from vlmr1.scale.balance import exchange
 from vlmr1.scale.metrics import all_losses, over_ranks
-from vlmr1.scale.sharded import sharded_reference, whole
+from vlmr1.scale.sharded import whole
 from vlmr1.statistics import group_statistics
 from vlmr1.types import Group, Pack, Prompt, Sample, StepMetrics
 from vlmr1_kernels import use
@@ -80,15 +83,13 @@ class GRPOTrainer(BaseTrainer):
             raise SettingError(f"reward_weights has {len(self.reward_weights)} values for {len(self.rewards)} rewards")
         self.settings = args.objective()
         self.dtype = torch.bfloat16 if args.bf16 else None
-        if args.freeze_vision:
-            for parameter in self.adapter.vision_parameters(model):
-                parameter.requires_grad_(False)
+        trained = choose_trained(model, self.adapter, args)
         if args.overlong_prompts == "filter" and args.max_prompt_length is not None:
             samples = without_overlong(samples, PromptBuilder(model, self.adapter, processor), args.max_prompt_length)
         builder = PromptBuilder(model, self.adapter, processor, max_prompt_length=args.max_prompt_length)
         dataset = PromptDataset(samples, builder)
         super().__init__(
-            model=model,
+            model=trained,
             args=args,
             train_dataset=dataset,
             processing_class=processor.tokenizer,
@@ -110,9 +111,8 @@ class GRPOTrainer(BaseTrainer):
         self.policy = self._forward_of(model)
         self.reference = None
         if args.beta > 0:
-            copied = frozen_copy(model, shared=self.sharding is None).to(args.device)
-            wrapped = copied if self.sharding is None else sharded_reference(copied, self.accelerator, self.sharding)
-            self.reference = Reference(self._forward_of(copied), model, wrapped)
+            options = {"accelerator": self.accelerator, "sharding": self.sharding}
+            self.reference = make_reference(args.reference, self._forward_of(model), trained, **options)
         if args.sync_ref_model and self.reference is not None:
             self.kept.append(self.reference)
             self.add_callback(SyncReference(self.reference))
@@ -181,7 +181,7 @@ class GRPOTrainer(BaseTrainer):
         for of_part in self.shared_out(groups):
             part = Part(of_part, *self.pack(of_part))
             if not self.args.kl_in_reward:  # else the completions have brought them
-                with phases("reference"):
+                with phases("reference"), nullcontext() if self.reference is None else self.reference.ready():
                     part = self.with_passes(part, self.with_reference)
                 with phases("old"):
                     part = self.with_passes(part, lambda pack: self.with_old(model, pack))
@@ -198,7 +198,8 @@ class GRPOTrainer(BaseTrainer):
     def rollout(self, prompts: Sequence[Prompt], number: int = 0) -> list[Group]:
         """Prompts -> groups of completions, drawn from the present policy; `number` of the round varies the draws."""
         step = self.state.global_step + (number << 32)
-        with whole(self.engine.model, self.sharding):
+        merging = merged(self.accelerator.unwrap_model(self.model)) if self.args.lora_merge_rollout else nullcontext()
+        with whole(self.engine.model, self.sharding), merging:
             return self.engine.generate(prompts, self.args.num_generations, self.sampling, step=step)
 
     def scored(self, groups: Sequence[Group], phases: Phases) -> list[Group]:
@@ -262,7 +263,7 @@ class GRPOTrainer(BaseTrainer):
 
     def with_logprobs(self, model: Any, packs: Sequence[Pack], phases: Phases) -> list[Pack]:
         """The packs with the log-probs of reference and old policy."""
-        with phases("reference"):
+        with phases("reference"), nullcontext() if self.reference is None else self.reference.ready():
             packs = [self.with_reference(pack) for pack in packs]
         with phases("old"):
             return [self.with_old(model, pack) for pack in packs]

@@ -47,9 +47,13 @@ def command(data: Path, output: Path, *more: str) -> list[str]:
 
 
 def start(data: Path, output: Path) -> subprocess.Popen:
+    return start_with(command(data, output))
+
+
+def start_with(words: list[str]) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "vlmr1.cli", *command(data, output)],
+        [sys.executable, "-m", "vlmr1.cli", *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

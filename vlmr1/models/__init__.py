@@ -13,7 +13,9 @@ from vlmr1.models.adapter import Adapter
 from vlmr1.models.glm4v import Glm4vAdapter
 from vlmr1.models.idefics3 import Idefics3Adapter
 from vlmr1.models.internvl import InternVLAdapter
+from vlmr1.models.lora import base_name, base_of, is_adapter, read_adapter
 from vlmr1.models.processor import load_processor
+from vlmr1.models.quantization import check_layers, four_bit, quantization_of
 from vlmr1.models.qwen3_vl import Qwen3VLAdapter
 from vlmr1.models.qwen_vl import QwenVLAdapter
 
@@ -84,15 +86,28 @@ def load_model(
     attn_implementation: str = "sdpa",
     revision: str = "main",
     trust_remote_code: bool = False,
+    compute_dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
-    """Read a local directory or hub id of a supported family."""
-    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    """Read a local directory or hub id of a supported family. With `compute_dtype` the decoder's linear layers are
+    quantized to 4 bits and compute in it. A directory with an adapter only gives the model that it was trained on,
+    quantized as it was then, with the adapter at its layers."""
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if is_adapter(name):
+        options["revision"] = base_name(name)[1]
+        compute_dtype = compute_dtype or quantization_of(name)
+        options |= {"dtype": dtype, "attn_implementation": attn_implementation, "compute_dtype": compute_dtype}
+        return base_of(read_adapter(load_model(base_name(name)[0], **options), name))
     try:
         config = _config(name, options)
+        if compute_dtype is not None:
+            options["quantization_config"] = four_bit(adapter_for(config), compute_dtype)
         adapter_for(config)
-        return AutoModelForImageTextToText.from_pretrained(
+        model = AutoModelForImageTextToText.from_pretrained(
             name, config=config, dtype=dtype, attn_implementation=attn_implementation, **options
         )
+        if compute_dtype is not None:
+            check_layers(model)
+        return model
     except OSError as error:
         raise SettingError(f"model_name_or_path: {error}") from error
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from vlmr1.memory.precision import zero_gradient
 from vlmr1.models.attention import SharedAttention, shared_attention
 from vlmr1.models.tower import varlen_tower
 
@@ -35,6 +36,8 @@ class Adapter(ABC):
     model_types: ClassVar[tuple[str, ...]]  # of the config
     decoder_path: ClassVar[str] = "model.language_model"
     vision_paths: ClassVar[tuple[str, ...]] = ("model.visual",)  # tower and projector
+    head_path: ClassVar[str] = "lm_head"
+    merger_paths: ClassVar[tuple[str, ...]] = ("model.visual.merger",)  # of these, the projector
     varlen_tower: ClassVar[bool] = False  # the tower's rows are sequences in a row, with their offsets
 
     # Images
@@ -103,17 +106,21 @@ class Adapter(ABC):
 
     def head(self, model: Any) -> nn.Linear:
         """The vocabulary projection."""
-        return model.lm_head
+        return attrgetter(self.head_path)(model)
 
     def vision_parameters(self, model: Any) -> list[nn.Parameter]:
         """Of tower and projector."""
         return [p for path in self.vision_paths for p in attrgetter(path)(model).parameters()]
 
+    def merger_parameters(self, model: Any) -> list[nn.Parameter]:
+        """Of the projector alone."""
+        return [p for path in self.merger_paths for p in attrgetter(path)(model).parameters()]
+
     def fill_vision_gradients(self, model: Any) -> None:
         """Zeros where a trained tower has no gradient yet: what is left of a step may have no image, the step has."""
         for parameter in self.vision_parameters(model):
             if parameter.requires_grad and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+                parameter.grad = zero_gradient(parameter)
 
 
 def joined(images: Sequence[ImageInputs], dim: int = 0) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ class Glm4vAdapter(QwenVLAdapter):
     """Images and videos have start and end tokens of their own."""
 
     model_types = ("glm4v",)
+    merger_paths = ("model.visual.downsample", "model.visual.merger")
 
     def placeholder_ids(self, model: Any, tokenizer: Any = None) -> list[int]:
         kinds = ("image", "image_start", "image_end", "video", "video_start", "video_end")

@@ -23,6 +23,7 @@ class Idefics3Adapter(Adapter):
     model_types = ("idefics3", "smolvlm")
     decoder_path = "model.text_model"
     vision_paths = ("model.vision_model", "model.connector")
+    merger_paths = ("model.connector",)
 
     def placeholder_ids(self, model: Any, tokenizer: Any = None) -> list[int]:
         around = [] if tokenizer is None else tokenizer.get_added_vocab().items()

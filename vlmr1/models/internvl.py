@@ -18,6 +18,7 @@ class InternVLAdapter(Adapter):
 
     model_types = ("internvl",)
     vision_paths = ("model.vision_tower", "model.multi_modal_projector")
+    merger_paths = ("model.multi_modal_projector",)
 
     def placeholder_ids(self, model: Any, tokenizer: Any = None) -> list[int]:
         if tokenizer is None:

@@ -15,6 +15,7 @@ class Qwen3VLAdapter(QwenVLAdapter):
     """The deepstack features of an image are shared like its rows."""
 
     model_types = ("qwen3_vl",)
+    merger_paths = ("model.visual.merger", "model.visual.deepstack_merger_list")
 
     def encode_images(self, model: Any, images: Sequence[ImageInputs]) -> list[ImageFeatures]:
         if not images:

@@ -31,9 +31,13 @@ def sharding_of(accelerator: Any) -> Sharding | None:
 
 def check_sharded(args: Any, sharding: Sharding | None) -> None:
     """SettingError for settings that need passes of which the ranks would run different numbers, or all weights."""
-    for name in ("dynamic_sampling", "kl_in_reward", "sync_ref_model"):
-        if sharding is not None and getattr(args, name):
+    if sharding is None:
+        return
+    for name in ("dynamic_sampling", "kl_in_reward", "sync_ref_model", "use_peft"):
+        if getattr(args, name):
             raise SettingError(f"{name} is not supported where {sharding} shards the weights: use ddp or zero2")
+    if args.reference == "offload":
+        raise SettingError(f"reference=offload is not supported with {sharding}, which shards the reference too")
 
 
 @contextmanager

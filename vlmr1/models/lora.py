@@ -1,0 +1,142 @@
+"""LoRA through peft: which modules get an adapter, the adapter merged for a rollout, and adapter checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from operator import attrgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from vlmr1.errors import SettingError
+from vlmr1.models.adapter import Adapter
+
+if TYPE_CHECKING:
+    from vlmr1.config import GRPOConfig
+
+ADAPTER_CONFIG = "adapter_config.json"  # of a checkpoint that holds an adapter only
+
+
+def with_lora(model: Any, adapter: Adapter, args: GRPOConfig) -> Any:
+    """The model with an adapter at its linear layers, as a `peft.PeftModel`: the adapter is trained, in float32
+    whatever the dtype of the weights, and the rest is frozen. The adapter's first weights follow from `args.seed`.
+
+    SettingError: peft is not installed, or `lora_target_modules` or `lora_modules_to_save` name what cannot be."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise SettingError("use_peft needs peft: pip install 'vlmr1[quant]'") from error
+    config = LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=target_modules(model, adapter, args.lora_target_modules, vision=args.lora_vision),
+        modules_to_save=_kept_modules(model, adapter, args.lora_modules_to_save) or None,
+        use_rslora=args.use_rslora,
+        use_dora=args.use_dora,
+        revision=None if args.model_revision == "main" else args.model_revision,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(args.seed)
+        return get_peft_model(model, config)
+
+
+def base_of(model: Any) -> Any:
+    """The model that a `peft.PeftModel` wraps, adapter included; any other model as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def target_modules(model: Any, adapter: Adapter, names: Sequence[str], *, vision: bool) -> list[str]:
+    """Full names of the linear layers that get an adapter: those of the decoder, with `vision` also those of tower and
+    projector; where `names` are given, those among them whose last parts are one of these."""
+    places = [adapter.decoder_path, *(adapter.vision_paths if vision else ())]
+    linear = [f"{place}.{name}" for place in places for name in _linear_layers(attrgetter(place)(model))]
+    if not names:
+        return linear
+    for name in names:
+        if not any(_ends(each, name) for each in linear):
+            of_head = any(module is adapter.head(model) for each, module in model.named_modules() if _ends(each, name))
+            where = "decoder and vision tower" if vision else "decoder (lora_vision adds the vision tower)"
+            reason = "is the head, whose weights the loss reads" if of_head else f"is no linear layer of the {where}"
+            raise SettingError(f"lora_target_modules: {name!r} {reason}")
+    return [each for each in linear if any(_ends(each, name) for name in names)]
+
+
+def _linear_layers(module: nn.Module) -> list[str]:
+    return [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+
+
+def _ends(full: str, name: str) -> bool:
+    return full == name or full.endswith(f".{name}")
+
+
+def _kept_modules(model: Any, adapter: Adapter, names: Sequence[str]) -> list[str]:
+    """Full names of the modules that are trained whole beside the adapter. The head and the embeddings cannot be."""
+    found = []
+    for name in names:
+        modules = {each: module for each, module in model.named_modules() if _ends(each, name)}
+        if not modules:
+            raise SettingError(f"lora_modules_to_save: the model has no module {name!r}")
+        for each, module in modules.items():
+            if any(part in (adapter.head(model), model.get_input_embeddings()) for part in module.modules()):
+                raise SettingError(f"lora_modules_to_save: {each!r} holds the head or embeddings, which stay frozen")
+            found.append(each)
+    return found
+
+
+@contextmanager
+def merged(model: Any) -> Iterator[None]:
+    """In this block the adapter is part of the weights of its layers, in their dtype; after it the weights are what
+    they were, bit for bit: they are kept, not computed back. Costs a second copy of these layers' weights."""
+    from peft.tuners.lora import LoraLayer
+
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    kept = [layer.get_base_layer().weight.data for layer in layers]
+    try:
+        for layer in layers:
+            layer.merge(safe_merge=True)  # into a copy
+        yield
+    finally:
+        for layer, weight in zip(layers, kept, strict=True):
+            if layer.merged:
+                layer.unmerge()
+            layer.get_base_layer().weight.data = weight
+
+
+def is_adapter(folder: str | Path) -> bool:
+    """Whether a directory holds an adapter only."""
+    return (Path(folder) / ADAPTER_CONFIG).is_file()
+
+
+def base_name(folder: str | Path) -> tuple[str, str]:
+    """The model that an adapter in a directory was trained on: local directory or hub id, and revision."""
+    config = json.loads((Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    name = config.get("base_model_name_or_path")
+    if not name:
+        raise SettingError(f"{folder}: its {ADAPTER_CONFIG} does not name the model that it is for")
+    return name, config.get("revision") or "main"
+
+
+def read_adapter(model: Any, folder: str | Path) -> Any:
+    """The `peft.PeftModel` of a base model and the adapter in a directory."""
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise SettingError(f"{folder} holds an adapter, which needs peft: pip install 'vlmr1[quant]'") from error
+    return PeftModel.from_pretrained(model, str(folder))
+
+
+def restore_adapter(model: Any, folder: str | Path) -> None:
+    """The weights of an adapter checkpoint into a model that has such an adapter: every one, or a SettingError."""
+    from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+
+    saved = load_peft_weights(str(folder), device="cpu")
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    different = sorted(saved.keys() ^ own.keys()) + [n for n in own if n in saved and own[n].shape != saved[n].shape]
+    if different:
+        raise SettingError(f"{folder}: its adapter is not the one of this run; they differ in {different[0]}")
+    set_peft_model_state_dict(model, saved)

@@ -1,0 +1,51 @@
+"""Weights in 4 bits: nf4 with double quantization, through bitsandbytes; the decoder's linear layers only."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import BitsAndBytesConfig
+
+from vlmr1.errors import SettingError
+from vlmr1.models.adapter import Adapter
+
+BLOCK = 64  # weights that share a scale
+CONFIG = "config.json"  # of a checkpoint: of the model, with how it was quantized
+
+
+def four_bit(adapter: Adapter, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Head, embeddings, vision tower and projector keep their weights: the loss reads the head's."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+        llm_int8_skip_modules=[*adapter.vision_paths, adapter.head_path],
+    )
+
+
+def quantization_of(folder: str | Path) -> torch.dtype | None:
+    """The dtype that the 4-bit layers compute in of the model that an adapter was trained on; None: not quantized."""
+    path = Path(folder) / CONFIG
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    quantization = config.get("quantization_config")
+    return getattr(torch, quantization["bnb_4bit_compute_dtype"]) if quantization else None
+
+
+def check_layers(model: Any) -> None:
+    """What bitsandbytes 0.50 does on CPU and must not. SettingError where rows are no multiple of its blocks of 64: it
+    reads them back wrongly. And no repacking at the first forward without gradient (AVX-512 with bfloat16): that rounds
+    the scales, and rollouts would draw from another model than the one that is trained."""
+    from bitsandbytes.nn.modules import Linear4bit
+
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit):
+            if module.weight.device.type == "cpu" and module.in_features % BLOCK:
+                raise SettingError(
+                    f"load_in_4bit on CPU needs layers whose inputs are a multiple of {BLOCK}: {name} has "
+                    f"{module.in_features}"
+                )
+            module.support_avx512bf16_for_cpu = False
