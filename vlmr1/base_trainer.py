@@ -13,16 +13,18 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import rotate_checkpoints
 
 from vlmr1.buffer import Buffer, BufferSampler
-from vlmr1.checkpoint import staged
+from vlmr1.checkpoint import rotate, staged
 from vlmr1.config import GRPOConfig
+from vlmr1.disk import writing
 from vlmr1.errors import DivergedError, SettingError
 from vlmr1.loss import MAXIMA
 from vlmr1.models import load_model
 from vlmr1.models.processor import save_processor
+from vlmr1.processes import serve_run
 from vlmr1.types import Group, Pack, Prompt, StepMetrics
+from vlmr1.unlogged import load_unlogged, save_unlogged
 
 logger = logging.getLogger(__name__)
 ROLLOUTS = "rollouts.pt"  # of a checkpoint: the buffer, where updates on it are left
@@ -69,6 +71,7 @@ class BaseTrainer(Trainer):
             "prefetch_factor": args.dataloader_prefetch_factor,
             "multiprocessing_context": args.dataloader_multiprocessing_context or None,
             "in_order": args.dataloader_in_order,
+            "worker_init_fn": serve_run,
         }
         loader = DataLoader(self.train_dataset, batch_sampler=sampler, collate_fn=as_list, **workers)  # type: ignore[arg-type]
         return self.accelerator.prepare(loader)
@@ -109,7 +112,7 @@ class BaseTrainer(Trainer):
                 logs[name] = max(known) if name in MAXIMA else sum(known) / len(known)
             for phase in dict.fromkeys(phase for step in steps for phase in step.seconds):
                 logs[f"seconds/{phase}"] = sum(step.seconds.get(phase, 0.0) for step in steps) / len(steps)
-            logs["skipped_updates"] = float(self.skipped)  # since this process began
+            logs["skipped_updates"] = float(self.skipped)  # since the run began
             logs["peak_memory_mib"] = max(step.peak_memory_mib for step in steps)
         super().log(logs, start_time)
 
@@ -122,12 +125,15 @@ class BaseTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         output_dir = Path(self.args.output_dir or ".")
-        with staged(output_dir, f"checkpoint-{self.state.global_step}") as self._staging:
+        name = f"checkpoint-{self.state.global_step}"
+        with writing(name, output_dir), staged(output_dir, name) as self._staging:
             super()._save_checkpoint(model, trial)
             if not self.buffer.spent:
-                torch.save(self.buffer.state(), self._staging / f"checkpoint-{self.state.global_step}" / ROLLOUTS)
+                torch.save(self.buffer.state(), self._staging / name / ROLLOUTS)
+            if self.args.should_save:
+                save_unlogged(self, self._staging / name)
         self._staging = None
-        rotate_checkpoints(str(output_dir), self.args.save_total_limit)
+        rotate(output_dir, self.args.save_total_limit, output_dir / name)
 
     def is_finished(self, checkpoint: Path) -> bool:
         """Whether this is the last checkpoint of a run, whose weights and state are then taken; `train` would go on."""
@@ -146,6 +152,12 @@ class BaseTrainer(Trainer):
         rollouts = Path(resume_from_checkpoint) / ROLLOUTS
         if rollouts.exists():
             self.buffer.load(torch.load(rollouts, weights_only=True), self._prompt_of, self.pack)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """The last that a resumed run reads, after the library has set its counts of the logs to nothing."""
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None:
+            load_unlogged(self, Path(checkpoint))
 
     def _prompt_of(self, sample: int) -> Prompt:
         dataset: Any = self.train_dataset

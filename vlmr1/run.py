@@ -11,17 +11,22 @@ from typing import Any
 
 import torch
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import SaveStrategy
 
 from vlmr1.buffer import BufferSampler
-from vlmr1.checkpoint import clean, is_complete, last_complete
+from vlmr1.checkpoint import clean, fault_of, last_complete, replace_text
 from vlmr1.config import GRPOConfig
 from vlmr1.data.samples import load_samples
 from vlmr1.data.templates import question_text
+from vlmr1.disk import check_output_dir, checkpoint_bytes, warn_of_space, writing
 from vlmr1.errors import SettingError
 from vlmr1.models import load_model, load_processor, model_type_of
+from vlmr1.processes import naming_lost_workers
 from vlmr1.progress import Progress
+from vlmr1.resume import Resuming
 from vlmr1.rewards.methods import with_methods
 from vlmr1.rewards.registry import check_samples
+from vlmr1.signals import StopSignals
 from vlmr1.tiny import CHECKPOINT, digits
 from vlmr1.trainer import GRPOTrainer
 from vlmr1.types import Sample
@@ -90,20 +95,28 @@ def data_of(config: GRPOConfig, output_dir: Path) -> tuple[list[str], list[str]]
     folder = output_dir / "data"
     path = folder / "train.jsonl"
     if not path.exists():
-        digits.write(folder, "train", count=TRAIN_ROWS, seed=config.seed)
+        with writing("the embedded data set", output_dir):
+            digits.write(folder, "train", count=TRAIN_ROWS, seed=config.seed)
     return [str(path)], [str(folder / "images")]
 
 
 def train(config: GRPOConfig) -> GRPOTrainer:
-    """Run, or continue from the last complete checkpoint in the output directory."""
+    """Run, or continue from the last complete checkpoint in the output directory. Raises Stopped where a signal ended
+    the run, after a checkpoint."""
+    with StopSignals() as stop, naming_lost_workers(), Resuming() as resuming:
+        return _train(config, stop, resuming)
+
+
+def _train(config: GRPOConfig, stop: StopSignals, resuming: Resuming) -> GRPOTrainer:
     output_dir = Path(config.output_dir or "output")
-    resume = find_resume(config, output_dir)
+    check_output_dir(output_dir)
+    resume = resuming.checkpoint = find_resume(config, output_dir)
     model, processor, samples = prepare(config)
     output_dir.mkdir(parents=True, exist_ok=True)
     clean(output_dir)
     keep_settings(config, output_dir, resume)
     progress = Progress(output_dir, console=not config.disable_tqdm)
-    trainer = GRPOTrainer(model, config, samples, processor, callbacks=[progress])
+    trainer = GRPOTrainer(model, config, samples, processor, callbacks=[progress, stop, resuming])
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     progress.trainer = trainer
@@ -113,7 +126,10 @@ def train(config: GRPOConfig) -> GRPOTrainer:
         return trainer
     if resume is not None:
         print(f"continuing from {resume}", flush=True)
+    if config.should_save and config.save_strategy != SaveStrategy.NO:
+        warn_of_space(output_dir, checkpoint_bytes(model, str(config.optim), weights_only=config.save_only_model))
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    stop.leave()
     return trainer
 
 
@@ -122,8 +138,9 @@ def find_resume(config: GRPOConfig, output_dir: Path) -> Path | None:
     if config.resume_from_checkpoint is None:
         return last_complete(output_dir)
     named = Path(config.resume_from_checkpoint)
-    if not is_complete(named):
-        raise SettingError(f"resume_from_checkpoint: {named} is not a complete checkpoint")
+    fault = fault_of(named)
+    if fault:
+        raise SettingError(f"resume_from_checkpoint: {named} is not a complete checkpoint: {fault}")
     return named
 
 
@@ -136,7 +153,7 @@ def keep_settings(config: GRPOConfig, output_dir: Path, resume: Path | None) -> 
     written = resume.parent / SETTINGS if resume is not None else None
     if written is not None and written.exists():
         defaults = {field.name: field.default for field in fields(config)}
-        before = defaults | json.loads(written.read_text(encoding="utf-8"))
+        before = defaults | read_settings(written)
         changed = [name for name in now if name not in CHANGEABLE and before[name] != now[name]]
         if changed:
             name = changed[0]
@@ -144,7 +161,16 @@ def keep_settings(config: GRPOConfig, output_dir: Path, resume: Path | None) -> 
                 f"{name} is {now[name]!r}, but the run in {written.parent} was started with {before[name]!r}: "
                 "give another output_dir, or the same settings"
             )
-    path.write_text(json.dumps(now, indent=1), encoding="utf-8")
+    with writing(SETTINGS, output_dir):
+        replace_text(path, json.dumps(now, indent=1))
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings that a run has written."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SettingError(f"{path} cannot be read ({error}): without it, settings are not compared") from error
 
 
 def arithmetic(config: GRPOConfig, rows: int) -> str:
