@@ -104,8 +104,8 @@ class BaseTrainer(Trainer):
     # Logs and checkpoints
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the means, or maxima, of the steps since the last log."""
-        if self.unlogged:
+        """Adds the means, or maxima, of the steps since the last log; not to what is logged at the end of a run."""
+        if self.unlogged and "loss" in logs:
             steps, self.unlogged = self.unlogged, []
             for name in dict.fromkeys(name for step in steps for name in step.values):
                 known = [step.values[name] for step in steps if name in step.values]

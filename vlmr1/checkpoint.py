@@ -67,7 +67,7 @@ def fault_of(checkpoint: Path) -> str | None:
         return f"there is no {Path(error.filename).relative_to(checkpoint)}"
     except OSError as error:
         return str(error)
-    except (ValueError, KeyError, AttributeError):  # of another program, or overwritten
+    except (ValueError, LookupError, TypeError, AttributeError):  # of another program, or overwritten
         return f"{MANIFEST} is not one of ours"
     return None
 

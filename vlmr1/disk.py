@@ -33,7 +33,7 @@ def writing(what: str, output_dir: Path) -> Iterator[None]:
             raise
         last = last_complete(output_dir)
         whole = f". {last.name} is whole: after that is mended, the same command continues from it" if last else ""
-        room = f"{_free(output_dir) / GIB:.2f} GiB are free there"
+        room = f"{_free(output_dir) / GIB:.2f} GiB are free there without it"
         raise OutputError(f"{what} cannot be written to {output_dir}: {reason}; {room}{whole}") from error
 
 

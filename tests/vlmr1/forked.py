@@ -12,6 +12,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import torch
+
 LIMIT = 300  # seconds; a run takes two where nothing else runs
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
@@ -82,4 +84,5 @@ def _call(function: Callable[..., Any], arguments: tuple[Any, ...], log: Path) -
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
+    torch.set_num_threads(1)  # several would wait for each other, and for the other tests
     sys.exit(function(*arguments))

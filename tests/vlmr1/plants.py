@@ -1,6 +1,6 @@
 """What a test does to a run from within, at a file operation that it names: kill it, or let it meet a full disk.
 
-Operations are Python's audit events: `open`, `os.mkdir`, `os.rename`, `os.remove`, ... with the path that they are for."""
+Operations are Python's audit events: `open`, `os.mkdir`, `os.rename`, `os.remove`, ... with their path."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ MORE_PLANTS = {
     "manifest": (At("open", f"{STAGED}/manifest.json", Grow(10), mode="w"), 2),
     "after the renaming": (At("shutil.rmtree", ".staging-checkpoint-3", kill), 3),
     "completion": (At("open", "completions.jsonl", Grow(30), count=10, mode="a"), 2),
-    "settings": (At("open", "settings.json", Grow(100), mode="w"), None),
+    "settings": (At("open", "settings.json", Grow(3000), mode="w"), None),
 }
 CASES = [pytest.param(*plant, id=name) for name, plant in PLANTS.items()]
 CASES += [pytest.param(*plant, id=name, marks=SOAK) for name, plant in MORE_PLANTS.items()]

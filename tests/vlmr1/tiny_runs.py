@@ -18,7 +18,7 @@ STEPS = 6
 MEASURED = re.compile("second|memory|power|energy")  # names of metrics that two runs do not share
 # A reward of many values. Where the file `flag` is beside it, its nth call also does what that file says.
 MINE = """
-import os, pathlib, signal, time
+import os, pathlib, re, shutil, signal, time
 
 FLAG = pathlib.Path(__file__).with_name("flag")
 calls = 0
@@ -46,7 +46,14 @@ def children():
 def apart(completions, **columns):
     return [0.0] * len(completions)
 
-apart.one_by_one = True
+def dies(completions, **columns):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def hangs(completions, **columns):
+    FLAG.with_name("hangs").touch()
+    re.match("(a+)+$", "a" * 60 + "b")  # for years, without letting another thread run
+
+apart.one_by_one = dies.one_by_one = hangs.one_by_one = True
 """
 
 
