@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import pickle
+import traceback
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers import TrainerCallback
 
 from vlmr1.checkpoint import fault_of
 from vlmr1.errors import CheckpointError
-
-UNREADABLE = ("PytorchStreamReader", "Error(s) in loading state_dict")  # in the text of torch's RuntimeErrors
 
 
 class Resuming(TrainerCallback):
@@ -36,9 +35,8 @@ class Resuming(TrainerCallback):
         if self.checkpoint is None or self.done or not isinstance(error, Exception):
             return
         self._check(self.checkpoint, error)
-        text = str(error)
-        if isinstance(error, SafetensorError | pickle.UnpicklingError | EOFError) or any(t in text for t in UNREADABLE):
-            reason = text.splitlines()[0] if text else type(error).__name__
+        if _is_of_content(error, trace):
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise CheckpointError(
                 f"{self.checkpoint} cannot be read ({reason}): remove it, and the same command continues from the one "
                 "before, or begins again"
@@ -56,3 +54,13 @@ class Resuming(TrainerCallback):
                 f"{checkpoint} was deleted or changed while it was read ({fault}): "
                 "the same command continues from the one before, or begins again"
             ) from error
+
+
+def _is_of_content(error: Exception, trace: TracebackType | None) -> bool:
+    """Whether a file was not what it should be: torch has many exceptions for that, all from its reader, or from where
+    states are taken."""
+    if isinstance(error, SafetensorError):
+        return True
+    codes = [frame.f_code for frame, _ in traceback.walk_tb(trace)]
+    read = any(code.co_filename == torch.serialization.__file__ or code.co_name == "load_state_dict" for code in codes)
+    return read and not isinstance(error, torch.OutOfMemoryError)

@@ -84,5 +84,6 @@ def _call(function: Callable[..., Any], arguments: tuple[Any, ...], log: Path) -
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
+    multiprocessing.set_start_method("fork", force=True)  # loader workers start as in a run of its own
     torch.set_num_threads(1)  # several would wait for each other, and for the other tests
     sys.exit(function(*arguments))
