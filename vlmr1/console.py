@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from tqdm import tqdm
+
 
 @contextmanager
 def surviving() -> Iterator[None]:
@@ -30,5 +32,7 @@ def drop_broken() -> None:
 def last_words(message: str) -> None:
     """A line on stderr, if it is read; what is left in both streams must not fail later."""
     with surviving():
+        for bar in list(getattr(tqdm, "_instances", ())):  # its line would be the message's
+            bar.close()
         print(f"vlmr1: {message}", file=sys.stderr)
     drop_broken()
