@@ -18,7 +18,8 @@ from tests.vlmr1.plants import At, Grow, kill
 from tests.vlmr1.tiny_runs import STEPS, assert_same, assert_whole, command, differences, write_data
 from vlmr1.checkpoint import last_complete
 
-SOAK = [pytest.mark.slow, pytest.mark.soak]
+pytestmark = pytest.mark.slow  # seconds each
+SOAK = pytest.mark.soak
 STAGED = ".staging-checkpoint-3/checkpoint-3"
 
 
@@ -88,7 +89,6 @@ def test_killed_at_a_random_moment(seed, undisturbed, tmp_path):
     assert_continues(undisturbed, output, tmp_path / "log")
 
 
-@pytest.mark.slow
 @pytest.mark.soak
 def test_killed_again_and_again(undisturbed, tmp_path):
     """Twenty times at most, each after another third of a run, until the run is done."""

@@ -16,6 +16,7 @@ from tests.vlmr1.tiny_runs import assert_same, assert_whole, command, during, wr
 from vlmr1.base_trainer import ROLLOUTS
 from vlmr1.checkpoint import STAGING, last_complete
 
+pytestmark = pytest.mark.slow  # seconds each
 SELF = "os.kill(os.getpid(), signal.{})".format
 TELL_ALL = "[os.kill(pid, signal.SIGTERM) for pid in [*children(), os.getpid()]]"
 NO_READER = "read, write = os.pipe(); os.close(read); os.dup2(write, 1); os.dup2(write, 2)"

@@ -21,6 +21,7 @@ from tests.vlmr1.tiny_runs import assert_same, command, during, write_data
 from vlmr1.checkpoint import STAGING, last_complete
 from vlmr1.cli import main
 
+pytestmark = pytest.mark.slow  # seconds each
 KILL_LOADERS = """
 for pid, line in children().items():
     if "rewards.worker" not in line:
