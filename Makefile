@@ -1,4 +1,4 @@
-# make demo | test | test-fast | lint | bench: each sets up what it needs, once, in .venv
+# make demo | test | test-fast | soak | lint | bench: each sets up what it needs, once, in .venv
 # On a machine with a GPU: make demo TORCH=torch
 
 PYTHON ?= python3
@@ -10,7 +10,7 @@ READY := .venv/ready
 # TORCH is named in every installation, so that no extra can replace the build that was asked for.
 INSTALL = $(BIN)/pip install -qq --disable-pip-version-check "$(TORCH)" --editable
 
-.PHONY: demo test test-fast lint bench bench-ops clean
+.PHONY: demo test test-fast soak lint bench bench-ops clean
 .NOTPARALLEL:
 
 demo: $(READY)/base
@@ -21,6 +21,10 @@ test: lint $(READY)/test
 
 test-fast: $(READY)/test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -m "not slow"
+
+# Runs that are killed at many more moments than in `make test`.
+soak: $(READY)/test
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -m soak
 
 # pyright reads the packages that the tests and benchmarks import
 lint: $(READY)/lint $(READY)/test $(READY)/bench

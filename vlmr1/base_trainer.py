@@ -16,12 +16,12 @@ from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import rotate_checkpoints
 
 from vlmr1.buffer import Buffer, BufferSampler, Part
-from vlmr1.checkpoint import staged
+from vlmr1.checkpoint import rotate, staged
 from vlmr1.config import GRPOConfig
 from vlmr1.data.loader import Batches
+from vlmr1.disk import writing
 from vlmr1.errors import DivergedError, SettingError
 from vlmr1.loss import MAXIMA, MINIMA
 from vlmr1.memory.budget import PackBudget, PackTooLarge, carried_over, free_memory
@@ -30,10 +30,12 @@ from vlmr1.memory.telemetry import Phases, peak_memory_mib
 from vlmr1.models import load_model
 from vlmr1.models.lora import base_of, is_adapter, restore_adapter
 from vlmr1.models.processor import save_processor
+from vlmr1.processes import serve_run
 from vlmr1.scale.launch import check_launched
 from vlmr1.scale.ranks import Ranks
 from vlmr1.scale.sharded import Sharding, check_sharded, sharding_of
 from vlmr1.types import Group, Pack, Prompt, StepMetrics
+from vlmr1.unlogged import load_unlogged, save_unlogged
 
 logger = logging.getLogger(__name__)
 ROLLOUTS = "rollouts.pt"  # of a checkpoint: the buffer, where updates on it are left
@@ -133,6 +135,7 @@ class BaseTrainer(Trainer):
             "prefetch_factor": args.dataloader_prefetch_factor,
             "multiprocessing_context": args.dataloader_multiprocessing_context or None,
             "in_order": args.dataloader_in_order,
+            "worker_init_fn": serve_run,
         }
         loader = DataLoader(Batches(self.train_dataset), batch_sampler=sampler, collate_fn=as_list, **workers)  # type: ignore[arg-type]
         config = self.accelerator.dataloader_config
@@ -199,14 +202,14 @@ class BaseTrainer(Trainer):
     # Logs and checkpoints
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the means, or maxima, of the steps since the last log."""
-        if self.unlogged:
+        """Adds the means, or maxima, of the steps since the last log; not to what is logged at the end of a run."""
+        if self.unlogged and "loss" in logs:
             steps, self.unlogged = self.unlogged, []
             for name in dict.fromkeys(name for step in steps for name in step.values):
                 known = [step.values[name] for step in steps if name in step.values]
                 logs[name] = combined(name, known)
             logs |= costs(steps)
-            logs["skipped_updates"] = float(self.skipped)  # since this process began
+            logs["skipped_updates"] = float(self.skipped)  # since the run began
             logs["out_of_memory"] = float(self.budget.out_of_memory)  # of the run
             logs["memory/peak_mib"] = peak_memory_mib()
         super().log(logs, start_time)
@@ -224,18 +227,21 @@ class BaseTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         output_dir = Path(self.args.output_dir or ".")
-        with staged(output_dir, f"checkpoint-{self.state.global_step}", self.ranks) as self._staging:
+        name = f"checkpoint-{self.state.global_step}"
+        with writing(name, output_dir), staged(output_dir, name, self.ranks) as self._staging:
             super()._save_checkpoint(model, trial)
-            checkpoint = self._staging / f"checkpoint-{self.state.global_step}"
+            checkpoint = self._staging / name
             if self.ranks.rank == 0:
                 self.budget.save(checkpoint / BUDGET)
                 for each in self.kept:
                     each.save(checkpoint)
             if not self.buffer.spent:
                 torch.save(self.buffer.state(), checkpoint / self.rollouts)
+            if self.args.should_save:
+                save_unlogged(self, checkpoint)
         self._staging = None
         if self.ranks.rank == 0:
-            rotate_checkpoints(str(output_dir), self.args.save_total_limit)
+            rotate(output_dir, self.args.save_total_limit, output_dir / name)
 
     @property
     def rollouts(self) -> str:
@@ -280,6 +286,12 @@ class BaseTrainer(Trainer):
         rollouts = Path(checkpoint) / self.rollouts
         if rollouts.exists():
             self.buffer.load(torch.load(rollouts, weights_only=True), self._prompt_of, self.pack)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """The last that a resumed run reads, after the library has set its counts of the logs to nothing."""
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None:
+            load_unlogged(self, Path(checkpoint))
 
     def _prompt_of(self, sample: int) -> Prompt:
         dataset: Any = self.train_dataset

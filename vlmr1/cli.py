@@ -5,17 +5,19 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from vlmr1.console import last_words
 from vlmr1.data.check import add_arguments, check_command
-from vlmr1.errors import UserError
+from vlmr1.errors import Stopped, UserError
 from vlmr1_kernels.registry import ImplementationError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; the user's mistakes are one line on stderr and exit status 2."""
+    """Entry point; the user's mistakes are one line on stderr and exit status 2, signals 128 + their number."""
     parser = argparse.ArgumentParser(prog="vlmr1", description="GRPO for vision-language models.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="train the embedded tiny model and report before and after")
@@ -47,10 +49,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(options, rest)
     except (UserError, ImplementationError) as error:
         rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-        print(f"vlmr1: {rank}{error}", file=sys.stderr, flush=True)
+        last_words(f"{rank}{error}")
         if rank:
             os._exit(2)  # the other ranks wait for this one in a collective: it must not wait for them
         return 2
+    except Stopped as stopped:
+        last_words(str(stopped))
+        return stopped.status
+    except KeyboardInterrupt:
+        last_words("stopped by Ctrl-C")
+        return 128 + signal.SIGINT
 
 
 def _run(options: argparse.Namespace, rest: list[str]) -> int:

@@ -13,6 +13,7 @@ from vlmr1.checkpoint import last_complete
 from vlmr1.config import GRPOConfig
 from vlmr1.data.samples import load_samples
 from vlmr1.data.templates import question_text
+from vlmr1.disk import check_output_dir
 from vlmr1.evaluation.evaluate import Evaluation, evaluate
 from vlmr1.models import load_model, load_processor
 from vlmr1.progress import read_metrics
@@ -46,6 +47,7 @@ def demo(seed: int, output_dir: Path, changes: Sequence[str] = ()) -> None:
     begin = time.monotonic()
     arguments = ["--output_dir", str(output_dir), "--seed", str(seed), "--data_file_paths", DIGITS]
     config = parse_config([*arguments, *changes], recipe="tiny-digits")
+    check_output_dir(output_dir)
     samples = held_out(config, output_dir)
     before = measure(config, model_path(str(config.model_name_or_path)), samples)
     print(

@@ -19,3 +19,23 @@ class RewardError(UserError):
 
 class DivergedError(UserError):
     """Too many updates in a row whose loss or gradient was not finite."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be read, or that was deleted while it was read."""
+
+
+class OutputError(UserError):
+    """The output directory cannot be written: full, read-only, gone."""
+
+
+class WorkerError(UserError):
+    """A process that works for a run has died."""
+
+
+class Stopped(BaseException):
+    """A signal asked the run to end; `status` is what shells report for it, 128 + its number."""
+
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status

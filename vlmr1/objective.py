@@ -84,9 +84,7 @@ def _check_reference(config: GRPOConfig) -> None:
         if getattr(config, name) and config.beta == 0:
             raise SettingError(f"{name} needs beta above 0: with beta 0 there is no reference model")
     if config.sync_ref_model and (config.reference == "adapter" or (config.use_peft and config.reference == "auto")):
-        raise SettingError(
-            "sync_ref_model needs reference=copy or offload: a policy with its adapter off stays"
-        )
+        raise SettingError("sync_ref_model needs reference=copy or offload: a policy with its adapter off stays")
     if config.ref_model_sync_steps < 1:
         raise SettingError(f"ref_model_sync_steps is {config.ref_model_sync_steps}: it must be at least 1")
     if not 0 < config.ref_model_mixup_alpha <= 1:

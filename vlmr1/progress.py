@@ -11,6 +11,8 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from vlmr1.checkpoint import truncate_after
+from vlmr1.console import surviving
+from vlmr1.disk import writing
 from vlmr1.errors import DataError
 from vlmr1.report.pictures import keep_picture
 from vlmr1.rewards.failures import reads_boxes
@@ -58,13 +60,15 @@ class Progress(TrainerCallback):
         if not state.is_world_process_zero:
             return
         for name in (METRICS, COMPLETIONS):
-            truncate_after(self.output_dir / name, state.global_step)
+            with writing(name, self.output_dir):
+                truncate_after(self.output_dir / name, state.global_step)
         if self.console:
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", file=sys.stderr)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
-            self.bar.update(1)
+            with surviving():
+                self.bar.update(1)
         if state.is_world_process_zero and self.trainer is not None:
             self._completions(state.global_step, self.trainer.last_groups, args.log_completions)
 
@@ -73,11 +77,13 @@ class Progress(TrainerCallback):
             return
         self._append(METRICS, {"step": state.global_step, **logs})
         if self.console:
-            tqdm.write(step_line(logs, state.global_step), file=sys.stdout)
+            with surviving():
+                tqdm.write(step_line(logs, state.global_step), file=sys.stdout)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
-            self.bar.close()
+            with surviving():
+                self.bar.close()
 
     def _completions(self, step: int, groups: Any, count: int) -> None:
         """Append up to `count` completions of a step, each with its prompt's row, images and rewards."""
@@ -110,7 +116,7 @@ class Progress(TrainerCallback):
             return None
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
-        with (self.output_dir / name).open("a", encoding="utf-8") as file:
+        with writing(name, self.output_dir), (self.output_dir / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
 

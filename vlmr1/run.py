@@ -11,25 +11,30 @@ from typing import Any
 
 import torch
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import SaveStrategy
 
 from vlmr1.buffer import BufferSampler
-from vlmr1.checkpoint import clean, is_complete, last_complete
+from vlmr1.checkpoint import clean, fault_of, last_complete, replace_text
 from vlmr1.config import GRPOConfig
 from vlmr1.data.samples import load_samples, validation_split
 from vlmr1.data.sources import split_names
 from vlmr1.data.templates import question_text
+from vlmr1.disk import check_output_dir, checkpoint_bytes, warn_of_space, writing
 from vlmr1.errors import SettingError
 from vlmr1.evaluation.callback import EvaluationCallback, evaluation_samples
 from vlmr1.flat_rewards import FlatRewards
 from vlmr1.models import load_model, load_processor, model_type_of
 from vlmr1.models.image_limits import limit_images
 from vlmr1.models.lora import is_adapter
+from vlmr1.processes import naming_lost_workers
 from vlmr1.progress import Progress
 from vlmr1.report.training import write_run_report
+from vlmr1.resume import Resuming
 from vlmr1.rewards.methods import columns_of_files
 from vlmr1.rewards.registry import checks_of
 from vlmr1.scale.launch import launched_as
 from vlmr1.scale.ranks import Ranks
+from vlmr1.signals import StopSignals
 from vlmr1.tiny import CHECKPOINT, digits
 from vlmr1.trainer import GRPOTrainer
 from vlmr1.types import Sample
@@ -136,16 +141,25 @@ def data_of(config: GRPOConfig, output_dir: Path) -> tuple[list[str], list[str]]
     folder = output_dir / "data"
     path = folder / "train.jsonl"
     if config.process_index == 0 and not path.exists():
-        digits.write(folder, "train", count=TRAIN_ROWS, seed=config.seed)
+        with writing("the embedded data set", output_dir):
+            digits.write(folder, "train", count=TRAIN_ROWS, seed=config.seed)
     ranks_of(config).wait()
     return [str(path)], [str(folder / "images")]
 
 
 def train(config: GRPOConfig) -> GRPOTrainer:
-    """Run, or continue from the last complete checkpoint in the output directory."""
+    """Run, or continue from the last complete checkpoint in the output directory. Raises Stopped where a signal ended
+    the run, after a checkpoint."""
+    with StopSignals() as stop, naming_lost_workers(), Resuming() as resuming:
+        return _train(config, stop, resuming)
+
+
+def _train(config: GRPOConfig, stop: StopSignals, resuming: Resuming) -> GRPOTrainer:
     output_dir = Path(config.output_dir or "output")
     ranks = ranks_of(config)
-    resume = find_resume(config, output_dir)
+    if ranks.rank == 0:
+        check_output_dir(output_dir)
+    resume = resuming.checkpoint = find_resume(config, output_dir)
     prepared = prepare(config)
     evaluated = evaluation_samples(config, prepared.model.config.model_type, prepared.processor, prepared.validation)
     check_settings(config, resume)
@@ -156,7 +170,7 @@ def train(config: GRPOConfig) -> GRPOTrainer:
         keep_settings(config, output_dir)
     ranks.wait()
     progress = Progress(output_dir, console=not config.disable_tqdm)
-    callbacks = [progress, FlatRewards()]
+    callbacks = [progress, FlatRewards(), stop, resuming]
     trainer = GRPOTrainer(prepared.model, config, prepared.train, prepared.processor, callbacks=callbacks)
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
@@ -170,7 +184,11 @@ def train(config: GRPOConfig) -> GRPOTrainer:
         return trainer
     if resume is not None:
         say(f"continuing from {resume}", flush=True)
+    if config.should_save and config.save_strategy != SaveStrategy.NO:
+        size = checkpoint_bytes(prepared.model, str(config.optim), weights_only=config.save_only_model)
+        warn_of_space(output_dir, size)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    stop.leave()
     if config.write_report and trainer.is_world_process_zero():
         print(f"report     {write_run_report(output_dir)}", flush=True)
     return trainer
@@ -181,8 +199,9 @@ def find_resume(config: GRPOConfig, output_dir: Path) -> Path | None:
     if config.resume_from_checkpoint is None:
         return last_complete(output_dir)
     named = Path(config.resume_from_checkpoint)
-    if not is_complete(named):
-        raise SettingError(f"resume_from_checkpoint: {named} is not a complete checkpoint")
+    fault = fault_of(named)
+    if fault:
+        raise SettingError(f"resume_from_checkpoint: {named} is not a complete checkpoint: {fault}")
     return named
 
 
@@ -202,7 +221,7 @@ def check_settings(config: GRPOConfig, resume: Path | None) -> None:
     written = resume.parent / SETTINGS if resume is not None else None
     if written is not None and written.exists():
         defaults = {each.name: _default(each) for each in fields(config)} | {"processes": 1, "launch": "ddp"}
-        before = defaults | json.loads(written.read_text(encoding="utf-8"))
+        before = defaults | read_settings(written)
         changed = [name for name in now if name not in CHANGEABLE and before[name] != now[name]]
         if changed:
             name = changed[0]
@@ -214,7 +233,8 @@ def check_settings(config: GRPOConfig, resume: Path | None) -> None:
 
 def keep_settings(config: GRPOConfig, output_dir: Path) -> None:
     """Write the settings beside the checkpoints."""
-    (output_dir / SETTINGS).write_text(json.dumps(settings_of(config), indent=1), encoding="utf-8")
+    with writing(SETTINGS, output_dir):
+        replace_text(output_dir / SETTINGS, json.dumps(settings_of(config), indent=1))
 
 
 def ranks_of(config: GRPOConfig) -> Ranks:
@@ -223,6 +243,14 @@ def ranks_of(config: GRPOConfig) -> Ranks:
 
 def _default(setting: Field) -> Any:
     return setting.default if setting.default_factory is MISSING else setting.default_factory()
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings that a run has written."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SettingError(f"{path} cannot be read ({error}): without it, settings are not compared") from error
 
 
 def arithmetic(config: GRPOConfig, rows: int) -> str:

@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vlmr1.checkpoint import MANIFEST, is_complete, last_complete, publish, staged, truncate_after
+from vlmr1.checkpoint import MANIFEST, is_complete, last_complete, publish, rotate, staged, truncate_after
 from vlmr1.cli import main
+from vlmr1.disk import checkpoint_bytes, warn_of_space
 from vlmr1.progress import read_metrics
 from vlmr1.tiny import digits
 
@@ -118,34 +119,88 @@ def written(folder: Path) -> Path:
     return folder
 
 
-def test_publish_names_every_file_with_its_size(tmp_path):
+def test_publish_names_every_file_with_its_size_and_small_ones_with_their_digest(tmp_path, monkeypatch):
+    monkeypatch.setattr("vlmr1.checkpoint.HASHED_MIB", 4 / 2**20)
     publish(written(tmp_path / "tmp"), tmp_path / "checkpoint-2")
     manifest = json.loads((tmp_path / "checkpoint-2" / MANIFEST).read_text())
-    assert manifest == {"files": {"sub/state": 1, "weights": 5}}
+    one = "6b86b273ff34fce19d6b804eff5a3f5747ada4eaa22f1d49c01e52ddb7875b4b"  # printf 1 | sha256sum
+    assert manifest == {"files": {"sub/state": 1, "weights": 5}, "sha256": {"sub/state": one}}
     assert not (tmp_path / "tmp").exists()
 
 
-@pytest.mark.parametrize("fault", ["no manifest", "file missing", "file cut"])
-def test_resume_ignores_what_is_not_whole(fault, tmp_path):
+FAULTS = {
+    "no manifest": (lambda path: (path / MANIFEST).unlink(), "there is no manifest.json"),
+    "cut manifest": (lambda path: (path / MANIFEST).write_text('{"files": {"wei'), "manifest.json is not one of ours"),
+    "other manifest": (lambda path: (path / MANIFEST).write_text("[]"), "manifest.json is not one of ours"),
+    "file missing": (lambda path: (path / "sub" / "state").unlink(), "there is no sub/state"),
+    "file cut": (lambda path: (path / "weights").write_bytes(b"123"), "weights has 3 bytes instead of 5"),
+    "file changed": (lambda path: (path / "weights").write_bytes(b"12346"), "weights is not what was written"),
+}
+
+
+@pytest.mark.parametrize(("damage", "says"), FAULTS.values(), ids=FAULTS.keys())
+def test_resume_passes_over_what_is_not_whole(damage, says, tmp_path, caplog):
     for step in (2, 10):
         publish(written(tmp_path / "tmp"), tmp_path / f"checkpoint-{step}")
     assert last_complete(tmp_path) == tmp_path / "checkpoint-10"
     broken = tmp_path / "checkpoint-10"
-    if fault == "no manifest":
-        (broken / MANIFEST).unlink()
-    elif fault == "file missing":
-        (broken / "sub" / "state").unlink()
-    else:
-        (broken / "weights").write_bytes(b"123")
-    assert not is_complete(broken)
+    damage(broken)
+    assert not is_complete(broken) and not caplog.records
     assert last_complete(tmp_path) == tmp_path / "checkpoint-2"
+    assert caplog.messages == [f"{broken} is passed over: {says}"]
+
+
+def test_a_checkpoint_of_before_has_sizes_only(tmp_path):
+    publish(written(tmp_path / "tmp"), tmp_path / "checkpoint-2")
+    (tmp_path / "checkpoint-2" / MANIFEST).write_text('{"files": {"weights": 5, "sub/state": 1}}')
+    assert is_complete(tmp_path / "checkpoint-2")
+
+
+ROTATIONS = {
+    "oldest first": ([2, 4, 10], 10, 2, [4, 10]),
+    "no limit": ([2, 4, 10], 10, None, [2, 4, 10]),
+    "zero is no limit": ([2, 4, 10], 10, 0, [2, 4, 10]),
+    "within the limit": ([2, 4], 4, 2, [2, 4]),
+    "one": ([2, 4], 4, 1, [4]),
+    "steps of another course go first": ([2, 3, 8, 10], 3, 2, [2, 3]),
+    "never the newest": ([8, 10, 3], 3, 1, [3]),
+}
+
+
+@pytest.mark.parametrize(("steps", "newest", "limit", "left"), ROTATIONS.values(), ids=ROTATIONS.keys())
+def test_rotation(steps, newest, limit, left, tmp_path):
+    for step in steps:
+        publish(written(tmp_path / "tmp"), tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-1").mkdir()  # of another program
+    rotate(tmp_path, limit, tmp_path / f"checkpoint-{newest}")
+    assert {path.name for path in tmp_path.iterdir()} == {f"checkpoint-{step}" for step in [1, *left]}
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_left(tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    for step in (2, 4):
+        publish(written(tmp_path / "tmp"), tmp_path / f"checkpoint-{step}")
+    monkeypatch.setattr(Path, "rename", refuse)
+    rotate(tmp_path, 1, tmp_path / "checkpoint-4")
+    assert caplog.messages == [f"{tmp_path / 'checkpoint-2'} is not removed: [Errno 13] Permission denied"]
+
+
+def test_what_is_published_again_replaces_what_was(tmp_path):
+    publish(written(tmp_path / "tmp"), tmp_path / "checkpoint-2")
+    again = written(tmp_path / "tmp")
+    (again / "weights").write_bytes(b"54321")
+    publish(again, tmp_path / "checkpoint-2")
+    assert (tmp_path / "checkpoint-2" / "weights").read_bytes() == b"54321" and is_complete(tmp_path / "checkpoint-2")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
 
 
 def test_a_failed_save_publishes_nothing(tmp_path):
     with pytest.raises(OSError, match="disk full"), staged(tmp_path, "checkpoint-4") as folder:
         written(folder / "checkpoint-4")
         raise OSError("disk full")
-    assert last_complete(tmp_path) is None
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_logs_drop_later_steps_and_half_lines(tmp_path):
@@ -153,6 +208,25 @@ def test_logs_drop_later_steps_and_half_lines(tmp_path):
     log.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "lo')
     truncate_after(log, 2)
     assert log.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_the_size_of_a_checkpoint_is_estimated(undisturbed, model, tmp_path, caplog):
+    """3 times the weights for AdamW in float32; what else is in a checkpoint is small. What is not trained has no
+    moments."""
+    weights_only, whole = (checkpoint_bytes(model, "adamw_torch_fused", weights_only=only) for only in (True, False))
+    written = sum(path.stat().st_size for path in (undisturbed / f"checkpoint-{STEPS}").iterdir())
+    assert whole == 3 * weights_only and whole == pytest.approx(written, rel=0.02)
+    assert (
+        checkpoint_bytes(model, "adamw_torch_8bit") == weights_only * 1.5
+        and checkpoint_bytes(model, "sgd") == weights_only
+    )
+    model.model.visual.requires_grad_(False)
+    tower = sum(parameter.nbytes for parameter in model.model.visual.parameters())
+    assert checkpoint_bytes(model, "adamw_torch_fused") == whole - 2 * tower
+    warn_of_space(tmp_path, whole)
+    assert not caplog.records
+    warn_of_space(tmp_path / "not" / "yet", 2**60)
+    assert "and a checkpoint takes about 1073741824.00 GiB: it will not fit" in caplog.text
 
 
 def test_a_resumed_run_must_have_the_same_settings(data, tmp_path, capsys):

@@ -11,6 +11,7 @@ import json
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ START_LIMIT = 120.0  # seconds until a process is there, and for the import of a
 CODE = """import json, sys
 sys.path[:] = json.loads(sys.argv[2])
 from vlmr1.rewards.worker import main
-main(int(sys.argv[1]))"""
+main(int(sys.argv[1]), sys.argv[3] == '1')"""
 
 Task = tuple[str, dict[str, Any]]  # a Reward's spec, and arguments
 
@@ -48,7 +49,8 @@ class _Worker:
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
-            command = [sys.executable, "-c", CODE, str(theirs.fileno()), json.dumps(sys.path)]
+            is_main = threading.current_thread() is threading.main_thread()
+            command = [sys.executable, "-c", CODE, str(theirs.fileno()), json.dumps(sys.path), str(int(is_main))]
             self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
         self.connection = Connection(ours.detach())
         self.index = -1

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import pickle
-import signal
 import threading
 import time
 from functools import cache
 from multiprocessing.connection import Connection
 from typing import Any
 
+from vlmr1.processes import end_with_parent, leave_signals
 from vlmr1.rewards.registry import resolve
 
 WATCH = 1.0  # seconds between looks at the parent
@@ -18,9 +18,11 @@ WATCH = 1.0  # seconds between looks at the parent
 function_of = cache(resolve)
 
 
-def main(descriptor: int) -> None:
+def main(descriptor: int, of_main_thread: bool) -> None:
     """Serve (spec, arguments) from the socket until it closes: "ready", then for each "started" and its outcome."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    leave_signals()
+    if of_main_thread:  # which lasts as long as the process
+        end_with_parent()
     threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
     import math_verify  # noqa: F401  # a second of import belongs to the start, not to a completion
 

@@ -17,6 +17,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from vlmr1.checkpoint import replace_text
+
 STEP = 14  # px; all coordinates are multiples of it
 CANVAS = (112, 140, 168)  # px, multiples of 28: one merged image token
 DIGIT = (42, 56)  # px
@@ -99,17 +101,18 @@ def write(folder: Path, split: Split, count: int, seed: int) -> Path:
     images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng([seed, split == "held_out"])
+    lines = []
+    for i in range(count):
+        canvas = draw(rng, split)
+        name = f"{split}-{i:05d}.png"
+        Image.fromarray(canvas.pixels).save(images / name)
+        which = int(rng.integers(len(canvas.boxes)))
+        box, label = canvas.boxes[which], canvas.labels[which]
+        conversations = [
+            {"from": "human", "value": f"<image>{question(label)}"},
+            {"from": "gpt", "value": f"<answer>{answer(box, label)}</answer>"},
+        ]
+        lines.append(json.dumps({"id": f"{split}-{i}", "image": name, "conversations": conversations}) + "\n")
     path = folder / f"{split}.jsonl"
-    with path.open("w", encoding="utf-8") as lines:
-        for i in range(count):
-            canvas = draw(rng, split)
-            name = f"{split}-{i:05d}.png"
-            Image.fromarray(canvas.pixels).save(images / name)
-            which = int(rng.integers(len(canvas.boxes)))
-            box, label = canvas.boxes[which], canvas.labels[which]
-            conversations = [
-                {"from": "human", "value": f"<image>{question(label)}"},
-                {"from": "gpt", "value": f"<answer>{answer(box, label)}</answer>"},
-            ]
-            lines.write(json.dumps({"id": f"{split}-{i}", "image": name, "conversations": conversations}) + "\n")
+    replace_text(path, "".join(lines))  # at once: a run that is killed here does not go on with a part of the rows
     return path
