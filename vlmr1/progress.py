@@ -27,10 +27,10 @@ WIDTH = 160  # columns of the line a step
 def step_line(logs: dict[str, float], step: int, width: int = WIDTH) -> str:
     """The numbers that one looks at, in one line; where it would be wider, the less important ones are left out."""
     seconds = sum(v for k, v in logs.items() if k.startswith("seconds/"))
-    rewards = [(k.split("/")[1], v) for k, v in logs.items() if k.startswith("rewards/") and k.endswith("/mean")]
+    rewards = [(k[8:-5], v) for k, v in logs.items() if k.startswith("rewards/") and k.endswith("/mean")]
     parts = [(0, f"step {step}")]  # importance, 0 the highest, and text
     for place, (name, value) in enumerate(rewards):
-        parts.append((1 + place, f"{name} {value:.3f}\u00b1{logs[f'rewards/{name}/std']:.2f}"))
+        parts.append((1 + place, f"{name.rpartition(':')[2]} {value:.3f}\u00b1{logs[f'rewards/{name}/std']:.2f}"))
     parts += [(2, f"kl {logs['kl']:.4f}")]
     parts += [(4, f"ent {logs['entropy']:.2f}")] if "entropy" in logs else []
     parts += (

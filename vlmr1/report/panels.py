@@ -60,7 +60,7 @@ def run_curves(rows: Rows) -> bytes | None:
 def _panels(rows: Rows) -> list[tuple[str, str, tuple[str, ...]]]:
     """Title, kind and metrics of each panel of a run."""
     known = dict.fromkeys(key for row in rows for key in row)
-    rewards = [k.split("/")[1] for k in known if k.startswith("rewards/") and k.endswith("/mean")]
+    rewards = [k[8:-5] for k in known if k.startswith("rewards/") and k.endswith("/mean")]
     panels: list[tuple[str, str, tuple[str, ...]]] = [("reward, weighted sum", "lines", ("reward",))]
     panels += [(f"{n} reward", "reward", (f"rewards/{n}/mean", f"rewards/{n}/std")) for n in rewards]
     panels += [(title, "lines", keys) for title, keys in LINES]

@@ -115,6 +115,14 @@ def two_ranks(engine: str, arguments: list[str]) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=ROOT)
 
 
+def resumable(run: Path, copy: Path) -> Path:
+    """What is left of a run that was killed behind its third update."""
+    shutil.copytree(run / "checkpoint-3", copy / "checkpoint-3")
+    for name in ("settings.json", "metrics.jsonl", "completions.jsonl"):
+        shutil.copy(run / name, copy / name)
+    return copy
+
+
 def run_two(engine: str, folder: Path, output: Path, **more: Any) -> list[dict[str, float]]:
     done = two_ranks(engine, words(folder, output, prompts_per_device=1, **more))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -148,11 +156,7 @@ def test_two_ranks_do_what_one_process_does_and_resume_exactly(engine, folder, a
     assert_same(found, alone[0.04])
     assert found[1]["kl"] > 0
 
-    resumed = tmp_path / "resumed"
-    resumed.mkdir()
-    shutil.copytree(tmp_path / "run" / "checkpoint-3", resumed / "checkpoint-3")
-    for name in ("settings.json", "metrics.jsonl", "completions.jsonl"):
-        shutil.copy(tmp_path / "run" / name, resumed / name)
+    resumed = resumable(tmp_path / "run", tmp_path / "resumed")
     again = run_two(engine, folder, resumed, beta=0.04)
     assert [computed(step) for step in again] == [computed(step) for step in found]
 
@@ -163,6 +167,24 @@ def test_two_ranks_do_what_one_process_does_and_resume_exactly(engine, folder, a
     read = load_model(tmp_path / "run" / "checkpoint-4")  # an ordinary directory
     before = load_model(ROOT / "vlmr1/tiny/checkpoint").state_dict()
     assert any(not torch.equal(value, before[name]) for name, value in read.state_dict().items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "zero2"])
+def test_lora_on_two_ranks(engine, folder, tmp_path):
+    """The reference is the policy without its adapter; checkpoints hold the adapter."""
+    lora = {"use_peft": "true", "lora_r": 4, "lora_alpha": 8, "learning_rate": 1e-3, "beta": 0.04}
+    train(parse_config(words(folder, tmp_path / "alone", prompts_per_device=2, use_cpu="true", **lora)))
+    found = run_two(engine, folder, tmp_path / "run", **lora)
+    assert_same(found, metrics(tmp_path / "alone"))
+    assert found[-1]["kl"] > 0
+    again = run_two(engine, folder, resumable(tmp_path / "run", tmp_path / "resumed"), **lora)
+    assert [computed(step) for step in again] == [computed(step) for step in found]
+    name = "checkpoint-4/adapter_model.safetensors"
+    exported = [load_file(tmp_path / run / name) for run in ("run", "resumed", "alone")]
+    for key, value in exported[0].items():
+        assert torch.equal(value, exported[1][key]), key
+        torch.testing.assert_close(value, exported[2][key], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.slow
