@@ -1,4 +1,4 @@
-"""vlmr1 demo | train | evaluate | data | doctor."""
+"""vlmr1 demo | train | plan | evaluate | data | doctor."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from vlmr1.data.check import add_arguments, check_command
 from vlmr1.errors import UserError
+from vlmr1.memory.plan_arguments import add_arguments as add_plan_arguments
 from vlmr1_kernels.registry import ImplementationError
 
 
@@ -24,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train.add_argument("--recipe", help="a recipe shipped with the package")
     train.add_argument("--config", type=Path, help="a YAML file of settings")
     train.add_argument("-h", "--help", action="store_true")
+    plan = commands.add_parser("plan", help="peak memory of a training job by cause, before anything is loaded")
+    add_plan_arguments(plan)
     evaluate = commands.add_parser("evaluate", help="greedy acc@0.5 and mean IoU of a checkpoint")
     evaluate.add_argument("--model", required=True, help="local directory, hub id, or tiny")
     evaluate.add_argument("--data", required=True, type=Path, help="JSONL file")
@@ -37,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_arguments(check)
     commands.add_parser("doctor", help="what this machine has, and which kernels it would use")
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command not in ("train", "demo"):
+    if rest and options.command not in ("train", "demo", "plan"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
@@ -68,6 +71,10 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
             print(help_text())
         else:
             train(parse_config(rest, recipe=options.recipe, config=options.config))
+    elif options.command == "plan":
+        from vlmr1.memory.plan_command import plan_command
+
+        plan_command(options, rest)
     elif options.command == "evaluate":
         from vlmr1.evaluation.command import evaluate_command
 
