@@ -32,7 +32,15 @@ setup(
     packages=find_packages(".", include=["vlmr1*"]) + find_packages("kernels", include=["vlmr1_kernels*"]),
     package_dir={"vlmr1_kernels": "kernels/vlmr1_kernels"},
     package_data={
-        "vlmr1": ["data/*.md", "models/*.md", "recipes/*.yaml", "rewards/*.md", "report/*.css", "tiny/checkpoint/*"]
+        "vlmr1": [
+            "data/*.md",
+            "memory/configs/*.json",
+            "models/*.md",
+            "recipes/*.yaml",
+            "rewards/*.md",
+            "report/*.css",
+            "tiny/checkpoint/*",
+        ]
     },
     include_package_data=False,
     ext_modules=[LIBRARY],

@@ -38,7 +38,6 @@ class Case:
 
     shape: Shape
     settings: Mapping[str, Any]
-    lines: int = 0  # of the question
     device: str = "cpu"
 
 
@@ -164,8 +163,7 @@ def run(of: Case, folder: Path, device: str, before: float) -> dict[str, float]:
     dtype = getattr(torch, settings.get("model_dtype", "float32"))
     model, processor = bench_model.build(folder, of.shape, device=device, dtype=dtype)
     model.generation_config.eos_token_id = None  # every completion meets the limit
-    text = "Locate the digit 7" + "\n" * of.lines
-    content = [{"type": "image"}, {"type": "text", "text": text}]
+    content = [{"type": "image"}, {"type": "text", "text": "Locate the digit 7"}]
     samples = [
         Sample(
             [{"role": "user", "content": content}], (bench_model.image_of(folder, of.shape, index),), "", "made", index

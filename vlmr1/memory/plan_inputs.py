@@ -73,8 +73,8 @@ class PlanInputs:
 
 
 def inputs_of(config: Any, model: Any, **job: Any) -> PlanInputs:
-    """The inputs that a GRPOConfig and a model configuration ask for; `job` is what no setting says (device, gpus, zero,
-    image_tokens, text_tokens). Settings that this version of GRPOConfig lacks have their default here.
+    """The inputs that a GRPOConfig and a model configuration ask for; `job` is what no setting says (device, gpus,
+    zero, image_tokens, text_tokens). Settings that this version of GRPOConfig lacks have their default here.
 
     SettingError: settings that exclude one another."""
     names = set(PlanInputs.__dataclass_fields__) - {"model", "device", "gpus", "zero", "reference"}

@@ -111,7 +111,8 @@ def vision_counted(adapter: Adapter, model: Any, dry: DryRun) -> Iterator[None]:
 
 @contextmanager
 def checkpoints_on_host(dry: DryRun, rows: int, width: int) -> Iterator[None]:
-    """In this block what checkpointing keeps of the decoder, inputs of layers [.., rows, width], is in host memory."""
+    """In this block what forward keeps of shape [.., rows, width] is in host memory: with checkpointing, the inputs of
+    the decoder's layers, and what the norm behind them keeps."""
 
     def pack(tensor: Tensor) -> Tensor:
         if tensor.shape[-2:] != (rows, width) or not tensor.is_floating_point():

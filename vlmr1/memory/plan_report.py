@@ -74,9 +74,8 @@ def _verdict(plan: Plan, advice: Advice, room: int) -> Sequence[str]:
         return [f"It fits: {peak}."]
     lines = [f"It does not fit: {peak}."]
     if advice.missing:
-        lines.append(
-            f"Nothing fits: it misses by {gib(advice.missing)} GiB{' with all of these:' * bool(advice.applied)}"
-        )
+        what = " with all of these:" if advice.applied else ""
+        lines.append(f"Nothing fits: it misses by {gib(advice.missing)} GiB{what}")
     else:
         after = f"{gib(advice.plan.peak)} GiB, in {advice.plan.peak_phase}"
         lines.append(f"It fits with these, the cheapest first ({after}):")
