@@ -70,6 +70,15 @@ CASES: dict[str, Case] = {
     "several-packs": case(WIDE, prompts_per_device=4, tokens_per_pack=1300),
     "repeated-prompts": case(share_vision=False, share_prompt=False, num_generations=6),
     "naive": case(share_vision=False, share_prompt=False, pack=False, num_generations=6),
+    "group": case({"num_hidden_layers": 4}, num_generations=48, max_completion_length=12, image_px=336),
+    "small-checkpointing": case(
+        {"vocab_size": 32768},
+        image_px=560,
+        gradient_checkpointing=True,
+        beta=0.0,
+        skip_zero_advantage=False,
+        max_completion_length=8,
+    ),
     "3b": Case(
         Shape(TEXT_3B, VISION_3B, image_px=896),
         {"bf16": True, "gradient_checkpointing": True, "prompts_per_device": 2, "max_completion_length": 256},

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from vlmr1.memory.plan_dry import HOST, DryRun
+from vlmr1.memory.plan_groups import image_bytes
 from vlmr1.memory.plan_inputs import PlanInputs, inputs_of
 from vlmr1.memory.plan_optimizer import Trained, kind_of, state_bytes, step_bytes
 from vlmr1.memory.plan_phases import Bytes, dry_phases
@@ -26,7 +27,8 @@ __all__ = ["CAUSES", "PHASES", "Plan", "PlanInputs", "Planner", "inputs_of"]
 
 GIB = 2**30
 WEIGHTS, OPTIMIZER, REFERENCE, FRAMEWORK_CAUSE = "weights", "optimizer", "reference model", "framework"
-CAUSES = (WEIGHTS, GRADIENTS, OPTIMIZER, REFERENCE, ACTIVATIONS, LOGITS, KV, VISION, FRAMEWORK_CAUSE)
+IMAGES = "images"  # as the processor made them: of this generation, and of the one before until the next is there
+CAUSES = (WEIGHTS, GRADIENTS, OPTIMIZER, REFERENCE, ACTIVATIONS, LOGITS, KV, VISION, IMAGES, FRAMEWORK_CAUSE)
 PHASES = ("rollout", "reference", "policy", "update")
 # An allowance, not a measurement: CUDA context, kernels, workspaces of cuBLAS, and what the allocator cannot reuse.
 FRAMEWORK = {"cuda": round(1.5 * GIB), "cpu": 0}
@@ -63,6 +65,7 @@ class _Counted:
     buffers: int
     trained: tuple[Trained, ...]
     gathered: int  # what ZeRO-3 has in whole at a time
+    images: int
     dry: Mapping[str, Bytes]
 
 
@@ -87,6 +90,7 @@ class Planner:
             WEIGHTS: _share(counted.weights, sharing[3]) + (counted.gathered if sharing[3] > 1 else 0),
             OPTIMIZER: 0 if kind.paged else states,
             REFERENCE: copy if inputs.reference == "copy" else 0,
+            IMAGES: counted.images if inputs.device == "cpu" else 0,
             FRAMEWORK_CAUSE: FRAMEWORK[inputs.device],
         }
         phases = {}
@@ -106,6 +110,7 @@ class Planner:
             ACTIVATIONS: counted.dry[HOST][ACTIVATIONS],
             OPTIMIZER: states if kind.paged else 0,
             REFERENCE: copy if inputs.reference == "offload" else 0,
+            IMAGES: counted.images if inputs.device == "cuda" else 0,
         }
         return Plan(inputs, phases, host, counted.numbers, sum(of.numbers for of in counted.trained))
 
@@ -130,6 +135,7 @@ def _counted(inputs: PlanInputs, model: Any, dry: DryRun) -> _Counted:
         buffers=_bytes(buffers),
         trained=tuple(Trained(p.numel(), p.itemsize, p is embedding) for p in parameters if p.requires_grad),
         gathered=2 * layer + _bytes([embedding]),
+        images=2 * inputs.prompts_per_device * inputs.steps_per_generation * image_bytes(inputs),
         dry=dry_phases(inputs, model, dry),
     )
 

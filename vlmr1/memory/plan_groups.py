@@ -41,6 +41,14 @@ def image_of(config: Any, tokens: int) -> tuple[ImageInputs, int]:
     return {"pixel_values": torch.ones(int(grid.prod()), columns), "image_grid_thw": grid}, height * width
 
 
+def image_bytes(inputs: PlanInputs) -> int:
+    """Of what a processor makes of a prompt's image."""
+    if not inputs.image_tokens:
+        return 0
+    tensors, _ = image_of(inputs.model, inputs.image_tokens)
+    return sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
+
+
 def _side(size: Any) -> int:
     return size if isinstance(size, int) else size[0]
 

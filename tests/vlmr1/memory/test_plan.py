@@ -91,7 +91,7 @@ UPDATE = {
     "tokens_per_pack": ({"tokens_per_pack": 256}, set()),
     "completions": ({"max_completion_length": 65}, set()),
     "rollout_kv_mib": ({"rollout_kv_mib": 0.1}, set()),
-    "cpu": ({"device": "cpu"}, {"framework"}),
+    "cpu": ({"device": "cpu"}, {"framework", "images"}),
 }
 
 
@@ -175,7 +175,7 @@ def test_paged_states_are_on_the_device_only_while_it_steps():
 
 
 def test_an_unknown_optimizer_is_refused():
-    with pytest.raises(SettingError, match="optim=lomo: .* does not know.*adamw_torch"):
+    with pytest.raises(SettingError, match=r"optim=lomo: .* does not know.*adamw_torch"):
         planned(optim="lomo")
 
 
@@ -188,6 +188,15 @@ def test_a_reference_in_host_memory_is_on_the_device_for_its_pass():
         "update": 0,
     }
     assert plan.host["reference model"] == 4 * ALL + BUFFERS
+
+
+def test_images_of_two_generations_are_in_host_memory():
+    """16 tokens are 64 patches of 14 x 14 px, two frames, three channels; and a grid of three int64."""
+    each = 64 * 3 * 2 * 14 * 14 * 4 + 3 * 8
+    assert planned().host["images"] == 2 * 4 * each
+    assert planned().phases["update"]["images"] == 0
+    assert planned(device="cpu").phases["update"]["images"] == 2 * 4 * each
+    assert planned(image_tokens=0).host["images"] == 0
 
 
 def test_without_a_reference_there_is_no_pass_of_it():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -22,7 +24,7 @@ def dry_layer(dry: DryRun, *sizes: int) -> nn.Module:
 
 class Layers(nn.Sequential):
     def __init__(self, *sizes: int):
-        super().__init__(*(nn.Linear(a, b, bias=False) for a, b in zip(sizes, sizes[1:], strict=False)))
+        super().__init__(*(nn.Linear(a, b, bias=False) for a, b in pairwise(sizes)))
 
     def tie_weights(self) -> None:
         pass
@@ -60,8 +62,9 @@ def test_causes_change_and_host_memory_is_apart():
 
 
 def test_forward_and_backward_of_two_layers_by_hand():
-    """Rows 64, widths 32, 128, 16, float32. Forward keeps the input of the second layer, [64, 128]; at the peak, in that
-    layer's backward, there are the gradients of it and of the weight too, the loss, and a gradient of one number."""
+    """Rows 64, widths 32, 128, 16, float32. Forward keeps the input of the second layer, [64, 128]; at the peak, in
+    that layer's backward, there are the gradients of it and of the weight too, the loss, and a gradient of one
+    number."""
     dry = DryRun("a")
     module = dry_layer(dry, 32, 128, 16)
     x = torch.ones(64, 32)

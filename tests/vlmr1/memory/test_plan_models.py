@@ -66,7 +66,7 @@ def test_a_local_directory():
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(SettingError, match="no local directory.*fetches nothing.*Qwen/Qwen2.5-VL-72B-Instruct"):
+    with pytest.raises(SettingError, match=r"no local directory.*fetches nothing.*Qwen/Qwen2.5-VL-72B-Instruct"):
         config_named("Qwen/Qwen9-VL")
 
 

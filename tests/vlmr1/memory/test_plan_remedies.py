@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from vlmr1.config import GRPOConfig
-from vlmr1.memory.plan import GIB, Plan, PlanInputs
+from vlmr1.errors import SettingError
+from vlmr1.memory.plan import CAUSES, GIB, Plan, PlanInputs
 from vlmr1.memory.plan_remedies import advise, gpus_needed, remedies
 from vlmr1.memory.plan_report import bytes_of, report
-from vlmr1.errors import SettingError
 
 INPUTS = PlanInputs(None, num_generations=4, max_completion_length=1, optim="adamw_torch_fused")
 EVERY = {name for remedy in remedies(INPUTS) for name in remedy.settings}
@@ -117,7 +117,7 @@ def test_what_is_no_size(text):
 def test_words_of_the_report():
     planner = Sums(**COSTS)
     plan = planner.plan(INPUTS)
-    plan = replace(plan, phases={"policy": {"weights": plan.peak} | dict.fromkeys(CAUSES_BUT_WEIGHTS, 0)})
+    plan = replace(plan, phases={"policy": dict.fromkeys(CAUSES, 0) | {"weights": plan.peak}})
 
     def said(room: int) -> str:
         advice = advise(planner, INPUTS, room * GIB, EVERY)  # type: ignore[arg-type]
@@ -126,7 +126,3 @@ def test_words_of_the_report():
     assert "It fits: the peak is 106.00 GiB, in policy; there are 110.00." in said(110)
     assert "--gradient_checkpointing true  saves 30.00 GiB; backward computes the forward again" in said(76)
     assert "Nothing fits: it misses by 1.00 GiB with all of these:" in said(9)
-
-
-CAUSES_BUT_WEIGHTS = ("gradients", "optimizer", "reference model", "activations", "logits", "kv cache", "vision tower")
-CAUSES_BUT_WEIGHTS += ("framework",)
