@@ -183,9 +183,9 @@ def run(of: Case, folder: Path, device: str, before: float) -> dict[str, float]:
     trainer.before = before
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(SecondUpdate(trainer))
-    prompt = trainer.train_dataset[0]
+    prompts: Any = trainer.train_dataset
     trainer.train()
-    return trainer.peaks | {"prompt_tokens": float(len(prompt.input_ids))}
+    return trainer.peaks | {"prompt_tokens": float(len(prompts[0].input_ids))}
 
 
 def planned(of: Case, prompt_tokens: int, folder: Path, device: str) -> Plan:

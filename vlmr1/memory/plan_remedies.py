@@ -64,7 +64,7 @@ def remedies(inputs: PlanInputs) -> Iterator[Remedy]:
         yield _same("in the rollout groups wait for room", rollout_kv_mib=2048.0)
     if gpu and plain and inputs.model_dtype == "float32":
         yield _same("optimizer states are rounded to 8 bits", optim="adamw_bnb_8bit")
-        yield _same("and wait in host memory", optim="paged_adamw_8bit")
+        yield _same("optimizer states are rounded to 8 bits and wait in host memory", optim="paged_adamw_8bit")
     if gpu and inputs.reference == "copy":
         yield _same("the reference model crosses the bus in each step", reference="offload")
     if not inputs.gradient_checkpointing:
@@ -81,10 +81,14 @@ def remedies(inputs: PlanInputs) -> Iterator[Remedy]:
             yield Remedy({**narrow, "stochastic_rounding": True}, narrow, "weights move by random rounding")
         yield Remedy({"use_peft": True}, {"use_peft": True, **ADAPTER}, "only adapters learn (LoRA)")
         lora = {"use_peft": True, "model_dtype": "bfloat16"}
-        yield Remedy(lora, lora | ADAPTER, "and the frozen weights are rounded to bfloat16")
+        yield Remedy(lora, lora | ADAPTER, "only adapters learn, the frozen weights are rounded to bfloat16")
     if not inputs.load_in_4bit:
         four = {"use_peft": True, "model_dtype": "bfloat16", "load_in_4bit": True}
-        yield Remedy(four, four | ({} if inputs.use_peft else ADAPTER), "and to 4 bits (QLoRA)")
+        yield Remedy(
+            four,
+            four | ({} if inputs.use_peft else ADAPTER),
+            "only adapters learn, the frozen weights are rounded to 4 bits (QLoRA)",
+        )
     if inputs.share_prompt and inputs.pack and inputs.prompt_tokens < 2048 < min(group, inputs.tokens_per_pack):
         yield _same("groups are split, their prompts computed again", tokens_per_pack=2048)
     if inputs.prompts_per_device > 1:
