@@ -35,6 +35,7 @@ setup(
         "vlmr1": [
             "data/*.md",
             "evaluation/*.md",
+            "memory/configs/*.json",
             "models/*.md",
             "recipes/*.yaml",
             "rewards/*.md",

@@ -14,7 +14,7 @@ if [ -z "$python" ]; then
     if [ -x .venv/bin/python ]; then python=.venv/bin/python; else python=python3; fi
 fi
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-wanted=" ${*:-imports tests racecheck ops attention step update decode} "
+wanted=" ${*:-imports tests racecheck ops attention step update decode plan} "
 table=()
 failed=0
 
@@ -94,6 +94,13 @@ fi
 if chosen decode; then
     part decode 400 "$python" -m benchmarks.decode --out "$out/decode-cuda.json"
     part rollout 300 "$python" -m benchmarks.rollout --rounds 3 --out "$out/rollout-cuda.json"
+fi
+
+if chosen plan; then
+    for shape in 3b 7b; do # each in a part of its own: one may not fit
+        part "plan-$shape" 400 "$python" -m benchmarks.plan --device cuda --shapes "$shape" --within 10 \
+            --out "$out/plan-$shape-cuda.json"
+    done
 fi
 
 { echo && printf '%s\n' "${table[@]}"; } | tee -a "$log"

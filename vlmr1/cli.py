@@ -1,4 +1,4 @@
-"""vlmr1 demo | train | evaluate | report | merge | data | doctor."""
+"""vlmr1 demo | train | plan | evaluate | report | merge | data | doctor."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from vlmr1.console import last_words
 from vlmr1.data.check import add_arguments, check_command
 from vlmr1.errors import Stopped, UserError
+from vlmr1.memory.plan_arguments import add_arguments as add_plan_arguments
 from vlmr1_kernels.registry import ImplementationError
 
 
@@ -29,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train.add_argument("--launch", help="start one process a GPU: ddp, fsdp2, zero2, zero3 or zero3-offload")
     train.add_argument("--processes", type=int, help="of --launch; default: one a GPU")
     train.add_argument("-h", "--help", action="store_true")
+    plan = commands.add_parser("plan", help="peak memory of a training job by cause, before anything is loaded")
+    add_plan_arguments(plan)
     commands.add_parser("evaluate", help="greedy evaluation of checkpoints, and its comparison", add_help=False)
     merge = commands.add_parser("merge", help="a checkpoint with an adapter -> an ordinary model directory")
     merge.add_argument("--checkpoint", required=True, type=Path)
@@ -42,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report.add_argument("run", type=Path, help="the run's output_dir")
     report.add_argument("--out", type=Path, help="default: training.html in it")
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command not in ("train", "demo", "evaluate"):
+    if rest and options.command not in ("train", "demo", "evaluate", "plan"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
@@ -88,6 +91,10 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
             print(help_text())
         else:
             train(parse_config(rest, recipe=options.recipe, config=options.config))
+    elif options.command == "plan":
+        from vlmr1.memory.plan_command import plan_command
+
+        plan_command(options, rest)
     elif options.command == "evaluate":
         from vlmr1.evaluation.command import evaluate_command
 

@@ -51,6 +51,8 @@ def test_every_part_runs_although_one_fails(tmp_path: Path):
         ["update-8", "ok"],
         ["decode", "ok"],
         ["rollout", "ok"],
+        ["plan-3b", "ok"],
+        ["plan-7b", "ok"],
     ]
     log = (tmp_path / "out" / "gpu.log").read_text()
     assert "called: -m pytest -q -m gpu" in log

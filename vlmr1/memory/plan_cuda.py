@@ -1,0 +1,113 @@
+"""What the CUDA implementations of the ops allocate, for dry runs on a machine that has none: the tensors of
+`vlmr1_kernels.flash` and `vlmr1_kernels.triton`, in the order in which they make them, and no arithmetic."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import AttentionInterface
+
+from vlmr1_kernels.linear import chunk_rows
+
+# "flash" in the name: towers then pass all rows and their offsets in one call.
+NAME = "vlmr1_plan_as_flash"
+
+
+class _Flash(torch.autograd.Function):
+    """q [b, H, L, Dh] -> out of the same shape; kept for backward: q, k, v, out and the log-sum-exps."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, calls: int) -> Tensor:
+        batch, heads, length, head_dim = q.shape
+        out = q.new_empty(batch, length, heads, head_dim).transpose(1, 2)
+        lse = q.new_empty(batch, heads, length, dtype=torch.float32)
+        more = [torch.empty_like(out) for _ in range(calls - 1)]  # merged into the first
+        del more
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.calls = calls
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, _, lse = ctx.saved_tensors
+        made = None
+        for _ in range(ctx.calls):
+            sums = torch.empty_like(q, dtype=torch.float32), torch.empty_like(lse)  # of d_q, and of d_out * out
+            heads = (
+                [torch.empty_like(q) for _ in range(2)] if q.shape[1] != k.shape[1] else []
+            )  # d_k, d_v by query head
+            again = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+            made = made or again
+            del sums, heads, again
+        assert made is not None
+        return *made, None
+
+
+class FlashPacked:
+    """The packed attention of a decoder: a call over all rows, and one of the branches over their prompts."""
+
+    def __init__(self, branches: bool):
+        self.calls = 2 if branches else 1
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        return _Flash.apply(q, k, v, self.calls)  # type: ignore[return-value]
+
+
+class Streaming:
+    """A decode step reads keys and values where they are."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        return torch.empty_like(q)
+
+
+def _tower(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **_: Any
+) -> tuple[Tensor, None]:
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    return _Flash.apply(query, key, value, 1).transpose(1, 2), None  # type: ignore[union-attr]
+
+
+AttentionInterface.register(NAME, _tower)
+
+
+class _Head(torch.autograd.Function):
+    """hidden [N, D], weight [V, D] -> loss []; the logits of a chunk, their gradient, and both gradients made."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+        rows, dtype = chunk_of(len(hidden), weight), weight.dtype
+        logits = hidden.new_empty(rows, len(weight), dtype=torch.float32)
+        d_logits = logits if dtype == torch.float32 else hidden.new_empty(rows, len(weight), dtype=dtype)
+        d_hidden = torch.empty_like(hidden)
+        d_weight = torch.empty_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        of_rows = d_logits @ weight
+        del logits, d_logits, of_rows
+        ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(dtype))
+        return hidden.new_empty((), dtype=torch.float32)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.saved_tensors
+
+
+def head_loss(hidden: Tensor, weight: Tensor) -> Tensor:
+    """In place of `linear_grpo_loss`."""
+    return _Head.apply(hidden, weight)  # type: ignore[return-value]
+
+
+def head_logprobs(hidden: Tensor, weight: Tensor) -> Tensor:
+    """In place of `linear_logprob` without gradient: [N]."""
+    hidden.new_empty(chunk_of(len(hidden), weight), len(weight), dtype=torch.float32)
+    return hidden.new_empty(len(hidden), dtype=torch.float32)
+
+
+def chunk_of(rows: int, weight: Tensor) -> int:
+    """Rows that are projected at once on a GPU."""
+    on_gpu: Any = SimpleNamespace(shape=weight.shape, dtype=weight.dtype, device=torch.device("cuda"))
+    return min(rows, chunk_rows(rows, on_gpu, None))

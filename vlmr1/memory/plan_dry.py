@@ -1,0 +1,150 @@
+"""Dry runs: model code on tensors that have shapes and no data, the bytes that they would hold counted by cause.
+
+The code that trains is the code that is counted, autograd included. Floating-point tensors are torch's fake tensors;
+integers and booleans stay real, because models look at token ids, grids and offsets. What an operator allocates within
+itself is not seen; where it matters, `transient` adds it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+HELD = "held"
+HOST = "host"  # the cause of what is in host memory, which counts for no device
+_DEVICE = torch.ops.prim.device.default
+_INDEXED = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
+
+
+class DryRun(TorchDispatchMode):
+    """Within it nothing is computed; `peak` is the most bytes that were alive at a time, `at_peak` by cause.
+
+    What was alive before it began counts for nothing, nor does what is of an uncounted cause."""
+
+    def __init__(self, cause: str, uncounted: Iterable[str] = ()):
+        super().__init__()
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.cause = cause
+        self.uncounted = {HOST, *uncounted}
+        self.live: Counter[str] = Counter()
+        self.total = self.peak = self.most_on_host = 0
+        self.at_peak: Mapping[str, int] = {}
+        self._known: dict[int, list[Any]] = {}  # storages alive: [cause, bytes]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is _DEVICE:
+            return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if any(isinstance(tensor, FakeTensor) for tensor in given):
+            if func in _INDEXED:
+                args = (args[0], _positions(args[1]), *args[2:])
+            with self.fake:
+                out = func(*args, **kwargs)
+        elif given:
+            out = func(*args, **kwargs)
+        else:
+            with self.fake:
+                out = func(*args, **kwargs)
+            if not any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in tree_leaves(out)):
+                out = func(*args, **kwargs)
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._count(leaf)
+        return out
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        self._known[key] = [self.cause, storage.nbytes()]
+        weakref.finalize(storage, self._gone, key)
+        self._add(self.cause, storage.nbytes())
+
+    def _gone(self, key: int) -> None:
+        cause, size = self._known.pop(key)
+        self._add(cause, -size)
+
+    def _add(self, cause: str, size: int) -> None:
+        self.live[cause] += size
+        if cause in self.uncounted:
+            self.most_on_host = max(self.most_on_host, self.live[HOST])
+            return
+        self.total += size
+        if self.total > self.peak:
+            self._peak()
+
+    def _peak(self) -> None:
+        self.peak = self.total
+        self.at_peak = {cause: held for cause, held in self.live.items() if cause not in self.uncounted}
+
+    def leave_out(self, tensors: Iterable[Tensor]) -> None:
+        """These were there before, and they and views of them count for nothing."""
+        for tensor in tensors:
+            self._known[tensor.untyped_storage()._cdata] = [HELD, 0]
+
+    @contextmanager
+    def of(self, cause: str) -> Iterator[None]:
+        """What is allocated in this block is of this cause."""
+        before, self.cause = self.cause, cause
+        try:
+            yield
+        finally:
+            self.cause = before
+
+    def transient(self, cause: str, size: int) -> None:
+        """An operator takes so many bytes for as long as it runs."""
+        self._add(cause, size)
+        self._add(cause, -size)
+
+    def is_of(self, tensor: Tensor, cause: str) -> None:
+        """This tensor is of another cause from now on."""
+        known = self._known.get(tensor.untyped_storage()._cdata)
+        if known is not None and known[0] != cause:
+            self._add(known[0], -known[1])
+            self._add(cause, known[1])
+            known[0] = cause
+
+    def cause_of(self, tensor: Tensor) -> str | None:
+        """None: it was never counted."""
+        known = self._known.get(tensor.untyped_storage()._cdata)
+        return None if known is None else known[0]
+
+    def restart(self) -> None:
+        """Forget the peak so far."""
+        self._peak()
+
+
+def _positions(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Masks as the places where they are true, which are known: masks are real."""
+    out: list[Tensor | None] = []
+    for index in indices:
+        if index is not None and index.dtype == torch.bool and not isinstance(index, FakeTensor):
+            out += index.nonzero().unbind(1)
+        else:
+            out.append(index)
+    return out
+
+
+def without_data(make: Callable[[], Any], mode: FakeTensorMode) -> Any:
+    """A module that `make` builds on the meta device, its tensors fake ones on the CPU."""
+    from transformers.initialization import no_init_weights
+
+    with torch.device("meta"), no_init_weights():
+        model = make()
+    with mode:
+        model.to_empty(device="cpu")
+    model.tie_weights()
+    return model
