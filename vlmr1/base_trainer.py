@@ -63,7 +63,7 @@ class BaseTrainer(Trainer):
         self.ranks = Ranks(self.args.process_index, self.args.world_size)
         check_launched(self.ranks.world, self.accelerator)
         self.sharding: Sharding | None = sharding_of(self.accelerator)
-        check_sharded(self.args, self.sharding)
+        check_sharded(self.args, self.sharding, engine=self.joins_tower)
         self.nonfinite = 0  # updates in a row
         self.skipped = 0  # updates in all
         self.last_loss = 0.0
@@ -77,6 +77,10 @@ class BaseTrainer(Trainer):
 
     def pack(self, groups: Sequence[Group]) -> tuple[list[Pack], dict[str, float]]:
         """Groups -> packed rows; of the step."""
+        raise NotImplementedError
+
+    def encode_ahead(self, groups: Sequence[Group]) -> None:
+        """Features of a frozen tower that passes will need; of the step."""
         raise NotImplementedError
 
     # Around an update
@@ -100,11 +104,15 @@ class BaseTrainer(Trainer):
             try:
                 return part, run(part.packs)
             except PackTooLarge as error:
-                if self.joins_tower:  # the others would not make the passes again
-                    raise SettingError(f"out of memory in a pass: lower tokens_per_pack ({error})") from error
-                self.budget.shrink(error)
-            free_memory()
+                self.shrink(error)
             part = self.packed_anew(part)
+
+    def shrink(self, error: PackTooLarge) -> None:
+        """Smaller packs from now on."""
+        if self.joins_tower:  # the others would not make the passes again
+            raise SettingError(f"out of memory in a pass: lower tokens_per_pack ({error})") from error
+        self.budget.shrink(error)
+        free_memory()
 
     def packed_anew(self, part: Part) -> Part:
         """The part in packs of the present budget, with the log-probs that it has."""
@@ -170,6 +178,11 @@ class BaseTrainer(Trainer):
         if math.isfinite(norm) and math.isfinite(self.last_loss):
             self.nonfinite = 0
             return norm
+        if self.is_deepspeed_enabled and math.isfinite(norm):
+            raise DivergedError(
+                f"stopped at step {self.state.global_step + 1}: the loss is {self.last_loss}, and DeepSpeed has made "
+                "the update; the last checkpoint is intact. A lower learning_rate may help"
+            )
         self.nonfinite += 1
         self.skipped += 1
         logger.warning(
@@ -286,6 +299,7 @@ class BaseTrainer(Trainer):
         rollouts = Path(checkpoint) / self.rollouts
         if rollouts.exists():
             self.buffer.load(torch.load(rollouts, weights_only=True), self._prompt_of, self.pack)
+            self.encode_ahead([group for part in self.buffer.parts for group in part.groups])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """The last that a resumed run reads, after the library has set its counts of the logs to nothing."""
@@ -297,8 +311,18 @@ class BaseTrainer(Trainer):
         dataset: Any = self.train_dataset
         return dataset.of_sample(sample)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """An ordinary model directory, with FSDP's sharded checkpoints too."""
+        if self.is_fsdp_enabled:
+            state = self.accelerator.get_state_dict(self.model)  # of all ranks
+            self._save(output_dir, state)
+        else:
+            super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
         folder = output_dir or self.args.output_dir or "."
         save_processor(self.processor, folder)
         if is_adapter(folder):  # the processor's class, and how the weights were quantized

@@ -70,7 +70,7 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
 
         chosen = {"--recipe": options.recipe, "--config": options.config}
         given = [word for name, value in chosen.items() if value is not None for word in (name, str(value))]
-        return launch(options.launch, options.processes, [*given, *rest])
+        launch(options.launch, options.processes, [*given, *rest])
     if options.command == "doctor":
         from vlmr1.doctor import doctor
 

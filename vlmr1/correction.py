@@ -30,7 +30,7 @@ def with_correction(packs: Sequence[Pack], mode: str, cap: float) -> tuple[list[
     weighted, ratios = [], []
     for pack in packs:
         ratio, per_row = _ratios(pack, by_sequence=mode.startswith("sequence"))
-        if pack.weight or len(packs) == 1:
+        if pack.weight or not any(each.weight for each in packs):
             ratios.append(ratio)
         weighted.append(replace(pack, trust_logp=_trust(pack, per_row, mode, cap)))
     every = torch.cat(ratios)

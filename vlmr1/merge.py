@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -33,7 +34,8 @@ def merge(checkpoint: Path, output: Path, *, dtype: str = "float32") -> None:
         print(f"{name} was trained in 4 bits: its layers are written as they were then, in {dtype}", flush=True)
     model = read_adapter(base, checkpoint).merge_and_unload(safe_merge=True).to(DTYPES[dtype])
     staging = output.parent / f".staging-{output.name}"
-    staging.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(staging, ignore_errors=True)  # of a merge that was killed
+    staging.mkdir(parents=True)
     model.save_pretrained(staging)
     save_processor(load_processor(checkpoint), staging)
     publish(staging, output)

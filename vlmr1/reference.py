@@ -4,7 +4,7 @@ follows the policy."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,15 @@ from vlmr1.types import Pack
 REFERENCE = "reference.safetensors"  # of a checkpoint, where the reference moves
 
 
-def frozen_copy(model: Any, memo: dict[int, Any] | None = None, *, shared: bool = True) -> Any:
+def frozen_copy(
+    model: Any, memo: dict[int, Any] | None = None, *, shared: bool = True, source: Mapping[str, Any] | None = None
+) -> Any:
     """A reference model: what is trained is copied, what is frozen is the model's own where it is `shared`. `memo`:
     copies that are made already, by the id of what they are of. A model that ZeRO-3 has spread over the ranks is read
-    again."""
+    again, with the options `source`."""
     if is_partitioned(model):
         attention = model.config._attn_implementation
-        read = load_model(model.name_or_path, dtype=model.dtype, attn_implementation=attention)
+        read = load_model(model.name_or_path, dtype=model.dtype, attn_implementation=attention, **(source or {}))
         return read.eval().requires_grad_(False)
     frozen = {id(parameter): parameter for parameter in model.parameters() if shared and not parameter.requires_grad}
     return copy.deepcopy(model, memo=frozen | (memo or {})).eval().requires_grad_(False)
@@ -99,8 +101,8 @@ class HostReference(Reference):
     """The same; what was copied is in host memory (pinned where the policy is on a GPU), and on the device for its
     passes only."""
 
-    def __init__(self, forward: PackedPolicy, policy: Any):
-        self.device = policy.device
+    def __init__(self, forward: PackedPolicy, policy: Any, device: torch.device | None = None):
+        self.device = policy.device if device is None else device
         pinned = self.device.type == "cuda"
         copies = {}
         for parameter in policy.parameters():
@@ -130,20 +132,26 @@ class AdapterReference(Reference):
 
 
 def make_reference(
-    kind: str, forward: PackedPolicy, wrapped: Any, accelerator: Any = None, sharding: Sharding | None = None
+    kind: str,
+    forward: PackedPolicy,
+    wrapped: Any,
+    accelerator: Any = None,
+    sharding: Sharding | None = None,
+    source: Mapping[str, Any] | None = None,
 ) -> Reference:
     """The reference of the policy that `forward` is of, as the setting `reference` says; `wrapped` is that policy, or
-    the `peft.PeftModel` around it."""
+    the `peft.PeftModel` around it; `source` (revision, trust_remote_code) is how the policy was read."""
     policy = forward.model
+    device = None if accelerator is None else accelerator.device  # engines move the policy there later
     if kind == "adapter" or (kind == "auto" and wrapped is not policy):
         return AdapterReference(forward, policy, wrapped)
     if kind == "offload":
-        return HostReference(forward, policy)
-    forward.model = frozen_copy(policy, shared=sharding is None)
+        return HostReference(forward, policy, device)
+    forward.model = frozen_copy(policy, shared=sharding is None, source=source)
     if sharding is not None:
         return Reference(forward, policy, sharded_reference(forward.model, accelerator, sharding))
-    if accelerator is not None and forward.model.device != accelerator.device:
-        forward.model.to(accelerator.device)  # the engine moves the policy later
+    if device is not None and forward.model.device != device:
+        forward.model.to(device)
     return Reference(forward, policy)
 
 

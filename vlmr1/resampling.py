@@ -8,7 +8,6 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object
 
 from vlmr1.rollout.sampling import mix
 from vlmr1.types import Group
@@ -65,7 +64,7 @@ def resample(
     *,
     rounds: int,
     rank: int = 0,
-    gather: Callable[[list[int]], list[int]] = gather_object,
+    gather: Callable[[list[int]], list[int]] = list,
 ) -> tuple[list[Group], dict[str, float]]:
     """The groups, scored, with those whose rewards are all equal replaced as far as `rounds` further rounds can, and
     what it took.

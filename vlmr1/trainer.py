@@ -111,7 +111,8 @@ class GRPOTrainer(BaseTrainer):
         self.policy = self._forward_of(model)
         self.reference = None
         if args.beta > 0:
-            options = {"accelerator": self.accelerator, "sharding": self.sharding}
+            source = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
+            options = {"accelerator": self.accelerator, "sharding": self.sharding, "source": source}
             self.reference = make_reference(args.reference, self._forward_of(model), trained, **options)
         if args.sync_ref_model and self.reference is not None:
             self.kept.append(self.reference)
@@ -177,6 +178,7 @@ class GRPOTrainer(BaseTrainer):
             groups = self.with_kl(model, groups, phases)
         weights, scale = self.reward_weights, self.args.scale_rewards
         groups = with_advantages(groups, weights, scale, self.ranks, kl_weight=self.args.beta)
+        self.timed_out = self.ranks.join(self.timed_out)  # groups may go to other ranks
         parts = []
         for of_part in self.shared_out(groups):
             part = Part(of_part, *self.pack(of_part))
@@ -217,26 +219,34 @@ class GRPOTrainer(BaseTrainer):
             self.engine.stats = before + self.engine.stats
             return self.scored(drawn, phases)
 
-        options = {"rounds": self.args.dynamic_sampling_max_rounds, "rank": self.args.process_index}
+        options = {"rounds": self.args.dynamic_sampling_max_rounds, "rank": self.ranks.rank, "gather": self.ranks.join}
         groups, self.resampling = resample(groups, draw, reserve, self.reward_weights, **options)
         return groups
 
     def with_kl(self, model: Any, groups: Sequence[Group], phases: Phases) -> list[Group]:
         """The groups with the KL that lowers their rewards; truncated completions have one too."""
-        plan = self._plan(unjudged(groups))
-        packs = [make_pack(row, share_vision=self.args.share_vision) for row in plan]
-        return with_kl(groups, plan, self.with_logprobs(model, packs, phases), self.args.kl)
+        while True:
+            plan = self._plan(unjudged(groups))
+            packs = [make_pack(row, share_vision=self.args.share_vision) for row in plan]
+            try:
+                return with_kl(groups, plan, self.with_logprobs(model, packs, phases), self.args.kl)
+            except PackTooLarge as error:
+                self.shrink(error)
 
     def shared_out(self, groups: Sequence[Group]) -> list[list[Group]]:
         """The groups of each update that this rank trains on: about as many tokens on every rank."""
         tokens = [sum(map(tokens_of, self.with_signal([group]))) for group in groups]
         parts = exchange(groups, tokens, self.args.steps_per_generation, self.ranks, self._prompt_of)
-        if self.features is not None and self.sharding is not None:  # passes will not meet in the tower
-            prompts = [group.prompt for part in parts for group in part]
-            images, refs, _ = unique_images(prompts)
-            with whole(self.engine.model, self.sharding):
-                encode(self.adapter, self.engine.model, refs, images, self.features)
+        self.encode_ahead([group for part in parts for group in part])
         return parts
+
+    def encode_ahead(self, groups: Sequence[Group]) -> None:
+        """The features of these groups, where the passes of several ranks would not meet in a sharded tower."""
+        if self.features is None or self.sharding is None:
+            return
+        images, refs, _ = unique_images([group.prompt for group in groups])
+        with whole(self.engine.model, self.sharding):
+            encode(self.adapter, self.engine.model, refs, images, self.features)
 
     def with_signal(self, groups: Sequence[Group]) -> list[Group]:
         """What of the groups has a part in the loss."""
@@ -264,9 +274,9 @@ class GRPOTrainer(BaseTrainer):
     def with_logprobs(self, model: Any, packs: Sequence[Pack], phases: Phases) -> list[Pack]:
         """The packs with the log-probs of reference and old policy."""
         with phases("reference"), nullcontext() if self.reference is None else self.reference.ready():
-            packs = [self.with_reference(pack) for pack in packs]
+            packs = [guarded(pack, self.with_reference) for pack in packs]
         with phases("old"):
-            return [self.with_old(model, pack) for pack in packs]
+            return [guarded(pack, lambda pack: self.with_old(model, pack)) for pack in packs]
 
     def with_reference(self, pack: Pack) -> Pack:
         """The pack with the reference model's log-probs, where the objective needs them."""
@@ -281,6 +291,7 @@ class GRPOTrainer(BaseTrainer):
         needed = self.args.kl_in_reward or self.args.importance_sampling_correction != "none"
         if self.args.steps_per_generation * self.args.num_iterations == 1 and not needed:
             return replace(pack, old_logp=None)  # the update's own forward computes them
+        model.eval()
         with self.policy.attention():
             return replace(pack, old_logp=call(model, self.policy.model, lambda: self.policy.logprobs(pack)))
 

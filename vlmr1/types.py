@@ -1,4 +1,4 @@
-"""The dataclasses that rooms hand to each other.
+"""The dataclasses that the parts of the trainer hand to each other.
 
 Shapes: P prompts, G generations a prompt, B = P*G sequences, N completion rows, L packed tokens,
 L_p tokens of one prompt, C tokens of one completion, K rows of positions, D hidden, V vocabulary, R reward functions.

@@ -128,9 +128,10 @@ def assert_merged(checkpoint: Path, output: Path, expected: torch.Tensor, image_
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_evaluate(run, data, capsys):
+def test_evaluate(run, data, tmp_path, capsys):
     checkpoint = run / f"checkpoint-{STEPS}"
     words = ["--data", str(data / "train.jsonl"), "--images", str(data / "images"), "--max_completion_length", "32"]
+    words += ["--task", "rec", "--output_dir", str(tmp_path), "--limit", "4", "--use_cpu"]
     assert main(["evaluate", "--model", str(checkpoint), *words]) == 0
     assert "acc@0.5" in capsys.readouterr().out
 

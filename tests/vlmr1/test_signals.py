@@ -92,6 +92,7 @@ def test_a_signal_before_the_first_step(name, status, data, tmp_path):
 
 def test_ctrl_c_in_another_command(data, tmp_path):
     words = ["evaluate", "--model", "tiny", "--data", str(data / "train.jsonl"), "--images", str(data / "images")]
+    words += ["--task", "rec", "--output_dir", str(tmp_path / "out")]
     at = At("open", "tiny/checkpoint/config.json", partial(send, signal.SIGINT))
     assert finish(words, tmp_path / "log", at) == (130, "vlmr1: stopped by Ctrl-C\n")
 

@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -164,7 +165,7 @@ def decoder_of(trainer: GRPOTrainer, box_coordinates: Coordinates = "auto") -> D
         kv_mib=args.rollout_kv_mib,
         cuda_graphs=args.cuda_graphs,
     )
-    return Decoder(
+    decoder = Decoder(
         engine.model,
         trainer.processor,
         max_completion_length=args.max_completion_length,
@@ -172,6 +173,8 @@ def decoder_of(trainer: GRPOTrainer, box_coordinates: Coordinates = "auto") -> D
         with_boxes="accuracy" in [reward.name for reward in trainer.rewards],
         engine=own,
     )
+    decoder.sampling = replace(trainer.sampling, greedy=True)  # the run's stop strings and penalty
+    return decoder
 
 
 def _box_metrics(trainer: GRPOTrainer, samples: Sequence[Sample], records: Sequence[Record]) -> dict[str, float]:

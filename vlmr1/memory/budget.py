@@ -45,8 +45,8 @@ class PackBudget:
         self.out_of_memory += 1
         before = sum(map(tokens_of, groups))
         parts = halves(groups)
-        if len(parts) == 1:
-            prompt, (completion,) = groups[0].prompt, groups[0].completions
+        if len(parts) == 1 or max(sum(map(tokens_of, part)) for part in parts) >= before:
+            prompt, completion = groups[0].prompt, groups[0].completions[0]
             raise SettingError(
                 f"out of memory: a pass over one completion of {len(completion.token_ids)} tokens with its prompt of "
                 f"{len(prompt.input_ids)}, of the row {prompt.sample.source}, does not fit, and less than that no "

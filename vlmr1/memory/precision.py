@@ -85,7 +85,10 @@ def prepare_trained(model: nn.Module, args: GRPOConfig) -> None:
     for name, parameter in trained:
         if parameter.dtype.itemsize < 4:
             if not args.stochastic_rounding:
-                raise SettingError(f"{name} is trained in {str(parameter.dtype).removeprefix('torch.')}: {BFLOAT16}")
+                dtype = str(parameter.dtype).removeprefix("torch.")
+                if args.use_peft:
+                    raise SettingError(f"{name} is trained in {dtype}: lora_modules_to_save needs model_dtype=float32")
+                raise SettingError(f"{name} is trained in {dtype}: {BFLOAT16}")
             parameter.grad_dtype = torch.float32  # type: ignore[attr-defined]
 
 

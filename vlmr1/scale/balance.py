@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vlmr1.buffer import parts_of
 from vlmr1.scale.ranks import Ranks, interleaved
@@ -63,11 +63,11 @@ def exchange(
     def group_at(place: Place) -> Group:
         if place.home == ranks.rank:
             return groups[place.index]
-        sample, completions, rewards, advantages = sent[place.home][place.index]
-        return Group(prompt_of(sample), completions, rewards, advantages)
+        sample, group = sent[place.home][place.index]
+        return replace(group, prompt=prompt_of(sample))
 
     return [[group_at(place) for place in plan[ranks.rank]] for plan in plans]
 
 
-def _without_prompt(group: Group) -> tuple:
-    return group.prompt.sample.index, group.completions, group.rewards, group.advantages
+def _without_prompt(group: Group) -> tuple[int, Group]:
+    return group.prompt.sample.index, replace(group, prompt=None)  # type: ignore[arg-type]

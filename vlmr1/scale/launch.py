@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import os
 import shlex
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from vlmr1.errors import SettingError
 
+# Ranks end the step that is running and write a checkpoint: torchrun hands the signals on, and waits.
+SIGNALS = ("--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "--shutdown-timeout", "3600")
 CONFIGS = Path(__file__).parent / "configs"
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
@@ -51,7 +52,7 @@ def launch_command(name: str, processes: int, arguments: Sequence[str]) -> tuple
     if not torch.cuda.is_available():
         more, flags = _on_cpu(name)
         environment, arguments = environment | more, [*arguments, *flags]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *SIGNALS]
     return environment, [sys.executable, *torchrun, "-m", "vlmr1.cli", "train", *arguments]
 
 
@@ -77,13 +78,13 @@ def check_launched(world: int, accelerator: Any) -> None:
             raise SettingError(f"{name} is set, but accelerate uses {accelerator.distributed_type.value} here")
 
 
-def launch(name: str, processes: int | None, arguments: Sequence[str]) -> int:
-    """Print the command and run it; its exit status. One process a GPU, or `processes`."""
+def launch(name: str, processes: int | None, arguments: Sequence[str]) -> NoReturn:
+    """Print the command and become it. One process a GPU, or `processes`."""
     count = processes or torch.cuda.device_count() or 1
     environment, command = launch_command(name, count, arguments)
     words = [f"{key}={shlex.quote(value)}" for key, value in environment.items()]
     print(" ".join([*words, *map(shlex.quote, command)]), flush=True)
-    return subprocess.run(command, env=os.environ | environment).returncode
+    os.execvpe(command[0], command, os.environ | environment)
 
 
 def launched_as() -> str:

@@ -14,7 +14,6 @@ COUNTS = (
     "packs",
     "packed_tokens",
     "repeated_prompt_tokens",
-    "reward_timeouts",
     "rollout/tokens_per_second",
     "rollout/sent_back",
     "rollout/out_of_memory",

@@ -26,6 +26,10 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
+    def join(self, values: Sequence[T]) -> list[T]:
+        """The lists of all ranks, one after the other."""
+        return [value for own in self.gather(values) for value in own]
+
     def total(self, number: float) -> float:
         """The sum over all ranks."""
         return sum(self.gather(number))

@@ -29,8 +29,13 @@ def sharding_of(accelerator: Any) -> Sharding | None:
     return "fsdp2"
 
 
-def check_sharded(args: Any, sharding: Sharding | None) -> None:
-    """SettingError for settings that need passes of which the ranks would run different numbers, or all weights."""
+def check_sharded(args: Any, sharding: Sharding | None, *, engine: bool) -> None:
+    """SettingError for settings that need passes of which the ranks would run different numbers, or all weights, or
+    that an `engine` of several ranks cannot honour."""
+    if engine and args.stochastic_rounding:
+        raise SettingError(
+            "stochastic_rounding needs one process: others add up gradients in the dtype of weights"
+        )
     if sharding is None:
         return
     for name in ("dynamic_sampling", "kl_in_reward", "sync_ref_model", "use_peft"):
@@ -38,6 +43,8 @@ def check_sharded(args: Any, sharding: Sharding | None) -> None:
             raise SettingError(f"{name} is not supported where {sharding} shards the weights: use ddp or zero2")
     if args.reference == "offload":
         raise SettingError(f"reference=offload is not supported with {sharding}, which shards the reference too")
+    if args.use_liger_kernel and args.beta > 0 and sharding == "zero3":
+        raise SettingError("use_liger_kernel needs beta 0 with zero3: the reference would be without")
 
 
 @contextmanager
