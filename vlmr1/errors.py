@@ -39,3 +39,7 @@ class Stopped(BaseException):
     def __init__(self, message: str, status: int):
         super().__init__(message)
         self.status = status
+
+
+class RankError(UserError):
+    """Another process of the run has ended."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+
+from vlmr1.errors import RankError
 
 T = TypeVar("T")
 
@@ -23,7 +26,8 @@ class Ranks:
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value)
+        with _together():
+            dist.all_gather_object(values, value)
         return values
 
     def join(self, values: Sequence[T]) -> list[T]:
@@ -41,10 +45,20 @@ class Ranks:
     def wait(self) -> None:
         """Until every rank is here."""
         if self.world > 1:
-            dist.barrier()
+            with _together():
+                dist.barrier()
 
 
 ALONE = Ranks()
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """RankError where another rank is gone: it has said why."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankError("another rank has ended: see what it wrote") from error
 
 
 def interleaved(lists: Sequence[Sequence[T]]) -> list[T]:

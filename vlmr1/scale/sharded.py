@@ -33,9 +33,7 @@ def check_sharded(args: Any, sharding: Sharding | None, *, engine: bool) -> None
     """SettingError for settings that need passes of which the ranks would run different numbers, or all weights, or
     that an `engine` of several ranks cannot honour."""
     if engine and args.stochastic_rounding:
-        raise SettingError(
-            "stochastic_rounding needs one process: others add up gradients in the dtype of weights"
-        )
+        raise SettingError("stochastic_rounding needs one process: others add up gradients in the dtype of weights")
     if sharding is None:
         return
     for name in ("dynamic_sampling", "kl_in_reward", "sync_ref_model", "use_peft"):
