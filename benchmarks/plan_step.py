@@ -154,6 +154,8 @@ def config_of(settings: Mapping[str, Any], folder: Path, device: str) -> GRPOCon
         disable_tqdm=True,
         report_to="none",
         reward_workers=0,
+        memory_by_phase=False,  # it would reset the marks that are read here
+        write_report=False,
         **settings,
     )
 

@@ -192,9 +192,7 @@ class GRPOConfig(TrainingArguments):
     tokens_per_pack: int = field(default=16384, metadata={"help": "budget of one packed row"})
     skip_zero_advantage: bool | None = field(
         default=None,
-        metadata={
-            "help": "completions of advantage 0 leave the policy pass; default: where nothing else gives them a gradient"
-        },
+        metadata={"help": "completions of advantage 0 leave the policy pass; default: where they have no gradient"},
     )
     kernels: str = field(default="", metadata={"help": "op=impl,... ; see `vlmr1 doctor`"})
 
