@@ -18,6 +18,7 @@ from benchmarks.model import BENCH_TEXT, BENCH_VISION, TEXT_3B, VISION_3B, Shape
 from benchmarks.rollout import spread
 from vlmr1.config import GRPOConfig
 from vlmr1.memory.plan import Plan, Planner, inputs_of
+from vlmr1.models import load_model
 from vlmr1.trainer import GRPOTrainer
 from vlmr1.types import Pack, Sample
 
@@ -88,6 +89,9 @@ CASES: dict[str, Case] = {
         Shape(TEXT_7B, VISION_3B | {"out_hidden_size": 3584}, image_px=896),
         {
             "model_dtype": "bfloat16",
+            "bf16": True,
+            "optim": "adamw_torch_8bit",
+            "stochastic_rounding": True,
             "gradient_checkpointing": True,
             "prompts_per_device": 2,
             "max_completion_length": 256,
@@ -173,6 +177,9 @@ def run(of: Case, folder: Path, device: str, before: float) -> dict[str, float]:
     settings = dict(of.settings)
     dtype = getattr(torch, settings.get("model_dtype", "float32"))
     model, processor = bench_model.build(folder, of.shape, device=device, dtype=dtype)
+    if settings.get("load_in_4bit"):
+        model.save_pretrained(folder / "whole")
+        model = load_model(folder / "whole", dtype=dtype, compute_dtype=dtype)
     model.generation_config.eos_token_id = None  # every completion meets the limit
     content = [{"type": "image"}, {"type": "text", "text": "Locate the digit 7"}]
     samples = [
