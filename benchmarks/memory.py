@@ -2,8 +2,8 @@
 
     python -m benchmarks.memory --out benchmarks/results/memory-cpu.json
 
-Each arm in a process of its own, measured as in `benchmarks.plan`: the highest resident set of each phase of the second of
-two updates, above the resident set before the model was made.
+Each arm in a process of its own, measured as in `benchmarks.plan`: the highest resident set of each phase of the second
+of two updates, above the resident set before the model was made.
 """
 
 from __future__ import annotations

@@ -7,8 +7,9 @@ Each shape in a process of its own: two updates of `GRPOTrainer.train` (rollout,
 weights, every completion as long as it may get; counted is the second. On a CPU: the highest resident set of each phase
 above the resident set before the model was made (`harness.PeakMemory`); freed memory goes back to the system at once
 (MALLOC_MMAP_THRESHOLD_), so that it is what was alive. On a GPU: what torch allocated. The plan's allowance for the
-framework is left out. The plan has no constant that was fitted, to these shapes or to others. What it leaves out on a
-CPU: kernels that oneDNN generates and keeps (bf16), and what the libraries hold.
+framework is left out. The plan has no constant that was fitted, to these shapes or to others; that images count was
+found by comparing eight of them. What it leaves out on a CPU: kernels that oneDNN generates and keeps (bf16), and what
+libraries hold.
 """
 
 from __future__ import annotations

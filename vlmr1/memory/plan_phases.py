@@ -61,10 +61,13 @@ def _update(inputs: PlanInputs, model: Any, policy: PackedPolicy, pack: Pack, dr
     """Forward and backward of one pack; with several, the gradients of those before it are there."""
     trained = [p for p in model.parameters() if p.requires_grad]
     model.train()
+    for parameter in trained:
+        if parameter.dtype.itemsize < 4:
+            parameter.grad_dtype = torch.float32  # as `precision.prepare_trained` has it
     if several:
         with dry.of(GRADIENTS):
             for parameter in trained:
-                parameter.grad = torch.empty_like(parameter)
+                parameter.grad = torch.empty_like(parameter, dtype=torch.float32)
     hooks = [p.register_post_accumulate_grad_hook(lambda p: dry.is_of(p.grad, GRADIENTS)) for p in trained]
     width = model.config.get_text_config(decoder=True).hidden_size
     kept = checkpoints_on_host(dry, len(pack.input_ids), width) if inputs.activation_offload else nullcontext()

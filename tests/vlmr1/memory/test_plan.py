@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.vlmr1.families import FAMILIES, tokenizer
 from vlmr1.config import GRPOConfig
 from vlmr1.errors import SettingError
 from vlmr1.memory.plan import CAUSES, Plan, PlanInputs, Planner, inputs_of
@@ -197,6 +198,35 @@ def test_images_of_two_generations_are_in_host_memory():
     assert planned().phases["update"]["images"] == 0
     assert planned(device="cpu").phases["update"]["images"] == 2 * 4 * each
     assert planned(image_tokens=0).host["images"] == 0
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_planned(family, device):
+    """In the rollout keys and values to the byte, in the policy pass a gradient for every trained parameter, and
+    activations that grow with the completions."""
+    config = FAMILIES[family].config(tokenizer(FAMILIES[family]).get_vocab())
+    settings = SMALL | {"device": device, "tokens_per_pack": 4096}
+    one, longer = (Planner().plan(PlanInputs(config, **{**settings, "max_completion_length": c})) for c in (33, 65))
+    assert one.phases["update"]["gradients"] == 4 * one.parameters == 4 * one.trained
+    assert one.phases["rollout"]["kv cache"] > 0 and one.phases["policy"]["vision tower"] > 0
+    more = longer.phases["policy"]["activations"] - one.phases["policy"]["activations"]
+    text = config.get_text_config(decoder=True)
+    assert more > 4 * (4 * 3 * 32) * text.hidden_size * text.num_hidden_layers
+
+
+ENGINES = {
+    "transformers engine": {"rollout_engine": "transformers"},
+    "repeated prompts": {"share_prompt": False, "share_vision": False},
+    "naive": {"share_prompt": False, "share_vision": False, "pack": False},
+}
+
+
+@pytest.mark.parametrize("settings", ENGINES.values(), ids=ENGINES.keys())
+def test_what_is_not_shared_takes_more(settings):
+    phase = "rollout" if "rollout_engine" in settings else "policy"
+    one = {"prompts_per_device": 1}  # a naive row has one group
+    assert planned(**one, **settings).total(phase) > planned(**one).total(phase)
 
 
 def test_without_a_reference_there_is_no_pass_of_it():
