@@ -49,7 +49,8 @@ HEAD = ["settings", "peak MiB", "in", "of base"]
 
 
 def case_of(name: str) -> Case:
-    return case(**(BASE | ARMS[name]))
+    settings: dict[str, Any] = BASE | ARMS[name]
+    return case(**settings)
 
 
 def measure(name: str, threads: int) -> dict[str, float]:

@@ -84,7 +84,7 @@ class Planner:
         trained = sum(of.bytes for of in counted.trained)
         states = _share(state_bytes(inputs.optim, counted.trained), sharing[1])
         stepping = states + _share(step_bytes(inputs.optim, counted.trained, inputs.device), sharing[1])
-        gradients = _share(trained, sharing[2])
+        gradients = _share(sum(4 * each.numbers for each in counted.trained), sharing[2])  # float32 in any case
         copy = _share(trained + counted.buffers, sharing[3])
         always = {
             WEIGHTS: _share(counted.weights, sharing[3]) + (counted.gathered if sharing[3] > 1 else 0),
