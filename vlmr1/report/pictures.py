@@ -10,7 +10,9 @@ from typing import Any
 
 from PIL import Image
 
+from vlmr1.checkpoint import replace_bytes
 from vlmr1.data.images import UNDECODABLE, ImageBytes, ImageRef, to_rgb
+from vlmr1.disk import writing
 
 LARGEST = 448  # px of a side; larger images are shown smaller
 CRISP_BELOW = 256  # px; a smaller image is shown enlarged, its pixels left visible
@@ -47,8 +49,9 @@ def keep_picture(image: ImageRef, folder: Path) -> dict[str, Any] | None:
     data, kind, size = small(image.data)
     path = folder / f"{image.key}.{kind}"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
+        with writing(folder.name, folder.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+            replace_bytes(path, data)
     return {"file": f"{folder.name}/{path.name}", "size": list(size)}
 
 

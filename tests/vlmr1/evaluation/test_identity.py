@@ -58,5 +58,5 @@ def test_the_base_of_an_adapter_counts(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"abc", b"\xff" * 16, b"\x04" + bytes(7) + b"{{{{"], ids=repr)
 def test_what_is_no_safetensors_file(content, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(SettingError, match="model.safetensors is no whole safetensors file"):
+    with pytest.raises(SettingError, match=r"model\.safetensors is no whole safetensors file"):
         model_digest(tmp_path)
