@@ -195,11 +195,11 @@ def _train(config: GRPOConfig, stop: StopSignals, resuming: Resuming) -> GRPOTra
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     stop.leave()
     if config.write_report and trainer.is_world_process_zero():
-        _report(output_dir)
+        report_of_run(output_dir)
     return trainer
 
 
-def _report(output_dir: Path) -> None:
+def report_of_run(output_dir: Path) -> None:
     """The page of a run that is done; a disk that has no room for it is no failure of the run."""
     try:
         with writing(REPORT, output_dir):
