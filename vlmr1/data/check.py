@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from tqdm import tqdm
 
@@ -16,6 +16,7 @@ from vlmr1.data.samples import Columns, Samples
 from vlmr1.data.sources import open_sources, split_names
 from vlmr1.data.templates import question_text
 from vlmr1.errors import DataError, SettingError
+from vlmr1.rewards.coordinates import Setting
 from vlmr1.rewards.judge import Judge
 from vlmr1.rewards.methods import columns_of_files
 from vlmr1.rewards.registry import Reward, get_reward
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=int, help="with --model: as in training")
     parser.add_argument(
         "--box_coordinates",
-        choices=("auto", "original", "resized", "thousand"),
+        choices=get_args(Setting),
         default="auto",
         help="with --model: whether boxes of a row can be brought to pixels of its image",
     )
