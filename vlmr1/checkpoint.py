@@ -130,9 +130,14 @@ def clean(output_dir: Path) -> None:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a file of which there is the old text or the new one at any moment."""
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: Path, data: bytes) -> None:
+    """Write a file of which there is the old content or the new one at any moment."""
     replacement = path.with_name(f"{path.name}.tmp")
     try:
-        replacement.write_text(text, encoding="utf-8")
+        replacement.write_bytes(data)
         _sync(replacement)
         replacement.replace(path)
     except OSError:

@@ -15,7 +15,9 @@ from vlmr1.console import surviving
 from vlmr1.disk import writing
 from vlmr1.errors import DataError
 from vlmr1.report.pictures import keep_picture
-from vlmr1.rewards.failures import reads_boxes
+from vlmr1.rewards.coordinates import converts
+from vlmr1.rewards.score import METHOD
+from vlmr1.rewards.settings import DEFAULTS
 from vlmr1.types import Prompt
 
 METRICS = "metrics.jsonl"
@@ -108,10 +110,11 @@ class Progress(TrainerCallback):
 
     def _box_scale(self, prompt: Prompt) -> tuple[float, float] | None:
         """(x, y): pixels of the image for one unit of the completion's boxes, where a reward converts them."""
-        readers = [reward for reward in self.trainer.rewards if reads_boxes(reward, prompt.sample)]
-        boxes = [getattr(reward.settings, "boxes", None) for reward in readers]
+        own = prompt.sample.columns.get(METHOD)
+        known = [(reward.name, reward.settings or DEFAULTS) for reward in self.trainer.rewards]
+        boxes = [each.boxes for name, each in known if converts(name, own or each.accu_reward_method)]
         try:
-            return next((each.scale(prompt) for each in boxes if each is not None), None)
+            return next((each.scale(prompt) for each in boxes), None)
         except DataError:  # images of different scales: boxes are not drawn on those anyway
             return None
 

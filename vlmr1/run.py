@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, fields
@@ -16,18 +17,21 @@ from transformers.trainer_utils import SaveStrategy
 from vlmr1.buffer import BufferSampler
 from vlmr1.checkpoint import clean, fault_of, last_complete, replace_text
 from vlmr1.config import GRPOConfig
+from vlmr1.console import surviving
 from vlmr1.data.samples import load_samples, validation_split
 from vlmr1.data.sources import split_names
 from vlmr1.data.templates import question_text
 from vlmr1.disk import check_output_dir, checkpoint_bytes, warn_of_space, writing
-from vlmr1.errors import SettingError
-from vlmr1.evaluation.callback import EvaluationCallback, evaluation_samples
+from vlmr1.errors import OutputError, SettingError
+from vlmr1.evaluation.callback import EvaluationCallback
+from vlmr1.evaluation.run_rows import evaluation_samples
 from vlmr1.flat_rewards import FlatRewards
 from vlmr1.models import load_model, load_processor, model_type_of
 from vlmr1.models.image_limits import limit_images
 from vlmr1.models.lora import is_adapter
 from vlmr1.processes import naming_lost_workers
 from vlmr1.progress import Progress
+from vlmr1.report.training import NAME as REPORT
 from vlmr1.report.training import write_run_report
 from vlmr1.resume import Resuming
 from vlmr1.rewards.methods import columns_of_files
@@ -39,6 +43,7 @@ from vlmr1.tiny import CHECKPOINT, digits
 from vlmr1.trainer import GRPOTrainer
 from vlmr1.types import Sample
 
+logger = logging.getLogger(__name__)
 SETTINGS = "settings.json"
 TINY, DIGITS = "tiny", "digits"  # the names of the embedded model and data set
 TRAIN_ROWS = 4000  # of the embedded data set
@@ -176,7 +181,7 @@ def _train(config: GRPOConfig, stop: StopSignals, resuming: Resuming) -> GRPOTra
     trainer.remove_callback(PrinterCallback)
     progress.trainer = trainer
     if evaluated is not None:
-        trainer.add_callback(EvaluationCallback(trainer, evaluated, box_coordinates=config.box_coordinates))
+        trainer.add_callback(EvaluationCallback(trainer, evaluated, box_coordinates=config.box_coordinates, stop=stop))
     say = print if ranks.rank == 0 else lambda *words, **options: None
     say(arithmetic(config, len(trainer.train_dataset)), flush=True)  # type: ignore[arg-type]
     if resume is not None and trainer.is_finished(resume):
@@ -190,8 +195,20 @@ def _train(config: GRPOConfig, stop: StopSignals, resuming: Resuming) -> GRPOTra
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     stop.leave()
     if config.write_report and trainer.is_world_process_zero():
-        print(f"report     {write_run_report(output_dir)}", flush=True)
+        report_of_run(output_dir)
     return trainer
+
+
+def report_of_run(output_dir: Path) -> None:
+    """The page of a run that is done; a disk that has no room for it is no failure of the run."""
+    try:
+        with writing(REPORT, output_dir):
+            path = write_run_report(output_dir)
+    except OutputError as error:
+        logger.warning("%s", error)
+        return
+    with surviving():
+        print(f"report     {path}", flush=True)
 
 
 def find_resume(config: GRPOConfig, output_dir: Path) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 from base64 import b64decode
@@ -16,10 +17,12 @@ from tests.vlmr1.test_report import Page, Recorder
 from tests.vlmr1.test_trainer import trainer_of
 from vlmr1.cli import main
 from vlmr1.data.images import ImageBytes
-from vlmr1.progress import Progress
+from vlmr1.errors import OutputError
+from vlmr1.progress import METRICS, Progress
 from vlmr1.report.panels import run_curves
 from vlmr1.report.pictures import keep_picture, read_picture
 from vlmr1.report.training import chosen_steps, completion_boxes, true_boxes, write_run_report
+from vlmr1.run import report_of_run
 from vlmr1.tiny import digits
 
 BOX = '<answer>{"bbox_2d": [10, 20, 30, 50]}</answer>'
@@ -111,6 +114,30 @@ def test_images_that_are_bytes_missing_or_broken(tmp_path, photo):
     assert decoded(page.of("img")[1]["src"]).size == (448, 336) and '<svg viewBox="0 0 1200 900">' in text
     for name in ("gone.png", "broken.png"):
         assert f"no image that can be read: {tmp_path / name}" in page.words
+
+
+def test_a_picture_is_whole_or_absent(tmp_path, photo, monkeypatch):
+    image = ImageBytes.of(photo.read_bytes(), "rows.parquet:7 <image>")
+
+    def full(self: Path, data: bytes) -> int:
+        with self.open("wb") as file:
+            file.write(data[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(OutputError, match=r"completion_images cannot be written to .*: No space left on device"):
+            keep_picture(image, tmp_path / "completion_images")
+    assert list((tmp_path / "completion_images").iterdir()) == []
+    kept = keep_picture(image, tmp_path / "completion_images")
+    assert kept is not None and Image.open(tmp_path / kept["file"]).size == (448, 336)
+
+
+def test_no_room_for_the_page_is_a_warning(tmp_path, caplog):
+    (tmp_path / METRICS).write_text('{"step": 1, "kl": 0.0}\n')
+    (tmp_path / "training.html").symlink_to("/dev/full")
+    report_of_run(tmp_path)
+    assert "training.html cannot be written to" in caplog.text and "No space left on device" in caplog.text
 
 
 def test_small_images_keep_their_pixels(tmp_path):

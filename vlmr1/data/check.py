@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from tqdm import tqdm
 
@@ -13,14 +13,18 @@ from vlmr1.data.faults import RowFault
 from vlmr1.data.findings import Fault, Findings, as_fault
 from vlmr1.data.images import ImageRef, image_faults, open_image
 from vlmr1.data.samples import Columns, Samples
-from vlmr1.data.sources import open_sources
+from vlmr1.data.sources import open_sources, split_names
 from vlmr1.data.templates import question_text
 from vlmr1.errors import DataError, SettingError
+from vlmr1.rewards.coordinates import Setting
+from vlmr1.rewards.judge import Judge
+from vlmr1.rewards.methods import columns_of_files
 from vlmr1.rewards.registry import Reward, get_reward
-from vlmr1.rewards.settings import RewardSettings
+from vlmr1.rewards.settings import DEFAULT_METHOD, MODES, RewardSettings
 from vlmr1.types import Sample
 
 Measure = Callable[[Sample], int]  # tokens of a sample's prompt
+UNASKED = Judge("http://localhost", "none")  # rows of the method llm need one; a check asks it nothing
 LIMITS = ("min_pixels", "max_pixels", "max_anyres_num")  # of images
 
 
@@ -30,13 +34,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", nargs="*", default=[], help="image folders: one for each data file, or one for all")
     parser.add_argument("--question_template", default="none")
     parser.add_argument("--reward_funcs", nargs="*", default=[], help="rewards that have to be able to score each row")
+    parser.add_argument("--accu_reward_method", nargs="+", default=[DEFAULT_METHOD], help="one, or one for each file")
+    parser.add_argument("--reward_mode", choices=MODES, default="strict", help="as in training")
     parser.add_argument("--model", help="count the tokens of each prompt with this model's processor")
     parser.add_argument("--max_prompt_length", type=int, help="with --model: a longer prompt is a fault")
     for name in LIMITS:
         parser.add_argument(f"--{name}", type=int, help="with --model: as in training")
     parser.add_argument(
         "--box_coordinates",
-        choices=("auto", "original", "resized", "thousand"),
+        choices=get_args(Setting),
         default="auto",
         help="with --model: whether boxes of a row can be brought to pixels of its image",
     )
@@ -50,12 +56,14 @@ def check_command(options: argparse.Namespace) -> int:
     given += ["box_coordinates"] * (options.box_coordinates != "auto")
     if given and options.model is None:
         raise SettingError(f"--{given[0]} needs --model: it is about what a model's processor makes of a row")
-    measure, family, settings = None, None, None
+    methods = [name for joint in options.accu_reward_method for name in joint.split(":")]
+    settings = RewardSettings(mode=options.reward_mode, accu_reward_method=methods[0], judge=UNASKED)
+    measure, family = None, None
     if options.model is not None:
         processor, family = processor_of(options.model, {name: getattr(options, name) for name in LIMITS})
         measure = prompt_measure(processor)
         if options.reward_funcs or options.box_coordinates != "auto":
-            settings = RewardSettings().with_boxes(options.box_coordinates, family, processor.image_processor)
+            settings = settings.with_boxes(options.box_coordinates, family, processor.image_processor)
     findings = check_data(
         options.files,
         options.images,
@@ -64,6 +72,7 @@ def check_command(options: argparse.Namespace) -> int:
         measure=measure,
         max_prompt_length=options.max_prompt_length,
         columns=Columns(options.prompt_column, options.solution_column),
+        defaults=columns_of_files(len(split_names(options.files)), methods),
     )
     print(findings.text())
     return findings.status
@@ -78,17 +87,20 @@ def check_data(
     measure: Measure | None = None,
     max_prompt_length: int | None = None,
     columns: Columns | None = None,
+    defaults: Sequence[Mapping[str, Any]] = (),
 ) -> Findings:
     """Reads every row, decodes each distinct image once, runs the rewards' checks, and measures the prompts.
 
-    An image that several rows name is reported for the first of them. Raises SettingError for files, folders and
+    `defaults` are columns of the rows of each file that lack them. An image that several rows name is reported for the
+    first of them. Raises SettingError for files, folders and
     rewards that do not exist; faults of rows do not stop it."""
     checks = [reward.check for reward in map(get_reward, rewards) if reward.check]
     sources = open_sources(data_file_paths, image_folders)
-    filled = [(rows, folder) for rows, folder in sources if len(rows)]
+    filled = [source for source in sources if len(source[0])]
+    of_filled = [each for each, (rows, _) in zip(defaults, sources, strict=True) if len(rows)] if defaults else []
     findings = Findings()
     if filled:
-        samples = Samples(filled, question, columns or Columns())
+        samples = Samples(filled, question, columns or Columns(), defaults=of_filled)
         findings = _Checker(samples, checks, measure, max_prompt_length).run()
     empty = [rows.name for rows, _ in sources if not len(rows)]
     findings.faults += [Fault(name, "empty file", "no rows in this file") for name in empty]

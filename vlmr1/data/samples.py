@@ -146,25 +146,30 @@ def load_samples(
         if not len(rows):
             raise DataError(f"{rows.name}: the data set is empty: no rows in this file")
     samples = Samples(sources, question, Columns(prompt_column, solution_column), defaults=defaults)
+    check_rows(samples, checks, images=check_images)
+    return samples
+
+
+def check_rows(samples: Sequence[Sample], checks: Sequence[Callable[[Sample], None]], *, images: bool = True) -> None:
+    """Reads each row, hands it to the checks, and with `images` decodes each distinct image once. Raises the DataError
+    of the first row with a fault."""
     faults: list[DataError] = []
     every = _checked_images(samples, checks, faults)
-    for fault in image_faults(every) if check_images else (None for _ in every):
+    for fault in image_faults(every) if images else (None for _ in every):
         if fault is not None:
             raise fault
     if faults:
         raise faults[0]
-    return samples
 
 
 def _checked_images(
-    samples: Samples, checks: Sequence[Callable[[Sample], None]], faults: list[DataError]
+    samples: Sequence[Sample], checks: Sequence[Callable[[Sample], None]], faults: list[DataError]
 ) -> Iterator[tuple[ImageRef, str]]:
     """The images of all rows, up to the first row with another fault, which is added to `faults`: images of rows before
     it may still wait for their decoder, and have theirs first."""
-    reading = tqdm(samples.indices, desc="checking rows", delay=2, disable=None)
-    for index in reading:
+    for place in tqdm(range(len(samples)), desc="checking rows", delay=2, disable=None):
         try:
-            sample = samples.sample(index)
+            sample = samples[place]
             for check in checks:
                 check(sample)
         except DataError as error:

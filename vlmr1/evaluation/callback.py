@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,99 +17,86 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from vlmr1.checkpoint import truncate_after
-from vlmr1.data.samples import Samples, load_samples
-from vlmr1.data.sources import split_names
-from vlmr1.data.templates import question_text
-from vlmr1.errors import SettingError
+from vlmr1.console import surviving
+from vlmr1.disk import writing
 from vlmr1.evaluation.coco import AveragePrecision, ImageBoxes
 from vlmr1.evaluation.coordinates import Coordinates
 from vlmr1.evaluation.decode import Decoder
 from vlmr1.evaluation.detection import asked, best_of_each, predicted, truths_of
 from vlmr1.evaluation.rec import score_rec
 from vlmr1.evaluation.records import Record
+from vlmr1.evaluation.run_rows import kind_of_boxes
 from vlmr1.evaluation.scored import sizes_of
+from vlmr1.progress import read_lines
 from vlmr1.rewards.groups import score_groups
-from vlmr1.rewards.methods import columns_of_files
-from vlmr1.rewards.registry import checks_of
-from vlmr1.rewards.score import METHOD
+from vlmr1.rewards.settings import RewardSettings
 from vlmr1.rollout import ENGINES
 from vlmr1.scale.sharded import whole
 from vlmr1.types import Sample
 from vlmr1_kernels import use
 
 if TYPE_CHECKING:
-    from vlmr1.config import GRPOConfig
+    from vlmr1.signals import StopSignals
     from vlmr1.trainer import GRPOTrainer
 
 EVALUATIONS = "eval.jsonl"
-OF_BOXES = ("map", "od_ap", "od_ap50", "odLength", "weighted_sum")
-
-
-def evaluation_samples(
-    config: GRPOConfig, model_type: str, processor: Any, validation: Sequence[Sample] | None = None
-) -> Sequence[Sample] | None:
-    """The rows that a run evaluates, each checked against its rewards: of `eval_data_file_paths`, else `validation`,
-    the part of the data that was kept from training. None where the settings ask for no evaluation."""
-    if config.eval_steps is None and not config.eval_on_start:
-        return None
-    if config.eval_data_file_paths:
-        rewards = config.rewards().with_boxes(config.box_coordinates, model_type, processor.image_processor)
-        files = split_names(config.eval_data_file_paths)
-        samples: Sequence[Sample] = load_samples(
-            files,
-            config.eval_image_folders,
-            question=question_text(config.question_template, model_type),
-            check_images=config.check_images,
-            prompt_column=config.prompt_column,
-            solution_column=config.solution_column,
-            checks=checks_of(config.reward_funcs, rewards),
-            defaults=columns_of_files(len(files), config.accu_reward_method),
-        )
-    elif validation is not None:
-        samples = validation
-    else:
-        name = "eval_on_start" if config.eval_steps is None else "eval_steps"
-        raise SettingError(f"{name} needs data to evaluate on: set eval_data_file_paths, or val_split_ratio")
-    if config.eval_limit is not None:
-        samples = _first(samples, config.eval_limit)
-    return samples
-
-
-def _first(samples: Sequence[Sample], count: int) -> Sequence[Sample]:
-    """The first samples, read when they are asked for where these are."""
-    return samples.select(samples.indices[:count]) if isinstance(samples, Samples) else samples[:count]
 
 
 class EvaluationCallback(TrainerCallback):
     """Evaluates every `eval_steps` updates, and before the first with `eval_on_start`; a line each in eval.jsonl.
 
-    A resumed run drops the lines that it will write again."""
+    A resumed run drops the lines that it will write again, and makes up the one of its step where that is missing. A
+    signal does not wait for an evaluation: at the step that it ends there is none, and where `stop` is given and there
+    is one process, one that is running is given up after its batch."""
 
-    def __init__(self, trainer: GRPOTrainer, samples: Sequence[Sample], *, box_coordinates: Coordinates = "auto"):
+    def __init__(
+        self,
+        trainer: GRPOTrainer,
+        samples: Sequence[Sample],
+        *,
+        box_coordinates: Coordinates = "auto",
+        stop: StopSignals | None = None,
+    ):
         self.trainer = trainer
         self.samples = samples
         self.decoder = decoder_of(trainer, box_coordinates)
+        self.stop = stop if trainer.ranks.world == 1 else None  # ranks that gather must not part
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        missing = False
         if state.is_world_process_zero:
-            truncate_after(self._path(args), state.global_step)
-        if args.eval_on_start and state.global_step == 0:
+            with writing(EVALUATIONS, Path(args.output_dir)):
+                truncate_after(self._path(args), state.global_step)
+            missing = all(line["step"] != state.global_step for line in read_lines(self._path(args)))
+        due = args.eval_on_start if state.global_step == 0 else self._is_due(args, state)
+        if due and self.trainer.ranks.gather(missing)[0]:
             self._evaluate(args, state, control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.eval_steps is not None and state.global_step % args.eval_steps == 0:
+        stops = control.should_training_stop and state.global_step < state.max_steps  # at the last step it always is
+        if self._is_due(args, state) and not stops:
             self._evaluate(args, state, control)
+            if self._is_stopped():
+                assert self.stop is not None
+                self.stop.on_step_end(args, state, control)  # a checkpoint of this step, not of the next
+
+    def _is_due(self, args: Any, state: Any) -> bool:
+        return args.eval_steps is not None and state.global_step % args.eval_steps == 0
+
+    def _is_stopped(self) -> bool:
+        return self.stop is not None and self.stop.caught > 0
 
     def _evaluate(self, args: Any, state: Any, control: Any) -> None:
-        values = evaluate_during_training(self.trainer, self.samples, self.decoder)
-        if not state.is_world_process_zero:
+        values = evaluate_during_training(self.trainer, self.samples, self.decoder, self._is_stopped)
+        if values is None or not state.is_world_process_zero:
             return
         record = {"step": state.global_step, "rows": len(self.samples), **values}
-        with self._path(args).open("a", encoding="utf-8") as file:
+        with writing(EVALUATIONS, Path(args.output_dir)), self._path(args).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         if not args.disable_tqdm:
             numbers = "  ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in values.items())
-            tqdm.write(f"evaluation at step {state.global_step}  {numbers}")
+            with surviving():
+                tqdm.write(f"evaluation at step {state.global_step}  {numbers}")
         self._log({name.replace("eval/", "eval_", 1): value for name, value in values.items()}, control)
 
     def _log(self, values: dict[str, float], control: Any) -> None:
@@ -126,9 +113,13 @@ class EvaluationCallback(TrainerCallback):
 
 
 def evaluate_during_training(
-    trainer: GRPOTrainer, samples: Sequence[Sample], decoder: Decoder | None = None
-) -> dict[str, float]:
-    """Greedy completions of these samples by the trainer's present weights, one each -> values by name.
+    trainer: GRPOTrainer,
+    samples: Sequence[Sample],
+    decoder: Decoder | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
+    """Greedy completions of these samples by the trainer's present weights, one each -> values by name; None where
+    `stopped`, which is asked before each batch, was true.
 
     `eval/rewards/NAME/mean` of each of the run's rewards; where `accuracy` scores all rows by IoU `eval/rec/...`, where
     by boxes with labels `eval/ovd/...`; lengths. The model's mode and all random states are as before."""
@@ -138,6 +129,8 @@ def evaluate_during_training(
     scored: list[tuple[int, list[float], Record]] = []  # row, rewards, what was decoded
     with untouched(), use(trainer.args.kernels), whole(decoder.engine.model, trainer.sharding):
         for start in range(ranks.rank * size, len(samples), ranks.world * size):
+            if stopped():
+                return None
             drawn = decoder.groups(samples[start : start + size])
             groups = score_groups(drawn, trainer.rewards, pool=trainer.reward_pool)
             for i, group in enumerate(groups):
@@ -170,26 +163,28 @@ def decoder_of(trainer: GRPOTrainer, box_coordinates: Coordinates = "auto") -> D
         trainer.processor,
         max_completion_length=args.max_completion_length,
         box_coordinates=box_coordinates,
-        with_boxes="accuracy" in [reward.name for reward in trainer.rewards],
+        with_boxes=any(settings.mode == "strict" for settings in accuracy_of(trainer)),
         engine=own,
     )
     decoder.sampling = replace(trainer.sampling, greedy=True)  # the run's stop strings and penalty
     return decoder
 
 
+def accuracy_of(trainer: GRPOTrainer) -> list[RewardSettings]:
+    """The settings of the run's accuracy reward; none where it has none."""
+    return [reward.settings for reward in trainer.rewards if reward.name == "accuracy" and reward.settings is not None]
+
+
 def _box_metrics(trainer: GRPOTrainer, samples: Sequence[Sample], records: Sequence[Record]) -> dict[str, float]:
     """Metrics of rec or ovd, where the accuracy reward of every row is of that kind and every row has one image."""
-    settings = next((reward.settings for reward in trainer.rewards if reward.name == "accuracy"), None)
-    if settings is None or any(record.box_extent is None for record in records):
+    kind = next((kind_of_boxes(samples, settings) for settings in accuracy_of(trainer)), None)
+    if kind is None:
         return {}
-    methods = {sample.columns.get(METHOD) or settings.accu_reward_method for sample in samples}
     texts = [record.completion for record in records]
     sizes = [sizes_of(record) for record in records]
-    if methods == {"iou"}:
+    if kind == "rec":
         result = score_rec(texts, [sample.solution for sample in samples], sizes)
         return {"eval/rec/acc@0.5": result.accuracy, "eval/rec/mean_iou": result.mean_iou}
-    if not methods <= set(OF_BOXES):
-        return {}
     said = [predicted(text, *size) or () for text, size in zip(texts, sizes, strict=True)]
     images = [ImageBoxes(truths_of(sample), boxes) for sample, boxes in zip(samples, said, strict=True)]
     labels = {label for sample in samples for label in asked(sample)}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from vlmr1.errors import SettingError
 from vlmr1.models.boxes import SPACES, Box, Size, Space, grid_size
+from vlmr1.rewards.answer import in_pixels
+from vlmr1.rewards.coordinates import Setting
 from vlmr1.types import Prompt
 
-Coordinates = Literal["auto", "original", "resized", "thousand"]
+Coordinates = Setting
 THOUSAND = (1000, 1000)
 
 
@@ -52,8 +54,7 @@ def to_pixels(box: Box, extent: Size, original: Size) -> Box:
     """(x1 w/W, y1 h/H, x2 w/W, y2 h/H) for an `extent` of (W, H) and a file of (w, h) px; not rounded, not clipped."""
     if tuple(extent) == tuple(original):
         return box
-    x, y = original[0] / extent[0], original[1] / extent[1]
-    return box[0] * x, box[1] * y, box[2] * x, box[3] * y
+    return in_pixels(box, (original[0] / extent[0], original[1] / extent[1]))
 
 
 def from_pixels(box: Box, extent: Size, original: Size) -> Box:

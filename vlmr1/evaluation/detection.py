@@ -106,7 +106,7 @@ def _scores(answer: str, count: int) -> list[float]:
     by_place = [1 / (1 + place) for place in range(count)]
     if not count:
         return by_place
-    value = json.loads(fenced[1] if fenced else answer)
+    value = json.loads(fenced[1] if fenced else answer, parse_int=float)  # as `labelled_boxes`: of any length
     entries: Sequence[dict[str, Any]] = [value] if isinstance(value, dict) else value
     return [_score(entry, default) for entry, default in zip(entries, by_place, strict=True)]
 
@@ -114,6 +114,6 @@ def _scores(answer: str, count: int) -> list[float]:
 def _score(entry: dict[str, Any], default: float) -> float:
     for name in SCORES:
         value = entry.get(name)
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-            return float(value)
+        if isinstance(value, float) and math.isfinite(value):
+            return value
     return default

@@ -78,7 +78,8 @@ class Options:
 
     @property
     def methods(self) -> tuple[str, ...]:
-        return self.accu_reward_method or ("default",)
+        """As in training, several may be joined by ':'."""
+        return tuple(name for joint in self.accu_reward_method for name in joint.split(":")) or ("default",)
 
     def rewards(self) -> RewardSettings:
         """What the accuracy reward of vqa is asked for."""

@@ -82,7 +82,10 @@ def joined(timeout_s: float) -> Iterator[Ranks]:
 
 
 def device(use_cpu: bool) -> torch.device:
-    """The GPU of this process, where there is one and it is wanted."""
+    """The GPU of this process, where there is one and it is wanted; it becomes the current one, which CUDA graphs and
+    kernels without a device of their own use."""
     if use_cpu or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    torch.cuda.set_device(found)
+    return found

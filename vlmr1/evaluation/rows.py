@@ -10,12 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from vlmr1.data.faults import row_fault
-from vlmr1.data.images import ImageRef, image_faults
+from vlmr1.data.images import ImageRef
 from vlmr1.data.rows import Rows
-from vlmr1.data.samples import Columns, Samples
+from vlmr1.data.samples import Columns, Samples, check_rows
 from vlmr1.data.sources import open_sources, split_names
 from vlmr1.data.templates import question_text
 from vlmr1.errors import DataError
@@ -53,7 +51,7 @@ def load_rows(options: Options, model_type: str) -> Data:
     defaults = columns_of_files(len(split_names(options.data)), options.methods)
     every = Samples(opened, question_text(options.template, model_type), columns, defaults=defaults)
     samples: Sequence[Sample] = every.select(range(min(len(every), options.limit or len(every))))
-    check_rows(samples, check_of(options.task, options.rewards()))
+    check_rows(samples, [check_of(options.task, options.rewards())])
     return Data(samples, rows_digest([rows for rows, _ in opened], samples))
 
 
@@ -77,20 +75,6 @@ def check_boxes(sample: Sample, task: str) -> None:
         true_box(sample.solution)
     except ValueError as error:
         raise row_fault(sample.source, "solution", str(error)) from error
-
-
-def check_rows(samples: Sequence[Sample], check: Check) -> None:
-    """Raises the first fault of the rows and of their images."""
-    reading = tqdm(samples, desc="checking rows", delay=2, disable=None)
-
-    def images() -> Any:
-        for sample in reading:
-            check(sample)
-            yield from ((image, sample.source) for image in sample.images)
-
-    for fault in image_faults(images()):
-        if fault is not None:
-            raise fault
 
 
 def rows_digest(files: Sequence[Rows], samples: Sequence[Sample]) -> str:

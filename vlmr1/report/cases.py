@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,14 +9,11 @@ from html import escape
 from math import isfinite
 from pathlib import Path
 
-from PIL import Image
-
 from vlmr1.data.images import ImageRef, open_image, upright_size
 from vlmr1.report.html import CRISP_BELOW, Box, box_svg, document
+from vlmr1.report.pictures import encoded
 from vlmr1.types import Sample
 
-LARGEST = 512  # px of a side; larger images are shown smaller
-QUALITY = 85  # of JPEG
 LEGEND = {"true": "true box", "after": "predicted box"}
 
 
@@ -66,16 +62,10 @@ def choose(cases: Sequence[Case], count: int) -> tuple[list[Case], list[Case]]:
 
 
 def picture(image: ImageRef, source: str) -> tuple[str, tuple[int, int]]:
-    """An image as a data URI, at most `LARGEST` px a side, and its size there; small ones keep every pixel."""
+    """An image as a data URI, made smaller where it is large, and its size there."""
     pixels = open_image(image, source)
-    pixels.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
-    small = max(pixels.size) < CRISP_BELOW
-    buffer = io.BytesIO()
-    if small:
-        pixels.save(buffer, "PNG")
-    else:
-        pixels.save(buffer, "JPEG", quality=QUALITY)
-    return f"data:image/{'png' if small else 'jpeg'};base64,{b64encode(buffer.getvalue()).decode()}", pixels.size
+    data, kind = encoded(pixels)
+    return f"data:image/{kind};base64,{b64encode(data).decode()}", pixels.size
 
 
 def _table(rows: Sequence[tuple[str, str, str]]) -> str:

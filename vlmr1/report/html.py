@@ -76,7 +76,8 @@ def document(title: str, body: Sequence[str]) -> str:
     )
     text = "\n".join(body)
     page = f'<html lang="en"><head>{head}</head><body><main>\n{text}\n</main></body></html>'
-    return f"<!doctype html>\n{page}\n"
+    # Half of a surrogate pair, which JSON may hold, has no bytes.
+    return f"<!doctype html>\n{page}\n".encode(errors="replace").decode()
 
 
 def data_uri(path: Path) -> str:

@@ -10,10 +10,12 @@ from typing import Any
 
 from PIL import Image
 
+from vlmr1.checkpoint import replace_bytes
 from vlmr1.data.images import UNDECODABLE, ImageBytes, ImageRef, to_rgb
+from vlmr1.disk import writing
+from vlmr1.report.html import CRISP_BELOW
 
 LARGEST = 448  # px of a side; larger images are shown smaller
-CRISP_BELOW = 256  # px; a smaller image is shown enlarged, its pixels left visible
 QUALITY = 85  # of JPEG
 
 
@@ -33,11 +35,17 @@ def small(image: Path | bytes) -> tuple[bytes, str, tuple[int, int]]:
     with Image.open(image if isinstance(image, Path) else io.BytesIO(image)) as opened:
         pixels = to_rgb(opened)
     size = pixels.size
+    return *encoded(pixels), size
+
+
+def encoded(pixels: Image.Image) -> tuple[bytes, str]:
+    """The image with sides of at most `LARGEST` px: encoded, and "png" or "jpeg"; small ones keep every pixel. It is
+    made smaller in place."""
     pixels.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
-    kind = "png" if max(size) < CRISP_BELOW else "jpeg"
+    kind = "png" if max(pixels.size) < CRISP_BELOW else "jpeg"
     buffer = io.BytesIO()
     pixels.save(buffer, kind, **({"quality": QUALITY} if kind == "jpeg" else {}))
-    return buffer.getvalue(), kind, size
+    return buffer.getvalue(), kind
 
 
 def keep_picture(image: ImageRef, folder: Path) -> dict[str, Any] | None:
@@ -47,8 +55,9 @@ def keep_picture(image: ImageRef, folder: Path) -> dict[str, Any] | None:
     data, kind, size = small(image.data)
     path = folder / f"{image.key}.{kind}"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
+        with writing(folder.name, folder.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+            replace_bytes(path, data)
     return {"file": f"{folder.name}/{path.name}", "size": list(size)}
 
 

@@ -40,11 +40,6 @@ def unreadable(groups: Sequence[Group], rewards: Iterable[Reward]) -> dict[str, 
     return {name: sum(each) / len(each) for name, each in shares.items() if each}
 
 
-def reads_boxes(reward: Reward, sample: Sample) -> bool:
-    """Whether the reward's score of this row comes from boxes or a point of the completion."""
-    return reward.name in ANSWERED and _kind(reward, sample) in BOXES
-
-
 def _kind(reward: Reward, sample: Sample) -> str:
     """The accuracy method of a row, or the reward's own name."""
     if reward.name not in BY_METHOD:

@@ -29,15 +29,16 @@ class Graph:
         self.batch = batch
         self.draws = torch.zeros(batch.rows, dtype=torch.float64, device=batch.tokens.device)
         state = [tensor.clone() for tensor in _changing(batch)]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            step(batch, self.draws)  # what is compiled or allocated at the first call
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        # Other threads, which pin memory for the loader, may go on meanwhile.
-        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
-            self.columns = step(batch, self.draws)
+        with torch.cuda.device(batch.tokens.device):  # a capture is of the current device
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                step(batch, self.draws)  # what is compiled or allocated at the first call
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            # Other threads, which pin memory for the loader, may go on meanwhile.
+            with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+                self.columns = step(batch, self.draws)
         # Keys and values that the recording wrote are those that the first replay writes.
         for tensor, before in zip(_changing(batch), state, strict=True):
             tensor.copy_(before)

@@ -41,6 +41,10 @@ def test_judge_and_methods():
     }
 
 
+def test_methods_are_joined_as_in_training():
+    assert parsed("--task", "vqa", "--accu_reward_method", "default:mcq").options.methods == ("default", "mcq")
+
+
 def test_compare():
     assert parse(["compare", "a", "b"]) == Compare([Path("a"), Path("b")], None)
     assert parse(["compare", "a", "--out", "t.md"]) == Compare([Path("a")], Path("t.md"))

@@ -13,11 +13,13 @@ import torch
 
 from vlmr1.config import GRPOConfig
 from vlmr1.data.samples import load_samples
-from vlmr1.errors import DataError, SettingError
-from vlmr1.evaluation.callback import EVALUATIONS, EvaluationCallback, evaluate_during_training, evaluation_samples
+from vlmr1.errors import DataError, OutputError, SettingError
+from vlmr1.evaluation.callback import EVALUATIONS, EvaluationCallback, evaluate_during_training
 from vlmr1.evaluation.evaluate import evaluate
+from vlmr1.evaluation.run_rows import evaluation_samples
 from vlmr1.models import load_model
 from vlmr1.progress import Progress, read_metrics
+from vlmr1.signals import StopSignals
 from vlmr1.tiny import CHECKPOINT, digits
 from vlmr1.trainer import GRPOTrainer
 
@@ -182,3 +184,92 @@ def test_refused(settings, message, tmp_path):
     with pytest.raises(SettingError) as caught:
         GRPOConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
     assert str(caught.value).startswith(message)
+
+
+def test_a_solution_that_only_the_published_code_reads(data, tmp_path, processor):
+    """A box without area; there are no box metrics of such rows."""
+    rows = [json.loads(line) for line in (data / "held_out.jsonl").read_text().splitlines()[:2]]
+    for row in rows:
+        row["conversations"][1]["value"] = "<answer>[30, 40, 1, 2]</answer>"
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trainer = trainer_of(
+        data,
+        tmp_path / "out",
+        processor,
+        eval_steps=1,
+        reward_mode="vlmr1",
+        eval_data_file_paths=[str(tmp_path / "rows.jsonl")],
+    )
+    values = evaluate_during_training(trainer, trainer.callback_handler.callbacks[-1].samples)
+    assert values is not None and "eval/rewards/accuracy/mean" in values
+    assert [name for name in values if "/rec/" in name] == []
+
+
+@pytest.fixture
+def callback(data, tmp_path, processor, monkeypatch) -> Any:
+    """One of a run that evaluates every second step; `calls` are the steps at which it did."""
+    trainer = trainer_of(data, tmp_path / "out", processor, eval_steps=2)
+    found: Any = trainer.callback_handler.callbacks[-1]
+    found.calls = []
+
+    def evaluated(trainer: Any, samples: Any, decoder: Any, stopped: Any) -> dict[str, float] | None:
+        found.calls.append(trainer.state.global_step)
+        return None if stopped() else {"eval/x": 1.0}
+
+    monkeypatch.setattr("vlmr1.evaluation.callback.evaluate_during_training", evaluated)
+    trainer.state.max_steps = 6
+    return found
+
+
+def at(callback: Any, step: int, event: str = "on_step_end") -> Any:
+    trainer = callback.trainer
+    trainer.state.global_step = step
+    getattr(callback, event)(trainer.args, trainer.state, trainer.control)
+    return trainer.control
+
+
+def test_a_run_that_stops_does_not_evaluate_and_makes_up_for_it(callback, tmp_path):
+    callback.trainer.control.should_training_stop = True
+    at(callback, 4)
+    assert callback.calls == []
+    at(callback, 6)  # where the library itself stops the training
+    assert callback.calls == [6]
+    (tmp_path / "out" / EVALUATIONS).unlink()
+    for _ in range(2):
+        at(callback, 4, "on_train_begin")
+        assert callback.calls == [6, 4]  # once
+    at(callback, 5, "on_train_begin")
+    assert callback.calls == [6, 4]
+    assert [line["step"] for line in evaluations(tmp_path / "out")] == [4]
+
+
+def test_a_signal_ends_an_evaluation(callback, tmp_path):
+    callback.stop = StopSignals()
+    assert not at(callback, 2).should_training_stop and [line["step"] for line in evaluations(tmp_path / "out")] == [2]
+    callback.stop.caught = 15
+    control = at(callback, 4)
+    assert control.should_training_stop and control.should_save
+    assert [line["step"] for line in evaluations(tmp_path / "out")] == [2]
+
+
+def test_it_is_asked_before_each_batch(runs):
+    trainer, asked = runs["with"], []
+    samples = trainer.callback_handler.callbacks[-1].samples
+    stopped = lambda: bool(asked.append(1)) or len(asked) == 2  # noqa: E731
+    assert len(samples) > 4 and evaluate_during_training(trainer, samples, stopped=stopped) is None
+    assert len(asked) == 2
+
+
+def test_a_full_disk_and_a_closed_terminal(callback, tmp_path, monkeypatch):
+    callback.trainer.args.disable_tqdm = False
+
+    def gone(*_: Any) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("vlmr1.evaluation.callback.tqdm.write", gone)
+    at(callback, 2)
+    path = tmp_path / "out" / EVALUATIONS
+    path.unlink()
+    path.symlink_to("/dev/full")
+    with pytest.raises(OutputError, match=r"eval\.jsonl cannot be written to .*: No space left on device"):
+        at(callback, 4)

@@ -67,7 +67,7 @@ def test_boxes_are_in_pixels_of_the_file_and_the_image_is_smaller(image, tmp_pat
     assert [each["class"] for each in found.of("text")] == ["true", "after"]
     (uri,) = [each["src"] for each in found.of("img")]
     with Image.open(io.BytesIO(b64decode(uri.partition(",")[2]))) as shown:
-        assert (shown.format, shown.size) == ("JPEG", (512, 256))
+        assert (shown.format, shown.size) == ("JPEG", (448, 224))
 
 
 def test_small_images_keep_every_pixel(tmp_path):

@@ -10,14 +10,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from vlmr1.errors import SettingError
-from vlmr1.evaluation.ranks import joined
+from vlmr1.evaluation.ranks import device, joined
 
 SCRIPT = """
 import os, signal, sys, time
 from vlmr1.errors import UserError
-from vlmr1.evaluation.ranks import joined
+from vlmr1.evaluation.ranks import device, joined
 mode, rank = sys.argv[1], int(os.environ["RANK"])
 try:
     with joined(float(sys.argv[2])) as ranks:
@@ -86,3 +87,13 @@ def test_without_the_others_address(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(SettingError, match="WORLD_SIZE is 2, but the processes cannot meet"), joined(1.0):
         pass
+
+
+def test_the_gpu_of_a_process_is_its_current_one(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setenv("LOCAL_RANK", "6")
+    assert device(use_cpu=False) == torch.device("cuda", 2) and chosen == [torch.device("cuda", 2)]
+    assert device(use_cpu=True) == torch.device("cpu") and len(chosen) == 1

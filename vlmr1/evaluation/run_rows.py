@@ -1,0 +1,107 @@
+"""The rows that a run evaluates, each checked before training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from vlmr1.data.samples import Samples, load_samples
+from vlmr1.data.sources import split_names
+from vlmr1.data.templates import question_text
+from vlmr1.errors import DataError, SettingError
+from vlmr1.evaluation.detection import check_detection
+from vlmr1.rewards.methods import columns_of_files
+from vlmr1.rewards.registry import checks_of, get_reward
+from vlmr1.rewards.score import METHOD
+from vlmr1.rewards.settings import RewardSettings
+from vlmr1.types import Sample
+
+if TYPE_CHECKING:
+    from vlmr1.config import GRPOConfig
+
+OF_BOXES = ("map", "od_ap", "od_ap50", "odLength", "weighted_sum")
+
+
+def evaluation_samples(
+    config: GRPOConfig, model_type: str, processor: Any, validation: Sequence[Sample] | None = None
+) -> Sequence[Sample] | None:
+    """The rows that a run evaluates, each checked against its rewards, and against the box metrics where it has them:
+    of `eval_data_file_paths`, else `validation`, the part of the data that was kept from training. None where the
+    settings ask for no evaluation."""
+    if config.eval_steps is None and not config.eval_on_start:
+        return None
+    rewards = config.rewards().with_boxes(config.box_coordinates, model_type, processor.image_processor)
+    if config.eval_data_file_paths:
+        files, methods = split_names(config.eval_data_file_paths), config.accu_reward_method
+        own = len(methods) not in (1, len(files))  # the methods are of the training files: each row has its own
+        samples: Sequence[Sample] = load_samples(
+            files,
+            config.eval_image_folders,
+            question=question_text(config.question_template, model_type),
+            check_images=config.check_images,
+            prompt_column=config.prompt_column,
+            solution_column=config.solution_column,
+            checks=[*([_OwnMethod(len(methods), len(files))] if own else []), *checks_of(config.reward_funcs, rewards)],
+            defaults=[] if own else columns_of_files(len(files), methods),
+        )
+    elif validation is not None:
+        samples = validation
+    else:
+        name = "eval_on_start" if config.eval_steps is None else "eval_steps"
+        raise SettingError(f"{name} needs data to evaluate on: set eval_data_file_paths, or val_split_ratio")
+    if config.eval_limit is not None:
+        samples = _first(samples, config.eval_limit)
+    if any(get_reward(each, rewards).name == "accuracy" for each in config.reward_funcs):
+        _check_boxes(samples, rewards)
+    return samples
+
+
+def kind_of_boxes(samples: Sequence[Sample], settings: RewardSettings) -> str | None:
+    """rec or ovd, where the accuracy method of every row is of that kind and every row has one image; else None, as
+    with reward_mode vlmr1, whose code has solutions that these metrics cannot read."""
+    if settings.mode != "strict":
+        return None
+    kinds: set[str | None] = set()
+    for sample in samples:
+        kinds.add(_kind(sample, settings) if len(sample.images) == 1 else None)
+        if len(kinds) > 1 or None in kinds:
+            return None
+    return kinds.pop() if kinds else None
+
+
+def _kind(sample: Sample, settings: RewardSettings) -> str | None:
+    method = sample.columns.get(METHOD) or settings.accu_reward_method
+    return "rec" if method == "iou" else "ovd" if method in OF_BOXES else None
+
+
+def _check_boxes(samples: Sequence[Sample], settings: RewardSettings) -> None:
+    """DataError for the first row that the metrics of detection cannot score, where there will be some."""
+    fault = None
+    for sample in samples:  # each is read once here
+        if settings.mode != "strict" or len(sample.images) != 1 or _kind(sample, settings) != "ovd":
+            return
+        try:
+            check_detection(sample)
+        except DataError as error:
+            fault = fault or error
+    if fault is not None:
+        raise fault
+
+
+class _OwnMethod:
+    """Of rows that no method of the settings is for."""
+
+    def __init__(self, methods: int, files: int):
+        self.counts = f"accu_reward_method has {methods} methods, eval_data_file_paths {files} file{'s'[: files > 1]}"
+
+    def __call__(self, sample: Sample) -> None:
+        if sample.columns.get(METHOD) is None:
+            raise SettingError(
+                f"{self.counts}, and {sample.source} has no column {METHOD}: give eval_data_file_paths one file for "
+                "each method, or its rows that column"
+            )
+
+
+def _first(samples: Sequence[Sample], count: int) -> Sequence[Sample]:
+    """The first samples, read when they are asked for where these are."""
+    return samples.select(samples.indices[:count]) if isinstance(samples, Samples) else samples[:count]
