@@ -187,6 +187,28 @@ def test_lora_on_two_ranks(engine, folder, tmp_path):
         torch.testing.assert_close(value, exported[2][key], rtol=1e-3, atol=1e-5)
 
 
+def evaluations(output: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (output / "eval.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_a_frozen_tower_that_is_sharded(engine, folder, tmp_path):
+    """Its features are made before the passes, also by a run that goes on within a generation; and the ranks share an
+    evaluation."""
+    more = {"beta": 0.04, "freeze_vision": "true", "eval_steps": 2}
+    more |= {"eval_data_file_paths": folder / "data.jsonl", "eval_image_folders": folder}
+    train(parse_config(words(folder, tmp_path / "alone", prompts_per_device=2, use_cpu="true", **more)))
+    found = run_two(engine, folder, tmp_path / "run", **more)
+    assert_same(found, metrics(tmp_path / "alone"))
+    one, other = evaluations(tmp_path / "run"), evaluations(tmp_path / "alone")
+    assert [row["step"] for row in one] == [2, 4] and [row["rows"] for row in one] == [ROWS, ROWS]
+    for row, expected in zip(one, other, strict=True):
+        assert row == pytest.approx(expected, rel=1e-5)
+    again = run_two(engine, folder, resumable(tmp_path / "run", tmp_path / "resumed"), **more)
+    assert [computed(step) for step in again] == [computed(step) for step in found]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_rank_without_signal_joins_every_pass(engine, folder, alone, tmp_path):
