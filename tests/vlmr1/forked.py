@@ -86,4 +86,5 @@ def _call(function: Callable[..., Any], arguments: tuple[Any, ...], log: Path) -
         os.dup2(descriptor, stream)
     multiprocessing.set_start_method("fork", force=True)  # loader workers start as in a run of its own
     torch.set_num_threads(1)  # several would wait for each other, and for the other tests
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # weights in one thread: torch's pool is made anew after a fork
     sys.exit(function(*arguments))
