@@ -6,17 +6,16 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Literal
 
 from transformers import TrainingArguments
-from transformers.trainer_utils import SaveStrategy
 
-from vlmr1.data.templates import TEMPLATES, question_text
+from vlmr1.data.templates import TEMPLATES
 from vlmr1.errors import SettingError
 from vlmr1.memory.settings import check_parameters
-from vlmr1.objective import check_objective, kernel_settings
+from vlmr1.objective import kernel_settings
 from vlmr1.rewards.judge import Judge
 from vlmr1.rewards.settings import RewardSettings
 from vlmr1.rollout.sampling import SamplingSettings
+from vlmr1.settings import check_settings
 from vlmr1_kernels import GRPOSettings
-from vlmr1_kernels.registry import ImplementationError, parse_choices
 
 # Settings of `TrainingArguments` that have a better name here.
 REPLACED = {
@@ -259,102 +258,13 @@ class GRPOConfig(TrainingArguments):
             self.objective()
         except (ValueError, ImportError) as error:
             raise SettingError(str(error)) from error
-        self._check()
+        check_settings(self)
         check_parameters(self)
         self.per_device_train_batch_size = self.prompts_per_device  # what the loader reads
         self.ddp_find_unused_parameters = False  # every pass uses every parameter
         self.ddp_broadcast_buffers = False  # they are constants
         if self.n_gpu > 1:
             self._n_gpu = 1  # one process drives one device
-
-    def _check(self) -> None:
-        if self.num_generations < 2:
-            raise SettingError(
-                f"num_generations is {self.num_generations}: a group needs at least 2 completions to compare"
-            )
-        if self.save_strategy == SaveStrategy.BEST:
-            raise SettingError(
-                "save_strategy is 'best': no checkpoint is chosen by an evaluation; use 'steps' or 'epoch'"
-            )
-        self._check_evaluation()
-        if self.log_completions < 0:
-            raise SettingError(f"log_completions is {self.log_completions}: it must not be negative")
-        at_least_one = ["prompts_per_device", "steps_per_generation", "num_iterations", "max_completion_length"]
-        at_least_one += ["tokens_per_pack", "max_nonfinite"]
-        may_be_none = ("max_prompt_length", "min_pixels", "max_pixels", "max_anyres_num")
-        at_least_one += [name for name in may_be_none if getattr(self, name) is not None]
-        for name in at_least_one:
-            if getattr(self, name) < 1:
-                raise SettingError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if self.overlong_prompts == "filter" and self.max_prompt_length is None:
-            raise SettingError("overlong_prompts=filter needs max_prompt_length")
-        if not 0 <= self.val_split_ratio < 1:
-            raise SettingError(f"val_split_ratio is {self.val_split_ratio}: it must be at least 0 and below 1")
-        if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
-            raise SettingError(f"min_pixels is {self.min_pixels}: it is above max_pixels, {self.max_pixels}")
-        if self.reward_mode == "vlmr1" and self.box_coordinates != "auto":
-            raise SettingError(
-                f"box_coordinates is {self.box_coordinates!r} with reward_mode vlmr1, whose code converts boxes or not "
-                "by the reward's name: leave it at auto"
-            )
-        self.accu_reward_method = [name for joint in self.accu_reward_method for name in joint.split(":")]
-        if not self.accu_reward_method:
-            raise SettingError("accu_reward_method is empty: name one method, or one for each data file")
-        if self.reward_workers < 0:
-            raise SettingError(f"reward_workers is {self.reward_workers}: it must not be negative")
-        self.rewards()
-        if self.steps_per_generation * self.num_iterations > 1:
-            for name, value in (("ignore_data_skip", False), ("dataloader_in_order", True)):
-                if getattr(self, name) != value:
-                    raise SettingError(
-                        f"{name}={not value} cannot be, where a generation serves several updates "
-                        "(steps_per_generation, num_iterations): prompts and updates would not meet"
-                    )
-        if self.full_determinism and self.device.type == "cuda":
-            raise SettingError("full_determinism has no effect on a GPU yet: sampling uses sums that vary there")
-        for name in ("temperature", "repetition_penalty", "rollout_kv_mib", "rollout_logp_alarm", "reward_timeout"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise SettingError(f"{name} is {value}: it must be above 0")
-        if self.top_k < 0:
-            raise SettingError(f"top_k is {self.top_k}: it must not be negative; 0 turns it off")
-        if not 0 < self.top_p <= 1:
-            raise SettingError(f"top_p is {self.top_p}: it must be above 0 and at most 1")
-        if not 0 <= self.min_p <= 1:
-            raise SettingError(f"min_p is {self.min_p}: it must be between 0 and 1")
-        if "" in self.stop_strings:
-            raise SettingError("stop_strings holds an empty text: it would end every completion")
-        if self.cuda_graphs and (self.device.type != "cuda" or self.rollout_engine != "native"):
-            raise SettingError(
-                f"cuda_graphs needs a GPU and rollout_engine native: this is {self.device.type}, {self.rollout_engine}"
-            )
-        if self.rollout_kv_mib is not None and self.rollout_engine != "native":
-            raise SettingError(f"rollout_kv_mib needs rollout_engine native, it is {self.rollout_engine}")
-        check_objective(self)
-        if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
-            raise SettingError(
-                f"reward_weights has {len(self.reward_weights)} values for {len(self.reward_funcs)} reward_funcs"
-            )
-        if self.share_prompt and not self.share_vision:
-            raise SettingError("share_vision=false needs share_prompt=false: a prompt computed once has its image once")
-        try:
-            parse_choices(self.kernels)
-        except ImplementationError as error:
-            raise SettingError(f"kernels: {error}") from error
-        question_text(self.question_template)
-
-    def _check_evaluation(self) -> None:
-        if self.eval_steps is not None:
-            if self.eval_steps < 1 or self.eval_steps != int(self.eval_steps):
-                raise SettingError(f"eval_steps is {self.eval_steps:g}: it must be a whole number, at least 1")
-            self.eval_steps = int(self.eval_steps)
-        if self.eval_limit is not None and self.eval_limit < 1:
-            raise SettingError(f"eval_limit is {self.eval_limit}: it must be at least 1")
-        if self.eval_image_folders and not self.eval_data_file_paths:
-            raise SettingError("eval_image_folders needs eval_data_file_paths")
-        for name in ("eval_data_file_paths", "eval_limit"):
-            if getattr(self, name) and self.eval_steps is None and not self.eval_on_start:
-                raise SettingError(f"{name} needs eval_steps or eval_on_start: nothing is evaluated without")
 
     def objective(self) -> GRPOSettings:
         """The objective that these settings ask for; SettingError where one is out of range."""
