@@ -17,7 +17,7 @@ from vlmr1.cli import main
 from vlmr1.data.prompts import PromptBuilder
 from vlmr1.data.templates import question_text
 from vlmr1.models import adapter_of
-from vlmr1.models.boxes import from_original, grid_size
+from vlmr1.models.boxes import SPACES, extent, from_original, grid_size
 from vlmr1.progress import read_metrics
 from vlmr1.rewards import get_reward, score_groups
 from vlmr1.rewards.answer import find_answer
@@ -113,7 +113,8 @@ def written(answer, prompt, family, patch):
         size = image.size
     seen = grid_size(prompt.images[0]["image_grid_thw"], patch)
     assert seen != size
-    return NUMBERS.sub(lambda box: json.dumps(from_original(tuple(map(int, box.groups())), family, size, seen)), answer)
+    corner = extent(SPACES[family], size, seen)
+    return NUMBERS.sub(lambda box: json.dumps(from_original(tuple(map(int, box.groups())), corner, size)), answer)
 
 
 def test_the_standins_are_what_their_script_makes(tmp_path, monkeypatch):

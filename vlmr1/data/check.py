@@ -16,7 +16,7 @@ from vlmr1.data.samples import Columns, Samples
 from vlmr1.data.sources import open_sources, split_names
 from vlmr1.data.templates import question_text
 from vlmr1.errors import DataError, SettingError
-from vlmr1.rewards.coordinates import Setting
+from vlmr1.models.boxes import Setting
 from vlmr1.rewards.judge import Judge
 from vlmr1.rewards.methods import columns_of_files
 from vlmr1.rewards.registry import Reward, get_reward

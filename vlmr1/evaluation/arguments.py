@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import NoReturn, get_args
 
 from vlmr1.errors import SettingError
-from vlmr1.evaluation.coordinates import Coordinates
 from vlmr1.evaluation.job import Around
 from vlmr1.evaluation.options import DTYPES, LENGTH_OF, TASKS, TEMPLATE_OF, Options
+from vlmr1.models.boxes import Setting
 from vlmr1.rewards.judge import Judge
 from vlmr1.rollout import ENGINES
 
@@ -100,7 +100,7 @@ def _parser() -> _Parser:
     add("--images", nargs="*", default=[], help="image folders: one for each data file, or one for all")
     add("--output_dir", type=Path, required=True, help="one directory a model is written there")
     add("--question_template", default="", help=f"default: {_by_task(TEMPLATE_OF)}")
-    add("--box_coordinates", default="auto", choices=get_args(Coordinates), help="in which the model writes boxes")
+    add("--box_coordinates", default="auto", choices=get_args(Setting), help="in which the model writes boxes")
     add("--max_completion_length", type=int, help=f"tokens; default: {_by_task(LENGTH_OF)}")
     add("--batch_size", type=int, default=32, help="rows that are decoded together")
     add("--limit", type=int, help="evaluate the first rows only")

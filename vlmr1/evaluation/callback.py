@@ -20,13 +20,13 @@ from vlmr1.checkpoint import truncate_after
 from vlmr1.console import surviving
 from vlmr1.disk import writing
 from vlmr1.evaluation.coco import AveragePrecision, ImageBoxes
-from vlmr1.evaluation.coordinates import Coordinates
 from vlmr1.evaluation.decode import Decoder
 from vlmr1.evaluation.detection import asked, best_of_each, predicted, truths_of
 from vlmr1.evaluation.rec import score_rec
 from vlmr1.evaluation.records import Record
 from vlmr1.evaluation.run_rows import kind_of_boxes
 from vlmr1.evaluation.scored import sizes_of
+from vlmr1.models.boxes import Setting
 from vlmr1.progress import read_lines
 from vlmr1.rewards.groups import score_groups
 from vlmr1.rewards.settings import RewardSettings
@@ -54,7 +54,7 @@ class EvaluationCallback(TrainerCallback):
         trainer: GRPOTrainer,
         samples: Sequence[Sample],
         *,
-        box_coordinates: Coordinates = "auto",
+        box_coordinates: Setting = "auto",
         stop: StopSignals | None = None,
     ):
         self.trainer = trainer
@@ -147,7 +147,7 @@ def evaluate_during_training(
     return {name: value for name, value in values.items() if not math.isnan(value)}
 
 
-def decoder_of(trainer: GRPOTrainer, box_coordinates: Coordinates = "auto") -> Decoder:
+def decoder_of(trainer: GRPOTrainer, box_coordinates: Setting = "auto") -> Decoder:
     """Decodes with the trainer's model and settings, by an engine of its own: the run's one keeps its statistics."""
     args, engine = trainer.args, trainer.engine
     own = ENGINES[args.rollout_engine](

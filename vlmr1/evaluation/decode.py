@@ -7,10 +7,10 @@ from typing import Any
 
 from vlmr1.data.images import upright_size
 from vlmr1.data.prompts import PromptBuilder
-from vlmr1.evaluation.coordinates import BoxSpace, Coordinates
+from vlmr1.evaluation.coordinates import BoxSpace
 from vlmr1.evaluation.records import Record
 from vlmr1.models import adapter_of
-from vlmr1.models.boxes import Size
+from vlmr1.models.boxes import Setting, Size
 from vlmr1.rollout import ENGINES, SamplingSettings
 from vlmr1.rollout.engine import RolloutEngine
 from vlmr1.types import Group, Prompt, Sample
@@ -28,7 +28,7 @@ class Decoder:
         processor: Any,
         *,
         max_completion_length: int,
-        box_coordinates: Coordinates = "auto",
+        box_coordinates: Setting = "auto",
         with_boxes: bool = True,
         engine: RolloutEngine | str = "native",
     ):

@@ -9,8 +9,7 @@ from typing import Any
 
 from vlmr1.data.faults import row_fault
 from vlmr1.evaluation.coco import ImageBoxes, ScoredBox, TrueBox
-from vlmr1.evaluation.coordinates import to_pixels
-from vlmr1.models.boxes import Size
+from vlmr1.models.boxes import Size, to_original
 from vlmr1.rewards.answer import FENCE, find_answer, iou, labelled_boxes, true_text
 from vlmr1.rewards.strict.boxes import true_boxes
 from vlmr1.types import Sample
@@ -61,7 +60,7 @@ def predicted(text: str, extent: Size, original: Size) -> tuple[ScoredBox, ...] 
         return None
     scores = _scores(answer, len(boxes))
     return tuple(
-        ScoredBox(label, None if box is None else to_pixels(box, extent, original), score)
+        ScoredBox(label, None if box is None else to_original(box, extent, original), score)
         for (label, box), score in zip(boxes, scores, strict=True)
     )
 

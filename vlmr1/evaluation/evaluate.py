@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vlmr1.evaluation.coordinates import Coordinates
 from vlmr1.evaluation.decode import Decoder
 from vlmr1.evaluation.rec import RecResult, score_rec
 from vlmr1.evaluation.scored import sizes_of
+from vlmr1.models.boxes import Setting
 from vlmr1.types import Sample
 
 
@@ -28,7 +28,7 @@ def evaluate(
     *,
     max_completion_length: int,
     batch_size: int = 32,
-    box_coordinates: Coordinates = "auto",
+    box_coordinates: Setting = "auto",
 ) -> Evaluation:
     """Decode each row greedily; predicted boxes are taken to pixels of the file before they are scored."""
     decoder = Decoder(model, processor, max_completion_length=max_completion_length, box_coordinates=box_coordinates)

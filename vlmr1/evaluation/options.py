@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from vlmr1.data.templates import question_text
 from vlmr1.errors import SettingError
-from vlmr1.evaluation.coordinates import Coordinates
+from vlmr1.models.boxes import Setting
 from vlmr1.rewards.judge import Judge
 from vlmr1.rewards.settings import RewardSettings
 from vlmr1.rollout import ENGINES
@@ -33,7 +33,7 @@ class Options:
     max_completion_length: int = 0  # 0: that of the task
     batch_size: int = 32  # rows that are decoded together; where a batch begins depends on nothing else
     limit: int | None = None
-    box_coordinates: Coordinates = "auto"
+    box_coordinates: Setting = "auto"
     prompt_column: str = "prompt"
     solution_column: str = "solution"
     revision: str = "main"
@@ -52,7 +52,7 @@ class Options:
             if value is not None and value < least:
                 raise SettingError(f"--{name} is {value}: it must be at least 1")
         for name, known in (
-            ("box_coordinates", get_args(Coordinates)),
+            ("box_coordinates", get_args(Setting)),
             ("dtype", DTYPES),
             ("rollout_engine", tuple(ENGINES)),
         ):

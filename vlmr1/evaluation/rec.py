@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vlmr1.evaluation.coordinates import to_pixels
-from vlmr1.models.boxes import Size
+from vlmr1.models.boxes import Size, to_original
 from vlmr1.rewards.answer import Box, has_format, iou, predicted_box
 from vlmr1.rewards.strict.iou import true_box
 
@@ -47,4 +46,4 @@ def score_rec(texts: Sequence[str], solutions: Sequence[str], sizes: Sequence[tu
 def answered_box(text: str, extent: Size, original: Size) -> Box | None:
     """The box that a completion answers in px of the file, or None."""
     box = predicted_box(text)
-    return None if box is None else to_pixels(box, extent, original)
+    return None if box is None else to_original(box, extent, original)

@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 
 from vlmr1.data.faults import row_fault
-from vlmr1.evaluation.coordinates import from_pixels
 from vlmr1.evaluation.records import Record
+from vlmr1.models.boxes import from_original
 from vlmr1.rewards.answer import find_answer
 from vlmr1.rewards.check import check_accuracy
 from vlmr1.rewards.groups import TimedOut, score_groups
@@ -63,7 +63,7 @@ def _group(sample: Sample, record: Record, settings: RewardSettings) -> Group:
     """What the rewards take; a click's true box goes to the coordinates that the model writes."""
     solution = sample.solution
     if method_of(sample, settings) == CLICK and record.box_extent and record.image_size:
-        solution = json.dumps(list(from_pixels(true_box(solution), record.box_extent, record.image_size)))
+        solution = json.dumps(list(from_original(true_box(solution), record.box_extent, record.image_size)))
     nothing = torch.zeros(0, dtype=torch.long)
     prompt = Prompt(replace(sample, images=(), solution=solution), nothing, nothing[None])
     ids = torch.tensor(record.token_ids, dtype=torch.long)

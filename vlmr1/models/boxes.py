@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from vlmr1.data.grid import PatchGrid, Size
+from vlmr1.data.grid import Size
 from vlmr1.errors import SettingError
 
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2
 Space = Literal["resized", "thousand", "original"]
+Setting = Literal["auto", "original", "resized", "thousand"]  # box_coordinates
 
 # By model type: pixels of the image as the tower sees it, thousandths of its sides, or pixels of the file.
 SPACES: dict[str, Space] = {
@@ -22,46 +23,37 @@ SPACES: dict[str, Space] = {
 }
 
 
-def to_original(box: Box, family: str, original_size: Size, resized_size: Size) -> Box:
-    """(x1 w/W, y1 h/H, x2 w/W, y2 h/H): a box in the coordinates of `family`, a model type, -> pixels of the file.
-
-    w, h is `original_size`; W, H is `resized_size`, 1000, or w, h. Nothing is rounded or clipped.
-    SettingError for a family whose coordinates are not known."""
-    return _scaled(box, extent(family, original_size, resized_size), original_size)
-
-
-def from_original(box: Box, family: str, original_size: Size, resized_size: Size) -> Box:
-    """(x1 W/w, y1 H/h, x2 W/w, y2 H/h): the inverse of `to_original`."""
-    return _scaled(box, original_size, extent(family, original_size, resized_size))
-
-
-def extent(family: str, original_size: Size, resized_size: Size) -> Size:
-    """The coordinates of the lower right corner of an image."""
-    if family not in SPACES:
-        raise SettingError(f"no box coordinates are known for {family}; there are for {', '.join(SPACES)}")
-    space = SPACES[family]
-    return {"resized": resized_size, "thousand": (1000, 1000), "original": original_size}[space]
+def space_of(setting: Setting, model_type: str) -> Space:
+    """The coordinates that `box_coordinates` asks for; `auto` is what is known of the model type, or a SettingError."""
+    if setting != "auto":
+        return setting
+    if model_type not in SPACES:
+        raise SettingError(
+            f"box_coordinates is auto, but it is not known how {model_type} writes boxes, only how {', '.join(SPACES)} "
+            "do: give original, resized or thousand"
+        )
+    return SPACES[model_type]
 
 
-def resized_size(image_processor: Any, size: Size) -> Size:
-    """The size to which a patch-grid processor (Qwen2-VL's, GLM-4V's) brings an image of this one.
+def extent(space: Space, original: Size, resized: Size) -> Size:
+    """The coordinates (W, H) of the lower right corner of an image."""
+    return {"resized": resized, "thousand": (1000, 1000), "original": original}[space]
 
-    Sides are multiples of patch_size * merge_size, the area between the processor's bounds. SettingError for a
-    processor that does not resize so; ValueError for an aspect ratio above 200, as the processor raises it."""
-    return PatchGrid.of(image_processor).resized(size)
+
+def to_original(box: Box, extent: Size, original: Size) -> Box:
+    """(x1 w/W, y1 h/H, x2 w/W, y2 h/H): from an `extent` of (W, H) to a file of (w, h) px; not rounded, not clipped."""
+    if tuple(extent) == tuple(original):
+        return box
+    (x1, y1, x2, y2), x, y = box, original[0] / extent[0], original[1] / extent[1]
+    return x1 * x, y1 * y, x2 * x, y2 * y
+
+
+def from_original(box: Box, extent: Size, original: Size) -> Box:
+    """The inverse of `to_original`."""
+    return to_original(box, original, extent)
 
 
 def grid_size(grid: Any, patch_size: int) -> Size:
     """The size that a processed image has, from its `image_grid_thw` [3] or [1, 3] in patches."""
     _, rows, columns = (int(number) for number in grid.reshape(3))
     return columns * patch_size, rows * patch_size
-
-
-def _scaled(box: Box, before: Size, after: Size) -> Box:
-    x1, y1, x2, y2 = box
-    return (
-        x1 * after[0] / before[0],
-        y1 * after[1] / before[1],
-        x2 * after[0] / before[0],
-        y2 * after[1] / before[1],
-    )

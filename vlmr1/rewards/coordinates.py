@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from vlmr1.data.grid import PatchGrid, Size
 from vlmr1.errors import DataError, SettingError
@@ -11,9 +11,8 @@ from vlmr1.rewards.answer import Scale
 from vlmr1.types import Prompt, Sample
 
 if TYPE_CHECKING:
-    from vlmr1.models.boxes import Space
+    from vlmr1.models.boxes import Setting, Space
 
-Setting = Literal["auto", "original", "resized", "thousand"]  # box_coordinates
 CONVERTED = ("iou", "map", "od_ap", "od_ap50", "odLength", "weighted_sum", "point_in_box")  # methods of accuracy
 BOX_REWARDS = ("iou", "point_in_box")
 METHOD_REWARDS = ("accuracy", "length")  # boxes or not, by the row's method
@@ -36,13 +35,9 @@ class BoxCoordinates:
     @classmethod
     def of(cls, setting: Setting, model_type: str, image_processor: Any) -> BoxCoordinates:
         """`auto` is what `boxes.SPACES` says for the model type. SettingError where the processor has no such size."""
-        from vlmr1.models.boxes import SPACES
+        from vlmr1.models.boxes import space_of
 
-        if setting == "auto" and model_type not in SPACES:
-            raise SettingError(
-                f"box_coordinates is auto, but those of {model_type} are not known: give original, resized or thousand"
-            )
-        space = SPACES[model_type] if setting == "auto" else setting
+        space = space_of(setting, model_type)
         try:
             return cls(space, PatchGrid.of(image_processor) if space == "resized" else None)
         except SettingError as error:

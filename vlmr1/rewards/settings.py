@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from vlmr1.errors import SettingError
-from vlmr1.rewards.coordinates import BoxCoordinates, Setting
+from vlmr1.rewards.coordinates import BoxCoordinates
 from vlmr1.rewards.judge import Judge
 from vlmr1.rewards.length import COSINE_MAX
+
+if TYPE_CHECKING:
+    from vlmr1.models.boxes import Setting
 
 Mode = Literal["strict", "vlmr1"]
 MODES = ("strict", "vlmr1")

@@ -9,10 +9,11 @@ from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProce
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from vlmr1.data.grid import PatchGrid
 from vlmr1.data.images import enlarged
 from vlmr1.errors import SettingError
 from vlmr1.models import ADAPTERS
-from vlmr1.models.boxes import SPACES, from_original, grid_size, resized_size, to_original
+from vlmr1.models.boxes import SPACES, extent, from_original, grid_size, space_of, to_original
 
 SIDE = st.integers(1, 20_000)
 NUMBER = st.floats(-1e6, 1e6)
@@ -31,8 +32,9 @@ def test_every_family_has_its_coordinates():
 @given(box=st.tuples(NUMBER, NUMBER, NUMBER, NUMBER), size=st.tuples(SIDE, SIDE), resized=st.tuples(SIDE, SIDE))
 @example(box=(0.0, 0.0, 640.0, 427.0), size=(640, 427), resized=(644, 420))
 def test_there_and_back(family, box, size, resized):
-    there_and_back = from_original(to_original(box, family, size, resized), family, size, resized)
-    back_and_there = to_original(from_original(box, family, size, resized), family, size, resized)
+    corner = extent(SPACES[family], size, resized)
+    there_and_back = from_original(to_original(box, corner, size), corner, size)
+    back_and_there = to_original(from_original(box, corner, size), corner, size)
     np.testing.assert_allclose(there_and_back, box, rtol=1e-9, atol=1e-300)
     np.testing.assert_allclose(back_and_there, box, rtol=1e-9, atol=1e-300)
 
@@ -52,12 +54,14 @@ def test_there_and_back(family, box, size, resized):
 def test_known_numbers(family, expected):
     """A file of 640 x 480 that the tower sees as 320 x 960."""
     box = {"qwen2_vl": (5, 40, 320, 960), "qwen2_5_vl": (5, 40, 320, 960)}.get(family, (10, 20, 640, 480))
-    assert to_original(box, family, (640, 480), (320, 960)) == pytest.approx(expected, rel=1e-12)
+    corner = extent(space_of("auto", family), (640, 480), (320, 960))
+    assert to_original(box, corner, (640, 480)) == pytest.approx(expected, rel=1e-12)
 
 
 def test_unknown_families_are_refused():
-    with pytest.raises(SettingError, match=r"^no box coordinates are known for llava; there are for qwen2_vl, "):
-        to_original((0, 0, 1, 1), "llava", (1, 1), (1, 1))
+    with pytest.raises(SettingError, match=r"^box_coordinates is auto, but it is not known how llava writes boxes"):
+        space_of("auto", "llava")
+    assert space_of("thousand", "llava") == "thousand"
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
@@ -71,12 +75,12 @@ def test_the_size_is_that_of_the_processor(name, width, height):
     image = enlarged(Image.new("RGB", (width, height)))
     if max(image.size) > 200 * min(image.size):
         with pytest.raises(ValueError, match="aspect ratio"):
-            resized_size(processor, image.size)
+            PatchGrid.of(processor).resized(image.size)
         return
     grid = processor(images=[image], return_tensors="np")["image_grid_thw"]
-    assert resized_size(processor, image.size) == grid_size(grid, processor.patch_size)
+    assert PatchGrid.of(processor).resized(image.size) == grid_size(grid, processor.patch_size)
 
 
 def test_processors_of_tiles_have_no_such_size():
     with pytest.raises(SettingError, match=r"^GotOcr2ImageProcessorPil does not resize images to a grid of merged"):
-        resized_size(GotOcr2ImageProcessorPil(size={"height": 56, "width": 56}), (100, 100))
+        PatchGrid.of(GotOcr2ImageProcessorPil(size={"height": 56, "width": 56}))

@@ -11,14 +11,13 @@ import pytest
 from PIL import Image
 
 from tests.vlmr1.families import build
+from vlmr1.data.grid import PatchGrid
 from vlmr1.data.images import ImageBytes, upright_size
 from vlmr1.errors import DataError, SettingError
-from vlmr1.evaluation.coordinates import from_pixels, space_of, to_pixels
 from vlmr1.evaluation.decode import Decoder
 from vlmr1.evaluation.records import Record
 from vlmr1.evaluation.scored import score_task
 from vlmr1.models import load_model, load_processor
-from vlmr1.models.boxes import resized_size
 from vlmr1.types import Completion, Group, Sample
 
 TRUE = (10.0, 20.0, 90.0, 60.0)
@@ -60,7 +59,7 @@ def test_a_resized_image(model, processor, tmp_path):
     image = write(tmp_path / "large.png", (600, 400))
     record = record_of(model, processor, image)
     assert record.image_size == (600, 400)
-    assert record.box_extent == resized_size(processor.image_processor, (600, 400)) == (532, 364)
+    assert record.box_extent == PatchGrid.of(processor.image_processor).resized((600, 400)) == (532, 364)
     written = [TRUE[i] * (532, 364)[i % 2] / (600, 400)[i % 2] for i in range(4)]
     assert mean_iou(record, image, written) == pytest.approx(1.0, abs=1e-12)
     assert mean_iou(record, image, TRUE) < 0.8
@@ -128,15 +127,4 @@ def test_families(family, extent, tmp_path):
             record_of(model, processor, image, "resized")
     else:
         record = record_of(model, processor, image, "resized")
-        assert record.box_extent == resized_size(processor.image_processor, (75, 133))
-
-
-def test_an_unknown_model_type_is_asked_for_its_coordinates():
-    with pytest.raises(SettingError, match="it is not known how newvl writes boxes"):
-        space_of("auto", "newvl")
-    assert space_of("thousand", "newvl") == "thousand"
-
-
-def test_there_and_back():
-    assert to_pixels((100, 200, 300, 400), (1000, 1000), (500, 250)) == (50, 50, 150, 100)
-    assert from_pixels((50, 50, 150, 100), (1000, 1000), (500, 250)) == (100, 200, 300, 400)
+        assert record.box_extent == PatchGrid.of(processor.image_processor).resized((75, 133))

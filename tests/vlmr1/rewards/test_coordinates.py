@@ -19,7 +19,7 @@ from vlmr1.data.images import ImageBytes
 from vlmr1.data.prompts import PromptBuilder
 from vlmr1.errors import DataError, RewardError, SettingError
 from vlmr1.models import adapter_of, load_model, load_processor
-from vlmr1.models.boxes import SPACES, from_original, grid_size
+from vlmr1.models.boxes import SPACES, extent, from_original, grid_size
 from vlmr1.rewards import RewardSettings, check_samples, get_reward, score, score_groups
 from vlmr1.rewards.coordinates import CONVERTED, BoxCoordinates
 from vlmr1.tiny import CHECKPOINT, digits
@@ -77,10 +77,10 @@ def test_a_box_in_the_familys_coordinates_is_right(family, tmp_path_factory, siz
     true = (left / 16 * w, top / 16 * h, w, h)
     row = replace(sample(1, "", [image]), messages=IMAGE)
     prompt = family.builder(row)
-    seen = None
+    seen = upright
     if SPACES[family.name] == "resized":
         seen = grid_size(prompt.images[0]["image_grid_thw"], family.builder.model.config.vision_config.patch_size)
-    written = list(from_original(true, family.name, upright, seen))
+    written = list(from_original(true, extent(SPACES[family.name], upright, seen), upright))
     for method in CONVERTED:
         said, right = ({"bbox_2d": list(box), "label": "cat"} for box in (written, true))
         if method in LABELLED:
@@ -178,7 +178,7 @@ def test_coordinates_that_a_model_cannot_have():
         SettingError, match=r"^box_coordinates is resized, but GotOcr2ImageProcessorPil does not resize"
     ):
         BoxCoordinates.of("resized", "internvl", internvl)
-    with pytest.raises(SettingError, match=r"^box_coordinates is auto, but those of llava are not known"):
+    with pytest.raises(SettingError, match=r"^box_coordinates is auto, but it is not known how llava writes boxes"):
         BoxCoordinates.of("auto", "llava", internvl)
 
 
