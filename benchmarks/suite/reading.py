@@ -68,26 +68,23 @@ def _cases(path: Path, where: str, section: Any) -> None:
         _need(path, f"{where}/{key}", case, ("op", "case", "arms", "seconds"))
         for name, row in case["arms"].items():
             _need(path, f"{where}/{key}/{name}", row, _OP_ARM)
+        _rounds(path, f"{where}/{key}", case["seconds"])
 
 
 def _arms(path: Path, where: str, section: Any) -> None:
     _need(path, where, section, ("arms",))
-    arms, counts = section["arms"], set()
+    arms = section["arms"]
     for name, arm in arms.items():
         _need(path, f"{where}/{name}", arm, _ARM)
-        _times(path, f"{where}/{name}", arm["seconds"])
-        counts.add(len(arm["seconds"]))
         if arm["base"] not in arms:
             raise ResultError(f"{path}: {where}/{name} has the base {arm['base']!r}, which is no arm of {where}")
-    if len(counts) > 1:
-        raise ResultError(f"{path}: arms of {where} have {sorted(counts)} samples; sample i is to be of round i")
+    _rounds(path, where, {name: arm["seconds"] for name, arm in arms.items()})
     for number, cell in enumerate(section.get("grid", [])):
         here = f"{where}/grid[{number}]"
         _need(path, here, cell, _CELL)
         _need(path, f"{here}/ratio", cell["ratio"], ("value", "low", "high"))
         _need(path, f"{here}/seconds", cell["seconds"], ("naive", "all"))
-        for times in cell["seconds"].values():
-            _times(path, here, times)
+        _rounds(path, here, cell["seconds"])
 
 
 def _memory(path: Path, where: str, section: Any) -> None:
@@ -104,7 +101,12 @@ def _need(path: Path, where: str, value: Any, keys: Iterable[str]) -> None:
         raise ResultError(f"{path}: {where} has no {', '.join(missing)}")
 
 
-def _times(path: Path, where: str, seconds: Any) -> None:
-    listed = seconds if isinstance(seconds, list) else []
-    if not listed or not all(isinstance(each, (int, float)) and each > 0 for each in listed):  # a NaN is refused too
-        raise ResultError(f"{path}: seconds of {where} are not positive numbers")
+def _rounds(path: Path, where: str, seconds: Mapping[str, Any]) -> None:
+    """Positive samples, as many of each arm: sample i is of round i."""
+    for name, times in seconds.items():
+        listed = times if isinstance(times, list) else []
+        if not listed or not all(isinstance(each, (int, float)) and each > 0 for each in listed):  # no NaN either
+            raise ResultError(f"{path}: seconds of {where}/{name} are not positive numbers")
+    counts = {len(times) for times in seconds.values()}
+    if len(counts) > 1:
+        raise ResultError(f"{path}: arms of {where} have {sorted(counts)} samples; sample i is to be of round i")
