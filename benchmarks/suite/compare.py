@@ -137,19 +137,20 @@ def _by_round(entry: Entry) -> list[float]:
 
 
 def slower(before: Result, after: Result, percent: float) -> list[str]:
-    """Arms that are slower by more than `percent`, beyond noise. ResultError where the work differs."""
+    """Arms that are slower by more than `percent`, beyond noise. ResultError where nothing can be judged."""
     if not same_work(before, after):
         raise ResultError("--fail-over: shape, dtype or sizes of the two runs differ: there is nothing to judge")
+    absolute = same_machine(before, after)
+    changes = {row.name: row.seconds if absolute else row.speed for row in rows(before, after)}
+    judged = {name: change for name, change in changes.items() if change is not None and change.p is not None}
+    if not judged:
+        raise ResultError("--fail-over: no arm has enough rounds in both runs to be judged (5 a run)")
+    what = "time" if absolute else "speed against its base"
     found = []
-    for row in rows(before, after):
-        if row.seconds is not None:
-            change, factor, what = row.seconds, row.seconds.factor, "its time"
-        elif row.speed is not None and not same_machine(before, after):
-            change, factor, what = row.speed, 1 / row.speed.factor, "its speed against its base"
-        else:
-            continue
-        if change.moved and factor - 1 > percent / 100:
-            found.append(f"{row.name}: {what} changed by {change.factor - 1:+.1%}, p {change.p:.2g}")
+    for name, change in judged.items():
+        longer = change.factor if absolute else 1 / change.factor
+        if change.moved and longer - 1 > percent / 100:
+            found.append(f"{name}: {what} changed by {change.factor - 1:+.1%}, p {change.p:.2g}")
     return found
 
 
