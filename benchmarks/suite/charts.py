@@ -229,7 +229,9 @@ def ceilings(cases: Mapping[str, Any], what: str) -> Figure | None:
         gap = (size - len(case["arms"]) * lane) / 2
         for place, (name, row) in enumerate(case["arms"].items()):
             color, marker = styles[name]
-            axes.plot(row["ceiling_share"], top + gap + (place + 0.5) * lane, marker, color=color, markersize=6)
+            axes.plot(
+                row["ceiling_share"], top + gap + (place + 0.5) * lane, marker, color=color, markersize=6, clip_on=False
+            )
             reached = max(reached, row["ceiling_share"])
         top += size
     axes.set_ylim(top, 0)

@@ -56,6 +56,11 @@ def number(value: float) -> str:
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}" if abs(value) >= 1 else f"{value:.3f}"
 
 
+def percent(share: float) -> str:
+    """Whole per cents; below one two digits."""
+    return f"{share:.0%}" if share >= 0.01 else f"{100 * share:.2g}%"
+
+
 def spread(samples: Sequence[float], scale: float = 1.0) -> str:
     """20th to 80th percentile."""
     if len(samples) < 2:

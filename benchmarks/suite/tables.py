@@ -14,6 +14,7 @@ from benchmarks.suite.parts import (
     milliseconds,
     number,
     of_columns,
+    percent,
     speed,
     spread,
     tokens_a_second,
@@ -183,26 +184,39 @@ def memory(result: Result) -> Part:
 def ops(result: Result, section: str) -> Part:
     cases = result["figures"]["sections"][section]
     rows = [row for case in cases.values() for row in case_rows(case["op"], case["case"], case)]
-    points = [f"{key}, {arm}: {why}" for key, case in cases.items() for arm, why in case.get("skipped", {}).items()]
     note = (
         "x floor: time against the matrix products (or reads) alone. of ceiling: the least time that FLOPs and bytes "
         "need at the rates of a large product and a large copy, over the time it took."
     )
     charts = ["ops"] if section == "ops" else ["attention"]
-    return Part(section, TITLES[section], [note], [Table(HEAD, rows)], points, charts)
+    return Part(section, TITLES[section], [note], [Table(HEAD, rows)], charts=charts)
 
 
 def ending(result: Result) -> list[Part]:
     """What was left out, and how long the run took."""
     figures, made = result["figures"], []
-    if figures.get("skipped"):
-        points = [f"{name}: {reason}" for name, reason in figures["skipped"].items()]
+    names: dict[str, list[str]] = {}  # by reason: many arms share one
+    for name, reason in _skipped(figures).items():
+        names.setdefault(reason, []).append(name)
+    if names:
+        points = [f"{reason}: {', '.join(of)}" for reason, of in names.items()]
         made.append(Part("skipped", "Left out", points=points))
     if figures.get("section_seconds"):
         took = figures["section_seconds"]
         rows = [[name, f"{seconds:.0f}"] for name, seconds in {**took, "together": sum(took.values())}.items()]
         made.append(Part("seconds", "Time of the run", tables=[Table(["section", "s"], rows)]))
     return made
+
+
+def _skipped(figures: Mapping[str, Any]) -> dict[str, str]:
+    """Why, by SECTION or SECTION/ARM; arms of op cases too."""
+    cases = {
+        f"{section}/{key}/{arm}": why.removeprefix(f"{case['op']}: ")
+        for section in OPS
+        for key, case in figures["sections"].get(section, {}).items()
+        for arm, why in case.get("skipped", {}).items()
+    }
+    return dict(figures.get("skipped", {})) | cases
 
 
 def arm_table(arms: Mapping[str, Any], names: Sequence[str], more: Mapping[str, Column]) -> Table:
@@ -219,7 +233,7 @@ def _measured(arms: Mapping[str, Any]) -> dict[str, Column]:
     """Columns of what a machine needed; those that nobody measured vanish in `of_columns`."""
 
     def share(key: str) -> Column:
-        return lambda name: f"{arms[name][key]:.0%}" if arms[name].get(key) is not None else None
+        return lambda name: percent(arms[name][key]) if arms[name].get(key) is not None else None
 
     return {
         "20..80 % of ms": lambda name: spread(arms[name]["seconds"], 1e3),

@@ -51,7 +51,14 @@ def op_case(op: str, case: str, *arms: tuple[str, float, float]) -> dict[str, An
     }  # fmt: skip
     seconds = {name: [0.9e-3 * ms, 1e-3 * ms, 1.1e-3 * ms] for name, ms, _ in arms}
     work = {"flops": 10**9, "moved_bytes": 10**6, "accumulator_bytes": 0, "ceilings": {}}
-    return {"op": op, "case": case, **work, "arms": rows, "skipped": {"triton": "runs on cuda"}, "seconds": seconds}
+    return {
+        "op": op,
+        "case": case,
+        **work,
+        "arms": rows,
+        "skipped": {"triton": f"{op}: runs on cuda"},
+        "seconds": seconds,
+    }
 
 
 def cell(generations: int, prompt: int, naive: list[float], whole: list[float], predicted: float) -> dict[str, Any]:

@@ -169,6 +169,14 @@ def test_exit_status(tmp_path: Path, capsys: Any, factors: dict[str, float], wor
     assert slower == (["update/all", "step/all"] if status else [])
 
 
+def test_a_change_within_noise_is_no_failure(tmp_path: Path, capsys: Any):
+    before, after = run(0), run(1)
+    for of, seconds in ((before, [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6]), (after, [1.1, 1.2, 1.3, 1.5, 1.6, 1.7, 1.8])):
+        of["figures"]["sections"]["step"]["arms"]["all"]["seconds"] = seconds
+    assert compared(tmp_path, before, after, "--fail-over", "5") == 0
+    assert re.search(r"\| step/all .*\| 1,300 \| 1,500 \| +\+15\.4% \|", capsys.readouterr().out)  # no star
+
+
 def test_between_machines_the_ratio_is_judged(tmp_path: Path, capsys: Any):
     # Twice as slow as a whole; packing is worse than that.
     slow = {name: 2.0 for name in ("naive", "all", "share_prompt", "frozen naive", "frozen", "trl", "repeated")}

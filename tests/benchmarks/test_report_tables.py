@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.suite import page, tables
-from benchmarks.suite.parts import Table, number, plain, spread
+from benchmarks.suite.parts import Table, number, percent, plain, spread
 from tests.benchmarks.suite_result import LONG, result, written
 
 
@@ -98,12 +98,16 @@ def test_memory_and_ops():
     (table,) = tables.ops(result(), "attention").tables
     case = ("shared_prefix_attention", "2x9x3x5-4x2x16-float32")
     assert by_cell(table)[1] == (*case, "cpu", "1.25", "1.25", "72%", "3")
-    assert tables.ops(result(), "attention").points == [f"{' '.join(case)}, triton: runs on cuda"]
 
 
 def test_what_was_left_out_and_the_time_of_the_run():
     skipped, seconds = tables.ending(result())
-    assert skipped.points == ["step/trl+liger: liger-kernel is not installed", "step/cuda_graphs: needs a GPU"]
+    head, attention = "linear_grpo_loss 512x256x8192-float32-frozen", "shared_prefix_attention 2x9x3x5-4x2x16-float32"
+    assert skipped.points == [
+        "liger-kernel is not installed: step/trl+liger",
+        "needs a GPU: step/cuda_graphs",
+        f"runs on cuda: ops/{head}/triton, attention/{attention}/triton",
+    ]
     assert by_cell(seconds.tables[0]) == [("ops", "12"), ("step", "40"), ("together", "53")]
 
 
@@ -123,6 +127,10 @@ NUMBERS = {12345.6: "12,346", 757.86: "758", 34.27: "34.3", 3.386: "3.39", 0.250
 @pytest.mark.parametrize(("value", "text"), NUMBERS.items())
 def test_about_three_digits(value: float, text: str):
     assert number(value) == text
+
+
+def test_per_cents():
+    assert [percent(share) for share in (1.04, 0.25, 0.01, 0.0042)] == ["104%", "25%", "1%", "0.42%"]
 
 
 def test_spread_of_samples():
