@@ -134,7 +134,8 @@ def grid(cells: Sequence[Mapping[str, Any]] | None) -> Figure | None:
             line = [cell for cell in cells if (cell["prompt_tokens"], cell["completion_tokens"]) == (prompt, length)]
             line.sort(key=lambda cell: cell["num_generations"])
             if line:
-                _ratio_line(axes, line, f"prompt {prompt}", COLORS[place % 6], MARKERS[place % 7])
+                aside = 2 ** (0.03 * (place - (len(prompts) - 1) / 2))  # whiskers beside each other
+                _ratio_line(axes, line, f"prompt {prompt}", place, aside)
         axes.set_xscale("log", base=2)
         axes.set_xticks(sizes, [str(size) for size in sizes])
         axes.minorticks_off()
@@ -151,8 +152,9 @@ def grid(cells: Sequence[Mapping[str, Any]] | None) -> Figure | None:
     return figure
 
 
-def _ratio_line(axes: Axes, line: Sequence[Mapping[str, Any]], label: str, color: str, marker: str) -> None:
-    sizes = [cell["num_generations"] for cell in line]
+def _ratio_line(axes: Axes, line: Sequence[Mapping[str, Any]], label: str, place: int, aside: float) -> None:
+    color, marker = COLORS[place % 6], MARKERS[place % 7]
+    sizes = [aside * cell["num_generations"] for cell in line]
     values = [cell["ratio"]["value"] for cell in line]
     below = [max(0.0, cell["ratio"]["value"] - cell["ratio"]["low"]) for cell in line]
     above = [max(0.0, cell["ratio"]["high"] - cell["ratio"]["value"]) for cell in line]
@@ -180,12 +182,8 @@ def memory(arms: Mapping[str, Any]) -> Figure | None:
         axes.plot([each - start for each in times], mib, color="#222222", linewidth=1.4)
         axes.axhline(arm["peak_mib"], color="#222222", linewidth=0.8, linestyle=":")
         axes.set_xlim(0, end - start)
-        _finish(
-            axes,
-            f"{arm['label']}: peak {number(arm['peak_mib'])} MiB",
-            "seconds of the step (axes differ)",
-            grid="y",
-        )
+        title = f"{fill(arm['label'], 44)}\npeak {number(arm['peak_mib'])} MiB"
+        _finish(axes, title, "seconds of the step (axes differ)", grid="y")
     highest = [max(arm["peak_mib"], *(mib for _, mib, _ in arm["timeline"])) for arm in shown.values()]
     panels[0].set_ylim(0, 1.15 * max(highest))
     panels[0].set_ylabel("MiB above what was held before")
