@@ -23,6 +23,7 @@ import torch
 from benchmarks.harness import table, write_result
 from benchmarks.plan import ENVIRONMENT
 from benchmarks.plan_step import Case, case, measured
+from benchmarks.suite.quoted import MEMORY_HEAD, memory_rows
 
 BASE = {"prompts_per_device": 4, "num_generations": 8, "max_completion_length": 64}
 KEEP = {"beta": 0.0, "skip_zero_advantage": False}  # no reference; the same completions in the pass
@@ -45,7 +46,6 @@ ARMS: dict[str, dict[str, Any]] = {
     | {"optim": "adamw_bnb_8bit"},
     "all with an adapter: checkpointing, small packs, 4 bits": CHECKPOINTED | LORA | {"load_in_4bit": True},
 }
-HEAD = ["settings", "peak MiB", "in", "of base"]
 
 
 def case_of(name: str) -> Case:
@@ -60,20 +60,6 @@ def measure(name: str, threads: int) -> dict[str, float]:
     found = json.loads(done.stdout.splitlines()[-1])
     found.pop("prompt_tokens")
     return found
-
-
-def rows(found: dict[str, dict[str, float]]) -> list[list[str]]:
-    """A line an arm: its peak, the phase that it is in, and the share of the first arm's."""
-    base = max(next(iter(found.values())).values())
-    return [
-        [
-            name,
-            f"{max(peaks.values()):.0f}",
-            max(peaks, key=lambda phase: peaks[phase]),
-            f"{max(peaks.values()) / base:.2f}",
-        ]
-        for name, peaks in found.items()
-    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -95,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.out is not None:
         settings = {name: BASE | ARMS[name] for name in found}
         write_result(options.out, {"threads": options.threads, "settings": settings, "peak_mib": found})
-    print(table(HEAD, rows(found)))
+    print(table(MEMORY_HEAD, memory_rows(found)))
     return 0
 
 

@@ -29,6 +29,7 @@ from benchmarks.flops import update_flops
 from benchmarks.harness import CheckFailed, alternate, ratio, require_equal, table, write_result
 from benchmarks.model import BENCH, Shape
 from benchmarks.step_arms import OurArm, figures, seconds
+from benchmarks.suite.quoted import pivot
 
 IMAGE_PX = {128: 224, 512: 560, 1024: 784}  # 64 of 128 tokens, 400 of 512, 784 of 1024
 HEAD = ["G x prompt x completion", "naive / shared, time", "rounds", "predicted", "memory, naive / shared", "MiB"]
@@ -110,17 +111,6 @@ def measure(options: argparse.Namespace, folder: Path, model: Any, processor: An
         "peak_mib": peak,
         "memory": peak["naive"] / peak["shared"],
     }
-
-
-def pivot(cells: Sequence[dict[str, Any]]) -> str:
-    """A line for each prompt and completion length, a column for each group size: time, predicted, memory."""
-    sizes = sorted({cell["generations"] for cell in cells})
-    lines: dict[tuple[int, int], dict[int, str]] = {}
-    for cell in cells:
-        figures = f"{cell['time']['value']:.2f} ({cell['predicted']:.2f}), {cell['memory']:.1f}"
-        lines.setdefault((cell["prompt"], cell["completion"]), {})[cell["generations"]] = figures
-    rows = [[f"{prompt} x {length}", *(of.get(size, "") for size in sizes)] for (prompt, length), of in lines.items()]
-    return table(["prompt x completion", *(f"G {size}" for size in sizes)], rows)
 
 
 def row(cell: dict[str, Any]) -> list[str]:

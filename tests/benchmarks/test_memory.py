@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.memory import ARMS, case_of, rows
+from benchmarks.memory import ARMS, case_of
 from benchmarks.plan_step import config_of
+from benchmarks.suite.quoted import memory_rows
 
 
 @pytest.mark.parametrize("name", ARMS)
@@ -17,4 +18,4 @@ def test_a_run_accepts_every_arm(name, tmp_path):
 
 def test_rows():
     found = {"base": {"rollout": 50.0, "policy": 100.0}, "other": {"rollout": 60.0, "policy": 20.0}}
-    assert rows(found) == [["base", "100", "policy", "1.00"], ["other", "60", "rollout", "0.60"]]
+    assert memory_rows(found) == [["base", "100", "policy", "1.00"], ["other", "60", "rollout", "0.60"]]
