@@ -12,8 +12,8 @@ A worker reads requests, a line each, from standard input, and answers each with
 
 All but the first and the last are of a warm peer: a sample is run before the first of them. Weights are those that
 `FOLDER` holds, or where it holds none, those that `benchmarks.model.build` makes; groups and prompts are those of
-`benchmarks.model`. Gradient checkpointing is on at the shapes where it is on in the other arms, and always in
-"vlm-r1"; attention is flash-attention where it is installed and the weights are 16 bits wide, SDPA otherwise.
+`benchmarks.model`. Gradient checkpointing is on where the shape has it, as in the other arms, and always in "vlm-r1";
+attention is flash-attention where it is installed and the weights are 16 bits wide, SDPA otherwise.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -38,7 +39,6 @@ from benchmarks.peers.clock import PhaseClock
 KINDS = ("step", "update")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BETA = 0.04
-CHECKPOINTED = ("3b", "7b")  # shapes whose activations do not fit otherwise
 VLM_R1 = "https://github.com/om-ai-lab/VLM-R1 at 0ae0aea10759412975b460f0f6dbed1a87b92e8a"
 TRL = "https://github.com/huggingface/trl"
 
@@ -60,17 +60,24 @@ def missing(*packages: str) -> str | None:
 
 
 def no_liger(device: str) -> str | None:
-    """Liger's layers are Triton kernels: they need a GPU."""
-    if device != "cuda":
-        return f"Liger's RMSNorm and SwiGLU are Triton kernels, which do not run on {device}"
-    return missing("trl", "datasets", "liger_kernel")
+    """Liger's layers are Triton kernels, which need a GPU; its patch of Qwen2.5-VL must fit the installed library."""
+    absent = missing("trl", "datasets", "liger_kernel")
+    if absent is not None:
+        return absent
+    reasons = [] if device == "cuda" else [f"Liger's layers are Triton kernels, which do not run on {device}"]
+    try:
+        import_module("liger_kernel.transformers.model.qwen2_5_vl")  # what TRL's use_liger_kernel imports
+    except ImportError as error:
+        found = " and ".join(f"{name} {metadata.version(name)}" for name in ("liger-kernel", "transformers"))
+        reasons.append(f"{found} do not fit each other on any device: {str(error).split(' (')[0]}")
+    return "; ".join(reasons) or None
 
 
 PEERS: dict[str, PeerInfo] = {
     "vlm-r1": PeerInfo(
         "VLM-R1 as published",
         "its step written anew: gradient checkpointing on at every shape, top_k 50, logits of every position, prompt "
-        "and image G times in all passes; KV cache in the rollout, as with transformers 4.49.0, which it pins",
+        "and image G times in all passes; KV cache in the rollout, as it has with transformers 4.49.0",
         VLM_R1,
         lambda device: None,
     ),
@@ -90,8 +97,8 @@ PEERS: dict[str, PeerInfo] = {
     ),
     "trl+liger": PeerInfo(
         "TRL with Liger",
-        "as TRL, with use_liger_kernel, which in TRL 1.16 is Liger's RMSNorm and SwiGLU in the policy: the loss is "
-        "still that of TRL's own chunked head",
+        "as TRL, with use_liger_kernel, which in TRL 1.16 is Liger's layers in the policy: the loss is still that of "
+        "TRL's own chunked head",
         TRL,
         no_liger,
     ),
@@ -135,7 +142,7 @@ class Peer:
         from benchmarks import model as bench_model
 
         self.shape = bench_model.SHAPES[shape_name]
-        self.checkpointing = name == "vlm-r1" or shape_name in CHECKPOINTED
+        self.checkpointing = name == "vlm-r1" or self.shape.checkpointing
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model, self.processor = weights(folder, self.shape, device, dtype)
         made = self._vlm_r1 if name.startswith("vlm-r1") else self._trl

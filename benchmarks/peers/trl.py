@@ -32,7 +32,7 @@ QUESTION = "Locate the digit 7"
 
 
 class TRLArm:
-    """One update of TRL's trainer: `prepare`, then the seconds-worthy `update`."""
+    """One update of TRL's trainer, from given groups."""
 
     def __init__(
         self,

@@ -24,10 +24,11 @@ here.
 
 The rollout has a KV cache in both forms. The source sets `use_cache` of the model's config to False where it
 checkpoints (248-251, 456), but hands `generate` a configuration of its own, whose `use_cache` is True; in transformers
-4.49.0, which its setup pins, the decoder drops the flag and not the cache (models/qwen2_5_vl/modeling_qwen2_5_vl.py,
-1151-1156 and 1196-1206), so each step computes one position. Run there on a random model, it drew the greedy tokens of
-a cached rollout, one position a step. Newer transformers take the cache from a layer that checkpoints while it trains
-and feed one position all the same: what is drawn is wrong. Here `generate` runs in evaluation mode, which draws what
+4.49.0, which its setup asks for (a fork's copy of it, and thread 300), the decoder drops the flag and not the cache
+(models/qwen2_5_vl/modeling_qwen2_5_vl.py, 1151-1156 and 1196-1206), so that each step computes one position. Run there
+on a small random model in training mode with checkpoints, `generate` computed one position a step and drew the greedy
+tokens that it drew without them. transformers 5.23 takes the cache from a layer that checkpoints while it trains, and
+feeds one position all the same: what it draws is wrong. Here `generate` runs in evaluation mode, which draws what
 4.49.0 draws: the model has no dropout.
 
 Left out, each in its favour: ZeRO's sharding and float32 masters (AdamW works on the weights as they are), its
@@ -187,7 +188,7 @@ class VLMR1Step:
         self.size, self.length = shape.num_generations, shape.completion_length
         builder = PromptBuilder(model, adapter_of(model), processor)
         self.samples = [bench_model.prompt_of(folder, builder, shape, index).sample for index in range(prompts)]
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
 
     def run(self, clock: Clock = untimed) -> None:
         """One step."""
