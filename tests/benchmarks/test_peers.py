@@ -219,6 +219,11 @@ def test_trl_sees_the_prompts_of_the_groups(folder, length, monkeypatch):
     wanted = groups[0].prompt.input_ids.repeat(SMALL.num_generations, 1)
     drawn = given.arm.trainer._buffered_inputs
     assert len(drawn) == 2 and all(torch.equal(batch["prompt_ids"], wanted) for batch in drawn)
+    # Rows are shuffled over the micro-batches: their images are told apart by the sum of their pixels.
+    seen = torch.cat([batch["pixel_values"] for batch in drawn]).view(2 * SMALL.num_generations, -1).sum(dim=1)
+    images = torch.stack([group.prompt.images[0]["pixel_values"].sum() for group in groups])
+    expected = images.repeat(SMALL.num_generations).sort().values
+    torch.testing.assert_close(seen.sort().values, expected, rtol=1e-4, atol=1e-3)
 
 
 def test_worker_refuses_what_it_cannot_answer(folder):
