@@ -71,6 +71,7 @@ class Shape:
     num_generations: int = 8
     completion_length: int = 64
     prompt_length: int | None = None  # the question is made as long as it takes; None: one line
+    checkpointing: bool = False  # of activations
 
 
 SHAPES = {
