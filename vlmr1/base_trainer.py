@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from accelerate.data_loader import prepare_data_loader
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -314,8 +315,8 @@ class BaseTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """An ordinary model directory, with FSDP's sharded checkpoints too."""
         if self.is_fsdp_enabled:
-            state = self.accelerator.get_state_dict(self.model)  # of all ranks
-            self._save(output_dir, state)
+            options = {"full_state_dict": True, "cpu_offload": True, "ignore_frozen_params": self.args.use_peft}
+            self._save(output_dir, get_model_state_dict(self.model, options=StateDictOptions(**options)))
         else:
             super().save_model(output_dir, _internal_call)
 

@@ -170,7 +170,7 @@ def test_two_ranks_do_what_one_process_does_and_resume_exactly(engine, folder, a
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["ddp", "zero2"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_lora_on_two_ranks(engine, folder, tmp_path):
     """The reference is the policy without its adapter; checkpoints hold the adapter."""
     lora = {"use_peft": "true", "lora_r": 4, "lora_alpha": 8, "learning_rate": 1e-3, "beta": 0.04}
