@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 
 from vlmr1.errors import SettingError
@@ -50,7 +51,7 @@ def check_sharded(args: Any, sharding: Sharding | None, *, engine: bool) -> None
 
 
 @contextmanager
-def whole(model: nn.Module, sharding: Sharding | None) -> Iterator[None]:
+def whole(model: Any, sharding: Sharding | None) -> Iterator[None]:
     """In this block each rank has every parameter, and forwards of the model and of its parts run without collectives:
     ranks that draw completions of other lengths call them at other times."""
     if sharding is None:
@@ -122,6 +123,12 @@ def meet_in_backward(decoder: nn.Module) -> None:
 def _with_gradient(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     if torch.is_grad_enabled():
         kwargs["inputs_embeds"].requires_grad_(True)
+
+
+def gathered_state(model: Any, *, trained_only: bool) -> dict[str, Any]:
+    """With FSDP: whole tensors in host memory, on rank 0; every rank has to call it."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
+    return get_model_state_dict(model, options=options)
 
 
 def is_partitioned(model: nn.Module) -> bool:
