@@ -33,7 +33,7 @@ from vlmr1.models.processor import save_processor
 from vlmr1.processes import serve_run
 from vlmr1.scale.launch import check_launched
 from vlmr1.scale.ranks import Ranks
-from vlmr1.scale.sharded import Sharding, check_sharded, sharding_of
+from vlmr1.scale.sharded import Sharding, check_sharded, gathered_state, sharding_of
 from vlmr1.types import Group, Pack, Prompt, StepMetrics
 from vlmr1.unlogged import load_unlogged, save_unlogged
 
@@ -314,8 +314,7 @@ class BaseTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """An ordinary model directory, with FSDP's sharded checkpoints too."""
         if self.is_fsdp_enabled:
-            state = self.accelerator.get_state_dict(self.model)  # of all ranks
-            self._save(output_dir, state)
+            self._save(output_dir, gathered_state(self.model, trained_only=self.args.use_peft))
         else:
             super().save_model(output_dir, _internal_call)
 

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from vlmr1.models import load_model
 from vlmr1.policy import PackedPolicy, call
-from vlmr1.scale.sharded import Sharding, is_partitioned, sharded_reference
+from vlmr1.scale.sharded import Sharding, is_partitioned, sharded_reference, without_adapter
 from vlmr1.types import Pack
 
 REFERENCE = "reference.safetensors"  # of a checkpoint, where the reference moves
@@ -128,7 +128,7 @@ class AdapterReference(Reference):
     """The policy with its adapter switched off: nothing is copied. `wrapped` is the policy as a `peft.PeftModel`."""
 
     def _brought(self) -> AbstractContextManager[None]:
-        return self.wrapped.disable_adapter()
+        return without_adapter(self.wrapped)
 
 
 def make_reference(

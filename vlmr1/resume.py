@@ -12,7 +12,19 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback
 
 from vlmr1.checkpoint import fault_of
-from vlmr1.errors import CheckpointError
+from vlmr1.errors import CheckpointError, SettingError
+from vlmr1.models.lora import is_adapter
+
+
+def check_resumable(checkpoint: Path) -> None:
+    """SettingError where it holds weights only: the trainer would go on with a new optimizer and say nothing."""
+    if any(checkpoint.glob("rng_state*.pth")):  # written with the optimizer's state, by every engine
+        return
+    merge = ", once `vlmr1 merge` has made a model of it" if is_adapter(checkpoint) else ""
+    raise SettingError(
+        f"{checkpoint} was written with save_only_model, without the optimizer: no run goes on from it. Start another "
+        f"from its weights, with another output_dir and model_name_or_path={checkpoint}{merge}"
+    )
 
 
 class Resuming(TrainerCallback):

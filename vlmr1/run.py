@@ -33,7 +33,7 @@ from vlmr1.processes import naming_lost_workers
 from vlmr1.progress import Progress
 from vlmr1.report.training import NAME as REPORT
 from vlmr1.report.training import write_run_report
-from vlmr1.resume import Resuming
+from vlmr1.resume import Resuming, check_resumable
 from vlmr1.rewards.methods import columns_of_files
 from vlmr1.rewards.registry import checks_of
 from vlmr1.scale.launch import launched_as
@@ -188,6 +188,7 @@ def _train(config: GRPOConfig, stop: StopSignals, resuming: Resuming) -> GRPOTra
         say(f"{resume}: all {trainer.state.max_steps} updates are done", flush=True)
         return trainer
     if resume is not None:
+        check_resumable(resume)
         say(f"continuing from {resume}", flush=True)
     if config.should_save and config.save_strategy != SaveStrategy.NO:
         size = checkpoint_bytes(prepared.model, str(config.optim), weights_only=config.save_only_model)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ from vlmr1.rewards.registry import Reward, get_reward
 from vlmr1.rollout import ENGINES
 from vlmr1.scale.balance import exchange
 from vlmr1.scale.metrics import all_losses, over_ranks
-from vlmr1.scale.sharded import whole
+from vlmr1.scale.sharded import meet_in_backward, whole
 from vlmr1.statistics import group_statistics
 from vlmr1.types import Group, Pack, Prompt, Sample, StepMetrics
 from vlmr1_kernels import use
@@ -98,6 +99,8 @@ class GRPOTrainer(BaseTrainer):
         frozen = not any(parameter.requires_grad for parameter in self.adapter.vision_parameters(model))
         self.features = FeatureCache() if frozen and args.share_vision else None
         self.blank = builder.blank() if self.joins_tower and self.features is None else None
+        if self.blank is not None and self.sharding is not None:
+            meet_in_backward(attrgetter(self.adapter.decoder_path)(model))
         self.engine = ENGINES[args.rollout_engine](
             model,
             self.adapter,
@@ -201,7 +204,7 @@ class GRPOTrainer(BaseTrainer):
         """Prompts -> groups of completions, drawn from the present policy; `number` of the round varies the draws."""
         step = self.state.global_step + (number << 32)
         merging = merged(self.accelerator.unwrap_model(self.model)) if self.args.lora_merge_rollout else nullcontext()
-        with whole(self.engine.model, self.sharding), merging:
+        with whole(self.model, self.sharding), merging:
             return self.engine.generate(prompts, self.args.num_generations, self.sampling, step=step)
 
     def scored(self, groups: Sequence[Group], phases: Phases) -> list[Group]:
@@ -245,7 +248,7 @@ class GRPOTrainer(BaseTrainer):
         if self.features is None or self.sharding is None:
             return
         images, refs, _ = unique_images([group.prompt for group in groups])
-        with whole(self.engine.model, self.sharding):
+        with whole(self.model, self.sharding):
             encode(self.adapter, self.engine.model, refs, images, self.features)
 
     def with_signal(self, groups: Sequence[Group]) -> list[Group]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -233,6 +234,19 @@ def test_a_resumed_run_must_have_the_same_settings(data, tmp_path, capsys):
     assert main(command(data, tmp_path, "--max_steps", "2")) == 0
     assert main(command(data, tmp_path, "--max_steps", "2", "--learning_rate", "1e-3")) == 2
     assert "learning_rate is 0.001, but the run in" in capsys.readouterr().err
+
+
+def test_no_run_goes_on_from_weights_alone(data, tmp_path, capsys):
+    words = command(data, tmp_path, "--max_steps", "4", "--save_only_model", "true")
+    assert main(words) == 0
+    assert main(words) == 0  # it is finished
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    metrics = read_metrics(tmp_path)
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert "checkpoint-2 was written with save_only_model, without the optimizer: no run goes on from it" in said
+    assert f"model_name_or_path={tmp_path / 'checkpoint-2'}\n" in said
+    assert read_metrics(tmp_path) == metrics
 
 
 def test_a_named_checkpoint_must_be_complete(data, tmp_path, capsys):

@@ -127,7 +127,7 @@ def evaluate_during_training(
     size = trainer.args.prompts_per_device * trainer.args.num_generations  # as many as the rollout has in flight
     ranks = trainer.ranks
     scored: list[tuple[int, list[float], Record]] = []  # row, rewards, what was decoded
-    with untouched(), use(trainer.args.kernels), whole(decoder.engine.model, trainer.sharding):
+    with untouched(), use(trainer.args.kernels), whole(trainer.model, trainer.sharding):
         for start in range(ranks.rank * size, len(samples), ranks.world * size):
             if stopped():
                 return None

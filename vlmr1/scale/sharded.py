@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
+import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule
 
 from vlmr1.errors import SettingError
 
@@ -36,9 +39,11 @@ def check_sharded(args: Any, sharding: Sharding | None, *, engine: bool) -> None
         raise SettingError("stochastic_rounding needs one process: others add up gradients in the dtype of weights")
     if sharding is None:
         return
-    for name in ("dynamic_sampling", "kl_in_reward", "sync_ref_model", "use_peft"):
+    for name in ("dynamic_sampling", "kl_in_reward", "sync_ref_model", "load_in_4bit"):
         if getattr(args, name):
             raise SettingError(f"{name} is not supported where {sharding} shards the weights: use ddp or zero2")
+    if args.use_dora and sharding == "zero3":
+        raise SettingError("use_dora is not supported with zero3: peft reads weights that are not gathered; use fsdp2")
     if args.reference == "offload":
         raise SettingError(f"reference=offload is not supported with {sharding}, which shards the reference too")
     if args.use_liger_kernel and args.beta > 0 and sharding == "zero3":
@@ -46,7 +51,7 @@ def check_sharded(args: Any, sharding: Sharding | None, *, engine: bool) -> None
 
 
 @contextmanager
-def whole(model: nn.Module, sharding: Sharding | None) -> Iterator[None]:
+def whole(model: Any, sharding: Sharding | None) -> Iterator[None]:
     """In this block each rank has every parameter, and forwards of the model and of its parts run without collectives:
     ranks that draw completions of other lengths call them at other times."""
     if sharding is None:
@@ -64,17 +69,36 @@ def whole(model: nn.Module, sharding: Sharding | None) -> Iterator[None]:
 
 
 @contextmanager
-def _unsharded(model: nn.Module) -> Iterator[None]:
-    from torch.distributed.fsdp import FSDPModule
+def without_adapter(model: Any) -> Iterator[None]:
+    """In this block the adapter of a `peft.PeftModel` is off. peft sets `requires_grad` of the parameters that modules
+    hold: where FSDP leaves a unit gathered behind a forward those would be the gathered ones, not the shards."""
+    units = _units(model)
+    _reshard(units)
+    with model.disable_adapter():
+        try:
+            yield
+        finally:
+            _reshard(units)
 
-    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+@contextmanager
+def _unsharded(model: nn.Module) -> Iterator[None]:
+    units = _units(model)
     for unit in units:
         unit.unshard()
     try:
         yield
     finally:
-        for unit in units:
-            unit.reshard()
+        _reshard(units)
+
+
+def _units(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def _reshard(units: Sequence[FSDPModule]) -> None:
+    for unit in units:
+        unit.reshard()
 
 
 @contextmanager
@@ -88,6 +112,23 @@ def _without_hooks(model: nn.Module) -> Iterator[None]:
     finally:
         for module, name, hooks in kept:
             setattr(module, name, hooks)
+
+
+def meet_in_backward(decoder: nn.Module) -> None:
+    """The decoder's input always has a gradient. Engines call each other by hooks of what has one: with embeddings that
+    are frozen and a tower that is not, ranks without an image would meet the others in another order."""
+    decoder.register_forward_pre_hook(_with_gradient, with_kwargs=True)
+
+
+def _with_gradient(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    if torch.is_grad_enabled():
+        kwargs["inputs_embeds"].requires_grad_(True)
+
+
+def gathered_state(model: Any, *, trained_only: bool) -> dict[str, Any]:
+    """With FSDP: whole tensors in host memory, on rank 0; every rank has to call it."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
+    return get_model_state_dict(model, options=options)
 
 
 def is_partitioned(model: nn.Module) -> bool:

@@ -1,132 +1,32 @@
-"""Two processes (gloo, CPU) against one: the same losses, gradient norms and rewards for the same global batches.
-
-The rows are laid out by the seeded order of the data so that in the first update one rank has no image, in the second
-one rank has only groups of equal rewards.
-"""
+"""Two processes (gloo, CPU) against one: the same losses, gradient norms and rewards for the same global batches."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
+from tests.vlmr1.scale.two_ranks import (
+    ENGINES,
+    ROOT,
+    ROWS,
+    assert_same,
+    computed,
+    evaluations,
+    metrics,
+    resumable,
+    run_two,
+    two_ranks,
+    words,
+)
 from vlmr1.arguments import parse_config
-from vlmr1.base_trainer import as_list
 from vlmr1.errors import SettingError
-from vlmr1.models import load_model, load_processor
+from vlmr1.models import load_model
 from vlmr1.run import check_settings, last_complete, train
-from vlmr1.scale.launch import FSDP2, LAUNCHES, launch_command
-from vlmr1.trainer import GRPOTrainer
-
-ENGINES = ("ddp", "zero2", "zero3", "fsdp2")
-ROOT = Path(__file__).parents[3]
-ROWS = 8
-UPDATES = 4
-SETTINGS = {
-    "model_name_or_path": "tiny",
-    "accu_reward_method": "default",
-    "num_generations": 3,
-    "max_completion_length": 8,
-    "max_steps": UPDATES,
-    "steps_per_generation": 2,
-    "save_steps": 3,  # in the middle of a generation
-    "learning_rate": 1e-4,
-    "reward_workers": 0,
-    "question_template": "none",
-    "disable_tqdm": "true",
-}
-REWARD = """
-import zlib
-
-def noise(prompts, completions, flat, **columns):
-    texts = [completion[0]["content"] for completion in completions]
-    return [0.0 if same else zlib.crc32(text.encode()) % 1000 / 1000 for text, same in zip(texts, flat)]
-"""
-
-
-def words(folder: Path, output: Path, **more: Any) -> list[str]:
-    settings = SETTINGS | {
-        "data_file_paths": folder / "data.jsonl",
-        "image_folders": folder,
-        "reward_funcs": f"{folder / 'reward.py'}:noise",
-        "output_dir": output,
-    }
-    return [word for name, value in (settings | more).items() for word in (f"--{name}", str(value))]
-
-
-def order_of_rows(folder: Path) -> list[int]:
-    """The places of the rows in the order in which a run takes them."""
-    config = parse_config(words(folder, folder / "unused", prompts_per_device=4, use_cpu="true"))
-    model, processor = load_model(ROOT / "vlmr1/tiny/checkpoint"), load_processor(ROOT / "vlmr1/tiny/checkpoint")
-    trainer = GRPOTrainer(model, config, [], processor)
-    trainer.train_dataset = list(range(ROWS))
-    trainer.data_collator = as_list
-    return [row for batch in trainer.get_train_dataloader() for row in batch]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ranks")
-    (folder / "reward.py").write_text(REWARD, encoding="utf-8")
-    rng = np.random.default_rng(0)
-    rows: list[dict] = [{}] * ROWS
-    (folder / "data.jsonl").write_text('{"prompt": "?", "solution": "1", "flat": true}\n', encoding="utf-8")
-    for place, row in enumerate(order_of_rows(folder)):
-        update, rank = place // 2 % 2, place % 2  # two prompts an update, one a rank
-        rows[row] = {"prompt": f"What is {row}?", "solution": "1", "flat": update == 1 and rank == 1}
-        if update == 1 or rank == 0:
-            size = (56, 84, 112)[row % 3]
-            Image.fromarray(rng.integers(0, 255, (size, size, 3), dtype=np.uint8)).save(folder / f"{row}.png")
-            rows[row] |= {"prompt": f"Locate the digit {row}.", "image": f"{row}.png"}
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return folder
-
-
-def metrics(output: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def computed(step: dict[str, float]) -> dict[str, float]:
-    """What of a step's metrics was not measured."""
-    measured = ("second", "memory", "runtime")
-    return {name: value for name, value in step.items() if not any(word in name for word in measured)}
-
-
-def two_ranks(engine: str, arguments: list[str]) -> subprocess.CompletedProcess:
-    """As `vlmr1 train --launch` runs it; FSDP with the CPU in the place of a GPU."""
-    if engine == "fsdp2":
-        worker = str(Path(__file__).parent / "fsdp_on_cpu.py")
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        environment, command = FSDP2 | {"ACCELERATE_TORCH_DEVICE": "cpu"}, [*torchrun, worker, "train", *arguments]
-    else:
-        environment, command = launch_command(engine, 2, arguments)
-    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
-    environment = {**os.environ, **environment, **paths}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=ROOT)
-
-
-def resumable(run: Path, copy: Path) -> Path:
-    """What is left of a run that was killed behind its third update."""
-    shutil.copytree(run / "checkpoint-3", copy / "checkpoint-3")
-    for name in ("settings.json", "metrics.jsonl", "completions.jsonl"):
-        shutil.copy(run / name, copy / name)
-    return copy
-
-
-def run_two(engine: str, folder: Path, output: Path, **more: Any) -> list[dict[str, float]]:
-    done = two_ranks(engine, words(folder, output, prompts_per_device=1, **more))
-    assert done.returncode == 0, done.stderr[-3000:]
-    return metrics(output)
+from vlmr1.scale.launch import LAUNCHES, launch_command
 
 
 @pytest.fixture(scope="module")
@@ -141,15 +41,8 @@ def alone(folder: Path) -> dict[float, list[dict[str, float]]]:
     return found
 
 
-def assert_same(found: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
-    names = ("loss", "grad_norm", "reward", "kl", "entropy", "tokens", "completion_length", "zero_variance_groups")
-    for one, other in zip(found, expected, strict=True):
-        for name in names:
-            assert one[name] == pytest.approx(other[name], rel=1e-5, abs=1e-6), (name, one["step"])
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [*ENGINES, "zero3-offload"])
 def test_two_ranks_do_what_one_process_does_and_resume_exactly(engine, folder, alone, tmp_path):
     """With a reference model. The checkpoint lies between two updates of one generation."""
     found = run_two(engine, folder, tmp_path / "run", beta=0.04)
@@ -167,28 +60,6 @@ def test_two_ranks_do_what_one_process_does_and_resume_exactly(engine, folder, a
     read = load_model(tmp_path / "run" / "checkpoint-4")  # an ordinary directory
     before = load_model(ROOT / "vlmr1/tiny/checkpoint").state_dict()
     assert any(not torch.equal(value, before[name]) for name, value in read.state_dict().items())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("engine", ["ddp", "zero2"])
-def test_lora_on_two_ranks(engine, folder, tmp_path):
-    """The reference is the policy without its adapter; checkpoints hold the adapter."""
-    lora = {"use_peft": "true", "lora_r": 4, "lora_alpha": 8, "learning_rate": 1e-3, "beta": 0.04}
-    train(parse_config(words(folder, tmp_path / "alone", prompts_per_device=2, use_cpu="true", **lora)))
-    found = run_two(engine, folder, tmp_path / "run", **lora)
-    assert_same(found, metrics(tmp_path / "alone"))
-    assert found[-1]["kl"] > 0
-    again = run_two(engine, folder, resumable(tmp_path / "run", tmp_path / "resumed"), **lora)
-    assert [computed(step) for step in again] == [computed(step) for step in found]
-    name = "checkpoint-4/adapter_model.safetensors"
-    exported = [load_file(tmp_path / run / name) for run in ("run", "resumed", "alone")]
-    for key, value in exported[0].items():
-        assert torch.equal(value, exported[1][key]), key
-        torch.testing.assert_close(value, exported[2][key], rtol=1e-3, atol=1e-5)
-
-
-def evaluations(output: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (output / "eval.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.mark.slow
