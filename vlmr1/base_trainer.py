@@ -7,9 +7,8 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from accelerate.data_loader import prepare_data_loader
@@ -17,14 +16,13 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from vlmr1.buffer import Buffer, BufferSampler, Part
+from vlmr1.buffer import Buffer, BufferSampler
 from vlmr1.checkpoint import rotate, staged
 from vlmr1.config import GRPOConfig
 from vlmr1.data.loader import Batches
 from vlmr1.disk import writing
 from vlmr1.errors import DivergedError, SettingError
-from vlmr1.loss import MAXIMA, MINIMA
-from vlmr1.memory.budget import PackBudget, PackTooLarge, carried_over, free_memory
+from vlmr1.memory.budget import PackBudget
 from vlmr1.memory.nvml import GpuMeter
 from vlmr1.memory.telemetry import Phases, peak_memory_mib
 from vlmr1.models import load_model
@@ -35,13 +33,11 @@ from vlmr1.scale.launch import check_launched
 from vlmr1.scale.ranks import Ranks
 from vlmr1.scale.sharded import Sharding, check_sharded, gathered_state, sharding_of
 from vlmr1.types import Group, Pack, Prompt, StepMetrics
-from vlmr1.unlogged import load_unlogged, save_unlogged
+from vlmr1.unlogged import combined, costs, load_unlogged, save_unlogged
 
 logger = logging.getLogger(__name__)
 ROLLOUTS = "rollouts.pt"  # of a checkpoint: the buffer, where updates on it are left
 BUDGET = "pack_budget.json"  # of a checkpoint: how much smaller packs have become, where memory ran out
-UPDATE = ("forward", "backward", "update")  # phases
-T = TypeVar("T")
 
 
 class Kept(Protocol):
@@ -96,28 +92,6 @@ class BaseTrainer(Trainer):
         self.phases.stop("update")
         if self.gpu is not None:
             self.unlogged[-1].values.update(self.gpu.end())
-
-    def fitting(self, part: Part, run: Callable[[list[Pack]], T]) -> tuple[Part, T]:
-        """`run` over the packs of a part; where memory runs out in one, over all of them again, cut smaller. Returns
-        the part as it was packed in the end, and what `run` returned."""
-        while True:
-            try:
-                return part, run(part.packs)
-            except PackTooLarge as error:
-                self.shrink(error)
-            part = self.packed_anew(part)
-
-    def shrink(self, error: PackTooLarge) -> None:
-        """Smaller packs from now on."""
-        if self.joins_tower:  # the others would not make the passes again
-            raise SettingError(f"out of memory in a pass: lower tokens_per_pack ({error})") from error
-        self.budget.shrink(error)
-        free_memory()
-
-    def packed_anew(self, part: Part) -> Part:
-        """The part in packs of the present budget, with the log-probs that it has."""
-        packs, counts = self.pack(part.groups)
-        return replace(part, packs=carried_over(packs, part.packs), counts=part.counts | counts)
 
     def get_train_dataloader(self) -> DataLoader:
         """The prompts of one generation in a batch, empty batches for the other updates that it serves."""
@@ -328,13 +302,6 @@ class BaseTrainer(Trainer):
             base_of(self.model).config.save_pretrained(folder)
 
 
-def combined(name: str, values: Sequence[float]) -> float:
-    """One number of several steps: their mean, or what the metric is the greatest or the least of."""
-    if name in MAXIMA:
-        return max(values)
-    return min(values) if name in MINIMA else sum(values) / len(values)
-
-
 class UpdateEnd(TrainerCallback):
     """Calls a function after each step of the optimizer."""
 
@@ -343,20 +310,6 @@ class UpdateEnd(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.function()
-
-
-def costs(steps: Sequence[StepMetrics]) -> dict[str, float]:
-    """Seconds a step and the highest peak memory by phase, and completion tokens a second: of all phases, and of the
-    update alone."""
-    phases = dict.fromkeys(phase for step in steps for phase in step.seconds)
-    seconds = {phase: sum(step.seconds.get(phase, 0.0) for step in steps) for phase in phases}
-    tokens = sum(step.values.get("tokens", 0.0) for step in steps)
-    logs = {f"seconds/{phase}": value / len(steps) for phase, value in seconds.items()}
-    for phase in dict.fromkeys(phase for step in steps for phase in step.memory):
-        logs[f"memory/{phase}_mib"] = max(step.memory.get(phase, 0.0) for step in steps)
-    logs["tokens_per_second"] = tokens / sum(seconds.values())
-    logs["update/tokens_per_second"] = tokens / sum(seconds.get(phase, 0.0) for phase in UPDATE)
-    return logs
 
 
 def as_list(prompts: Any) -> Any:

@@ -1,7 +1,7 @@
 """The loop, read aloud: rollout -> reward -> advantage -> pack -> reference -> policy -> update.
 
 One `training_step` is one optimizer update. Optimizers, schedulers, checkpoints, resume and callbacks are those of
-`transformers.Trainer`; what is around the step is in `base_trainer.py`.
+`transformers.Trainer`; what is around the step is in `base_trainer.py`, the passes in `passes.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from vlmr1.advantage import with_advantages
-from vlmr1.base_trainer import BaseTrainer
 from vlmr1.buffer import Buffer, Part
 from vlmr1.config import GRPOConfig
 from vlmr1.correction import with_correction
@@ -28,20 +27,15 @@ from vlmr1.loss import Objective, logp_difference, normalizer
 from vlmr1.memory.budget import PackTooLarge, guarded
 from vlmr1.memory.telemetry import Phases
 from vlmr1.models import adapter_of, check_dropout
-from vlmr1.models.features import FeatureCache, encode
+from vlmr1.models.features import FeatureCache
 from vlmr1.models.lora import merged
 from vlmr1.naive import NaivePolicy
 from vlmr1.packing import (
     make_pack,
-    plan_packs,
-    repeated_prompt_tokens,
     tokens_of,
-    unique_images,
-    with_image,
-    with_signal,
-    without_weight,
 )
 from vlmr1.parameters import choose_trained
+from vlmr1.passes import PassesTrainer
 from vlmr1.penalty import unjudged, with_kl
 from vlmr1.policy import PackedPolicy, call
 from vlmr1.reference import SyncReference, make_reference
@@ -59,7 +53,7 @@ from vlmr1.types import Group, Pack, Prompt, Sample, StepMetrics
 from vlmr1_kernels import use
 
 
-class GRPOTrainer(BaseTrainer):
+class GRPOTrainer(PassesTrainer):
     """GRPO on a vision-language model; each group's image and prompt are computed once."""
 
     def __init__(
@@ -195,11 +189,6 @@ class GRPOTrainer(BaseTrainer):
             parts.append(replace(part, packs=packs, counts=part.counts | ratios))
         return parts
 
-    def with_passes(self, part: Part, run: Callable[[Pack], Pack]) -> Part:
-        """The part with what `run` adds to each of its packs."""
-        part, packs = self.fitting(part, lambda packs: [guarded(pack, run) for pack in packs])
-        return replace(part, packs=packs)
-
     def rollout(self, prompts: Sequence[Prompt], number: int = 0) -> list[Group]:
         """Prompts -> groups of completions, drawn from the present policy; `number` of the round varies the draws."""
         step = self.state.global_step + (number << 32)
@@ -242,61 +231,6 @@ class GRPOTrainer(BaseTrainer):
         parts = exchange(groups, tokens, self.args.steps_per_generation, self.ranks, self._prompt_of)
         self.encode_ahead([group for part in parts for group in part])
         return parts
-
-    def encode_ahead(self, groups: Sequence[Group]) -> None:
-        """The features of these groups, where the passes of several ranks would not meet in a sharded tower."""
-        if self.features is None or self.sharding is None:
-            return
-        images, refs, _ = unique_images([group.prompt for group in groups])
-        with whole(self.model, self.sharding):
-            encode(self.adapter, self.engine.model, refs, images, self.features)
-
-    def with_signal(self, groups: Sequence[Group]) -> list[Group]:
-        """What of the groups has a part in the loss."""
-        skip, mask = self.args.skips_zero_advantage, self.args.mask_truncated_completions
-        return with_signal(groups, skip_zero_advantage=skip, mask_truncated=mask)
-
-    def pack(self, groups: Sequence[Group]) -> tuple[list[Pack], dict[str, float]]:
-        """Groups -> packed rows under the token budget, as many on every rank, and what they count."""
-        plan = self._plan(self.with_signal(groups))
-        packs = [make_pack(row, share_vision=self.args.share_vision) for row in plan]
-        packs += [without_weight(groups)] * (self.ranks.most(max(len(packs), 1)) - len(packs))
-        if self.blank is not None:
-            packs = [with_image(pack, *self.blank) for pack in packs]
-        return packs, {
-            "packs": float(len(packs)),
-            "packed_tokens": float(sum(len(pack.input_ids) for pack in packs)),
-            "repeated_prompt_tokens": float(repeated_prompt_tokens(plan)),
-            "tokens_per_pack": float(self.budget.tokens),
-        }
-
-    def _plan(self, groups: Sequence[Group]) -> list[list[Group]]:
-        switches = {"share_prompt": self.args.share_prompt, "pack": self.args.pack}
-        return plan_packs(groups, tokens_per_pack=self.budget.tokens, limit=self.budget.limit, **switches)
-
-    def with_logprobs(self, model: Any, packs: Sequence[Pack], phases: Phases) -> list[Pack]:
-        """The packs with the log-probs of reference and old policy."""
-        with phases("reference"), nullcontext() if self.reference is None else self.reference.ready():
-            packs = [guarded(pack, self.with_reference) for pack in packs]
-        with phases("old"):
-            return [guarded(pack, lambda pack: self.with_old(model, pack)) for pack in packs]
-
-    def with_reference(self, pack: Pack) -> Pack:
-        """The pack with the reference model's log-probs, where the objective needs them."""
-        if self.reference is None:
-            return pack
-        return replace(pack, ref_logp=self.reference.logprobs(pack))
-
-    def with_old(self, model: Any, pack: Pack) -> Pack:
-        """The pack with the log-probs of the policy that drew it: the engine's, or the policy's own."""
-        if self.args.old_logprobs == "rollout":
-            return pack
-        needed = self.args.kl_in_reward or self.args.importance_sampling_correction != "none"
-        if self.args.steps_per_generation * self.args.num_iterations == 1 and not needed:
-            return replace(pack, old_logp=None)  # the update's own forward computes them
-        model.eval()
-        with self.policy.attention():
-            return replace(pack, old_logp=call(model, self.policy.model, lambda: self.policy.logprobs(pack)))
 
     def backward(self, model: Any, packs: Sequence[Pack], groups: Sequence[Group]) -> tuple[Tensor, dict[str, float]]:
         """Accumulate the gradient of the step's loss over its packs; returns the loss and the metrics.

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from tests.vlmr1.test_trainer import trainer_of
-from vlmr1.base_trainer import costs
 from vlmr1.memory import peaks
 from vlmr1.memory.nvml import GpuMeter
 from vlmr1.memory.peaks import Peaks
 from vlmr1.memory.telemetry import Gpu, Phases, gpu_info, peak_memory_mib
 from vlmr1.types import StepMetrics
+from vlmr1.unlogged import costs
 
 on_cpu = pytest.mark.skipif(torch.cuda.is_initialized(), reason="measures resident memory")
 
