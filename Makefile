@@ -33,11 +33,9 @@ lint: $(READY)/lint $(READY)/test $(READY)/bench
 	$(BIN)/clang-format --dry-run --Werror kernels/csrc/*
 	$(BIN)/pyright
 
-bench: bench-ops
-	for op in linear_grpo_loss linear_logprob grpo_loss group_advantages; do \
-		$(BIN)/python -m benchmarks.bench_$$op || exit 1; \
-	done
-	$(BIN)/python -m benchmarks.step --profile --out benchmarks/results/step.json
+# What is gained on this machine, and by which switch. make bench BENCH=--quick
+bench: $(READY)/bench
+	$(BIN)/vlmr1 bench $(BENCH)
 
 # CPU figures of the ops alone. Against an earlier run: make bench-ops BENCH=--benchmark-save=before, and later
 # make bench-ops BENCH="--benchmark-compare=*before --benchmark-compare-fail=median:5%"

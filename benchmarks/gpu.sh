@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All that needs a GPU, in one go: benchmarks/gpu.sh [part...]; without arguments every part.
-# OUT: folder for results and gpu.log (benchmarks/results). PYTHON: the interpreter.
+# OUT: folder for results and gpu.log (benchmarks/results). PYTHON: the interpreter. PEERS: of the suite (none).
 # Each part has a time limit; one that fails is reported and the next runs; the exit status is then 1.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
@@ -14,7 +14,7 @@ if [ -z "$python" ]; then
     if [ -x .venv/bin/python ]; then python=.venv/bin/python; else python=python3; fi
 fi
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-wanted=" ${*:-imports tests racecheck ops attention step update decode plan} "
+wanted=" ${*:-imports tests racecheck ops attention suite plan} "
 table=()
 failed=0
 
@@ -78,22 +78,9 @@ if chosen attention; then
     done
 fi
 
-if chosen step; then
-    arms=(shared naive repeated)
-    if "$python" -c 'import trl, datasets' 2>/dev/null; then arms+=(trl); fi
-    part step 300 "$python" -m benchmarks.step --rounds 5 --profile --arms "${arms[@]}" --out "$out/step-cuda.json"
-fi
-
-if chosen update; then
-    for prompts in 8 2; do # the second where the first does not fit
-        part "update-$prompts" 400 "$python" -m benchmarks.update --prompts "$prompts" \
-            --out "$out/update-$prompts-cuda.json" && break
-    done
-fi
-
-if chosen decode; then
-    part decode 400 "$python" -m benchmarks.decode --out "$out/decode-cuda.json"
-    part rollout 300 "$python" -m benchmarks.rollout --rounds 3 --out "$out/rollout-cuda.json"
+if chosen suite; then
+    part suite 600 "$python" -m benchmarks.suite --only rollout update step memory --shapes 3b --rounds 2 \
+        --peers "${PEERS:-none}" --out "$out"
 fi
 
 if chosen plan; then

@@ -19,6 +19,27 @@ from vlmr1.models import adapter_of, load_model, load_processor
 from vlmr1.tiny.build import SPECIAL, tokenizer
 from vlmr1.types import Completion, Group, Prompt, Sample
 
+# The layout of the embedded tiny model.
+TINY_TEXT = {
+    "vocab_size": 490,
+    "hidden_size": 192,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
+    "tie_word_embeddings": True,
+}
+TINY_VISION = {
+    "depth": 4,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_heads": 4,
+    "out_hidden_size": 192,
+    "window_size": 56,
+    "fullatt_block_indexes": [1, 3],
+}
 BENCH_TEXT = {
     "vocab_size": 8192,
     "hidden_size": 256,
@@ -59,6 +80,17 @@ VISION_3B = {
     "window_size": 112,
     "fullatt_block_indexes": [7, 15, 23, 31],
 }
+# Of Qwen2.5-VL-7B, whose tower is that of 3B.
+TEXT_7B = TEXT_3B | {
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+}
+VISION_7B = VISION_3B | {"out_hidden_size": 3584}
 
 
 @dataclass(frozen=True)
@@ -75,8 +107,10 @@ class Shape:
 
 
 SHAPES = {
+    "tiny": Shape(TINY_TEXT, TINY_VISION, image_px=112, num_generations=4, completion_length=16),
     "bench": Shape(BENCH_TEXT, BENCH_VISION, image_px=448),
-    "3b": Shape(TEXT_3B, VISION_3B, image_px=896, completion_length=256),
+    "3b": Shape(TEXT_3B, VISION_3B, image_px=896, completion_length=128, checkpointing=True),
+    "7b": Shape(TEXT_7B, VISION_7B, image_px=896, completion_length=128, checkpointing=True),
 }
 BENCH = SHAPES["bench"]
 
@@ -185,6 +219,16 @@ def groups(
         prompt = prompt_of(folder, builder, shape, index)
         made.append(Group(prompt, tuple(completions), torch.zeros(size, 1), advantages))
     return made
+
+
+def placeholders(model: Any) -> list[int]:
+    """Tokens that random weights may draw, and that stand for an image which is not there."""
+    return adapter_of(model).placeholder_ids(model)
+
+
+def spread(completions: list, **_: Any) -> list[float]:
+    """Rewards that differ within a group, whatever is drawn."""
+    return [float(index % 3) for index in range(len(completions))]
 
 
 @torch.no_grad()

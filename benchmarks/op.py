@@ -79,6 +79,7 @@ def run(bench: Bench, options: argparse.Namespace) -> None:
         problem = bench.problem(text, options.device)
         bounds = ceilings(options.device, problem.dtype)  # anew: clocks and neighbours change
         results[text] = one_case(bench, text, problem, options, bounds)
+        show(bench, text, problem, results[text])
         figures = {"op": bench.op, "rounds": options.rounds, "cases": results}
         write_result(options.out, figures)
     print(f"\nwritten: {options.out}")
@@ -87,7 +88,7 @@ def run(bench: Bench, options: argparse.Namespace) -> None:
 def one_case(
     bench: Bench, text: str, problem: Problem, options: argparse.Namespace, bounds: Ceilings
 ) -> dict[str, Any]:
-    """Check, time, measure memory, print."""
+    """Check, time, measure memory."""
     names = options.arms or list(problem.arms())
     arms, errors, skipped = compare.checked(problem, names, problem.oracle())
     seconds = compare.times(problem, arms, options.rounds, options.warmup)
@@ -98,10 +99,13 @@ def one_case(
             here = options.device == "cuda"
             memory[name] = compare.extra_mib(arms[name]) if here else _extra_mib_apart(bench, text, name, options)
     rows = compare.figures(problem, seconds, errors, notes, memory, bounds)
-    print(f"\n### {bench.op} {text}\n\n{markdown(rows, problem)}\n")
-    print("\n".join(f"- {name}: {reason}" for name, reason in skipped.items()), flush=True)
     work = {"flops": problem.flops, "moved_bytes": problem.moved, "accumulator_bytes": problem.accumulator}
     return work | {"ceilings": asdict(bounds), "arms": rows, "skipped": skipped, "seconds": seconds}
+
+
+def show(bench: Bench, text: str, problem: Problem, case: Mapping[str, Any]) -> None:
+    print(f"\n### {bench.op} {text}\n\n{markdown(case['arms'], problem)}\n")
+    print("\n".join(f"- {name}: {reason}" for name, reason in case["skipped"].items()), flush=True)
 
 
 def _extra_mib_apart(bench: Bench, text: str, name: str, options: argparse.Namespace) -> float:

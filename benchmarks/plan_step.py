@@ -14,23 +14,12 @@ from transformers.trainer_callback import PrinterCallback
 
 from benchmarks import model as bench_model
 from benchmarks.harness import PeakMemory
-from benchmarks.model import BENCH_TEXT, BENCH_VISION, TEXT_3B, VISION_3B, Shape
-from benchmarks.rollout import spread
+from benchmarks.model import BENCH_TEXT, BENCH_VISION, TEXT_3B, TEXT_7B, VISION_3B, VISION_7B, Shape, spread
 from vlmr1.config import GRPOConfig
 from vlmr1.memory.plan import Plan, Planner, inputs_of
 from vlmr1.models import load_model
 from vlmr1.trainer import GRPOTrainer
 from vlmr1.types import Pack, Sample
-
-TEXT_7B = TEXT_3B | {
-    "vocab_size": 152064,
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "tie_word_embeddings": False,
-}
 
 
 @dataclass(frozen=True)
@@ -86,7 +75,7 @@ CASES: dict[str, Case] = {
         device="cuda",
     ),
     "7b": Case(
-        Shape(TEXT_7B, VISION_3B | {"out_hidden_size": 3584}, image_px=896),
+        Shape(TEXT_7B, VISION_7B, image_px=896),
         {
             "model_dtype": "bfloat16",
             "bf16": True,

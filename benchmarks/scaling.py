@@ -2,8 +2,8 @@
 
     python -m benchmarks.scaling --out benchmarks/results/scaling.json
 
-An update of the bench model (`benchmarks.step`, without a reference model: the policy's forward and backward; one
-group, float32), naive and shared in turn; both must give the same loss and gradient norm first, which warms them up.
+An update of the bench model (the policy's forward and backward without a reference model; one group, float32), naive
+and shared in turn; both must give the same loss and gradient norm first, which warms them up.
 Predicted: the ratio of the matrix operations of both (`benchmarks.flops`). Memory: each arm in a process of its own,
 one update.
 """
@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,14 +26,15 @@ from typing import Any
 import torch
 
 from benchmarks import model as bench_model
-from benchmarks import step
 from benchmarks.flops import update_flops
-from benchmarks.harness import CheckFailed, alternate, ratio, require_equal, table, write_result
+from benchmarks.harness import CheckFailed, PeakMemory, alternate, ratio, require_equal, table, write_result
 from benchmarks.model import BENCH, Shape
 from benchmarks.step_arms import OurArm, figures, seconds
 from benchmarks.suite.quoted import pivot
 
 IMAGE_PX = {128: 224, 512: 560, 1024: 784}  # 64 of 128 tokens, 400 of 512, 784 of 1024
+ARMS = ("shared", "naive")
+SETTINGS: dict[str, Any] = {"beta": 0.0, "skip_zero_advantage": False}
 HEAD = ["G x prompt x completion", "naive / shared, time", "rounds", "predicted", "memory, naive / shared", "MiB"]
 
 
@@ -41,19 +44,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(pivot(json.loads(options.show.read_text(encoding="utf-8"))["figures"]["cells"]))
         return 0
     torch.set_num_threads(options.threads)
+    if options.one is not None:
+        print(json.dumps({"peak_mib": peak_here(options)}))
+        return 0
     cells = list(product(options.generations, options.prompt_lengths, options.completion_lengths))
     result: dict[str, Any] = {"prompts": 1, "beta": 0, "threads": options.threads, "cells": []}
     with TemporaryDirectory() as name:
         folder = bench_model.write(Path(name))
         model, processor = bench_model.read(folder)
         for generations, prompt_length, completion_length in cells:
-            shape = replace(
-                BENCH,
-                num_generations=generations,
-                prompt_length=prompt_length,
-                completion_length=completion_length,
-                image_px=IMAGE_PX[prompt_length],
-            )
+            shape = shape_of(generations, prompt_length, completion_length)
             try:
                 cell = measure(options, folder, model, processor, shape)
             except CheckFailed as error:
@@ -76,15 +76,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--show", type=Path, help="only print the table of this result file")
     parser.add_argument("--out", type=Path, help="result file, JSON")
+    parser.add_argument("--one", choices=ARMS, help=argparse.SUPPRESS)  # its memory in this process, of the first cell
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # of the model
     return parser.parse_args(arguments)
 
 
 def measure(options: argparse.Namespace, folder: Path, model: Any, processor: Any, shape: Shape) -> dict[str, Any]:
     """One cell: samples, ratios, prediction."""
     groups = bench_model.groups(folder, model, processor, 1, shape)
-    settings = {"beta": 0.0, "skip_zero_advantage": False}
-    output = folder / "output"
-    arms = {name: OurArm(name, model, processor, groups, output, **settings) for name in ("shared", "naive")}
+    arms = {name: OurArm(name, model, processor, groups, folder / "output", **SETTINGS) for name in ARMS}
     require_equal({name: figures(arm) for name, arm in arms.items()})
     calls = {name: lambda arm=arm: seconds(arm) for name, arm in arms.items()}
     first = alternate(calls, rounds=1, warmup=0)
@@ -95,10 +95,7 @@ def measure(options: argparse.Namespace, folder: Path, model: Any, processor: An
     flops = {name: update_flops(model.config, of, reference=False) for name, of in packs.items()}
     arms.clear()
     model.zero_grad(set_to_none=True)
-    words = ["--threads", str(options.threads), "--generations", str(shape.num_generations)]
-    words += ["--completion_length", str(shape.completion_length), "--prompt_length", str(shape.prompt_length)]
-    asked = step.parse([*words, "--image_px", str(shape.image_px), "--beta", "0", "--updates", "1"])
-    peak = {name: step.memory_of(asked, folder, name) for name in calls}
+    peak = {name: peak_apart(options, folder, name, shape) for name in ARMS}
     time = ratio(samples, "naive", "shared")
     return {
         "generations": shape.num_generations,
@@ -111,6 +108,32 @@ def measure(options: argparse.Namespace, folder: Path, model: Any, processor: An
         "peak_mib": peak,
         "memory": peak["naive"] / peak["shared"],
     }
+
+
+def shape_of(generations: int, prompt_length: int, completion_length: int) -> Shape:
+    sizes = {"num_generations": generations, "prompt_length": prompt_length, "completion_length": completion_length}
+    return replace(BENCH, image_px=IMAGE_PX[prompt_length], **sizes)
+
+
+def peak_here(options: argparse.Namespace) -> float:
+    """Peak memory of one update of one arm, in MiB above what model and inputs take."""
+    shape = shape_of(options.generations[0], options.prompt_lengths[0], options.completion_lengths[0])
+    model, processor = bench_model.read(options.folder)
+    groups = bench_model.groups(options.folder, model, processor, 1, shape)
+    arm = OurArm(options.one, model, processor, groups, options.folder / "output", **SETTINGS)
+    peak = PeakMemory()
+    seconds(arm)
+    return peak.mib()
+
+
+def peak_apart(options: argparse.Namespace, folder: Path, name: str, shape: Shape) -> float:
+    """`peak_here` in a process of its own."""
+    words = ["--one", name, "--folder", str(folder), "--threads", str(options.threads)]
+    words += ["--generations", str(shape.num_generations), "--prompt_lengths", str(shape.prompt_length)]
+    words += ["--completion_lengths", str(shape.completion_length)]
+    line = [sys.executable, "-m", "benchmarks.scaling", *words]
+    done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True, env=os.environ)
+    return float(json.loads(done.stdout.splitlines()[-1])["peak_mib"])
 
 
 def row(cell: dict[str, Any]) -> list[str]:

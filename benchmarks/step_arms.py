@@ -1,4 +1,4 @@
-"""The arms of the step benchmark: vlmr1 with all sharing on, with all off, and TRL; here or in a worker."""
+"""Updates of fixed groups by this trainer, with all sharing on and off; and arms in a process of their own."""
 
 from __future__ import annotations
 
@@ -14,12 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import model as bench_model
-from benchmarks.peers.trl import TRLArm
 from vlmr1.config import GRPOConfig
-from vlmr1.loss import Objective, normalizer
-from vlmr1.memory.telemetry import Phases
-from vlmr1.models.adapter import ImageFeatures
-from vlmr1.models.attention import PackedAttention
 from vlmr1.trainer import GRPOTrainer
 from vlmr1.types import Group
 
@@ -27,10 +22,7 @@ BETA = 0.04
 SWITCHES: dict[str, dict[str, Any]] = {
     "shared": {"share_vision": True, "share_prompt": True, "pack": True},
     "naive": {"share_vision": False, "share_prompt": False, "pack": False},
-    # Nothing is shared, and yet the kernels are those of the shared arm.
-    "repeated": {"share_vision": False, "share_prompt": False, "pack": True},
 }
-ARMS = (*SWITCHES, "trl")
 
 
 class Arm(Protocol):
@@ -69,16 +61,6 @@ class OurArm:
         return self.trainer.backward(self.model, packs, self.groups)[0]
 
 
-def make(name: str, folder: Path, prompts: int, shape: bench_model.Shape, beta: float = BETA) -> Arm:
-    """The arm of this name, in this process, on the model in `folder`."""
-    model, processor = bench_model.read(folder)
-    groups = bench_model.groups(folder, model, processor, prompts, shape)
-    output = folder / "output" / name
-    if name == "trl":
-        return TRLArm(model, processor, groups, beta, output)
-    return OurArm(name, model, processor, groups, output, beta=beta, skip_zero_advantage=False)
-
-
 def figures(arm: Arm) -> dict[str, float]:
     """What the arms must agree on: the loss and the gradient norm of one update."""
     arm.model.zero_grad(set_to_none=True)
@@ -94,40 +76,6 @@ def seconds(arm: Arm) -> float:
     loss = arm.update()
     float(loss)
     return perf_counter() - start
-
-
-def phases(arm: OurArm) -> dict[str, float]:
-    """Seconds of a shared update by phase, its graph cut where one phase hands over to the next."""
-    trainer, model, clock = arm.trainer, arm.model, Phases()
-    model.zero_grad(set_to_none=True)
-    objective = Objective(trainer.settings, normalizer(arm.groups, trainer.settings))
-    with clock("pack"):
-        packs, _ = trainer.pack(arm.groups)
-    for pack in packs:
-        with clock("reference"):
-            pack = trainer.with_reference(pack)
-        ids, positions = pack.input_ids[None].to(model.device), pack.positions[:, None].to(model.device)
-        with clock("vision"):
-            features = trainer.adapter.encode_images(model, pack.images)
-        cut = [_leaves(image) for image in features]
-        with clock("decoder"):
-            shared = PackedAttention(pack.layout)
-            hidden = trainer.adapter.hidden(model, ids, positions, [cut[i] for i in pack.image_ids], shared=shared)
-            rows = hidden[0].index_select(0, pack.rows.to(model.device))  # [N, D]
-        leaf = rows.detach().requires_grad_()
-        with clock("loss and its gradient"):
-            objective.fused(leaf, trainer.adapter.head(model), pack)[0].backward()
-        with clock("decoder backward"):
-            rows.backward(leaf.grad)
-        with clock("vision backward"):
-            made, gradients = ([t for image in images for t in image.tensors()] for images in (features, cut))
-            torch.autograd.backward(made, [t.grad for t in gradients])  # type: ignore[arg-type]
-    return clock.seconds
-
-
-def _leaves(image: ImageFeatures) -> ImageFeatures:
-    rows, *deepstack = (each.detach().requires_grad_() for each in image.tensors())
-    return ImageFeatures(rows, tuple(deepstack))
 
 
 class Worker:

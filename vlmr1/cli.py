@@ -1,4 +1,4 @@
-"""vlmr1 demo | train | plan | evaluate | report | merge | data | doctor."""
+"""vlmr1 demo | train | plan | evaluate | report | merge | data | doctor | bench."""
 
 from __future__ import annotations
 
@@ -41,11 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check = data.add_subparsers(dest="action", required=True).add_parser("check", help="every fault, by file and line")
     add_arguments(check)
     commands.add_parser("doctor", help="what this machine has, and which kernels it would use")
+    commands.add_parser("bench", help="what is gained on this machine, and by which switch", add_help=False)
     report = commands.add_parser("report", help="one HTML page of a training run, which may still be running")
     report.add_argument("run", type=Path, help="the run's output_dir")
     report.add_argument("--out", type=Path, help="default: training.html in it")
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command not in ("train", "demo", "evaluate", "plan"):
+    if rest and options.command not in ("train", "demo", "evaluate", "plan", "bench"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
@@ -71,6 +72,10 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
         chosen = {"--recipe": options.recipe, "--config": options.config}
         given = [word for name, value in chosen.items() if value is not None for word in (name, str(value))]
         launch(options.launch, options.processes, [*given, *rest])
+    if options.command == "bench":
+        from vlmr1.bench import bench
+
+        return bench(rest)
     if options.command == "doctor":
         from vlmr1.doctor import doctor
 

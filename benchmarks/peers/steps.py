@@ -19,8 +19,6 @@ attention is flash-attention where it is installed and the weights are 16 bits w
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -34,6 +32,7 @@ from typing import Any, Literal, TextIO
 import torch
 
 from benchmarks.harness import PeakMemory, timed, versions
+from benchmarks.heap import returned_at_once
 from benchmarks.peers.clock import PhaseClock
 
 KINDS = ("step", "update")
@@ -188,10 +187,10 @@ class Peer:
 
     def peak_mib(self) -> float:
         self._ready()
-        release()
-        peak = PeakMemory()
-        self.sample()
-        return peak.mib()
+        with returned_at_once():
+            peak = PeakMemory()
+            self.sample()
+            return peak.mib()
 
     def phases(self) -> dict[str, float]:
         self._ready()
@@ -226,14 +225,6 @@ class Peer:
         if request not in answers:
             raise SystemExit(f"{request!r} is none of {', '.join(answers)}")
         return answers[request]()
-
-
-def release() -> None:
-    """Give free memory back to the system, so that the resident set is what is held."""
-    gc.collect()
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "malloc_trim"):  # glibc
-        libc.malloc_trim(0)
 
 
 def weights(folder: Path, shape: Any, device: str, dtype: torch.dtype) -> tuple[Any, Any]:

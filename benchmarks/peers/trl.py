@@ -122,7 +122,10 @@ class TRLStep:
             beta=beta,
             checkpointing=checkpointing,
             liger=liger,
-            generation_kwargs={"min_new_tokens": self.length},
+            generation_kwargs={
+                "min_new_tokens": self.length,
+                "suppress_tokens": bench_model.placeholders(model),
+            },
         )
         self.model = self.trainer.model
         self.optimizer = self.trainer.create_optimizer()

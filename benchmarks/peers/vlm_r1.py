@@ -184,6 +184,7 @@ class VLMR1Step:
             temperature=1.0,
             top_k=form.top_k,
             pad_token_id=processor.tokenizer.pad_token_id,
+            suppress_tokens=bench_model.placeholders(model),
         )
         self.size, self.length = shape.num_generations, shape.completion_length
         builder = PromptBuilder(model, adapter_of(model), processor)

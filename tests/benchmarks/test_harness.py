@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import harness, step
+from benchmarks import harness
 from benchmarks.harness import (
     CheckFailed,
     PeakMemory,
@@ -107,17 +107,3 @@ def test_peak_memory_sees_what_came_and_went():
         assert 60 < peak.mib() < 120
     else:
         assert 0 <= peak.mib() < 120
-
-
-def test_step_refuses_arms_that_disagree(monkeypatch: Any, capsys: Any, tmp_path: Path):
-    losses = {"shared": 1.0, "naive": 1.5}
-
-    def make(name: str, *_: Any) -> Any:
-        model = SimpleNamespace(zero_grad=lambda **_: None, parameters=lambda: [weight])
-        return SimpleNamespace(model=model, update=lambda: torch.tensor(losses[name]))
-
-    weight = SimpleNamespace(grad=torch.ones(3))
-    monkeypatch.setattr(step, "make", make)
-    monkeypatch.setattr(step, "alternate", lambda *_, **__: pytest.fail("it was timed"))
-    assert step.main(["--arms", "shared", "naive", "--folder", str(tmp_path)]) == 1
-    assert "refused: loss is 1.5 in naive and 1.0 in shared" in capsys.readouterr().err

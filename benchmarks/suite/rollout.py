@@ -1,0 +1,108 @@
+"""The section `rollout`: `generate` on repeated prompts, the native engine, and the native engine with CUDA graphs.
+
+The floor of a decode step is the bytes of decoder and head over the bandwidth of a large copy in the same run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks.harness import CheckFailed
+from benchmarks.suite.bed import Bed
+from benchmarks.suite.context import Context
+from benchmarks.suite.samples import in_turn, peak_mib, row, sample
+from benchmarks.suite.step import fits
+from vlmr1.rollout import NativeEngine, RolloutEngine, SamplingSettings, TransformersEngine
+
+LABELS = {
+    "transformers": "`generate` on repeated prompts",
+    "native": "native engine: a prompt's KV once",
+    "native+graphs": "native engine, decode steps as CUDA graphs",
+}
+GREEDY = 4  # first tokens that must be equal: random weights have near ties later, which rounding decides
+
+
+def rollout(context: Context) -> dict[str, Any]:
+    """Engines in turn, on the same prompts."""
+    bed, options = context.bed(), context.options
+    made = engines(bed)
+    if options.device == "cpu":
+        context.skip("rollout", {"native+graphs": "needs a GPU"})
+    arms = {name: Rollout(bed, engine) for name, engine in made.items()}
+    for name in list(arms):
+        if (reason := fits(arms[name].run)) is not None:
+            context.skip("rollout", {name: reason})
+            del arms[name]
+    if "transformers" not in arms:
+        context.skip("rollout", {name: "its base transformers was left out" for name in arms})
+        return {"arms": {}}
+    check(bed, {name: made[name] for name in arms})
+    calls = {name: lambda arm=arm: sample(arm.run, context.joules) for name, arm in arms.items()}
+    samples = in_turn(context.told("rollout", calls), rounds=options.rounds, warmup=0)
+    floor = weight_bytes(bed.model) / (1e9 * context.ceilings.copy_gb_s)
+    rows: dict[str, Any] = {}
+    for name, arm in arms.items():
+        share = arm.floor_share(floor, options.rounds)  # of the timed calls
+        settings = {
+            "transformers": {},
+            "native": {"rollout_engine": "native", "cuda_graphs": False},
+            "native+graphs": {"rollout_engine": "native", "cuda_graphs": True},
+        }[name]
+        more: dict[str, Any] = {"label": LABELS[name], "base": "transformers", "settings": settings}
+        more |= {"tokens": bed.tokens, "peak_mib": peak_mib(samples[name], arm.run)}
+        rows[name] = row(samples[name], **more, floor_share=share)
+    return {"arms": rows}
+
+
+class Rollout:
+    """One engine on the bed's prompts; every call draws anew."""
+
+    def __init__(self, bed: Bed, engine: RolloutEngine):
+        self.bed, self.engine, self.decode = bed, engine, []
+
+    def run(self) -> None:
+        shape = self.bed.shape
+        settings = SamplingSettings(shape.completion_length)
+        groups = self.engine.generate(self.bed.prompts, shape.num_generations, settings, step=len(self.decode))
+        self.decode.append(self.engine.stats.decode_seconds)
+        lengths = {len(completion.token_ids) for group in groups for completion in group.completions}
+        if lengths != {shape.completion_length}:
+            raise CheckFailed(f"completions of {sorted(lengths)} tokens were drawn")
+
+    def floor_share(self, floor: float, rounds: int) -> float | None:
+        """Least over measured seconds of a decode step; None for an engine that does not say what decoding took."""
+        seconds = median(self.decode[-rounds:]) / (self.bed.shape.completion_length - 1)
+        return floor / seconds if seconds else None
+
+
+def engines(bed: Bed) -> dict[str, RolloutEngine]:
+    dtype = bed.dtype if bed.dtype == torch.bfloat16 else None  # of autocast, as in training
+    given = (bed.model, bed.adapter, bed.processor.tokenizer)
+    made: dict[str, RolloutEngine] = {"transformers": TransformersEngine(*given, dtype=dtype)}
+    made["native"] = NativeEngine(*given, dtype=dtype, cuda_graphs=False)
+    if bed.device == "cuda":
+        made["native+graphs"] = NativeEngine(*given, dtype=dtype, cuda_graphs=True)
+    return made
+
+
+def check(bed: Bed, made: Mapping[str, RolloutEngine]) -> None:
+    """CheckFailed unless the first greedy tokens are those of `generate`; in bfloat16, where the two round differently,
+    unless those with graphs are those without."""
+    settings = SamplingSettings(GREEDY, greedy=True)
+    drawn = {}
+    for name, engine in made.items():
+        if bed.dtype != torch.bfloat16 or name != "transformers":
+            groups = engine.generate(bed.prompts, 2, settings)
+            drawn[name] = [completion.token_ids.tolist() for group in groups for completion in group.completions]
+    if len({str(tokens) for tokens in drawn.values()}) > 1:
+        raise CheckFailed(f"greedy tokens differ: {drawn}")
+
+
+def weight_bytes(model: Any) -> int:
+    """Of what one decode step reads: decoder and head."""
+    decoder = model.model.language_model
+    parameters = {id(p): p for p in [*decoder.parameters(), *model.lm_head.parameters()]}
+    return sum(p.numel() * p.element_size() for p in parameters.values())

@@ -1,0 +1,51 @@
+"""How large a shape is: parameters, bytes of a step, and what the result file says of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from benchmarks import model as bench_model
+from benchmarks.attention import DTYPES
+from benchmarks.model import SHAPES, Shape
+from vlmr1.tiny.build import tokenizer
+from vlmr1.types import Prompt
+
+PROMPTS = 2  # of a step: half of the groups can be without signal
+LOGITS = 6  # float32 copies of the naive pass's logits that are alive at once, gradients included
+
+
+def parameters(shape: Shape) -> int:
+    """Of the model, shared ones once."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+    from transformers.initialization import no_init_weights
+
+    with torch.device("meta"), no_init_weights():
+        model = Qwen2_5_VLForConditionalGeneration(bench_model.config_of(shape, tokenizer()))
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def needed_bytes(shape: Shape, dtype: str) -> int:
+    """Of a whole step: policy, reference, float32 gradients, two moments; and the logits of one naive pass."""
+    weight = DTYPES[dtype].itemsize
+    logits = 4 * shape.num_generations * shape.completion_length * shape.text["vocab_size"]
+    return parameters(shape) * (4 * weight + 4) + LOGITS * logits
+
+
+def largest(free: int, dtype: str) -> str:
+    """The largest shape whose step fits in this many bytes; the smallest where none does."""
+    fitting = [name for name, shape in SHAPES.items() if needed_bytes(shape, dtype) <= free]
+    return fitting[-1] if fitting else next(iter(SHAPES))
+
+
+def of(shape: Shape, prompts: list[Prompt], model: Any) -> dict[str, int]:
+    """The `sizes` of a result."""
+    return {
+        "prompts": len(prompts),
+        "num_generations": shape.num_generations,
+        "image_tokens": (shape.image_px // 28) ** 2,
+        "prompt_tokens": len(prompts[0].input_ids),
+        "completion_tokens": shape.completion_length,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }

@@ -1,0 +1,104 @@
+"""The section `step`: whole steps, switch by switch, and the peers' steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from benchmarks.suite import ablation
+from benchmarks.suite.arms import TrainerArm, check
+from benchmarks.suite.bed import Bed
+from benchmarks.suite.context import Context
+from benchmarks.suite.peers import Peers
+from benchmarks.suite.samples import Sample, in_turn, peak_mib, row, sample
+from vlmr1.errors import SettingError
+from vlmr1.memory.budget import free_memory
+
+
+def step(context: Context) -> dict[str, Any]:
+    """The arms of the ablation in turn, the peers' with them or after them."""
+    options = context.options
+    tokens = context.bed().tokens
+    with Peers(options, "step", context.folder, context.shape_name, len(context.bed().prompts)) as peers:
+        rows, samples = _in_turn(context, peers)
+        if options.device == "cuda" and options.peers:
+            context.drop_bed()
+        for name in options.peers:
+            own = samples[name] if name in samples else peers.alone(name, context.joules)
+            if own:
+                rows[name] = peers.row(name, own, tokens)
+                peers.close(name)
+        context.skip("step", {**options.left_out, **peers.skipped})
+    return {"arms": rows}
+
+
+def _in_turn(context: Context, peers: Peers) -> tuple[dict[str, Any], dict[str, list[Sample]]]:
+    """Rows of our arms, and the samples of all that were called in turn: on a CPU the peers too."""
+    bed, options = context.bed(), context.options
+    made, reasons = ablation.arms(options.device, bed.dtype)
+    context.skip("step", reasons)
+    arms, figures = ready(context, "step", bed, made)
+    calls: dict[str, Callable[[], Sample]] = {
+        name: lambda arm=arm: sample(arm.step, context.joules, arm.phases) for name, arm in arms.items()
+    }
+    if options.device == "cpu":
+        for name in options.peers:
+            peers.start(name)
+        calls |= peers.arms(context.joules)
+    samples = in_turn(context.told("step", calls), rounds=options.rounds, warmup=0)  # `ready` has made a step of each
+    rows: dict[str, Any] = {}
+    for name, arm in arms.items():
+        of = arm.arm
+        meta = {"label": of.label, "base": of.base, "settings": of.settings, "note": arm.note}
+        peak = peak_mib(samples[name], arm.step)
+        rows[name] = row(samples[name], tokens=bed.tokens, check=figures[name], peak_mib=peak, **meta)
+    return rows, samples
+
+
+def ready(
+    context: Context, section: str, bed: Bed, made: Mapping[str, ablation.Arm]
+) -> tuple[dict[str, TrainerArm], dict[str, dict[str, float]]]:
+    """The arms that have made a step here, and their checked figures. One that memory does not hold is left out, and
+    with a base the arms that are compared with it."""
+    arms: dict[str, TrainerArm] = {}
+    figures: dict[str, dict[str, float]] = {}
+    for name, each in made.items():
+        arm = TrainerArm(bed, each)
+        reason = fits(
+            lambda arm=arm, each=each: figures.update({arm.arm.name: arm.figures(bed.groups(flat=each.flat))})
+        )
+        if reason is None:
+            arms[name] = arm
+        else:
+            context.skip(section, {name: reason})
+    _without_base(context, section, arms)
+    check({name: figures[name] for name in arms}, {name: arm.arm.base for name, arm in arms.items()}, bed.dtype)
+    for name, arm in list(arms.items()):
+        if (reason := fits(arm.step)) is not None:
+            context.skip(section, {name: reason})
+            del arms[name]
+    _without_base(context, section, arms)
+    return arms, figures
+
+
+def fits(call: Callable[[], Any]) -> str | None:
+    """Calls; the reason where memory does not hold it."""
+    try:
+        call()
+        return None
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition("\n")[0]
+    except SettingError as error:  # of a pass that cannot be cut any smaller
+        if not str(error).startswith("out of memory"):
+            raise
+        reason = str(error)
+    free_memory()
+    return f"out of memory: {reason}"
+
+
+def _without_base(context: Context, section: str, arms: dict[str, TrainerArm]) -> None:
+    for name in [name for name, arm in arms.items() if arm.arm.base not in arms]:
+        context.skip(section, {name: f"its base {arms[name].arm.base} was left out"})
+        del arms[name]

@@ -1,0 +1,158 @@
+"""The section `update`: reference, forward and backward of fixed groups; the peers'; and a grid over group and prompt.
+
+Utilization is the arm's matrix operations, counted from its tokens (`benchmarks.flops`, what checkpointing computes
+again left out), over its time and the rate of a large matrix product in the same run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from itertools import product
+from statistics import median
+from typing import Any
+
+from benchmarks.attention import DTYPES
+from benchmarks.flops import update_flops
+from benchmarks.harness import CheckFailed, ratio, require_equal
+from benchmarks.model import Shape
+from benchmarks.suite import ablation
+from benchmarks.suite.ablation import Arm
+from benchmarks.suite.arms import TOLERANCE, TrainerArm, check
+from benchmarks.suite.bed import Bed
+from benchmarks.suite.context import Context
+from benchmarks.suite.peers import Check, Peers
+from benchmarks.suite.samples import Sample, in_turn, peak_mib, row, sample
+from benchmarks.suite.step import fits
+from vlmr1.errors import SettingError
+
+GRIDS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {  # group sizes, sides of the image in pixels
+    "tiny": ((2, 4, 8), (56, 112, 224)),
+    "bench": ((2, 4, 8), (224, 448, 784)),
+    "3b": ((2, 8), (448, 896)),
+    "7b": ((2, 8), (448, 896)),
+}
+GRID_ROUNDS = 3
+
+
+def update(context: Context) -> dict[str, Any]:
+    """Naive, repeated prompts with the fast kernels, everything, and the peers; then the grid."""
+    options = context.options
+    tokens = context.bed().tokens
+    with Peers(options, "update", context.folder, context.shape_name, len(context.bed().prompts)) as peers:
+        rows, samples, grid = _in_turn(context, peers)
+        if options.device == "cuda" and options.peers:
+            context.drop_bed()
+        check = objections(rows["naive"]["check"], options.dtype)
+        for name in options.peers:
+            own = samples[name] if name in samples else peers.alone(name, context.joules, check)
+            if own:
+                rows[name] = peers.row(name, own, tokens)
+                peers.close(name)
+        context.skip("update", {**options.left_out, **peers.skipped})
+    return {"arms": rows, "grid": grid}
+
+
+def _in_turn(context: Context, peers: Peers) -> tuple[dict[str, Any], dict[str, list[Sample]], list[dict[str, Any]]]:
+    """Rows of our arms, the samples of all that were called in turn (on a CPU the peers too), and the grid."""
+    bed, options = context.bed(), context.options
+    groups = bed.groups()
+    arms = {name: TrainerArm(bed, each) for name, each in chosen(options.device, bed).items()}
+    figures: dict[str, dict[str, float]] = {}
+    for name in list(arms):
+        if (reason := fits(lambda name=name: figures.update({name: arms[name].figures(groups)}))) is not None:
+            context.skip("update", {name: reason})
+            del arms[name]
+    if "naive" not in arms:
+        raise SettingError(f"--shapes {context.shape_name}: the naive update does not fit in memory")
+    check(figures, dict.fromkeys(figures, "naive"), bed.dtype)
+    calls: dict[str, Callable[[], Sample]] = {
+        name: lambda arm=arm: sample(lambda: arm.update(groups), context.joules, arm.phases, before=arm.enter)
+        for name, arm in arms.items()
+    }
+    if options.device == "cpu":
+        for name in options.peers:
+            peers.start(name, objections(figures["naive"], options.dtype))
+        calls |= peers.arms(context.joules)
+    samples = in_turn(context.told("update", calls), rounds=options.rounds, warmup=0)  # figures were made of each
+    rate = 1e12 * context.ceilings.matmul_tflop_s
+    rows: dict[str, Any] = {}
+    for name, arm in arms.items():
+        flops = update_flops(bed.model.config, arm.trainer.pack(groups)[0], reference=True)
+        share = flops / median(each.seconds for each in samples[name]) / rate
+        meta: dict[str, Any] = {"label": arm.arm.label, "settings": arm.arm.settings, "note": arm.note}
+        peak = peak_mib(samples[name], lambda arm=arm: arm.update(groups), before=arm.enter)
+        meta |= {"check": figures[name], "peak_mib": peak}
+        rows[name] = row(samples[name], tokens=bed.tokens, base="naive", utilization=share, **meta)
+    return rows, samples, measured_grid(context, arms)
+
+
+def chosen(device: str, bed: Bed) -> dict[str, Arm]:
+    """The arms of the update; rollouts have no part in it."""
+    made = ablation.arms(device, bed.dtype)[0]
+    everything = made["all"]
+    fast = {op: name for op, name in everything.kernels.items() if name != "reference"}
+    config = {**ablation.NAIVE, "pack": True}
+    label, said = "repeated: packed rows, fast kernels, nothing shared", {"pack": True, "kernels": _said(fast)}
+    repeated = Arm("repeated", label, "naive", said, config, everything.kernels)
+    return {"naive": made["naive"], "repeated": repeated, "all": everything}
+
+
+def _said(kernels: Mapping[str, str]) -> str:
+    return ",".join(f"{op}={impl}" for op, impl in kernels.items())
+
+
+def objections(naive: Mapping[str, float], dtype: str) -> Check:
+    """Says why a peer is not timed: its update is another one."""
+
+    def objection(found: Mapping[str, float]) -> str | None:
+        try:
+            require_equal({"naive": naive, "it": found}, TOLERANCE[DTYPES[dtype]])
+        except CheckFailed as error:
+            return f"not the same update: {error}"
+        return None
+
+    return objection
+
+
+def measured_grid(context: Context, arms: Mapping[str, TrainerArm]) -> list[dict[str, Any]]:
+    """Cells over group size and prompt length, naive and all; first both must agree, which warms them up."""
+    cells = []
+    sizes, sides = GRIDS[context.shape_name]
+    both = {name: arms[name] for name in ("naive", "all") if name in arms}
+    for size, side in product(sizes, sides) if len(both) == 2 else ():
+        shape = replace(context.shape, num_generations=size, image_px=side)
+        found = _cell(context, both, shape)
+        if isinstance(found, str):
+            context.skip("update", {f"grid {size} x {side} px": found})
+            continue
+        cells.append(found)
+        value, predicted = found["ratio"]["value"], found["predicted"]
+        tokens = found["prompt_tokens"]
+        context.print(f"update/grid G {size}, prompt {tokens}: naive/all {value:.2f}, predicted {predicted:.2f}")
+    return cells
+
+
+def _cell(context: Context, arms: Mapping[str, TrainerArm], shape: Shape) -> dict[str, Any] | str:
+    bed = context.bed()
+    groups = bed.groups(shape=shape)
+    figures: dict[str, dict[str, float]] = {}
+    for name, arm in arms.items():
+        if reason := fits(lambda name=name, arm=arm: figures.update({name: arm.figures(groups)})):
+            return reason
+    require_equal(figures, TOLERANCE[bed.dtype])
+    calls = {
+        n: lambda arm=arm: sample(lambda: arm.update(groups), context.joules, before=arm.enter)
+        for n, arm in arms.items()
+    }
+    samples = in_turn(calls, rounds=min(GRID_ROUNDS, context.options.rounds), warmup=0)
+    seconds = {name: [each.seconds for each in of] for name, of in samples.items()}
+    flops = {n: update_flops(bed.model.config, arm.trainer.pack(groups)[0], reference=True) for n, arm in arms.items()}
+    return {
+        "num_generations": shape.num_generations,
+        "prompt_tokens": len(groups[0].prompt.input_ids),
+        "image_tokens": (shape.image_px // 28) ** 2,
+        "completion_tokens": shape.completion_length,
+        "seconds": seconds,
+        "ratio": asdict(ratio(seconds, "naive", "all")),
+        "predicted": flops["naive"] / flops["all"],
+    }

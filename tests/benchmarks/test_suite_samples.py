@@ -1,0 +1,125 @@
+"""Samples, energy, memory over time; and `vlmr1 bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from time import sleep
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.suite.energy import Joules
+from benchmarks.suite.samples import Sample, in_turn, peak_mib, row, sample
+from benchmarks.suite.timeline import NotedPhases, thinned, timeline
+from vlmr1 import cli
+from vlmr1.bench import bench
+from vlmr1.errors import UserError
+from vlmr1.memory.nvml import GpuMeter
+
+MIB = 2**20
+
+
+def test_a_sample_has_time_peak_and_energy(monkeypatch: Any):
+    readings = iter([100.0, 130.5])
+    meter: Any = type("Meter", (), {})()
+    meter.begin = lambda: setattr(meter, "first", next(readings))
+    meter.end = lambda: {"gpu/energy_joules": next(readings) - meter.first}
+    monkeypatch.setattr(GpuMeter, "of", lambda device: meter)
+    found = sample(lambda: torch.ones(64 * MIB // 4).sum(), Joules("cpu"), lambda: {"rollout": 2.0})
+    assert found.seconds > 0 and found.joules == 30.5 and found.phases == {"rollout": 2.0}
+    assert (found.peak_mib is None) != torch.cuda.is_initialized()
+
+
+@pytest.mark.skipif(torch.cuda.is_initialized(), reason="measures the resident set")
+def test_the_peak_of_a_call_is_what_was_alive_in_it():
+    """Eight blocks of 16 MiB one after another, two alive at a time: without returning them it would be what is left
+    of the heap."""
+
+    def work() -> None:
+        block = torch.ones(4 * MIB)
+        for _ in range(7):
+            block = block + 1
+
+    work()
+    assert 30 < peak_mib([], work) < 40
+    assert 30 < peak_mib([], work) < 40
+    assert peak_mib([Sample(1.0, 5.0), Sample(1.0, 7.0)], work) == 7.0
+
+
+def test_there_is_no_energy_without_a_meter():
+    assert Joules("cpu").around(lambda: 1.5) == (1.5, None)
+
+
+def test_samples_of_warmup_are_dropped():
+    counts = iter(range(10))
+    assert [each.seconds for each in in_turn({"a": lambda: Sample(next(counts))}, rounds=3, warmup=2)["a"]] == [2, 3, 4]
+
+
+def test_row():
+    phases = [{"rollout": 1.0, "old": 0.1, "update": 3.0}, {"rollout": 2.0, "update": 3.0}]
+    samples = [Sample(4.0, None, 50.0, phases[0]), Sample(5.0, None, 60.0, phases[1])]
+    given = {"label": "a", "base": "naive", "tokens": 64, "settings": {"pack": True}}
+    assert row(samples, **given, utilization=0.5, peak_mib=12.0, check=None) == {
+        **given,
+        "group": "ablation",
+        "seconds": [4.0, 5.0],
+        "phases": {"rollout": [1.0, 2.0], "update": [3.0, 3.0]},
+        "peak_mib": 12.0,
+        "energy_joules": [50.0, 60.0],
+        "utilization": 0.5,
+        "note": "",
+    }
+    assert row([Sample(1.0)], **given).keys() == {*given, "group", "seconds", "note"}
+
+
+@pytest.mark.skipif(torch.cuda.is_initialized(), reason="watches the resident set")
+def test_a_timeline_sees_what_came_and_went_in_its_phase():
+    phases = NotedPhases()
+
+    def work() -> None:
+        sleep(0.1)
+        with phases("backward"):
+            block = torch.ones(64 * MIB // 4)
+            sleep(0.2)
+            del block
+        sleep(0.1)
+
+    before, points = timeline(work, lambda: phases.now)
+    assert before > 10
+    seconds, mib, phase = max(points, key=lambda point: point[1])
+    assert 60 < mib < 80 and phase == "backward" and seconds > 0.1
+    assert points == sorted(points) and points[0][2] == points[-1][2] == ""
+
+
+def test_thinning_keeps_every_peak():
+    points = [(float(i), 50.0 if i == 33 else 1.0, "forward") for i in range(100)]
+    left = thinned(points, most=10)
+    assert len(left) == 10 and (33.0, 50.0, "forward") in left
+    assert thinned(points, most=100) == points and thinned([]) == []
+
+
+def test_bench_runs_the_suite_of_the_checkout_where_the_caller_is(tmp_path: Path, monkeypatch: Any):
+    suite = tmp_path / "root" / "benchmarks" / "suite"
+    suite.mkdir(parents=True)
+    for package in (suite.parent, suite):
+        (package / "__init__.py").touch()
+    (suite / "__main__.py").write_text(
+        "import sys, pathlib\npathlib.Path('words').write_text(' '.join(sys.argv[1:]))\nsys.exit(7)\n"
+    )
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert bench(["compare", "A", "--fail-over", "5"], root=tmp_path / "root") == 7
+    assert Path("words").read_text() == "compare A --fail-over 5"
+
+
+def test_bench_without_the_checkout_is_one_message(tmp_path: Path):
+    with pytest.raises(UserError, match="bench needs a checkout of vlmr1"):
+        bench([], root=tmp_path)
+
+
+def test_the_command_passes_its_words_on(monkeypatch: Any):
+    called = []
+    monkeypatch.setattr("vlmr1.bench.bench", lambda words: called.append(words) or 3)
+    assert cli.main(["bench", "--only", "ops", "--quick", "-h"]) == 3
+    assert called == [["--only", "ops", "--quick", "-h"]]
