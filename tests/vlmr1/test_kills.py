@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import time
 from dataclasses import dataclass
@@ -82,24 +83,30 @@ def test_killed_in_the_midst_of_a_file_operation(plant, last, undisturbed, tmp_p
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=SOAK) for seed in range(1, 10))])
 def test_killed_at_a_random_moment(seed, undisturbed, tmp_path):
-    output = tmp_path / "out"
-    delay = random.Random(seed).random() * undisturbed.seconds
-    while not killed(undisturbed, output, tmp_path / "log", delay):  # it was done before: the machine is faster now
-        delay *= 0.7
+    output = killed_once(undisturbed, tmp_path, random.Random(seed).random() * undisturbed.seconds)
     assert_continues(undisturbed, output, tmp_path / "log")
 
 
 @pytest.mark.soak
 def test_killed_again_and_again(undisturbed, tmp_path):
     """Twenty times at most, each after another third of a run, until the run is done."""
-    output, moments = tmp_path / "out", random.Random(100)
-    while not killed(undisturbed, output, tmp_path / "log", undisturbed.seconds / 3):
-        assert_whole(output, undisturbed.output)
+    output, moments = killed_once(undisturbed, tmp_path, undisturbed.seconds / 3), random.Random(100)
+    assert_whole(output, undisturbed.output)
     kills = 1
     while kills < 20 and killed(undisturbed, output, tmp_path / "log", moments.uniform(0.3, 1) * undisturbed.seconds):
         assert_whole(output, undisturbed.output)
         kills += 1
     assert_continues(undisturbed, output, tmp_path / "log")
+
+
+def killed_once(undisturbed: Undisturbed, folder: Path, delay: float) -> Path:
+    """The output of a run that was killed after `delay` seconds, or sooner: one that was done by then does not count,
+    the machine is faster now than it was for the undisturbed run."""
+    output = folder / "out"
+    while not killed(undisturbed, output, folder / "log", delay):
+        shutil.rmtree(output)
+        delay *= 0.7
+    return output
 
 
 def killed(undisturbed: Undisturbed, output: Path, log: Path, delay: float) -> bool:
