@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol
@@ -79,28 +79,29 @@ def seconds(arm: Arm) -> float:
 
 
 class Worker:
-    """An arm in a process of its own that stays up; `serve` is the other end."""
+    """An arm in a process of its own that stays up; `benchmarks.peers.steps` is the other end. What it says on standard
+    error goes to `log`, where one is given."""
 
-    def __init__(self, command: Sequence[str]):
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    def __init__(self, command: Sequence[str], log: Path | None = None):
+        self.log = log
+        with open(log, "w", encoding="utf-8") if log else nullcontext() as errors:
+            pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
+            self.process = subprocess.Popen(command, text=True, **pipes)
 
     def ask(self, request: str) -> Any:
-        """Send one line, wait for one line of JSON."""
+        """Send one line, wait for one line of JSON. ChildProcessError, with its last words, where it has ended."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(request + "\n")
-        self.process.stdin.flush()
-        answer = self.process.stdout.readline()
+        answer = ""
+        with suppress(BrokenPipeError):
+            self.process.stdin.write(request + "\n")
+            self.process.stdin.flush()
+            answer = self.process.stdout.readline()
         if not answer:
-            raise ChildProcessError(f"{' '.join(self.process.args)} ended with {self.process.wait()}")  # type: ignore[arg-type]
+            said = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:] if self.log else []
+            raise ChildProcessError(": ".join([f"its process ended with status {self.process.wait()}", *said]))
         return json.loads(answer)
 
     def close(self) -> None:
         """End the process by closing its input."""
-        self.process.communicate()
-
-
-def serve(arm: Arm, answers: Any) -> None:
-    """Answer the lines "figures" and "seconds" on standard input until it ends."""
-    for line in sys.stdin:
-        request = {"figures": figures, "seconds": seconds}[line.strip()]
-        print(json.dumps(request(arm)), file=answers, flush=True)
+        with suppress(BrokenPipeError):
+            self.process.communicate()

@@ -75,7 +75,7 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
     if options.command == "bench":
         from vlmr1.bench import bench
 
-        return bench(rest)
+        bench(rest)
     if options.command == "doctor":
         from vlmr1.doctor import doctor
 

@@ -9,6 +9,10 @@ class SettingError(UserError):
     """A setting that is unknown, out of range, or that cannot be honoured with the others."""
 
 
+class MemoryShort(SettingError):
+    """Memory does not hold what the settings ask for."""
+
+
 class DataError(UserError):
     """A row or an image that cannot be used; the message starts with "file:line"."""
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from vlmr1.base_trainer import BaseTrainer
 from vlmr1.buffer import Part
-from vlmr1.errors import SettingError
+from vlmr1.errors import MemoryShort
 from vlmr1.memory.budget import PackTooLarge, carried_over, free_memory, guarded
 from vlmr1.memory.telemetry import Phases
 from vlmr1.models.features import FeatureCache, encode
@@ -105,7 +105,7 @@ class PassesTrainer(BaseTrainer):
     def shrink(self, error: PackTooLarge) -> None:
         """Smaller packs from now on."""
         if self.joins_tower:  # the others would not make the passes again
-            raise SettingError(f"out of memory in a pass: lower tokens_per_pack ({error})") from error
+            raise MemoryShort(f"out of memory in a pass: lower tokens_per_pack ({error})") from error
         self.budget.shrink(error)
         free_memory()
 

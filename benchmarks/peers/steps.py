@@ -19,6 +19,7 @@ attention is flash-attention where it is installed and the weights are 16 bits w
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -129,11 +130,6 @@ def attention(dtype: torch.dtype) -> str:
     return "flash_attention_2" if dtype != torch.float32 and is_flash_attn_2_available() else "sdpa"
 
 
-def spread(completions: list[Any], **_: Any) -> list[float]:
-    """Rewards that differ within a group, whatever is drawn."""
-    return [float(index % 3) for index in range(len(completions))]
-
-
 class Peer:
     """One peer and what it answers."""
 
@@ -150,14 +146,17 @@ class Peer:
         self.kind, self.warm = kind, False
 
     def _vlm_r1(self, name: str, kind: str, folder: Path, prompts: int) -> Any:
+        from benchmarks import model as bench_model
         from benchmarks.peers.vlm_r1 import Form, VLMR1Step, VLMR1Update
 
         form = Form() if name == "vlm-r1" else Form(checkpointing=self.checkpointing, top_k=0)
         if kind == "update":
             return VLMR1Update(self.model, self._groups(folder, prompts), BETA, form)
-        return VLMR1Step(folder, self.model, self.processor, prompts, BETA, spread, form, self.shape)
+        reward = bench_model.spread
+        return VLMR1Step(folder, self.model, self.processor, prompts, BETA, reward, form, self.shape)
 
     def _trl(self, name: str, kind: str, folder: Path, prompts: int) -> Any:
+        from benchmarks import model as bench_model
         from benchmarks.peers.trl import TRLArm, TRLStep
 
         options: dict[str, Any] = {"checkpointing": self.checkpointing, "liger": name == "trl+liger"}
@@ -165,7 +164,7 @@ class Peer:
             groups = self._groups(folder, prompts)
             return TRLArm(self.model, self.processor, groups, BETA, folder / "output" / name, **options)
         made = (self.model, self.processor)
-        return TRLStep(folder, prompts, BETA, spread, shape=self.shape, weights=made, **options)
+        return TRLStep(folder, prompts, BETA, bench_model.spread, shape=self.shape, weights=made, **options)
 
     def _groups(self, folder: Path, prompts: int) -> Any:
         from benchmarks import model as bench_model
@@ -211,7 +210,10 @@ class Peer:
         if not self.warm:
             self.sample()
             self.warm = True
+            gc.collect()
+            gc.freeze()  # as in the suite's own process
         self.model.zero_grad(set_to_none=True)
+        gc.collect()
 
     def answer(self, request: str) -> Any:
         """SystemExit for a request that is none."""

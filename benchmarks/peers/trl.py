@@ -190,6 +190,7 @@ def trainer_of(
         apply_liger_kernel(trainer.model, config.liger_kernel_config)
     if checkpointing:
         trainer.model.activation_checkpointing_enable()
+    trainer.model_wrapped = trainer.accelerator.prepare_model(trainer.model)  # autocast, with bfloat16
     return trainer
 
 

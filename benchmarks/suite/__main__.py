@@ -9,6 +9,7 @@ python -m benchmarks.suite readme --check               the README's tables agai
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,6 +46,7 @@ def measure(words: Sequence[str]) -> int:
     from benchmarks.suite.run import run
 
     options = parse(words)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was measured is kept
     try:
         for shape in options.shapes:
             for path in report(run(options, shape)):
@@ -53,7 +55,7 @@ def measure(words: Sequence[str]) -> int:
         print(f"refused: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"stopped; {options.out} has what was measured", file=sys.stderr)
+        print(f"stopped; {options.out} has the sections that were done", file=sys.stderr)
         return 130
     return 0
 

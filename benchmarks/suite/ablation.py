@@ -23,9 +23,11 @@ NAIVE: Mapping[str, Any] = {
     "share_prompt": False,
     "pack": False,
     "rollout_engine": "transformers",
+    "cuda_graphs": False,
 }
 SHARING: Mapping[str, Any] = dict.fromkeys(("share_vision", "share_prompt", "pack"), True) | {
-    "rollout_engine": "native"
+    "rollout_engine": "native",
+    "cuda_graphs": False,
 }
 # Which ops a step calls: those of the naive one, and those that packed passes and the native engine call besides.
 OF_NAIVE = ("grpo_loss", "group_advantages")
@@ -89,7 +91,8 @@ def arms(device: str, dtype: torch.dtype) -> tuple[dict[str, Arm], dict[str, str
     made["flat"] = flat
     add("flat+skip_zero_advantage", "skip_zero_advantage alone", flat, skip_zero_advantage=True)
     kernels = {op: name for op, name in chosen.items() if name != "reference"}
-    everything = {**SHARING, **kernels, **({"cuda_graphs": True} if device == "cuda" else {})}
+    sharing = {name: value for name, value in SHARING.items() if name != "cuda_graphs"}
+    everything = {**sharing, **kernels, **({"cuda_graphs": True} if device == "cuda" else {})}
     add("all", "all: everything shared, fast kernels", naive, **everything)
     return made, skipped
 

@@ -21,6 +21,7 @@ from vlmr1.types import Group
 from vlmr1_kernels import use
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # relative, of loss and gradient norm
+ROLLOUT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # nats a token, of a mean over completions
 NARROW = {"model_dtype": "bfloat16", "bf16": True, "optim": "adamw_torch_8bit", "stochastic_rounding": True}
 
 
@@ -53,6 +54,7 @@ class TrainerArm:
             reference = bed.reference(frozen_tower=bool(self.frozen))
             self.trainer.reference = Reference(self.trainer._forward_of(reference), bed.model)
         self.model = bed.prepare(self.trainer)  # after the copy, as in training
+        self.logp_difference = 0.0  # of the last step: the engine's log-probs of its completions and the policy's
 
     def enter(self) -> None:
         """The shared model as this arm trains it, without gradients."""
@@ -62,11 +64,12 @@ class TrainerArm:
         self.model.zero_grad(set_to_none=True)
 
     def step(self) -> None:
-        """Rollout, reward, reference, forward, backward, optimizer."""
+        """Images and prompts from their files, rollout, reward, reference, forward, backward, optimizer."""
         self.enter()
-        self.trainer.training_step(self.model, self.bed.prompts)
+        self.trainer.training_step(self.model, self.bed.read())
         self.bed.optimize()
         self.trainer.end_update()
+        self.logp_difference = self.trainer.unlogged[-1].values.get("rollout/logp_difference", 0.0)
         self.trainer.unlogged.clear()
         drawn = {len(c.token_ids) for group in self.trainer.last_groups for c in group.completions}
         if drawn != {self.bed.shape.completion_length}:
@@ -110,6 +113,13 @@ def check(figures: Mapping[str, Mapping[str, float]], bases: Mapping[str, str], 
     for base in dict.fromkeys(bases.values()):
         family = [base, *(name for name in figures if bases[name] == base and name != base)]
         require_equal({name: figures[name] for name in family}, TOLERANCE[dtype])
+
+
+def check_rollout(name: str, arm: TrainerArm) -> None:
+    """CheckFailed where the engine drew its completions from another distribution than the policy's."""
+    limit = ROLLOUT_TOLERANCE[arm.bed.dtype]
+    if not arm.logp_difference <= limit:
+        raise CheckFailed(f"{name}: log-probs of rollout and policy differ by {arm.logp_difference:.2g} nats a token")
 
 
 def half_flat(size: int) -> Callable[..., list[float]]:

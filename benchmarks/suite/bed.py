@@ -16,7 +16,7 @@ from benchmarks.model import Shape
 from vlmr1.data.prompts import PromptBuilder
 from vlmr1.models import adapter_of
 from vlmr1.reference import frozen_copy
-from vlmr1.types import Group
+from vlmr1.types import Group, Prompt
 
 
 class Bed:
@@ -35,8 +35,8 @@ class Bed:
         if shape.checkpointing:
             self.model.gradient_checkpointing_enable()
         self.adapter = adapter_of(self.model)
-        builder = PromptBuilder(self.model, self.adapter, self.processor)
-        self.prompts = [bench_model.prompt_of(folder, builder, shape, index) for index in range(prompts)]
+        self.builder = PromptBuilder(self.model, self.adapter, self.processor)
+        self.prompts = [bench_model.prompt_of(folder, self.builder, shape, index) for index in range(prompts)]
         self._reference: Any = None
         self._optimizer: Any = None
 
@@ -44,6 +44,10 @@ class Bed:
     def tokens(self) -> int:
         """Completion tokens of a step."""
         return len(self.prompts) * self.shape.num_generations * self.shape.completion_length
+
+    def read(self) -> list[Prompt]:
+        """The prompts from their files: as peers do it, within a step."""
+        return [self.builder(prompt.sample) for prompt in self.prompts]
 
     def groups(self, *, flat: bool = False, shape: Shape | None = None) -> Sequence[Group]:
         """Fixed completions; `flat`: every second group has advantages of 0."""
@@ -67,14 +71,19 @@ class Bed:
         """The model as the trainer's accelerator wraps it; the first trainer's, as a second would wrap that."""
         if self._optimizer is None:
             self.model = trainer.accelerator.prepare(self.model)
-            self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, weight_decay=0.0)
+            self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
         return self.model
 
     def optimize(self) -> None:
         """AdamW in the dtype of the weights; without clipping."""
-        with _gradients_of_weights(self.model):
-            self._optimizer.step()
-        self.model.zero_grad(set_to_none=True)
+        try:
+            with _gradients_of_weights(self.model):
+                self._optimizer.step()
+        except torch.OutOfMemoryError:
+            self._optimizer.state.clear()  # moments of some weights would be there, of others not
+            raise
+        finally:
+            self.model.zero_grad(set_to_none=True)
 
 
 @contextmanager
@@ -85,9 +94,11 @@ def _gradients_of_weights(model: Any) -> Iterator[None]:
     for parameter in narrow:
         gradient, parameter.grad, parameter.grad_dtype = parameter.grad.to(parameter.dtype), None, parameter.dtype
         parameter.grad = gradient
-    yield
-    for parameter in narrow:
-        parameter.grad, parameter.grad_dtype = None, torch.float32
+    try:
+        yield
+    finally:
+        for parameter in narrow:
+            parameter.grad, parameter.grad_dtype = None, torch.float32
 
 
 def _without_signal(group: Group) -> Group:

@@ -75,6 +75,12 @@ def speed(arms: Mapping[str, Any], name: str) -> Ratio:
     return ratio({name: arms[name]["seconds"], base: arms[base]["seconds"]}, base, name)
 
 
+def times(arms: Mapping[str, Any], name: str, other: str) -> str:
+    """How many times as long as another arm an arm takes; with the range over rounds where both were called in turn."""
+    found = ratio({each: arms[each]["seconds"] for each in (name, other)}, name, other)
+    return str(found) if arms[name].get("in_turn", True) else f"{found.value:.2f}"
+
+
 def milliseconds(arm: Mapping[str, Any]) -> float:
     return 1e3 * median(arm["seconds"])
 

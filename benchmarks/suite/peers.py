@@ -5,7 +5,8 @@ after another: two trainers at a time may not fit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -33,9 +34,10 @@ class Peers:
     def __init__(self, options: Options, kind: Literal["step", "update"], folder: Path, shape: str, prompts: int):
         self.options = options
         self.kind: Literal["step", "update"] = kind
-        self.where = {"folder": folder, "shape_name": shape, "prompts": prompts}
+        self.where: dict[str, Any] = {"folder": folder, "shape_name": shape, "prompts": prompts}
         self.skipped: dict[str, str] = {}
-        self.workers: dict[str, Worker] = {}
+        self.launched: dict[str, Worker] = {}
+        self.workers: dict[str, Worker] = {}  # of those, the ones that are timed
         self.checks: dict[str, dict[str, float]] = {}
         self._stack = ExitStack()
 
@@ -45,22 +47,32 @@ class Peers:
     def __exit__(self, *_: Any) -> None:
         self._stack.close()
 
-    def start(self, name: str, check: Check | None = None) -> bool:
-        """A worker that has made one sample. A peer that fails, or whose figures `check` objects to, is left out."""
+    def launch(self, names: Sequence[str]) -> None:
+        """Begin their processes side by side; `start` waits for each."""
         from benchmarks.peers.steps import command
 
         options = {"threads": self.options.threads, "dtype": self.options.dtype}
-        worker = Worker(command(name, kind=self.kind, **self.where, **options))
-        self._stack.callback(worker.close)
+        for name in names:
+            log = self.where["folder"] / f"{self.kind}-{name}.log"
+            worker = Worker(command(name, kind=self.kind, **self.where, **options), log)
+            self._stack.callback(worker.close)
+            self.launched[name] = worker
+
+    def start(self, name: str, check: Check | None = None) -> bool:
+        """A worker that has made one sample. A peer that fails, or whose figures `check` objects to, is left out."""
+        if name not in self.launched:
+            self.launch([name])
+        worker = self.launched[name]
         try:
             if check is not None:
                 self.checks[name] = worker.ask("figures")
                 if (objection := check(self.checks[name])) is not None:
                     self.skipped[name] = objection
+                    worker.close()  # its memory is the next one's
                     return False
             worker.ask("seconds")
-        except ChildProcessError:
-            self.skipped[name] = f"its process ended with status {worker.process.wait()}"
+        except ChildProcessError as error:
+            self.skipped[name] = str(error)
             return False
         self.workers[name] = worker
         return True
@@ -68,11 +80,17 @@ class Peers:
     def arms(self, joules: Joules) -> dict[str, Callable[[], Sample]]:
         """One warm sample a call."""
 
-        def arm(worker: Worker) -> Sample:
-            seconds, energy = joules.around(lambda: float(worker.ask("seconds")))
+        def arm(name: str) -> Sample:
+            if name in self.skipped:
+                return Sample(math.nan)
+            try:
+                seconds, energy = joules.around(lambda: float(self.workers[name].ask("seconds")))
+            except ChildProcessError as error:  # the other arms go on
+                self.skipped[name] = str(error)
+                return Sample(math.nan)
             return Sample(seconds, joules=energy)
 
-        return {name: lambda worker=worker: arm(worker) for name, worker in self.workers.items()}
+        return {name: lambda name=name: arm(name) for name in self.workers}
 
     def alone(self, name: str, joules: Joules, check: Check | None = None) -> list[Sample]:
         """Samples of one peer, nothing else on the device; none where it was left out."""
@@ -80,25 +98,33 @@ class Peers:
             return []
         return in_turn({name: self.arms(joules)[name]}, rounds=self.options.rounds, warmup=0)[name]
 
-    def row(self, name: str, samples: list[Sample], tokens: int, **more: Any) -> dict[str, Any]:
-        """The peer's arm of the result file; its memory and phases are of one further sample each."""
-        worker, info = self.workers[name], table()[name]
-        phases = {phase: [float(seconds)] for phase, seconds in worker.ask("phases").items()}
+    def row(self, name: str, samples: list[Sample], tokens: int, **more: Any) -> dict[str, Any] | None:
+        """The peer's arm of the result file; its memory and phases are of one further sample each. None where its
+        process has ended. The process ends here, so that its memory is free."""
+        if name in self.skipped:
+            return None
+        worker, info = self.workers.pop(name), table()[name]
+        try:
+            phases = {phase: [float(seconds)] for phase, seconds in worker.ask("phases").items()}
+            settings = {name: value for name, value in worker.ask("settings").items() if name != "versions"}
+            peak = float(worker.ask("peak_mib"))
+        except ChildProcessError as error:
+            self.skipped[name] = str(error)
+            return None
+        finally:
+            worker.close()
+        if self.options.device == "cuda":
+            more["in_turn"] = False
         note = info.note if self.options.device == "cpu" else "; ".join(filter(None, (info.note, "timed after ours")))
         return row(
             samples,
             label=info.label,
             group="peer",
-            base="naive",
-            settings={name: value for name, value in worker.ask("settings").items() if name != "versions"},
+            settings=settings,
             tokens=tokens,
             phases=phases or None,
-            peak_mib=float(worker.ask("peak_mib")),
+            peak_mib=peak,
             check=self.checks.get(name),
             note=note,
             **more,
         )
-
-    def close(self, name: str) -> None:
-        """End one worker, so that its memory is free."""
-        self.workers.pop(name).close()

@@ -39,7 +39,7 @@ RUN: dict[str, Callable[[Context], dict[str, Any]]] = {
 
 
 def run(options: Options, shape: str) -> Path:
-    """Every chosen section on one shape; the result file, which holds what was measured whenever it ends.
+    """Every chosen section on one shape; the result file, which is written after each section.
 
     CheckFailed where arms compute different things, SettingError where the shape does not fit."""
     start = perf_counter()

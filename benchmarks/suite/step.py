@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from benchmarks.suite import ablation
-from benchmarks.suite.arms import TrainerArm, check
+from benchmarks.suite.arms import TrainerArm, check, check_rollout
 from benchmarks.suite.bed import Bed
 from benchmarks.suite.context import Context
 from benchmarks.suite.peers import Peers
 from benchmarks.suite.samples import Sample, in_turn, peak_mib, row, sample
-from vlmr1.errors import SettingError
+from vlmr1.errors import MemoryShort
 from vlmr1.memory.budget import free_memory
 
 
@@ -27,9 +28,8 @@ def step(context: Context) -> dict[str, Any]:
             context.drop_bed()
         for name in options.peers:
             own = samples[name] if name in samples else peers.alone(name, context.joules)
-            if own:
-                rows[name] = peers.row(name, own, tokens)
-                peers.close(name)
+            if own and (made := peers.row(name, own, tokens, base="naive" if "naive" in rows else name)) is not None:
+                rows[name] = made
         context.skip("step", {**options.left_out, **peers.skipped})
     return {"arms": rows}
 
@@ -44,6 +44,7 @@ def _in_turn(context: Context, peers: Peers) -> tuple[dict[str, Any], dict[str, 
         name: lambda arm=arm: sample(arm.step, context.joules, arm.phases) for name, arm in arms.items()
     }
     if options.device == "cpu":
+        peers.launch(options.peers)
         for name in options.peers:
             peers.start(name)
         calls |= peers.arms(context.joules)
@@ -79,6 +80,8 @@ def ready(
         if (reason := fits(arm.step)) is not None:
             context.skip(section, {name: reason})
             del arms[name]
+        else:
+            check_rollout(name, arm)
     _without_base(context, section, arms)
     return arms, figures
 
@@ -88,17 +91,17 @@ def fits(call: Callable[[], Any]) -> str | None:
     try:
         call()
         return None
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, MemoryShort) as error:
         reason = str(error).partition("\n")[0]
-    except SettingError as error:  # of a pass that cannot be cut any smaller
-        if not str(error).startswith("out of memory"):
-            raise
-        reason = str(error)
     free_memory()
     return f"out of memory: {reason}"
 
 
 def _without_base(context: Context, section: str, arms: dict[str, TrainerArm]) -> None:
+    """Arms whose base memory does not hold are left out; `all` is kept, as a base of its own."""
     for name in [name for name, arm in arms.items() if arm.arm.base not in arms]:
+        if name == "all":
+            arms[name].arm = replace(arms[name].arm, base=name)
+            continue
         context.skip(section, {name: f"its base {arms[name].arm.base} was left out"})
         del arms[name]

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from benchmarks.harness import ratio
 from benchmarks.suite.parts import (
     Column,
     Part,
@@ -17,6 +16,7 @@ from benchmarks.suite.parts import (
     percent,
     speed,
     spread,
+    times,
     tokens_a_second,
 )
 from benchmarks.suite.reading import OPS, Result
@@ -88,7 +88,10 @@ def workload(result: Result) -> str:
 def ablation(result: Result) -> Part:
     """Each switch against its base."""
     arms, names = result["figures"]["sections"]["step"]["arms"], _names(result, "step", "ablation")
-    note = "A whole step: rollout, reward, reference, policy, backward, optimizer. Each arm against its base."
+    note = (
+        "A whole step: images and prompts from their files, rollout, reward, reference, policy, backward, optimizer. "
+        "Each arm against its base."
+    )
     points = [text for name in names for text in _about(arms, name)]
     table = arm_table(arms, names, _measured(arms))
     return Part("ablation", "What each switch does", [note], [table], points, ["ablation"])
@@ -101,12 +104,14 @@ def peers(result: Result) -> Part:
     names = [*ours, *others]
     columns: dict[str, Column] = {}
     if ALL in arms:
-        seconds = {name: arms[name]["seconds"] for name in names}
-        columns["time, x all's"] = lambda name: "1" if name == ALL else str(ratio(seconds, name, ALL))
+        columns["time, x all's"] = lambda name: "1" if name == ALL else times(arms, name, ALL)
         columns["peak memory, x all's"] = lambda name: _over(arms, name, ALL)
     columns |= {"ms": lambda name: number(milliseconds(arms[name]))}
     columns |= {title: each for title, each in _measured(arms).items() if title != "peak memory, x base's"}
-    note = "The same step by other trainers."
+    note = (
+        "The step by other trainers, each as it does it: images and prompts from their files, rollout, reward, "
+        "reference, policy, backward, optimizer. Their phases are of one step."
+    )
     points = [text for name in others for text in _about(arms, name)]
     return Part("peers", "Other trainers", [note], [of_columns("arm", names, _labels(arms), columns)], points)
 
@@ -240,7 +245,7 @@ def _measured(arms: Mapping[str, Any]) -> dict[str, Column]:
         "tokens/s": lambda name: number(tokens_a_second(arms[name])),
         "peak memory, x base's": lambda name: _over(arms, name, arms[name]["base"]),
         "peak MiB": lambda name: number(arms[name]["peak_mib"]) if "peak_mib" in arms[name] else None,
-        "J a step": lambda name: number(median(arms[name]["energy_joules"])) if _joules(arms[name]) else None,
+        "J a call": lambda name: number(median(arms[name]["energy_joules"])) if _joules(arms[name]) else None,
         "utilization": share("utilization"),
         "of floor": share("floor_share"),
     }
@@ -262,7 +267,8 @@ def _about(arms: Mapping[str, Any], name: str) -> list[str]:
     """Settings that an arm changes, and its note."""
     arm = arms[name]
     changed = ", ".join(f"{key}={_setting(value)}" for key, value in arm["settings"].items())
-    words = [f"{changed} on top of {arms[arm['base']]['label']}"] if changed and not _own(arms, name) else [changed]
+    alone = _own(arms, name) or arm["group"] == "peer"
+    words = [f"{changed} on top of {arms[arm['base']]['label']}"] if changed and not alone else [changed]
     words = [each for each in (*words, arm.get("note", "")) if each]
     return [f"{arm['label']}: {'; '.join(words)}"] if words else []
 

@@ -107,7 +107,7 @@ def test_worker_at_the_bench_shape(tmp_path):
 def test_rollout_of_vlm_r1_has_a_kv_cache_and_repeats_the_image(folder, form):
     """One position a row and step after the prompt, and the tokens of a generation without cache or checkpoints."""
     model, processor = bench_model.read(folder)
-    arm = VLMR1Step(folder, model, processor, 1, steps.BETA, steps.spread, form, SMALL)
+    arm = VLMR1Step(folder, model, processor, 1, steps.BETA, bench_model.spread, form, SMALL)
     arm.generation.do_sample = False
     model.train()
     inputs = arm.inputs(arm.samples[0])
@@ -128,7 +128,7 @@ def test_rollout_of_vlm_r1_has_a_kv_cache_and_repeats_the_image(folder, form):
 def test_top_k_reaches_the_rollout_of_vlm_r1(folder):
     """Of one token, it is the greedy one, although tokens are sampled."""
     model, processor = bench_model.read(folder)
-    arm = VLMR1Step(folder, model, processor, 1, steps.BETA, steps.spread, Form(top_k=1), SMALL)
+    arm = VLMR1Step(folder, model, processor, 1, steps.BETA, bench_model.spread, Form(top_k=1), SMALL)
     published, repaired = (peer(folder, name, "step").arm.generation for name in ("vlm-r1", "vlm-r1-repaired"))
     assert (published.top_k, repaired.top_k) == (50, 0)
     drawn = arm.rollout(arm.inputs(arm.samples[0])).completion_ids()
@@ -141,7 +141,7 @@ def test_top_k_reaches_the_rollout_of_vlm_r1(folder):
 def test_prompt_of_vlm_r1_is_that_of_the_groups(folder):
     model, processor = bench_model.read(folder)
     group = bench_model.groups(folder, model, processor, 1, SMALL)[0]
-    arm = VLMR1Step(folder, model, processor, 1, steps.BETA, steps.spread, Form(), SMALL)
+    arm = VLMR1Step(folder, model, processor, 1, steps.BETA, bench_model.spread, Form(), SMALL)
     inputs = arm.inputs(arm.samples[0])
     for row in inputs["input_ids"]:
         assert torch.equal(row, group.prompt.input_ids)

@@ -39,12 +39,12 @@ def test_the_ablation_against_each_base():
         "tokens/s": "512",
         "peak memory, x base's": "0.25",
         "peak MiB": "500",
-        "J a step": "-",
+        "J a call": "-",
     }
     assert found["naive"]["speed, x base's"] == found["naive"]["peak memory, x base's"] == "1"
     assert found["frozen tower, features once"]["base"] == "naive, frozen tower"
     assert found["frozen tower, features once"]["speed, x base's"] == "1.50 (1.50..1.50)"
-    assert found["all"]["J a step"] == "51.0"
+    assert found["all"]["J a call"] == "51.0"
 
 
 def test_peers_take_times_as_long_as_all():

@@ -34,7 +34,7 @@ ALONE = {  # setting: its arm
 
 def settings_of(arm: ablation.Arm) -> dict[str, Any]:
     kernels = {f"kernels/{op}": impl for op, impl in arm.kernels.items()}
-    return {"share_vision": False, "skip_zero_advantage": False, "cuda_graphs": False} | arm.config | kernels
+    return {"share_vision": False, "skip_zero_advantage": False, "cuda_graphs": None} | arm.config | kernels
 
 
 def said(settings: Any) -> dict[str, Any]:
@@ -44,13 +44,18 @@ def said(settings: Any) -> dict[str, Any]:
     return others | {f"kernels/{op}": impl for op, impl in kernels.items()}
 
 
-@pytest.mark.parametrize("name", CPU.keys() - {"shared", "frozen", "flat"})
-def test_an_arm_differs_from_its_base_in_what_it_says(name: str):
-    arm = CPU[name]
-    own, base = settings_of(arm), settings_of(CPU[arm.base])
-    assert {each: own[each] for each in own if own[each] != base[each]} == said(arm.settings)
-    assert (arm.kl, arm.flat) == (CPU[arm.base].kl, CPU[arm.base].flat)
-    assert said(arm.settings) == said(ALONE.get(name, arm.settings))
+@pytest.mark.parametrize("arms", [CPU, GPU], ids=["cpu", "gpu"])
+def test_an_arm_differs_from_its_base_in_what_it_says(arms: dict[str, ablation.Arm]):
+    for name, arm in arms.items():
+        if arm.base != name:
+            own, base = settings_of(arm), settings_of(arms[arm.base])
+            assert {each: own[each] for each in own if own[each] != base[each]} == said(arm.settings), name
+            assert (arm.kl, arm.flat) == (arms[arm.base].kl, arms[arm.base].flat), name
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_a_switch_alone(name: str):
+    assert said(CPU[name].settings) == said(ALONE[name])
 
 
 def test_the_list_of_arms():

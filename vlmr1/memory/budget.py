@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch
 
-from vlmr1.errors import SettingError
+from vlmr1.errors import MemoryShort
 from vlmr1.packing import halves, tokens_of
 from vlmr1.types import Pack
 
@@ -40,14 +40,14 @@ class PackBudget:
         self.out_of_memory = 0  # times
 
     def shrink(self, failed: PackTooLarge) -> None:
-        """Less than the pack that failed has. SettingError where it is a single completion."""
+        """Less than the pack that failed has. MemoryShort where it is a single completion."""
         groups = failed.pack.groups
         self.out_of_memory += 1
         before = sum(map(tokens_of, groups))
         parts = halves(groups)
         if len(parts) == 1 or max(sum(map(tokens_of, part)) for part in parts) >= before:
             prompt, completion = groups[0].prompt, groups[0].completions[0]
-            raise SettingError(
+            raise MemoryShort(
                 f"out of memory: a pass over one completion of {len(completion.token_ids)} tokens with its prompt of "
                 f"{len(prompt.input_ids)}, of the row {prompt.sample.source}, does not fit, and less than that no "
                 f"tokens_per_pack can ask for: lower max_completion_length or max_prompt_length, or set "

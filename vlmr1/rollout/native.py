@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vlmr1.errors import SettingError
+from vlmr1.errors import MemoryShort, SettingError
 from vlmr1.rollout.engine import Drawn, Request, RolloutEngine
 from vlmr1.rollout.kv import Pool, block_bytes, blocks_of, head_dim_of
 from vlmr1.rollout.schedule import Done, Schedule
@@ -60,7 +60,7 @@ class NativeEngine(RolloutEngine):
         """These blocks, if the largest group alone fits in them."""
         need = max(_blocks_of(prompt, request) for prompt in request.prompts)
         if blocks < need:
-            raise SettingError(
+            raise MemoryShort(
                 f"rollout_kv_mib: one group needs {self._mib(need):.1f} MiB of keys and values, there are "
                 f"{self._mib(blocks):.1f}: lower max_completion_length or num_generations, or raise the budget"
             )
