@@ -29,9 +29,9 @@ from vlmr1.models import load_model
 from vlmr1.models.lora import base_of, is_adapter, restore_adapter
 from vlmr1.models.processor import save_processor
 from vlmr1.processes import serve_run
-from vlmr1.scale.launch import check_launched
+from vlmr1.scale.launch import check_launched, launched_as
 from vlmr1.scale.ranks import Ranks
-from vlmr1.scale.sharded import Sharding, check_sharded, gathered_state, sharding_of
+from vlmr1.scale.sharded import Sharding, check_sharded, gathered_state, keep_float32, sharding_of
 from vlmr1.types import Group, Pack, Prompt, StepMetrics
 from vlmr1.unlogged import combined, costs, load_unlogged, save_unlogged
 
@@ -55,11 +55,14 @@ class BaseTrainer(Trainer):
     buffer: Buffer
 
     def __init__(self, **options: Any):
+        if options["args"].save_only_model and launched_as() == "fsdp2":
+            raise SettingError("save_only_model is not supported with fsdp2, whose checkpoints are in shards")
         super().__init__(data_collator=as_list, **options)
         self.ranks = Ranks(self.args.process_index, self.args.world_size)
         check_launched(self.ranks.world, self.accelerator)
         self.sharding: Sharding | None = sharding_of(self.accelerator)
         check_sharded(self.args, self.sharding, engine=self.joins_tower)
+        keep_float32(self.accelerator, self.sharding)
         self.nonfinite = 0  # updates in a row
         self.skipped = 0  # updates in all
         self.last_loss = 0.0
@@ -222,7 +225,7 @@ class BaseTrainer(Trainer):
                 self.budget.save(checkpoint / BUDGET)
                 for each in self.kept:
                     each.save(checkpoint)
-            if not self.buffer.spent:
+            if not self.buffer.spent and not self.args.save_only_model:
                 torch.save(self.buffer.state(), checkpoint / self.rollouts)
             if self.args.should_save:
                 save_unlogged(self, checkpoint)

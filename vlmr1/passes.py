@@ -7,11 +7,14 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar
 
+import torch
+
 from vlmr1.base_trainer import BaseTrainer
 from vlmr1.buffer import Part
 from vlmr1.errors import MemoryShort
 from vlmr1.memory.budget import PackTooLarge, carried_over, free_memory, guarded
 from vlmr1.memory.telemetry import Phases
+from vlmr1.models.attention import autocast
 from vlmr1.models.features import FeatureCache, encode
 from vlmr1.packing import (
     make_pack,
@@ -119,5 +122,6 @@ class PassesTrainer(BaseTrainer):
         if self.features is None or self.sharding is None:
             return
         images, refs, _ = unique_images([group.prompt for group in groups])
-        with whole(self.model, self.sharding):
+        precision = autocast(self.args.device, self.policy.dtype)  # as in a rollout
+        with whole(self.model, self.sharding), precision, torch.no_grad():
             encode(self.adapter, self.engine.model, refs, images, self.features)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from vlmr1.models import load_model
 from vlmr1.policy import PackedPolicy, call
-from vlmr1.scale.sharded import Sharding, is_partitioned, sharded_reference, without_adapter
+from vlmr1.scale.sharded import Sharding, is_partitioned, release, sharded_reference, without_adapter
 from vlmr1.types import Pack
 
 REFERENCE = "reference.safetensors"  # of a checkpoint, where the reference moves
@@ -63,9 +63,13 @@ class Reference:
             finally:
                 self._ready = False
 
-    def _brought(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def _brought(self) -> Iterator[None]:
         """In this block `forward` is the reference's, and where it computes."""
-        return nullcontext()
+        try:
+            yield
+        finally:
+            release(self.wrapped)
 
     def logprobs(self, pack: Pack) -> Tensor:
         """[N] float32"""
@@ -127,8 +131,10 @@ class HostReference(Reference):
 class AdapterReference(Reference):
     """The policy with its adapter switched off: nothing is copied. `wrapped` is the policy as a `peft.PeftModel`."""
 
-    def _brought(self) -> AbstractContextManager[None]:
-        return without_adapter(self.wrapped)
+    @contextmanager
+    def _brought(self) -> Iterator[None]:
+        with without_adapter(self.wrapped):
+            yield
 
 
 def make_reference(

@@ -33,7 +33,7 @@ class StopSignals(TrainerCallback):
         self.waits = False  # for the end of a step
         self.saved: int | None = None  # step of the last checkpoint that this process wrote
         self.steps = (0, 0)  # done, and in all
-        self.saves = True
+        self.saves, self.rest = True, "the same command continues"
         self._times: dict[int, float] = {}  # when a signal came first
         self._process = os.getpid()
         self._before: dict[int, Any] = {}
@@ -75,13 +75,17 @@ class StopSignals(TrainerCallback):
             place, rest = "after its last step", f"all {total} updates are done"
         else:
             place = f"after step {done} of {total}"
-            rest = "the same command continues" if self.saves else "nothing is saved, as save_strategy is no"
+            rest = self.rest
         raise Stopped(f"stopped by {name_of(self.caught)} {place}; {rest}", 128 + self.caught)
 
     # The training loop
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.saves = args.save_strategy != SaveStrategy.NO
+        if not self.saves:
+            self.rest = "nothing is saved, as save_strategy is no"
+        elif args.save_only_model:
+            self.rest = "its weights are saved, and as save_only_model is set no run goes on from them"
         self.steps = (state.global_step, state.max_steps)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

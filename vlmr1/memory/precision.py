@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from vlmr1.errors import SettingError
+from vlmr1.scale.sharded import is_partitioned
 
 if TYPE_CHECKING:
     from vlmr1.config import GRPOConfig
@@ -82,8 +83,9 @@ def prepare_trained(model: nn.Module, args: GRPOConfig) -> None:
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not trained:
         raise SettingError("nothing is trained: every weight is frozen")
+    masters = args.bf16 and is_partitioned(model)  # ZeRO-3 reads bfloat16 weights, and keeps float32 ones beside them
     for name, parameter in trained:
-        if parameter.dtype.itemsize < 4:
+        if parameter.dtype.itemsize < 4 and not masters:
             if not args.stochastic_rounding:
                 dtype = str(parameter.dtype).removeprefix("torch.")
                 if args.use_peft:

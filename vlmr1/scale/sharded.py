@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 from vlmr1.errors import SettingError
 
@@ -70,15 +70,34 @@ def whole(model: Any, sharding: Sharding | None) -> Iterator[None]:
 
 @contextmanager
 def without_adapter(model: Any) -> Iterator[None]:
-    """In this block the adapter of a `peft.PeftModel` is off. peft sets `requires_grad` of the parameters that modules
-    hold: where FSDP leaves a unit gathered behind a forward those would be the gathered ones, not the shards."""
-    units = _units(model)
-    _reshard(units)
-    with model.disable_adapter():
-        try:
-            yield
-        finally:
-            _reshard(units)
+    """In this block the adapter of a `peft.PeftModel` is off. peft's own way also sets `requires_grad` of the
+    parameters that modules hold: with FSDP they may be gathered ones, and what it reads in a first forward stays."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    layers = [each for each in model.modules() if isinstance(each, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    before = [layer._disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, off in zip(layers, before, strict=True):
+            layer._disable_adapters = off
+
+
+def release(model: nn.Module) -> None:
+    """FSDP leaves some units gathered behind a forward, for a backward; here there is none."""
+    _reshard(_units(model))
+
+
+def keep_float32(accelerator: Any, sharding: Sharding | None) -> None:
+    """Where FSDP gathers weights in bfloat16: what forwards return (log-probs) and sums of gradients are float32, as
+    with one process; the rest is left to autocast."""
+    if sharding == "fsdp2" and accelerator.mixed_precision == "bf16":
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False
+        )
 
 
 @contextmanager
