@@ -79,8 +79,12 @@ if chosen attention; then
 fi
 
 if chosen suite; then
-    part suite 600 "$python" -m benchmarks.suite --only rollout update step memory --shapes 3b --rounds 2 \
-        --peers "${PEERS:-none}" --out "$out"
+    for section in step update rollout memory; do # each in a part of its own: what is done is kept
+        peers=()
+        case $section in step | update) peers=(--peers "${PEERS:-none}") ;; esac
+        part "suite-$section" 560 "$python" -m benchmarks.suite --only "$section" --shapes 3b --rounds 2 \
+            "${peers[@]}" --out "$out"
+    done
 fi
 
 if chosen plan; then

@@ -54,7 +54,11 @@ def parse(arguments: Sequence[str]) -> Options:
         metavar="SHAPE",
         help=f"of {', '.join(SHAPES)}; default: on a GPU the largest that fits, on a CPU bench",
     )
-    parser.add_argument("--rounds", type=int, help=f"samples an arm; {ROUNDS['cpu']}, on a GPU {ROUNDS['cuda']}")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        help=f"samples an arm; {ROUNDS['cpu']}, on a GPU {ROUNDS['cuda']}; of ops at least 5, of the grid at most 3",
+    )
     parser.add_argument("--threads", type=int, help="on a CPU; default 2")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float32, on a GPU bfloat16")
     parser.add_argument("--out", type=Path, default=Path("benchmark-results"), help="folder of the result files")

@@ -26,7 +26,7 @@ def _under(text: str, result: Result, *words: str) -> str:
 
 
 def step(result: Result) -> str:
-    """One update against shared, of `benchmarks.step`."""
+    """One update against shared: naive and TRL."""
     figures = result["figures"]
     trl = f"TRL {short(result, 'trl')}, same weights, completions and loss"
     rows = [["shared", "1", "1"]]
@@ -80,7 +80,7 @@ def plan(result: Result) -> str:
 
 
 def rollout(result: Result) -> str:
-    """Rollouts and steps, of `benchmarks.rollout`."""
+    """Rollouts, and steps against TRL's."""
     figures = result["figures"]
     memory = figures["peak_mib"]["trl"] / figures["peak_mib"]["vlmr1"]
     return fill(
