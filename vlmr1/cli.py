@@ -91,11 +91,13 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
     elif options.command == "train":
         from vlmr1.arguments import help_text, parse_config
         from vlmr1.run import train
+        from vlmr1.scale.ranks import part
 
         if options.help:
             print(help_text())
         else:
             train(parse_config(rest, recipe=options.recipe, config=options.config))
+            part()
     elif options.command == "plan":
         from vlmr1.memory.plan_command import plan_command
 

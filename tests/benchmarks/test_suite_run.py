@@ -96,7 +96,7 @@ def test_steps(monkeypatch: Any, tmp_path: Path, capsys: Any):
     assert arms["trl"].items() >= {"seconds": [0.5, 0.5], "peak_mib": 7.5, "group": "peer", "base": "naive"}.items()
     assert arms["trl"]["settings"] == {"attention": "sdpa"}
     assert arms["trl"]["phases"] == {"rollout": [0.2], "update": [0.3]}
-    assert figures["skipped"]["step/broken"] == "its process ended with status 1"
+    assert figures["skipped"]["step/broken"] == "its process ended with status 1: KeyError: 'seconds'"
     assert figures["skipped"]["step/cuda_graphs"] == "needs a GPU"
     assert "step/naive: " in capsys.readouterr().out
 
