@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import subprocess
 import sys
@@ -88,9 +89,10 @@ def test_a_timeline_sees_what_came_and_went_in_its_phase():
     def work() -> None:
         sleep(0.1)
         with phases("backward"):
-            block = torch.ones(64 * MIB // 4)
-            sleep(0.2)
-            del block
+            with mmap.mmap(-1, 64 * MIB) as block:  # not of the heap, which may have as much to spare
+                for page in range(0, len(block), mmap.PAGESIZE):
+                    block[page] = 1
+                sleep(0.2)
         sleep(0.1)
 
     # The highest of three: the kernel may take cold pages away meanwhile.
