@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import torch
 from benchmarks.suite.energy import Joules
 from benchmarks.suite.samples import Sample, in_turn, peak_mib, row, sample
 from benchmarks.suite.timeline import NotedPhases, thinned, timeline
+from tests.resident import resident
 from vlmr1 import cli
 from vlmr1.bench import bench
 from vlmr1.errors import UserError
@@ -88,11 +88,8 @@ def test_a_timeline_sees_what_came_and_went_in_its_phase():
 
     def work() -> None:
         sleep(0.1)
-        with phases("backward"):
-            with mmap.mmap(-1, 64 * MIB) as block:  # not of the heap, which may have as much to spare
-                for page in range(0, len(block), mmap.PAGESIZE):
-                    block[page] = 1
-                sleep(0.2)
+        with phases("backward"), resident(64):
+            sleep(0.2)
         sleep(0.1)
 
     # The highest of three: the kernel may take cold pages away meanwhile.
