@@ -159,29 +159,47 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(map(line, (head, rule, *rows)))
 
 
-def commit() -> str:
-    """The commit that is checked out, with "+" where files differ from it; "unknown" outside a repository."""
+def commit(result: Path | None = None, within: Path = Path(__file__).parent) -> str:
+    """The commit that is checked out around `within`, with "+" where files differ from it; "unknown" outside a
+    repository. What a run writes is no such file: `result` itself, and what is untracked in its folder, where that is
+    not the repository's own."""
 
     def git(*words: str) -> str | None:
-        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else None
+        done = subprocess.run(["git", *words], cwd=within, capture_output=True, text=True, check=False)
+        return done.stdout if done.returncode == 0 else None
 
-    head = git("rev-parse", "--short", "HEAD")
-    if head is None:
+    head, root = git("rev-parse", "--short", "HEAD"), git("rev-parse", "--show-toplevel")
+    if head is None or root is None:
         return "unknown"
-    return head + ("+" if git("status", "--porcelain") else "")
+    top = Path(root.strip()).resolve()
+    own = result.resolve() if result is not None else None
+
+    def counts(status: str, path: Path) -> bool:
+        if own is None:
+            return True
+        beside = own.parent in path.parents and own.parent != top
+        return path != own and not (status == "??" and beside)
+
+    listed = (git("status", "--porcelain", "--no-renames", "--untracked-files=all", "-z") or "").split("\0")
+    changed = any(counts(line[:2], top / line[3:]) for line in listed if line)
+    return head.strip() + ("+" if changed else "")
 
 
 def write_result(path: Path, figures: Mapping[str, Any]) -> Path:
-    """Write figures with machine, versions, commit, command and date as JSON."""
+    """Write figures with machine, versions, commit, command and date as JSON: the whole file, or none."""
     result = {
         "machine": machine(),
         "versions": versions(),
-        "commit": commit(),
+        "commit": commit(path),
         "command": " ".join([Path(sys.executable).name, *sys.orig_argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "figures": {name: asdict(value) if isinstance(value, Ratio) else value for name, value in figures.items()},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    half = path.with_name(f".{path.name}.part")
+    try:
+        half.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        half.replace(path)
+    finally:
+        half.unlink(missing_ok=True)
     return path

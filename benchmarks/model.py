@@ -6,6 +6,7 @@ Everything follows from seeds: each process of a benchmark makes the same weight
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,30 +17,13 @@ from PIL import Image
 
 from vlmr1.data.prompts import PromptBuilder
 from vlmr1.models import adapter_of, load_model, load_processor
+from vlmr1.tiny import build as tiny
 from vlmr1.tiny.build import SPECIAL, tokenizer
 from vlmr1.types import Completion, Group, Prompt, Sample
 
-# The layout of the embedded tiny model.
-TINY_TEXT = {
-    "vocab_size": 490,
-    "hidden_size": 192,
-    "intermediate_size": 384,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 4096,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
-    "tie_word_embeddings": True,
-}
-TINY_VISION = {
-    "depth": 4,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_heads": 4,
-    "out_hidden_size": 192,
-    "window_size": 56,
-    "fullatt_block_indexes": [1, 3],
-}
+# The embedded tiny model.
+TINY_TEXT: dict[str, Any] = tiny.TEXT | {"vocab_size": 490}  # as many tokens as its tokenizer has
+TINY_VISION: dict[str, Any] = tiny.VISION
 BENCH_TEXT = {
     "vocab_size": 8192,
     "hidden_size": 256,
@@ -122,8 +106,8 @@ def config_of(shape: Shape, tokens: Any) -> Any:
     ids: dict[str, Any] = {token: tokens.convert_tokens_to_ids(token) for token in SPECIAL}
     ends = {"eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"]}
     return Qwen2_5_VLConfig(
-        text_config={**shape.text} | ends | {"bos_token_id": ids["<|endoftext|>"]},
-        vision_config={**shape.vision},
+        text_config=deepcopy({**shape.text}) | ends | {"bos_token_id": ids["<|endoftext|>"]},
+        vision_config=deepcopy({**shape.vision}),
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"],

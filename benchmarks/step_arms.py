@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
-from time import perf_counter
+from select import select
+from time import monotonic, perf_counter
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +22,7 @@ from vlmr1.trainer import GRPOTrainer
 from vlmr1.types import Group
 
 BETA = 0.04
+CLOSING = 30.0  # seconds that a worker has to end by itself
 SWITCHES: dict[str, dict[str, Any]] = {
     "shared": {"share_vision": True, "share_prompt": True, "pack": True},
     "naive": {"share_vision": False, "share_prompt": False, "pack": False},
@@ -79,29 +83,55 @@ def seconds(arm: Arm) -> float:
 
 
 class Worker:
-    """An arm in a process of its own that stays up; `benchmarks.peers.steps` is the other end. What it says on standard
-    error goes to `log`, where one is given."""
+    """An arm in a process of its own that stays up; `benchmarks.peers.steps` is the other end. It leads a process
+    group, so that what it starts is killed with it. What it says on standard error goes to `log`; `limit`: seconds that
+    it has for an answer."""
 
-    def __init__(self, command: Sequence[str], log: Path | None = None):
-        self.log = log
-        with open(log, "w", encoding="utf-8") if log else nullcontext() as errors:
+    def __init__(self, command: Sequence[str], log: Path, *, limit: float):
+        self.log, self.limit = log, limit
+        with open(log, "w", encoding="utf-8") as errors:
             pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
-            self.process = subprocess.Popen(command, text=True, **pipes)
+            self.process = subprocess.Popen(command, bufsize=0, process_group=0, **pipes)
 
     def ask(self, request: str) -> Any:
-        """Send one line, wait for one line of JSON. ChildProcessError, with its last words, where it has ended."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        answer = ""
+        """Send one line, wait for one line of JSON. ChildProcessError, with its last words, where it has ended, or has
+        no answer in time and is killed."""
+        assert self.process.stdin is not None
+        answer = b""
         with suppress(BrokenPipeError):
-            self.process.stdin.write(request + "\n")
-            self.process.stdin.flush()
-            answer = self.process.stdout.readline()
-        if not answer:
-            said = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:] if self.log else []
-            raise ChildProcessError(": ".join([f"its process ended with status {self.process.wait()}", *said]))
-        return json.loads(answer)
+            self.process.stdin.write(f"{request}\n".encode())
+            answer = self._line()
+        if answer.endswith(b"\n"):
+            return json.loads(answer)
+        said = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+        raise ChildProcessError(": ".join([f"its process ended with status {self.process.wait()}", *said]))
+
+    def _line(self) -> bytes:
+        """What it says up to the end of a line, or to its own end."""
+        assert self.process.stdout is not None
+        line, end = b"", monotonic() + self.limit
+        while not line.endswith(b"\n"):
+            if not select([self.process.stdout], [], [], max(0.0, end - monotonic()))[0]:
+                self.kill()
+                raise ChildProcessError(f"no answer in {self.limit:g} s: its process was ended")
+            read = self.process.stdout.read(65536)
+            if not read:
+                break
+            line += read
+        return line
+
+    def kill(self) -> None:
+        """End it and what it started, at once."""
+        if self.process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
     def close(self) -> None:
-        """End the process by closing its input."""
-        with suppress(BrokenPipeError):
-            self.process.communicate()
+        """End the process by closing its input; one that goes on all the same is killed."""
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                pipe.close()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(CLOSING)
+        self.kill()

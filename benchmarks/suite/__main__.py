@@ -55,7 +55,7 @@ def measure(words: Sequence[str]) -> int:
         print(f"refused: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"stopped; {options.out} has the sections that were done", file=sys.stderr)
+        print("stopped", file=sys.stderr)
         return 130
     return 0
 

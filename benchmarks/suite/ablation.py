@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.model import Shape
+from benchmarks.suite.sizes import PROMPTS
 from vlmr1_kernels import registry
-from vlmr1_kernels.implementations import EXAMPLE_SHAPES
+from vlmr1_kernels.registry import Request
 
 REFERENCES: Mapping[str, str] = {op: "reference" for op in registry.ops()}
 NAIVE: Mapping[str, Any] = {
@@ -56,7 +58,7 @@ class Arm:
     note: str = ""
 
 
-def arms(device: str, dtype: torch.dtype) -> tuple[dict[str, Arm], dict[str, str]]:
+def arms(device: str, dtype: torch.dtype, shape: Shape) -> tuple[dict[str, Arm], dict[str, str]]:
     """(arms by name, why others are left out)"""
     naive = Arm("naive", "naive: nothing shared, reference kernels", "naive", {}, NAIVE, REFERENCES)
     made = {"naive": naive}
@@ -70,7 +72,7 @@ def arms(device: str, dtype: torch.dtype) -> tuple[dict[str, Arm], dict[str, str
     add("share_prompt", "share_prompt, with share_vision", naive, needs, share_vision=True, share_prompt=True)
     add("pack", "pack alone", naive, f"prompts are repeated in the rows; {DENSE}", pack=True)
     add("native", "rollout_engine=native alone", naive, rollout_engine="native")
-    chosen = {op: _auto(op, device, dtype) for op in registry.ops()}
+    chosen = {op: registry.explain(op, request).chosen for op, request in requests(device, dtype, shape).items()}
     for op in OF_NAIVE:
         _kernel(naive, op, chosen[op], made, skipped)
     if device == "cuda":
@@ -117,12 +119,27 @@ def _kernel(base: Arm, op: str, chosen: str, made: dict[str, Arm], skipped: dict
         made[name] = _on(base, name, f"{op}={chosen} alone", {op: chosen})
 
 
-def _auto(op: str, device: str, dtype: torch.dtype) -> str:
-    """What `auto` takes here."""
-    request = registry.Request(torch.device(device), dtype, EXAMPLE_SHAPES[op])
-    return registry.explain(op, request).chosen
+def requests(device: str, dtype: torch.dtype, shape: Shape) -> dict[str, Request]:
+    """What `auto` is asked in a step of this shape, by op. Rewards are on the host; log-probs are in float32."""
+    on, host = torch.device(device), torch.device("cpu")
+    text, vision = shape.text, shape.vision
+    sequences = PROMPTS * shape.num_generations
+    rows = sequences * shape.completion_length
+    image = PROMPTS * (shape.image_px // 28) ** 2  # tokens; patches are four times as many
+    heads, kv_heads = text["num_attention_heads"], text["num_key_value_heads"]
+    head_dim, tower_dim = text["hidden_size"] // heads, vision["hidden_size"] // vision["num_heads"]
+    head = Request(on, dtype, (rows, text["hidden_size"], text["vocab_size"]))
+    return {
+        "linear_logprob": head,
+        "group_advantages": Request(host, torch.float32, (sequences, shape.num_generations)),
+        "grpo_loss": Request(on, torch.float32, (rows, sequences)),
+        "linear_grpo_loss": head,
+        "shared_prefix_attention": Request(on, dtype, (heads, kv_heads, image + rows, head_dim)),
+        "varlen_attention": Request(on, dtype, (vision["num_heads"], vision["num_heads"], 4 * image, tower_dim)),
+        "shared_prefix_decode": Request(on, dtype, (sequences, PROMPTS, heads, kv_heads, head_dim)),
+    }
 
 
 def kernels_of(arm: Arm) -> str:
-    """For the setting `kernels`; what `auto` would take is left to it: it looks at the shapes of a call."""
-    return ",".join(f"{op}={'auto' if impl != 'reference' else impl}" for op, impl in arm.kernels.items())
+    """For the setting `kernels`: by name, so that what runs is what the arm says."""
+    return ",".join(f"{op}={impl}" for op, impl in arm.kernels.items())

@@ -113,7 +113,7 @@ def phases(arms: Mapping[str, Any]) -> Figure | None:
         axes.text(end + 0.012 * max(left), place, f"{number(scale * total)} {unit}", va="center", fontsize=9)
     axes.set_xlim(0, 1.14 * max(left))
     _names(axes, [arm["label"] for arm in shown.values()])
-    _finish(axes, "A step by phase", f"{unit} of a step, medians over rounds")
+    _finish(axes, "A step by phase", f"{unit} of a step, medians over rounds (phases of other trainers: of one step)")
     figure.legend(loc="outside upper center", ncols=4, fontsize=8.5, frameon=False)
     return figure
 

@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.suite.entries import Entry, entries
 from benchmarks.suite.noise import LEVEL, Change, p_value
 from benchmarks.suite.parts import Table, number, plain
-from benchmarks.suite.reading import Result, ResultError, read
+from benchmarks.suite.reading import Result, ResultError, read, unfinished
 from vlmr1.errors import UserError
 
 WORK = ("shape", "dtype", "quick")
@@ -92,6 +92,9 @@ def warnings(before: Result, after: Result) -> list[str]:
         found.append("times of different machines are not compared")
     elif not same_work(before, after):
         found.append("times of different work are not compared")
+    for run, of in (("A", before), ("B", after)):
+        if (stopped := unfinished(of)) is not None:
+            found.append(f"{run} was {stopped}")
     ours, theirs = entries(before), entries(after)
     for name in ours:
         if name in theirs and ours[name].base_name != theirs[name].base_name:

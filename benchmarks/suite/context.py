@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -11,9 +12,11 @@ from time import perf_counter
 from benchmarks.attention import DTYPES
 from benchmarks.device import Ceilings
 from benchmarks.model import SHAPES, Shape
+from benchmarks.suite import sizes
 from benchmarks.suite.bed import Bed
 from benchmarks.suite.energy import Joules
-from benchmarks.suite.options import Options
+from benchmarks.suite.options import WITH_MODEL, Options
+from benchmarks.suite.progress import Progress
 from benchmarks.suite.samples import Sample
 from benchmarks.suite.sizes import PROMPTS
 from vlmr1.memory.budget import free_memory
@@ -26,12 +29,20 @@ class Context:
         self.options, self.shape_name, self.folder, self.ceilings = options, shape_name, folder, ceilings
         self.joules = Joules(options.device)
         self.skipped: dict[str, str] = {}
+        self.progress = Progress()  # of the section that is going on
         self.start = perf_counter()
         self._bed: Bed | None = None
 
     @property
     def shape(self) -> Shape:
         return SHAPES[self.shape_name]
+
+    def sizes(self) -> dict[str, int]:
+        """The `sizes` of the result; where no section needs a model, none is made for them."""
+        if set(WITH_MODEL) & set(self.options.only):
+            bed = self.bed()
+            return sizes.of(self.shape, bed.prompts[0], bed.model)
+        return sizes.without_model(self.folder, self.shape)
 
     def bed(self) -> Bed:
         """The model and what goes with it, made when first asked for."""
@@ -72,7 +83,9 @@ class Context:
 
     def say(self, name: str, samples: Sequence[Sample]) -> None:
         """An arm's line."""
-        self.print(f"{name}: {1e3 * median(each.seconds for each in samples):.4g} ms")
+        seconds = [each.seconds for each in samples]
+        if not any(map(math.isnan, seconds)):  # a peer that failed says so itself
+            self.print(f"{name}: {1e3 * median(seconds):.4g} ms")
 
     def print(self, line: str) -> None:
         print(f"[{perf_counter() - self.start:6.1f} s] {line}", flush=True)

@@ -15,8 +15,9 @@ from vlmr1.memory.peaks import PEAKS
 
 def memory(context: Context) -> dict[str, Any]:
     """The arms that are compared with naive."""
-    bed, made = context.bed(), ablation.arms(context.options.device, context.bed().dtype)[0]
-    rows: dict[str, Any] = {}
+    bed = context.bed()
+    made = ablation.arms(context.options.device, bed.dtype, context.shape)[0]
+    rows = context.progress.arms
     for name, each in made.items():
         if each.base != "naive":
             continue
@@ -27,7 +28,7 @@ def memory(context: Context) -> dict[str, Any]:
             context.skip("memory", {name: reason})
             continue
         context.print(f"memory/{name}: {rows[name]['peak_mib']:.0f} MiB")
-    return {"arms": rows}
+    return context.progress.section
 
 
 def measured(arm: TrainerArm) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def bench(name: str) -> op.Bench:
 
 def operations(context: Context, section: str) -> dict[str, Any]:
     """Every case: checked against its oracle, timed in turn with its floor, and its memory."""
-    options, found = context.options, {}
+    options, found = context.options, context.progress.section
     for name in OPS[section]:
         texts = cases(context, name)
         if not texts:
@@ -69,6 +69,8 @@ def operations(context: Context, section: str) -> dict[str, Any]:
             )
             case = op.one_case(bench(name), text, problem, given, context.ceilings)
             found[key] = {"op": name, "case": text, **case}
+            if options.quick and SLOW in problem.arms():
+                case["skipped"] |= {SLOW: f"{name}: a quick run compiles nothing for its shapes"}
             context.skipped |= {f"{section}/{key}/{arm}": reason for arm, reason in case["skipped"].items()}
             floor = {arm: row["time/floor"]["value"] for arm, row in case["arms"].items() if "time/floor" in row}
             context.print(f"{section}/{key}: " + ", ".join(f"{arm} {value:.2f}" for arm, value in floor.items()))

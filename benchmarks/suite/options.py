@@ -19,6 +19,7 @@ WITH_MODEL = ("rollout", "update", "step", "memory")
 WITH_PEERS = ("update", "step")
 ROUNDS = {"cpu": 5, "cuda": 3}
 QUICK_ROUNDS = 3
+PEER_LIMIT = 1800  # seconds; the first answer loads a library and a model, and runs two samples
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Options:
     dtype: str
     out: Path
     device: str
+    peer_limit: float  # seconds for an answer of a peer's process
 
 
 def parse(arguments: Sequence[str]) -> Options:
@@ -61,6 +63,9 @@ def parse(arguments: Sequence[str]) -> Options:
     )
     parser.add_argument("--threads", type=int, help="on a CPU; default 2")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float32, on a GPU bfloat16")
+    parser.add_argument(
+        "--peer-limit", type=float, metavar="SECONDS", help=f"for one answer of a peer's process; {PEER_LIMIT}"
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmark-results"), help="folder of the result files")
     given = parser.parse_args(arguments)
     device = default_device()
@@ -72,8 +77,12 @@ def parse(arguments: Sequence[str]) -> Options:
         raise SettingError("--threads has no effect on a GPU")
     if given.threads is not None and given.threads < 1:
         raise SettingError(f"--threads is {given.threads}: it must be at least 1")
+    if given.peer_limit is not None and not given.peer_limit > 0:
+        raise SettingError(f"--peer-limit is {given.peer_limit:g}: it must be above 0")
     dtype = given.dtype or ("bfloat16" if device == "cuda" else "float32")
     names, left_out = _peers(given.peers, only, device)
+    if given.peer_limit is not None and not names:
+        raise SettingError("--peer-limit has no effect: no peer is run")
     return Options(
         only=only,
         quick=given.quick,
@@ -85,6 +94,7 @@ def parse(arguments: Sequence[str]) -> Options:
         dtype=dtype,
         out=given.out,
         device=device,
+        peer_limit=given.peer_limit or PEER_LIMIT,
     )
 
 

@@ -75,6 +75,12 @@ def speed(arms: Mapping[str, Any], name: str) -> Ratio:
     return ratio({name: arms[name]["seconds"], base: arms[base]["seconds"]}, base, name)
 
 
+def faster(arms: Mapping[str, Any], name: str) -> str:
+    """`speed` as text; the range only where both were called in turn."""
+    found = speed(arms, name)
+    return str(found) if arms[name].get("in_turn", True) else f"{found.value:.2f}"
+
+
 def times(arms: Mapping[str, Any], name: str, other: str) -> str:
     """How many times as long as another arm an arm takes; with the range over rounds where both were called in turn."""
     found = ratio({each: arms[each]["seconds"] for each in (name, other)}, name, other)

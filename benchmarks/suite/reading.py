@@ -62,6 +62,14 @@ def read(path: Path) -> dict[str, Any]:
     return result
 
 
+def unfinished(result: Result) -> str | None:
+    """What a run that was stopped did not bring to its end; None for a complete one, as those of old files are."""
+    figures = result["figures"]
+    if figures.get("complete", True):
+        return None
+    return f"stopped before its end: not complete are {', '.join(figures.get('unfinished', []))}"
+
+
 def _cases(path: Path, where: str, section: Any) -> None:
     _need(path, where, section, ())
     for key, case in section.items():

@@ -12,14 +12,15 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import unified_diff
 from pathlib import Path
+from typing import Any
 
 from benchmarks.suite import tables
 from benchmarks.suite.parts import Part
 from benchmarks.suite.quoted import QUOTED, source
-from benchmarks.suite.reading import Result, ResultError, read, read_any
+from benchmarks.suite.reading import OPS, Result, ResultError, read, read_any, unfinished
 from vlmr1.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -88,15 +89,33 @@ def quote(name: str, file: Path, where: str) -> str:
     if name not in known:
         raise ResultError(f"{where}: no table is called {name!r}; known: {', '.join(known)}")
     try:
-        return QUOTED[name](read_any(file)) if name in QUOTED else _suite(SUITE[name], read(file))
+        return QUOTED[name](read_any(file)) if name in QUOTED else _suite(name, file)
     except KeyError as error:
         raise ResultError(f"{where}: {file.name} has no {error} for the table {name!r}") from None
 
 
-def _suite(make: Callable[[Result], Part], result: Result) -> str:
-    part, figures = make(result), result["figures"]
-    last = source(result, tables.workload(result), f"medians of {figures['rounds']}")
+def _suite(name: str, file: Path) -> str:
+    result = read(file)
+    if (stopped := unfinished(result)) is not None:
+        raise ResultError(f"{file}: the run was {stopped}; no README quotes it")
+    part = SUITE[name](result)
+    last = source(result, tables.workload(result), _samples(name, result["figures"]["sections"]))
     return "\n\n".join([*part.notes, *(table.markdown() for table in part.tables), last])
+
+
+def _samples(name: str, sections: Mapping[str, Any]) -> str:
+    """How many samples the medians of a table are of."""
+    if name == "memory":
+        return "once each"
+    if name == "grid":
+        taken = [cell["seconds"] for cell in sections["update"]["grid"]]
+    elif name in OPS:
+        taken = [case["seconds"] for case in sections[name].values()]
+    else:
+        arms = sections[name if name in sections else "step"]["arms"]
+        taken = [{arm: row["seconds"] for arm, row in arms.items()}]
+    counts = sorted({len(seconds) for of in taken for seconds in of.values()})
+    return f"medians of {counts[0]}" + (f" to {counts[-1]}" if len(counts) > 1 else "")
 
 
 if __name__ == "__main__":

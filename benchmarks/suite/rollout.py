@@ -4,7 +4,7 @@ The floor of a decode step is the bytes of decoder and head over the bandwidth o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from benchmarks.harness import CheckFailed
 from benchmarks.suite.bed import Bed
 from benchmarks.suite.context import Context
-from benchmarks.suite.samples import in_turn, peak_mib, row, sample
+from benchmarks.suite.samples import Sample, in_turn, peak_mib, row, sample
 from benchmarks.suite.step import fits
 from vlmr1.rollout import NativeEngine, RolloutEngine, SamplingSettings, TransformersEngine
 
@@ -21,6 +21,11 @@ LABELS = {
     "transformers": "`generate` on repeated prompts, with log-probs",
     "native": "native engine: a prompt's KV once",
     "native+graphs": "native engine, decode steps as CUDA graphs",
+}
+SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "transformers": {},
+    "native": {"rollout_engine": "native", "cuda_graphs": False},
+    "native+graphs": {"rollout_engine": "native", "cuda_graphs": True},
 }
 GREEDY = 4  # first tokens that must be equal: random weights have near ties later, which rounding decides
 
@@ -40,41 +45,43 @@ def rollout(context: Context) -> dict[str, Any]:
         context.skip("rollout", {name: "its base transformers was left out" for name in arms})
         return {"arms": {}}
     check(bed, {name: made[name] for name in arms})
-    calls = {name: lambda arm=arm: sample(arm.run, context.joules) for name, arm in arms.items()}
-    samples = in_turn(context.told("rollout", calls), rounds=options.rounds, warmup=0)
+    calls = {name: lambda arm=arm: sample(arm.run, context.joules, arm.phases) for name, arm in arms.items()}
     floor = weight_bytes(bed.model) / (1e9 * context.ceilings.copy_gb_s)
-    rows: dict[str, Any] = {}
+
+    def of_rounds(name: str, of: Sequence[Sample]) -> dict[str, Any]:
+        more: dict[str, Any] = {"label": LABELS[name], "base": "transformers", "settings": SETTINGS[name]}
+        return row(of, **more, tokens=bed.tokens, floor_share=arms[name].floor_share(floor, of))
+
+    kept = context.progress.rounds(of_rounds)
+    samples = in_turn(context.told("rollout", calls), rounds=options.rounds, kept=kept)
     for name, arm in arms.items():
-        share = arm.floor_share(floor, options.rounds)  # of the timed calls
-        settings = {
-            "transformers": {},
-            "native": {"rollout_engine": "native", "cuda_graphs": False},
-            "native+graphs": {"rollout_engine": "native", "cuda_graphs": True},
-        }[name]
-        more: dict[str, Any] = {"label": LABELS[name], "base": "transformers", "settings": settings}
-        more |= {"tokens": bed.tokens, "peak_mib": peak_mib(samples[name], arm.run)}
-        rows[name] = row(samples[name], **more, floor_share=share)
-    return {"arms": rows}
+        peak = peak_mib(samples[name], arm.run)
+        context.progress.arms[name] = of_rounds(name, samples[name]) | {"peak_mib": peak}
+    return context.progress.section
 
 
 class Rollout:
     """One engine on the bed's prompts; every call draws anew."""
 
     def __init__(self, bed: Bed, engine: RolloutEngine):
-        self.bed, self.engine, self.decode = bed, engine, []
+        self.bed, self.engine, self.calls = bed, engine, 0
 
     def run(self) -> None:
         shape = self.bed.shape
         settings = SamplingSettings(shape.completion_length)
-        groups = self.engine.generate(self.bed.prompts, shape.num_generations, settings, step=len(self.decode))
-        self.decode.append(self.engine.stats.decode_seconds)
+        groups = self.engine.generate(self.bed.prompts, shape.num_generations, settings, step=self.calls)
+        self.calls += 1
         lengths = {len(completion.token_ids) for group in groups for completion in group.completions}
         if lengths != {shape.completion_length}:
             raise CheckFailed(f"completions of {sorted(lengths)} tokens were drawn")
 
-    def floor_share(self, floor: float, rounds: int) -> float | None:
+    def phases(self) -> Mapping[str, float]:
+        """Of the last call."""
+        return {"decode": self.engine.stats.decode_seconds}
+
+    def floor_share(self, floor: float, samples: Sequence[Sample]) -> float | None:
         """Least over measured seconds of a decode step; None for an engine that does not say what decoding took."""
-        seconds = median(self.decode[-rounds:]) / (self.bed.shape.completion_length - 1)
+        seconds = median(each.phases["decode"] for each in samples) / (self.bed.shape.completion_length - 1)
         return floor / seconds if seconds else None
 
 

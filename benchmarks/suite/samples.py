@@ -56,16 +56,19 @@ def peak_mib(samples: Sequence[Sample], run: Callable[[], Any], *, before: Calla
         return peak.mib()
 
 
-def in_turn(arms: Mapping[str, Callable[[], Sample]], *, rounds: int, warmup: int) -> dict[str, list[Sample]]:
-    """Samples of each arm, called as `harness.alternate` does."""
-    kept: dict[str, list[Sample]] = {name: [] for name in arms}
+def in_turn(
+    arms: Mapping[str, Callable[[], Sample]], *, rounds: int, kept: dict[str, list[Sample]] | None = None
+) -> dict[str, list[Sample]]:
+    """Samples of each arm, which is warm, called as `harness.alternate` does. `kept`: where they go, one by one."""
+    kept = {} if kept is None else kept
+    kept |= {name: [] for name in arms}
 
     def call(name: str) -> float:
         kept[name].append(arms[name]())
         return kept[name][-1].seconds
 
-    alternate({name: lambda name=name: call(name) for name in arms}, rounds=rounds, warmup=warmup)
-    return {name: samples[-rounds:] for name, samples in kept.items()}
+    alternate({name: lambda name=name: call(name) for name in arms}, rounds=rounds, warmup=0)
+    return kept
 
 
 def row(

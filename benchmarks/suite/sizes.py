@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ import torch
 from benchmarks import model as bench_model
 from benchmarks.attention import DTYPES
 from benchmarks.model import SHAPES, Shape
+from vlmr1.data.prompts import PromptBuilder
+from vlmr1.models import adapter_of, load_processor
 from vlmr1.tiny.build import tokenizer
 from vlmr1.types import Prompt
 
@@ -18,12 +21,21 @@ LOGITS = 6  # float32 copies of the naive pass's logits that are alive at once, 
 
 def parameters(shape: Shape) -> int:
     """Of the model, shared ones once."""
+    return count(shape, without_weights(bench_model.config_of(shape, tokenizer())))
+
+
+def without_weights(config: Any) -> Any:
+    """The model on the meta device, where weights take no memory."""
     from transformers import Qwen2_5_VLForConditionalGeneration
     from transformers.initialization import no_init_weights
 
     with torch.device("meta"), no_init_weights():
-        model = Qwen2_5_VLForConditionalGeneration(bench_model.config_of(shape, tokenizer()))
-    tied = shape.text.get("tie_word_embeddings", False)  # not on the meta device
+        return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def count(shape: Shape, model: Any) -> int:
+    """Parameters, shared ones once, on the meta device too, where they are two."""
+    tied = shape.text.get("tie_word_embeddings", False)
     return sum(p.numel() for name, p in model.named_parameters() if not (tied and name.startswith("lm_head.")))
 
 
@@ -40,13 +52,22 @@ def largest(free: int, dtype: str) -> str:
     return fitting[-1] if fitting else next(iter(SHAPES))
 
 
-def of(shape: Shape, prompts: list[Prompt], model: Any) -> dict[str, int]:
-    """The `sizes` of a result."""
+def without_model(folder: Path, shape: Shape) -> dict[str, int]:
+    """The `sizes` of a result, without weights; tokenizer, configuration and an image are written to `folder`."""
+    config = bench_model.config_of(shape, bench_model.write_processor(folder))
+    config.save_pretrained(folder)
+    model = without_weights(config)
+    builder = PromptBuilder(model, adapter_of(model), load_processor(folder))
+    return of(shape, bench_model.prompt_of(folder, builder, shape, 0), model)
+
+
+def of(shape: Shape, prompt: Prompt, model: Any) -> dict[str, int]:
+    """The `sizes` of a result; `prompt` is one of `PROMPTS`, which are equally long."""
     return {
-        "prompts": len(prompts),
+        "prompts": PROMPTS,
         "num_generations": shape.num_generations,
         "image_tokens": (shape.image_px // 28) ** 2,
-        "prompt_tokens": len(prompts[0].input_ids),
+        "prompt_tokens": len(prompt.input_ids),
         "completion_tokens": shape.completion_length,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": count(shape, model),
     }

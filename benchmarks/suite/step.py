@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,28 +16,29 @@ from benchmarks.suite.peers import Peers
 from benchmarks.suite.samples import Sample, in_turn, peak_mib, row, sample
 from vlmr1.errors import MemoryShort
 from vlmr1.memory.budget import free_memory
+from vlmr1_kernels import ImplementationError
 
 
 def step(context: Context) -> dict[str, Any]:
     """The arms of the ablation in turn, the peers' with them or after them."""
     options = context.options
     tokens = context.bed().tokens
-    with Peers(options, "step", context.folder, context.shape_name, len(context.bed().prompts)) as peers:
-        rows, samples = _in_turn(context, peers)
+    rows = context.progress.arms
+    with Peers(context, "step") as peers:
+        samples = _in_turn(context, peers)
         if options.device == "cuda" and options.peers:
             context.drop_bed()
         for name in options.peers:
             own = samples[name] if name in samples else peers.alone(name, context.joules)
             if own and (made := peers.row(name, own, tokens, base="naive" if "naive" in rows else name)) is not None:
                 rows[name] = made
-        context.skip("step", {**options.left_out, **peers.skipped})
-    return {"arms": rows}
+    return context.progress.section
 
 
-def _in_turn(context: Context, peers: Peers) -> tuple[dict[str, Any], dict[str, list[Sample]]]:
-    """Rows of our arms, and the samples of all that were called in turn: on a CPU the peers too."""
+def _in_turn(context: Context, peers: Peers) -> dict[str, list[Sample]]:
+    """Makes the rows of our arms. The samples of all that were called in turn: on a CPU the peers too."""
     bed, options = context.bed(), context.options
-    made, reasons = ablation.arms(options.device, bed.dtype)
+    made, reasons = ablation.arms(options.device, bed.dtype, context.shape)
     context.skip("step", reasons)
     arms, figures = ready(context, "step", bed, made)
     calls: dict[str, Callable[[], Sample]] = {
@@ -48,21 +49,27 @@ def _in_turn(context: Context, peers: Peers) -> tuple[dict[str, Any], dict[str, 
         for name in options.peers:
             peers.start(name)
         calls |= peers.arms(context.joules)
-    samples = in_turn(context.told("step", calls), rounds=options.rounds, warmup=0)  # `ready` has made a step of each
-    rows: dict[str, Any] = {}
+
+    def of_rounds(name: str, samples: Sequence[Sample]) -> dict[str, Any] | None:
+        if name not in arms:
+            return peers.of_rounds(name, samples, bed.tokens, "naive" if "naive" in arms else name)
+        of, note = arms[name].arm, arms[name].note
+        meta: dict[str, Any] = {"label": of.label, "base": of.base, "settings": of.settings, "note": note}
+        return row(samples, tokens=bed.tokens, check=figures[name], **meta)
+
+    kept = context.progress.rounds(of_rounds)
+    samples = in_turn(context.told("step", calls), rounds=options.rounds, kept=kept)  # `ready` has made a step of each
     for name, arm in arms.items():
-        of = arm.arm
-        meta = {"label": of.label, "base": of.base, "settings": of.settings, "note": arm.note}
         peak = peak_mib(samples[name], arm.step)
-        rows[name] = row(samples[name], tokens=bed.tokens, check=figures[name], peak_mib=peak, **meta)
-    return rows, samples
+        context.progress.arms[name] = {**(of_rounds(name, samples[name]) or {}), "peak_mib": peak}
+    return samples
 
 
 def ready(
     context: Context, section: str, bed: Bed, made: Mapping[str, ablation.Arm]
 ) -> tuple[dict[str, TrainerArm], dict[str, dict[str, float]]]:
-    """The arms that have made a step here, and their checked figures. One that memory does not hold is left out, and
-    with a base the arms that are compared with it."""
+    """The arms that have made a step here, and their checked figures. One that cannot is left out, and with a base the
+    arms that are compared with it."""
     arms: dict[str, TrainerArm] = {}
     figures: dict[str, dict[str, float]] = {}
     for name, each in made.items():
@@ -87,10 +94,12 @@ def ready(
 
 
 def fits(call: Callable[[], Any]) -> str | None:
-    """Calls; the reason where memory does not hold it."""
+    """Calls; the reason where memory does not hold it, or where a kernel that is named refuses it."""
     try:
         call()
         return None
+    except ImplementationError as error:
+        return str(error)
     except (torch.OutOfMemoryError, MemoryShort) as error:
         reason = str(error).partition("\n")[0]
     free_memory()
@@ -98,7 +107,7 @@ def fits(call: Callable[[], Any]) -> str | None:
 
 
 def _without_base(context: Context, section: str, arms: dict[str, TrainerArm]) -> None:
-    """Arms whose base memory does not hold are left out; `all` is kept, as a base of its own."""
+    """Arms whose base was left out are left out too; `all` is kept, as a base of its own."""
     for name in [name for name, arm in arms.items() if arm.arm.base not in arms]:
         if name == "all":
             arms[name].arm = replace(arms[name].arm, base=name)

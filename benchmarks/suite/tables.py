@@ -10,16 +10,16 @@ from benchmarks.suite.parts import (
     Column,
     Part,
     Table,
+    faster,
     milliseconds,
     number,
     of_columns,
     percent,
-    speed,
     spread,
     times,
     tokens_a_second,
 )
-from benchmarks.suite.reading import OPS, Result
+from benchmarks.suite.reading import OPS, Result, unfinished
 from benchmarks.summary import HEAD, case_rows
 
 ALL, NAIVE = "all", "naive"
@@ -57,7 +57,7 @@ def head(result: Result) -> Part:
         "driver": figures.get("driver"),
         "shape": workload(result),
         "ceilings measured in this run": rates,
-        "rounds": f"{figures['rounds']}, after {figures['warmup']} that are not counted",
+        "rounds": f"{figures['rounds']} (of ops at least 5, of the grid at most 3), each arm being warm",
         "versions": ", ".join(f"{name} {version}" for name, version in result["versions"].items()),
         "commit": result["commit"],
         "command": result["command"],
@@ -70,6 +70,8 @@ def head(result: Result) -> Part:
     ]
     if figures["device"] == "cpu":
         notes.append("Measured without a GPU: nothing here says how fast a GPU would be.")
+    if (stopped := unfinished(result)) is not None:
+        notes.append(f"This run was {stopped}. Here is what was measured until then.")
     if figures["quick"]:
         notes.append("A quick run: small sizes, few rounds, rough figures.")
     return Part("head", "The run", notes, points=[f"{name}: {text}" for name, text in lines.items() if text])
@@ -126,7 +128,10 @@ def phases(result: Result) -> Part:
 
     columns = {f"{phase}, ms": column(phase) for phase in known}
     tables = [of_columns("arm", list(arms), _labels(arms), columns)] if arms else []
-    return Part("phases", "A step by phase", ["Medians over rounds."] if arms else [], tables, charts=["phases"])
+    notes = ["Medians over rounds."] if arms else []
+    if any(arm["group"] == "peer" for arm in arms.values()):
+        notes = ["Medians over rounds; of other trainers one further step, so that it need not add up to their time."]
+    return Part("phases", "A step by phase", notes, tables, charts=["phases"])
 
 
 def rollout(result: Result) -> Part:
@@ -229,7 +234,7 @@ def arm_table(arms: Mapping[str, Any], names: Sequence[str], more: Mapping[str, 
     columns: dict[str, Column] = {}
     if len({arms[name]["base"] for name in names}) > 1:
         columns["base"] = lambda name: None if _own(arms, name) else arms[arms[name]["base"]]["label"]
-    columns["speed, x base's"] = lambda name: "1" if _own(arms, name) else str(speed(arms, name))
+    columns["speed, x base's"] = lambda name: "1" if _own(arms, name) else faster(arms, name)
     columns["ms"] = lambda name: number(milliseconds(arms[name]))
     return of_columns("arm", names, _labels(arms), columns | dict(more))
 

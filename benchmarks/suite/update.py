@@ -5,7 +5,7 @@ again left out), over its time and the rate of a large matrix product in the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import product
 from statistics import median
@@ -18,7 +18,6 @@ from benchmarks.model import Shape
 from benchmarks.suite import ablation
 from benchmarks.suite.ablation import Arm
 from benchmarks.suite.arms import TOLERANCE, TrainerArm, check
-from benchmarks.suite.bed import Bed
 from benchmarks.suite.context import Context
 from benchmarks.suite.peers import Check, Peers
 from benchmarks.suite.samples import Sample, in_turn, peak_mib, row, sample
@@ -31,39 +30,42 @@ GRIDS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {  # group sizes, si
     "7b": ((2, 8), (448, 896)),
 }
 GRID_ROUNDS = 3
+WITHOUT_NAIVE = "its base naive was left out"
 
 
 def update(context: Context) -> dict[str, Any]:
     """Naive, repeated prompts with the fast kernels, everything, and the peers; then the grid."""
     options = context.options
     tokens = context.bed().tokens
-    with Peers(options, "update", context.folder, context.shape_name, len(context.bed().prompts)) as peers:
-        rows, samples, grid = _in_turn(context, peers)
+    rows = context.progress.arms
+    with Peers(context, "update") as peers:
+        samples = _in_turn(context, peers)
         if options.device == "cuda" and options.peers:
             context.drop_bed()
         if not rows:
-            return {"arms": {}}
+            context.skip("update", dict.fromkeys(options.peers, WITHOUT_NAIVE))
+            return context.progress.section
         check = objections(rows["naive"]["check"], options.dtype)
         for name in options.peers:
             own = samples[name] if name in samples else peers.alone(name, context.joules, check)
             if own and (made := peers.row(name, own, tokens, base="naive")) is not None:
                 rows[name] = made
-        context.skip("update", {**options.left_out, **peers.skipped})
-    return {"arms": rows, "grid": grid}
+    return context.progress.section
 
 
-def _in_turn(context: Context, peers: Peers) -> tuple[dict[str, Any], dict[str, list[Sample]], list[dict[str, Any]]]:
-    """Rows of our arms, the samples of all that were called in turn (on a CPU the peers too), and the grid."""
+def _in_turn(context: Context, peers: Peers) -> dict[str, list[Sample]]:
+    """Makes the rows of our arms, and the grid. The samples of all that were called in turn: on a CPU the peers too."""
     bed, options = context.bed(), context.options
     groups = bed.groups()
-    arms = {name: TrainerArm(bed, each) for name, each in chosen(options.device, bed).items()}
+    arms = {name: TrainerArm(bed, each) for name, each in chosen(context).items()}
     figures: dict[str, dict[str, float]] = {}
     for name in list(arms):
         if (reason := fits(lambda name=name: figures.update({name: arms[name].figures(groups)}))) is not None:
             context.skip("update", {name: reason})
             del arms[name]
     if "naive" not in arms:
-        return {}, {}, []
+        context.skip("update", dict.fromkeys(arms, WITHOUT_NAIVE))
+        return {}
     check(figures, dict.fromkeys(figures, "naive"), bed.dtype)
     calls: dict[str, Callable[[], Sample]] = {
         name: lambda arm=arm: sample(lambda: arm.update(groups), context.joules, arm.phases, before=arm.enter)
@@ -74,22 +76,29 @@ def _in_turn(context: Context, peers: Peers) -> tuple[dict[str, Any], dict[str, 
         for name in options.peers:
             peers.start(name, objections(figures["naive"], options.dtype))
         calls |= peers.arms(context.joules)
-    samples = in_turn(context.told("update", calls), rounds=options.rounds, warmup=0)  # figures were made of each
     rate = 1e12 * context.ceilings.matmul_tflop_s
-    rows: dict[str, Any] = {}
-    for name, arm in arms.items():
+
+    def of_rounds(name: str, samples: Sequence[Sample]) -> dict[str, Any] | None:
+        if name not in arms:
+            return peers.of_rounds(name, samples, bed.tokens, "naive")
+        arm = arms[name]
         flops = update_flops(bed.model.config, arm.trainer.pack(groups)[0], reference=True)
-        share = flops / median(each.seconds for each in samples[name]) / rate
+        share = flops / median(each.seconds for each in samples) / rate
         meta: dict[str, Any] = {"label": arm.arm.label, "settings": arm.arm.settings, "note": arm.note}
+        return row(samples, tokens=bed.tokens, base="naive", utilization=share, check=figures[name], **meta)
+
+    kept = context.progress.rounds(of_rounds)
+    samples = in_turn(context.told("update", calls), rounds=options.rounds, kept=kept)  # figures were made of each
+    for name, arm in arms.items():
         peak = peak_mib(samples[name], lambda arm=arm: arm.update(groups), before=arm.enter)
-        meta |= {"check": figures[name], "peak_mib": peak}
-        rows[name] = row(samples[name], tokens=bed.tokens, base="naive", utilization=share, **meta)
-    return rows, samples, measured_grid(context, arms)
+        context.progress.arms[name] = {**(of_rounds(name, samples[name]) or {}), "peak_mib": peak}
+    measured_grid(context, arms)
+    return samples
 
 
-def chosen(device: str, bed: Bed) -> dict[str, Arm]:
+def chosen(context: Context) -> dict[str, Arm]:
     """The arms of the update; rollouts have no part in it."""
-    made = ablation.arms(device, bed.dtype)[0]
+    made = ablation.arms(context.options.device, context.bed().dtype, context.shape)[0]
     everything = made["all"]
     fast = {op: name for op, name in everything.kernels.items() if name != "reference"}
     config = {**ablation.NAIVE, "pack": True}
@@ -115,9 +124,9 @@ def objections(naive: Mapping[str, float], dtype: str) -> Check:
     return objection
 
 
-def measured_grid(context: Context, arms: Mapping[str, TrainerArm]) -> list[dict[str, Any]]:
+def measured_grid(context: Context, arms: Mapping[str, TrainerArm]) -> None:
     """Cells over group size and prompt length, naive and all; first both must agree, which warms them up."""
-    cells = []
+    cells = context.progress.section.setdefault("grid", [])
     sizes, sides = GRIDS[context.shape_name]
     both = {name: arms[name] for name in ("naive", "all") if name in arms}
     for size, side in product(sizes, sides) if len(both) == 2 else ():
@@ -130,7 +139,6 @@ def measured_grid(context: Context, arms: Mapping[str, TrainerArm]) -> list[dict
         value, predicted = found["ratio"]["value"], found["predicted"]
         tokens = found["prompt_tokens"]
         context.print(f"update/grid G {size}, prompt {tokens}: naive/all {value:.2f}, predicted {predicted:.2f}")
-    return cells
 
 
 def _cell(context: Context, arms: Mapping[str, TrainerArm], shape: Shape) -> dict[str, Any] | str:
@@ -145,7 +153,7 @@ def _cell(context: Context, arms: Mapping[str, TrainerArm], shape: Shape) -> dic
         n: lambda arm=arm: sample(lambda: arm.update(groups), context.joules, before=arm.enter)
         for n, arm in arms.items()
     }
-    samples = in_turn(calls, rounds=min(GRID_ROUNDS, context.options.rounds), warmup=0)
+    samples = in_turn(calls, rounds=min(GRID_ROUNDS, context.options.rounds))
     seconds = {name: [each.seconds for each in of] for name, of in samples.items()}
     flops = {n: update_flops(bed.model.config, arm.trainer.pack(groups)[0], reference=True) for n, arm in arms.items()}
     return {

@@ -133,6 +133,12 @@ def test_two_runs_alike_bring_no_warning():
     assert compare.warnings(run(0), run(1)) == []
 
 
+def test_a_run_that_was_stopped_is_named():
+    after = run(1)
+    after["figures"] |= {"complete": False, "unfinished": ["step", "memory"]}
+    assert compare.warnings(run(0), after) == ["B was stopped before its end: not complete are step, memory"]
+
+
 def test_another_base_is_no_ratio_to_compare():
     after = run(1)
     after["figures"]["sections"]["step"]["arms"]["trl"]["base"] = "naive"

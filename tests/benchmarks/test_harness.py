@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import platform
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from benchmarks.harness import (
     CheckFailed,
     PeakMemory,
     alternate,
+    commit,
     ratio,
     require_equal,
     table,
@@ -83,6 +85,72 @@ def test_result_file_has_machine_versions_commit_command_and_date(tmp_path: Path
     assert result["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert result.keys() == {"machine", "versions", "commit", "command", "date", "figures"}
     assert all(result.values())
+
+
+def test_a_result_that_cannot_be_written_whole_leaves_the_one_before(tmp_path: Path, monkeypatch: Any):
+    path = write_result(tmp_path / "result.json", {"a": 1})
+    before = path.read_text()
+    write = Path.write_text
+
+    def half(self: Path, text: str, **options: Any) -> int:
+        write(self, text[: len(text) // 2], **options)
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(OSError, match="no space left"):
+        write_result(path, {"a": 2})
+    assert path.read_text() == before and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """A repository with a module and a result, committed."""
+
+    def git(*words: str) -> None:
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True)
+
+    (tmp_path / "code").mkdir()
+    (tmp_path / "results").mkdir()
+    (tmp_path / "code" / "module.py").write_text("a = 1\n")
+    (tmp_path / "results" / "old.json").write_text("{}\n")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "first")
+    return tmp_path
+
+
+DIRTY = {  # files that are written, and whether the code is no longer that of the commit
+    "nothing": ([], False),
+    "the result": (["results/new.json"], False),
+    "its report and another result": (["results/new.json", "results/new.md", "results/deep/other.json"], False),
+    "an untracked module": (["results/new.json", "code/other.py"], True),
+    "a changed module": (["results/new.json", "code/module.py"], True),
+    "another result changed": (["results/new.json", "results/old.json"], True),
+}
+
+
+@pytest.mark.parametrize(("files", "dirty"), DIRTY.values(), ids=DIRTY.keys())
+def test_what_a_run_writes_is_no_change_of_the_code(repository: Path, files: list[str], dirty: bool):
+    for name in files:
+        (repository / name).parent.mkdir(exist_ok=True)
+        (repository / name).write_text("new\n")
+    found = commit(repository / "results" / "new.json", repository / "code")
+    assert len(found.rstrip("+")) >= 7 and found.endswith("+") == dirty
+
+
+def test_a_result_that_is_written_again_is_no_change_of_the_code(repository: Path):
+    (repository / "results" / "old.json").write_text("new\n")
+    assert not commit(repository / "results" / "old.json", repository / "code").endswith("+")
+    assert commit(repository / "results" / "other.json", repository / "code").endswith("+")
+    assert commit(None, repository / "code").endswith("+")
+
+
+def test_beside_a_result_in_the_root_other_files_count(repository: Path):
+    (repository / "new.json").write_text("{}\n")
+    assert not commit(repository / "new.json", repository / "code").endswith("+")
+    (repository / "code" / "other.py").write_text("b = 1\n")
+    assert commit(repository / "new.json", repository / "code").endswith("+")
+    assert commit(None, repository.parent) == "unknown"
 
 
 def test_versions_leave_out_what_is_absent(monkeypatch: Any):

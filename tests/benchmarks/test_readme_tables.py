@@ -151,6 +151,32 @@ def test_tables_of_the_suite(root: Path, name: str, line: str):
     assert readme.main(["--check"], root) == 0
 
 
+SAMPLES = {
+    "ablation": "medians of 3;",
+    "grid": "medians of 2 to 3;",
+    "update": "medians of 3;",
+    "ops": "medians of 5;",
+    "memory": "once each;",
+}
+
+
+@pytest.mark.parametrize(("name", "words"), SAMPLES.items())
+def test_how_many_samples_a_table_is_of(tmp_path: Path, name: str, words: str):
+    of = result()
+    sections = of["figures"]["sections"]
+    sections["update"]["grid"][0]["seconds"] = {"naive": [1.6, 1.7], "all": [1.0, 1.0]}
+    for case in sections["ops"].values():
+        case["seconds"] = {arm: [1.0] * 5 for arm in case["seconds"]}
+    assert words in readme.quote(name, written(tmp_path, of), "README.md:1").splitlines()[-1]
+
+
+def test_a_run_that_was_stopped_is_not_quoted(tmp_path: Path):
+    of = result()
+    of["figures"] |= {"complete": False, "unfinished": ["memory"]}
+    with pytest.raises(ResultError, match=r"run\.json: the run was stopped before its end: not complete are memory"):
+        readme.quote("ablation", written(tmp_path, of), "README.md:1")
+
+
 def test_a_section_that_did_not_run_is_named(root: Path):
     of = result()
     del of["figures"]["sections"]["rollout"]

@@ -83,6 +83,30 @@ def test_rollout_and_update():
     assert cells(table)["packed, nothing shared"]["speed, x base's"] == "1.10 (1.00..1.14)"  # 4.8 / 4.2 = 1.143
 
 
+def test_a_peer_that_was_not_called_in_turn_has_no_range():
+    of = result()
+    arms = of["figures"]["sections"]["update"]["arms"]
+    arms["repeated"] |= {"group": "peer", "in_turn": False}
+    (table,) = tables.update(of).tables
+    assert cells(table)["packed, nothing shared"]["speed, x base's"] == "1.10"
+    assert cells(table)["all"]["speed, x base's"] == "5.50 (4.80..5.50)"
+
+
+def test_phases_of_other_trainers_are_said_to_be_of_one_step():
+    of = result()
+    assert tables.phases(of).notes == ["Medians over rounds."]
+    of["figures"]["sections"]["step"]["arms"]["trl"]["phases"] = {"rollout": [2.0]}
+    assert "of other trainers one further step" in tables.phases(of).notes[0]
+
+
+def test_a_run_that_was_stopped_says_so():
+    of = result()
+    assert not any("stopped" in note for note in tables.head(of).notes)
+    of["figures"] |= {"complete": False, "unfinished": ["update", "memory"]}
+    text = "This run was stopped before its end: not complete are update, memory. Here is what was measured until then."
+    assert text in tables.head(of).notes
+
+
 def test_the_grid():
     (table,) = tables.grid(result()).tables
     assert list(table.head) == ["prompt x completion", "G 2", "G 8"]

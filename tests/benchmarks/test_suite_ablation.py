@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,12 @@ from benchmarks.model import SHAPES
 from benchmarks.suite import ablation
 from benchmarks.suite.arms import TrainerArm, half_flat
 from benchmarks.suite.bed import Bed
+from benchmarks.suite.step import fits
 from vlmr1.config import GRPOConfig
 from vlmr1_kernels import registry
 
-CPU, LEFT_OUT = ablation.arms("cpu", torch.float32)
-GPU, _ = ablation.arms("cuda", torch.bfloat16)
+CPU, LEFT_OUT = ablation.arms("cpu", torch.float32, SHAPES["tiny"])
+GPU, _ = ablation.arms("cuda", torch.bfloat16, SHAPES["3b"])
 ALONE = {  # setting: its arm
     "share_vision": {"share_vision": True},
     "share_prompt": {"share_vision": True, "share_prompt": True},
@@ -86,7 +89,23 @@ def bed(tmp_path_factory: Any) -> Bed:
     return Bed(tmp_path_factory.mktemp("bed"), SHAPES["tiny"], device="cpu", dtype=torch.float32, prompts=2)
 
 
-CALLS = {"naive": ablation.OF_NAIVE, "shared": (*ablation.OF_SHARED, "group_advantages")}
+OF_SHARED = (*ablation.OF_SHARED, "group_advantages")
+DECISIVE: dict[str, Callable[[tuple[int, ...]], tuple[int, ...]]] = {  # of a shape
+    "linear_logprob": lambda shape: shape[1:],
+    "group_advantages": lambda shape: shape,
+    "grpo_loss": lambda shape: (),
+    "linear_grpo_loss": lambda shape: shape[1:],
+    "shared_prefix_attention": lambda shape: (*shape[:2], shape[3]),
+    "varlen_attention": lambda shape: (*shape[:2], shape[3]),
+    "shared_prefix_decode": lambda shape: shape,
+}
+CALLS = {
+    "naive": ablation.OF_NAIVE,
+    "grpo_loss": ablation.OF_NAIVE,
+    "shared": OF_SHARED,
+    "shared+varlen_attention": OF_SHARED,
+    "all": OF_SHARED,
+}
 
 
 @pytest.mark.parametrize(("name", "ops"), CALLS.items(), ids=CALLS.keys())
@@ -101,7 +120,35 @@ def test_a_step_calls_the_ops_of_the_list_as_it_says(bed: Bed, monkeypatch: Any,
 
     monkeypatch.setattr(registry, "_load", noted)
     TrainerArm(bed, CPU[name]).step()
-    assert served == {(op, "reference") for op in ops}
+    assert served == {(op, CPU[name].kernels[op]) for op in ops}
+
+
+def test_a_kernel_that_cannot_run_is_refused_and_no_other_takes_its_place(bed: Bed):
+    kernels = {**CPU["shared"].kernels, "shared_prefix_decode": "triton"}
+    arm = replace(CPU["shared"], name="decode", kernels=kernels)
+    reason = fits(TrainerArm(bed, arm).step)
+    assert reason is not None and reason.startswith("shared_prefix_decode: implementation 'triton' refuses: runs on")
+
+
+def test_what_auto_is_asked_is_what_a_step_asks(bed: Bed, monkeypatch: Any):
+    """Device, dtype and all of the shape but lengths and counts of rows."""
+    asked: dict[str, set[tuple[Any, ...]]] = {}
+    chosen = registry.chosen
+
+    def noted(op: str, request: registry.Request, impl: str = "auto") -> Any:
+        asked.setdefault(op, set()).add((request.device.type, request.dtype, DECISIVE[op](request.shape)))
+        return chosen(op, request, impl)
+
+    monkeypatch.setattr(registry, "chosen", noted)
+    for name in ("naive", "shared"):
+        TrainerArm(bed, CPU[name]).step()
+    wanted = ablation.requests("cpu", torch.float32, SHAPES["tiny"])
+    assert asked == {op: {(r.device.type, r.dtype, DECISIVE[op](r.shape))} for op, r in wanted.items()}
+
+
+def test_rewards_are_on_the_host():
+    request = ablation.requests("cuda", torch.bfloat16, SHAPES["3b"])["group_advantages"]
+    assert request.device.type == "cpu" and GPU["all"].kernels["group_advantages"] != "triton"
 
 
 def test_a_frozen_arm_does_not_freeze_the_next(bed: Bed):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from benchmarks.model import SHAPES
 from benchmarks.suite import options, sizes
+from benchmarks.suite.bed import Bed
 from benchmarks.suite.options import SECTIONS, parse
 from vlmr1.errors import SettingError
 
@@ -35,6 +37,7 @@ def test_defaults():
     assert (chosen.only, chosen.shapes, chosen.dtype) == (SECTIONS, ("bench",), "float32")
     assert (chosen.rounds, chosen.threads, chosen.quick, str(chosen.out)) == (5, 2, False, "benchmark-results")
     assert chosen.peers == ("vlm-r1", "trl")
+    assert (chosen.peer_limit, parse(["--peer-limit", "2.5"]).peer_limit) == (1800, 2.5)
     assert chosen.left_out == {"trl+liger": "Liger has no kernels for cpu"}
 
 
@@ -69,6 +72,9 @@ REFUSED = {
     ),
     "rounds": (["--rounds", "0"], "--rounds is 0"),
     "threads": (["--threads", "0"], "--threads is 0"),
+    "peer limit": (["--peer-limit", "0"], "--peer-limit is 0: it must be above 0"),
+    "peer limit without peers": (["--peers", "none", "--peer-limit", "5"], "--peer-limit has no effect"),
+    "peer limit of sections without": (["--only", "ops", "--peer-limit", "5"], "--peer-limit has no effect"),
 }
 
 
@@ -97,6 +103,13 @@ def test_a_gpu_gets_the_largest_shape_that_fits(monkeypatch: Any):
         monkeypatch.setattr(options, "free_bytes", lambda device, gib=gib: gib * 2**30)
         assert parse(["--peers", "none"]).shapes == (shape,)
     assert parse(["--peers", "none"]).dtype == "bfloat16"
+
+
+def test_sizes_are_known_without_a_model(tmp_path: Path):
+    bed = Bed(tmp_path, SHAPES["tiny"], device="cpu", dtype=torch.float32, prompts=sizes.PROMPTS)
+    wanted = sizes.of(SHAPES["tiny"], bed.prompts[1], bed.model)
+    assert wanted["parameters"] == sum(parameter.numel() for parameter in bed.model.parameters())
+    assert sizes.without_model(tmp_path, SHAPES["tiny"]) == wanted
 
 
 # Of the published checkpoints, by their safetensors: 3.75B and 8.29B.

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -15,10 +18,12 @@ import torch
 from benchmarks import model as bench_model
 from benchmarks.device import Ceilings
 from benchmarks.suite import __main__ as suite
-from benchmarks.suite import ablation
+from benchmarks.suite import ablation, page
+from benchmarks.suite import context as suite_context
 from benchmarks.suite import run as suite_run
 from benchmarks.suite import update as suite_update
 from benchmarks.suite.arms import TrainerArm
+from benchmarks.suite.reading import read
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="expects a CPU's arms")
 TEXT = bench_model.TINY_TEXT | {"num_hidden_layers": 1, "hidden_size": 96, "intermediate_size": 96}
@@ -53,8 +58,9 @@ def small(monkeypatch: Any):
     monkeypatch.setattr(suite, "report", lambda path: [path])
 
 
-def run(out: Path, *words: str, peers: str = "none") -> int:
+def run(out: Path, *words: str, peers: str = "none", limit: float | None = None) -> int:
     chosen = ["--peers", peers] if {"step", "update"} & set(words) else []
+    chosen += ["--peer-limit", str(limit)] if limit is not None else []
     return suite.main(["--quick", "--rounds", "2", "--threads", "1", "--out", str(out), *chosen, "--only", *words])
 
 
@@ -160,8 +166,105 @@ def test_a_run_cut_short_leaves_the_sections_that_were_finished(monkeypatch: Any
     done = {"arms": {"transformers": {"seconds": [1.0]}}}
     monkeypatch.setattr(suite_run, "RUN", {"rollout": lambda context: done, "step": stopped})
     assert run(tmp_path, "rollout", "step") == 130
-    assert result(tmp_path)["sections"] == {"rollout": done}
+    figures = result(tmp_path)
+    assert figures["sections"] == {"rollout": done}
+    assert (figures["complete"], figures["unfinished"]) == (False, ["step"])
     assert "stopped" in capsys.readouterr().err
+
+
+def few_arms(monkeypatch: Any, *names: str) -> None:
+    made = ablation.arms("cpu", torch.float32, SMALL)[0]
+    few = {name: made[name] for name in names}
+    monkeypatch.setattr(ablation, "arms", lambda *_: (few, {}))
+
+
+def terminated() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def interrupted() -> None:
+    raise KeyboardInterrupt
+
+
+# How, at which call of a step, and the samples that are left. Each arm makes a step first; then naive, all, all, naive.
+STOPPED = {
+    "SIGTERM in the second round": (terminated, 6, {"naive": 1, "all": 1}),
+    "Ctrl-C in the first": (interrupted, 4, {"naive": 1}),
+    "SIGTERM while memory is measured": (terminated, 8, {"naive": 2, "all": 2}),
+}
+
+
+@pytest.mark.parametrize(("how", "call", "samples"), STOPPED.values(), ids=STOPPED.keys())
+def test_a_section_cut_short_leaves_its_samples(
+    how: Callable[[], None], call: int, samples: dict[str, int], monkeypatch: Any, tmp_path: Path, capsys: Any
+):
+    few_arms(monkeypatch, "naive", "all")
+    real, calls = TrainerArm.step, iter(range(1, 20))
+
+    def step(self: TrainerArm) -> None:
+        if next(calls) == call:
+            how()
+        real(self)
+
+    monkeypatch.setattr(TrainerArm, "step", step)
+    assert run(tmp_path, "step", "memory") == 130
+    (path,) = tmp_path.iterdir()  # nothing half written beside it
+    figures = read(path)["figures"]
+    assert (figures["complete"], figures["unfinished"]) == (False, ["step", "memory"])
+    assert {name: len(arm["seconds"]) for name, arm in figures["sections"]["step"]["arms"].items()} == samples
+    assert figures["sections"]["step"]["arms"]["naive"].keys() >= ARM | {"phases", "check"}
+    assert figures["sections"].keys() == figures["section_seconds"].keys() == {"step"}
+    assert f"what was measured is kept in {path}" in capsys.readouterr().out
+    page.write(path)
+    assert "stopped before its end: not complete are step, memory" in path.with_suffix(".md").read_text()
+
+
+def test_a_run_that_is_stopped_before_it_measures_writes_nothing(monkeypatch: Any, tmp_path: Path):
+    monkeypatch.setattr(suite_run, "RUN", {"ops": lambda context: interrupted()})
+    assert run(tmp_path, "ops") == 130
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_peer_that_hangs_is_left_out_and_the_run_goes_on(monkeypatch: Any, tmp_path: Path):
+    """Its second sample never ends."""
+    few_arms(monkeypatch, "naive", "all")
+    peers_that_answer(monkeypatch, trl=ANSWERS, hangs=ANSWERS)
+    module: Any = sys.modules["benchmarks.peers.steps"]
+    hang = "import time\nprint(input() and 0.5, flush=True)\nwhile True: time.sleep(60)"
+    command = module.command
+    module.command = lambda name, **_: [sys.executable, "-c", hang] if name == "hangs" else command(name)
+    assert run(tmp_path, "step", peers="trl,hangs", limit=5) == 0
+    figures = result(tmp_path)
+    arms = figures["sections"]["step"]["arms"]
+    assert arms.keys() == {"naive", "all", "trl"} and all(len(arm["seconds"]) == 2 for arm in arms.values())
+    assert figures["skipped"]["step/hangs"] == "no answer in 5 s: its process was ended"
+    assert figures["complete"] is True and figures["unfinished"] == []
+
+
+def test_ops_alone_make_no_model(monkeypatch: Any, tmp_path: Path):
+    monkeypatch.setattr(suite_context, "Bed", lambda *_, **options: pytest.fail("a model was made"))
+    monkeypatch.setattr(suite_run, "RUN", {"ops": lambda context: {}})
+    assert run(tmp_path, "ops") == 0
+    figures = result(tmp_path)
+    assert figures["sections"] == {"ops": {}} and figures["sizes"].items() >= SIZES.items()
+
+
+def test_an_update_without_naive_says_what_it_leaves_out(monkeypatch: Any, tmp_path: Path):
+    real = TrainerArm.figures
+
+    def figures(self: TrainerArm, groups: Any) -> dict[str, float]:
+        if self.arm.name == "naive":
+            raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+        return real(self, groups)
+
+    monkeypatch.setattr(TrainerArm, "figures", figures)
+    peers_that_answer(monkeypatch, trl=ANSWERS, vlm=ANSWERS)
+    assert run(tmp_path, "update", peers="trl,vlm") == 0
+    found = result(tmp_path)
+    assert found["sections"] == {} and found["complete"]
+    without = dict.fromkeys(("repeated", "all", "trl", "vlm"), "its base naive was left out")
+    expected = {"naive": "out of memory: tried to allocate 20 GiB", **without}
+    assert found["skipped"] == {f"update/{name}": reason for name, reason in expected.items()}
 
 
 def test_an_arm_that_memory_does_not_hold_is_left_out_with_those_that_need_it(monkeypatch: Any, tmp_path: Path):
@@ -173,9 +276,7 @@ def test_an_arm_that_memory_does_not_hold_is_left_out_with_those_that_need_it(mo
         real(self)
 
     monkeypatch.setattr(TrainerArm, "step", step)
-    made = ablation.arms("cpu", torch.float32)[0]
-    few = {name: made[name] for name in ("naive", "pack", "flat", "flat+skip_zero_advantage", "all")}
-    monkeypatch.setattr(ablation, "arms", lambda *_: (few, {}))
+    few_arms(monkeypatch, "naive", "pack", "flat", "flat+skip_zero_advantage", "all")
     assert run(tmp_path, "step") == 0
     figures = result(tmp_path)
     assert figures["sections"]["step"]["arms"].keys() == {"naive", "all"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from time import sleep
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from benchmarks.suite.energy import Joules
+from benchmarks.suite.progress import Progress
 from benchmarks.suite.samples import Sample, in_turn, peak_mib, row, sample
 from benchmarks.suite.timeline import NotedPhases, thinned, timeline
 from tests.resident import resident
@@ -56,9 +58,53 @@ def test_there_is_no_energy_without_a_meter():
     assert Joules("cpu").around(lambda: 1.5) == (1.5, None)
 
 
-def test_samples_of_warmup_are_dropped():
-    counts = iter(range(10))
-    assert [each.seconds for each in in_turn({"a": lambda: Sample(next(counts))}, rounds=3, warmup=2)["a"]] == [2, 3, 4]
+def row_of(name: str, samples: Any) -> dict[str, Any]:
+    return {"base": "a", "seconds": [each.seconds for each in samples]}
+
+
+# Sample that is stopped, and what is left: rounds are a b c, c b a, a b c.
+STOPPED = {
+    "the first": (1, {}),
+    "in the first round": (3, {"a": [1], "b": [2]}),
+    "in the second": (6, {"a": [1], "b": [2], "c": [3]}),
+    "in the third": (8, {"a": [1, 6], "b": [2, 5], "c": [3, 4]}),
+    "never": (10, {"a": [1, 6, 7], "b": [2, 5, 8], "c": [3, 4, 9]}),
+}
+
+
+@pytest.mark.parametrize(("stop", "left"), STOPPED.values(), ids=STOPPED.keys())
+def test_rounds_that_are_stopped_leave_the_whole_ones(stop: int, left: dict[str, list[int]]):
+    progress, counts = Progress(), iter(range(1, 10))
+
+    def arm() -> Sample:
+        if (number := next(counts)) == stop:
+            raise KeyboardInterrupt
+        return Sample(number)
+
+    with suppress(KeyboardInterrupt):
+        in_turn(dict.fromkeys("abc", arm), rounds=3, kept=progress.rounds(row_of))
+    found = progress.so_far()
+    assert {name: row["seconds"] for name, row in found.get("arms", {}).items()} == left
+    assert found.keys() == ({"arms"} if left else set())
+
+
+def test_what_was_done_stays_as_it_is():
+    progress = Progress()
+    in_turn({"a": lambda: Sample(1.0), "b": lambda: Sample(2.0)}, rounds=2, kept=progress.rounds(row_of))
+    progress.arms["a"] = row_of("a", [Sample(1.0)] * 2) | {"peak_mib": 5.0}
+    progress.section["grid"] = []
+    assert progress.so_far()["arms"]["a"]["peak_mib"] == 5.0
+    assert progress.so_far()["arms"]["b"] == {"base": "a", "seconds": [2.0, 2.0]}
+    del progress.arms["a"]
+    progress.rounds(lambda name, samples: None if name == "a" else row_of(name, samples))
+    assert progress.so_far() == {}  # the base of b has no row
+
+
+def test_cases_of_ops_have_no_arms():
+    progress = Progress()
+    assert progress.so_far() == {}
+    progress.section["grpo_loss 8x4"] = {"arms": {}}
+    assert progress.so_far() == {"grpo_loss 8x4": {"arms": {}}}
 
 
 def test_row():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,26 @@ SPECIAL = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
+# Layers and widths, without the tokenizer's part; the benchmarks' shape "tiny" has them too.
+TEXT = {
+    "hidden_size": 192,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
+    "tie_word_embeddings": True,
+}
+VISION = {
+    "depth": 4,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_heads": 4,
+    "out_hidden_size": 192,
+    "window_size": 56,
+    "fullatt_block_indexes": [1, 3],
+}
 # Numbers are words of their own, all else may grow into long tokens: completions stay short.
 WORDS = r" ?\p{N}{1,3}|[^\p{N}\n]+\n?|\n"
 CHAT_TEMPLATE = (
@@ -81,29 +102,14 @@ def config(tokens: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
     vocabulary = tokens.get_vocab()
     ids = {token: vocabulary[token] for token in SPECIAL}
     return Qwen2_5_VLConfig(
-        text_config={
+        text_config=deepcopy(TEXT)
+        | {
             "vocab_size": len(tokens),
-            "hidden_size": 192,
-            "intermediate_size": 384,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 6,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 4096,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
             "eos_token_id": ids["<|im_end|>"],
             "pad_token_id": ids["<|endoftext|>"],
             "bos_token_id": ids["<|endoftext|>"],
-            "tie_word_embeddings": True,
         },
-        vision_config={
-            "depth": 4,
-            "hidden_size": 128,
-            "intermediate_size": 256,
-            "num_heads": 4,
-            "out_hidden_size": 192,
-            "window_size": 56,
-            "fullatt_block_indexes": [1, 3],
-        },
+        vision_config=deepcopy(VISION),
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"],
