@@ -1,6 +1,11 @@
 """Before any test is collected: others that import Triton would import it uninterpreted."""
 
+import signal
+
 from tests.kernels import interpreter
 
 if interpreter.AVAILABLE:
     interpreter.load_kernels()
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a script: children inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)

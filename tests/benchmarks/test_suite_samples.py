@@ -7,6 +7,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from statistics import median
 from time import sleep
 from typing import Any
 
@@ -40,14 +41,14 @@ def test_a_sample_has_time_peak_and_energy(monkeypatch: Any):
 
 def test_the_peak_of_a_call_is_what_was_alive_in_it():
     """Eight blocks of 16 MiB one after another, two alive at a time: without returning them it would be what is left
-    of the heap. In a process whose heap nothing else has used; the highest of four, as the kernel may take cold pages
-    away meanwhile."""
+    of the heap. In a process whose heap nothing else has used; the middle one of seven, as the kernel may take cold
+    pages away meanwhile, and bring them back."""
     work = "import torch\ndef work():\n block = torch.ones(4 * 2**20)\n for _ in range(7): block = block + 1\nwork()\n"
-    code = work + "from benchmarks.suite.samples import peak_mib\nprint(*(peak_mib([], work) for _ in range(4)))"
+    code = work + "from benchmarks.suite.samples import peak_mib\nprint(*(peak_mib([], work) for _ in range(7)))"
     here = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels"))), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", code], env=here, capture_output=True, text=True, check=True)
     peaks = [float(peak) for peak in done.stdout.split()]
-    assert len(peaks) == 4 and 30 < max(peaks) < 40, peaks
+    assert len(peaks) == 7 and 30 < median(peaks) < 40, peaks
 
 
 def test_a_peak_that_the_samples_have_is_theirs():
