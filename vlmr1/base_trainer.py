@@ -29,7 +29,9 @@ from vlmr1.models import load_model
 from vlmr1.models.lora import base_of, is_adapter, restore_adapter
 from vlmr1.models.processor import save_processor
 from vlmr1.processes import serve_run
-from vlmr1.scale.launch import check_launched, launched_as
+from vlmr1.resume import is_last
+from vlmr1.scale.early import check_saving
+from vlmr1.scale.launch import check_launched
 from vlmr1.scale.ranks import Ranks
 from vlmr1.scale.sharded import Sharding, check_sharded, gathered_state, keep_float32, sharding_of
 from vlmr1.types import Group, Pack, Prompt, StepMetrics
@@ -41,9 +43,10 @@ BUDGET = "pack_budget.json"  # of a checkpoint: how much smaller packs have beco
 
 
 class Kept(Protocol):
-    """What checkpoints hold besides model, optimizer and rollouts: a file of its own in their directory."""
+    """What checkpoints hold besides model, optimizer and rollouts: a file of its own in their directory. Every rank
+    calls the methods, and one of them writes."""
 
-    def save(self, checkpoint: Path) -> None: ...
+    def save(self, checkpoint: Path, *, writes: bool) -> None: ...
     def load(self, checkpoint: Path) -> None: ...
 
 
@@ -55,8 +58,7 @@ class BaseTrainer(Trainer):
     buffer: Buffer
 
     def __init__(self, **options: Any):
-        if options["args"].save_only_model and launched_as() == "fsdp2":
-            raise SettingError("save_only_model is not supported with fsdp2, whose checkpoints are in shards")
+        check_saving(options["args"])
         super().__init__(data_collator=as_list, **options)
         self.ranks = Ranks(self.args.process_index, self.args.world_size)
         check_launched(self.ranks.world, self.accelerator)
@@ -221,10 +223,10 @@ class BaseTrainer(Trainer):
         with writing(name, output_dir), staged(output_dir, name, self.ranks) as self._staging:
             super()._save_checkpoint(model, trial)
             checkpoint = self._staging / name
+            for each in self.kept:
+                each.save(checkpoint, writes=self.ranks.rank == 0)
             if self.ranks.rank == 0:
                 self.budget.save(checkpoint / BUDGET)
-                for each in self.kept:
-                    each.save(checkpoint)
             if not self.buffer.spent and not self.args.save_only_model:
                 torch.save(self.buffer.state(), checkpoint / self.rollouts)
             if self.args.should_save:
@@ -240,10 +242,9 @@ class BaseTrainer(Trainer):
 
     def is_finished(self, checkpoint: Path) -> bool:
         """Whether this is the last checkpoint of a run, whose weights and state are then taken; `train` would go on."""
-        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        if state.global_step < state.max_steps:
+        if not is_last(checkpoint):
             return False
-        self.state = state
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         if self.sharding is None:
             self._load_weights(str(checkpoint), self.model)
         return True

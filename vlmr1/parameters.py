@@ -5,13 +5,16 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import Any
 
+import torch
 from transformers.integrations.liger import apply_liger_kernel
 
 from vlmr1.config import GRPOConfig
 from vlmr1.errors import SettingError
 from vlmr1.memory.precision import prepare_trained
+from vlmr1.models import adapter_of, empty_model
 from vlmr1.models.adapter import Adapter
 from vlmr1.models.lora import with_lora
+from vlmr1.scale.early import undivided
 
 COMPOSED = ("internvl", "smolvlm")  # whose decoder Liger looks up by its own type
 # Liger has no rotary kernel for GLM-4V, and of Qwen2-VL it replaces a function that transformers 5 does not have.
@@ -25,11 +28,25 @@ def choose_trained(model: Any, adapter: Adapter, args: GRPOConfig) -> Any:
         raise SettingError(f"load_in_4bit is {args.load_in_4bit}, and the model is {state}")
     if args.use_liger_kernel:
         _apply_liger(model, args)
-    if args.use_peft:
-        model = with_lora(model, adapter, args)
-    else:
-        _freeze(model, adapter, tower=args.freeze_vision, merger=args.freeze_merger)
+    model = with_frozen(model, adapter, args)
     prepare_trained(model, args)
+    return model
+
+
+def planned_model(name: str, args: GRPOConfig) -> Any:
+    """What a run from this local directory or hub id will train, on the meta device: of the model its configuration
+    alone is read."""
+    options = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
+    with undivided(args.deepspeed_plugin):
+        model = empty_model(name, dtype=getattr(torch, args.model_dtype), **options)
+        return with_frozen(model, adapter_of(model), args)
+
+
+def with_frozen(model: Any, adapter: Adapter, args: GRPOConfig) -> Any:
+    """The same, whatever its weights are."""
+    if args.use_peft:
+        return with_lora(model, adapter, args)
+    _freeze(model, adapter, tower=args.freeze_vision, merger=args.freeze_merger)
     return model
 
 

@@ -51,16 +51,20 @@ class PassesTrainer(BaseTrainer):
     def pack(self, groups: Sequence[Group]) -> tuple[list[Pack], dict[str, float]]:
         """Groups -> packed rows under the token budget, as many on every rank, and what they count."""
         plan = self._plan(self.with_signal(groups))
-        packs = [make_pack(row, share_vision=self.args.share_vision) for row in plan]
-        packs += [without_weight(groups)] * (self.ranks.most(max(len(packs), 1)) - len(packs))
-        if self.blank is not None:
-            packs = [with_image(pack, *self.blank) for pack in packs]
+        packs = self.made(plan, groups)
         return packs, {
             "packs": float(len(packs)),
             "packed_tokens": float(sum(len(pack.input_ids) for pack in packs)),
             "repeated_prompt_tokens": float(repeated_prompt_tokens(plan)),
             "tokens_per_pack": float(self.budget.tokens),
         }
+
+    def made(self, plan: Sequence[Sequence[Group]], groups: Sequence[Group]) -> list[Pack]:
+        """The packs of a plan, and passes of no weight over one of the groups behind them: engines need as many
+        passes on every rank, each of which calls the same modules."""
+        packs = [make_pack(row, share_vision=self.args.share_vision) for row in plan]
+        packs += [without_weight(groups)] * (self.ranks.most(max(len(packs), 1)) - len(packs))
+        return packs if self.blank is None else [with_image(pack, *self.blank) for pack in packs]
 
     def _plan(self, groups: Sequence[Group]) -> list[list[Group]]:
         switches = {"share_prompt": self.args.share_prompt, "pack": self.args.pack}
@@ -122,6 +126,8 @@ class PassesTrainer(BaseTrainer):
         if self.features is None or self.sharding is None:
             return
         images, refs, _ = unique_images([group.prompt for group in groups])
+        if not self.ranks.most(sum(ref not in self.features.kept for ref in refs)):
+            return
         precision = autocast(self.args.device, self.policy.dtype)  # as in a rollout
         with whole(self.model, self.sharding), precision, torch.no_grad():
             encode(self.adapter, self.engine.model, refs, images, self.features)

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from vlmr1.models import load_model
 from vlmr1.policy import PackedPolicy, call
+from vlmr1.scale.parts import mix, read, write
 from vlmr1.scale.sharded import Sharding, is_partitioned, release, sharded_reference, without_adapter
 from vlmr1.types import Pack
 
@@ -38,12 +40,22 @@ def frozen_copy(
 
 class Reference:
     """Log-probs of a frozen copy; `forward` is of the copy, `policy` the model that it was made from, `wrapped` what is
-    called where an engine shards the copy."""
+    called where an engine shards the copy as `sharding` says, and `trained` what it shards of the policy."""
 
-    def __init__(self, forward: PackedPolicy, policy: Any, wrapped: Any = None):
+    def __init__(
+        self,
+        forward: PackedPolicy,
+        policy: Any,
+        wrapped: Any = None,
+        *,
+        trained: Any = None,
+        sharding: Sharding | None = None,
+    ):
         self.forward = forward
         self.policy = policy
         self.wrapped = forward.model if wrapped is None else wrapped
+        self.trained = policy if trained is None else trained
+        self.sharding: Sharding | None = sharding
         self._ready = False
 
     @property
@@ -76,29 +88,33 @@ class Reference:
         with self.ready():
             return call(self.wrapped, self.model, lambda: self.forward.logprobs(pack))
 
-    # Where it follows the policy
+    # Where it follows the policy; every rank calls these
 
-    @torch.no_grad()
     def sync(self, alpha: float) -> None:
         """reference = alpha * policy + (1 - alpha) * reference; TR-DPO, arXiv:2404.09656."""
+        release(self.trained)
+        release(self.wrapped)
         policy = dict(self.policy.named_parameters())
-        for name, parameter in self._own().items():
-            parameter.mul_(1 - alpha).add_(policy[name].detach().to(parameter.device), alpha=alpha)
+        for name, parameter in self._moving().items():
+            mix(parameter, policy[name], alpha, self.sharding)
 
-    def save(self, checkpoint: Path) -> None:
-        """Write what differs from the policy's weights of the checkpoint: all that was copied."""
-        save_file({name: parameter.detach() for name, parameter in self._own().items()}, checkpoint / REFERENCE)
+    def save(self, checkpoint: Path, *, writes: bool = True) -> None:
+        """Write what differs from the policy's weights of the checkpoint: all that is trained."""
+        release(self.wrapped)
+        found = {name: read(p, self.sharding, keep=writes) for name, p in self._moving().items()}
+        if writes:
+            save_file({name: value for name, value in found.items() if value is not None}, checkpoint / REFERENCE)
 
-    @torch.no_grad()
     def load(self, checkpoint: Path) -> None:
-        saved = load_file(checkpoint / REFERENCE)
-        for name, parameter in self._own().items():
-            parameter.copy_(saved[name])
+        release(self.wrapped)
+        with safe_open(checkpoint / REFERENCE, "pt") as saved:
+            for name, parameter in self._moving().items():
+                write(parameter, saved.get_tensor(name), self.sharding)
 
-    def _own(self) -> dict[str, Tensor]:
-        """The parameters that are not the policy's."""
-        shared = {id(parameter) for parameter in self.policy.parameters()}
-        return {name: p for name, p in self.model.named_parameters() if id(p) not in shared}
+    def _moving(self) -> dict[str, Tensor]:
+        """The parameters whose counterparts the policy trains: where nothing is sharded, all that are not its own."""
+        trained = {name for name, parameter in self.policy.named_parameters() if parameter.requires_grad}
+        return {name: parameter for name, parameter in self.model.named_parameters() if name in trained}
 
 
 class HostReference(Reference):
@@ -155,7 +171,8 @@ def make_reference(
         return HostReference(forward, policy, device)
     forward.model = frozen_copy(policy, shared=sharding is None, source=source)
     if sharding is not None:
-        return Reference(forward, policy, sharded_reference(forward.model, accelerator, sharding))
+        copied = sharded_reference(forward.model, accelerator, sharding)
+        return Reference(forward, policy, copied, trained=wrapped, sharding=sharding)
     if device is not None and forward.model.device != device:
         forward.model.to(device)
     return Reference(forward, policy)

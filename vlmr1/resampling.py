@@ -49,8 +49,9 @@ class Reserve:
         self.position += 1
         return int(self._order[place])
 
-    def save(self, checkpoint: Path) -> None:
-        (checkpoint / RESERVE).write_text(json.dumps({"position": self.position}), encoding="utf-8")
+    def save(self, checkpoint: Path, *, writes: bool = True) -> None:
+        if writes:
+            (checkpoint / RESERVE).write_text(json.dumps({"position": self.position}), encoding="utf-8")
 
     def load(self, checkpoint: Path) -> None:
         self.position = json.loads((checkpoint / RESERVE).read_text(encoding="utf-8"))["position"]
@@ -71,7 +72,8 @@ def resample(
 
     A round draws as many prompts as groups are to be replaced: `draw(places, round)` makes scored groups of those rows
     of the data set. Groups without signal that are left keep their place. `gather` joins the lists of all ranks:
-    rounds go on until none needs one, and every rank moves its reserve alike."""
+    rounds go on until none needs one, every rank moves its reserve alike, and calls `draw` in each round, one that
+    needs none with no places: engines may have to gather weights on all of them."""
     kept, drawn, done = list(groups), list(groups), 0
     while done < rounds:
         flat = [i for i, group in enumerate(kept) if is_flat(group, weights)]
@@ -83,8 +85,7 @@ def resample(
             break
         done += 1
         start = sum(wanted[:rank])
-        own = places[start : start + len(flat)]
-        new = draw(own, done) if own else []
+        new = draw(places[start : start + len(flat)], done)
         drawn += new
         for i, group in zip(flat, (group for group in new if not is_flat(group, weights)), strict=False):
             kept[i] = group

@@ -9,16 +9,25 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from vlmr1.checkpoint import fault_of
 from vlmr1.errors import CheckpointError, SettingError
 from vlmr1.models.lora import is_adapter
 
 
+def is_last(checkpoint: Path) -> bool:
+    """Whether it was written at the end of its run."""
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    return state.global_step >= state.max_steps
+
+
 def check_resumable(checkpoint: Path) -> None:
-    """SettingError where it holds weights only: the trainer would go on with a new optimizer and say nothing."""
-    if any(checkpoint.glob("rng_state*.pth")):  # written with the optimizer's state, by every engine
+    """SettingError where it holds weights only, and its run has not ended: the trainer would go on with a new optimizer
+    and say nothing."""
+    whole = any(checkpoint.glob("rng_state*.pth"))  # written with the optimizer's state, by every engine
+    if whole or is_last(checkpoint):
         return
     merge = ", once `vlmr1 merge` has made a model of it" if is_adapter(checkpoint) else ""
     raise SettingError(

@@ -29,6 +29,7 @@ from vlmr1.flat_rewards import FlatRewards
 from vlmr1.models import load_model, load_processor, model_type_of
 from vlmr1.models.image_limits import limit_images
 from vlmr1.models.lora import is_adapter
+from vlmr1.parameters import planned_model
 from vlmr1.processes import naming_lost_workers
 from vlmr1.progress import Progress
 from vlmr1.report.training import NAME as REPORT
@@ -36,6 +37,7 @@ from vlmr1.report.training import write_run_report
 from vlmr1.resume import Resuming, check_resumable
 from vlmr1.rewards.methods import columns_of_files
 from vlmr1.rewards.registry import checks_of
+from vlmr1.scale.early import check_scale
 from vlmr1.scale.launch import launched_as
 from vlmr1.scale.ranks import Ranks
 from vlmr1.signals import StopSignals
@@ -119,6 +121,10 @@ def prepare(config: GRPOConfig) -> Prepared:
     if config.val_split_ratio > 0:
         seed = config.seed if config.data_seed is None else config.data_seed
         train, validation = validation_split(train, config.val_split_ratio, seed)
+    if config.should_save and config.save_strategy != SaveStrategy.NO:
+        optim = str(getattr(config.optim, "value", config.optim))
+        size = checkpoint_bytes(planned_model(name, config), optim, weights_only=config.save_only_model)
+        warn_of_space(output_dir, size)
     model = load_model(
         name,
         dtype=getattr(torch, config.model_dtype),
@@ -165,9 +171,12 @@ def _train(config: GRPOConfig, stop: StopSignals, resuming: Resuming) -> GRPOTra
     if ranks.rank == 0:
         check_output_dir(output_dir)
     resume = resuming.checkpoint = find_resume(config, output_dir)
+    check_scale(config)
+    check_settings(config, resume)
+    if resume is not None:
+        check_resumable(resume)
     prepared = prepare(config)
     evaluated = evaluation_samples(config, prepared.model.config.model_type, prepared.processor, prepared.validation)
-    check_settings(config, resume)
     ranks.wait()  # for all to have looked, before one writes
     if ranks.rank == 0:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -188,11 +197,7 @@ def _train(config: GRPOConfig, stop: StopSignals, resuming: Resuming) -> GRPOTra
         say(f"{resume}: all {trainer.state.max_steps} updates are done", flush=True)
         return trainer
     if resume is not None:
-        check_resumable(resume)
         say(f"continuing from {resume}", flush=True)
-    if config.should_save and config.save_strategy != SaveStrategy.NO:
-        size = checkpoint_bytes(prepared.model, str(config.optim), weights_only=config.save_only_model)
-        warn_of_space(output_dir, size)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     stop.leave()
     if config.write_report and trainer.is_world_process_zero():

@@ -30,10 +30,7 @@ from vlmr1.models import adapter_of, check_dropout
 from vlmr1.models.features import FeatureCache
 from vlmr1.models.lora import merged
 from vlmr1.naive import NaivePolicy
-from vlmr1.packing import (
-    make_pack,
-    tokens_of,
-)
+from vlmr1.packing import tokens_of
 from vlmr1.parameters import choose_trained
 from vlmr1.passes import PassesTrainer
 from vlmr1.penalty import unjudged, with_kl
@@ -194,6 +191,8 @@ class GRPOTrainer(PassesTrainer):
         step = self.state.global_step + (number << 32)
         merging = merged(self.accelerator.unwrap_model(self.model)) if self.args.lora_merge_rollout else nullcontext()
         with whole(self.model, self.sharding), merging:
+            if not prompts:  # other ranks have some, and gathered the weights with this one
+                return []
             return self.engine.generate(prompts, self.args.num_generations, self.sampling, step=step)
 
     def scored(self, groups: Sequence[Group], phases: Phases) -> list[Group]:
@@ -208,6 +207,8 @@ class GRPOTrainer(PassesTrainer):
             before = self.engine.stats
             with phases("rollout"):
                 drawn = self.rollout([dataset[row] for row in rows], number)
+            if not drawn:
+                return []
             self.engine.stats = before + self.engine.stats
             return self.scored(drawn, phases)
 
@@ -217,11 +218,13 @@ class GRPOTrainer(PassesTrainer):
 
     def with_kl(self, model: Any, groups: Sequence[Group], phases: Phases) -> list[Group]:
         """The groups with the KL that lowers their rewards; truncated completions have one too."""
+        self.encode_ahead(groups)
         while True:
             plan = self._plan(unjudged(groups))
-            packs = [make_pack(row, share_vision=self.args.share_vision) for row in plan]
+            packs = self.made(plan, unjudged(groups))
             try:
-                return with_kl(groups, plan, self.with_logprobs(model, packs, phases), self.args.kl)
+                packs = self.with_logprobs(model, packs, phases)
+                return with_kl(groups, plan, packs[: len(plan)], self.args.kl)
             except PackTooLarge as error:
                 self.shrink(error)
 

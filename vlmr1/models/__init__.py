@@ -29,6 +29,7 @@ __all__ = [
     "adapter_for",
     "adapter_of",
     "check_dropout",
+    "empty_model",
     "load_model",
     "load_processor",
     "model_type_of",
@@ -110,6 +111,13 @@ def load_model(
         return model
     except OSError as error:
         raise SettingError(f"model_name_or_path: {error}") from error
+
+
+def empty_model(name: str | Path, *, dtype: torch.dtype, revision: str, trust_remote_code: bool) -> PreTrainedModel:
+    """The model of a local directory or hub id without its weights, on the meta device."""
+    config = _config(name, {"revision": revision, "trust_remote_code": trust_remote_code})
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config, dtype=dtype)
 
 
 def model_type_of(name: str | Path, *, revision: str = "main", trust_remote_code: bool = False) -> str:

@@ -65,14 +65,19 @@ def _on_cpu(name: str) -> tuple[dict[str, str], list[str]]:
     return {"DS_ACCELERATOR": "cpu"}, ["--ddp_backend", "gloo"]
 
 
-def check_launched(world: int, accelerator: Any) -> None:
-    """SettingError where the processes do not see each other, or the engine that was asked for is not in use."""
+def check_processes(world: int) -> None:
+    """SettingError where the processes do not see each other."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if processes != world:
         raise SettingError(
             f"{processes} processes were launched, but this one sees {world}: on CPU set use_cpu (DDP), or ddp_backend "
             "gloo (DeepSpeed)"
         )
+
+
+def check_launched(world: int, accelerator: Any) -> None:
+    """SettingError where the processes do not see each other, or the engine that was asked for is not in use."""
+    check_processes(world)
     for name, engine in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DEEPSPEED")):
         if os.environ.get(name, "").lower() == "true" and accelerator.distributed_type != engine:
             raise SettingError(f"{name} is set, but accelerate uses {accelerator.distributed_type.value} here")

@@ -27,9 +27,14 @@ def sharding_of(accelerator: Any) -> Sharding | None:
     fsdp = getattr(accelerator.state, "fsdp_plugin", None)
     if fsdp is None:
         return None
-    if fsdp.fsdp_version != 2:
-        raise SettingError("FSDP of version 1 is not supported: set fsdp_version to 2, or use --launch fsdp2")
+    check_fsdp(fsdp.fsdp_version)
     return "fsdp2"
+
+
+def check_fsdp(version: int) -> None:
+    """SettingError for another version than 2."""
+    if version != 2:
+        raise SettingError("FSDP of version 1 is not supported: set fsdp_version to 2, or use --launch fsdp2")
 
 
 def check_sharded(args: Any, sharding: Sharding | None, *, engine: bool) -> None:
@@ -39,11 +44,15 @@ def check_sharded(args: Any, sharding: Sharding | None, *, engine: bool) -> None
         raise SettingError("stochastic_rounding needs one process: others add up gradients in the dtype of weights")
     if sharding is None:
         return
-    for name in ("dynamic_sampling", "kl_in_reward", "sync_ref_model", "load_in_4bit"):
-        if getattr(args, name):
-            raise SettingError(f"{name} is not supported where {sharding} shards the weights: use ddp or zero2")
+    if args.load_in_4bit:
+        raise SettingError(f"load_in_4bit is not supported where {sharding} shards the weights: use ddp or zero2")
     if args.use_dora and sharding == "zero3":
         raise SettingError("use_dora is not supported with zero3: peft reads weights that are not gathered; use fsdp2")
+    if args.sync_ref_model and args.use_peft and sharding == "zero3":
+        raise SettingError(
+            "sync_ref_model with use_peft is not supported with zero3, where the reference is read again and has no "
+            "adapter: use fsdp2"
+        )
     if args.reference == "offload":
         raise SettingError(f"reference=offload is not supported with {sharding}, which shards the reference too")
     if args.use_liger_kernel and args.beta > 0 and sharding == "zero3":

@@ -14,4 +14,5 @@ def backend(self: PartialState, *arguments: Any) -> tuple[str, DistributedType]:
 
 
 PartialState._prepare_backend = backend
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""Two ranks as torchrun would start them, forked from a process that has imported everything."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+from tests.vlmr1.forked import call
+from tests.vlmr1.scale.two_ranks import metrics, words
+from vlmr1.scale.launch import FSDP2, launch_command
+
+
+def run_forked(engine: str, folder: Path, output: Path, **more: Any) -> list[dict[str, float]]:
+    """The metrics of a run on two ranks; each has a prompt an update."""
+    arguments = words(folder, output, prompts_per_device=1, ddp_timeout=200, **more)  # who waits in vain fails
+    if engine == "fsdp2":
+        variables, arguments = FSDP2 | {"ACCELERATE_TORCH_DEVICE": "cpu"}, ["train", *arguments]
+    else:
+        variables, command = launch_command(engine, 2, arguments)
+        arguments = command[command.index("train") :]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"} | meeting | variables
+    logs = [output.with_name(f"{output.name}-{rank}.log") for rank in range(2)]
+    own = [world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    runs = [call(one_rank, arguments, own[rank], log=logs[rank]) for rank in range(2)]
+    statuses = [run.status() for run in runs]
+    assert statuses == [0, 0], [run.output[-3000:] for run in runs]
+    return metrics(output)
+
+
+def one_rank(arguments: list[str], variables: dict[str, str]) -> int:
+    os.environ.update(variables)
+    if "ACCELERATE_USE_FSDP" in variables:
+        from tests.vlmr1.scale import fsdp_on_cpu  # noqa: F401  # it takes the CPU for a GPU
+    from vlmr1.cli import main
+
+    return main(arguments)
