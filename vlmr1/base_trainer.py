@@ -33,7 +33,7 @@ from vlmr1.resume import is_last
 from vlmr1.scale.early import check_saving
 from vlmr1.scale.launch import check_launched
 from vlmr1.scale.ranks import Ranks
-from vlmr1.scale.sharded import Sharding, check_sharded, gathered_state, keep_float32, sharding_of
+from vlmr1.scale.sharded import Sharding, check_sharded, gathered_state, keep_float32, round_early, sharding_of
 from vlmr1.types import Group, Pack, Prompt, StepMetrics
 from vlmr1.unlogged import combined, costs, load_unlogged, save_unlogged
 
@@ -65,6 +65,7 @@ class BaseTrainer(Trainer):
         self.sharding: Sharding | None = sharding_of(self.accelerator)
         check_sharded(self.args, self.sharding, engine=self.joins_tower)
         keep_float32(self.accelerator, self.sharding)
+        round_early(self.model, self.accelerator, bf16=self.args.bf16)
         self.nonfinite = 0  # updates in a row
         self.skipped = 0  # updates in all
         self.last_loss = 0.0

@@ -103,11 +103,14 @@ def load_model(
         if compute_dtype is not None:
             options["quantization_config"] = four_bit(adapter_for(config), compute_dtype)
         adapter_for(config)
-        model = AutoModelForImageTextToText.from_pretrained(
+        model: Any = AutoModelForImageTextToText.from_pretrained(
             name, config=config, dtype=dtype, attn_implementation=attn_implementation, **options
         )
         if compute_dtype is not None:
             check_layers(model)
+        # With ZeRO-3 the library keeps conversions that no name has needed, and would write other names than it read.
+        if model._weight_conversions:
+            model._weight_conversions = [each for each in model._weight_conversions if each.was_used()]
         return model
     except OSError as error:
         raise SettingError(f"model_name_or_path: {error}") from error

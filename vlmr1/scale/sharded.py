@@ -109,6 +109,17 @@ def keep_float32(accelerator: Any, sharding: Sharding | None) -> None:
         )
 
 
+@torch.no_grad()
+def round_early(model: Any, accelerator: Any, *, bf16: bool) -> None:
+    """With bfloat16, ZeRO-2 rounds all weights when it starts, and its float32 masters begin there. Rounded before the
+    reference is copied, that is what the policy is, in the same dtype: the KL begins at 0."""
+    deepspeed = accelerator.state.deepspeed_plugin
+    if bf16 and deepspeed is not None and deepspeed.zero_stage < 3:
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(torch.bfloat16)
+
+
 @contextmanager
 def _unsharded(model: nn.Module) -> Iterator[None]:
     units = _units(model)

@@ -35,7 +35,9 @@ def run_forked(engine: str, folder: Path, output: Path, **more: Any) -> list[dic
 def one_rank(arguments: list[str], variables: dict[str, str]) -> int:
     os.environ.update(variables)
     if "ACCELERATE_USE_FSDP" in variables:
-        from tests.vlmr1.scale import fsdp_on_cpu  # noqa: F401  # it takes the CPU for a GPU
+        from tests.vlmr1.scale import fsdp_on_cpu
+
+        fsdp_on_cpu.allow()
     from vlmr1.cli import main
 
     return main(arguments)

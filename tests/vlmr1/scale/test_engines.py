@@ -57,6 +57,8 @@ def test_two_ranks_do_what_one_process_does_and_resume_exactly(engine, folder, a
     assert exported[0].keys() == exported[1].keys()
     for name, value in exported[0].items():
         assert torch.equal(value, exported[1][name]), name
+    names = load_file(ROOT / "vlmr1/tiny/checkpoint/model.safetensors").keys()
+    assert exported[0].keys() | {"lm_head.weight"} == names  # which is tied to the embeddings
     read = load_model(tmp_path / "run" / "checkpoint-4")  # an ordinary directory
     before = load_model(ROOT / "vlmr1/tiny/checkpoint").state_dict()
     assert any(not torch.equal(value, before[name]) for name, value in read.state_dict().items())

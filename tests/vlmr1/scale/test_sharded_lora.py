@@ -132,6 +132,24 @@ def test_settings_of_lora_where_parameters_are_sharded(engine, settings, folder,
             assert row == pytest.approx(other, rel=1e-5)
 
 
+@pytest.mark.slow
+def test_weights_that_are_fetched_ahead(folder, eager, tmp_path):
+    """ZeRO-3 follows a pass by the trace of an earlier one; the reference's has no adapter in it, the policy's has."""
+    path = Path(eager["ACCELERATE_DEEPSPEED_CONFIG_FILE"])
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["zero_optimization"] |= {"stage3_max_live_parameters": 200_000, "stage3_prefetch_bucket_size": 50_000}
+    path.write_text(json.dumps(config), encoding="utf-8")
+    more = LORA | {"adam_epsilon": 1e-5}
+    expected = run_alone(folder, tmp_path / "alone", **more)
+    arguments = words(folder, tmp_path / "run", prompts_per_device=1, **more)
+    done = two_ranks("zero3", arguments, **eager, SEEN=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same(metrics(tmp_path / "run"), expected)
+    for rank in range(2):
+        ahead = json.loads((tmp_path / f"seen-{rank}.json").read_text(encoding="utf-8"))["ahead"]
+        assert ahead["reference"] > 0 and ahead["policy"] > 0
+
+
 @pytest.mark.parametrize(
     "sharding, setting, says",
     [

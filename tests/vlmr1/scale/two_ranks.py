@@ -58,16 +58,20 @@ def computed(step: dict[str, float]) -> dict[str, float]:
 
 
 def two_ranks(engine: str, arguments: list[str], **variables: Any) -> subprocess.CompletedProcess:
-    """As `vlmr1 train --launch` runs it, with further environment variables; FSDP with the CPU in the place of a
-    GPU."""
+    """As `vlmr1 train --launch` runs it, with further environment variables; FSDP with the CPU in the place of a GPU,
+    bfloat16 too where SEEN is among the variables."""
+    worker = "bf16_on_cpu.py" if "SEEN" in variables else "fsdp_on_cpu.py"
+    script = str(Path(__file__).parent / worker)
     if engine == "fsdp2":
-        worker = str(Path(__file__).parent / "fsdp_on_cpu.py")
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        environment, command = FSDP2 | {"ACCELERATE_TORCH_DEVICE": "cpu"}, [*torchrun, worker, "train", *arguments]
+        environment, command = FSDP2 | {"ACCELERATE_TORCH_DEVICE": "cpu"}, [*torchrun, script, "train", *arguments]
     else:
         environment, command = launch_command(engine, 2, arguments)
+        if "SEEN" in variables:
+            at = command.index("vlmr1.cli")
+            command[at - 1 : at + 1] = [script]
     paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
-    environment = {**os.environ, **environment, **paths, **variables}
+    environment = {**os.environ, **environment, **paths, **{name: str(value) for name, value in variables.items()}}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=ROOT)
 
 
