@@ -88,7 +88,7 @@ class Worker:
     it has for an answer."""
 
     def __init__(self, command: Sequence[str], log: Path, *, limit: float):
-        self.log, self.limit = log, limit
+        self.log, self.limit, self.killed = log, limit, False
         with open(log, "w", encoding="utf-8") as errors:
             pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
             self.process = subprocess.Popen(command, bufsize=0, process_group=0, **pipes)
@@ -103,17 +103,22 @@ class Worker:
             answer = self._line()
         if answer.endswith(b"\n"):
             return json.loads(answer)
+        status = self._end()
         said = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-        raise ChildProcessError(": ".join([f"its process ended with status {self.process.wait()}", *said]))
+        raise ChildProcessError(": ".join([f"its process ended with status {status}", *said]))
 
     def _line(self) -> bytes:
         """What it says up to the end of a line, or to its own end."""
         assert self.process.stdout is not None
         line, end = b"", monotonic() + self.limit
         while not line.endswith(b"\n"):
-            if not select([self.process.stdout], [], [], max(0.0, end - monotonic()))[0]:
-                self.kill()
-                raise ChildProcessError(f"no answer in {self.limit:g} s: its process was ended")
+            if not select([self.process.stdout], [], [], max(0.0, min(1.0, end - monotonic())))[0]:
+                if self.process.poll() is not None:  # what it started may hold the pipe
+                    break
+                if monotonic() >= end:
+                    self.kill()
+                    raise ChildProcessError(f"no answer in {self.limit:g} s: its process was ended")
+                continue
             read = self.process.stdout.read(65536)
             if not read:
                 break
@@ -121,8 +126,9 @@ class Worker:
         return line
 
     def kill(self) -> None:
-        """End it and what it started, at once."""
-        if self.process.poll() is None:
+        """End it, and what it started and left behind, at once."""
+        if not self.killed:
+            self.killed = True
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
@@ -132,6 +138,11 @@ class Worker:
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
                 pipe.close()
+        self._end()
+
+    def _end(self) -> int:
+        """The status of one that is about to end; it may take `CLOSING` seconds."""
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(CLOSING)
         self.kill()
+        return self.process.wait()

@@ -37,8 +37,9 @@ def planned_model(name: str, args: GRPOConfig) -> Any:
     """What a run from this local directory or hub id will train, on the meta device: of the model its configuration
     alone is read."""
     options = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
+    options |= {"dtype": getattr(torch, args.model_dtype), "attn_implementation": args.attn_implementation}
     with undivided(args.deepspeed_plugin):
-        model = empty_model(name, dtype=getattr(torch, args.model_dtype), **options)
+        model = empty_model(name, **options)
         return with_frozen(model, adapter_of(model), args)
 
 

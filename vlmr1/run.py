@@ -34,7 +34,7 @@ from vlmr1.processes import naming_lost_workers
 from vlmr1.progress import Progress
 from vlmr1.report.training import NAME as REPORT
 from vlmr1.report.training import write_run_report
-from vlmr1.resume import Resuming, check_resumable
+from vlmr1.resume import Resuming, check_resumable, is_last
 from vlmr1.rewards.methods import columns_of_files
 from vlmr1.rewards.registry import checks_of
 from vlmr1.scale.early import check_scale
@@ -90,8 +90,9 @@ class Prepared:
     validation: Sequence[Sample] | None  # val_split_ratio of the rows
 
 
-def prepare(config: GRPOConfig) -> Prepared:
-    """Model, processor and samples of a run, each row checked against the rewards that will score it."""
+def prepare(config: GRPOConfig, *, finished: bool = False) -> Prepared:
+    """Model, processor and samples of a run, each row checked against the rewards that will score it. `finished`: it
+    will save nothing any more."""
     output_dir = Path(config.output_dir or "output")
     if not config.model_name_or_path:
         raise SettingError(f"model_name_or_path is not set: a local directory, a hub id, or {TINY!r}")
@@ -121,7 +122,7 @@ def prepare(config: GRPOConfig) -> Prepared:
     if config.val_split_ratio > 0:
         seed = config.seed if config.data_seed is None else config.data_seed
         train, validation = validation_split(train, config.val_split_ratio, seed)
-    if config.should_save and config.save_strategy != SaveStrategy.NO:
+    if config.should_save and config.save_strategy != SaveStrategy.NO and not finished:
         optim = str(getattr(config.optim, "value", config.optim))
         size = checkpoint_bytes(planned_model(name, config), optim, weights_only=config.save_only_model)
         warn_of_space(output_dir, size)
@@ -175,12 +176,13 @@ def _train(config: GRPOConfig, stop: StopSignals, resuming: Resuming) -> GRPOTra
     check_settings(config, resume)
     if resume is not None:
         check_resumable(resume)
-    prepared = prepare(config)
+    if ranks.rank == 0:
+        clean(output_dir)
+    prepared = prepare(config, finished=resume is not None and is_last(resume))
     evaluated = evaluation_samples(config, prepared.model.config.model_type, prepared.processor, prepared.validation)
     ranks.wait()  # for all to have looked, before one writes
     if ranks.rank == 0:
         output_dir.mkdir(parents=True, exist_ok=True)
-        clean(output_dir)
         keep_settings(config, output_dir)
     ranks.wait()
     progress = Progress(output_dir, console=not config.disable_tqdm)

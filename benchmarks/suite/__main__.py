@@ -46,7 +46,8 @@ def measure(words: Sequence[str]) -> int:
     from benchmarks.suite.run import run
 
     options = parse(words)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was measured is kept
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, signal.default_int_handler)  # what was measured is kept
     try:
         for shape in options.shapes:
             for path in report(run(options, shape)):

@@ -55,8 +55,9 @@ class Context:
         return self._bed
 
     def drop_bed(self) -> None:
-        """Model, reference and optimizer go; `bed` makes them again."""
+        """Model, reference and optimizer go; `bed` makes them again. The section's rows are made by then."""
         self._bed = None
+        self.progress.forget()
         gc.unfreeze()
         free_memory()
 

@@ -19,6 +19,7 @@ WITH_MODEL = ("rollout", "update", "step", "memory")
 WITH_PEERS = ("update", "step")
 ROUNDS = {"cpu": 5, "cuda": 3}
 QUICK_ROUNDS = 3
+LONGEST = 10**6  # seconds; what select takes
 PEER_LIMIT = 1800  # seconds; the first answer loads a library and a model, and runs two samples
 
 
@@ -77,8 +78,8 @@ def parse(arguments: Sequence[str]) -> Options:
         raise SettingError("--threads has no effect on a GPU")
     if given.threads is not None and given.threads < 1:
         raise SettingError(f"--threads is {given.threads}: it must be at least 1")
-    if given.peer_limit is not None and not given.peer_limit > 0:
-        raise SettingError(f"--peer-limit is {given.peer_limit:g}: it must be above 0")
+    if given.peer_limit is not None and not 0 < given.peer_limit <= LONGEST:
+        raise SettingError(f"--peer-limit is {given.peer_limit:g}: it must be above 0, and at most {LONGEST}")
     dtype = given.dtype or ("bfloat16" if device == "cuda" else "float32")
     names, left_out = _peers(given.peers, only, device)
     if given.peer_limit is not None and not names:

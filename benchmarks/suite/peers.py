@@ -102,11 +102,13 @@ class Peers:
 
         return {name: lambda name=name: arm(name) for name in self.workers}
 
-    def alone(self, name: str, joules: Joules, check: Check | None = None) -> list[Sample]:
-        """Samples of one peer, nothing else on the device; none where it was left out."""
+    def alone(self, name: str, tokens: int, base: str, check: Check | None = None) -> list[Sample]:
+        """Samples of one peer, nothing else on the device: `context.drop_bed` comes first. None where it was left
+        out."""
         if name in self.skipped or not self.start(name, check):
             return []
-        return in_turn({name: self.arms(joules)[name]}, rounds=self.options.rounds)[name]
+        kept = self.context.progress.rounds(lambda name, samples: self.of_rounds(name, samples, tokens, base))
+        return in_turn({name: self.arms(self.context.joules)[name]}, rounds=self.options.rounds, kept=kept)[name]
 
     def of_rounds(
         self, name: str, samples: Sequence[Sample], tokens: int, base: str, **more: Any

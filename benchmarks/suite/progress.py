@@ -16,8 +16,7 @@ class Progress:
 
     def __init__(self) -> None:
         self.section: dict[str, Any] = {}
-        self._samples: dict[str, list[Sample]] = {}
-        self._row: Row = lambda name, samples: None
+        self.forget()
 
     @property
     def arms(self) -> dict[str, Any]:
@@ -28,6 +27,10 @@ class Progress:
         after the rounds; None for an arm that has none."""
         self._row = row
         return self._samples
+
+    def forget(self) -> None:
+        """Samples, and what would make rows of them, with all that it holds."""
+        self._samples, self._row = {}, lambda name, samples: None
 
     def so_far(self) -> dict[str, Any]:
         """The section as far as it goes, empty where nothing was measured. Of rounds that were going on only whole ones

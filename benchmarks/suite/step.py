@@ -29,8 +29,9 @@ def step(context: Context) -> dict[str, Any]:
         if options.device == "cuda" and options.peers:
             context.drop_bed()
         for name in options.peers:
-            own = samples[name] if name in samples else peers.alone(name, context.joules)
-            if own and (made := peers.row(name, own, tokens, base="naive" if "naive" in rows else name)) is not None:
+            base = "naive" if "naive" in rows else name
+            own = samples[name] if name in samples else peers.alone(name, tokens, base)
+            if own and (made := peers.row(name, own, tokens, base=base)) is not None:
                 rows[name] = made
     return context.progress.section
 

@@ -47,7 +47,7 @@ def update(context: Context) -> dict[str, Any]:
             return context.progress.section
         check = objections(rows["naive"]["check"], options.dtype)
         for name in options.peers:
-            own = samples[name] if name in samples else peers.alone(name, context.joules, check)
+            own = samples[name] if name in samples else peers.alone(name, tokens, "naive", check)
             if own and (made := peers.row(name, own, tokens, base="naive")) is not None:
                 rows[name] = made
     return context.progress.section

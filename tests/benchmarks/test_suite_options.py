@@ -73,6 +73,7 @@ REFUSED = {
     "rounds": (["--rounds", "0"], "--rounds is 0"),
     "threads": (["--threads", "0"], "--threads is 0"),
     "peer limit": (["--peer-limit", "0"], "--peer-limit is 0: it must be above 0"),
+    "peer limit without end": (["--peer-limit", "inf"], "--peer-limit is inf: it must be above 0, and at most 1000000"),
     "peer limit without peers": (["--peers", "none", "--peer-limit", "5"], "--peer-limit has no effect"),
     "peer limit of sections without": (["--only", "ops", "--peer-limit", "5"], "--peer-limit has no effect"),
 }

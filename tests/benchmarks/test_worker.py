@@ -39,6 +39,15 @@ def alive(pid: int) -> bool:
         return False
 
 
+def gone(pid: int) -> bool:
+    """Within 5 seconds."""
+    for _ in range(100):
+        if not alive(pid):
+            return True
+        sleep(0.05)
+    return False
+
+
 def test_it_answers_line_by_line(tmp_path: Path):
     with worker(tmp_path, "import json\nfor line in sys.stdin: print(json.dumps([line] * 50_000), flush=True)") as made:
         assert [len(made.ask(word)) for word in ("a", "b")] == [50_000, 50_000]
@@ -53,6 +62,22 @@ def test_one_that_ended_says_its_last_words(tmp_path: Path):
                 made.ask("seconds")
 
 
+def test_what_one_that_ended_has_left_behind_is_ended(tmp_path: Path):
+    program = "input(); print(subprocess.Popen(['sleep', '600']).pid, flush=True); input(); sys.exit('boom')"
+    with worker(tmp_path, program) as made:
+        child = made.ask("pid")
+        with pytest.raises(ChildProcessError, match=r"its process ended with status 1: boom"):
+            made.ask("seconds")
+        assert gone(child)
+
+
+def test_one_that_says_nothing_more_and_goes_on_is_ended(tmp_path: Path, monkeypatch: Any):
+    monkeypatch.setattr(step_arms, "CLOSING", 0.2)
+    ended = pytest.raises(ChildProcessError, match=r"its process ended with status -9")
+    with worker(tmp_path, "input(); os.close(1); sleep(600)") as made, ended:
+        made.ask("seconds")
+
+
 @pytest.mark.parametrize("program", HANGS.values(), ids=HANGS.keys())
 def test_one_that_hangs_is_ended_with_what_it_started(program: str, tmp_path: Path):
     start = "child = subprocess.Popen(['sleep', '600'])\nfor line in sys.stdin:\n if line == 'pid\\n': "
@@ -63,11 +88,7 @@ def test_one_that_hangs_is_ended_with_what_it_started(program: str, tmp_path: Pa
         with pytest.raises(ChildProcessError, match=r"no answer in 0\.5 s: its process was ended"):
             made.ask("seconds")
         assert 0.5 <= monotonic() - begun < 30 and made.process.returncode == -9
-        for _ in range(100):
-            if not alive(child):
-                break
-            sleep(0.05)
-        assert not alive(child)
+        assert gone(child)
 
 
 def test_one_that_goes_on_after_its_input_is_ended(tmp_path: Path, monkeypatch: Any):

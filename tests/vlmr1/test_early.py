@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 from vlmr1.arguments import parse_config
-from vlmr1.checkpoint import publish
+from vlmr1.checkpoint import STAGING, publish
 from vlmr1.disk import checkpoint_bytes
 from vlmr1.errors import SettingError
 from vlmr1.models import adapter_of, load_model
@@ -111,6 +113,23 @@ def test_a_checkpoint_of_other_settings(begin, tmp_path):
         begin()
 
 
+def test_a_finished_run_on_a_full_disk(begin, tmp_path, monkeypatch, caplog):
+    usage = namedtuple("usage", "total used free")(2**40, 2**40, 0)
+    monkeypatch.setattr("vlmr1.disk.shutil.disk_usage", lambda path: usage)
+    checkpoint(tmp_path / "out", step=4)
+    with pytest.raises(Loaded):
+        begin()
+    assert "it will not fit" not in caplog.text
+
+
+def test_what_a_killed_run_left_is_gone_before_the_room_is_looked_at(begin, tmp_path):
+    left = tmp_path / "out" / f"{STAGING}checkpoint-2"
+    left.mkdir(parents=True)
+    with pytest.raises(Loaded):
+        begin()
+    assert not left.exists()
+
+
 @pytest.mark.parametrize("engine", ["", "zero3"])
 def test_a_full_disk(engine, begin, tmp_path, monkeypatch, caplog):
     """5 MiB are enough for an adapter and its optimizer, not for the model and its own."""
@@ -143,3 +162,18 @@ def test_what_a_checkpoint_takes_is_known_without_weights(more):
     for only in (True, False):
         sizes = [checkpoint_bytes(each, "adamw_torch_fused", weights_only=only) for each in (planned, read)]
         assert sizes[0] == sizes[1] > 0
+
+
+def test_a_model_is_planned_as_it_is_read(tmp_path, monkeypatch):
+    """With the attention that is asked for, not that of its configuration; with its own code, where that is allowed."""
+    code = "from transformers import Qwen2_5_VLForConditionalGeneration as Base\nclass Own(Base):\n    pass\n"
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", [*sys.path, str(tmp_path / "modules")])
+    shutil.copytree(CHECKPOINT, tmp_path / "model")
+    (tmp_path / "model" / "own.py").write_text(code, encoding="utf-8")
+    written = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
+    written |= {"attn_implementation": "flash_attention_2", "auto_map": {"AutoModelForImageTextToText": "own.Own"}}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(written), encoding="utf-8")
+    config = parse_config(["--use_cpu", "true", "--trust_remote_code", "true"])
+    planned = planned_model(str(tmp_path / "model"), config)
+    assert type(planned).__name__ == "Own" and planned.config._attn_implementation == config.attn_implementation

@@ -116,11 +116,14 @@ def load_model(
         raise SettingError(f"model_name_or_path: {error}") from error
 
 
-def empty_model(name: str | Path, *, dtype: torch.dtype, revision: str, trust_remote_code: bool) -> PreTrainedModel:
+def empty_model(
+    name: str | Path, *, dtype: torch.dtype, attn_implementation: str, revision: str, trust_remote_code: bool
+) -> PreTrainedModel:
     """The model of a local directory or hub id without its weights, on the meta device."""
     config = _config(name, {"revision": revision, "trust_remote_code": trust_remote_code})
+    options = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
     with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config, dtype=dtype)
+        return AutoModelForImageTextToText.from_config(config, dtype=dtype, **options)
 
 
 def model_type_of(name: str | Path, *, revision: str = "main", trust_remote_code: bool = False) -> str:
