@@ -62,9 +62,14 @@ class PassesTrainer(BaseTrainer):
     def made(self, plan: Sequence[Sequence[Group]], groups: Sequence[Group]) -> list[Pack]:
         """The packs of a plan, and passes of no weight over one of the groups behind them: engines need as many
         passes on every rank, each of which calls the same modules."""
-        packs = [make_pack(row, share_vision=self.args.share_vision) for row in plan]
+        packs = self.made_alone(plan)
         packs += [without_weight(groups)] * (self.ranks.most(max(len(packs), 1)) - len(packs))
         return packs if self.blank is None else [with_image(pack, *self.blank) for pack in packs]
+
+    def made_alone(self, plan: Sequence[Sequence[Group]]) -> list[Pack]:
+        """The packs of a plan and no more: for passes without gradient where each rank has all weights, which need not
+        be as many on every rank. DDP sends its buffers in the first one only, and each rank has a first one."""
+        return [make_pack(row, share_vision=self.args.share_vision) for row in plan]
 
     def _plan(self, groups: Sequence[Group]) -> list[list[Group]]:
         switches = {"share_prompt": self.args.share_prompt, "pack": self.args.pack}

@@ -32,8 +32,8 @@ def frozen_copy(
     again, with the options `source`."""
     if is_partitioned(model):
         attention = model.config._attn_implementation
-        read = load_model(model.name_or_path, dtype=model.dtype, attn_implementation=attention, **(source or {}))
-        return read.eval().requires_grad_(False)
+        again = load_model(model.name_or_path, dtype=model.dtype, attn_implementation=attention, **(source or {}))
+        return again.eval().requires_grad_(False)
     frozen = {id(parameter): parameter for parameter in model.parameters() if shared and not parameter.requires_grad}
     return copy.deepcopy(model, memo=frozen | (memo or {})).eval().requires_grad_(False)
 

@@ -221,7 +221,7 @@ class GRPOTrainer(PassesTrainer):
         self.encode_ahead(groups)
         while True:
             plan = self._plan(unjudged(groups))
-            packs = self.made(plan, unjudged(groups))
+            packs = self.made_alone(plan) if self.sharding is None else self.made(plan, unjudged(groups))
             try:
                 packs = self.with_logprobs(model, packs, phases)
                 return with_kl(groups, plan, packs[: len(plan)], self.args.kl)

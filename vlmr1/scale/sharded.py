@@ -38,8 +38,9 @@ def check_fsdp(version: int) -> None:
 
 
 def check_sharded(args: Any, sharding: Sharding | None, *, engine: bool) -> None:
-    """SettingError for settings that need passes of which the ranks would run different numbers, or all weights, or
-    that an `engine` of several ranks cannot honour."""
+    """SettingError for settings that an `engine` of several ranks cannot honour, or that sharded weights do not
+    allow: 4 bits, a reference in host memory, and with ZeRO-3 what reads weights outside of their modules or what a
+    reference that is read again is without."""
     if engine and args.stochastic_rounding:
         raise SettingError("stochastic_rounding needs one process: others add up gradients in the dtype of weights")
     if sharding is None:

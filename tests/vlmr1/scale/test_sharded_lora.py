@@ -159,8 +159,9 @@ def test_weights_that_are_fetched_ahead(folder, eager, tmp_path):
     ],
 )
 def test_what_sharded_adapters_cannot_be(sharding, setting, says, tmp_path):
-    names = ("stochastic_rounding", "dynamic_sampling", "kl_in_reward", "sync_ref_model", "load_in_4bit", "use_dora")
-    args: Any = SimpleNamespace(**dict.fromkeys(names, False), reference="auto", use_liger_kernel=False, beta=0.04)
+    names = ("stochastic_rounding", "sync_ref_model", "load_in_4bit", "use_dora")
+    others = {"use_peft": True, "reference": "auto", "use_liger_kernel": False, "beta": 0.04}
+    args: Any = SimpleNamespace(**dict.fromkeys(names, False), **others)
     check_sharded(args, sharding, engine=True)
     setattr(args, setting, True)
     with pytest.raises(SettingError, match=says):

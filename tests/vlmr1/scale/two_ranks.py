@@ -75,9 +75,9 @@ def two_ranks(engine: str, arguments: list[str], **variables: Any) -> subprocess
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=ROOT)
 
 
-def resumable(run: Path, copy: Path) -> Path:
-    """What is left of a run that was killed behind its third update."""
-    shutil.copytree(run / "checkpoint-3", copy / "checkpoint-3")
+def resumable(run: Path, copy: Path, update: int = 3) -> Path:
+    """What is left of a run that was killed behind this update."""
+    shutil.copytree(run / f"checkpoint-{update}", copy / f"checkpoint-{update}")
     for name in ("settings.json", "metrics.jsonl", "completions.jsonl"):
         shutil.copy(run / name, copy / name)
     return copy
