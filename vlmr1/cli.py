@@ -6,14 +6,15 @@ import argparse
 import logging
 import os
 import signal
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from vlmr1.console import last_words
 from vlmr1.data.check import add_arguments, check_command
 from vlmr1.errors import Stopped, UserError
 from vlmr1.memory.plan_arguments import add_arguments as add_plan_arguments
+from vlmr1.processes import leave
 from vlmr1_kernels.registry import ImplementationError
 
 
@@ -91,13 +92,11 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
     elif options.command == "train":
         from vlmr1.arguments import help_text, parse_config
         from vlmr1.run import train
-        from vlmr1.scale.ranks import part
 
         if options.help:
             print(help_text())
         else:
             train(parse_config(rest, recipe=options.recipe, config=options.config))
-            part()
     elif options.command == "plan":
         from vlmr1.memory.plan_command import plan_command
 
@@ -119,5 +118,10 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
+def command() -> NoReturn:
+    """`vlmr1`"""
+    leave(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import os
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
+from vlmr1.console import drop_broken
 from vlmr1.errors import WorkerError
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -33,6 +37,17 @@ def end_with_parent() -> None:
     Elsewhere nothing."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def leave(status: int) -> NoReturn:
+    """End this process. Where it is one of several ranks, what was registered for its exit is done, and no more: a
+    thread of a process group that wakes while the interpreter is taken down would abort it, after a run that was
+    done."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        atexit._run_exitfuncs()
+        drop_broken()
+        os._exit(status)
+    sys.exit(status)
 
 
 @contextmanager

@@ -52,13 +52,6 @@ class Ranks:
 ALONE = Ranks()
 
 
-def part() -> None:
-    """At the end of a run that has succeeded. Threads of a process group that still ran when the interpreter ends could
-    abort it."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
-
-
 @contextmanager
 def _together() -> Iterator[None]:
     """RankError where another rank is gone: it has said why."""

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from tests.vlmr1.scale import fsdp_on_cpu
 from tests.vlmr1.scale.forced import repeating
 from vlmr1 import passes, policy, reference, run, trainer
 from vlmr1.cli import main
+from vlmr1.processes import leave
 from vlmr1.rollout import schedule
 
 SUMS = ("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor", "reduce_scatter_single")
@@ -101,4 +101,4 @@ def watched_main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(watched_main())
+    leave(watched_main())

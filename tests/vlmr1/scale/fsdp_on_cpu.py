@@ -1,12 +1,12 @@
 """`vlmr1` where accelerate takes the CPU for a GPU: it has FSDP for those only, torch has it for both."""
 
-import sys
 from typing import Any
 
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
 from vlmr1.cli import main
+from vlmr1.processes import leave
 
 
 def backend(self: PartialState, *arguments: Any) -> tuple[str, DistributedType]:
@@ -19,4 +19,4 @@ def allow() -> None:
 
 if __name__ == "__main__":
     allow()
-    sys.exit(main())
+    leave(main())
