@@ -70,7 +70,7 @@ def test_all_data_beside_the_sources_is_built(built):
 
 def test_metadata():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["scripts"] == {"vlmr1": "vlmr1.cli:main"}
+    assert project["scripts"] == {"vlmr1": "vlmr1.cli:command"}
     assert project["requires-python"] == ">=3.11"
     assert {"torch>=2.11", "transformers>=5.18"} <= set(project["dependencies"])
     assert "triton>=3.6" in project["optional-dependencies"]["gpu"]
