@@ -35,12 +35,12 @@ setup(
         "vlmr1": [
             "data/*.md",
             "evaluation/*.md",
-            "memory/configs/*.json",
+            "planner/configs/*.json",
             "models/*.md",
             "recipes/*.yaml",
             "rewards/*.md",
-            "scale/*.md",
-            "scale/configs/*.json",
+            "distributed/*.md",
+            "distributed/configs/*.json",
             "report/*.css",
             "tiny/checkpoint/*",
         ]

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from vlmr1.data.prompts import PromptBuilder
-from vlmr1.models import adapter_of, load_model, load_processor
+from vlmr1.models import family_of, load_model, load_processor
 from vlmr1.tiny import build as tiny
 from vlmr1.tiny.build import SPECIAL, tokenizer
 from vlmr1.types import Completion, Group, Prompt, Sample
@@ -189,7 +189,7 @@ def groups(
 ) -> Sequence[Group]:
     """Groups of random completions, all of `completion_length`, each group with its image."""
     random = torch.Generator().manual_seed(seed)
-    builder = PromptBuilder(model, adapter_of(model), processor)
+    builder = PromptBuilder(model, family_of(model), processor)
     vocabulary, size, length = shape.text["vocab_size"], shape.num_generations, shape.completion_length
     made = []
     for index in range(prompts):
@@ -207,7 +207,7 @@ def groups(
 
 def placeholders(model: Any) -> list[int]:
     """Tokens that random weights may draw, and that stand for an image which is not there."""
-    return adapter_of(model).placeholder_ids(model)
+    return family_of(model).placeholder_ids(model)
 
 
 def spread(completions: list, **_: Any) -> list[float]:

@@ -16,9 +16,9 @@ from benchmarks import model as bench_model
 from benchmarks.harness import PeakMemory
 from benchmarks.model import BENCH_TEXT, BENCH_VISION, TEXT_3B, TEXT_7B, VISION_3B, VISION_7B, Shape, spread
 from vlmr1.config import GRPOConfig
-from vlmr1.memory.plan import Plan, Planner, inputs_of
+from vlmr1.grpo.trainer import GRPOTrainer
 from vlmr1.models import load_model
-from vlmr1.trainer import GRPOTrainer
+from vlmr1.planner.plan import Plan, Planner, inputs_of
 from vlmr1.types import Pack, Sample
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks import model as bench_model
 from vlmr1.config import GRPOConfig
-from vlmr1.trainer import GRPOTrainer
+from vlmr1.grpo.trainer import GRPOTrainer
 from vlmr1.types import Group
 
 BETA = 0.04

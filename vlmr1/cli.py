@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from vlmr1.console import last_words
-from vlmr1.data.check import add_arguments, check_command
+from vlmr1.commands.data_check import add_arguments, check_command
 from vlmr1.errors import Stopped, UserError
-from vlmr1.memory.plan_arguments import add_arguments as add_plan_arguments
-from vlmr1.processes import leave
+from vlmr1.lifecycle.console import last_words
+from vlmr1.lifecycle.processes import leave
+from vlmr1.planner.arguments import add_arguments as add_plan_arguments
 from vlmr1_kernels.registry import ImplementationError
 
 
@@ -68,17 +68,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace, rest: list[str]) -> int:
     if options.command == "train" and options.launch is not None and not options.help:
-        from vlmr1.scale.launch import launch
+        from vlmr1.distributed.launch import launch
 
         chosen = {"--recipe": options.recipe, "--config": options.config}
         given = [word for name, value in chosen.items() if value is not None for word in (name, str(value))]
         launch(options.launch, options.processes, [*given, *rest])
     if options.command == "bench":
-        from vlmr1.bench import bench
+        from vlmr1.commands.bench import bench
 
         bench(rest)
     if options.command == "doctor":
-        from vlmr1.doctor import doctor
+        from vlmr1.commands.doctor import doctor
 
         print(doctor())
         return 0
@@ -86,23 +86,23 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
 
     disable_progress_bar()
     if options.command == "demo":
-        from vlmr1.demo import demo
+        from vlmr1.commands.demo import demo
 
         demo(options.seed, options.output_dir or Path("output") / f"demo-{options.seed}", rest)
     elif options.command == "train":
-        from vlmr1.arguments import help_text, parse_config
-        from vlmr1.run import train
+        from vlmr1.commands.arguments import help_text, parse_config
+        from vlmr1.commands.train import train
 
         if options.help:
             print(help_text())
         else:
             train(parse_config(rest, recipe=options.recipe, config=options.config))
     elif options.command == "plan":
-        from vlmr1.memory.plan_command import plan_command
+        from vlmr1.commands.plan import plan_command
 
         plan_command(options, rest)
     elif options.command == "evaluate":
-        from vlmr1.evaluation.command import evaluate_command
+        from vlmr1.commands.evaluate import evaluate_command
 
         evaluate_command(rest)
     elif options.command == "report":
@@ -110,7 +110,7 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
 
         print(write_run_report(options.run, options.out))
     elif options.command == "merge":
-        from vlmr1.merge import merge
+        from vlmr1.commands.merge import merge
 
         merge(options.checkpoint, options.output, dtype=options.dtype)
     elif options.command == "data":

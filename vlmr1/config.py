@@ -9,8 +9,8 @@ from transformers import TrainingArguments
 
 from vlmr1.data.templates import TEMPLATES
 from vlmr1.errors import SettingError
-from vlmr1.memory.settings import check_parameters
-from vlmr1.objective import kernel_settings
+from vlmr1.grpo.objective import kernel_settings
+from vlmr1.models.settings import check_parameters
 from vlmr1.rewards.judge import Judge
 from vlmr1.rewards.settings import RewardSettings
 from vlmr1.rollout.sampling import SamplingSettings

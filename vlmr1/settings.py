@@ -11,7 +11,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from vlmr1.data.templates import question_text
 from vlmr1.errors import SettingError
-from vlmr1.objective import check_objective
+from vlmr1.grpo.objective import check_objective
 from vlmr1_kernels.registry import ImplementationError, parse_choices
 
 if TYPE_CHECKING:

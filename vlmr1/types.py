@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vlmr1.data.images import ImageRef
-    from vlmr1.models.adapter import ImageInputs
+    from vlmr1.models.family import ImageInputs
     from vlmr1_kernels import PrefixLayout
 
 

@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks import model as bench_model
 from benchmarks.peers.clock import Clock, charged, untimed
-from vlmr1.models.adapter import joined
+from vlmr1.models.family import joined
 from vlmr1.types import Group
 
 QUESTION = "Locate the digit 7"
@@ -204,9 +204,9 @@ def lines(folder: Path, model: Any, processor: Any, shape: bench_model.Shape) ->
     if shape.prompt_length is None:
         return 0
     from vlmr1.data.prompts import PromptBuilder
-    from vlmr1.models import adapter_of
+    from vlmr1.models import family_of
 
-    prompt = bench_model.prompt_of(folder, PromptBuilder(model, adapter_of(model), processor), shape, 0)
+    prompt = bench_model.prompt_of(folder, PromptBuilder(model, family_of(model), processor), shape, 0)
     return prompt.sample.messages[0]["content"][-1]["text"].count("\n")
 
 

@@ -51,8 +51,8 @@ from torch import Tensor
 from benchmarks import model as bench_model
 from benchmarks.peers.clock import Clock, untimed
 from vlmr1.data.prompts import PromptBuilder
-from vlmr1.models import adapter_of
-from vlmr1.models.adapter import joined
+from vlmr1.models import family_of
+from vlmr1.models.family import joined
 from vlmr1.types import Group
 
 EPSILON = 0.2  # its GRPOConfig's default
@@ -187,7 +187,7 @@ class VLMR1Step:
             suppress_tokens=bench_model.placeholders(model),
         )
         self.size, self.length = shape.num_generations, shape.completion_length
-        builder = PromptBuilder(model, adapter_of(model), processor)
+        builder = PromptBuilder(model, family_of(model), processor)
         self.samples = [bench_model.prompt_of(folder, builder, shape, index).sample for index in range(prompts)]
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
 

@@ -14,9 +14,9 @@ from benchmarks.step_arms import BETA
 from benchmarks.suite.ablation import Arm, kernels_of
 from benchmarks.suite.bed import Bed
 from benchmarks.suite.timeline import Trainer
-from vlmr1.buffer import Part
 from vlmr1.config import GRPOConfig
-from vlmr1.reference import Reference
+from vlmr1.grpo.buffer import Part
+from vlmr1.grpo.reference import Reference
 from vlmr1.types import Group
 from vlmr1_kernels import use
 

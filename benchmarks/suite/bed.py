@@ -14,8 +14,8 @@ import torch
 from benchmarks import model as bench_model
 from benchmarks.model import Shape
 from vlmr1.data.prompts import PromptBuilder
-from vlmr1.models import adapter_of
-from vlmr1.reference import frozen_copy
+from vlmr1.grpo.reference import frozen_copy
+from vlmr1.models import family_of
 from vlmr1.types import Group, Prompt
 
 
@@ -34,8 +34,8 @@ class Bed:
         self.model.generation_config.eos_token_id = None
         if shape.checkpointing:
             self.model.gradient_checkpointing_enable()
-        self.adapter = adapter_of(self.model)
-        self.builder = PromptBuilder(self.model, self.adapter, self.processor)
+        self.family = family_of(self.model)
+        self.builder = PromptBuilder(self.model, self.family, self.processor)
         self.prompts = [bench_model.prompt_of(folder, self.builder, shape, index) for index in range(prompts)]
         self._reference: Any = None
         self._optimizer: Any = None
@@ -63,7 +63,7 @@ class Bed:
         if not frozen_tower:
             return self._reference
         shared = {id(parameter): parameter for parameter in self._reference.parameters()}
-        towers = (self.adapter.vision_parameters(model) for model in (self._reference, self.model))
+        towers = (self.family.vision_parameters(model) for model in (self._reference, self.model))
         shared |= {id(own): of_policy for own, of_policy in zip(*towers, strict=True)}
         return copy.deepcopy(self._reference, memo=shared)  # modules only: every parameter is in the memo
 

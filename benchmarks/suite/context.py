@@ -19,7 +19,7 @@ from benchmarks.suite.options import WITH_MODEL, Options
 from benchmarks.suite.progress import Progress
 from benchmarks.suite.samples import Sample
 from benchmarks.suite.sizes import PROMPTS
-from vlmr1.memory.budget import free_memory
+from vlmr1.grpo.pack_budget import free_memory
 
 
 class Context:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from vlmr1.memory.nvml import GpuMeter
+from vlmr1.telemetry.nvml import GpuMeter
 
 
 class Joules:

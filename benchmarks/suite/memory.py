@@ -10,7 +10,7 @@ from benchmarks.suite.arms import TrainerArm
 from benchmarks.suite.context import Context
 from benchmarks.suite.step import fits
 from benchmarks.suite.timeline import timeline
-from vlmr1.memory.peaks import PEAKS
+from vlmr1.telemetry.peaks import PEAKS
 
 
 def memory(context: Context) -> dict[str, Any]:

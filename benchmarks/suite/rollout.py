@@ -87,7 +87,7 @@ class Rollout:
 
 def engines(bed: Bed) -> dict[str, RolloutEngine]:
     dtype = bed.dtype if bed.dtype == torch.bfloat16 else None  # of autocast, as in training
-    given = (bed.model, bed.adapter, bed.processor.tokenizer)
+    given = (bed.model, bed.family, bed.processor.tokenizer)
     made: dict[str, RolloutEngine] = {"transformers": TransformersEngine(*given, dtype=dtype)}
     made["native"] = NativeEngine(*given, dtype=dtype, cuda_graphs=False)
     if bed.device == "cuda":

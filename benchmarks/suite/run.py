@@ -24,7 +24,7 @@ from benchmarks.suite.progress import Progress
 from benchmarks.suite.rollout import rollout
 from benchmarks.suite.step import step
 from benchmarks.suite.update import update
-from vlmr1.memory.telemetry import gpu_info
+from vlmr1.telemetry.phases import gpu_info
 
 LAYOUT = 1
 CEILING_ROUNDS, QUICK_CEILING_ROUNDS = 10, 3

@@ -11,7 +11,7 @@ from benchmarks import model as bench_model
 from benchmarks.attention import DTYPES
 from benchmarks.model import SHAPES, Shape
 from vlmr1.data.prompts import PromptBuilder
-from vlmr1.models import adapter_of, load_processor
+from vlmr1.models import family_of, load_processor
 from vlmr1.tiny.build import tokenizer
 from vlmr1.types import Prompt
 
@@ -57,7 +57,7 @@ def without_model(folder: Path, shape: Shape) -> dict[str, int]:
     config = bench_model.config_of(shape, bench_model.write_processor(folder))
     config.save_pretrained(folder)
     model = without_weights(config)
-    builder = PromptBuilder(model, adapter_of(model), load_processor(folder))
+    builder = PromptBuilder(model, family_of(model), load_processor(folder))
     return of(shape, bench_model.prompt_of(folder, builder, shape, 0), model)
 
 

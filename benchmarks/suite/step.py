@@ -15,7 +15,7 @@ from benchmarks.suite.context import Context
 from benchmarks.suite.peers import Peers
 from benchmarks.suite.samples import Sample, in_turn, peak_mib, row, sample
 from vlmr1.errors import MemoryShort
-from vlmr1.memory.budget import free_memory
+from vlmr1.grpo.pack_budget import free_memory
 from vlmr1_kernels import ImplementationError
 
 

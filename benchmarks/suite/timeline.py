@@ -11,8 +11,8 @@ from time import perf_counter
 import torch
 
 from benchmarks.harness import MIB
-from vlmr1.memory.telemetry import Phases
-from vlmr1.trainer import GRPOTrainer
+from vlmr1.grpo.trainer import GRPOTrainer
+from vlmr1.telemetry.phases import Phases
 
 INTERVAL = 0.005  # seconds between samples, as far as the interpreter lets the thread run
 MOST = 2000  # samples that are kept

@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import scaling
 from benchmarks.flops import FORWARD, TRAINED, chunks, pack_flops, update_flops
-from vlmr1.packing import make_pack
-from vlmr1.policy import PackedPolicy
+from vlmr1.grpo.packing import make_pack
+from vlmr1.grpo.policy import PackedPolicy
 from vlmr1_kernels import use
 from vlmr1_kernels.reference.shared_prefix_attention import visible
 
@@ -35,7 +35,7 @@ def test_a_pack_costs_what_torch_counts(model, make):
         make.group(make.prompt("Which of the two has a 4?", (56, 140)), (4, 2)),
     ]
     pack = make_pack(groups)
-    policy = PackedPolicy(model, make.adapter, temperature=1.0)
+    policy = PackedPolicy(model, make.family, temperature=1.0)
     with use("linear_logprob=reference"), FlopCounterMode(display=False) as counter:
         policy.logprobs(pack)
     counts = counter.get_flop_counts()["Global"]

@@ -20,7 +20,7 @@ from benchmarks.harness import require_equal
 from benchmarks.peers import clock, steps
 from benchmarks.peers.vlm_r1 import Form, VLMR1Step
 from vlmr1.config import GRPOConfig
-from vlmr1.trainer import GRPOTrainer
+from vlmr1.grpo.trainer import GRPOTrainer
 
 SMALL = bench_model.Shape(
     bench_model.BENCH_TEXT

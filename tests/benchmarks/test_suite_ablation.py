@@ -157,7 +157,7 @@ def test_a_frozen_arm_does_not_freeze_the_next(bed: Bed):
     naive = TrainerArm(bed, CPU["naive"])
     assert not naive.frozen and frozen.frozen
     assert naive.figures(bed.groups())["grad_norm"] > norms["grad_norm"]
-    tower = bed.adapter.vision_parameters(bed.model)
+    tower = bed.family.vision_parameters(bed.model)
     frozen.update(bed.groups())
     assert all(parameter.grad is None for parameter in tower)
 
@@ -167,8 +167,8 @@ def test_arms_have_one_model_one_reference_and_one_optimizer(bed: Bed):
     assert naive.model is frozen.model is bed.model
     heads = {arm.trainer.reference.model.lm_head.weight.data_ptr() for arm in (naive, frozen)}  # type: ignore[union-attr]
     assert len(heads) == 1 and bed.model.lm_head.weight.data_ptr() not in heads
-    of_policy, of_reference = bed.adapter.vision_parameters(bed.model), frozen.trainer.reference.model  # type: ignore[union-attr]
-    assert [p.data_ptr() for p in bed.adapter.vision_parameters(of_reference)] == [p.data_ptr() for p in of_policy]
+    of_policy, of_reference = bed.family.vision_parameters(bed.model), frozen.trainer.reference.model  # type: ignore[union-attr]
+    assert [p.data_ptr() for p in bed.family.vision_parameters(of_reference)] == [p.data_ptr() for p in of_policy]
 
 
 def test_a_step_moves_the_weights_and_reports_every_phase(bed: Bed):

@@ -20,9 +20,9 @@ from benchmarks.suite.samples import Sample, in_turn, peak_mib, row, sample
 from benchmarks.suite.timeline import NotedPhases, thinned, timeline
 from tests.resident import resident
 from vlmr1 import cli
-from vlmr1.bench import bench
+from vlmr1.commands.bench import bench
 from vlmr1.errors import UserError
-from vlmr1.memory.nvml import GpuMeter
+from vlmr1.telemetry.nvml import GpuMeter
 
 MIB = 2**20
 ROOT = Path(__file__).parents[2]
@@ -164,7 +164,7 @@ def test_bench_runs_the_suite_of_the_checkout_where_the_caller_is(tmp_path: Path
     )
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    run = "from pathlib import Path; from vlmr1.bench import bench; bench({}, root=Path({!r}))"
+    run = "from pathlib import Path; from vlmr1.commands.bench import bench; bench({}, root=Path({!r}))"
     words = run.format(["compare", "A", "--fail-over", "5"], str(tmp_path / "root"))
     here = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))}
     assert subprocess.run([sys.executable, "-c", words], env=here, check=False).returncode == 7
@@ -178,6 +178,6 @@ def test_bench_without_the_checkout_is_one_message(tmp_path: Path):
 
 def test_the_command_passes_its_words_on(monkeypatch: Any):
     called = []
-    monkeypatch.setattr("vlmr1.bench.bench", called.append)
+    monkeypatch.setattr("vlmr1.commands.bench.bench", called.append)
     cli.main(["bench", "--only", "ops", "--quick", "-h"])
     assert called == [["--only", "ops", "--quick", "-h"]]

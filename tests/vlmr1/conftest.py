@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from vlmr1.data.prompts import PromptBuilder
-from vlmr1.models import adapter_of, load_model, load_processor
+from vlmr1.models import family_of, load_model, load_processor
 from vlmr1.tiny import CHECKPOINT
 from vlmr1.types import Completion, Group, Prompt, Sample
 
@@ -42,8 +42,8 @@ class Maker:
     """Makes prompts and groups with random completions; everything follows from the seed."""
 
     def __init__(self, model: Any, processor: Any, image_files: dict[int, Path], seed: int = 0):
-        self.model, self.adapter = model, adapter_of(model)
-        self.builder = PromptBuilder(model, self.adapter, processor)
+        self.model, self.family = model, family_of(model)
+        self.builder = PromptBuilder(model, self.family, processor)
         self.image_files = image_files
         self.random = torch.Generator().manual_seed(seed)
         self.made = 0

@@ -19,8 +19,8 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
         "vlmr1.cli",
-        "vlmr1.arguments",
-        "vlmr1.run",
+        "vlmr1.commands.arguments",
+        "vlmr1.commands.train",
         "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
         "transformers.models.qwen2_5_vl.processing_qwen2_5_vl",
         "transformers.models.qwen2_vl.image_processing_qwen2_vl",

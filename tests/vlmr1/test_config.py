@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import yaml
 
-from vlmr1.arguments import RECIPES, parse_config, recipe_names
 from vlmr1.cli import main
+from vlmr1.commands.arguments import RECIPES, parse_config, recipe_names
+from vlmr1.commands.train import arithmetic
 from vlmr1.config import REPLACED, GRPOConfig
 from vlmr1.data.templates import TEMPLATES, question_text
 from vlmr1.errors import SettingError
-from vlmr1.run import arithmetic
 from vlmr1_kernels import GRPOSettings
 
 CPU = ["--use_cpu", "true"]  # bf16 needs a GPU, or to be told that there is none

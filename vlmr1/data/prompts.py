@@ -13,7 +13,7 @@ from tqdm import tqdm
 from vlmr1.data.images import MIN_SIDE, ImageBytes, ImageRef, open_image
 from vlmr1.data.samples import Samples
 from vlmr1.errors import DataError, SettingError
-from vlmr1.models.adapter import Adapter, ImageInputs
+from vlmr1.models.family import ImageInputs, ModelFamily
 from vlmr1.types import Prompt, Sample
 
 logger = logging.getLogger(__name__)
@@ -22,9 +22,9 @@ logger = logging.getLogger(__name__)
 class PromptBuilder:
     """Tokenizes one Sample with its model's processor; every image is read and held once."""
 
-    def __init__(self, model: Any, adapter: Adapter, processor: Any, *, max_prompt_length: int | None = None):
+    def __init__(self, model: Any, family: ModelFamily, processor: Any, *, max_prompt_length: int | None = None):
         self.model = model
-        self.adapter = adapter
+        self.family = family
         self.processor = processor
         self.max_prompt_length = max_prompt_length
 
@@ -40,14 +40,14 @@ class PromptBuilder:
             raise DataError(f"{sample.source}: the processor refuses the row: {error}") from error
         input_ids = inputs["input_ids"][0]
         self._check(sample, input_ids)
-        split = self.adapter.split_images(self.model, inputs, len(images))
-        return Prompt(sample, input_ids, self.adapter.positions(self.model, input_ids, split), split)
+        split = self.family.split_images(self.model, inputs, len(images))
+        return Prompt(sample, input_ids, self.family.positions(self.model, input_ids, split), split)
 
     def blank(self) -> tuple[ImageRef, ImageInputs]:
         """A small black image, and what the processor makes of it: for passes that have none and call the tower."""
         image = ImageBytes.of_image(Image.new("RGB", (2 * MIN_SIDE, 2 * MIN_SIDE)), "blank image")
         message = {"role": "user", "content": [{"type": "image"}]}
-        builder = PromptBuilder(self.model, self.adapter, self.processor)  # without a limit of length
+        builder = PromptBuilder(self.model, self.family, self.processor)  # without a limit of length
         prompt = builder(Sample([message], (image,), "", "blank image", -1))
         return image, prompt.images[0]
 

@@ -16,28 +16,28 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from vlmr1.checkpoint import truncate_after
-from vlmr1.console import surviving
-from vlmr1.disk import writing
+from vlmr1.distributed.sharded import whole
 from vlmr1.evaluation.coco import AveragePrecision, ImageBoxes
 from vlmr1.evaluation.decode import Decoder
 from vlmr1.evaluation.detection import asked, best_of_each, predicted, truths_of
 from vlmr1.evaluation.rec import score_rec
 from vlmr1.evaluation.records import Record
 from vlmr1.evaluation.run_rows import kind_of_boxes
-from vlmr1.evaluation.scored import sizes_of
+from vlmr1.evaluation.scoring import sizes_of
+from vlmr1.lifecycle.checkpoint import truncate_after
+from vlmr1.lifecycle.console import surviving
+from vlmr1.lifecycle.disk import writing
 from vlmr1.models.boxes import Setting
-from vlmr1.progress import read_lines
+from vlmr1.report.progress import read_lines
 from vlmr1.rewards.groups import score_groups
 from vlmr1.rewards.settings import RewardSettings
 from vlmr1.rollout import ENGINES
-from vlmr1.scale.sharded import whole
 from vlmr1.types import Sample
 from vlmr1_kernels import use
 
 if TYPE_CHECKING:
-    from vlmr1.signals import StopSignals
-    from vlmr1.trainer import GRPOTrainer
+    from vlmr1.grpo.trainer import GRPOTrainer
+    from vlmr1.lifecycle.signals import StopSignals
 
 EVALUATIONS = "eval.jsonl"
 
@@ -69,7 +69,7 @@ class EvaluationCallback(TrainerCallback):
                 truncate_after(self._path(args), state.global_step)
             missing = all(line["step"] != state.global_step for line in read_lines(self._path(args)))
         due = args.eval_on_start if state.global_step == 0 else self._is_due(args, state)
-        if due and self.trainer.ranks.gather(missing)[0]:
+        if due and self.trainer.ranks.all_gather(missing)[0]:
             self._evaluate(args, state, control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -136,7 +136,7 @@ def evaluate_during_training(
             for i, group in enumerate(groups):
                 assert group.rewards is not None
                 scored.append((start + i, group.rewards[0].tolist(), decoder.record(drawn[i], start + i)))
-    rows = sorted((row for own in ranks.gather(scored) for row in own), key=lambda row: row[0])
+    rows = sorted((row for own in ranks.all_gather(scored) for row in own), key=lambda row: row[0])
     rewards = torch.tensor([values for _, values, _ in rows], dtype=torch.float64)  # [rows, R]
     records = [record for _, _, record in rows]
     means = rewards.mean(0).tolist()
@@ -152,7 +152,7 @@ def decoder_of(trainer: GRPOTrainer, box_coordinates: Setting = "auto") -> Decod
     args, engine = trainer.args, trainer.engine
     own = ENGINES[args.rollout_engine](
         engine.model,
-        trainer.adapter,
+        trainer.family,
         trainer.processor.tokenizer,
         dtype=trainer.dtype,
         kv_mib=args.rollout_kv_mib,

@@ -9,7 +9,7 @@ import numpy as np
 
 from vlmr1.errors import SettingError
 from vlmr1.evaluation.bootstrap import Metric, interval
-from vlmr1.evaluation.identity import differences
+from vlmr1.evaluation.fingerprint import differences
 from vlmr1.evaluation.results import RESULTS, Results, read_results, shown, shown_interval, title
 
 COMPARISON = "comparison.md"

@@ -9,7 +9,7 @@ from vlmr1.data.images import upright_size
 from vlmr1.data.prompts import PromptBuilder
 from vlmr1.evaluation.coordinates import BoxSpace
 from vlmr1.evaluation.records import Record
-from vlmr1.models import adapter_of
+from vlmr1.models import family_of
 from vlmr1.models.boxes import Setting, Size
 from vlmr1.rollout import ENGINES, SamplingSettings
 from vlmr1.rollout.engine import RolloutEngine
@@ -32,10 +32,10 @@ class Decoder:
         with_boxes: bool = True,
         engine: RolloutEngine | str = "native",
     ):
-        adapter = adapter_of(model)
-        made = ENGINES[engine](model, adapter, processor.tokenizer) if isinstance(engine, str) else engine
+        family = family_of(model)
+        made = ENGINES[engine](model, family, processor.tokenizer) if isinstance(engine, str) else engine
         self.engine: RolloutEngine = made
-        self.builder = PromptBuilder(model, adapter, processor)
+        self.builder = PromptBuilder(model, family, processor)
         self.sampling = SamplingSettings(max_completion_length, greedy=True)
         self.boxes = BoxSpace(box_coordinates, model) if with_boxes else None
 

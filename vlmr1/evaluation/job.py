@@ -17,20 +17,20 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from vlmr1.commands.train import model_path
 from vlmr1.errors import SettingError, UserError
 from vlmr1.evaluation.decode import Decoder
-from vlmr1.evaluation.identity import begin, identity
+from vlmr1.evaluation.fingerprint import begin, identity
 from vlmr1.evaluation.options import Options
 from vlmr1.evaluation.ranks import Ranks, device
 from vlmr1.evaluation.records import Record, RecordFiles, append
 from vlmr1.evaluation.results import RESULTS, Results, write_results
 from vlmr1.evaluation.rows import load_rows
-from vlmr1.evaluation.scored import Scored, score_task
+from vlmr1.evaluation.scoring import Scored, score_task
 from vlmr1.evaluation.vqa import CLICK, method_of
 from vlmr1.models import load_model, load_processor, model_type_of
 from vlmr1.report.cases import write_cases
 from vlmr1.rewards.pool import RewardPool
-from vlmr1.run import model_path
 from vlmr1.types import Sample
 from vlmr1_kernels import use
 
@@ -85,9 +85,9 @@ def evaluate_model(name: str, options: Options, around: Around, ranks: Ranks) ->
     if ranks.is_first:
         begin(folder, what)
         files.gather()
-    ranks.wait()  # before anyone reads or writes
+    ranks.barrier()  # before anyone reads or writes
     done = files.done()
-    ranks.wait()  # all have seen the same
+    ranks.barrier()  # all have seen the same
     decoder = Decoder(
         model,
         load_processor(path, **source),
@@ -98,7 +98,7 @@ def evaluate_model(name: str, options: Options, around: Around, ranks: Ranks) ->
     )
     with use(options.kernels):
         decoded = _decode(decoder, samples, files, done, ranks)
-    ranks.wait()  # for the last batch of each
+    ranks.barrier()  # for the last batch of each
     if not ranks.is_first:
         return None
     records = list(files.gather().values())

@@ -30,7 +30,7 @@ class Ranks:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until all are here. UserError with the message of a rank that failed, or did not come in time."""
         if self.count == 1:
             return

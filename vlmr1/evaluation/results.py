@@ -12,8 +12,8 @@ import numpy as np
 
 from vlmr1.errors import SettingError
 from vlmr1.evaluation.bootstrap import DRAWS, SEED, Metric
-from vlmr1.evaluation.identity import as_json
-from vlmr1.evaluation.scored import Scored
+from vlmr1.evaluation.fingerprint import as_json
+from vlmr1.evaluation.scoring import Scored
 
 RESULTS = "results.json"
 REPLICATES = "bootstrap.json"

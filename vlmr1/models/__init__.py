@@ -9,49 +9,49 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from vlmr1.errors import SettingError
-from vlmr1.models.adapter import Adapter
-from vlmr1.models.glm4v import Glm4vAdapter
-from vlmr1.models.idefics3 import Idefics3Adapter
-from vlmr1.models.internvl import InternVLAdapter
+from vlmr1.models.families.glm4v import Glm4vFamily
+from vlmr1.models.families.idefics3 import Idefics3Family
+from vlmr1.models.families.internvl import InternVLFamily
+from vlmr1.models.families.qwen3_vl import Qwen3VLFamily
+from vlmr1.models.families.qwen_vl import QwenVLFamily
+from vlmr1.models.family import ModelFamily
 from vlmr1.models.lora import base_name, base_of, is_adapter, read_adapter
 from vlmr1.models.processor import load_processor
 from vlmr1.models.quantization import check_layers, four_bit, quantization_of
-from vlmr1.models.qwen3_vl import Qwen3VLAdapter
-from vlmr1.models.qwen_vl import QwenVLAdapter
 
-FAMILIES: tuple[type[Adapter], ...] = (QwenVLAdapter, Qwen3VLAdapter, InternVLAdapter, Glm4vAdapter, Idefics3Adapter)
-ADAPTERS: dict[str, type[Adapter]] = {model_type: family for family in FAMILIES for model_type in family.model_types}
+FAMILIES: tuple[type[ModelFamily], ...] = (QwenVLFamily, Qwen3VLFamily, InternVLFamily, Glm4vFamily, Idefics3Family)
+BY_TYPE: dict[str, type[ModelFamily]] = {model_type: family for family in FAMILIES for model_type in family.model_types}
 HOW_TO_ADD = "vlmr1/models/README.md shows how to add one"
 
 __all__ = [
-    "ADAPTERS",
-    "Adapter",
-    "adapter_for",
-    "adapter_of",
+    "BY_TYPE",
+    "ModelFamily",
     "check_dropout",
     "empty_model",
+    "family_for",
+    "family_of",
     "load_model",
     "load_processor",
     "model_type_of",
 ]
 
 
-def adapter_of(model: Any) -> Adapter:
+def family_of(model: Any) -> ModelFamily:
     """The adapter of a model's family; SettingError where there is none."""
-    return adapter_for(model.config)
+    return family_for(model.config)
 
 
-def adapter_for(config: Any) -> Adapter:
+def family_for(config: Any) -> ModelFamily:
     """The adapter of a config's model type. SettingError: it has none, or its decoder cannot share a prompt."""
     reason = _cannot_share(config.get_text_config(decoder=True))
     if reason is not None:
         raise SettingError(f"model_name_or_path: {config.model_type} {reason}; {HOW_TO_ADD}")
-    if config.model_type not in ADAPTERS:
-        known = ", ".join(ADAPTERS)
+    if config.model_type not in BY_TYPE:
+        known = ", ".join(BY_TYPE)
         raise SettingError(
             f"model_name_or_path: no adapter for {config.model_type}; there is one for {known}; {HOW_TO_ADD}"
         )
-    return ADAPTERS[config.model_type]()
+    return BY_TYPE[config.model_type]()
 
 
 def check_dropout(config: Any) -> None:
@@ -101,8 +101,8 @@ def load_model(
     try:
         config = _config(name, options)
         if compute_dtype is not None:
-            options["quantization_config"] = four_bit(adapter_for(config), compute_dtype)
-        adapter_for(config)
+            options["quantization_config"] = four_bit(family_for(config), compute_dtype)
+        family_for(config)
         model: Any = AutoModelForImageTextToText.from_pretrained(
             name, config=config, dtype=dtype, attn_implementation=attn_implementation, **options
         )
@@ -132,7 +132,7 @@ def model_type_of(name: str | Path, *, revision: str = "main", trust_remote_code
         config = _config(name, {"revision": revision, "trust_remote_code": trust_remote_code})
     except OSError as error:
         raise SettingError(f"model_name_or_path: {error}") from error
-    adapter_for(config)
+    family_for(config)
     return config.model_type
 
 

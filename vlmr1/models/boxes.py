@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from vlmr1.data.grid import Size
 from vlmr1.errors import SettingError
+from vlmr1.models.image_grid import Size
 
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2
 Space = Literal["resized", "thousand", "original"]

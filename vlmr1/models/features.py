@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from vlmr1.data.images import ImageRef
-from vlmr1.models.adapter import Adapter, ImageFeatures, ImageInputs
+from vlmr1.models.family import ImageFeatures, ImageInputs, ModelFamily
 
 
 class FeatureCache:
@@ -22,12 +22,12 @@ class FeatureCache:
 
 
 def encode(
-    adapter: Adapter, model: Any, refs: Sequence[ImageRef], images: Sequence[ImageInputs], cache: FeatureCache | None
+    family: ModelFamily, model: Any, refs: Sequence[ImageRef], images: Sequence[ImageInputs], cache: FeatureCache | None
 ) -> list[ImageFeatures]:
     """The features of these images. With a cache, those that it lacks are encoded together, without gradient."""
     if cache is None:
-        return adapter.encode_images(model, images)
+        return family.encode_images(model, images)
     missing = {ref: image for ref, image in zip(refs, images, strict=True) if ref not in cache.kept}
     with torch.no_grad():
-        cache.kept |= zip(missing, adapter.encode_images(model, list(missing.values())), strict=True)
+        cache.kept |= zip(missing, family.encode_images(model, list(missing.values())), strict=True)
     return [cache.kept[ref] for ref in refs]

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from vlmr1.errors import SettingError
-from vlmr1.models.adapter import Adapter
+from vlmr1.models.family import ModelFamily
 
 if TYPE_CHECKING:
     from vlmr1.config import GRPOConfig
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 ADAPTER_CONFIG = "adapter_config.json"  # of a checkpoint that holds an adapter only
 
 
-def with_lora(model: Any, adapter: Adapter, args: GRPOConfig) -> Any:
+def with_lora(model: Any, family: ModelFamily, args: GRPOConfig) -> Any:
     """The model with an adapter at its linear layers, as a `peft.PeftModel`: the adapter is trained, in float32
     whatever the dtype of the weights, and the rest is frozen. The adapter's first weights follow from `args.seed`.
 
@@ -34,8 +34,8 @@ def with_lora(model: Any, adapter: Adapter, args: GRPOConfig) -> Any:
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
-        target_modules=target_modules(model, adapter, args.lora_target_modules, vision=args.lora_vision),
-        modules_to_save=_kept_modules(model, adapter, args.lora_modules_to_save) or None,
+        target_modules=target_modules(model, family, args.lora_target_modules, vision=args.lora_vision),
+        modules_to_save=_kept_modules(model, family, args.lora_modules_to_save) or None,
         use_rslora=args.use_rslora,
         use_dora=args.use_dora,
         revision=None if args.model_revision == "main" else args.model_revision,
@@ -50,16 +50,16 @@ def base_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def target_modules(model: Any, adapter: Adapter, names: Sequence[str], *, vision: bool) -> list[str]:
+def target_modules(model: Any, family: ModelFamily, names: Sequence[str], *, vision: bool) -> list[str]:
     """Full names of the linear layers that get an adapter: those of the decoder, with `vision` also those of tower and
     projector; where `names` are given, those among them whose last parts are one of these."""
-    places = [adapter.decoder_path, *(adapter.vision_paths if vision else ())]
+    places = [family.decoder_path, *(family.vision_paths if vision else ())]
     linear = [f"{place}.{name}" for place in places for name in _linear_layers(attrgetter(place)(model))]
     if not names:
         return linear
     for name in names:
         if not any(_ends(each, name) for each in linear):
-            of_head = any(module is adapter.head(model) for each, module in model.named_modules() if _ends(each, name))
+            of_head = any(module is family.head(model) for each, module in model.named_modules() if _ends(each, name))
             where = "decoder and vision tower" if vision else "decoder (lora_vision adds the vision tower)"
             reason = "is the head, whose weights the loss reads" if of_head else f"is no linear layer of the {where}"
             raise SettingError(f"lora_target_modules: {name!r} {reason}")
@@ -74,7 +74,7 @@ def _ends(full: str, name: str) -> bool:
     return full == name or full.endswith(f".{name}")
 
 
-def _kept_modules(model: Any, adapter: Adapter, names: Sequence[str]) -> list[str]:
+def _kept_modules(model: Any, family: ModelFamily, names: Sequence[str]) -> list[str]:
     """Full names of the modules that are trained whole beside the adapter. The head and the embeddings cannot be."""
     found = []
     for name in names:
@@ -82,7 +82,7 @@ def _kept_modules(model: Any, adapter: Adapter, names: Sequence[str]) -> list[st
         if not modules:
             raise SettingError(f"lora_modules_to_save: the model has no module {name!r}")
         for each, module in modules.items():
-            if any(part in (adapter.head(model), model.get_input_embeddings()) for part in module.modules()):
+            if any(part in (family.head(model), model.get_input_embeddings()) for part in module.modules()):
                 raise SettingError(f"lora_modules_to_save: {each!r} holds the head or embeddings, which stay frozen")
             found.append(each)
     return found

@@ -10,20 +10,20 @@ import torch
 from transformers import BitsAndBytesConfig
 
 from vlmr1.errors import SettingError
-from vlmr1.models.adapter import Adapter
+from vlmr1.models.family import ModelFamily
 
 BLOCK = 64  # weights that share a scale
 CONFIG = "config.json"  # of a checkpoint: of the model, with how it was quantized
 
 
-def four_bit(adapter: Adapter, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+def four_bit(family: ModelFamily, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
     """Head, embeddings, vision tower and projector keep their weights: the loss reads the head's."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
-        llm_int8_skip_modules=[*adapter.vision_paths, adapter.head_path],
+        llm_int8_skip_modules=[*family.vision_paths, family.head_path],
     )
 
 

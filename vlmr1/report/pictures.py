@@ -10,9 +10,9 @@ from typing import Any
 
 from PIL import Image
 
-from vlmr1.checkpoint import replace_bytes
 from vlmr1.data.images import UNDECODABLE, ImageBytes, ImageRef, to_rgb
-from vlmr1.disk import writing
+from vlmr1.lifecycle.checkpoint import replace_bytes
+from vlmr1.lifecycle.disk import writing
 from vlmr1.report.html import CRISP_BELOW
 
 LARGEST = 448  # px of a side; larger images are shown smaller

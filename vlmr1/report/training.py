@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from vlmr1.errors import SettingError
-from vlmr1.progress import COMPLETIONS, METRICS, read_lines
 from vlmr1.report.html import Box, box_svg, document
 from vlmr1.report.panels import run_curves
 from vlmr1.report.pictures import Picture, read_picture
+from vlmr1.report.progress import COMPLETIONS, METRICS, read_lines
 from vlmr1.rewards.answer import find_answer, labelled_boxes, predicted_box, solution_box, true_text
 
 NAME = "training.html"

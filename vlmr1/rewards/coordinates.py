@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vlmr1.data.grid import PatchGrid, Size
 from vlmr1.errors import DataError, SettingError
+from vlmr1.models.image_grid import PatchGrid, Size
 from vlmr1.rewards.answer import Scale
 from vlmr1.types import Prompt, Sample
 

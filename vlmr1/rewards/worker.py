@@ -10,7 +10,7 @@ from functools import cache
 from multiprocessing.connection import Connection
 from typing import Any
 
-from vlmr1.processes import end_with_parent, leave_signals
+from vlmr1.lifecycle.processes import end_with_parent, leave_signals
 from vlmr1.rewards.registry import resolve
 
 WATCH = 1.0  # seconds between looks at the parent

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from vlmr1.models.adapter import Adapter
 from vlmr1.models.attention import autocast
+from vlmr1.models.family import ModelFamily
 from vlmr1.models.features import FeatureCache
 from vlmr1.rollout.sampling import SamplingSettings
 from vlmr1.types import Completion, Group, Prompt
@@ -96,7 +96,7 @@ class RolloutEngine(ABC):
     def __init__(
         self,
         model: Any,
-        adapter: Adapter,
+        family: ModelFamily,
         tokenizer: Any,
         *,
         dtype: torch.dtype | None = None,
@@ -105,7 +105,7 @@ class RolloutEngine(ABC):
         cuda_graphs: bool | None = None,
     ):
         self.model = model
-        self.adapter = adapter
+        self.family = family
         self.tokenizer = tokenizer
         self.dtype = dtype  # of autocast
         self.features = features  # of a frozen tower
@@ -138,7 +138,7 @@ class RolloutEngine(ABC):
 
     def banned(self) -> torch.Tensor:
         """Token ids that are never drawn."""
-        return torch.tensor(self.adapter.placeholder_ids(self.model, self.tokenizer), device=self.model.device)
+        return torch.tensor(self.family.placeholder_ids(self.model, self.tokenizer), device=self.model.device)
 
     def _completion(self, drawn: Drawn) -> Completion:
         ids = torch.tensor(drawn.tokens)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmr1.rollout.branches import Batch
+from vlmr1.rollout.sequences import Batch
 
 LADDER = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 Columns = tuple[Tensor, Tensor, Tensor]  # tokens, logp and sampling_logp [S] of one step

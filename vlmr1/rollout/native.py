@@ -9,8 +9,8 @@ import torch
 
 from vlmr1.errors import MemoryShort, SettingError
 from vlmr1.rollout.engine import Drawn, Request, RolloutEngine
-from vlmr1.rollout.kv import Pool, block_bytes, blocks_of, head_dim_of
-from vlmr1.rollout.schedule import Done, Schedule
+from vlmr1.rollout.kv_cache import Pool, block_bytes, blocks_of, head_dim_of
+from vlmr1.rollout.scheduler import Done, Schedule
 from vlmr1.types import Prompt
 from vlmr1_kernels import registry
 

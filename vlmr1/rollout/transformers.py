@@ -66,7 +66,7 @@ class TransformersEngine(RolloutEngine):
         inputs = {
             "input_ids": input_ids,
             "attention_mask": torch.stack(masks),
-            **self.adapter.generation_inputs(self.model, input_ids, [p.images for p in prompts]),
+            **self.family.generation_inputs(self.model, input_ids, [p.images for p in prompts]),
         }
         return {name: value.to(device) for name, value in inputs.items()}
 

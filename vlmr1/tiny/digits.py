@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from vlmr1.checkpoint import replace_text
+from vlmr1.lifecycle.checkpoint import replace_text
 
 STEP = 14  # px; all coordinates are multiples of it
 CANVAS = (112, 140, 168)  # px, multiples of 28: one merged image token

@@ -9,11 +9,11 @@ from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProce
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from vlmr1.data.grid import PatchGrid
 from vlmr1.data.images import enlarged
 from vlmr1.errors import SettingError
-from vlmr1.models import ADAPTERS
+from vlmr1.models import BY_TYPE
 from vlmr1.models.boxes import SPACES, extent, from_original, grid_size, space_of, to_original
+from vlmr1.models.image_grid import PatchGrid
 
 SIDE = st.integers(1, 20_000)
 NUMBER = st.floats(-1e6, 1e6)
@@ -25,7 +25,7 @@ PROCESSORS = {
 
 
 def test_every_family_has_its_coordinates():
-    assert SPACES.keys() == ADAPTERS.keys()
+    assert SPACES.keys() == BY_TYPE.keys()
 
 
 @pytest.mark.parametrize("family", SPACES)

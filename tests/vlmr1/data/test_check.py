@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tests.vlmr1.data.pictures import png_of
-from vlmr1.data.check import add_arguments, check_command, check_data, prompt_measure
+from vlmr1.commands.data_check import add_arguments, check_command, check_data, prompt_measure
 from vlmr1.data.findings import histogram
 from vlmr1.data.samples import load_samples
 from vlmr1.errors import SettingError

@@ -10,8 +10,8 @@ from vlmr1.data.folder import ImageFolder
 from vlmr1.data.images import ImageBytes
 from vlmr1.data.rows import ListRows
 from vlmr1.data.samples import Samples
+from vlmr1.grpo.packing import make_pack, unique_images
 from vlmr1.models.features import FeatureCache, encode
-from vlmr1.packing import make_pack, unique_images
 
 
 @pytest.fixture
@@ -37,12 +37,12 @@ def test_equal_bytes_are_encoded_once(prompts, make):
     assert [type(key) is ImageBytes for key in keys] == [True, True, False]
     cache = FeatureCache()
     pack = make_pack([make.group(prompt, (3, 4)) for prompt in prompts[:3]])
-    features = encode(make.adapter, make.model, pack.image_refs, pack.images, cache)
+    features = encode(make.family, make.model, pack.image_refs, pack.images, cache)
     assert len(features) == len(cache.kept) == 2
     with torch.no_grad():
-        direct = make.adapter.encode_images(make.model, [images[1]])[0]
+        direct = make.family.encode_images(make.model, [images[1]])[0]
     assert torch.allclose(
-        encode(make.adapter, make.model, keys[1:2], images[1:2], cache)[0].rows, direct.rows, atol=1e-5
+        encode(make.family, make.model, keys[1:2], images[1:2], cache)[0].rows, direct.rows, atol=1e-5
     )
 
 

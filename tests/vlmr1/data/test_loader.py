@@ -13,8 +13,8 @@ from vlmr1.config import GRPOConfig
 from vlmr1.data.faults import RowFault
 from vlmr1.data.loader import Parcel, unpacked
 from vlmr1.data.samples import load_samples
+from vlmr1.grpo.trainer import GRPOTrainer
 from vlmr1.tiny import digits
-from vlmr1.trainer import GRPOTrainer
 
 
 @pytest.fixture(scope="module")

@@ -17,11 +17,11 @@ from vlmr1.errors import DataError, OutputError, SettingError
 from vlmr1.evaluation.callback import EVALUATIONS, EvaluationCallback, evaluate_during_training
 from vlmr1.evaluation.evaluate import evaluate
 from vlmr1.evaluation.run_rows import evaluation_samples
+from vlmr1.grpo.trainer import GRPOTrainer
+from vlmr1.lifecycle.signals import StopSignals
 from vlmr1.models import load_model
-from vlmr1.progress import Progress, read_metrics
-from vlmr1.signals import StopSignals
+from vlmr1.report.progress import Progress, read_metrics
 from vlmr1.tiny import CHECKPOINT, digits
-from vlmr1.trainer import GRPOTrainer
 
 ROWS = 5
 

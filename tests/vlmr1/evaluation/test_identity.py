@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from vlmr1.errors import SettingError
-from vlmr1.evaluation.identity import model_digest
+from vlmr1.evaluation.fingerprint import model_digest
 
 SIZE = 700_000  # values of a tensor: 2.8 MB, so that the middle one is in neither the first nor the last MiB
 
@@ -41,17 +41,17 @@ def test_each_file_counts(name, tmp_path):
 
 
 def test_the_base_of_an_adapter_counts(tmp_path):
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    save_file({"lora": torch.ones(3)}, adapter / "adapter_model.safetensors")
+    family = tmp_path / "adapter"
+    family.mkdir()
+    save_file({"lora": torch.ones(3)}, family / "adapter_model.safetensors")
     base = save(tmp_path / "base")
     config = {"base_model_name_or_path": str(base), "r": 8}
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
-    seen = {model_digest(adapter)}
+    (family / "adapter_config.json").write_text(json.dumps(config))
+    seen = {model_digest(family)}
     save(base, "b")
-    seen.add(model_digest(adapter))
-    (adapter / "adapter_config.json").write_text(json.dumps(config | {"r": 16}))
-    seen.add(model_digest(adapter))
+    seen.add(model_digest(family))
+    (family / "adapter_config.json").write_text(json.dumps(config | {"r": 16}))
+    seen.add(model_digest(family))
     assert len(seen) == 3
 
 

@@ -22,7 +22,7 @@ from vlmr1.evaluation.ranks import device, joined
 mode, rank = sys.argv[1], int(os.environ["RANK"])
 try:
     with joined(float(sys.argv[2])) as ranks:
-        ranks.wait()
+        ranks.barrier()
         if rank == 1 and mode == "fails":
             raise UserError("no disk left")
         if rank == 1 and mode == "is killed":
@@ -33,7 +33,7 @@ try:
             while True:
                 ranks.look()  # as between two batches
                 time.sleep(0.05)
-        ranks.wait()
+        ranks.barrier()
         print("together", ranks.count, flush=True)
 except UserError as error:
     print(error, flush=True)
@@ -77,7 +77,7 @@ def test_the_second_process(mode):
 def test_alone():
     with joined(1.0) as ranks:
         assert (ranks.rank, ranks.count, ranks.is_first) == (0, 1, True)
-        ranks.wait()
+        ranks.barrier()
         ranks.look()
 
 

@@ -18,7 +18,7 @@ from tests.vlmr1.rewards.helpers import answered, group, sample, values
 from vlmr1.data.images import ImageBytes
 from vlmr1.data.prompts import PromptBuilder
 from vlmr1.errors import DataError, RewardError, SettingError
-from vlmr1.models import adapter_of, load_model, load_processor
+from vlmr1.models import family_of, load_model, load_processor
 from vlmr1.models.boxes import SPACES, extent, from_original, grid_size
 from vlmr1.rewards import RewardSettings, check_samples, get_reward, score, score_groups
 from vlmr1.rewards.coordinates import CONVERTED, BoxCoordinates
@@ -33,7 +33,7 @@ QWEN = Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 
 def family(request, tmp_path_factory):
     folder = build(request.param, tmp_path_factory.mktemp("coordinates") / request.param)
     model, processor = load_model(folder), load_processor(folder)
-    builder = PromptBuilder(model, adapter_of(model), processor)
+    builder = PromptBuilder(model, family_of(model), processor)
     return SimpleNamespace(name=request.param, builder=builder, image_processor=processor.image_processor)
 
 
@@ -240,7 +240,7 @@ def test_the_embedded_digits_are_not_resized(tmp_path):
     """So a scale of 1 leaves their rewards what they were, bit for bit."""
     processor = load_processor(CHECKPOINT)
     model = load_model(CHECKPOINT)
-    builder = PromptBuilder(model, adapter_of(model), processor)
+    builder = PromptBuilder(model, family_of(model), processor)
     coordinates = BoxCoordinates.of("auto", model.config.model_type, processor.image_processor)
     rewards = [get_reward("accuracy", RewardSettings(boxes=boxes)) for boxes in (coordinates, BoxCoordinates())]
     rng = np.random.default_rng(0)

@@ -15,7 +15,7 @@ from pycocotools.cocoeval import COCOeval
 from vlmr1.rewards import score
 from vlmr1.rewards.coco import AP, AP50, Category, average_precision
 from vlmr1.rewards.formula import normal_form, unboxed
-from vlmr1.rewards.published.repair import repair
+from vlmr1.rewards.vlm_r1.repair import repair
 
 RECORDED = [
     json.loads(line)

@@ -1,0 +1,168 @@
+"""Bad input through the command line: one message that names the place, exit status 2, nothing lost."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from vlmr1.cli import main
+from vlmr1.config import GRPOConfig
+from vlmr1.data.samples import load_samples
+from vlmr1.errors import DivergedError
+from vlmr1.grpo.trainer import GRPOTrainer
+from vlmr1.lifecycle.checkpoint import last_complete
+from vlmr1.tiny import digits
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    digits.write(tmp_path / "data", "train", 4, seed=1)
+    return tmp_path / "data"
+
+
+def command(data: Path, *more: str) -> list[str]:
+    words = ["train", "--recipe", "tiny-digits", "--data_file_paths", str(data / "train.jsonl")]
+    words += ["--image_folders", str(data / "images"), "--output_dir", str(data / "out"), "--use_cpu", "true"]
+    words += ["--prompts_per_device", "2", "--num_generations", "2", "--max_completion_length", "6"]
+    return [*words, "--max_steps", "4", "--save_steps", "1", *more]
+
+
+def rewrite(data: Path, line: int, change) -> None:
+    """Replace one line (from 1) of the data file by what `change` makes of its row."""
+    path = data / "train.jsonl"
+    lines = path.read_text().splitlines()
+    lines[line - 1] = change(json.loads(lines[line - 1]))
+    path.write_text("\n".join(lines) + "\n")
+
+
+def with_image(name: str):
+    return lambda row: json.dumps({**row, "image": name})
+
+
+def without_conversations(row: dict) -> str:
+    return json.dumps({key: value for key, value in row.items() if key != "conversations"})
+
+
+ROWS = {
+    "missing image": (with_image("nowhere.png"), "nowhere.png"),
+    "truncated image": (with_image("cut.png"), "cut.png"),
+    "not JSON": (lambda row: '{"image": ', "JSON"),
+    "no conversations": (without_conversations, "conversations"),
+    "path leaves the folder": (with_image("../secret.png"), "secret.png"),
+}
+
+
+@pytest.mark.parametrize(("change", "says"), ROWS.values(), ids=ROWS.keys())
+def test_bad_row(change, says, data, capsys):
+    whole = next((data / "images").glob("*.png")).read_bytes()
+    (data / "images" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (data / "secret.png").write_bytes(whole)
+    rewrite(data, 3, change)
+    assert main(command(data)) == 2
+    message = capsys.readouterr().err
+    assert f"{data / 'train.jsonl'}:3: " in message
+    assert says in message
+    assert not (data / "out").exists()
+
+
+def test_empty_data_set(data, capsys):
+    (data / "train.jsonl").write_text("\n")
+    assert main(command(data)) == 2
+    assert str(data / "train.jsonl") in capsys.readouterr().err
+
+
+SETTINGS = {
+    "one generation": (["--num_generations", "1"], "num_generations is 1"),
+    "unknown setting": (["--num_generation", "4"], "unknown setting 'num_generation'"),
+    "unknown reward": (["--reward_funcs", "acuracy"], "unknown reward 'acuracy'; did you mean 'accuracy'?"),
+    "unknown model": (["--model_name_or_path", "/no/such/model"], "model_name_or_path"),
+    "sharing images without prompts": (["--share_vision", "false"], "share_vision"),
+    "unknown kernel": (["--kernels", "grpo_loss=magic"], "magic"),
+}
+
+
+@pytest.mark.parametrize(("words", "says"), SETTINGS.values(), ids=SETTINGS.keys())
+def test_bad_setting(words, says, data, capsys):
+    assert main(command(data, *words)) == 2
+    assert says in capsys.readouterr().err
+
+
+REWARDS = {"raises": "raise KeyError('gone')", "NaN": "return [float('nan')] * len(completions)"}
+
+
+@pytest.mark.parametrize("body", REWARDS.values(), ids=REWARDS.keys())
+def test_reward_that_fails_names_the_row_and_keeps_the_checkpoint(body, data, capsys):
+    """The reward works for two steps and fails in the third."""
+    source = "calls = []\ndef mine(prompts, completions, **columns):\n    calls.append(1)\n    if len(calls) > 2:\n"
+    source += f"        {body}\n    return [float(len(calls))] * len(completions)\n"
+    (data / "mine.py").write_text(source)
+    assert main(command(data, "--reward_funcs", f"{data / 'mine.py'}:mine")) == 2
+    message = capsys.readouterr().err
+    assert "mine" in message
+    assert f"{data / 'train.jsonl'}:" in message
+    assert last_complete(data / "out") == data / "out" / "checkpoint-2"
+
+
+def trainer_of(data: Path, model, processor, **settings) -> GRPOTrainer:
+    config = GRPOConfig(
+        output_dir=str(data / "out"),
+        use_cpu=True,
+        num_generations=2,
+        prompts_per_device=2,
+        max_completion_length=6,
+        learning_rate=1e-3,
+        disable_tqdm=True,
+        **settings,
+    )
+    samples = load_samples([data / "train.jsonl"], [data / "images"], question="{question}", check_images=False)
+    return GRPOTrainer(model, config, samples, processor, reward_funcs=[alternating])
+
+
+def alternating(prompts, completions, **columns) -> list[float]:
+    """A reward of 0 and 1 in turn: every group has a gradient."""
+    return [float(i % 2) for i in range(len(completions))]
+
+
+def poison(trainer: GRPOTrainer, steps: set[int]) -> None:
+    """Make the loss NaN at these steps."""
+    clean = trainer.policy.loss
+
+    def poisoned(pack, objective):
+        loss, metrics = clean(pack, objective)
+        return (loss * float("nan") if trainer.state.global_step in steps else loss), metrics
+
+    trainer.policy.loss = poisoned
+
+
+def test_update_that_is_not_finite_is_skipped_and_counted(data, model, processor, caplog):
+    trainer = trainer_of(data, model, processor, max_steps=3, save_strategy="no")
+    poison(trainer, {1})
+    states = []
+    step = trainer._get_grad_norm
+
+    def watched(*args, **kwargs):
+        norm = step(*args, **kwargs)
+        states.append({name: p.detach().clone() for name, p in trainer.model.named_parameters()})
+        return norm
+
+    trainer._get_grad_norm = watched
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert "step 2: loss nan" in caplog.text
+    final = dict(trainer.model.named_parameters())
+    assert all(torch.equal(states[1][name], states[2][name]) for name in final)  # step 2 changed nothing
+    assert any(not torch.equal(states[0][name], states[1][name]) for name in final)  # step 1 did
+    assert any(not torch.equal(states[2][name], final[name]) for name in final)  # and so did step 3
+    assert trainer.skipped == 1
+
+
+def test_run_stops_after_five_in_a_row(data, model, processor):
+    trainer = trainer_of(data, model, processor, max_steps=20, save_strategy="steps", save_steps=2)
+    poison(trainer, set(range(3, 20)))
+    with pytest.raises(DivergedError, match="stopped at step 8: 5 updates in a row"):
+        trainer.train()
+    assert last_complete(data / "out") == data / "out" / "checkpoint-6"

@@ -1,0 +1,179 @@
+"""What can be known of a run before its model is read is said before: nothing has been loaded then."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections import namedtuple
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from vlmr1.commands.arguments import parse_config
+from vlmr1.commands.train import train
+from vlmr1.errors import SettingError
+from vlmr1.lifecycle.checkpoint import STAGING, publish
+from vlmr1.lifecycle.disk import checkpoint_bytes
+from vlmr1.models import family_of, load_model
+from vlmr1.models.trainable import choose_trained, planned_model
+from vlmr1.tiny import CHECKPOINT, digits
+
+
+class Loaded(Exception):
+    """The run has come to the point where it reads weights."""
+
+
+@pytest.fixture
+def begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Begins a run with further settings, under an engine, which ends where weights would be read."""
+    digits.write(tmp_path, "train", 4, seed=3)
+
+    def read(*_: Any, **__: Any) -> None:
+        raise Loaded
+
+    monkeypatch.setattr("vlmr1.commands.train.load_model", read)
+
+    def begin(engine: str = "", **more: Any) -> None:
+        settings = {"data_file_paths": tmp_path / "train.jsonl", "image_folders": tmp_path / "images"}
+        settings |= {"model_name_or_path": "tiny", "use_cpu": "true", "output_dir": tmp_path / "out", **more}
+        config = parse_config([word for name, value in settings.items() for word in (f"--{name}", str(value))])
+        if engine.startswith("zero"):
+            config.deepspeed_plugin = SimpleNamespace(zero_stage=int(engine[-1]), dschf=None)
+        if engine.startswith("fsdp"):
+            monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+            monkeypatch.setenv("FSDP_VERSION", engine[-1])
+        if engine == "apart":
+            monkeypatch.setenv("WORLD_SIZE", "2")
+        train(config)
+
+    return begin
+
+
+REFUSED = {
+    "offload": ("zero3", {"reference": "offload"}, "reference=offload is not supported with zero3"),
+    "dora": ("zero3", {"use_peft": "true", "use_dora": "true"}, "use_dora is not supported with zero3"),
+    "synced-adapter": (
+        "zero3",
+        {"use_peft": "true", "reference": "copy", "sync_ref_model": "true"},
+        "sync_ref_model with use_peft is not supported with zero3",
+    ),
+    "weights-only": ("fsdp2", {"save_only_model": "true"}, "save_only_model is not supported with fsdp2"),
+    "old-fsdp": ("fsdp1", {}, "FSDP of version 1 is not supported"),
+    "rounding": (
+        "zero2",
+        {"model_dtype": "bfloat16", "optim": "adamw_torch_8bit", "stochastic_rounding": "true"},
+        "stochastic_rounding needs one process",
+    ),
+}
+
+
+@pytest.mark.parametrize(("engine", "settings", "says"), REFUSED.values(), ids=REFUSED.keys())
+def test_settings_that_an_engine_cannot_honour(engine, settings, says, begin):
+    with pytest.raises(SettingError, match=says):
+        begin(engine, **settings)
+
+
+@pytest.mark.parametrize("name", ["kl_in_reward", "sync_ref_model", "dynamic_sampling"])
+def test_settings_that_sharded_weights_honour(name, begin):
+    with pytest.raises(Loaded):
+        begin("fsdp2", **{name: "true"})
+
+
+def test_processes_that_do_not_see_each_other(begin):
+    with pytest.raises(SettingError, match="2 processes were launched, but this one sees 1"):
+        begin("apart")
+
+
+def checkpoint(folder: Path, *, step: int) -> None:
+    """Of a run of 4 steps, with weights only."""
+    made = folder / "made"
+    made.mkdir(parents=True)
+    (made / "trainer_state.json").write_text(json.dumps({"global_step": step, "max_steps": 4}), encoding="utf-8")
+    publish(made, folder / f"checkpoint-{step}")
+
+
+def test_a_checkpoint_that_no_run_goes_on_from(begin, tmp_path):
+    checkpoint(tmp_path / "out", step=2)
+    with pytest.raises(SettingError, match=r"checkpoint-2 was written with save_only_model"):
+        begin()
+    checkpoint(tmp_path / "out", step=4)  # the run has ended: there is nothing to go on with
+    with pytest.raises(Loaded):
+        begin()
+
+
+def test_a_checkpoint_of_other_settings(begin, tmp_path):
+    checkpoint(tmp_path / "out", step=4)
+    written = json.loads(parse_config(["--use_cpu", "true"]).to_json_string()) | {"beta": 0.5}
+    (tmp_path / "out" / "settings.json").write_text(json.dumps(written), encoding="utf-8")
+    with pytest.raises(SettingError, match="was started with"):
+        begin()
+
+
+def test_a_finished_run_on_a_full_disk(begin, tmp_path, monkeypatch, caplog):
+    usage = namedtuple("usage", "total used free")(2**40, 2**40, 0)
+    monkeypatch.setattr("vlmr1.lifecycle.disk.shutil.disk_usage", lambda path: usage)
+    checkpoint(tmp_path / "out", step=4)
+    with pytest.raises(Loaded):
+        begin()
+    assert "it will not fit" not in caplog.text
+
+
+def test_what_a_killed_run_left_is_gone_before_the_room_is_looked_at(begin, tmp_path):
+    left = tmp_path / "out" / f"{STAGING}checkpoint-2"
+    left.mkdir(parents=True)
+    with pytest.raises(Loaded):
+        begin()
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("engine", ["", "zero3"])
+def test_a_full_disk(engine, begin, tmp_path, monkeypatch, caplog):
+    """5 MiB are enough for an adapter and its optimizer, not for the model and its own."""
+    usage = namedtuple("usage", "total used free")(2**40, 2**40, 5 * 2**20)
+    monkeypatch.setattr("vlmr1.lifecycle.disk.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("vlmr1.distributed.preflight.set_hf_deepspeed_config", lambda config: None)
+    with pytest.raises(Loaded):
+        begin(engine, use_peft="true", lora_r=4)
+    assert "it will not fit" not in caplog.text
+    with pytest.raises(Loaded):
+        begin(engine)
+    assert "has 0.00 GiB free, and a checkpoint takes about 0.03 GiB: it will not fit" in caplog.text
+    caplog.clear()
+    with pytest.raises(Loaded):
+        begin(engine, save_strategy="no")
+    assert "it will not fit" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"freeze_vision": "true"}, {"use_peft": "true", "model_dtype": "bfloat16", "lora_vision": "true"}],
+    ids=["all", "decoder", "adapter"],
+)
+def test_what_a_checkpoint_takes_is_known_without_weights(more):
+    config = parse_config(["--use_cpu", "true", *(w for name, value in more.items() for w in (f"--{name}", value))])
+    model = load_model(CHECKPOINT, dtype=getattr(torch, config.model_dtype))
+    read = choose_trained(model, family_of(model), config)
+    planned = planned_model(str(CHECKPOINT), config)
+    assert {parameter.device.type for parameter in planned.parameters()} == {"meta"}
+    for only in (True, False):
+        sizes = [checkpoint_bytes(each, "adamw_torch_fused", weights_only=only) for each in (planned, read)]
+        assert sizes[0] == sizes[1] > 0
+
+
+def test_a_model_is_planned_as_it_is_read(tmp_path, monkeypatch):
+    """With the attention that is asked for, not that of its configuration; with its own code, where that is allowed."""
+    code = "from transformers import Qwen2_5_VLForConditionalGeneration as Base\nclass Own(Base):\n    pass\n"
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", [*sys.path, str(tmp_path / "modules")])
+    shutil.copytree(CHECKPOINT, tmp_path / "model")
+    (tmp_path / "model" / "own.py").write_text(code, encoding="utf-8")
+    written = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
+    written |= {"attn_implementation": "flash_attention_2", "auto_map": {"AutoModelForImageTextToText": "own.Own"}}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(written), encoding="utf-8")
+    config = parse_config(["--use_cpu", "true", "--trust_remote_code", "true"])
+    planned = planned_model(str(tmp_path / "model"), config)
+    assert type(planned).__name__ == "Own" and planned.config._attn_implementation == config.attn_implementation

@@ -1,0 +1,168 @@
+"""Adapters on two processes (gloo, CPU) against one; the reference is the policy without its adapter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from tests.vlmr1.distributed.two_ranks import (
+    ENGINES,
+    ROOT,
+    assert_same,
+    computed,
+    evaluations,
+    metrics,
+    resumable,
+    run_two,
+    two_ranks,
+    words,
+)
+from vlmr1.cli import main
+from vlmr1.commands.arguments import parse_config
+from vlmr1.commands.train import train
+from vlmr1.distributed.launch import LAUNCHES
+from vlmr1.distributed.sharded import check_sharded
+from vlmr1.errors import SettingError
+from vlmr1.models import load_model
+
+LORA = {"use_peft": "true", "lora_r": 4, "lora_alpha": 8, "learning_rate": 1e-3, "beta": 0.04}
+TOWER = {"lora_vision": "true", "gradient_checkpointing": "true"}
+COPY = {"reference": "copy", "lora_modules_to_save": "visual.merger"}
+MERGED = {"lora_merge_rollout": "true", "eval_steps": 2}
+
+
+def family_of(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoint-4" / "adapter_model.safetensors")
+
+
+def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(
+            value, expected[name], rtol=1e-3, atol=1e-5, msg=lambda said, name=name: f"{name}: {said}"
+        )
+
+
+def run_alone(folder: Path, output: Path, **more: Any) -> list[dict[str, float]]:
+    train(parse_config(words(folder, output, prompts_per_device=2, use_cpu="true", **more)))
+    return metrics(output)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_lora_on_two_ranks(engine, folder, tmp_path):
+    """The checkpoint lies between two updates of one generation; it is an ordinary directory of an adapter."""
+    expected = run_alone(folder, tmp_path / "alone", **LORA)
+    found = run_two(engine, folder, tmp_path / "run", **LORA)
+    assert_same(found, expected)
+    assert found[-1]["kl"] > 0
+    again = run_two(engine, folder, resumable(tmp_path / "run", tmp_path / "resumed"), **LORA)
+    assert [computed(step) for step in again] == [computed(step) for step in found]
+    exported, resumed = family_of(tmp_path / "run"), family_of(tmp_path / "resumed")
+    assert exported.keys() == resumed.keys()
+    assert all(torch.equal(value, resumed[name]) for name, value in exported.items())
+    assert_close(exported, family_of(tmp_path / "alone"))
+
+    checkpoint, output = tmp_path / "run" / "checkpoint-4", tmp_path / "merged"
+    read = PeftModel.from_pretrained(load_model(ROOT / "vlmr1/tiny/checkpoint"), str(checkpoint)).state_dict()
+    for name, value in exported.items():
+        assert torch.equal(read[name.replace(".weight", ".default.weight")], value), name
+    assert main(["merge", "--checkpoint", str(checkpoint), "--output", str(output)]) == 0
+    before, merged = (load_model(path).state_dict() for path in (ROOT / "vlmr1/tiny/checkpoint", output))
+    changed = [name for name, value in merged.items() if not torch.equal(value, before[name])]
+    assert len(changed) == len(exported) // 2  # every layer has an A and a B
+    for name in changed:
+        at = f"base_model.model.{name.removesuffix('.weight')}.lora"
+        low, high = exported[f"{at}_A.weight"].double(), exported[f"{at}_B.weight"].double()
+        expected = before[name].double() + 2 * high @ low  # alpha / r
+        torch.testing.assert_close(merged[name].double(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.fixture
+def eager(tmp_path: Path) -> dict[str, str]:
+    """ZeRO-3 releases every parameter behind its module, as it does in a model that is large."""
+    config = json.loads(Path(LAUNCHES["zero3"]["ACCELERATE_DEEPSPEED_CONFIG_FILE"]).read_text(encoding="utf-8"))
+    names = ("max_live_parameters", "max_reuse_distance", "prefetch_bucket_size", "param_persistence_threshold")
+    config["zero_optimization"] |= {f"stage3_{name}": 0 for name in names}
+    path = tmp_path / "zero3.json"
+    path.write_text(json.dumps(config), encoding="utf-8")
+    return {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "engine, settings",
+    [
+        pytest.param("zero3", TOWER, id="zero3-tower"),
+        pytest.param("fsdp2", TOWER, id="fsdp2-tower"),
+        pytest.param("zero3", MERGED, id="zero3-merged"),
+        pytest.param("fsdp2", MERGED, id="fsdp2-merged"),
+        pytest.param("zero3", COPY, id="zero3-copy"),
+        pytest.param("fsdp2", COPY, id="fsdp2-copy"),
+        pytest.param("fsdp2", {"use_dora": "true"}, id="fsdp2-dora"),
+    ],
+)
+def test_settings_of_lora_where_parameters_are_sharded(engine, settings, folder, eager, tmp_path):
+    """An adapter in the tower, which a rank without an image calls too; merged for rollouts; with a module that is
+    trained whole, and another model as the reference."""
+    more = LORA | settings | {"adam_epsilon": 1e-5}  # what is only rounding moves no weight
+    if "eval_steps" in settings:
+        more |= {"eval_data_file_paths": folder / "data.jsonl", "eval_image_folders": folder}
+    expected = run_alone(folder, tmp_path / "alone", **more)
+    variables = eager if engine == "zero3" else {}
+    done = two_ranks(engine, words(folder, tmp_path / "run", prompts_per_device=1, **more), **variables)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = metrics(tmp_path / "run")
+    assert_same(found, expected)
+    assert found[-1]["kl"] > 0
+    exported, single = family_of(tmp_path / "run"), family_of(tmp_path / "alone")
+    assert_close(exported, single)
+    for name in (name for name in single if "lora_B" in name):  # they begin as zeros: how far each layer has moved
+        assert single[name].norm() > 1e-5, name
+        assert (exported[name] - single[name]).norm() <= 1e-2 * single[name].norm(), name
+    if "eval_steps" in settings:
+        for row, other in zip(evaluations(tmp_path / "run"), evaluations(tmp_path / "alone"), strict=True):
+            assert row == pytest.approx(other, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_weights_that_are_fetched_ahead(folder, eager, tmp_path):
+    """ZeRO-3 follows a pass by the trace of an earlier one; the reference's has no adapter in it, the policy's has."""
+    path = Path(eager["ACCELERATE_DEEPSPEED_CONFIG_FILE"])
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["zero_optimization"] |= {"stage3_max_live_parameters": 200_000, "stage3_prefetch_bucket_size": 50_000}
+    path.write_text(json.dumps(config), encoding="utf-8")
+    more = LORA | {"adam_epsilon": 1e-5}
+    expected = run_alone(folder, tmp_path / "alone", **more)
+    arguments = words(folder, tmp_path / "run", prompts_per_device=1, **more)
+    done = two_ranks("zero3", arguments, **eager, SEEN=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same(metrics(tmp_path / "run"), expected)
+    for rank in range(2):
+        ahead = json.loads((tmp_path / f"seen-{rank}.json").read_text(encoding="utf-8"))["ahead"]
+        assert ahead["reference"] > 0 and ahead["policy"] > 0
+
+
+@pytest.mark.parametrize(
+    "sharding, setting, says",
+    [
+        ("zero3", "use_dora", "use_dora is not supported with zero3"),
+        ("zero3", "load_in_4bit", "load_in_4bit is not supported where zero3 shards the weights"),
+        ("fsdp2", "load_in_4bit", "load_in_4bit is not supported where fsdp2 shards the weights"),
+    ],
+)
+def test_what_sharded_adapters_cannot_be(sharding, setting, says, tmp_path):
+    names = ("stochastic_rounding", "sync_ref_model", "load_in_4bit", "use_dora")
+    others = {"use_peft": True, "reference": "auto", "use_liger_kernel": False, "beta": 0.04}
+    args: Any = SimpleNamespace(**dict.fromkeys(names, False), **others)
+    check_sharded(args, sharding, engine=True)
+    setattr(args, setting, True)
+    with pytest.raises(SettingError, match=says):
+        check_sharded(args, sharding, engine=True)

@@ -1,0 +1,150 @@
+"""One generation serves several updates: which rows, in which order, with which log-probs, and after a resume."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import SequentialSampler
+
+from tests.vlmr1.grpo.test_trainer import trainer_of
+from tests.vlmr1.lifecycle.test_resume import command, weights
+from vlmr1.cli import main
+from vlmr1.commands.train import arithmetic
+from vlmr1.config import GRPOConfig
+from vlmr1.errors import SettingError
+from vlmr1.grpo.buffer import Buffer, BufferSampler, Part, parts_of
+from vlmr1.report.progress import read_metrics
+from vlmr1.tiny import digits
+
+SAMPLES = {
+    "plain": (4, {"prompts": 2, "parts": 1, "iterations": 1}, [[0, 1], [2, 3]]),
+    "iterations": (3, {"prompts": 2, "parts": 1, "iterations": 3}, [[0, 1], [], [], [2], [], []]),
+    "parts": (7, {"prompts": 2, "parts": 2, "iterations": 1}, [[0, 1, 2, 3], [], [4, 5, 6], []]),
+    "both": (4, {"prompts": 2, "parts": 2, "iterations": 2}, [[0, 1, 2, 3], [], [], []]),
+    "too few for every update": (5, {"prompts": 2, "parts": 2, "iterations": 1}, [[0, 1, 2, 3], []]),
+    "drop_last": (7, {"prompts": 2, "parts": 2, "iterations": 1, "drop_last": True}, [[0, 1, 2, 3], []]),
+}
+
+
+@pytest.mark.parametrize(("rows", "settings", "expected"), SAMPLES.values(), ids=SAMPLES.keys())
+def test_sampler(rows, settings, expected):
+    sampler = BufferSampler(SequentialSampler(range(rows)), **{"drop_last": False} | settings)
+    assert list(sampler) == expected and len(sampler) == len(expected)
+
+
+def test_parts_are_taken_once_an_iteration():
+    parts = [Part([], [], {"part": float(i)}) for i in range(3)]
+    buffer = Buffer(iterations=2)
+    assert buffer.spent
+    buffer.fill(parts)
+    assert [buffer.take().counts["part"] for _ in range(5)] == [0, 1, 2, 0, 1] and not buffer.spent
+    assert buffer.take().counts["part"] == 2 and buffer.spent
+
+
+def test_parts_of():
+    assert parts_of(list("abcde"), 2) == [["a", "b", "c"], ["d", "e"]]  # type: ignore[arg-type]
+    assert parts_of(list("abc"), 3) == [["a"], ["b"], ["c"]]  # type: ignore[arg-type]
+
+
+def logged(trainer: Any) -> list[dict[str, float]]:
+    trainer.train()
+    return [row for row in trainer.state.log_history if "loss" in row]
+
+
+def test_one_generation_serves_its_updates(model, processor, tmp_path, monkeypatch):
+    """Two prompts an update, two updates an iteration, two iterations: one generation of four prompts."""
+    settings = {"steps_per_generation": 2, "num_iterations": 2, "max_steps": 5, "temperature": 3.0}
+    settings |= {"learning_rate": 1e-4}
+    trainer = trainer_of(model, processor, tmp_path, **settings)
+    drawn, trained = [], []
+    generate, backward = trainer.engine.generate, trainer.backward
+    monkeypatch.setattr(trainer.engine, "generate", lambda p, *a, **k: drawn.append(p) or generate(p, *a, **k))
+    monkeypatch.setattr(trainer, "backward", lambda m, p, groups: trained.append(groups) or backward(m, p, groups))
+    rows = logged(trainer)
+    assert [len(prompts) for prompts in drawn] == [4, 4]
+    assert [[g.prompt for g in groups] for groups in trained[:2]] == [drawn[0][:2], drawn[0][2:]]
+    assert trained[2] is trained[0] and trained[3] is trained[1] and trained[4][0].prompt is drawn[1][0]
+    assert rows[0]["ratio_max"] == pytest.approx(1, abs=1e-4)
+    assert all(row["ratio_max"] > 1 + 1e-3 for row in rows[1:4])  # the policy has moved, what it is compared to has not
+    assert rows[4]["ratio_max"] == pytest.approx(1, abs=1e-4)
+    for name in ("rollout/tokens_per_second", "rollout/logp_difference", "seconds/rollout"):
+        assert [name in row for row in rows] == [True, False, False, False, True], name
+
+
+def test_recomputed_old_logprobs_are_of_the_policy_before_the_first_update(model, processor, tmp_path):
+    """Of both parts, although the second is trained on after the first; the engine's are wrong here."""
+    settings = {"steps_per_generation": 2, "old_logprobs": "recompute", "max_steps": 2}
+    settings |= {"learning_rate": 1e-4, "temperature": 3.0}
+    trainer = trainer_of(model, processor, tmp_path, **settings)
+    drawn = trainer.rollout
+    trainer.rollout = lambda prompts: [
+        replace(group, completions=tuple(replace(c, logp=c.logp - 1) for c in group.completions))
+        for group in drawn(prompts)
+    ]
+    first, second = logged(trainer)
+    assert first["ratio_max"] == pytest.approx(1, abs=1e-4)
+    assert 1 + 1e-3 < second["ratio_max"] < 1.5
+    assert first["seconds/old"] > 0 and "seconds/old" not in second
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    digits.write(folder, "train", 8, seed=3)
+    return folder
+
+
+def test_too_few_rows_for_a_generation(model, processor, tmp_path):
+    with pytest.raises(SettingError, match="4 rows are too few: an update needs one, and steps_per_generation is 5"):
+        trainer_of(model, processor, tmp_path, steps_per_generation=5).train()
+
+
+def test_arithmetic(tmp_path):
+    """17 rows, 8 a generation: two generations of four updates twice, and one row that is left out."""
+    settings = {"prompts_per_device": 2, "steps_per_generation": 4, "num_iterations": 2}
+    config = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
+    assert "a generation serves 8 updates; 16 updates an epoch, 48 in all (3.0 epochs)" in arithmetic(config, 17)
+
+
+def test_a_checkpoint_of_other_settings_is_not_gone_on_from(data, tmp_path, capsys):
+    """Whatever directory the run is to write to."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    assert main(command(data, one, "--max_steps", "2")) == 0
+    resume = ["--max_steps", "2", "--resume_from_checkpoint", str(one / "checkpoint-2")]
+    assert main(command(data, other, *resume, "--num_iterations", "4")) == 2
+    assert f"num_iterations is 4, but the run in {one} was started with 1" in capsys.readouterr().err
+    settings = json.loads((one / "settings.json").read_text())
+    del settings["num_iterations"]  # as written before there was such a setting
+    (one / "settings.json").write_text(json.dumps(settings))
+    assert main(command(data, one, "--max_steps", "2")) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "more",
+    [[], ["--freeze_vision", "true"], ["--old_logprobs", "recompute"]],
+    ids=["plain", "frozen tower", "recompute"],
+)
+def test_a_run_goes_on_in_the_middle_of_a_buffer(more, data, tmp_path):
+    """Checkpoint 2 of 6 is after the second of four updates of the first generation."""
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    buffer = ["--steps_per_generation", "2", "--num_iterations", "2", "--save_total_limit", "5", *more]
+    assert main(command(data, whole, *buffer)) == 0
+    again.mkdir()
+    shutil.copy(whole / "settings.json", again)
+    shutil.copytree(whole / "checkpoint-2", again / "checkpoint-2")
+    assert (whole / "checkpoint-2" / "rollouts.pt").exists() and not (whole / "checkpoint-4" / "rollouts.pt").exists()
+    assert main(command(data, again, *buffer)) == 0
+    expected, found = weights(whole), weights(again)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    keep = ("step", "loss", "reward", "ratio_max", "grad_norm")
+    histories = [[[row[name] for name in keep] for row in read_metrics(run)] for run in (whole, again)]
+    assert histories[1] == histories[0][2:]
+    before = weights(whole, 2)
+    assert any(not torch.equal(before[name], expected[name]) for name in expected)

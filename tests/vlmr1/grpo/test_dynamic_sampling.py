@@ -1,0 +1,290 @@
+"""Groups without signal give way to groups of other prompts: which, in which order, how often, and after a resume."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.vlmr1.grpo.test_trainer import trainer_of
+from tests.vlmr1.lifecycle.test_resume import command, weights
+from vlmr1.cli import main
+from vlmr1.grpo.dynamic_sampling import RESERVE, Reserve, is_flat, resample
+from vlmr1.grpo.reference import REFERENCE
+from vlmr1.report.progress import read_metrics
+from vlmr1.rewards.registry import get_reward
+from vlmr1.tiny import digits
+from vlmr1.types import Completion, Group, Prompt, Sample
+
+# The order of further prompts
+
+
+def test_reserve_takes_every_row_once_a_turn():
+    reserve = Reserve(range(7), seed=3)
+    turns = [reserve.take(7, ()) for _ in range(3)]
+    assert all(sorted(turn) == list(range(7)) for turn in turns) and len({tuple(turn) for turn in turns}) == 3
+    assert reserve.position == 21
+    again = Reserve(range(7), seed=3)
+    assert [again.take(1, ())[0] for _ in range(7)] == turns[0]
+    assert Reserve(range(7), seed=4).take(7, ()) != turns[0]
+
+
+def test_reserve_passes_over_held_samples():
+    """Samples 10, 20, ... of places 0, 1, ...; those that are held have had their turn."""
+    reserve = Reserve(range(10, 80, 10), seed=0)
+    order = Reserve(range(7), seed=0).take(7, ())
+    held = {10 * (order[0] + 1), 10 * (order[2] + 1)}
+    assert reserve.take(2, held) == [order[1], order[3]] and reserve.position == 4
+    assert reserve.take(1, ()) == [order[4]]
+
+
+def test_reserve_gives_what_there_is():
+    reserve = Reserve(range(4), seed=0)
+    assert sorted(reserve.take(9, {1, 2})) == [0, 3] and reserve.position == 4
+    assert reserve.take(3, {0, 1, 2, 3}) == [] and Reserve([], seed=0).take(1, ()) == []
+
+
+def test_reserve_gives_no_row_twice_at_once():
+    """Where one permutation ends and the next begins, a row may come up again."""
+    counts = []
+    for seed in range(8):
+        reserve = Reserve(range(4), seed)
+        reserve.take(2, ())
+        taken = reserve.take(4, ())
+        assert len(set(taken)) == len(taken)
+        counts.append(len(taken))
+    assert min(counts) < 4 and reserve.position == 6
+
+
+def test_reserve_goes_on_from_a_checkpoint(tmp_path):
+    whole, reserve = Reserve(range(5), seed=1), Reserve(range(5), seed=1)
+    every = [whole.take(3, ()) for _ in range(4)]
+    assert [reserve.take(3, ()) for _ in range(2)] == every[:2]
+    reserve.save(tmp_path)
+    again = Reserve(range(5), seed=1)
+    again.load(tmp_path)
+    assert [again.take(3, ()) for _ in range(2)] == every[2:]
+
+
+# Rounds
+
+
+def group(sample: int, *rewards: float, tokens: int = 2) -> Group:
+    prompt = Prompt(Sample([], (), "", "", sample), torch.zeros(3, dtype=torch.int64), torch.zeros(3, 3))
+    completions = tuple(Completion(torch.zeros(tokens, dtype=torch.int64), None, None, "", "stop") for _ in rewards)
+    return Group(prompt, completions, torch.tensor([[reward, 1.0] for reward in rewards]))
+
+
+class Draws:
+    """Draws groups whose rewards differ for the samples that are named; remembers what it was asked for."""
+
+    def __init__(self, good: set[int]):
+        self.good = good
+        self.asked: list[tuple[int, list[int]]] = []
+
+    def __call__(self, places: list[int], number: int) -> list[Group]:
+        self.asked.append((number, places))
+        return [group(place, 0.0, float(place in self.good), tokens=5) for place in places]
+
+
+FIRST = [group(0, 0.0, 1.0), group(1, 1.0, 1.0), group(2, 0.5, 0.0), group(3, 0.0, 0.0)]
+
+
+def test_rounds_go_on_until_every_group_has_signal():
+    reserve, order = Reserve(range(12), seed=0), Reserve(range(12), seed=0).take(12, {0, 1, 2, 3})
+    draw = Draws({order[1], order[4]})
+    kept, metrics = resample(FIRST, draw, reserve, [1.0, 1.0], rounds=9)
+    assert draw.asked == [(1, order[:2]), (2, order[2:3]), (3, order[3:4]), (4, order[4:5])]
+    assert kept[0] is FIRST[0] and kept[2] is FIRST[2]
+    assert [g.prompt.sample.index for g in kept] == [0, order[1], 2, order[4]]
+    assert metrics == pytest.approx(
+        {
+            "dynamic_sampling/rounds": 4,
+            "dynamic_sampling/groups_drawn": 9,
+            "dynamic_sampling/groups_replaced": 2,
+            "dynamic_sampling/groups_discarded": 5,
+            "dynamic_sampling/groups_left_flat": 0,
+            "dynamic_sampling/tokens_discarded": 2 * 2 * 2 + 3 * 2 * 5,
+            "dynamic_sampling/reward": 1 + (1 + 2 + 0.5 + 2 * 1) / 18,
+        }
+    )
+
+
+def test_what_is_missing_after_the_last_round_is_kept():
+    draw = Draws(set())
+    kept, metrics = resample(FIRST, draw, Reserve(range(12), seed=0), [1.0, 1.0], rounds=2)
+    assert [number for number, _ in draw.asked] == [1, 2] and [len(places) for _, places in draw.asked] == [2, 2]
+    assert all(a is b for a, b in zip(kept, FIRST, strict=True))
+    assert metrics["dynamic_sampling/groups_left_flat"] == 2 and metrics["dynamic_sampling/groups_discarded"] == 4
+
+
+def test_no_prompt_is_drawn_twice_for_one_generation():
+    draw = Draws(set())
+    _, metrics = resample(FIRST, draw, Reserve(range(7), seed=0), [1.0, 1.0], rounds=9)
+    assert sorted(place for _, places in draw.asked for place in places) == [4, 5, 6]
+    assert metrics["dynamic_sampling/rounds"] == 2  # nothing is left for a third
+
+
+def test_nothing_is_drawn_where_all_groups_have_signal():
+    reserve, draw = Reserve(range(7), seed=0), Draws(set())
+    kept, metrics = resample([FIRST[0], FIRST[2]], draw, reserve, [1.0, 1.0], rounds=9)
+    assert len(kept) == 2 and draw.asked == [] and reserve.position == 0
+    assert metrics["dynamic_sampling/rounds"] == metrics["dynamic_sampling/groups_discarded"] == 0
+
+
+@pytest.mark.parametrize(
+    ("rewards", "weights", "expected"),
+    [
+        ([[1.0, 0.0], [0.0, 1.0]], [1.0, 1.0], True),
+        ([[1.0, 0.0], [0.0, 1.0]], [1.0, 0.5], False),
+        ([[1.0, 0.0], [1.0, 1.0]], [1.0, 0.0], True),
+    ],
+    ids=["equal sums", "other weights", "a reward that does not count"],
+)
+def test_signal_is_of_the_weighted_sum(rewards, weights, expected):
+    assert is_flat(replace(FIRST[0], rewards=torch.tensor(rewards)), weights) == expected
+
+
+class Ranks:
+    """Lists of several threads, joined in their order."""
+
+    def __init__(self, count: int):
+        self.barrier = threading.Barrier(count, timeout=20)
+        self.given: list[list[int]] = [[] for _ in range(count)]
+
+    def gather(self, rank: int, values: list[int]) -> list[int]:
+        self.given[rank] = values
+        self.barrier.wait()
+        joined = [value for each in self.given for value in each]
+        self.barrier.wait()
+        return joined
+
+
+def test_ranks_agree_on_rounds_and_share_the_reserve():
+    """The second rank has signal everywhere: it joins each round, and its reserve moves as the first one's does."""
+    ranks = Ranks(2)
+    firsts = [[FIRST[1], FIRST[3]], [FIRST[0], FIRST[2]]]
+    order = Reserve(range(12), seed=0).take(12, {0, 1, 2, 3})
+    draws, reserves, found = [Draws({order[2]}), Draws(set())], [Reserve(range(12), seed=0) for _ in range(2)], {}
+
+    def run(rank: int) -> None:
+        options: Any = {"rank": rank, "gather": lambda values: ranks.all_gather(rank, values)}
+        found[rank] = resample(firsts[rank], draws[rank], reserves[rank], [1.0, 1.0], rounds=2, **options)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert draws[0].asked == [(1, order[:2]), (2, order[2:4])] and draws[1].asked == [(1, []), (2, [])]
+    assert [g.prompt.sample.index for g in found[0][0]] == [order[2], 3]
+    assert [found[rank][1]["dynamic_sampling/rounds"] for rank in range(2)] == [2, 2]
+    assert reserves[0].position == reserves[1].position > 4
+
+
+# In the trainer
+
+
+def only_some(prompts: list, completions: list, solution: list, **columns: Any) -> list[float]:
+    """Differs within the groups of half of the rows of the data."""
+    return [float(i % 3) * (hash_of(text) % 2) for i, text in enumerate(solution)]
+
+
+def hash_of(text: str) -> int:
+    return sum(map(ord, text))
+
+
+def run_of(model: Any, processor: Any, output: Path, **settings: Any) -> Any:
+    digits.write(output / "data", "train", 16, seed=5)
+    trainer = trainer_of(model, processor, output, prompts_per_device=4, beta=0.0, **settings)
+    trainer.rewards = [get_reward(only_some)]
+    trainer.reward_weights = [1.0]
+    return trainer
+
+
+def test_off_leaves_groups_without_signal(model, processor, tmp_path):
+    trainer = run_of(model, processor, tmp_path)
+    trainer.train()
+    row = trainer.state.log_history[0]
+    assert 0 < row["zero_variance_groups"] < 1
+    assert not [name for name in row if "dynamic_sampling" in name]
+
+
+def test_a_run_trains_on_groups_with_signal(model, processor, tmp_path, monkeypatch):
+    """The first round is that of a run without; the next ones draw other prompts, from other random numbers."""
+    plain = run_of(model, processor, tmp_path / "plain")
+    plain.train()
+    trainer = run_of(model, processor, tmp_path / "dynamic", dynamic_sampling=True, dynamic_sampling_max_rounds=8)
+    asked, generate = [], trainer.engine.generate
+
+    def spied(prompts: Any, *rest: Any, step: int) -> Any:
+        asked.append(([p.sample.index for p in prompts], step))
+        return generate(prompts, *rest, step=step)
+
+    monkeypatch.setattr(trainer.engine, "generate", spied)
+    trainer.train()
+    row = trainer.state.log_history[0]
+    assert asked[0] == ([g.prompt.sample.index for g in plain.last_groups], 0)
+    assert [step for _, step in asked] == [number << 32 for number in range(len(asked))] and len(asked) > 1
+    indices = [index for round_, _ in asked for index in round_]
+    assert len(set(indices)) == len(indices)
+    assert row["zero_variance_groups"] == row["dynamic_sampling/groups_left_flat"] == 0
+    assert row["dynamic_sampling/rounds"] == len(asked) - 1
+    assert row["dynamic_sampling/groups_drawn"] == len(indices)
+    for one, other in zip(plain.last_groups, trainer.last_groups, strict=True):
+        same = [torch.equal(a.token_ids, b.token_ids) for a, b in zip(one.completions, other.completions, strict=True)]
+        assert (all(same) and one.prompt.sample.index == other.prompt.sample.index) or is_flat(one, [1.0])
+    drawn = trainer.engine.stats
+    assert (
+        drawn.tokens
+        == sum(len(c.token_ids) for g in trainer.last_groups for c in g.completions)
+        + row["dynamic_sampling/tokens_discarded"]
+    )
+
+
+REWARD = """
+def some(prompts, completions, completion_ids, solution, **columns):
+    return [float(sum(ids) % 7) * (sum(map(ord, text)) % 2) for ids, text in zip(completion_ids, solution)]
+"""
+RESUMED = {
+    "dynamic sampling": ["--dynamic_sampling", "true", "--reward_funcs", "{folder}/mine.py:some"],
+    "a reference that follows": [
+        *("--sync_ref_model", "true", "--ref_model_sync_steps", "2", "--ref_model_mixup_alpha", "0.5"),
+        *("--kl_in_reward", "true", "--steps_per_generation", "2", "--num_iterations", "2"),
+    ],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", RESUMED.values(), ids=RESUMED.keys())
+def test_a_run_goes_on_bit_equal(more, tmp_path):
+    """From checkpoint 2 of 6, which is within the third round of the reserve or of a buffer."""
+    digits.write(tmp_path, "train", 12, seed=3)
+    (tmp_path / "mine.py").write_text(REWARD)
+    words = [word.format(folder=tmp_path) for word in more] + ["--save_total_limit", "5", "--temperature", "1.5"]
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    assert main(command(tmp_path, whole, *words)) == 0
+    again.mkdir()
+    shutil.copy(whole / "settings.json", again)
+    shutil.copytree(whole / "checkpoint-2", again / "checkpoint-2")
+    kept = RESERVE if "--dynamic_sampling" in more else REFERENCE
+    assert (whole / "checkpoint-2" / kept).exists()
+    assert main(command(tmp_path, again, *words)) == 0
+    expected, found, before = weights(whole), weights(again), weights(whole, 2)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert any(not torch.equal(before[name], expected[name]) for name in expected)
+    histories = [[{k: v for k, v in row.items() if timeless(k)} for row in read_metrics(run)] for run in (whole, again)]
+    assert histories[1] == histories[0][2:]
+    last = [(run / "checkpoint-6" / kept).read_bytes() for run in (whole, again)]
+    assert last[0] == last[1] != (whole / "checkpoint-2" / kept).read_bytes()
+    if kept == RESERVE:
+        assert sum(row["dynamic_sampling/groups_replaced"] for row in histories[0]) > 0
+
+
+def timeless(name: str) -> bool:
+    return not any(word in name for word in ("seconds", "per_second", "memory", "runtime", "flos"))

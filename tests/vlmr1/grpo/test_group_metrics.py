@@ -1,0 +1,183 @@
+"""What a step and a run report, on numbers small enough to check by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from vlmr1.commands.demo import bootstrap, summary
+from vlmr1.evaluation.evaluate import Evaluation
+from vlmr1.evaluation.rec import RecResult
+from vlmr1.grpo.group_metrics import group_statistics
+from vlmr1.grpo.loss import combine, normalizer
+from vlmr1.types import Completion, Group, Prompt, Sample
+from vlmr1_kernels import GRPOSettings
+
+PROMPT = Prompt(Sample([], (), "", "", 0), torch.zeros(3, dtype=torch.int64), torch.zeros(3, 3))
+
+
+def group(rewards: list[list[float]], lengths: list[int], reasons: str) -> Group:
+    """`reasons`: s for stop, l for length, one a completion."""
+    words = {"s": "stop", "l": "length"}
+    completions = tuple(
+        Completion(torch.zeros(length, dtype=torch.int64), None, None, "", words[reason])
+        for length, reason in zip(lengths, reasons, strict=True)
+    )
+    return Group(PROMPT, completions, torch.tensor(rewards))
+
+
+GROUPS = [
+    group([[1.0, 0.0], [0.0, 1.0], [0.5, 1.0]], [3, 5, 4], "ssl"),
+    group([[0.25, 1.0], [0.25, 1.0], [0.25, 1.0]], [6, 6, 6], "lll"),
+]
+
+
+def test_group_statistics():
+    """Weights 2 and 1: the first group's sums are 2, 1, 2; the second's are all 1.5."""
+    out = group_statistics(GROUPS, ["accuracy", "format"], [2.0, 1.0])
+    assert out == pytest.approx(
+        {
+            "reward": (2 + 1 + 2 + 3 * 1.5) / 6,
+            "reward_std": math.sqrt(1 / 3) / 2,  # of 2, 1, 2, with n - 1; the second group's is 0
+            "rewards/accuracy/mean": (1 + 0 + 0.5 + 3 * 0.25) / 6,
+            "rewards/accuracy/std": 0.5 / 2,
+            "rewards/format/mean": 5 / 6,
+            "rewards/format/std": math.sqrt(1 / 3) / 2,
+            "zero_variance_groups": 0.5,
+            "completion_length": 30 / 6,
+            "completion_length_max": 6.0,
+            "truncated": 4 / 6,
+        },
+        rel=1e-12,
+    )
+
+
+@pytest.mark.parametrize(
+    "weights, flat", [pytest.param([1.0, 1.0], 0.5, id="equal"), pytest.param([0.0, 0.0], 1.0, id="zero")]
+)
+def test_a_group_is_flat_by_its_weighted_sum(weights, flat):
+    """1 + 0 and 0 + 1 are the same reward, but 0.5 + 1 is not."""
+    assert group_statistics(GROUPS, ["a", "b"], weights)["zero_variance_groups"] == flat
+
+
+def test_group_that_differs_in_parts_only_is_flat():
+    assert group_statistics([group([[1.0, 0.0], [0.0, 1.0]], [1, 1], "ss")], ["a", "b"], [1.0, 1.0]) == {
+        "reward": 1.0,
+        "reward_std": 0.0,
+        "rewards/a/mean": 0.5,
+        "rewards/a/std": pytest.approx(math.sqrt(0.5)),
+        "rewards/b/mean": 0.5,
+        "rewards/b/std": pytest.approx(math.sqrt(0.5)),
+        "zero_variance_groups": 1.0,
+        "completion_length": 1.0,
+        "completion_length_max": 1.0,
+        "truncated": 0.0,
+    }
+
+
+SEQUENCES, TOKENS = 6.0, 30.0
+
+
+@pytest.mark.parametrize(
+    "loss_type, expected",
+    [
+        ("grpo", SEQUENCES),
+        ("gspo", SEQUENCES),
+        ("dr_grpo", SEQUENCES),
+        ("bnpo", TOKENS),
+        ("dapo", TOKENS),
+        ("cispo", TOKENS),
+    ],
+)
+def test_normalizer(loss_type, expected):
+    settings = GRPOSettings(loss_type=loss_type, max_completion_length=6, epsilon_high=5.0)
+    assert normalizer(GROUPS, settings) == expected
+
+
+def test_combine_packs():
+    """Packs of 10 and 30 tokens, 6 and 30 of them projected, of a step of 50: means weigh 1 to 5, ratio_max is the
+    greatest, and 50 - 36 tokens were dropped, in the packs or before."""
+    one = {"kl": 0.1, "entropy": 2.0, "clip_low": 0.0, "clip_high": 0.5, "ratio_max": 1.5}
+    other = {"kl": 0.3, "entropy": 1.0, "clip_low": 0.2, "clip_high": 0.1, "ratio_max": 1.25}
+    parts = [
+        {name: torch.tensor(value) for name, value in values.items()}
+        | {"tokens": torch.tensor(tokens), "dropped_rows": torch.tensor(dropped), "logp": torch.zeros(tokens)}
+        for values, tokens, dropped in ((one, 10, 4), (other, 30, 0))
+    ]
+    assert combine(parts, tokens=50) == pytest.approx(
+        {
+            "kl": 1.6 / 6,
+            "entropy": 7 / 6,
+            "clip_low": 1 / 6,
+            "clip_high": 1 / 6,
+            "ratio_max": 1.5,
+            "tokens": 50.0,
+            "dropped_rows": 14.0,
+        },
+        rel=1e-6,
+    )
+    alone = combine(parts[:1], tokens=10)
+    assert alone["kl"] == pytest.approx(float(torch.tensor(0.1))) and alone["dropped_rows"] == 4
+
+
+def test_bootstrap_of_constants_is_a_point():
+    assert bootstrap([0.25] * 7, [0.75] * 5) == (0.5, 0.5)
+
+
+def test_bootstrap_of_two_by_two():
+    """Means of two steps of {0, 1}: the difference is -1 or 1 with probability 1/16 each, beyond both quantiles."""
+    assert bootstrap([0.0, 1.0], [0.0, 1.0]) == (-1.0, 1.0)
+
+
+def test_bootstrap_agrees_with_the_normal_interval():
+    rng = np.random.default_rng(1)
+    first, last = rng.normal(0.2, 0.1, 400), rng.normal(0.3, 0.05, 300)
+    center = last.mean() - first.mean()
+    half = 1.96 * math.sqrt(first.var() / 400 + last.var() / 300)
+    low, high = bootstrap(first.tolist(), last.tolist())
+    assert low == pytest.approx(center - half, abs=0.05 * half)
+    assert high == pytest.approx(center + half, abs=0.05 * half)
+    assert bootstrap(first.tolist(), last.tolist()) == (low, high)
+
+
+def evaluation(accuracy: float, mean_iou: float) -> Evaluation:
+    return Evaluation(RecResult((), accuracy, mean_iou, 1.0, 0.0), ["text"] * 3)
+
+
+def history(steps: int) -> list[dict[str, float]]:
+    """Accuracy i / 100, format 1, length 40 - i, KL i / 1000 at step i."""
+    return [
+        {
+            "rewards/accuracy/mean": i / 100,
+            "rewards/format/mean": 1.0,
+            "completion_length": 40.0 - i,
+            "kl": i / 1000,
+        }
+        for i in range(steps)
+    ]
+
+
+def test_summary_compares_first_and_last_tenth():
+    """20 steps: 0 and 1 against 18 and 19."""
+    rows, gain = summary(evaluation(0.25, 0.3125), evaluation(0.5, 0.46875), history(20))
+    assert rows == [
+        ("held-out greedy acc@0.5", "0.250", "0.500"),
+        ("held-out greedy mean IoU", "0.312", "0.469"),
+        ("sampled reward, accuracy", "0.005", "0.185"),
+        ("sampled reward, format", "1.000", "1.000"),
+        ("completion length, tokens", "39.500", "21.500"),
+        ("KL to the reference", "0.001", "0.018"),
+    ]
+    assert gain == (
+        "Sampled accuracy reward, last tenth of 20 steps against the first: +0.180, "
+        "bootstrap 95% interval +0.170 to +0.190. Held-out figures are over 3 images."
+    )
+
+
+def test_summary_of_fewer_than_ten_steps_takes_one():
+    rows, gain = summary(evaluation(0.25, 0.25), evaluation(0.25, 0.25), history(5))
+    assert rows[2] == ("sampled reward, accuracy", "0.000", "0.040")
+    assert "of 5 steps" in gain and "+0.040, bootstrap 95% interval +0.040 to +0.040" in gain

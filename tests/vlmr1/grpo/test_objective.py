@@ -1,0 +1,318 @@
+"""The whole step against each objective written out in float64, and what enters rewards and weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.vlmr1.conftest import Maker
+from tests.vlmr1.grpo.test_packing import group, prompt
+from tests.vlmr1.grpo.test_step_oracle import near_the_policy
+from tests.vlmr1.grpo.test_trainer import relative, trainer_of
+from vlmr1.errors import SettingError
+from vlmr1.grpo.advantages import with_advantages
+from vlmr1.grpo.buffer import Buffer, Part
+from vlmr1.grpo.importance_sampling import with_correction
+from vlmr1.grpo.kl_penalty import unjudged, with_kl
+from vlmr1.grpo.naive import NaivePolicy
+from vlmr1.grpo.packing import make_pack, plan_packs
+from vlmr1.telemetry.phases import Phases
+from vlmr1.types import Group, Pack
+
+CAP = 1.2
+EPSILON = 0.2
+
+
+def groups_of(make: Maker, model: Any) -> list[Group]:
+    groups = [
+        make.group(make.prompt("Locate the digit 9.", (56,)), (3, 7, 2)),
+        make.group(make.prompt("What is seven?"), (6, 5, 1)),
+    ]
+    return near_the_policy(make, model, groups, noise=0.5)
+
+
+def clipped(ratio: Tensor, advantage: Tensor, cap: float = math.inf) -> Tensor:
+    return -torch.minimum(ratio.clamp(max=cap) * advantage, ratio.clamp(1 - EPSILON, 1 + EPSILON) * advantage)
+
+
+# Each: of one sequence's log-probs, entropies, engine log-probs [C], its advantage -> loss of its tokens [C]
+
+
+def plain(logp: Tensor, entropy: Tensor, engine: Tensor, advantage: Tensor) -> Tensor:
+    return clipped((logp - engine).exp(), advantage)
+
+
+def delta(logp: Tensor, entropy: Tensor, engine: Tensor, advantage: Tensor) -> Tensor:
+    return clipped((logp - engine).exp(), advantage, cap=1.3)
+
+
+def sequence(logp: Tensor, entropy: Tensor, engine: Tensor, advantage: Tensor) -> Tensor:
+    return clipped((logp - engine).mean().exp().expand(len(logp)), advantage)
+
+
+def bonus(logp: Tensor, entropy: Tensor, engine: Tensor, advantage: Tensor) -> Tensor:
+    return plain(logp, entropy, engine, advantage) - 0.3 * entropy
+
+
+def corrected(logp: Tensor, engine: Tensor, advantage: Tensor, mode: str) -> Tensor:
+    """Recomputed old log-probs: the ratio is 1, and the weight is of policy over engine."""
+    old = logp.detach()
+    difference = old - engine
+    ratio = (difference.sum().expand(len(old)) if mode.startswith("sequence") else difference).exp()
+    weight = ratio.clamp(max=CAP) if mode.endswith("truncate") else torch.where(ratio > CAP, 0.0, ratio)
+    return weight * clipped((logp - old).exp(), advantage)
+
+
+def token_truncate(logp: Tensor, entropy: Tensor, engine: Tensor, advantage: Tensor) -> Tensor:
+    return corrected(logp, engine, advantage, "token_truncate")
+
+
+def token_mask(logp: Tensor, entropy: Tensor, engine: Tensor, advantage: Tensor) -> Tensor:
+    return corrected(logp, engine, advantage, "token_mask")
+
+
+def sequence_truncate(logp: Tensor, entropy: Tensor, engine: Tensor, advantage: Tensor) -> Tensor:
+    return corrected(logp, engine, advantage, "sequence_truncate")
+
+
+def sequence_mask(logp: Tensor, entropy: Tensor, engine: Tensor, advantage: Tensor) -> Tensor:
+    return corrected(logp, engine, advantage, "sequence_mask")
+
+
+def correction(mode: str) -> dict[str, Any]:
+    return {
+        "importance_sampling_correction": mode,
+        "importance_sampling_cap": CAP,
+        "old_logprobs": "recompute",
+    }
+
+
+SETTINGS = {
+    plain: {},
+    delta: {"delta": 1.3},
+    sequence: {"importance_sampling_level": "sequence"},
+    bonus: {"entropy_coef": 0.3},
+    **{each: correction(each.__name__) for each in (token_truncate, token_mask, sequence_truncate, sequence_mask)},
+}
+SETTINGS_DAPO = {each: {**SETTINGS[each], "loss_type": "dapo"} for each in (sequence, bonus, sequence_mask)}
+
+
+def generated(trainer: Any, groups: list[Group]) -> Part:
+    """One generation of the trainer from these completions and rewards on."""
+    trainer.rollout = lambda prompts, number=0: groups
+    trainer.scored = lambda groups, phases: groups
+    (part,) = trainer.generation(trainer.model, [], Phases())
+    return part
+
+
+def of_the_trainer(trainer: Any, groups: list[Group]) -> tuple[float, dict[str, Tensor]]:
+    part = generated(trainer, groups)
+    trainer.model.zero_grad()
+    loss, _ = trainer.backward(trainer.model, part.packs, part.groups)
+    return float(loss), {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+def written_out(objective: Any, trainer: Any, groups: list[Group], dapo: bool) -> tuple[float, dict[str, Tensor]]:
+    """The same from the naive forward's log-probs and entropies, the loss in float64."""
+    rows = plan_packs(with_advantages(groups, [1.0], "group"), tokens_per_pack=0, share_prompt=False, pack=False)
+    naive = NaivePolicy(trainer.model, trainer.family, temperature=1.0)
+    trainer.model.zero_grad()
+    means, sums, tokens = [], [], 0
+    for row in rows:
+        pack = make_pack(row)
+        logp, entropy = (each.double() for each in naive._forward(pack, with_bonus=True))
+        for i, alone in enumerate(row):
+            own, engine = pack.seq_ids == i, alone.completions[0].logp
+            assert alone.advantages is not None and engine is not None
+            loss = objective(logp[own], entropy[own], engine.double(), alone.advantages.double())
+            means.append(loss.mean())
+            sums.append(loss.sum())
+            tokens += len(loss)
+    total = torch.stack(sums).sum() / tokens if dapo else torch.stack(means).mean()
+    total.backward()
+    return float(total.detach()), {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    ("objective", "settings", "dapo"),
+    [(each, settings, False) for each, settings in SETTINGS.items()]
+    + [(each, settings, True) for each, settings in SETTINGS_DAPO.items()],
+    ids=[each.__name__ for each in SETTINGS] + [f"{each.__name__} dapo" for each in SETTINGS_DAPO],
+)
+def test_the_step_is_the_one_written_out(objective, settings, dapo, model, processor, make, tmp_path):
+    groups = groups_of(make, model)
+    trainer = trainer_of(model, processor, tmp_path, beta=0.0, **settings)
+    trainer.reward_weights = [1.0]
+    loss, gradients = of_the_trainer(trainer, groups)
+    expected, oracle = written_out(objective, trainer, groups, dapo)
+    assert loss == pytest.approx(expected, rel=1e-5, abs=1e-7)
+    assert relative(gradients, oracle) < 2e-5
+    if objective is not plain:
+        other = written_out(plain, trainer, groups, dapo)[1]
+        assert relative(gradients, other) > 1e-2
+
+
+# The weights of the correction
+
+
+def packed(*differences: list[float]) -> Pack:
+    """Sequences whose old log-probs are these above the engine's."""
+    pack = make_pack([group(prompt(3), *(len(each) for each in differences))])
+    given = torch.tensor([value for each in differences for value in each])
+    rollout = -1 - torch.arange(len(given)) / 10
+    return replace(pack, rollout_logp=rollout, old_logp=rollout + given)
+
+
+LOG2 = math.log(2)
+WEIGHTS = {
+    "token_truncate": [1, 2, 3, 0.5, 1, 3, 2],
+    "token_mask": [1, 2, 0, 0.5, 1, 0, 2],
+    "sequence_truncate": [3, 3, 3, 0.5, 0.5, 3, 3],  # of 8, 0.5, 8
+    "sequence_mask": [0, 0, 0, 0.5, 0.5, 0, 0],
+}
+
+
+@pytest.mark.parametrize(("mode", "expected"), WEIGHTS.items(), ids=WEIGHTS.keys())
+def test_weights(mode, expected):
+    pack = packed([0, LOG2, 2 * LOG2], [-LOG2, 0], [2 * LOG2, LOG2])
+    (found,), metrics = with_correction([pack], mode, 3.0)
+    assert found.old_logp is not None and found.trust_logp is not None
+    weights = (found.old_logp - found.trust_logp).exp().clamp(max=3.0)
+    assert weights.tolist() == pytest.approx(expected, rel=1e-6)
+    ratios = [8, 0.5, 8] if mode.startswith("sequence") else [1, 2, 4, 0.5, 1, 4, 2]
+    assert metrics == pytest.approx(
+        {
+            "rollout/importance_ratio": sum(ratios) / len(ratios),
+            "rollout/importance_ratio_min": 0.5,
+            "rollout/importance_ratio_max": max(ratios),
+            "rollout/importance_cut": sum(ratio > 3 for ratio in ratios) / len(ratios),
+        }
+    )
+
+
+def test_metrics_are_of_all_packs_and_none_corrects_nothing():
+    packs = [packed([0.0], [0.0]), packed([LOG2, 3 * LOG2, 3 * LOG2])]
+    _, metrics = with_correction(packs, "token_mask", 3.0)
+    assert metrics["rollout/importance_ratio"] == pytest.approx((1 + 1 + 2 + 8 + 8) / 5)
+    assert metrics["rollout/importance_cut"] == pytest.approx(0.4)
+    same, metrics = with_correction(packs, "none", 3.0)
+    assert metrics == {} and [a is b for a, b in zip(same, packs, strict=True)] == [True, True]
+
+
+def test_an_engine_without_logprobs_cannot_be_corrected():
+    with pytest.raises(SettingError, match="importance_sampling_correction: the rollout engine reports no log-probs"):
+        with_correction([replace(packed([0.0]), rollout_logp=None)], "token_mask", 3.0)
+
+
+def test_the_ratio_is_of_the_full_distribution(model, processor, tmp_path):
+    """With top_k the tokens are drawn from another distribution than the policy's; engine and policy agree, and the
+    ratio says so. Against the log-probs that tokens were drawn with it would be the probability of the k tokens."""
+    settings = {"top_k": 3, "temperature": 3.0, **correction("token_truncate")}
+    trainer = trainer_of(model, processor, tmp_path, **settings)
+    trainer.train()
+    row = trainer.state.log_history[0]
+    assert row["rollout/importance_ratio_min"] == pytest.approx(1, abs=1e-3)
+    assert row["rollout/importance_ratio_max"] == pytest.approx(1, abs=1e-3)
+    completions = [c for group in trainer.last_groups for c in group.completions]
+    biased = torch.cat([(c.logp - c.sampling_logp).exp() for c in completions])
+    assert float(biased.max()) < 1 and float(biased.mean()) < 0.9
+    assert {"seconds/old", "rollout/logp_difference"} <= row.keys()
+
+
+# The KL in the reward
+
+ESTIMATORS = {
+    "k1": lambda d: -d,
+    "k2": lambda d: d**2 / 2,
+    "k3": lambda d: d.exp() - d - 1,
+}
+
+
+def judged(groups: list[Group], old: Tensor, ref: Tensor, estimator: str, split: int) -> list[Group]:
+    """The groups with their KL; log-probs by token id, packs under a budget of `split` tokens."""
+    plan = plan_packs(unjudged(groups), tokens_per_pack=split, share_prompt=True, pack=True)
+    packs = [make_pack(row) for row in plan]
+    packs = [replace(pack, old_logp=old[pack.targets], ref_logp=ref[pack.targets]) for pack in packs]
+    return with_kl(groups, plan, packs, estimator)
+
+
+@pytest.mark.parametrize("split", [1000, 12])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_kl_of_a_completion(estimator, split):
+    random = torch.Generator().manual_seed(0)
+    old, ref = (-torch.rand(2000, generator=random) for _ in range(2))
+    groups = [group(prompt(4), 3, 1, 5, start=20), group(prompt(2), 2, 9, start=1000)]
+    for before, after in zip(groups, judged(groups, old, ref, estimator, split), strict=True):
+        assert after.kl is not None and after.rewards is before.rewards
+        for completion, kl in zip(after.completions, after.kl.tolist(), strict=True):
+            d = (ref - old)[completion.token_ids].double()
+            assert kl == pytest.approx(float(ESTIMATORS[estimator](d).sum()), rel=1e-6)
+            assert torch.equal(completion.old_logp, old[completion.token_ids])
+            assert torch.equal(completion.ref_logp, ref[completion.token_ids])
+        assert [c.text for c in after.completions] == [c.text for c in before.completions]
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_advantages_of_rewards_less_kl(scale):
+    groups = [
+        replace(group(prompt(3), 2, 2), rewards=torch.tensor([[1.0], [0.0]]), kl=torch.tensor([4.0, 1.0])),
+        replace(group(prompt(3), 2, 2), rewards=torch.tensor([[0.5], [0.5]]), kl=torch.tensor([0.0, 2.0])),
+    ]
+    rewards = torch.tensor([[2 - 0.4, 0 - 0.1], [1 - 0.0, 1 - 0.2]])  # weight 2, beta 0.1
+    std = {"group": rewards.std(1, keepdim=True), "batch": rewards.std(), "none": 1 - 1e-4}[scale]
+    expected = (rewards - rewards.mean(1, keepdim=True)) / (std + 1e-4)
+    found = torch.stack([g.advantages for g in with_advantages(groups, [2.0], scale, kl_weight=0.1)])
+    assert torch.allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("old", ["rollout", "recompute"])
+def test_kl_in_reward_of_a_run(old, model, processor, make, tmp_path):
+    """The KL is of the log-probs that old_logprobs names; the loss has none, and masked completions keep theirs."""
+    settings = {"beta": 0.5, "kl": "k1", "kl_in_reward": True, "old_logprobs": old}
+    trainer = trainer_of(model, processor, tmp_path, mask_truncated_completions=True, **settings)
+    trainer.reward_weights = [1.0]
+    for parameter in trainer.reference.model.parameters():
+        parameter.mul_(1.05)
+    groups = groups_of(make, model)
+    part = generated(trainer, groups)
+    assert trainer.settings.beta == 0
+    policy, reference = NaivePolicy(trainer.model, trainer.family, temperature=1.0), trainer.reference.model
+    for before, after in zip(groups, part.groups, strict=True):
+        adjusted = []
+        for completion in before.completions:
+            alone = make_pack([replace(before, completions=(completion,), advantages=torch.zeros(1))])
+            drawn = completion.logp if old == "rollout" else policy.logprobs(alone)
+            kl = float((drawn - NaivePolicy(reference, trainer.family, temperature=1.0).logprobs(alone)).sum())
+            adjusted.append(float(before.rewards[len(adjusted), 0]) - 0.5 * kl)
+        rewards = torch.tensor(adjusted)
+        expected = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
+        assert torch.allclose(after.advantages, expected, rtol=1e-4, atol=1e-5)
+    rows = sum(len(pack.targets) for pack in part.packs)
+    assert rows == sum(len(c.token_ids) for g in groups for c in g.completions if c.finish_reason == "stop")
+    _, metrics = trainer.backward(trainer.model, part.packs, part.groups)
+    assert metrics["kl"] != 0  # measured still
+
+
+def test_a_buffer_keeps_what_it_needs(model, processor, make, tmp_path):
+    """KL, weights and metrics come back from a checkpoint."""
+    settings = {"beta": 0.5, "kl_in_reward": True, "num_iterations": 2, **correction("sequence_mask")}
+    trainer = trainer_of(model, processor, tmp_path, **settings)
+    trainer.reward_weights = [1.0]
+    part = generated(trainer, groups_of(make, model))
+    buffer, again = Buffer(2), Buffer(2)
+    buffer.fill([part])
+    buffer.take()
+    prompts = {g.prompt.sample.index: g.prompt for g in part.groups}
+    again.load(buffer.state(), prompts.__getitem__, trainer.pack)
+    (found,) = again.parts
+    assert found.counts == part.counts and "rollout/importance_ratio" in found.counts
+    for one, other in zip(found.groups, part.groups, strict=True):
+        assert torch.equal(one.kl, other.kl) and torch.equal(one.advantages, other.advantages)
+    for one, other in zip(found.packs, part.packs, strict=True):
+        for name in ("old_logp", "ref_logp", "trust_logp", "rollout_logp"):
+            assert torch.equal(getattr(one, name), getattr(other, name)), name

@@ -1,0 +1,214 @@
+"""Packs written out by hand, the plans of a token budget, and the padded batch as the pack's inverse."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from vlmr1.grpo.naive import padded
+from vlmr1.grpo.packing import make_pack, plan_packs, repeated_prompt_tokens, unique_images, with_signal, without_weight
+from vlmr1.types import Completion, Group, Pack, Prompt, Sample
+from vlmr1_kernels import PrefixLayout
+
+
+def prompt(length: int, images: tuple[str, ...] = (), start: int = 100, positions: list | None = None) -> Prompt:
+    paths = tuple(Path(name) for name in images)
+    inputs = tuple({"pixel_values": torch.tensor([start + i])} for i in range(len(images)))
+    rows = torch.arange(length).expand(3, -1) if positions is None else torch.tensor(positions)
+    return Prompt(Sample([], paths, "", "", 0), start + torch.arange(length), rows, inputs)
+
+
+def group(of: Prompt, *lengths: int, start: int = 1000) -> Group:
+    """Completion i holds start + 100 i, start + 100 i + 1, ...; its log-probs are minus its tokens."""
+    tokens = [start + 100 * i + torch.arange(length) for i, length in enumerate(lengths)]
+    completions = tuple(Completion(t, -t.float(), -2 * t.float(), str(i), "stop") for i, t in enumerate(tokens))
+    count = torch.arange(float(len(lengths)))
+    return Group(of, completions, torch.stack([count, -count], 1), 10 * count)
+
+
+def pixels(pack: Pack) -> list[int]:
+    return [int(image["pixel_values"]) for image in pack.images]
+
+
+def names(plan: list[list[Group]]) -> list[list[str]]:
+    """Each part as prompt start : the completions it holds."""
+    return [[f"{int(g.prompt.input_ids[0])}:" + "".join(c.text for c in g.completions) for g in row] for row in plan]
+
+
+def test_pack_by_hand():
+    """Two groups; an image prompt whose last position is not its length, a completion of length 1."""
+    image = prompt(4, ("a",), 10, [[0, 1, 1, 2], [0, 1, 2, 2], [0, 1, 1, 2]])
+    pack = make_pack([group(image, 3, 1, start=20), group(prompt(2, start=40), 2, 3, start=50)])
+    assert pack.input_ids.tolist() == [10, 11, 12, 13, 40, 41, 20, 21, 50, 150, 151]
+    assert pack.positions.tolist() == [
+        [0, 1, 1, 2, 0, 1, 3, 4, 2, 2, 3],
+        [0, 1, 2, 2, 0, 1, 3, 4, 2, 2, 3],
+        [0, 1, 1, 2, 0, 1, 3, 4, 2, 2, 3],
+    ]
+    assert pack.layout == PrefixLayout((4, 2), ((2, 0), (1, 2)))
+    assert pack.rows.tolist() == [3, 6, 7, 3, 5, 8, 5, 9, 10]
+    assert pack.targets.tolist() == [20, 21, 22, 120, 50, 51, 150, 151, 152]
+    assert pack.seq_ids.tolist() == [0, 0, 0, 1, 2, 2, 3, 3, 3]
+    assert pack.advantages.tolist() == [0, 10, 0, 10]
+    assert pack.old_logp is not None and pack.old_logp.tolist() == (-pack.targets).tolist()
+    assert pack.sampling_logp is not None and pack.sampling_logp.tolist() == (-2 * pack.targets).tolist()
+    assert pack.ref_logp is None
+    assert (pack.image_ids, pack.image_refs, pixels(pack)) == ((0,), (Path("a"),), [10])
+
+
+def test_pack_of_one_completion_of_one_token():
+    pack = make_pack([group(prompt(3), 1)])
+    assert pack.input_ids.tolist() == [100, 101, 102] and pack.positions.shape == (3, 3)
+    assert (pack.rows.tolist(), pack.targets.tolist(), pack.seq_ids.tolist()) == ([2], [1000], [0])
+    assert pack.images == pack.image_refs == pack.image_ids == ()
+
+
+def test_logprobs_are_absent_where_a_completion_has_none():
+    one = group(prompt(3), 2, 2)
+    unknown = Completion(torch.tensor([1]), None, None, "", "stop")
+    pack = make_pack([Group(one.prompt, (*one.completions, unknown), None, torch.zeros(3))])
+    assert pack.old_logp is None and pack.sampling_logp is None
+
+
+# Prompts of 10 tokens; a completion of C tokens takes C - 1 rows.
+PLANS = {
+    "first fit": ([(5, 5), (11, 11), (2, 2)], 32, {}, [["100:01", "300:01"], ["200:01"]]),
+    "exactly full": ([(5, 5), (5, 5)], 36, {}, [["100:01", "200:01"]]),
+    "one over": ([(5, 5), (5, 5)], 35, {}, [["100:01"], ["200:01"]]),
+    "a group over the budget": ([(6, 6, 6, 6, 6)], 22, {}, [["100:01"], ["100:23"], ["100:4"]]),
+    "the rest of a split group has room": ([(8, 8, 3), (2,)], 25, {}, [["100:01"], ["100:2", "200:0"]]),
+    "a branch over the budget": ([(50, 3, 3)], 20, {}, [["100:0"], ["100:12"]]),
+    "a prompt over the budget": ([(1, 1), (3,)], 5, {}, [["100:0"], ["100:1"], ["200:0"]]),
+    "no pack": ([(2, 2), (2, 2)], 99, {"pack": False}, [["100:01"], ["200:01"]]),
+    "no pack, split": ([(6, 6, 6)], 22, {"pack": False}, [["100:01"], ["100:2"]]),
+    "no shared prompt": ([(3, 3), (3,)], 24, {"share_prompt": False}, [["100:0", "100:1"], ["200:0"]]),
+    "naive": (
+        [(3, 1), (9, 4)],
+        24,
+        {"share_prompt": False, "pack": False},
+        [["100:0", "100:1"], ["200:0", "200:1"]],
+    ),
+}
+
+
+@pytest.mark.parametrize("lengths, budget, switches, expected", PLANS.values(), ids=PLANS.keys())
+def test_plan(lengths, budget, switches, expected):
+    groups = [group(prompt(10, start=100 * (i + 1)), *each) for i, each in enumerate(lengths)]
+    plan = plan_packs(groups, tokens_per_pack=budget, **{"share_prompt": True, "pack": True} | switches)
+    assert names(plan) == expected
+    for row in plan if switches.get("share_prompt", True) else []:
+        branches = sum(len(part.completions) for part in row)
+        assert branches == 1 or make_pack(row).layout.total_length <= budget
+
+
+def test_a_split_group_keeps_the_rewards_and_advantages_of_its_branches():
+    plan = plan_packs([group(prompt(10), 6, 6, 6)], tokens_per_pack=22, share_prompt=True, pack=True)
+    (first,), (second,) = plan
+    assert first.rewards is not None and first.rewards.tolist() == [[0, 0], [1, -1]]
+    assert second.rewards is not None and second.rewards.tolist() == [[2, -2]]
+    assert first.advantages is not None and first.advantages.tolist() == [0, 10]
+    assert second.advantages is not None and second.advantages.tolist() == [20]
+    assert second.prompt is first.prompt
+
+
+def test_unique_images():
+    prompts = [
+        prompt(3, ("a",), 10),
+        prompt(3, ("b", "c"), 20),
+        prompt(3),
+        prompt(3, ("a",), 30),
+        prompt(3, ("c", "a", "d"), 40),
+    ]
+    images, paths, image_ids = unique_images(prompts)
+    assert [int(image["pixel_values"]) for image in images] == [10, 20, 21, 42]
+    assert paths == (Path("a"), Path("b"), Path("c"), Path("d"))
+    assert image_ids == (0, 1, 2, 0, 2, 0, 3)
+
+
+@pytest.mark.parametrize(
+    "share_vision, image_ids, encoded",
+    [
+        pytest.param(True, (0, 1, 2, 0), [10, 20, 21], id="shared"),
+        pytest.param(False, (0, 1, 2, 3), [10, 20, 21, 10], id="repeated"),
+    ],
+)
+def test_images_of_a_pack(share_vision, image_ids, encoded):
+    first, second = group(prompt(3, ("a",), 10), 2), group(prompt(5, ("b", "c"), 20), 2)
+    pack = make_pack([first, second, first], share_vision=share_vision)
+    assert pack.image_ids == image_ids
+    assert pixels(pack) == encoded
+
+
+def test_padded_batch_holds_the_sequences_of_the_pack():
+    image = prompt(4, ("a",), 10, [[0, 1, 1, 2], [0, 1, 2, 2], [0, 1, 1, 2]])
+    groups = [group(image, 3, 1), group(prompt(7, start=40), 5, 2, start=5000)]
+    rows = plan_packs(groups, tokens_per_pack=1, share_prompt=False, pack=False)
+    seen = []
+    for row in rows:
+        ids, positions, mask, lengths = padded(make_pack(row, share_vision=False))
+        assert positions.shape == (3, *ids.shape) and mask.shape == ids.shape
+        for i, part in enumerate(row):
+            (completion,) = part.completions
+            real = mask[i].bool()
+            start = ids.shape[1] - int(lengths.max()) - len(part.prompt.input_ids)
+            assert real.nonzero()[:, 0].tolist() == list(range(start, start + int(real.sum())))
+            assert ids[i, real].tolist() == [*part.prompt.input_ids.tolist(), *completion.token_ids.tolist()]
+            after = part.prompt.next_position + torch.arange(len(completion.token_ids)).expand(3, -1)
+            assert positions[:, i, real].tolist() == torch.cat([part.prompt.positions, after], 1).tolist()
+            assert int(lengths[i]) == len(completion.token_ids)
+            seen.append(completion.token_ids.tolist())
+    assert seen == [c.token_ids.tolist() for each in groups for c in each.completions]
+
+
+def test_padded_batch_of_prompts_of_different_lengths():
+    """One row with both: the shorter prompt is padded on the left, the shorter completion on the right."""
+    pack = make_pack([group(prompt(2, start=10), 3, start=20), group(prompt(4, start=30), 1, start=40)])
+    ids, positions, mask, lengths = padded(pack)
+    assert ids.tolist() == [[0, 0, 10, 11, 20, 21, 22], [30, 31, 32, 33, 40, 0, 0]]
+    assert mask.tolist() == [[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0]]
+    assert positions[0].tolist() == [[1, 1, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 1, 1]]
+    assert lengths.tolist() == [3, 1]
+
+
+@pytest.mark.parametrize(
+    ("budget", "switches", "repeated"),
+    [
+        pytest.param(99, {}, 0, id="whole"),
+        pytest.param(22, {}, 10 + 10, id="a group in three parts"),
+        pytest.param(99, {"share_prompt": False}, 4 * 10 + 10, id="every branch its own"),
+    ],
+)
+def test_repeated_prompt_tokens(budget, switches, repeated):
+    groups = [group(prompt(10), 6, 6, 6, 6, 6), group(prompt(10, start=200), 2, 2)]
+    plan = plan_packs(groups, tokens_per_pack=budget, **{"share_prompt": True, "pack": True} | switches)
+    assert repeated_prompt_tokens(plan) == repeated
+
+
+SIGNALS = {
+    "all": ({}, ["0", "1", "2"], ["0"]),
+    "advantage": ({"skip_zero_advantage": True}, ["1", "2"], []),
+    "truncated": ({"mask_truncated": True}, ["0", "1"], ["0"]),
+    "both": ({"skip_zero_advantage": True, "mask_truncated": True}, ["1"], []),
+}
+
+
+@pytest.mark.parametrize(("settings", "of_three", "of_one"), SIGNALS.values(), ids=SIGNALS.keys())
+def test_with_signal(settings, of_three, of_one):
+    """Advantages are 0, 10, 20, and the third completion is truncated; the other group has the first alone."""
+    three, one = group(prompt(10), 6, 5, 4), group(prompt(10, start=200), 2)
+    cut = replace(three.completions[2], finish_reason="length")
+    three = replace(three, completions=(*three.completions[:2], cut))
+    off = {"skip_zero_advantage": False, "mask_truncated": False}
+    found = with_signal([three, one], **off | settings)
+    assert [[c.text for c in each.completions] for each in found] == [each for each in (of_three, of_one) if each]
+    assert found[0].prompt is three.prompt and found[0].advantages is not None
+    assert found[0].advantages.tolist() == [10.0 * int(text) for text in of_three]
+
+
+def test_a_pass_without_weight_is_of_one_completion():
+    pack = without_weight([group(prompt(10), 6, 5), group(prompt(7), 3)])
+    assert pack.weight == 0 and pack.targets.tolist() == [1000, 1001, 1002, 1003, 1004, 1005]
+    assert make_pack([group(prompt(10), 6)]).weight == 1

@@ -1,0 +1,107 @@
+"""Completions of advantage 0 leave the policy pass: the same loss and gradients, from fewer rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.vlmr1.conftest import Maker
+from tests.vlmr1.grpo.test_step_oracle import TOLERANCE
+from tests.vlmr1.grpo.test_trainer import relative, trainer_of
+from vlmr1.config import GRPOConfig
+from vlmr1.errors import SettingError
+from vlmr1.grpo.packing import with_signal
+from vlmr1.types import Group
+
+NAIVE = {"share_vision": False, "share_prompt": False, "pack": False, "skip_zero_advantage": False}
+
+
+def groups_of(make: Maker) -> list[Group]:
+    """A group without signal, one with some in three of four completions, one with signal everywhere."""
+    return [
+        make.group(make.prompt("Locate the digit 8.", (84,)), (5, 4, 6), (0.0, 0.0, 0.0)),
+        make.group(make.prompt("Locate the digit 9.", (56,)), (3, 7, 2, 4), (1.0, 0.0, -0.25, 0.5)),
+        make.group(make.prompt("What is seven?"), (6, 5), (0.7, 0.3)),
+    ]
+
+
+def left(groups: list[Group]) -> list[Group]:
+    return with_signal(groups, skip_zero_advantage=True, mask_truncated=False)
+
+
+def step(
+    model: Any, processor: Any, output: Path, groups: list[Group], **settings: Any
+) -> tuple[float, dict[str, float], dict[str, torch.Tensor], int]:
+    """Loss, metrics, gradients and the rows of the packs."""
+    trainer = trainer_of(model, processor, output, beta=0.0, **settings)
+    packs, _ = trainer.pack(groups)
+    loss, metrics = trainer.backward(trainer.model, packs, groups)
+    gradients = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+    return float(loss), metrics, gradients, sum(len(pack.targets) for pack in packs)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dapo", "dr_grpo", "cispo", "gspo"])
+def test_loss_and_gradients_are_those_of_all_rows(loss_type, model, processor, make, tmp_path):
+    groups = groups_of(make)
+    settings = {"loss_type": loss_type, "epsilon_high": 5.0 if loss_type == "cispo" else 0.2}
+    loss, metrics, gradients, rows = step(model, processor, tmp_path, groups, **settings)
+    loss_, metrics_, gradients_, rows_ = step(model, processor, tmp_path, groups, **settings, **NAIVE)
+    assert (rows, rows_) == (3 + 2 + 4 + 6 + 5, 42)
+    assert loss == pytest.approx(loss_, rel=TOLERANCE) and loss != 0
+    assert relative(gradients, gradients_) < TOLERANCE
+    assert (metrics["tokens"], metrics["dropped_rows"]) == (42, 22)
+    assert (metrics_["tokens"], metrics_["dropped_rows"]) == (42, 0)
+
+
+def test_metrics_are_means_over_the_rows_that_are_left(model, processor, make, tmp_path):
+    groups = groups_of(make)
+    _, metrics, _, _ = step(model, processor, tmp_path, groups)
+    _, expected, _, _ = step(model, processor, tmp_path, left(groups), skip_zero_advantage=False)
+    assert expected["dropped_rows"] == 0
+    for name in ("entropy", "clip_low", "clip_high", "ratio_max"):
+        assert metrics[name] == pytest.approx(expected[name], rel=1e-6)
+    _, every, _, _ = step(model, processor, tmp_path, groups, skip_zero_advantage=False)
+    assert metrics["entropy"] != pytest.approx(every["entropy"], rel=1e-3)
+
+
+def test_a_step_without_signal_runs_one_pass_of_zero_weight(model, processor, make, tmp_path):
+    """Gradients are zeros, as without skipping, and not absent: optimizers with momentum still move."""
+    groups = groups_of(make)[:1] * 2
+    loss, metrics, gradients, rows = step(model, processor, tmp_path, groups)
+    _, _, expected, _ = step(model, processor, tmp_path, groups, skip_zero_advantage=False)
+    assert (loss, rows, metrics["dropped_rows"]) == (0, 5, 30)  # no row counts, the one that is computed neither
+    assert gradients.keys() == expected.keys()
+    assert all(not gradient.any() for gradient in gradients.values())
+
+
+def test_a_group_without_images_can_be_what_is_left(model, processor, make, tmp_path):
+    """The tower gets no gradient from text: what is left of the step has to say so as the whole step does."""
+    groups = [groups_of(make)[0], groups_of(make)[2]]
+    _, _, gradients, _ = step(model, processor, tmp_path, groups)
+    _, _, expected, _ = step(model, processor, tmp_path, groups, skip_zero_advantage=False)
+    tower = {name for name in expected if "visual" in name}
+    assert tower and all(not expected[name].any() and not gradients[name].any() for name in tower)
+    assert relative(gradients, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"beta": 0.0}, True),
+        ({"beta": 0.04}, False),
+        ({"beta": 0.0, "skip_zero_advantage": False}, False),
+        ({"beta": 0.0, "entropy_coef": 0.1}, False),
+        ({"beta": 0.04, "kl_in_reward": True}, True),
+    ],
+    ids=["beta 0", "beta", "off", "entropy bonus", "KL in the reward"],
+)
+def test_on_where_the_advantage_is_the_only_source(settings, expected, tmp_path):
+    assert GRPOConfig(output_dir=str(tmp_path), use_cpu=True, **settings).skips_zero_advantage == expected
+
+
+def test_refused_with_a_kl(tmp_path):
+    with pytest.raises(SettingError, match=r"skip_zero_advantage needs beta 0, not 0\.04"):
+        GRPOConfig(output_dir=str(tmp_path), use_cpu=True, beta=0.04, skip_zero_advantage=True)

@@ -1,0 +1,254 @@
+"""Runs that are killed, and checkpoints that are whole or ignored."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vlmr1.cli import main
+from vlmr1.lifecycle.checkpoint import MANIFEST, is_complete, last_complete, publish, rotate, staged, truncate_after
+from vlmr1.lifecycle.disk import checkpoint_bytes, warn_of_space
+from vlmr1.report.progress import read_metrics
+from vlmr1.tiny import digits
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    digits.write(folder, "train", 8, seed=3)
+    return folder
+
+
+def command(data: Path, output: Path, *more: str) -> list[str]:
+    """A short run: 2 prompts a step, so that 6 steps are an epoch and a half."""
+    settings = {
+        "data_file_paths": data / "train.jsonl",
+        "image_folders": data / "images",
+        "output_dir": output,
+        "max_steps": STEPS,
+        "save_steps": 2,
+        "prompts_per_device": 2,
+        "num_generations": 3,
+        "max_completion_length": 32,
+        "use_cpu": "true",
+        "warmup_steps": 0,
+    }
+    words = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
+    return ["train", "--recipe", "tiny-digits", *words, *more]
+
+
+def start(data: Path, output: Path) -> subprocess.Popen:
+    return start_with(command(data, output))
+
+
+def start_with(words: list[str]) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "vlmr1.cli", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+    )
+
+
+def weights(output: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
+    return load_file(output / f"checkpoint-{step}" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run = start(data, folder)
+    output, _ = run.communicate()
+    assert run.returncode == 0, output
+    before, after = weights(folder, 4), weights(folder)  # what a run that forgets its weights would not show
+    assert all(not torch.equal(before[name], after[name]) for name in after)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed_after", [1, 5])
+def test_killed_run_ends_with_the_same_weights(killed_after, data, undisturbed, tmp_path):
+    run = start(data, tmp_path)
+    assert run.stdout is not None
+    for line in run.stdout:
+        if f"step {killed_after} " in line:
+            break
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    assert not (tmp_path / f"checkpoint-{STEPS}").exists()
+
+    again = start(data, tmp_path)
+    output, _ = again.communicate()
+    assert again.returncode == 0, output
+    assert ("continuing from" in output) == (killed_after > 2)
+    assert "missing keys" not in output
+    expected, found = weights(undisturbed), weights(tmp_path)
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    keep = ("step", "loss", "reward", "kl", "grad_norm", "learning_rate")
+    histories = [[[row[name] for name in keep] for row in read_metrics(run)] for run in (undisturbed, tmp_path)]
+    assert histories[0] == histories[1]
+    assert [row[0] for row in histories[0]] == list(range(1, STEPS + 1))
+
+
+def test_a_finished_run_is_left_as_it_is(data, undisturbed, capsys):
+    before, metrics = weights(undisturbed), read_metrics(undisturbed)
+    assert main(command(data, undisturbed)) == 0
+    assert f"checkpoint-{STEPS}: all {STEPS} updates are done" in capsys.readouterr().out
+    assert read_metrics(undisturbed) == metrics and not (undisturbed / f"checkpoint-{STEPS + 1}").exists()
+    assert all(torch.equal(before[name], value) for name, value in weights(undisturbed).items())
+
+
+def written(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "weights").write_bytes(b"12345")
+    (folder / "sub").mkdir()
+    (folder / "sub" / "state").write_bytes(b"1")
+    return folder
+
+
+def test_publish_names_every_file_with_its_size_and_small_ones_with_their_digest(tmp_path, monkeypatch):
+    monkeypatch.setattr("vlmr1.lifecycle.checkpoint.HASHED_MIB", 4 / 2**20)
+    publish(written(tmp_path / "tmp"), tmp_path / "checkpoint-2")
+    manifest = json.loads((tmp_path / "checkpoint-2" / MANIFEST).read_text())
+    one = "6b86b273ff34fce19d6b804eff5a3f5747ada4eaa22f1d49c01e52ddb7875b4b"  # printf 1 | sha256sum
+    assert manifest == {"files": {"sub/state": 1, "weights": 5}, "sha256": {"sub/state": one}}
+    assert not (tmp_path / "tmp").exists()
+
+
+FAULTS = {
+    "no manifest": (lambda path: (path / MANIFEST).unlink(), "there is no manifest.json"),
+    "cut manifest": (lambda path: (path / MANIFEST).write_text('{"files": {"wei'), "manifest.json is not one of ours"),
+    "other manifest": (lambda path: (path / MANIFEST).write_text("[]"), "manifest.json is not one of ours"),
+    "file missing": (lambda path: (path / "sub" / "state").unlink(), "there is no sub/state"),
+    "file cut": (lambda path: (path / "weights").write_bytes(b"123"), "weights has 3 bytes instead of 5"),
+    "file changed": (lambda path: (path / "weights").write_bytes(b"12346"), "weights is not what was written"),
+}
+
+
+@pytest.mark.parametrize(("damage", "says"), FAULTS.values(), ids=FAULTS.keys())
+def test_resume_passes_over_what_is_not_whole(damage, says, tmp_path, caplog):
+    for step in (2, 10):
+        publish(written(tmp_path / "tmp"), tmp_path / f"checkpoint-{step}")
+    assert last_complete(tmp_path) == tmp_path / "checkpoint-10"
+    broken = tmp_path / "checkpoint-10"
+    damage(broken)
+    assert not is_complete(broken) and not caplog.records
+    assert last_complete(tmp_path) == tmp_path / "checkpoint-2"
+    assert caplog.messages == [f"{broken} is passed over: {says}"]
+
+
+def test_a_checkpoint_of_before_has_sizes_only(tmp_path):
+    publish(written(tmp_path / "tmp"), tmp_path / "checkpoint-2")
+    (tmp_path / "checkpoint-2" / MANIFEST).write_text('{"files": {"weights": 5, "sub/state": 1}}')
+    assert is_complete(tmp_path / "checkpoint-2")
+
+
+ROTATIONS = {
+    "oldest first": ([2, 4, 10], 10, 2, [4, 10]),
+    "no limit": ([2, 4, 10], 10, None, [2, 4, 10]),
+    "zero is no limit": ([2, 4, 10], 10, 0, [2, 4, 10]),
+    "within the limit": ([2, 4], 4, 2, [2, 4]),
+    "one": ([2, 4], 4, 1, [4]),
+    "steps of another course go first": ([2, 3, 8, 10], 3, 2, [2, 3]),
+    "never the newest": ([8, 10, 3], 3, 1, [3]),
+}
+
+
+@pytest.mark.parametrize(("steps", "newest", "limit", "left"), ROTATIONS.values(), ids=ROTATIONS.keys())
+def test_rotation(steps, newest, limit, left, tmp_path):
+    for step in steps:
+        publish(written(tmp_path / "tmp"), tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-1").mkdir()  # of another program
+    rotate(tmp_path, limit, tmp_path / f"checkpoint-{newest}")
+    assert {path.name for path in tmp_path.iterdir()} == {f"checkpoint-{step}" for step in [1, *left]}
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_left(tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    for step in (2, 4):
+        publish(written(tmp_path / "tmp"), tmp_path / f"checkpoint-{step}")
+    monkeypatch.setattr(Path, "rename", refuse)
+    rotate(tmp_path, 1, tmp_path / "checkpoint-4")
+    assert caplog.messages == [f"{tmp_path / 'checkpoint-2'} is not removed: [Errno 13] Permission denied"]
+
+
+def test_what_is_published_again_replaces_what_was(tmp_path):
+    publish(written(tmp_path / "tmp"), tmp_path / "checkpoint-2")
+    again = written(tmp_path / "tmp")
+    (again / "weights").write_bytes(b"54321")
+    publish(again, tmp_path / "checkpoint-2")
+    assert (tmp_path / "checkpoint-2" / "weights").read_bytes() == b"54321" and is_complete(tmp_path / "checkpoint-2")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+
+
+def test_a_failed_save_publishes_nothing(tmp_path):
+    with pytest.raises(OSError, match="disk full"), staged(tmp_path, "checkpoint-4") as folder:
+        written(folder / "checkpoint-4")
+        raise OSError("disk full")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_logs_drop_later_steps_and_half_lines(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    log.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "lo')
+    truncate_after(log, 2)
+    assert log.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_the_size_of_a_checkpoint_is_estimated(undisturbed, model, tmp_path, caplog):
+    """3 times the weights for AdamW in float32; what else is in a checkpoint is small. What is not trained has no
+    moments."""
+    weights_only, whole = (checkpoint_bytes(model, "adamw_torch_fused", weights_only=only) for only in (True, False))
+    written = sum(path.stat().st_size for path in (undisturbed / f"checkpoint-{STEPS}").iterdir())
+    assert whole == 3 * weights_only and whole == pytest.approx(written, rel=0.02)
+    assert (
+        checkpoint_bytes(model, "adamw_torch_8bit") == weights_only * 1.5
+        and checkpoint_bytes(model, "sgd") == weights_only
+    )
+    model.model.visual.requires_grad_(False)
+    tower = sum(parameter.nbytes for parameter in model.model.visual.parameters())
+    assert checkpoint_bytes(model, "adamw_torch_fused") == whole - 2 * tower
+    warn_of_space(tmp_path, whole)
+    assert not caplog.records
+    warn_of_space(tmp_path / "not" / "yet", 2**60)
+    assert "and a checkpoint takes about 1073741824.00 GiB: it will not fit" in caplog.text
+
+
+def test_a_resumed_run_must_have_the_same_settings(data, tmp_path, capsys):
+    assert main(command(data, tmp_path, "--max_steps", "2")) == 0
+    assert main(command(data, tmp_path, "--max_steps", "2", "--learning_rate", "1e-3")) == 2
+    assert "learning_rate is 0.001, but the run in" in capsys.readouterr().err
+
+
+def test_no_run_goes_on_from_weights_alone(data, tmp_path, capsys):
+    words = command(data, tmp_path, "--max_steps", "4", "--save_only_model", "true")
+    assert main(words) == 0
+    assert main(words) == 0  # it is finished
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    metrics = read_metrics(tmp_path)
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert "checkpoint-2 was written with save_only_model, without the optimizer: no run goes on from it" in said
+    assert f"model_name_or_path={tmp_path / 'checkpoint-2'}\n" in said
+    assert read_metrics(tmp_path) == metrics
+
+
+def test_a_named_checkpoint_must_be_complete(data, tmp_path, capsys):
+    assert main(command(data, tmp_path, "--resume_from_checkpoint", str(tmp_path / "checkpoint-2"))) == 2
+    assert "resume_from_checkpoint: " in capsys.readouterr().err

@@ -1,0 +1,160 @@
+"""SIGTERM, SIGUSR1, Ctrl-C: a checkpoint at the end of the step, a message, the exit status that shells expect."""
+
+from __future__ import annotations
+
+import os
+import signal
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from tests.vlmr1.forked import call, finish, start
+from tests.vlmr1.plants import At, kill
+from tests.vlmr1.tiny_runs import assert_same, assert_whole, command, during, write_data
+from vlmr1.lifecycle.checkpoint import STAGING, last_complete
+from vlmr1.training.hf_trainer import ROLLOUTS
+
+pytestmark = pytest.mark.slow  # seconds each
+SELF = "os.kill(os.getpid(), signal.{})".format
+TELL_ALL = "[os.kill(pid, signal.SIGTERM) for pid in [*children(), os.getpid()]]"
+NO_READER = "read, write = os.pipe(); os.close(read); os.dup2(write, 1); os.dup2(write, 2)"
+EVERY = ["--logging_steps", "2", "--save_total_limit", "0"]
+RARELY = [*EVERY, "--save_steps", "100"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data, tmp_path_factory) -> Path:
+    """Logged every second step, so that signals find a line half-counted."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    status, output = finish(command(data, folder / "out", *EVERY), folder / "log")
+    assert status == 0, output
+    return folder / "out"
+
+
+@pytest.mark.parametrize(
+    ("name", "shown", "more"),
+    [
+        ("SIGTERM", "SIGTERM", RARELY),
+        ("SIGUSR1", "SIGUSR1", [*EVERY, "--save_strategy", "epoch"]),
+        ("SIGINT", "Ctrl-C", EVERY),
+    ],
+    ids=["SIGTERM", "SIGUSR1", "SIGINT"],
+)
+def test_a_signal_ends_the_run_after_its_step(name, shown, more, data, undisturbed, tmp_path):
+    """In step 3, the first of two on its generation; the checkpoint is written once, whatever else asks for it."""
+    during(data, 2, SELF(name))
+    output = tmp_path / "out"
+    twice = At("os.rename", "out/checkpoint-3/", kill, count=2, argument=1)
+    status, text = finish(command(data, output, *more), tmp_path / "log", twice)
+    assert status == 128 + signal.Signals[name], text
+    assert text.endswith(f"vlmr1: stopped by {shown} after step 3 of 6; the same command continues\n"), text
+    assert text.count("the run ends after this step") == 1 and "Traceback" not in text
+    assert last_complete(output) == output / "checkpoint-3" and (output / "checkpoint-3" / ROLLOUTS).exists()
+    assert_whole(output, undisturbed)
+    status, text = finish(command(data, output, *more), tmp_path / "log")
+    assert status == 0 and "continuing from" in text, text
+    if name == "SIGTERM":
+        assert_same(output, undisturbed)
+
+
+def test_a_signal_while_a_checkpoint_is_written(data, tmp_path):
+    """No step is begun that would have to be waited for."""
+    output = tmp_path / "out"
+    at = At("open", f"{STAGING}checkpoint-2/checkpoint-2/trainer_state.json", partial(send, signal.SIGTERM))
+    status, text = finish(command(data, output), tmp_path / "log", at)
+    assert status == 143 and "stopped by SIGTERM after step 2 of 6; the same command continues\n" in text, text
+    assert last_complete(output) == output / "checkpoint-2"
+
+
+def test_a_second_signal_ends_it_at_once(data, tmp_path):
+    """A repetition within a second does not count: terminals and launchers both send it."""
+    during(data, 1, f"{SELF('SIGTERM')}; {SELF('SIGTERM')}; time.sleep(1.2); {SELF('SIGTERM')}")
+    run = start(command(data, tmp_path / "out"), tmp_path / "log")
+    assert run.status() == -signal.SIGTERM
+    assert run.output.count("once more ends it at once") == 2 and "Traceback" not in run.output
+    assert last_complete(tmp_path / "out") is None
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_before_the_first_step(name, status, data, tmp_path):
+    at = At("open", "tiny/checkpoint/config.json", partial(send, signal.Signals[name]))
+    found, text = finish(command(data, tmp_path / "out"), tmp_path / "log", at)
+    assert found == status, text
+    assert "before its first step; give the same command to go on\n" in text and "Traceback" not in text
+
+
+def test_ctrl_c_in_another_command(data, tmp_path):
+    words = ["evaluate", "--model", "tiny", "--data", str(data / "train.jsonl"), "--images", str(data / "images")]
+    words += ["--task", "rec", "--output_dir", str(tmp_path / "out")]
+    at = At("open", "tiny/checkpoint/config.json", partial(send, signal.SIGINT))
+    assert finish(words, tmp_path / "log", at) == (130, "vlmr1: stopped by Ctrl-C\n")
+
+
+def send(number: int, _path: Path) -> None:
+    os.kill(os.getpid(), number)
+
+
+def test_signals_to_every_process_of_a_run(data, undisturbed, tmp_path):
+    """As schedulers send them: the processes that score and that prepare prompts go on until the step is done."""
+    during(data, 2, TELL_ALL)
+    rewards = [
+        "--reward_funcs",
+        f"{data / 'mine.py'}:apart",
+        f"{data / 'mine.py'}:mine",
+        "--dataloader_num_workers",
+        "1",
+    ]
+    status, text = finish(command(data, tmp_path / "out", *RARELY, *rewards), tmp_path / "log")
+    assert status == 143, text
+    assert last_complete(tmp_path / "out") == tmp_path / "out" / "checkpoint-3"
+
+
+def test_nobody_reads_the_output_any_more(data, undisturbed, tmp_path):
+    """`vlmr1 train | tee log`, and Ctrl-C, which ends tee too: the run still saves, and says so by its status."""
+    during(data, 2, f"{NO_READER}; {SELF('SIGINT')}")
+    status, _ = finish(command(data, tmp_path / "out", *EVERY), tmp_path / "log")
+    assert status == 130
+    assert last_complete(tmp_path / "out") == tmp_path / "out" / "checkpoint-3"
+    assert_whole(tmp_path / "out", undisturbed)
+
+
+def test_ranks_stop_at_the_same_step(tmp_path):
+    """The signal comes to one of them, in step 2."""
+    ranks = [call(rank_of_two, rank, tmp_path / "meeting", log=tmp_path / f"{rank}.log") for rank in range(2)]
+    assert [run.status() for run in ranks] == [143, 143], [run.output for run in ranks]
+    said = "stopped by SIGTERM after step 2 of 4; the same command continues"
+    assert [run.output.splitlines()[-1] for run in ranks] == [said, said]
+
+
+def rank_of_two(rank: int, meeting: Path) -> int:
+    from transformers import TrainerControl, TrainerState
+
+    from vlmr1.config import GRPOConfig
+    from vlmr1.errors import Stopped
+    from vlmr1.lifecycle.signals import StopSignals
+
+    args = GRPOConfig(output_dir=str(meeting.parent / "out"), use_cpu=True)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    state, control = TrainerState(max_steps=4), TrainerControl()
+    with StopSignals() as stop:
+        stop.on_train_begin(args, state, control)
+        while not control.should_training_stop:
+            stop.on_step_begin(args, state, control)
+            if (rank, state.global_step) == (1, 1):
+                os.kill(os.getpid(), signal.SIGTERM)
+            state.global_step += 1
+            stop.on_step_end(args, state, control)
+        stop.on_train_end(args, state, control)
+        try:
+            stop.leave()
+        except Stopped as stopped:
+            print(stopped, flush=True)
+            return stopped.status
+    return 0

@@ -1,0 +1,163 @@
+"""Checkpoints that hold an adapter: small, resumed bit for bit, evaluated and merged."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.vlmr1.conftest import Maker
+from tests.vlmr1.lifecycle.test_resume import STEPS, command, start_with
+from vlmr1.cli import main
+from vlmr1.commands.merge import merge
+from vlmr1.errors import SettingError
+from vlmr1.grpo.packing import make_pack
+from vlmr1.grpo.policy import PackedPolicy
+from vlmr1.models import family_of, load_model, load_processor
+from vlmr1.tiny import CHECKPOINT, digits
+
+LORA = ["--use_peft", "true", "--lora_r", "4", "--lora_alpha", "8", "--learning_rate", "3e-3"]
+KINDS = {"lora": [], "qlora": ["--load_in_4bit", "true"], "dora": ["--use_dora", "true"]}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    digits.write(folder, "train", 8, seed=3)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["lora", "qlora"])
+def run(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output directory of a whole run."""
+    folder = tmp_path_factory.mktemp(request.param)
+    assert main(command(data, folder, *LORA, *KINDS[request.param])) == 0
+    return folder
+
+
+def kind_of(run: Path) -> str:
+    return run.name.rstrip("0123456789")
+
+
+def adapter_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint / "adapter_model.safetensors")
+
+
+def logprobs(model: Any, processor: Any, image_files: Any) -> torch.Tensor:
+    make = Maker(model, processor, image_files)
+    pack = make_pack([make.group(make.prompt("Locate the digit 7.", (112,)), (9, 14))])
+    return PackedPolicy(model, family_of(model), temperature=1.0).logprobs(pack)
+
+
+def test_a_checkpoint_holds_the_adapter_only(run):
+    checkpoint = run / f"checkpoint-{STEPS}"
+    names = {path.name for path in checkpoint.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "config.json", "tokenizer.json"} <= names
+    assert not [name for name in names if name.startswith("model")]
+    sizes = {each.dtype for each in adapter_weights(checkpoint).values()}
+    assert sizes == {torch.float32}
+    of_base = (CHECKPOINT / "model.safetensors").stat().st_size
+    assert (checkpoint / "adapter_model.safetensors").stat().st_size < of_base / 10
+    config = json.loads((checkpoint / "config.json").read_text())
+    assert ("quantization_config" in config) == (kind_of(run) == "qlora")
+    before, after = adapter_weights(run / "checkpoint-4"), adapter_weights(checkpoint)
+    assert before.keys() == after.keys() and all(not torch.equal(before[name], after[name]) for name in after)
+
+
+def assert_same_adapter(one: Path, other: Path) -> None:
+    expected, found = (adapter_weights(folder / f"checkpoint-{STEPS}") for folder in (one, other))
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+
+
+def test_a_run_that_goes_on_ends_with_the_same_adapter(run, data, tmp_path, capsys):
+    shutil.copytree(run / "checkpoint-4", tmp_path / "checkpoint-4")
+    assert main(command(data, tmp_path, *LORA, *KINDS[kind_of(run)])) == 0
+    assert "continuing from" in capsys.readouterr().out
+    assert_same_adapter(run, tmp_path)
+
+
+@pytest.mark.slow
+def test_killed_run_ends_with_the_same_adapter(data, tmp_path):
+    whole = start_with(command(data, tmp_path / "whole", *LORA))  # a process as the others: to the last bit
+    output, _ = whole.communicate()
+    assert whole.returncode == 0, output
+    first = start_with(command(data, tmp_path, *LORA))
+    assert first.stdout is not None
+    for line in first.stdout:
+        if "step 3 " in line:
+            break
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert not (tmp_path / f"checkpoint-{STEPS}").exists()
+    again = start_with(command(data, tmp_path, *LORA))
+    output, _ = again.communicate()
+    assert again.returncode == 0, output
+    assert "continuing from" in output and "missing keys" not in output
+    assert_same_adapter(tmp_path / "whole", tmp_path)
+
+
+def test_the_adapter_of_another_run_is_refused(run, data, tmp_path, capsys):
+    shutil.copytree(run / "checkpoint-4", tmp_path / "checkpoint-4")
+    words = [*LORA, *KINDS[kind_of(run)], "--lora_target_modules", "q_proj"]
+    assert main(command(data, tmp_path, *words)) == 2
+    assert "its adapter is not the one of this run" in capsys.readouterr().err
+
+
+def test_load_model_reads_base_and_adapter(run, image_files):
+    """As it was quantized in training; merged it gives the same logits, and the base alone gives others."""
+    checkpoint = run / f"checkpoint-{STEPS}"
+    model, processor = load_model(checkpoint), load_processor(checkpoint)
+    quantized = any(type(module).__name__ == "Linear4bit" for module in model.modules())
+    assert quantized == (kind_of(run) == "qlora")
+    trained = logprobs(model, processor, image_files)
+    base = logprobs(load_model(CHECKPOINT), processor, image_files)
+    assert float((trained - base).abs().max()) > 1e-2
+    assert_merged(checkpoint, run / "merged", trained, image_files)
+
+
+def assert_merged(checkpoint: Path, output: Path, expected: torch.Tensor, image_files: Any) -> None:
+    merge(checkpoint, output)
+    assert not (output / "adapter_config.json").exists()
+    assert "quantization_config" not in json.loads((output / "config.json").read_text())
+    found = logprobs(load_model(output), load_processor(output), image_files)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_evaluate(run, data, tmp_path, capsys):
+    checkpoint = run / f"checkpoint-{STEPS}"
+    words = ["--data", str(data / "train.jsonl"), "--images", str(data / "images"), "--max_completion_length", "32"]
+    words += ["--task", "rec", "--output_dir", str(tmp_path), "--limit", "4", "--use_cpu"]
+    assert main(["evaluate", "--model", str(checkpoint), *words]) == 0
+    assert "acc@0.5" in capsys.readouterr().out
+
+
+def test_merge_command(run, tmp_path, capsys):
+    checkpoint, output = run / f"checkpoint-{STEPS}", tmp_path / "merged"
+    words = ["merge", "--checkpoint", str(checkpoint), "--output", str(output), "--dtype", "bfloat16"]
+    assert main(words) == 0
+    assert ("was trained in 4 bits" in capsys.readouterr().out) == (kind_of(run) == "qlora")
+    assert {each.dtype for each in load_file(output / "model.safetensors").values()} == {torch.bfloat16}
+    assert main(words) == 2
+    assert f"--output: {output} exists" in capsys.readouterr().err
+
+
+def test_refusals(run, data, tmp_path, capsys):
+    with pytest.raises(SettingError, match="holds no adapter"):
+        merge(CHECKPOINT, tmp_path / "merged")
+    checkpoint = run / f"checkpoint-{STEPS}"
+    assert main(command(data, tmp_path, "--model_name_or_path", str(checkpoint))) == 2
+    assert "holds an adapter only; `vlmr1 merge`" in capsys.readouterr().err
+
+
+def test_a_dora_adapter_merges(data, tmp_path, image_files):
+    assert main(command(data, tmp_path, *LORA, *KINDS["dora"], "--max_steps", "2")) == 0
+    checkpoint = tmp_path / "checkpoint-2"
+    expected = logprobs(load_model(checkpoint), load_processor(checkpoint), image_files)
+    assert_merged(checkpoint, tmp_path / "merged", expected, image_files)

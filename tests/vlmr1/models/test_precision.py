@@ -1,0 +1,148 @@
+"""Weights move as far as in float32: displacements after 100 updates at a learning rate of 1e-6 on the same gradients,
+projected on those of float32 weights, by the optimizers that the trainer makes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.vlmr1.conftest import Maker
+from tests.vlmr1.grpo.test_trainer import trainer_of
+from vlmr1.config import GRPOConfig
+from vlmr1.errors import SettingError
+from vlmr1.grpo.trainer import GRPOTrainer
+from vlmr1.models import load_model
+from vlmr1.models.precision import prepare_trained
+from vlmr1.tiny import CHECKPOINT
+
+STEPS = 100
+
+
+class Weights(nn.Module):
+    """A matrix of usual weights, and ones, as norms have: a bfloat16 update of 1e-6 is 1/4000 of their spacing."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        usual = (0.03 * torch.randn(96, 128, generator=generator)).to(torch.bfloat16)
+        self.usual = nn.Parameter(usual.to(dtype))
+        self.ones = nn.Parameter(torch.ones(2048, 128, dtype=dtype))
+
+
+def gradients(step: int, model: Weights) -> list[Tensor]:
+    """A part that stays and a greater one that changes."""
+    stays, changes = torch.Generator().manual_seed(1), torch.Generator().manual_seed(2 + step)
+    return [
+        0.01 * torch.randn(p.shape, generator=stays) + 0.02 * torch.randn(p.shape, generator=changes)
+        for p in model.parameters()
+    ]
+
+
+def displacement(dtype: torch.dtype, config: GRPOConfig, *, rounded: bool = False) -> list[Tensor]:
+    """Of the parameters, by the optimizer that the trainer makes; `rounded`: gradients in the weights' dtype too."""
+    model = Weights(dtype)
+    trainer = GRPOTrainer.__new__(GRPOTrainer)  # what `create_optimizer` reads of a trainer
+    trainer.args, trainer.optimizer, trainer.optimizer_cls_and_kwargs = config, None, None
+    optimizer = trainer.create_optimizer(model)
+    torch.manual_seed(0)
+    before = [parameter.detach().float().clone() for parameter in model.parameters()]
+    for step in range(STEPS):
+        for parameter, gradient in zip(model.parameters(), gradients(step, model), strict=True):
+            if not rounded:
+                parameter.grad_dtype = torch.float32
+            parameter.grad = gradient.to(dtype) if rounded else gradient
+        optimizer.step()
+    return [p.detach().float() - start for p, start in zip(model.parameters(), before, strict=True)]
+
+
+def projected(one: list[Tensor], other: list[Tensor]) -> list[float]:
+    return [float((a * b).sum() / (b * b).sum()) for a, b in zip(one, other, strict=True)]
+
+
+def config_of(tmp_path: Path, **settings: Any) -> GRPOConfig:
+    return GRPOConfig(output_dir=str(tmp_path), use_cpu=True, learning_rate=1e-6, **settings)
+
+
+BFLOAT16 = {"model_dtype": "bfloat16", "optim": "adamw_torch_8bit", "stochastic_rounding": True}
+OFFERED = {
+    "adamw_torch": (torch.float32, {"optim": "adamw_torch"}, "adamw_torch"),
+    "adamw_torch_fused": (torch.float32, {"optim": "adamw_torch_fused"}, "adamw_torch"),
+    "adamw_torch_8bit": (torch.float32, {"optim": "adamw_torch_8bit"}, "adamw_torch"),
+    "adamw_bnb_8bit": (torch.float32, {"optim": "adamw_bnb_8bit"}, "adamw_torch"),
+    "adamw_8bit": (torch.float32, {"optim": "adamw_8bit"}, "adamw_torch"),
+    "ademamix_8bit": (torch.float32, {"optim": "ademamix_8bit"}, "ademamix"),
+    "lion_8bit": (torch.float32, {"optim": "lion_8bit"}, "lion_32bit"),
+    "rmsprop_bnb": (torch.float32, {"optim": "rmsprop_bnb"}, "rmsprop"),
+    "rmsprop_bnb_8bit": (torch.float32, {"optim": "rmsprop_bnb_8bit"}, "rmsprop"),
+    "bfloat16 weights, stochastic rounding": (torch.bfloat16, BFLOAT16, "adamw_torch"),
+}
+
+
+@pytest.mark.parametrize("dtype, settings, exact", OFFERED.values(), ids=OFFERED.keys())
+def test_what_is_offered_moves_the_weights(dtype, settings, exact, tmp_path):
+    expected = displacement(torch.float32, config_of(tmp_path, optim=exact))
+    shares = projected(displacement(dtype, config_of(tmp_path, **settings)), expected)
+    assert all(0.9 < share < 1.1 for share in shares), shares
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_bnb_8bit"])
+def test_what_is_refused_does_not(optim, tmp_path):
+    """bfloat16 weights that are rounded to the nearest: of usual ones 1 to 2% of the way, of ones nothing."""
+    expected = displacement(torch.float32, config_of(tmp_path, optim="adamw_torch"))
+    shares = projected(displacement(torch.bfloat16, config_of(tmp_path, optim=optim), rounded=True), expected)
+    assert all(share < 0.05 for share in shares), shares
+    with pytest.raises(SettingError, match=f"model_dtype=bfloat16 with optim={optim}: .*rounded away"):
+        config_of(tmp_path, optim=optim, model_dtype="bfloat16")
+
+
+def test_a_model_in_bfloat16_is_refused_too(processor, tmp_path):
+    """However it came to the trainer."""
+    model = load_model(CHECKPOINT, dtype=torch.bfloat16)
+    with pytest.raises(SettingError, match=r"is trained in bfloat16: .*use_peft=true"):
+        trainer_of(model, processor, tmp_path)
+
+
+def bfloat16_trainer(processor: Any, tmp_path: Path, **settings: Any) -> GRPOTrainer:
+    return trainer_of(load_model(CHECKPOINT, dtype=torch.bfloat16), processor, tmp_path, **BFLOAT16, **settings)
+
+
+def test_gradients_accumulate_in_float32(make: Maker, processor: Any, tmp_path: Path) -> None:
+    """Over packs: the float64 sum of the gradients of each, to the rounding of float32; bfloat16 sums are 1e-3 off."""
+    groups = [make.group(make.prompt("Locate the digit 7.", (84,)), (5, 9, 3)) for _ in range(6)]
+    trainer = bfloat16_trainer(processor, tmp_path, tokens_per_pack=64)
+    packs = [trainer.with_reference(pack) for pack in trainer.pack(groups)[0]]
+    assert len(packs) > 5
+    parameters = {name: parameter for name, parameter in trainer.model.named_parameters() if "layers.0.mlp" in name}
+    exact = {name: torch.zeros(parameter.shape, dtype=torch.float64) for name, parameter in parameters.items()}
+    rounded = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    for pack in packs:
+        trainer.model.zero_grad(set_to_none=True)
+        trainer.backward(trainer.model, [pack], groups)
+        for name, parameter in parameters.items():
+            assert parameter.grad is not None and parameter.grad.dtype == torch.float32
+            exact[name] += parameter.grad.double()
+            rounded[name] += parameter.grad.to(rounded[name].dtype)
+    trainer.model.zero_grad(set_to_none=True)
+    trainer.backward(trainer.model, packs, groups)
+    for name, parameter in parameters.items():
+        assert parameter.grad is not None
+        scale = exact[name].norm()
+        assert float((parameter.grad.double() - exact[name]).norm() / scale) < 1e-6, name
+        assert float((rounded[name].double() - exact[name]).norm() / scale) > 1e-3, name
+
+
+def test_a_trained_tower_without_images_has_zeros_in_float32(make, processor, tmp_path):
+    trainer = bfloat16_trainer(processor, tmp_path)
+    trainer.family.fill_vision_gradients(trainer.policy.model)
+    found = {p.grad.dtype for p in trainer.family.vision_parameters(trainer.policy.model) if p.grad is not None}
+    assert found == {torch.float32}
+
+
+def test_nothing_to_train(tmp_path):
+    model = nn.Linear(2, 2).requires_grad_(False)
+    with pytest.raises(SettingError, match="nothing is trained"):
+        prepare_trained(model, config_of(tmp_path))

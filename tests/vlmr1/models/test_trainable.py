@@ -1,0 +1,299 @@
+"""Which parameters are trained, where the reference comes from, where activations are kept, whose layers run: each
+setting changes what it says and nothing else, and what cannot be is refused by name."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from tests.vlmr1.families import FAMILIES, build
+from tests.vlmr1.grpo.test_trainer import gradients, relative, trainer_of
+from tests.vlmr1.models.test_lora import LORA, perturb
+from tests.vlmr1.test_config import CPU, refusal
+from vlmr1.commands.arguments import parse_config
+from vlmr1.errors import SettingError
+from vlmr1.grpo.packing import make_pack
+from vlmr1.grpo.policy import PackedPolicy
+from vlmr1.grpo.reference import frozen_copy
+from vlmr1.models import family_of, load_model, load_processor
+
+PEFT = ["--use_peft", "true"]
+REFUSED = {
+    "lora_r without": (["--lora_r", "8"], "lora_r needs use_peft"),
+    "lora_target_modules without": (["--lora_target_modules", "q_proj"], "lora_target_modules needs use_peft"),
+    "lora_vision without": (["--lora_vision", "true"], "lora_vision needs use_peft"),
+    "use_dora without": (["--use_dora", "true"], "use_dora needs use_peft"),
+    "lora_merge_rollout without": (["--lora_merge_rollout", "true"], "lora_merge_rollout needs use_peft"),
+    "load_in_4bit without": (["--load_in_4bit", "true"], "load_in_4bit needs use_peft"),
+    "load_in_8bit": (["--load_in_8bit", "true"], "unknown setting 'load_in_8bit'"),
+    "lora_r": ([*PEFT, "--lora_r", "0"], "lora_r is 0"),
+    "lora_alpha": ([*PEFT, "--lora_alpha", "0"], "lora_alpha is 0"),
+    "lora_dropout": ([*PEFT, "--lora_dropout", "1"], "lora_dropout is 1.0"),
+    "dropout, shared": ([*PEFT, "--lora_dropout", "0.1"], "needs share_prompt=false pack=false"),
+    "dropout, packed": ([*PEFT, "--lora_dropout", "0.1", "--share_prompt", "false"], "lora_dropout is 0.1"),
+    "frozen and adapted": ([*PEFT, "--freeze_vision", "true", "--lora_vision", "true"], "contradict each other"),
+    "freeze_merger": ([*PEFT, "--freeze_merger", "false"], "freeze_merger has no effect with use_peft"),
+    "merged in 4 bits": (
+        [*PEFT, "--load_in_4bit", "true", "--lora_merge_rollout", "true"],
+        "lora_merge_rollout cannot be with load_in_4bit",
+    ),
+    "reference without beta": (["--reference", "copy", "--beta", "0"], "reference=copy needs beta above 0"),
+    "reference without adapter": (["--reference", "adapter"], "reference=adapter needs use_peft"),
+    "activation_offload": (["--activation_offload", "true"], "activation_offload needs gradient_checkpointing"),
+    "activation_offload on CPU": (
+        ["--activation_offload", "true", "--gradient_checkpointing", "true"],
+        "activation_offload needs a GPU",
+    ),
+    "use_liger_kernel": (["--use_liger_kernel", "true"], "use_liger_kernel needs a GPU"),
+    "optim": (["--optim", "galore_adamw"], "optim is 'galore_adamw': it was not tested here; use adamw_torch, "),
+    "4-bit moments": (["--optim", "adamw_torch_4bit"], "move weights 8 to 11% less"),
+    "paged": (["--optim", "paged_adamw_8bit"], "optim=paged_adamw_8bit needs a CUDA device"),
+    "optim_target_modules": (["--optim_target_modules", "mlp"], "optim_target_modules cannot be set"),
+    "stochastic_rounding": (
+        ["--stochastic_rounding", "true", "--model_dtype", "bfloat16"],
+        "stochastic_rounding needs optim=adamw_torch_8bit",
+    ),
+    "stochastic_rounding of float32": (
+        ["--stochastic_rounding", "true", "--optim", "adamw_torch_8bit"],
+        "stochastic_rounding has no effect: model_dtype is float32",
+    ),
+    "stochastic_rounding of an adapter": (
+        [*PEFT, "--stochastic_rounding", "true", "--optim", "adamw_torch_8bit", "--model_dtype", "bfloat16"],
+        "stochastic_rounding has no effect: use_peft trains float32 weights",
+    ),
+    "bf16_stochastic_round": (
+        ["--optim", "adamw_torch_8bit", "--optim_args", "bf16_stochastic_round=True"],
+        "bf16_stochastic_round=True is the setting stochastic_rounding here",
+    ),
+    "bfloat16 weights": (["--model_dtype", "bfloat16", "--bf16", "true"], "rounded away"),
+}
+
+
+@pytest.mark.parametrize("arguments, message", REFUSED.values(), ids=REFUSED.keys())
+def test_refused(arguments, message):
+    assert message in refusal(*arguments)
+
+
+@pytest.mark.parametrize("module, arguments", [("peft", PEFT), ("bitsandbytes", [*PEFT, "--load_in_4bit", "true"])])
+def test_what_is_not_installed_is_named(module, arguments, monkeypatch):
+    monkeypatch.setattr("vlmr1.models.settings.find_spec", lambda name: None if name == module else True)
+    setting = arguments[-2].lstrip("-")
+    assert refusal(*arguments) == f"{setting} needs {module}: pip install 'vlmr1[quant]'"
+
+
+ALLOWED = {
+    "dropout": [*PEFT, "--lora_dropout", "0.1", "--share_prompt", "false", "--pack", "false"],
+    "bfloat16 below an adapter": [*PEFT, "--model_dtype", "bfloat16"],
+    "a copy beside an adapter": [*PEFT, "--reference", "copy"],
+    "freeze_vision, which an adapter does anyway": [*PEFT, "--freeze_vision", "true"],
+}
+
+
+@pytest.mark.parametrize("arguments", ALLOWED.values(), ids=ALLOWED.keys())
+def test_allowed(arguments):
+    assert parse_config([*CPU, *arguments]).use_peft
+
+
+# Tower and projector
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_projector_is_a_part_of_the_vision_parameters(family, tmp_path):
+    model = load_model(build(family, tmp_path))
+    family = family_of(model)
+    merger, vision = (
+        {id(p) for p in part} for part in (family.merger_parameters(model), family.vision_parameters(model))
+    )
+    assert merger < vision and len(merger) >= 1
+    rows = family.merger_parameters(model)[-1].shape[0]
+    assert rows == model.config.text_config.hidden_size  # it ends where the decoder begins
+
+
+FREEZE = {
+    "nothing": ({}, True, True, False),
+    "tower and projector": ({"freeze_vision": True}, False, False, True),
+    "both by name": ({"freeze_vision": True, "freeze_merger": True}, False, False, True),
+    "tower": ({"freeze_vision": True, "freeze_merger": False}, False, True, False),
+    "projector": ({"freeze_merger": True}, True, False, False),
+}
+
+
+@pytest.mark.parametrize("settings, tower, merger, cached", FREEZE.values(), ids=FREEZE.keys())
+def test_freeze(settings, tower, merger, cached, model, processor, make, tmp_path):
+    """Features are kept over rollout, reference and policy only where nothing of both is trained."""
+    plain = gradients(trainer_of(model, processor, tmp_path), make)[1]
+    make.random.manual_seed(0)
+    trainer = trainer_of(model, processor, tmp_path, **settings)
+    found = gradients(trainer, make)[1]
+    assert (trainer.features is not None) == cached
+    of_merger = {name for name in plain if ".visual.merger." in name}
+    of_tower = {name for name in plain if ".visual." in name} - of_merger
+    expected = plain.keys() - (set() if tower else of_tower) - (set() if merger else of_merger)
+    assert of_merger and of_tower and found.keys() == expected
+    assert relative(found, {name: plain[name] for name in expected}) < 1e-5
+
+
+# The reference
+
+
+def test_reference_in_host_memory(model, processor, make, tmp_path):
+    """The same log-probs and gradients as of a copy; frozen parts are the policy's own."""
+    loss, copied = gradients(trainer_of(model, processor, tmp_path, freeze_vision=True), make)
+    make.random.manual_seed(0)
+    trainer = trainer_of(model, processor, tmp_path, freeze_vision=True, reference="offload")
+    loss_, found = gradients(trainer, make)
+    assert loss == loss_ and all(torch.equal(copied[name], found[name]) for name in copied)
+    reference: Any = trainer.reference
+    policy = dict(trainer.model.named_parameters())
+    own = {name for name, p in reference.model.named_parameters() if p.data_ptr() != policy[name].data_ptr()}
+    assert own == {name for name, parameter in policy.items() if parameter.requires_grad}
+    assert len(reference.host) == len(own)
+
+
+def test_reference_in_host_memory_follows_no_update(model, processor, make, tmp_path):
+    """It stays what it was when the policy moves; several packs bring it once."""
+    trainer = trainer_of(model, processor, tmp_path, reference="offload")
+    reference: Any = trainer.reference
+    pack = make_pack([make.group(make.prompt("Locate the digit 7.", (84,)), (5, 9))])
+    before = reference.logprobs(pack)
+    perturb(trainer.model, 0.05)
+    assert not torch.equal(trainer.policy.logprobs(pack), before) and torch.equal(reference.logprobs(pack), before)
+    brought: list[int] = []
+    bring = reference._brought
+    reference._brought = lambda: brought.append(1) or bring()
+    reference.logprobs(pack)
+    with reference.ready():
+        assert torch.equal(reference.logprobs(pack), reference.logprobs(pack))
+    assert len(brought) == 2
+    host = [kept.data_ptr() for kept in reference.host.values()]
+    assert [parameter.data_ptr() for parameter in reference.host] == host
+
+
+KINDS = {"auto": "AdapterReference", "adapter": "AdapterReference", "copy": "Reference", "offload": "HostReference"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reference_of_an_adapter(kind, model, processor, make, tmp_path):
+    """Each is the model that the run began with, which an adapter that has learned something is not."""
+    pack = make_pack([make.group(make.prompt("Locate the digit 7.", (84,)), (5, 9))])
+    base = PackedPolicy(frozen_copy(model), family_of(model), temperature=1.0).logprobs(pack)
+    trainer = trainer_of(model, processor, tmp_path, reference=kind, **LORA)
+    perturb(trainer.model)
+    reference: Any = trainer.reference
+    assert type(reference).__name__ == KINDS[kind]
+    torch.testing.assert_close(reference.logprobs(pack), base, rtol=1e-6, atol=1e-6)
+    assert float((trainer.policy.logprobs(pack) - base).abs().max()) > 1e-2
+    family = [p for p in trainer.model.parameters() if p.requires_grad]
+    assert len(family) == 2 * 7 * model.config.text_config.num_hidden_layers  # trained again afterwards
+    copies = {p.data_ptr() for p in reference.model.parameters()} - {p.data_ptr() for p in trainer.model.parameters()}
+    assert len(copies) == (0 if "Adapter" in KINDS[kind] else len(family))
+
+
+def test_no_reference_without_beta(model, processor, tmp_path):
+    assert trainer_of(model, processor, tmp_path, beta=0.0, **LORA).reference is None
+
+
+def test_a_run_with_an_adapter(model, processor, tmp_path):
+    """Rollout, reference, policy and update: the KL begins at 0 and grows, the base stays."""
+    trainer = trainer_of(model, processor, tmp_path, max_steps=3, max_completion_length=24, learning_rate=1e-2, **LORA)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    kl = [row["kl"] for row in trainer.state.log_history if "kl" in row]
+    assert kl[0] == 0 and kl[2] > 1e-4
+    changed = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == trained
+
+
+# Activations in host memory
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """What Liger patches for the whole process is put back."""
+    monkeypatch.setattr("vlmr1.models.settings.on_gpu", lambda args: True)
+    names = [name for name in sys.modules if name.startswith("transformers.models.") and ".modeling_" in name]
+    before = {name: dict(vars(sys.modules[name])) for name in names}
+    yield
+    for name, members in before.items():
+        for member, value in members.items():
+            setattr(sys.modules[name], member, value)
+
+
+def test_activation_offload(model, processor, make, tmp_path, monkeypatch, as_on_a_gpu):
+    """The same gradients, and what the decoder's layers keep, their inputs, goes through host memory."""
+    plain, count = held(trainer_of(model, processor, tmp_path, gradient_checkpointing=True), make, monkeypatch)
+    make.random.manual_seed(0)
+    settings = {"gradient_checkpointing": True, "activation_offload": True}
+    found, moved = held(trainer_of(model, processor, tmp_path, **settings), make, monkeypatch)
+    assert relative(found, plain) == 0
+    layers = model.config.text_config.num_hidden_layers + model.config.vision_config.depth
+    assert count == 0 and moved >= layers
+
+
+def held(trainer: Any, make: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, torch.Tensor], int]:
+    """Gradients with what `Trainer.train` enables, and how many tensors were held in host memory; pinned memory needs a
+    GPU, so here it is not."""
+    packed: list[int] = []
+
+    class Counted(torch.autograd.graph.save_on_cpu):
+        def __init__(self, pin_memory: bool, device_type: str):
+            super().__init__(pin_memory=False, device_type=device_type)
+            pack = self.pack_hook
+            self.pack_hook = lambda tensor: packed.append(1) or pack(tensor)
+
+    monkeypatch.setattr("transformers.modeling_utils.save_on_cpu", Counted)
+    kwargs = dict(trainer.args.activation_checkpointing_kwargs or {})  # as `Trainer.train` takes them apart
+    trainer.model.activation_checkpointing_enable(offload=kwargs.pop("offload", False))
+    return gradients(trainer, make)[1], len(packed)
+
+
+# Liger's layers
+
+LIGER = {  # parts of a decoder layer that Liger replaces; whether its rotary kernel is in use
+    "glm4v": (
+        {"input_layernorm", "post_attention_layernorm", "post_self_attn_layernorm", "post_mlp_layernorm", "mlp"},
+        False,
+    ),
+    "internvl": ({"input_layernorm", "post_attention_layernorm", "mlp"}, True),
+    "smolvlm": ({"input_layernorm", "post_attention_layernorm", "mlp"}, True),
+}
+
+
+@pytest.mark.parametrize("family", LIGER)
+def test_liger_replaces_layers_and_nothing_else(family, tmp_path, as_on_a_gpu):
+    replaced, rope = LIGER[family]
+    folder = build(family, tmp_path / "model")
+    model = load_model(folder)
+    trainer = trainer_of(model, load_processor(folder), tmp_path, use_liger_kernel=True)
+    policy = trainer.policy.model
+    decoder = policy.get_decoder()
+    for layer in decoder.layers:
+        assert {name for name, module in layer.named_modules() if "forward" in vars(module)} == replaced
+    assert "forward" in vars(decoder.norm)
+    others = [policy, policy.model, policy.lm_head, decoder]
+    assert not [module for module in others if "forward" in vars(module)]
+    vision = [module for path in trainer.family.vision_paths for module in policy.get_submodule(path).modules()]
+    assert any("forward" in vars(module) for module in vision)
+    attention = sys.modules[type(decoder.layers[0].self_attn).__module__]
+    assert attention.apply_rotary_pos_emb.__module__.startswith("liger_kernel") == rope
+
+
+def test_liger_has_no_layers_for_every_family(tmp_path, as_on_a_gpu):
+    folder = build("idefics3", tmp_path / "model")
+    with pytest.raises(SettingError, match="use_liger_kernel: Liger has no kernels for idefics3"):
+        trainer_of(load_model(folder), load_processor(folder), tmp_path, use_liger_kernel=True)
+
+
+def test_liger_that_does_not_fit_the_library_is_named(model, processor, tmp_path, monkeypatch, as_on_a_gpu):
+    """Liger 0.8 imports names of Qwen-VL modules that transformers 5.23 does not have."""
+
+    def fails(*_: Any) -> None:
+        raise ImportError("cannot import name 'Output'")
+
+    monkeypatch.setattr("vlmr1.models.trainable.apply_liger_kernel", fails)
+    with pytest.raises(SettingError, match=r"do not fit qwen2_5_vl here \(Liger .*\): cannot import name 'Output'"):
+        trainer_of(model, processor, tmp_path, use_liger_kernel=True)

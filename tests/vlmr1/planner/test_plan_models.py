@@ -1,0 +1,120 @@
+"""Configurations that ship, and parameters counted on models without data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from tests.vlmr1.families import FAMILIES, tokenizer
+from vlmr1.errors import SettingError
+from vlmr1.planner.dry_run import DryRun
+from vlmr1.planner.inputs import PlanInputs
+from vlmr1.planner.models import built, config_named, known_models
+from vlmr1.planner.variant import variant
+from vlmr1.tiny import CHECKPOINT
+
+# Published totals, in billions.
+TOTALS = {
+    "Qwen/Qwen2.5-VL-3B-Instruct": 3.75,
+    "Qwen/Qwen2.5-VL-7B-Instruct": 8.29,
+    "Qwen/Qwen2.5-VL-32B-Instruct": 33.45,
+    "Qwen/Qwen2.5-VL-72B-Instruct": 73.41,
+    "Qwen/Qwen3-VL-2B-Instruct": 2.13,
+    "Qwen/Qwen3-VL-4B-Instruct": 4.44,
+    "Qwen/Qwen3-VL-8B-Instruct": 8.77,
+    "Qwen/Qwen3-VL-32B-Instruct": 33.36,
+    "OpenGVLab/InternVL3-2B-hf": 2.09,
+    "OpenGVLab/InternVL3-8B-hf": 7.94,
+}
+
+
+def test_every_known_model_has_a_total():
+    assert sorted(TOTALS) == known_models()
+
+
+@pytest.mark.parametrize(("name", "billions"), TOTALS.items(), ids=TOTALS.keys())
+def test_totals_are_the_published_ones(name, billions):
+    model = built(config_named(name))
+    assert round(sum(p.numel() for p in model.parameters()) / 1e9, 2) == billions
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_equal_those_of_the_real_model(family):
+    config = FAMILIES[family].config(tokenizer(FAMILIES[family]).get_vocab())
+    real = AutoModelForImageTextToText.from_config(config)
+    planned = variant(PlanInputs(config), DryRun("a"))
+    expected = {name: (p.shape, p.dtype, p.requires_grad) for name, p in real.named_parameters()}
+    assert {name: (p.shape, p.dtype, p.requires_grad) for name, p in planned.named_parameters()} == expected
+    assert sum(p.numel() for p in planned.parameters()) == sum(p.numel() for p in real.parameters())
+
+
+def test_tied_weights_are_tied():
+    planned = variant(PlanInputs(config_named("Qwen2.5-VL-3B-Instruct")), DryRun("a"))
+    assert planned.lm_head.weight is planned.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen2.5-VL-7B-Instruct", "Qwen2.5-VL-7B-Instruct"], ids=["hub id", "last part"])
+def test_names_of_shipped_models(name):
+    assert config_named(name).get_text_config().hidden_size == 3584
+
+
+def test_a_local_directory():
+    assert config_named(str(CHECKPOINT)).get_text_config().hidden_size == 192
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(SettingError, match=r"no local directory.*fetches nothing.*Qwen/Qwen2.5-VL-72B-Instruct"):
+        config_named("Qwen/Qwen9-VL")
+
+
+def test_a_family_without_an_adapter(tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(SettingError, match="no adapter for llama"):
+        config_named(str(tmp_path))
+
+
+PARTS = {
+    "nothing": ({}, set()),
+    "vision": ({"freeze_vision": True}, {"tower", "merger"}),
+    "tower": ({"freeze_vision": True, "freeze_merger": False}, {"tower"}),
+    "merger": ({"freeze_merger": True}, {"merger"}),
+}
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "internvl"])
+@pytest.mark.parametrize(("settings", "expected"), PARTS.values(), ids=PARTS.keys())
+def test_what_is_frozen(settings, expected, family):
+    config = FAMILIES[family].config(tokenizer(FAMILIES[family]).get_vocab())
+    model = variant(PlanInputs(config, **settings), DryRun("a"))
+    frozen = set()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            frozen.add("merger" if "merger" in name or "multi_modal_projector" in name else "tower")
+            assert "language_model" not in name and "lm_head" not in name
+    assert frozen == expected
+
+
+def test_lora_has_two_matrices_a_linear_layer_of_the_decoder():
+    config = config_named(str(CHECKPOINT))
+    model = variant(PlanInputs(config, use_peft=True, lora_r=8, model_dtype="bfloat16"), DryRun("a"))
+    text = config.get_text_config()
+    width, heads = text.hidden_size, text.hidden_size * text.num_key_value_heads // text.num_attention_heads
+    ends = 2 * [(width, width)] + 2 * [(width, heads)] + 3 * [(width, text.intermediate_size)]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in trained) == 8 * text.num_hidden_layers * sum(a + b for a, b in ends)
+    assert {p.dtype for p in trained} == {torch.float32}
+    assert all("language_model" in name for name, p in model.named_parameters() if p.requires_grad)
+
+
+def test_four_bits_hold_the_linear_layers_of_the_decoder():
+    config = config_named(str(CHECKPOINT))
+    plain = variant(PlanInputs(config, model_dtype="bfloat16"), DryRun("a"))
+    four = variant(PlanInputs(config, model_dtype="bfloat16", use_peft=True, load_in_4bit=True), DryRun("a"))
+    linear = [m for n, m in plain.named_modules() if isinstance(m, torch.nn.Linear) and "language_model" in n]
+    packed = [p for p in four.parameters() if p.dtype == torch.uint8]
+    assert len(packed) == len(linear) == 7 * config.get_text_config().num_hidden_layers
+    bits = 8 * sum(p.numel() for p in packed) / sum(m.weight.numel() for m in linear)
+    assert bits == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), rel=1e-3)

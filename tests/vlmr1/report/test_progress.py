@@ -1,0 +1,120 @@
+"""The line of a step, and the warning that rewards are flat."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from tests.vlmr1.grpo.test_trainer import trainer_of
+from vlmr1.config import GRPOConfig
+from vlmr1.grpo.no_signal_warning import STEPS, FlatRewards
+from vlmr1.report.progress import WIDTH, read_lines, step_line
+
+LOGS = {
+    "rewards/accuracy/mean": 0.5123,
+    "rewards/accuracy/std": 0.214,
+    "rewards/format/mean": 1.0,
+    "rewards/format/std": 0.0,
+    "kl": 0.01234,
+    "entropy": 1.456,
+    "clip_low": 0.001,
+    "clip_high": 0.0234,
+    "grad_norm": 1.5,
+    "completion_length": 45.1,
+    "zero_variance_groups": 0.25,
+    "truncated": 0.03,
+    "parse_failures": 0.05,
+    "tokens_per_second": 1234.4,
+    "memory/peak_mib": 1536.0,
+    "seconds/rollout": 2.0,
+    "seconds/update": 1.214,
+}
+
+
+def test_a_line_shows_what_one_looks_at():
+    assert step_line(LOGS, 12) == (
+        "step 12  accuracy 0.512±0.21  format 1.000±0.00  kl 0.0123  ent 1.46  clip 0.1/2.3%  grad 1.50  "
+        "len 45  flat 25%  cut 3%  unread 5%  1234 t/s  1.5 GiB  3.21 s"
+    )
+    assert len(step_line(LOGS, 12)) <= WIDTH
+
+
+@pytest.mark.parametrize("rewards", [4, 12])
+def test_a_line_is_never_wider(rewards):
+    """Step, first rewards and seconds stay longest."""
+    more = {f"rewards/a_reward_of_mine_{i}/{kind}": 0.123 for i in range(rewards) for kind in ("mean", "std")}
+    line = step_line(LOGS | more, 123456)
+    assert len(line) <= WIDTH and "\n" not in line
+    assert line.startswith("step 123456  accuracy 0.512±0.21") and line.endswith("3.21 s")
+    assert "t/s" not in line
+    assert (
+        step_line({"rewards/" + "x" * 200 + "/mean": 1.0, "rewards/" + "x" * 200 + "/std": 0.0} | LOGS, 1)[:6]
+        == "step 1"
+    )
+
+
+def test_what_a_run_logs_makes_a_line(model, processor, tmp_path):
+    trainer = trainer_of(model, processor, tmp_path)
+    trainer.train()
+    line = step_line(trainer.state.log_history[0], 1)
+    for word in ("position 1.000±1.00", "even 5.000±", "kl 0.0000", "ent ", "clip 0.0/0.0%", "t/s", "GiB"):
+        assert word in line
+    assert len(line) <= WIDTH
+
+
+def test_a_half_written_line_is_not_read(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert read_lines(path) == []
+    path.write_text(json.dumps({"step": 1}) + "\n" + '{"step": 2, "kl"')
+    assert read_lines(path) == [{"step": 1}]
+
+
+# Flat rewards
+
+ZERO = {"rewards/accuracy/mean": 0.0, "rewards/format/mean": 0.0}
+FINE = {"zero_variance_groups": 0.5, "truncated": 0.0, "entropy": 1.0, **ZERO}
+FLAT = FINE | {"zero_variance_groups": 1.0}
+REASONS = {
+    "truncated": (FLAT | {"truncated": 0.95, "parse_failures": 0.95}, "95% of the completions end at the length limit"),
+    "no answer": (FLAT | {"parse_failures": 0.97}, "97% of the completions have no closed <answer>"),
+    "no answer, a lucky group": (FINE | {"parse_failures": 0.97}, "97% of the completions have no closed <answer>"),
+    "no box": (FLAT | {"parse_failures": 0.1, "box_failures": 0.92}, "92% of the answers hold nothing"),
+    "late": (FLAT | {"reward_timeouts": 6.0}, "6 scores a step were not done in time"),
+    "the same completions": (FLAT | {"entropy": 0.001}, "the completions of a group are the same"),
+    "all wrong": (FLAT, "answers are read and all score 0 (accuracy 0, format 0)"),
+    "all equal": (FLAT | {"rewards/format/mean": 1.0}, "the same score (accuracy 0, format 1)"),
+}
+
+
+def watch(logs: list[dict[str, float]]) -> FlatRewards:
+    watcher = FlatRewards()
+    for step, each in enumerate(logs, 1):
+        watcher.on_log(None, SimpleNamespace(global_step=step), None, logs=each)
+    return watcher
+
+
+@pytest.mark.parametrize(("logs", "said"), REASONS.values(), ids=REASONS.keys())
+def test_flat_rewards_are_warned_of_once_with_the_reason(logs, said, caplog):
+    watch([logs] * (STEPS - 1))
+    assert caplog.text == ""
+    watch([logs] * 3 * STEPS)
+    assert caplog.text.count("the rewards have taught nothing in the last 10 logged steps (up to step 10)") == 1
+    assert said in caplog.text
+
+
+@pytest.mark.parametrize(
+    "between",
+    [FINE, FINE | {"parse_failures": 0.97, "rewards/format/mean": 0.1}, FINE | {"parse_failures": 0.9}],
+    ids=["a group that differs", "some reward", "answers are read"],
+)
+def test_a_step_that_teaches_starts_the_count_anew(between, caplog):
+    watch(([FLAT] * (STEPS - 1) + [between]) * 3)
+    assert caplog.text == ""
+    watch([FLAT] * (STEPS - 1) + [{"train_runtime": 1.0}] + [FLAT])  # the log at the end of a run counts as nothing
+    assert "up to step 11" in caplog.text
+
+
+def test_trackers_are_opt_in(tmp_path):
+    assert GRPOConfig(output_dir=str(tmp_path), use_cpu=True).report_to == []

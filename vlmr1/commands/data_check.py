@@ -1,0 +1,200 @@
+"""`vlmr1 data check`: every fault of some data files, each with its line, before any time is spent on them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from tqdm import tqdm
+
+from vlmr1.data.faults import RowFault
+from vlmr1.data.findings import Fault, Findings, as_fault
+from vlmr1.data.images import ImageRef, image_faults, open_image
+from vlmr1.data.samples import Columns, Samples
+from vlmr1.data.sources import open_sources, split_names
+from vlmr1.data.templates import question_text
+from vlmr1.errors import DataError, SettingError
+from vlmr1.models.boxes import Setting
+from vlmr1.rewards.judge import Judge
+from vlmr1.rewards.methods import columns_of_files
+from vlmr1.rewards.registry import Reward, get_reward
+from vlmr1.rewards.settings import DEFAULT_METHOD, MODES, RewardSettings
+from vlmr1.types import Sample
+
+Measure = Callable[[Sample], int]  # tokens of a sample's prompt
+UNASKED = Judge("http://localhost", "none")  # rows of the method llm need one; a check asks it nothing
+LIMITS = ("min_pixels", "max_pixels", "max_anyres_num")  # of images
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments; `check_command` reads them."""
+    parser.add_argument("files", nargs="+", help="JSON or Parquet files, directories of save_to_disk, OWNER/NAME@SPLIT")
+    parser.add_argument("--images", nargs="*", default=[], help="image folders: one for each data file, or one for all")
+    parser.add_argument("--question_template", default="none")
+    parser.add_argument("--reward_funcs", nargs="*", default=[], help="rewards that have to be able to score each row")
+    parser.add_argument("--accu_reward_method", nargs="+", default=[DEFAULT_METHOD], help="one, or one for each file")
+    parser.add_argument("--reward_mode", choices=MODES, default="strict", help="as in training")
+    parser.add_argument("--model", help="count the tokens of each prompt with this model's processor")
+    parser.add_argument("--max_prompt_length", type=int, help="with --model: a longer prompt is a fault")
+    for name in LIMITS:
+        parser.add_argument(f"--{name}", type=int, help="with --model: as in training")
+    parser.add_argument(
+        "--box_coordinates",
+        choices=get_args(Setting),
+        default="auto",
+        help="with --model: whether boxes of a row can be brought to pixels of its image",
+    )
+    parser.add_argument("--prompt_column", default=Columns.prompt)
+    parser.add_argument("--solution_column", default=Columns.solution)
+
+
+def check_command(options: argparse.Namespace) -> int:
+    """Print what is wrong and how long the prompts are; the exit status: 1 where there is a fault."""
+    given = [name for name in ("max_prompt_length", *LIMITS) if getattr(options, name) is not None]
+    given += ["box_coordinates"] * (options.box_coordinates != "auto")
+    if given and options.model is None:
+        raise SettingError(f"--{given[0]} needs --model: it is about what a model's processor makes of a row")
+    methods = [name for joint in options.accu_reward_method for name in joint.split(":")]
+    settings = RewardSettings(mode=options.reward_mode, accu_reward_method=methods[0], judge=UNASKED)
+    measure, family = None, None
+    if options.model is not None:
+        processor, family = processor_of(options.model, {name: getattr(options, name) for name in LIMITS})
+        measure = prompt_measure(processor)
+        if options.reward_funcs or options.box_coordinates != "auto":
+            settings = settings.with_boxes(options.box_coordinates, family, processor.image_processor)
+    findings = check_data(
+        options.files,
+        options.images,
+        question=question_text(options.question_template, family),
+        rewards=[get_reward(reward, settings) for reward in options.reward_funcs],
+        measure=measure,
+        max_prompt_length=options.max_prompt_length,
+        columns=Columns(options.prompt_column, options.solution_column),
+        defaults=columns_of_files(len(split_names(options.files)), methods),
+    )
+    print(findings.text())
+    return findings.status
+
+
+def check_data(
+    data_file_paths: Sequence[str | Path],
+    image_folders: Sequence[str | Path],
+    *,
+    question: str = "{question}",
+    rewards: Sequence[str | Reward] = (),
+    measure: Measure | None = None,
+    max_prompt_length: int | None = None,
+    columns: Columns | None = None,
+    defaults: Sequence[Mapping[str, Any]] = (),
+) -> Findings:
+    """Reads every row, decodes each distinct image once, runs the rewards' checks, and measures the prompts.
+
+    `defaults` are columns of the rows of each file that lack them. An image that several rows name is reported for the
+    first of them. Raises SettingError for files, folders and
+    rewards that do not exist; faults of rows do not stop it."""
+    checks = [reward.check for reward in map(get_reward, rewards) if reward.check]
+    sources = open_sources(data_file_paths, image_folders)
+    filled = [source for source in sources if len(source[0])]
+    of_filled = [each for each, (rows, _) in zip(defaults, sources, strict=True) if len(rows)] if defaults else []
+    findings = Findings()
+    if filled:
+        samples = Samples(filled, question, columns or Columns(), defaults=of_filled)
+        findings = _Checker(samples, checks, measure, max_prompt_length).run()
+    empty = [rows.name for rows, _ in sources if not len(rows)]
+    findings.faults += [Fault(name, "empty file", "no rows in this file") for name in empty]
+    return findings
+
+
+def processor_of(model: str, limits: dict[str, int | None]) -> tuple[Any, str]:
+    """A model's processor with these limits of its images, and the model's type."""
+    from transformers import AutoConfig
+
+    from vlmr1.commands.train import model_path
+    from vlmr1.models.image_limits import limit_images
+    from vlmr1.models.processor import load_processor
+
+    try:
+        name = model_path(model)
+        processor, model_type = load_processor(name), AutoConfig.from_pretrained(name).model_type
+    except (OSError, ValueError) as error:
+        raise SettingError(f"--model: {error}") from error
+    limit_images(processor, model_type, **limits)
+    return processor, model_type
+
+
+def prompt_measure(processor: Any) -> Measure:
+    """Counts the tokens of a prompt, those of its images included, as the trainer makes it."""
+
+    def measure(sample: Sample) -> int:
+        text = processor.apply_chat_template(sample.messages, tokenize=False, add_generation_prompt=True)
+        images = [open_image(image, sample.source) for image in sample.images]
+        start = processor.tokenizer.bos_token
+        special = not (start and text.startswith(start))
+        inputs = processor(text=[text], images=images or None, add_special_tokens=special, return_tensors="pt")
+        return inputs["input_ids"].shape[1]
+
+    return measure
+
+
+class _Checker:
+    """One pass over the rows; images are decoded in threads while the next rows are read."""
+
+    def __init__(
+        self,
+        samples: Samples,
+        checks: Sequence[Callable[[Sample], None]],
+        measure: Measure | None,
+        max_prompt_length: int | None,
+    ):
+        self.samples = samples
+        self.checks = checks
+        self.measure = measure
+        self.max_prompt_length = max_prompt_length
+        self.findings = Findings(rows=len(samples))
+        self.found: list[tuple[int, Fault]] = []  # with the row's index
+        self.index_of: dict[str, int] = {}  # by "file:line", of rows with images
+
+    def run(self) -> Findings:
+        for fault in image_faults(self._images()):
+            self.findings.images += 1
+            if fault is not None:
+                self.found.append((self.index_of[fault.source], as_fault(fault, fault.source)))
+        self.findings.faults = [fault for _, fault in sorted(self.found, key=lambda each: each[0])]
+        return self.findings
+
+    def _images(self) -> Iterator[tuple[ImageRef, str]]:
+        """The images of all rows; what else is wrong with the rows is found on the way."""
+        for index in tqdm(self.samples.indices, desc="checking rows", delay=1, disable=None):
+            source = self.samples.source(index)
+            errors: list[DataError] = []
+            try:
+                sample = self.samples.sample(index, errors.append)
+            except DataError as error:
+                self.found.append((index, as_fault(error, source)))
+                continue
+            for check in self.checks:
+                try:
+                    check(sample)
+                except DataError as error:
+                    errors.append(error)
+            if sample.images:
+                self.index_of[source] = index
+                yield from ((image, source) for image in sample.images)
+            if self.measure is not None and not errors:
+                errors += self._length_faults(sample, self.measure)
+            self.found += [(index, as_fault(error, source)) for error in errors]
+
+    def _length_faults(self, sample: Sample, measure: Measure) -> list[DataError]:
+        try:
+            length = measure(sample)
+        except DataError:  # an image, which is reported where it is decoded first
+            return []
+        except ValueError as error:  # an image that the processor does not take
+            return [RowFault(str(error), "prompt")]
+        self.findings.lengths.append(length)
+        limit = self.max_prompt_length
+        if limit is None or length <= limit:
+            return []
+        return [RowFault(f"the prompt has {length} tokens, max_prompt_length is {limit}", "prompt length")]

@@ -1,0 +1,55 @@
+"""`vlmr1 evaluate`: each model in turn, a table on the console, and a table that compares them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from vlmr1.evaluation.arguments import Compare, Evaluate, parse
+from vlmr1.evaluation.compare import COMPARISON, compare, comparison
+from vlmr1.evaluation.job import PAGE, evaluate_model, slug, slugs
+from vlmr1.evaluation.ranks import joined
+from vlmr1.evaluation.results import RESULTS, Results
+
+
+def evaluate_command(words: Sequence[str]) -> None:
+    """The command with its words after `vlmr1 evaluate`."""
+    asked = parse(words)
+    if isinstance(asked, Compare):
+        text = compare(asked.folders)
+        _write(asked.out or asked.folders[0] / COMPARISON, text)
+        print(text, end="")
+    else:
+        _evaluate(asked)
+
+
+def _evaluate(asked: Evaluate) -> None:
+    slugs(asked.models)
+    found: list[Results] = []
+    with joined(asked.ddp_timeout) as ranks:
+        for model in asked.models:
+            results = evaluate_model(model, asked.options, asked.around, ranks)
+            if results is not None:
+                print(table(results), flush=True)
+                folder = asked.around.output_dir / slug(model)
+                print(f"results  {folder / RESULTS}\npictures {folder / PAGE}", flush=True)
+                found.append(results)
+        if len(found) > 1:
+            text = comparison(found)
+            _write(asked.around.output_dir / COMPARISON, text)
+            print(f"\n{text}", end="")
+        ranks.barrier()  # so that a failure of the first ends all
+
+
+def table(results: Results) -> str:
+    """What the console shows of one model."""
+    rows = [("metric", "value", "95% interval"), *results.table()]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    head = f"{results.model}: {results.content['options']['task']}, {results.content['rows']['count']} rows"
+    lines = (f"{name:{widths[0]}}  {value:>{widths[1]}}  {interval:>{widths[2]}}" for name, value, interval in rows)
+    return "\n".join([head, *(line.rstrip() for line in lines)])
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Collectives, launch, load balance and sharded parameters."""

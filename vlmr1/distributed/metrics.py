@@ -1,0 +1,55 @@
+"""Metrics of all ranks, once a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from vlmr1.distributed.ranks import Ranks
+from vlmr1.grpo.loss import MAXIMA, MINIMA, combine
+
+# What is counted adds up; what is measured in seconds or MiB is as long, or as much, as on the slowest or fullest rank.
+COUNTS = (
+    "packs",
+    "packed_tokens",
+    "repeated_prompt_tokens",
+    "rollout/tokens_per_second",
+    "rollout/sent_back",
+    "rollout/out_of_memory",
+    "dynamic_sampling/groups_drawn",
+    "dynamic_sampling/groups_replaced",
+    "dynamic_sampling/groups_discarded",
+    "dynamic_sampling/groups_left_flat",
+    "dynamic_sampling/tokens_discarded",
+)
+LONGEST = ("dynamic_sampling/rounds", "rollout/prefill_seconds", "rollout/decode_seconds", "rollout/kv_peak_mib")
+
+
+def over_ranks(values: Mapping[str, float], weight: float, ranks: Ranks) -> dict[str, float]:
+    """Sums of counts, maxima of maxima, and means weighted by `weight`, the number of this rank's groups."""
+    everyone = ranks.all_gather((dict(values), weight))
+    names = dict.fromkeys(name for own, _ in everyone for name in own)
+    return {name: _combined(name, [(own[name], w) for own, w in everyone if name in own]) for name in names}
+
+
+def _combined(name: str, known: Sequence[tuple[float, float]]) -> float:
+    values = [value for value, _ in known]
+    if name in COUNTS:
+        return sum(values)
+    if name in MAXIMA or name in LONGEST:
+        return max(values)
+    if name in MINIMA:
+        return min(values)
+    return sum(value * weight for value, weight in known) / sum(weight for _, weight in known)
+
+
+def all_losses(
+    loss: Tensor, tokens: int, parts: Sequence[dict[str, Tensor]], ranks: Ranks
+) -> tuple[Tensor, dict[str, float]]:
+    """The step's loss [] and metrics, from each rank's share, its completion tokens and the metrics of its packs."""
+    if ranks.world == 1:
+        return loss, combine(parts, tokens=tokens)
+    own = [{name: value.cpu() for name, value in part.items() if name != "logp"} for part in parts]
+    losses, counts, lists = zip(*ranks.all_gather((float(loss), tokens, own)), strict=True)
+    return loss.new_tensor(sum(losses)), combine([part for each in lists for part in each], tokens=sum(counts))

@@ -1,0 +1,1 @@
+"""The GRPO algorithm: groups, packs, policy and reference passes, loss, and the trainer that runs them."""

@@ -1,0 +1,207 @@
+"""Groups -> packed rows with positions and branch layout, under a token budget.
+
+A pack is one row: the prompts first, each once, then the branches. A completion of C tokens is a branch of C-1:
+its first token is predicted by the prompt's last row, and nothing is predicted from its last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vlmr1.types import Group, Pack, Prompt
+from vlmr1_kernels import PrefixLayout
+
+if TYPE_CHECKING:
+    from vlmr1.data.images import ImageRef
+    from vlmr1.models.family import ImageInputs
+
+
+def plan_packs(
+    groups: Sequence[Group], *, tokens_per_pack: int, share_prompt: bool, pack: bool, limit: int | None = None
+) -> list[list[Group]]:
+    """Which groups go into which row: first fit, in order; `pack=False`: one group a row.
+
+    A group that exceeds the budget is split by branches, its prompt repeated; with `share_prompt=False` every
+    branch is a group of its own. `limit` is the budget of rows with neither, which have none otherwise."""
+    rows: list[list[Group]] = []
+    free: list[int] = []
+    for group in groups:
+        parts = _split(group, tokens_per_pack) if share_prompt else _split(group, 0)
+        if not pack:
+            rows += [[part] for part in parts] if share_prompt else _within(parts, limit)
+            continue
+        for part in parts:
+            size = tokens_of(part)
+            at = next((i for i, room in enumerate(free) if size <= room), None)
+            if at is None:
+                rows.append([])
+                free.append(tokens_per_pack)
+                at = len(rows) - 1
+            rows[at].append(part)
+            free[at] -= size
+    return rows
+
+
+def repeated_prompt_tokens(plan: Sequence[Sequence[Group]]) -> int:
+    """Prompt tokens of a plan that are computed more than once: of groups that were split."""
+    prompts = [group.prompt for row in plan for group in row]
+    distinct = {id(prompt): prompt for prompt in prompts}
+    return sum(len(p.input_ids) for p in prompts) - sum(len(p.input_ids) for p in distinct.values())
+
+
+def with_signal(groups: Sequence[Group], *, skip_zero_advantage: bool, mask_truncated: bool) -> list[Group]:
+    """The completions that have a part in the loss, and the groups that have some: those whose advantage is not 0
+    with the one setting, those that ended by themselves with the other."""
+    left = []
+    for group in groups:
+        assert group.advantages is not None
+        pairs = enumerate(zip(group.advantages.tolist(), group.completions, strict=True))
+        which = [
+            i
+            for i, (advantage, completion) in pairs
+            if not (skip_zero_advantage and advantage == 0)
+            and not (mask_truncated and completion.finish_reason == "length")
+        ]
+        if len(which) == len(group.completions):
+            left.append(group)
+        elif which:
+            left.append(_branches(group, which))
+    return left
+
+
+def without_weight(groups: Sequence[Group]) -> Pack:
+    """A pass over one completion that counts for nothing: where none has a part in the loss, every rank still runs a
+    pass, and gradients are 0, not absent."""
+    return replace(make_pack([_branches(groups[0], [0])]), weight=0.0)
+
+
+def make_pack(groups: Sequence[Group], *, share_vision: bool = True) -> Pack:
+    """One packed row of these groups, whose advantages are known."""
+    completions = [c for group in groups for c in group.completions]
+    prompts = [group.prompt for group in groups]
+    branches = [c.token_ids[:-1] for c in completions]
+    first = torch.tensor([group.prompt.next_position for group in groups for _ in group.completions])
+    kinds = len(prompts[0].positions)
+    branch_positions = [start + torch.arange(len(b)) for start, b in zip(first, branches, strict=True)]
+    images, refs, image_ids = unique_images(prompts) if share_vision else _all_images(prompts)
+    layout = PrefixLayout(
+        tuple(len(p.input_ids) for p in prompts),
+        tuple(tuple(len(c.token_ids) - 1 for c in group.completions) for group in groups),
+    )
+    lengths = torch.tensor([len(c.token_ids) for c in completions])
+    return Pack(
+        input_ids=torch.cat([p.input_ids for p in prompts] + branches),
+        positions=torch.cat([p.positions for p in prompts] + [p.expand(kinds, -1) for p in branch_positions], dim=1),
+        layout=layout,
+        images=images,
+        image_refs=refs,
+        image_ids=image_ids,
+        rows=_predicting_rows(layout),
+        targets=torch.cat([c.token_ids for c in completions]),
+        seq_ids=torch.repeat_interleave(torch.arange(len(completions)), lengths),
+        advantages=torch.cat([group.advantages for group in groups if group.advantages is not None]),
+        old_logp=_joined([c.logp if c.old_logp is None else c.old_logp for c in completions]),
+        ref_logp=_joined([c.ref_logp for c in completions]),
+        rollout_logp=_joined([c.logp for c in completions]),
+        sampling_logp=_joined([c.sampling_logp for c in completions]),
+        groups=tuple(groups),
+    )
+
+
+def _predicting_rows(layout: PrefixLayout) -> Tensor:
+    """[N]: for each completion the last row of its prompt, then the rows of its branch."""
+    rows: list[Tensor] = []
+    prompt_end, branch = 0, sum(layout.prompt_lengths)
+    for prompt_length, branch_lengths in zip(layout.prompt_lengths, layout.branch_lengths, strict=True):
+        prompt_end += prompt_length
+        for length in branch_lengths:
+            rows += [torch.tensor([prompt_end - 1]), torch.arange(branch, branch + length)]
+            branch += length
+    return torch.cat(rows)
+
+
+Images = tuple[tuple["ImageInputs", ...], tuple["ImageRef", ...], tuple[int, ...]]
+
+
+def _all_images(prompts: Sequence[Prompt]) -> Images:
+    images = tuple(image for prompt in prompts for image in prompt.images)
+    refs = tuple(ref for prompt in prompts for ref in prompt.sample.images)
+    return images, refs, tuple(range(len(images)))
+
+
+def unique_images(prompts: Sequence[Prompt]) -> Images:
+    """The images to encode, each once, where they are from, and which of them stands at each placeholder run."""
+    images: dict[ImageRef, ImageInputs] = {}
+    every, refs, _ = _all_images(prompts)
+    for ref, image in zip(refs, every, strict=True):
+        images.setdefault(ref, image)
+    place = {ref: i for i, ref in enumerate(images)}
+    return tuple(images.values()), tuple(images), tuple(place[ref] for ref in refs)
+
+
+def with_image(pack: Pack, ref: ImageRef, image: ImageInputs) -> Pack:
+    """The pack, with this image to encode where it has none: every rank calls the tower in every pass."""
+    return pack if pack.images else replace(pack, images=(image,), image_refs=(ref,))
+
+
+def tokens_of(group: Group) -> int:
+    """Of a group in a pack: its prompt and its branches."""
+    return len(group.prompt.input_ids) + sum(len(c.token_ids) - 1 for c in group.completions)
+
+
+def halves(groups: Sequence[Group]) -> list[list[Group]]:
+    """Groups in two parts as equal in tokens as their order allows, a single one by branches; a single branch is one
+    part."""
+    if len(groups) == 1:
+        count = len(groups[0].completions)
+        if count == 1:
+            return [list(groups)]
+        return [[_branches(groups[0], list(range(count // 2)))], [_branches(groups[0], list(range(count // 2, count)))]]
+    sizes = [tokens_of(group) for group in groups]
+    at = min(range(1, len(groups)), key=lambda i: max(sum(sizes[:i]), sum(sizes[i:])))
+    return [list(groups[:at]), list(groups[at:])]
+
+
+def _within(parts: list[Group], limit: int | None) -> list[list[Group]]:
+    """Runs of groups within the limit, at least one each."""
+    rows: list[list[Group]] = [[]]
+    for part in parts:
+        if limit is not None and rows[-1] and sum(map(tokens_of, rows[-1])) + tokens_of(part) > limit:
+            rows.append([])
+        rows[-1].append(part)
+    return rows
+
+
+def _split(group: Group, budget: int) -> list[Group]:
+    """Runs of branches that fit the budget with their prompt; at least one branch each."""
+    runs: list[list[int]] = [[]]
+    room = budget - len(group.prompt.input_ids)
+    for i, completion in enumerate(group.completions):
+        size = len(completion.token_ids) - 1
+        if runs[-1] and size > room:
+            runs.append([])
+            room = budget - len(group.prompt.input_ids)
+        runs[-1].append(i)
+        room -= size
+    return [group] if len(runs) == 1 else [_branches(group, run) for run in runs]
+
+
+def _branches(group: Group, which: list[int]) -> Group:
+    return replace(
+        group,
+        completions=tuple(group.completions[i] for i in which),
+        rewards=None if group.rewards is None else group.rewards[which],
+        advantages=None if group.advantages is None else group.advantages[which],
+    )
+
+
+def _joined(parts: list[Tensor | None]) -> Tensor | None:
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts):
+        return None
+    return torch.cat(known)

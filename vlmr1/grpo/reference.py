@@ -1,0 +1,189 @@
+"""The reference model of the KL: a frozen copy, a copy in host memory, or the policy with its adapter off; and how it
+follows the policy."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from vlmr1.distributed.sharded import Sharding, is_partitioned, release, sharded_reference, without_adapter
+from vlmr1.distributed.sharded_params import mix, read, write
+from vlmr1.grpo.policy import PackedPolicy, call
+from vlmr1.models import load_model
+from vlmr1.types import Pack
+
+REFERENCE = "reference.safetensors"  # of a checkpoint, where the reference moves
+
+
+def frozen_copy(
+    model: Any, memo: dict[int, Any] | None = None, *, shared: bool = True, source: Mapping[str, Any] | None = None
+) -> Any:
+    """A reference model: what is trained is copied, what is frozen is the model's own where it is `shared`. `memo`:
+    copies that are made already, by the id of what they are of. A model that ZeRO-3 has spread over the ranks is read
+    again, with the options `source`."""
+    if is_partitioned(model):
+        attention = model.config._attn_implementation
+        again = load_model(model.name_or_path, dtype=model.dtype, attn_implementation=attention, **(source or {}))
+        return again.eval().requires_grad_(False)
+    frozen = {id(parameter): parameter for parameter in model.parameters() if shared and not parameter.requires_grad}
+    return copy.deepcopy(model, memo=frozen | (memo or {})).eval().requires_grad_(False)
+
+
+class Reference:
+    """Log-probs of a frozen copy; `forward` is of the copy, `policy` the model that it was made from, `wrapped` what is
+    called where an engine shards the copy as `sharding` says, and `trained` what it shards of the policy."""
+
+    def __init__(
+        self,
+        forward: PackedPolicy,
+        policy: Any,
+        wrapped: Any = None,
+        *,
+        trained: Any = None,
+        sharding: Sharding | None = None,
+    ):
+        self.forward = forward
+        self.policy = policy
+        self.wrapped = forward.model if wrapped is None else wrapped
+        self.trained = policy if trained is None else trained
+        self.sharding: Sharding | None = sharding
+        self._ready = False
+
+    @property
+    def model(self) -> Any:
+        return self.forward.model
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """Encloses `logprobs` of several packs, so that what they need is brought once."""
+        if self._ready:
+            yield
+            return
+        with self._brought():
+            self._ready = True
+            try:
+                yield
+            finally:
+                self._ready = False
+
+    @contextmanager
+    def _brought(self) -> Iterator[None]:
+        """In this block `forward` is the reference's, and where it computes."""
+        try:
+            yield
+        finally:
+            release(self.wrapped)
+
+    def logprobs(self, pack: Pack) -> Tensor:
+        """[N] float32"""
+        with self.ready():
+            return call(self.wrapped, self.model, lambda: self.forward.logprobs(pack))
+
+    # Where it follows the policy; every rank calls these
+
+    def sync(self, alpha: float) -> None:
+        """reference = alpha * policy + (1 - alpha) * reference; TR-DPO, arXiv:2404.09656."""
+        release(self.trained)
+        release(self.wrapped)
+        policy = dict(self.policy.named_parameters())
+        for name, parameter in self._moving().items():
+            mix(parameter, policy[name], alpha, self.sharding)
+
+    def save(self, checkpoint: Path, *, writes: bool = True) -> None:
+        """Write what differs from the policy's weights of the checkpoint: all that is trained."""
+        release(self.wrapped)
+        found = {name: read(p, self.sharding, keep=writes) for name, p in self._moving().items()}
+        if writes:
+            save_file({name: value for name, value in found.items() if value is not None}, checkpoint / REFERENCE)
+
+    def load(self, checkpoint: Path) -> None:
+        release(self.wrapped)
+        with safe_open(checkpoint / REFERENCE, "pt") as saved:
+            for name, parameter in self._moving().items():
+                write(parameter, saved.get_tensor(name), self.sharding)
+
+    def _moving(self) -> dict[str, Tensor]:
+        """The parameters whose counterparts the policy trains: where nothing is sharded, all that are not its own."""
+        trained = {name for name, parameter in self.policy.named_parameters() if parameter.requires_grad}
+        return {name: parameter for name, parameter in self.model.named_parameters() if name in trained}
+
+
+class HostReference(Reference):
+    """The same; what was copied is in host memory (pinned where the policy is on a GPU), and on the device for its
+    passes only."""
+
+    def __init__(self, forward: PackedPolicy, policy: Any, device: torch.device | None = None):
+        self.device = policy.device if device is None else device
+        pinned = self.device.type == "cuda"
+        copies = {}
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                kept = torch.empty_like(parameter, device="cpu", pin_memory=pinned, requires_grad=False)
+                copies[id(parameter)] = nn.Parameter(kept.copy_(parameter.detach()), requires_grad=False)
+        forward.model = frozen_copy(policy, memo=copies)
+        super().__init__(forward, policy)
+        self.host = {parameter: parameter.data for parameter in copies.values()}
+
+    @contextmanager
+    def _brought(self) -> Iterator[None]:
+        try:
+            for parameter, kept in self.host.items():
+                parameter.data = kept.to(self.device, non_blocking=True)
+            yield
+        finally:
+            for parameter, kept in self.host.items():
+                parameter.data = kept
+
+
+class AdapterReference(Reference):
+    """The policy with its adapter switched off: nothing is copied. `wrapped` is the policy as a `peft.PeftModel`."""
+
+    @contextmanager
+    def _brought(self) -> Iterator[None]:
+        with without_adapter(self.wrapped):
+            yield
+
+
+def make_reference(
+    kind: str,
+    forward: PackedPolicy,
+    wrapped: Any,
+    accelerator: Any = None,
+    sharding: Sharding | None = None,
+    source: Mapping[str, Any] | None = None,
+) -> Reference:
+    """The reference of the policy that `forward` is of, as the setting `reference` says; `wrapped` is that policy, or
+    the `peft.PeftModel` around it; `source` (revision, trust_remote_code) is how the policy was read."""
+    policy = forward.model
+    device = None if accelerator is None else accelerator.device  # engines move the policy there later
+    if kind == "adapter" or (kind == "auto" and wrapped is not policy):
+        return AdapterReference(forward, policy, wrapped)
+    if kind == "offload":
+        return HostReference(forward, policy, device)
+    forward.model = frozen_copy(policy, shared=sharding is None, source=source)
+    if sharding is not None:
+        copied = sharded_reference(forward.model, accelerator, sharding)
+        return Reference(forward, policy, copied, trained=wrapped, sharding=sharding)
+    if device is not None and forward.model.device != device:
+        forward.model.to(device)
+    return Reference(forward, policy)
+
+
+class SyncReference(TrainerCallback):
+    """Every `ref_model_sync_steps` updates, before the checkpoint of that step: as TRL's callback of this purpose."""
+
+    def __init__(self, reference: Reference):
+        self.reference = reference
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % args.ref_model_sync_steps == 0:
+            self.reference.sync(args.ref_model_mixup_alpha)

@@ -1,0 +1,1 @@
+"""Checkpoints, resume, signals, disk space and worker processes of a run."""

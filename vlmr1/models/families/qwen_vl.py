@@ -1,0 +1,61 @@
+"""Qwen2-VL and Qwen2.5-VL, and what other families with M-RoPE and patch grids have in common with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from vlmr1.models.family import ImageFeatures, ImageInputs, ModelFamily, joined
+
+
+class QwenVLFamily(ModelFamily):
+    """Images are runs of patches with a grid [1, 3] each; positions come from the model's rope index."""
+
+    model_types = ("qwen2_vl", "qwen2_5_vl")
+    varlen_tower = True
+
+    def placeholder_ids(self, model: Any, tokenizer: Any = None) -> list[int]:
+        config = model.config
+        return [
+            config.image_token_id,
+            config.video_token_id,
+            config.vision_start_token_id,
+            config.vision_end_token_id,
+        ]
+
+    def positions(self, model: Any, input_ids: Tensor, images: Sequence[ImageInputs]) -> Tensor:
+        if not images:
+            return torch.arange(len(input_ids), device=input_ids.device).expand(3, -1)
+        types = (input_ids == model.config.image_token_id).int()
+        grids = torch.cat([image["image_grid_thw"] for image in images])
+        positions, _ = model.model.get_rope_index(input_ids[None], types[None], grids)
+        return positions[:, 0]
+
+    def split_images(self, model: Any, inputs: Mapping[str, Tensor], count: int) -> tuple[ImageInputs, ...]:
+        if not count:
+            return ()
+        grids = inputs["image_grid_thw"]
+        pixels = inputs["pixel_values"].split(grids.prod(-1).tolist())
+        return tuple(
+            {"pixel_values": patches, "image_grid_thw": grid[None]} for patches, grid in zip(pixels, grids, strict=True)
+        )
+
+    def encode_images(self, model: Any, images: Sequence[ImageInputs]) -> list[ImageFeatures]:
+        if not images:
+            return []
+        return [ImageFeatures(rows) for rows in self._tower(model, images).pooler_output]
+
+    def _tower(self, model: Any, images: Sequence[ImageInputs]) -> Any:
+        inputs = self.tower_inputs(model, images)
+        return model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
+
+    def encoder_output(self, features: Sequence[ImageFeatures]) -> Any:
+        return BaseModelOutputWithPooling(pooler_output=[each.rows for each in features])  # type: ignore[arg-type]
+
+    def generation_inputs(self, model: Any, input_ids: Tensor, images: Sequence[Sequence[ImageInputs]]) -> dict:
+        types = (input_ids == model.config.image_token_id).int()
+        return {"mm_token_type_ids": types, **joined([image for each in images for image in each])}

@@ -1,0 +1,1 @@
+"""Peak memory of a training job, before anything is loaded."""

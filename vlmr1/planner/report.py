@@ -1,0 +1,107 @@
+"""A plan as text and as JSON."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from vlmr1.errors import SettingError
+from vlmr1.planner.plan import CAUSES, FRAMEWORK_CAUSE, GIB, Plan
+from vlmr1.planner.remedies import Advice
+
+UNITS = {"MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def bytes_of(text: str) -> int:
+    """ "80GiB", "80 GB", "24576MiB" -> bytes."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([MGT]i?B)\s*", text, re.IGNORECASE)
+    if match is None or float(match[1]) <= 0:
+        raise SettingError(f"gpu is {text!r}: a size is expected, as 80GiB or 24GB")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def table(plan: Plan) -> str:
+    """GiB by cause and phase; the phase of the peak is marked."""
+    causes = [cause for cause in CAUSES if any(plan.phases[phase][cause] for phase in plan.phases)]
+    head = ["GiB", *(f"{phase}{' *' if phase == plan.peak_phase else ''}" for phase in plan.phases)]
+    rows = [[cause, *(gib(plan.phases[phase][cause]) for phase in plan.phases)] for cause in causes]
+    rows.append(["together", *(gib(plan.total(phase)) for phase in plan.phases)])
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = []
+    for row in [head, *rows]:
+        first, *others = (cell for cell in row)
+        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def gib(size: int) -> str:
+    return f"{size / GIB:.2f}" if size else "-"
+
+
+def report(plan: Plan, advice: Advice, name: str, room: int, needed: int | None) -> str:
+    """All that `vlmr1 plan` prints."""
+    inputs = plan.inputs
+    lines = [
+        f"{name}: {plan.parameters / 1e9:.2f} billion parameters, {plan.trained / 1e9:.2f} trained",
+        f"{inputs.prompts_per_device} prompts of {inputs.prompt_tokens} tokens ({inputs.image_tokens} of an image) x "
+        f"{inputs.num_generations} completions of {inputs.max_completion_length} on a device, all at full length",
+        _source(plan),
+        "",
+        table(plan),
+        "",
+        *_verdict(plan, advice, room),
+    ]
+    if inputs.use_liger_kernel:
+        lines.append("use_liger_kernel is not counted: activations are those without it")
+    if any(plan.host.values()):
+        lines.append("in host memory: " + ", ".join(f"{gib(size)} GiB {c}" for c, size in plan.host.items() if size))
+    if needed is not None:
+        lines.append(f"with ZeRO-3 these settings fit on {needed} such GPUs")
+    return "\n".join(lines)
+
+
+def _source(plan: Plan) -> str:
+    allowance = plan.phases[plan.peak_phase][FRAMEWORK_CAUSE]
+    rest = f"; {gib(allowance)} GiB is an allowance for what CUDA and its libraries hold" if allowance else ""
+    return f"computed from shapes, not measured{rest}"
+
+
+def _verdict(plan: Plan, advice: Advice, room: int) -> Sequence[str]:
+    peak = f"the peak is {gib(plan.peak)} GiB, in {plan.peak_phase}; there are {gib(room)}"
+    if plan.peak <= room:
+        return [f"It fits: {peak}."]
+    lines = [f"It does not fit: {peak}."]
+    if advice.missing:
+        what = " with all of these:" if advice.applied else ""
+        lines.append(f"Nothing fits: it misses by {gib(advice.missing)} GiB{what}")
+    else:
+        after = f"{gib(advice.plan.peak)} GiB, in {advice.plan.peak_phase}"
+        lines.append(f"It fits with these, the cheapest first ({after}):")
+    for applied in advice.applied:
+        lines.append(f"  {applied.remedy}  saves {gib(applied.saved)} GiB; {applied.remedy.price}")
+    return lines
+
+
+def as_json(plan: Plan, advice: Advice, name: str, room: int, needed: int | None) -> dict[str, Any]:
+    """The same figures in bytes."""
+    settings = {key: value for key, value in vars(plan.inputs).items() if key != "model"}
+    return {
+        "model": name,
+        "computed": "from shapes, not measured",
+        "inputs": settings,
+        "parameters": plan.parameters,
+        "trained": plan.trained,
+        "phases": plan.phases,
+        "host": plan.host,
+        "peak": {"phase": plan.peak_phase, "bytes": plan.peak},
+        "gpu_bytes": room,
+        "fits": plan.peak <= room,
+        "remedies": [
+            {"settings": dict(each.remedy.settings), "saves": each.saved, "price": each.remedy.price}
+            for each in advice.applied
+        ],
+        "with_remedies": {"phases": advice.plan.phases, "peak": advice.plan.peak, "missing": advice.missing},
+        "gpus_with_zero_3": needed,
+    }

@@ -1,0 +1,135 @@
+"""What a run shows and keeps: a progress bar with ETA, a line a step, metrics.jsonl, completions.jsonl."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+from vlmr1.errors import DataError
+from vlmr1.lifecycle.checkpoint import truncate_after
+from vlmr1.lifecycle.console import surviving
+from vlmr1.lifecycle.disk import writing
+from vlmr1.report.pictures import keep_picture
+from vlmr1.rewards.coordinates import converts
+from vlmr1.rewards.score import METHOD
+from vlmr1.rewards.settings import DEFAULTS
+from vlmr1.types import Prompt
+
+METRICS = "metrics.jsonl"
+COMPLETIONS = "completions.jsonl"
+PICTURES = "completion_images"  # of completions whose images are no files of their own
+WIDTH = 160  # columns of the line a step
+
+
+def step_line(logs: dict[str, float], step: int, width: int = WIDTH) -> str:
+    """The numbers that one looks at, in one line; where it would be wider, the less important ones are left out."""
+    seconds = sum(v for k, v in logs.items() if k.startswith("seconds/"))
+    rewards = [(k[8:-5], v) for k, v in logs.items() if k.startswith("rewards/") and k.endswith("/mean")]
+    parts = [(0, f"step {step}")]  # importance, 0 the highest, and text
+    for place, (name, value) in enumerate(rewards):
+        parts.append((1 + place, f"{name.rpartition(':')[2]} {value:.3f}\u00b1{logs[f'rewards/{name}/std']:.2f}"))
+    parts += [(2, f"kl {logs['kl']:.4f}")]
+    parts += [(4, f"ent {logs['entropy']:.2f}")] if "entropy" in logs else []
+    parts += (
+        [(5, f"clip {logs['clip_low']:.1%}/{logs['clip_high']:.1%}".replace("%/", "/"))] if "clip_low" in logs else []
+    )
+    parts += [(3, f"grad {logs['grad_norm']:.2f}"), (2, f"len {logs['completion_length']:.0f}")]
+    parts += [(2, f"flat {logs['zero_variance_groups']:.0%}"), (4, f"cut {logs['truncated']:.0%}")]
+    if "parse_failures" in logs:
+        parts.append((3, f"unread {logs['parse_failures']:.0%}"))
+    parts += [(6, f"{logs['tokens_per_second']:.0f} t/s"), (5, f"{logs['memory/peak_mib'] / 1024:.1f} GiB")]
+    parts.append((1, f"{seconds:.2f} s"))
+    while len(parts) > 1 and len("  ".join(text for _, text in parts)) > width:
+        parts.remove(max(reversed(parts), key=lambda part: part[0]))
+    return "  ".join(text for _, text in parts)
+
+
+class Progress(TrainerCallback):
+    """Console output and the two log files; a resumed run drops what it will write again."""
+
+    def __init__(self, output_dir: Path, *, console: bool = True):
+        self.output_dir = output_dir
+        self.console = console
+        self.bar: tqdm | None = None
+        self.trainer: Any = None  # set when there is one; its last groups are what the completions are taken from
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        for name in (METRICS, COMPLETIONS):
+            with writing(name, self.output_dir):
+                truncate_after(self.output_dir / name, state.global_step)
+        if self.console:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", file=sys.stderr)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            with surviving():
+                self.bar.update(1)
+        if state.is_world_process_zero and self.trainer is not None:
+            self._completions(state.global_step, self.trainer.last_groups, args.log_completions)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or "kl" not in logs:
+            return
+        self._append(METRICS, {"step": state.global_step, **logs})
+        if self.console:
+            with surviving():
+                tqdm.write(step_line(logs, state.global_step), file=sys.stdout)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            with surviving():
+                self.bar.close()
+
+    def _completions(self, step: int, groups: Any, count: int) -> None:
+        """Append up to `count` completions of a step, each with its prompt's row, images and rewards."""
+        late = self.trainer.timed_out  # rewards that were not done in time, and are 0
+        rows = [(group, i) for group in groups for i in range(len(group.completions))]
+        for group, i in rows[:: max(1, len(rows) // count)][:count] if count else []:
+            sample, completion = group.prompt.sample, group.completions[i]
+            record = {
+                "step": step,
+                "source": sample.source,
+                "images": [str(path) for path in sample.images],
+                "pictures": [keep_picture(image, self.output_dir / PICTURES) for image in sample.images],
+                "box_scale": self._box_scale(group.prompt),
+                "completion": completion.text,
+                "solution": sample.solution,
+                "rewards": group.rewards[i].tolist(),
+                "advantage": float(group.advantages[i]),
+                "finish_reason": completion.finish_reason,
+                "timed_out": [t.reward for t in late if (t.source, t.completion) == (sample.source, i)],
+            }
+            self._append(COMPLETIONS, record)
+
+    def _box_scale(self, prompt: Prompt) -> tuple[float, float] | None:
+        """(x, y): pixels of the image for one unit of the completion's boxes, where a reward converts them."""
+        own = prompt.sample.columns.get(METHOD)
+        known = [(reward.name, reward.settings or DEFAULTS) for reward in self.trainer.rewards]
+        boxes = [each.boxes for name, each in known if converts(name, own or each.accu_reward_method)]
+        try:
+            return next((each.scale(prompt) for each in boxes), None)
+        except DataError:  # images of different scales: boxes are not drawn on those anyway
+            return None
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        with writing(name, self.output_dir), (self.output_dir / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def read_metrics(output_dir: Path) -> list[dict[str, float]]:
+    """The metrics of every logged step, in order."""
+    return read_lines(output_dir / METRICS)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSONL log, without a last line that is still being written; none where there is no file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")]

@@ -1,0 +1,71 @@
+"""Published IoU of one box: whole numbers only, and for Qwen and InternVL pixels that count inclusively."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from vlmr1.rewards.vlm_r1.tags import ANSWER
+
+Family = Literal["qwen", "internvl", "glm"]
+BOX = re.compile(r"\[(\d+),\s*(\d+),\s*(\d+),\s*(\d+)]")
+PATCH = 14  # px of a patch in `image_grid_thw`
+
+
+def box_iou(family: Family) -> Callable[..., float]:
+    """The reward of a model family: IoU of the first box in the first answer, 0 where that cannot be computed."""
+    measure = continuous_iou if family == "glm" else inclusive_iou
+
+    def score(
+        content: str,
+        solution: str,
+        *,
+        image_grid_thw: Sequence[int] | None = None,
+        image_size: Sequence[int] | None = None,
+        **options: Any,
+    ) -> float:
+        truth = json.loads(ANSWER.findall(solution)[-1].strip())
+        answer = ANSWER.search(content)
+        match = BOX.search(answer[1].strip()) if answer else None
+        if match is None:
+            return 0.0
+        if family == "qwen" and (image_grid_thw is None or image_size is None):
+            raise TypeError("iou_qwen needs image_grid_thw and image_size: it scales boxes from one to the other")
+        try:
+            box = [int(number) for number in match.groups()]
+            if family == "qwen":
+                box = scaled(box, image_grid_thw, image_size)
+            return measure(box, truth)
+        except (ValueError, TypeError, LookupError, ArithmeticError):
+            return 0.0
+
+    return score
+
+
+def scaled(box: Sequence[float], grid: Any, size: Any) -> list[float]:
+    """A box in px of the model's input, of `grid` (time, rows, columns of patches), in px of the image."""
+    sides = int(grid[2] * PATCH), int(grid[1] * PATCH)
+    return [number / sides[i % 2] * size[i % 2] for i, number in enumerate(box)]
+
+
+def inclusive_iou(box: Any, other: Any) -> float:
+    """IoU where the right and lower edges are pixels of the box; an overlap of one pixel counts as none."""
+    left, top = max(box[0], other[0]), max(box[1], other[1])
+    right, bottom = min(box[2] - 1, other[2] - 1), min(box[3] - 1, other[3] - 1)
+    overlap = (right - left + 1) * (bottom - top + 1) if left < right and top < bottom else 0
+    return _over_union(overlap, box, other)
+
+
+def continuous_iou(box: Any, other: Any) -> float:
+    """IoU of continuous boxes."""
+    left, top = max(box[0], other[0]), max(box[1], other[1])
+    right, bottom = min(box[2], other[2]), min(box[3], other[3])
+    overlap = (right - left) * (bottom - top) if left < right and top < bottom else 0
+    return _over_union(overlap, box, other)
+
+
+def _over_union(overlap: Any, box: Any, other: Any) -> float:
+    areas = [(each[2] - each[0]) * (each[3] - each[1]) for each in (box, other)]
+    return float(overlap) / (areas[0] + areas[1] - overlap)

@@ -1,0 +1,1 @@
+"""Seconds and peak memory by phase, and NVML readings."""

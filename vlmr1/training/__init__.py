@@ -1,0 +1,1 @@
+"""What differs from `transformers.Trainer` whatever the loss is: checkpoints, logs, resume."""
