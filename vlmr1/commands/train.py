@@ -25,7 +25,7 @@ from vlmr1.errors import OutputError, SettingError
 from vlmr1.evaluation.callback import EvaluationCallback
 from vlmr1.evaluation.run_rows import evaluation_samples
 from vlmr1.grpo.buffer import BufferSampler
-from vlmr1.grpo.no_signal_warning import FlatRewards
+from vlmr1.grpo.no_signal_warning import NoSignalWarning
 from vlmr1.grpo.trainer import GRPOTrainer
 from vlmr1.lifecycle.checkpoint import clean, fault_of, last_complete, replace_text
 from vlmr1.lifecycle.console import surviving
@@ -186,7 +186,7 @@ def _train(config: GRPOConfig, stop: StopSignals, resuming: Resuming) -> GRPOTra
         keep_settings(config, output_dir)
     ranks.barrier()
     progress = Progress(output_dir, console=not config.disable_tqdm)
-    callbacks = [progress, FlatRewards(), stop, resuming]
+    callbacks = [progress, NoSignalWarning(), stop, resuming]
     trainer = GRPOTrainer(prepared.model, config, prepared.train, prepared.processor, callbacks=callbacks)
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)

@@ -9,6 +9,9 @@ import torch
 
 from vlmr1.data.images import ImageRef
 from vlmr1.models.family import ImageFeatures, ImageInputs, ModelFamily
+from vlmr1.types import Prompt
+
+Images = tuple[tuple[ImageInputs, ...], tuple[ImageRef, ...], tuple[int, ...]]
 
 
 class FeatureCache:
@@ -31,3 +34,20 @@ def encode(
     with torch.no_grad():
         cache.kept |= zip(missing, family.encode_images(model, list(missing.values())), strict=True)
     return [cache.kept[ref] for ref in refs]
+
+
+def all_images(prompts: Sequence[Prompt]) -> Images:
+    """Every image of the prompts, to encode as often as it stands in them; as `unique_images`."""
+    images = tuple(image for prompt in prompts for image in prompt.images)
+    refs = tuple(ref for prompt in prompts for ref in prompt.sample.images)
+    return images, refs, tuple(range(len(images)))
+
+
+def unique_images(prompts: Sequence[Prompt]) -> Images:
+    """The images to encode, each once, where they are from, and which of them stands at each placeholder run."""
+    images: dict[ImageRef, ImageInputs] = {}
+    every, refs, _ = all_images(prompts)
+    for ref, image in zip(refs, every, strict=True):
+        images.setdefault(ref, image)
+    place = {ref: i for i, ref in enumerate(images)}
+    return tuple(images.values()), tuple(images), tuple(place[ref] for ref in refs)
