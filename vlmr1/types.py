@@ -6,7 +6,7 @@ L_p tokens of one prompt, C tokens of one completion, K rows of positions, D hid
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -44,6 +44,9 @@ class Prompt:
         return int(self.positions.max()) + 1
 
 
+PER_TOKEN = ("token_ids", "logp", "sampling_logp", "old_logp", "ref_logp", "importance_denominator")
+
+
 @dataclass(eq=False)
 class Completion:
     """One branch of a group, and every per-token fact that the trainer knows of it. Facts are added as passes compute
@@ -61,8 +64,9 @@ class Completion:
 
     def on_host(self) -> Completion:
         """A copy whose tensors are in host memory and have storage of their own, for checkpoints and other ranks."""
-        values: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self)}
-        return Completion(**{k: v if v is None or isinstance(v, str) else v.cpu().clone() for k, v in values.items()})
+        facts = {name: getattr(self, name) for name in PER_TOKEN}
+        copies: dict[str, Any] = {name: value.cpu().clone() for name, value in facts.items() if value is not None}
+        return replace(self, **copies)
 
 
 @dataclass(frozen=True)

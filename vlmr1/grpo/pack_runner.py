@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from vlmr1.distributed.sharded import whole
+from vlmr1.distributed.sharded import meet_in_backward, whole
 from vlmr1.errors import MemoryShort
 from vlmr1.grpo.pack_budget import PackBudget, PackTooLarge, catch_oom, free_memory
 from vlmr1.grpo.packing import (
@@ -45,6 +46,8 @@ class PackRunner:
         self.dummy_image = dummy_image
         self.budget = PackBudget(args.tokens_per_pack)
         self.counts: dict[str, float] = {}  # metrics of the last packs of an update
+        if dummy_image is not None and parallel.sharding is not None:
+            meet_in_backward(attrgetter(policy.family.decoder_path)(policy.model))
 
     # Groups -> packs
 

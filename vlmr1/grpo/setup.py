@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from operator import attrgetter
 from typing import Any
 
 from vlmr1.data.prompts import PromptBuilder, PromptDataset, without_overlong
-from vlmr1.distributed.sharded import meet_in_backward
 from vlmr1.errors import SettingError
 from vlmr1.grpo.naive import NaivePolicy
 from vlmr1.grpo.policy import PackedPolicy
 from vlmr1.grpo.reference import Reference, make_reference
-from vlmr1.models import ModelFamily, check_dropout, family_of
+from vlmr1.models import check_dropout, family_of
 from vlmr1.models.features import FeatureCache
 from vlmr1.models.trainable import choose_trained
 from vlmr1.rewards.pool import RewardPool
@@ -38,7 +36,7 @@ def make_reward_pool(args: Any) -> RewardPool | None:
     return RewardPool(args.reward_workers, args.reward_timeout) if args.reward_workers else None
 
 
-def prepare_model(model: Any, args: Any) -> tuple[ModelFamily, Any]:
+def prepare_model(model: Any, args: Any) -> tuple[Any, Any]:
     """The model's family, and what is trained: the model, frozen in part, or a `peft.PeftModel` around it."""
     family = family_of(model)
     if args.share_prompt or args.pack:
@@ -83,8 +81,6 @@ def make_dummy_image(trainer: Any, model: Any) -> Any:
     """The image of passes that have none, where every rank has to call the tower in each; None where not."""
     if not trainer.parallel.in_lockstep or trainer.features is not None:
         return None
-    if trainer.sharding is not None:
-        meet_in_backward(attrgetter(trainer.family.decoder_path)(model))
     return PromptBuilder(model, trainer.family, trainer.processor).dummy_image()
 
 
