@@ -100,7 +100,7 @@ def test_flat_rewards_are_warned_of_once_with_the_reason(logs, said, caplog):
     watch([logs] * (STEPS - 1))
     assert caplog.text == ""
     watch([logs] * 3 * STEPS)
-    assert caplog.text.count("the rewards have taught nothing in the last 10 logged steps (up to step 10)") == 1
+    assert caplog.text.count("no learning signal in the last 10 logged steps (up to step 10)") == 1
     assert said in caplog.text
 
 
