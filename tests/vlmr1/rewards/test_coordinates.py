@@ -15,7 +15,6 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from tests.vlmr1.families import FAMILIES, build
 from tests.vlmr1.rewards.helpers import answered, group, sample, values
-from vlmr1.data.images import ImageBytes
 from vlmr1.data.prompts import PromptBuilder
 from vlmr1.errors import DataError, RewardError, SettingError
 from vlmr1.models import family_of, load_model, load_processor
@@ -23,6 +22,7 @@ from vlmr1.models.boxes import SPACES, extent, from_original, grid_size
 from vlmr1.rewards import RewardSettings, check_samples, get_reward, score, score_groups
 from vlmr1.rewards.coordinates import CONVERTED, BoxCoordinates
 from vlmr1.tiny import CHECKPOINT, digits
+from vlmr1.types import ImageBytes
 
 IMAGE = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Where?"}]}]
 LABELLED = ("map", "od_ap", "od_ap50", "odLength", "weighted_sum")
