@@ -110,15 +110,15 @@ def _with_old_names(cls: T) -> T:
 @_with_old_names
 @dataclass
 class GRPOConfig(
-    ParameterSettings,
-    DataSettings,
-    RewardOptions,
-    RolloutSettings,
-    ObjectiveSettings,
-    BatchSettings,
-    TrainerSettings,
+    ReportSettings,  # dataclass fields, and the help, come in the reverse order of the bases
     EvaluationSettings,
-    ReportSettings,
+    TrainerSettings,
+    BatchSettings,
+    ObjectiveSettings,
+    RolloutSettings,
+    RewardOptions,
+    DataSettings,
+    ParameterSettings,
     TrainingArguments,
 ):
     """Settings of a GRPO run; names follow TRL where TRL has one. A setting of `transformers.TrainingArguments` works
@@ -184,7 +184,8 @@ class GRPOConfig(
 
 def parts() -> list[type[Settings]]:
     """The classes that declare the settings of GRPOConfig, in the order of its help."""
-    return [each for each in GRPOConfig.__mro__ if issubclass(each, Settings) and "group" in vars(each)]
+    found = (each for each in reversed(GRPOConfig.__mro__) if issubclass(each, Settings))
+    return [each for each in found if "group" in vars(each)]
 
 
 def groups() -> dict[str, list[str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import textwrap
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -12,7 +12,18 @@ from transformers import TrainingArguments
 
 from vlmr1.config import GRPOConfig, groups
 
-WIDTH = 40  # of name and default
+WIDTH = 42  # of name and default
+# Defaults of TRL's GRPOConfig that differ.
+TRL_DEFAULTS = {
+    "beta": 0.0,
+    "gradient_checkpointing": True,
+    "logging_steps": 10,
+    "loss_type": "dapo",
+    "lr_scheduler_type": "linear",
+    "max_completion_length": 512,
+    "output_dir": None,
+    "save_steps": 500,
+}
 
 
 def every_setting() -> str:
@@ -31,14 +42,13 @@ def every_setting() -> str:
 
 
 def one_setting(name: str) -> str:
-    """Name, type, choices, default and help of a setting, and TRL's or transformers' default where it differs."""
+    """Type or choices, default, TRL's default where it differs, and help of a setting."""
     group = next((group for group, names in groups().items() if name in names), None)
     rows = [("type", _type(_hints()[name])), ("default", _text(_default(_field(name))))]
-    inherited = {each.name: each for each in fields(TrainingArguments)}.get(name)
-    if inherited is not None and _default(inherited) != _default(_field(name)):
-        rows.append(("transformers", f"{_text(_default(inherited))} is the default of TrainingArguments"))
+    if name in TRL_DEFAULTS:
+        rows.append(("TRL's default", _text(TRL_DEFAULTS[name])))
     rows.append(("group", group or "not supported: a run that sets it is refused"))
-    lines = [f"--{name}", *(f"  {key + ':':<14}{value}" for key, value in rows), ""]
+    lines = [f"--{name}", *(f"  {key + ':':<15}{value}" for key, value in rows), ""]
     width = max(20, shutil.get_terminal_size().columns - 2)
     return "\n".join([*lines, textwrap.fill(_help(name), width, initial_indent="  ", subsequent_indent="  ")])
 

@@ -97,7 +97,7 @@ class _Shared(Settings):
 
 
 @dataclass
-class ParameterSettings(ModelSettings, LoraSettings, _Shared):
+class ParameterSettings(LoraSettings, ModelSettings, _Shared):
     """What of the model is trained, with which precision and memory."""
 
     group = "Trained parameters, precision and memory"
