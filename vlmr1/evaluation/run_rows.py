@@ -58,7 +58,7 @@ def evaluation_samples(
 
 def kind_of_boxes(samples: Sequence[Sample], settings: RewardSettings) -> str | None:
     """rec or ovd, where the accuracy method of every row is of that kind and every row has one image; else None, as
-    with reward_mode vlmr1, whose code has solutions that these metrics cannot read."""
+    with reward_mode vlm_r1, whose code has solutions that these metrics cannot read."""
     if settings.mode != "strict":
         return None
     kinds: set[str | None] = set()

@@ -158,11 +158,11 @@ def test_a_column_of_the_rows_own_is_not_taken_for_the_scale():
 
 
 def test_the_published_mode_converts_nothing():
-    assert boxes_of("qwen2_5_vl", QWEN, mode="vlmr1") == RewardSettings(mode="vlmr1")
-    with pytest.raises(SettingError, match="boxes are thousand with reward_mode vlmr1"):
-        RewardSettings(mode="vlmr1", boxes=BoxCoordinates("thousand"))
+    assert boxes_of("qwen2_5_vl", QWEN, mode="vlm_r1") == RewardSettings(mode="vlm_r1")
+    with pytest.raises(SettingError, match="boxes are thousand with reward_mode vlm_r1"):
+        RewardSettings(mode="vlm_r1", boxes=BoxCoordinates("thousand"))
     solution = "<answer>[0, 0, 320, 480]</answer>"
-    value = score("iou", answered("[0, 0, 320, 480]"), solution, mode="vlmr1", box_scale=(9.0, 9.0))
+    value = score("iou", answered("[0, 0, 320, 480]"), solution, mode="vlm_r1", box_scale=(9.0, 9.0))
     assert value == 1
 
 
