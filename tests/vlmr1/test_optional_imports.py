@@ -1,4 +1,4 @@
-"""The trainer is imported without the packages that only some rewards and reports need; each is named where it lacks."""
+"""The trainer is imported without packages that only some rewards and reports need; a missing one is named."""
 
 from __future__ import annotations
 

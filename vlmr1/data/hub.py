@@ -10,7 +10,6 @@ from vlmr1.data.rows import Row, Rows
 from vlmr1.errors import SettingError, import_for
 
 
-
 class DatasetRows(Rows):
     """Rows of an Arrow table that is mapped from disk; images stay as they are stored: bytes, or a path."""
 

@@ -7,13 +7,13 @@ from typing import Any
 from vlmr1.errors import SettingError
 from vlmr1.rewards.answer import find_answer, true_text
 from vlmr1.rewards.judge import JudgeError
+from vlmr1.rewards.methods import METHOD
 from vlmr1.rewards.settings import MODES
 from vlmr1.rewards.strict import SCORERS as STRICT
 from vlmr1.rewards.vlm_r1 import SCORERS as PUBLISHED
 from vlmr1.rewards.vlm_r1.tags import last_answer, true_answer
 
 SCORERS = {"strict": STRICT, "vlm_r1": STRICT | PUBLISHED}  # the published code has not all of ours
-METHOD = "accu_reward_method"
 
 
 def score(reward: str, content: str, solution: str, *, mode: str = "strict", **kwargs: Any) -> float:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from vlmr1.data.box_coordinates import BoxCoordinates
 from vlmr1.errors import SettingError
-from vlmr1.rewards.coordinates import BoxCoordinates
 from vlmr1.rewards.judge import Judge
 from vlmr1.rewards.length import COSINE_MAX
 
 if TYPE_CHECKING:
-    from vlmr1.models.boxes import Setting
+    from vlmr1.data.box_coordinates import Setting
 
 Mode = Literal["strict", "vlm_r1"]
 MODES = ("strict", "vlm_r1")
