@@ -15,6 +15,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import SaveStrategy
 
 from vlmr1.config import GRPOConfig
+from vlmr1.data.image_limits import limit_images
 from vlmr1.data.samples import load_samples, validation_split
 from vlmr1.data.sources import split_names
 from vlmr1.data.templates import question_text
@@ -34,7 +35,6 @@ from vlmr1.lifecycle.processes import naming_lost_workers
 from vlmr1.lifecycle.resume import Resuming, check_resumable, is_last
 from vlmr1.lifecycle.signals import StopSignals
 from vlmr1.models import load_model, load_processor, model_type_of
-from vlmr1.models.image_limits import limit_images
 from vlmr1.models.trainable import planned_model
 from vlmr1.report.progress import Progress
 from vlmr1.report.training import NAME as REPORT

@@ -26,9 +26,10 @@ from vlmr1.evaluation.records import Record, RecordFiles, append
 from vlmr1.evaluation.results import RESULTS, Results, write_results
 from vlmr1.evaluation.rows import load_rows
 from vlmr1.evaluation.scoring import Scored, score_task
-from vlmr1.evaluation.vqa import CLICK, method_of
+from vlmr1.evaluation.vqa import CLICK
 from vlmr1.models import load_model, load_processor, model_type_of
 from vlmr1.report.cases import write_cases
+from vlmr1.rewards.methods import method_of
 from vlmr1.rewards.pool import RewardPool
 from vlmr1.tiny import model_path
 from vlmr1.types import Sample
