@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from vlmr1.models.features import unique_images
 from vlmr1.types import Group, Pack, Prompt
 from vlmr1_kernels import PrefixLayout
 
@@ -132,16 +133,6 @@ def _all_images(prompts: Sequence[Prompt]) -> Images:
     images = tuple(image for prompt in prompts for image in prompt.images)
     refs = tuple(ref for prompt in prompts for ref in prompt.sample.images)
     return images, refs, tuple(range(len(images)))
-
-
-def unique_images(prompts: Sequence[Prompt]) -> Images:
-    """The images to encode, each once, where they are from, and which of them stands at each placeholder run."""
-    images: dict[ImageRef, ImageInputs] = {}
-    every, refs, _ = _all_images(prompts)
-    for ref, image in zip(refs, every, strict=True):
-        images.setdefault(ref, image)
-    place = {ref: i for i, ref in enumerate(images)}
-    return tuple(images.values()), tuple(images), tuple(place[ref] for ref in refs)
 
 
 def with_image(pack: Pack, ref: ImageRef, image: ImageInputs) -> Pack:

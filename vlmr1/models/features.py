@@ -9,6 +9,7 @@ import torch
 
 from vlmr1.data.images import ImageRef
 from vlmr1.models.family import ImageFeatures, ImageInputs, ModelFamily
+from vlmr1.types import Prompt
 
 
 class FeatureCache:
@@ -31,3 +32,13 @@ def encode(
     with torch.no_grad():
         cache.kept |= zip(missing, family.encode_images(model, list(missing.values())), strict=True)
     return [cache.kept[ref] for ref in refs]
+
+
+def unique_images(prompts: Sequence[Prompt]) -> tuple[tuple[ImageInputs, ...], tuple[ImageRef, ...], tuple[int, ...]]:
+    """Return each distinct image once, its source, and for each placeholder run the index of its image."""
+    refs = [ref for prompt in prompts for ref in prompt.sample.images]
+    images: dict[ImageRef, ImageInputs] = {}
+    for ref, image in zip(refs, (image for prompt in prompts for image in prompt.images), strict=True):
+        images.setdefault(ref, image)
+    index = {ref: i for i, ref in enumerate(images)}
+    return tuple(images.values()), tuple(images), tuple(index[ref] for ref in refs)
