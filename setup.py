@@ -43,6 +43,8 @@ setup(
             "distributed/configs/*.json",
             "report/*.css",
             "tiny/checkpoint/*",
+            "tiny/digits.npz",
+            "tiny/digits.txt",
         ]
     },
     include_package_data=False,

@@ -84,7 +84,7 @@ class GRPOConfig(TrainingArguments):
     reward_funcs: list[str] = field(default_factory=lambda: ["accuracy", "format"])
     reward_weights: list[float] | None = field(default=None, metadata={"help": "one a reward; default 1 each"})
     scale_rewards: Literal["group", "batch", "none"] = "group"
-    reward_mode: Literal["strict", "vlmr1"] = field(
+    reward_mode: Literal["strict", "vlm_r1"] = field(
         default="strict", metadata={"help": "vlmr1 scores as the published code does, oddities included"}
     )
     box_coordinates: Literal["auto", "original", "resized", "thousand"] = field(

@@ -63,9 +63,9 @@ def _check_data(config: GRPOConfig) -> None:
 
 
 def _check_rewards(config: GRPOConfig) -> None:
-    if config.reward_mode == "vlmr1" and config.box_coordinates != "auto":
+    if config.reward_mode == "vlm_r1" and config.box_coordinates != "auto":
         raise SettingError(
-            f"box_coordinates is {config.box_coordinates!r} with reward_mode vlmr1, whose code converts boxes or not "
+            f"box_coordinates is {config.box_coordinates!r} with reward_mode vlm_r1, whose code converts boxes or not "
             "by the reward's name: leave it at auto"
         )
     config.accu_reward_method = [name for joint in config.accu_reward_method for name in joint.split(":")]

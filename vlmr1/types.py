@@ -6,15 +6,36 @@ L_p tokens of one prompt, C tokens of one completion, K rows of positions, D hid
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vlmr1.data.images import ImageRef
-    from vlmr1.models.family import ImageInputs
     from vlmr1_kernels import PrefixLayout
+
+ImageInputs = dict[str, "Tensor"]  # what the processor made of one image
+
+
+@dataclass(frozen=True)
+class ImageBytes:
+    """An encoded image without a file of its own. Two with the same bytes are equal."""
+
+    key: str  # digest of the bytes
+    name: str = field(compare=False)  # for messages
+    data: bytes = field(compare=False, repr=False)
+
+    def __str__(self) -> str:
+        return self.name
+
+    @classmethod
+    def of(cls, data: bytes, name: str) -> ImageBytes:
+        return cls(hashlib.blake2b(data, digest_size=16).hexdigest(), name, data)
+
+
+ImageRef = Path | ImageBytes  # an image of a Sample; equal ones are the same image, for caches too
 
 
 @dataclass(frozen=True)

@@ -119,8 +119,8 @@ REFUSED = {
     "min_pixels above max_pixels": (["--min_pixels", "9", "--max_pixels", "8"], "min_pixels is 9: it is above max_pix"),
     "box_coordinates": (["--box_coordinates", "pixels"], "--box_coordinates"),
     "box_coordinates with vlmr1": (
-        ["--box_coordinates", "original", "--reward_mode", "vlmr1"],
-        "box_coordinates is 'original' with reward_mode vlmr1",
+        ["--box_coordinates", "original", "--reward_mode", "vlm_r1"],
+        "box_coordinates is 'original' with reward_mode vlm_r1",
     ),
     "rollout_logp_alarm": (["--rollout_logp_alarm", "0"], "rollout_logp_alarm is 0.0"),
     "skip_zero_advantage": (["--skip_zero_advantage", "true"], "skip_zero_advantage needs beta 0"),

@@ -9,19 +9,19 @@ from typing import Any, get_args
 
 from tqdm import tqdm
 
+from vlmr1.data.box_coordinates import Setting
 from vlmr1.data.faults import RowFault
 from vlmr1.data.findings import Fault, Findings, as_fault
-from vlmr1.data.images import ImageRef, image_faults, open_image
+from vlmr1.data.images import image_faults, open_image
 from vlmr1.data.samples import Columns, Samples
 from vlmr1.data.sources import open_sources, split_names
 from vlmr1.data.templates import question_text
 from vlmr1.errors import DataError, SettingError
-from vlmr1.models.boxes import Setting
 from vlmr1.rewards.judge import Judge
 from vlmr1.rewards.methods import columns_of_files
 from vlmr1.rewards.registry import Reward, get_reward
 from vlmr1.rewards.settings import DEFAULT_METHOD, MODES, RewardSettings
-from vlmr1.types import Sample
+from vlmr1.types import ImageRef, Sample
 
 Measure = Callable[[Sample], int]  # tokens of a sample's prompt
 UNASKED = Judge("http://localhost", "none")  # rows of the method llm need one; a check asks it nothing
@@ -111,9 +111,9 @@ def processor_of(model: str, limits: dict[str, int | None]) -> tuple[Any, str]:
     """A model's processor with these limits of its images, and the model's type."""
     from transformers import AutoConfig
 
-    from vlmr1.commands.train import model_path
-    from vlmr1.models.image_limits import limit_images
+    from vlmr1.data.image_limits import limit_images
     from vlmr1.models.processor import load_processor
+    from vlmr1.tiny import model_path
 
     try:
         name = model_path(model)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from vlmr1.commands.arguments import parse_config
-from vlmr1.commands.train import DIGITS, model_path, train
+from vlmr1.commands.train import DIGITS, train
 from vlmr1.config import GRPOConfig
 from vlmr1.data.samples import load_samples
 from vlmr1.data.templates import question_text
@@ -21,7 +21,7 @@ from vlmr1.report.curves import reward_curve
 from vlmr1.report.html import Example, write_report
 from vlmr1.report.progress import read_metrics
 from vlmr1.rewards.answer import predicted_box, solution_box
-from vlmr1.tiny import digits
+from vlmr1.tiny import digits, model_path
 from vlmr1.types import Sample
 
 HELD_OUT_ROWS = 400

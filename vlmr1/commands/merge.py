@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from vlmr1.errors import SettingError
-from vlmr1.lifecycle.checkpoint import publish
+from vlmr1.lifecycle.checkpoint import is_adapter, publish
 from vlmr1.models import load_model, load_processor
-from vlmr1.models.lora import base_name, is_adapter, read_adapter
+from vlmr1.models.lora import base_name, read_adapter
 from vlmr1.models.processor import save_processor
 from vlmr1.models.quantization import quantization_of
 

@@ -14,10 +14,11 @@ from vlmr1.planner.report import as_json, bytes_of, report
 
 def plan_command(options: argparse.Namespace, settings: Sequence[str]) -> None:
     """Print the plan; `settings` are those of `vlmr1 train`."""
-    from vlmr1.commands.train import model_path
+    from vlmr1.planner.inputs import inputs_of
     from vlmr1.planner.models import config_named
-    from vlmr1.planner.plan import Planner, inputs_of
+    from vlmr1.planner.plan import Planner
     from vlmr1.planner.remedies import advise, gpus_needed
+    from vlmr1.tiny import model_path
 
     room = bytes_of(options.gpu)
     # What the planning machine can do has no part in it.

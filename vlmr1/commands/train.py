@@ -15,6 +15,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import SaveStrategy
 
 from vlmr1.config import GRPOConfig
+from vlmr1.data.image_limits import limit_images
 from vlmr1.data.samples import load_samples, validation_split
 from vlmr1.data.sources import split_names
 from vlmr1.data.templates import question_text
@@ -27,27 +28,25 @@ from vlmr1.evaluation.run_rows import evaluation_samples
 from vlmr1.grpo.buffer import BufferSampler
 from vlmr1.grpo.no_signal_warning import FlatRewards
 from vlmr1.grpo.trainer import GRPOTrainer
-from vlmr1.lifecycle.checkpoint import integrity_error, last_complete, remove_staging, replace_text
+from vlmr1.lifecycle.checkpoint import integrity_error, is_adapter, last_complete, remove_staging, replace_text
 from vlmr1.lifecycle.console import ignore_broken_pipe
 from vlmr1.lifecycle.disk import check_output_dir, checkpoint_bytes, guard_writes, warn_if_low_space
 from vlmr1.lifecycle.processes import translate_worker_death
 from vlmr1.lifecycle.resume import ResumeGuard, check_resumable, is_final
 from vlmr1.lifecycle.signals import StopSignals
 from vlmr1.models import load_model, load_processor, model_type_of
-from vlmr1.models.image_limits import limit_images
-from vlmr1.models.lora import is_adapter
 from vlmr1.models.trainable import planned_model
 from vlmr1.report.progress import Progress
 from vlmr1.report.training import NAME as REPORT
 from vlmr1.report.training import write_run_report
 from vlmr1.rewards.methods import columns_of_files
 from vlmr1.rewards.registry import checks_of
-from vlmr1.tiny import CHECKPOINT, digits
+from vlmr1.tiny import TINY, digits, model_path
 from vlmr1.types import Sample
 
 logger = logging.getLogger(__name__)
 SETTINGS = "settings.json"
-TINY, DIGITS = "tiny", "digits"  # the names of the embedded model and data set
+DIGITS = "digits"  # the name of the embedded data set
 TRAIN_ROWS = 4000  # of the embedded data set
 # Settings that a resumed run may change: none of them has a part in what is computed.
 CHANGEABLE = {
@@ -139,11 +138,6 @@ def prepare(config: GRPOConfig, *, finished: bool = False) -> Prepared:
 def compute_dtype(config: GRPOConfig) -> torch.dtype:
     """Of layers whose weights are in 4 bits."""
     return torch.bfloat16 if config.bf16 else getattr(torch, config.model_dtype)
-
-
-def model_path(name: str) -> str:
-    """The embedded model's directory for its name; any other name as it is."""
-    return str(CHECKPOINT) if name == TINY else name
 
 
 def data_of(config: GRPOConfig, output_dir: Path) -> tuple[list[str], list[str]]:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, get_args
 
+from vlmr1.data.box_coordinates import Setting
 from vlmr1.errors import SettingError
 from vlmr1.evaluation.job import Around
 from vlmr1.evaluation.options import DTYPES, LENGTH_OF, TASKS, TEMPLATE_OF, Options
-from vlmr1.models.boxes import Setting
 from vlmr1.rewards.judge import Judge
 from vlmr1.rollout import ENGINES
 

@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from vlmr1.data.box_coordinates import Setting
 from vlmr1.distributed.sharded import summon_full_params
 from vlmr1.evaluation.coco import AveragePrecision, ImageBoxes
 from vlmr1.evaluation.decode import Decoder
@@ -27,7 +28,6 @@ from vlmr1.evaluation.scoring import sizes_of
 from vlmr1.lifecycle.checkpoint import truncate_after
 from vlmr1.lifecycle.console import ignore_broken_pipe
 from vlmr1.lifecycle.disk import guard_writes
-from vlmr1.models.boxes import Setting
 from vlmr1.report.progress import read_lines
 from vlmr1.rewards.groups import score_groups
 from vlmr1.rewards.settings import RewardSettings

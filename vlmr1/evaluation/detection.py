@@ -7,10 +7,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from vlmr1.data.boxes import Size, iou, scale_between, scale_box
 from vlmr1.data.faults import row_fault
 from vlmr1.evaluation.coco import ImageBoxes, ScoredBox, TrueBox
-from vlmr1.models.boxes import Size, to_original
-from vlmr1.rewards.answer import FENCE, find_answer, iou, labelled_boxes, true_text
+from vlmr1.rewards.answer import FENCE, find_answer, labelled_boxes, true_text
 from vlmr1.rewards.strict.boxes import true_boxes
 from vlmr1.types import Sample
 
@@ -58,9 +58,9 @@ def predicted(text: str, extent: Size, original: Size) -> tuple[ScoredBox, ...] 
     boxes = None if answer is None else labelled_boxes(answer)
     if answer is None or boxes is None:
         return None
-    scores = _scores(answer, len(boxes))
+    scores, scale = _scores(answer, len(boxes)), scale_between(extent, original)
     return tuple(
-        ScoredBox(label, None if box is None else to_original(box, extent, original), score)
+        ScoredBox(label, None if box is None else scale_box(box, scale), score)
         for (label, box), score in zip(boxes, scores, strict=True)
     )
 

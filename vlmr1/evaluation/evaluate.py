@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vlmr1.data.box_coordinates import Setting
 from vlmr1.evaluation.decode import Decoder
 from vlmr1.evaluation.rec import RecResult, score_rec
 from vlmr1.evaluation.scoring import sizes_of
-from vlmr1.models.boxes import Setting
 from vlmr1.types import Sample
 
 

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from vlmr1.commands.train import model_path
 from vlmr1.distributed.ranks import Ranks, local_device
 from vlmr1.errors import SettingError, UserError
 from vlmr1.evaluation.decode import Decoder
@@ -27,10 +26,12 @@ from vlmr1.evaluation.records import Record, RecordFiles, append
 from vlmr1.evaluation.results import RESULTS, Results, write_results
 from vlmr1.evaluation.rows import load_rows
 from vlmr1.evaluation.scoring import Scored, score_task
-from vlmr1.evaluation.vqa import CLICK, method_of
+from vlmr1.evaluation.vqa import CLICK
 from vlmr1.models import load_model, load_processor, model_type_of
 from vlmr1.report.cases import write_cases
+from vlmr1.rewards.methods import method_of
 from vlmr1.rewards.pool import RewardPool
+from vlmr1.tiny import model_path
 from vlmr1.types import Sample
 from vlmr1_kernels import use
 

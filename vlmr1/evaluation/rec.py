@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vlmr1.models.boxes import Size, to_original
-from vlmr1.rewards.answer import Box, has_format, iou, predicted_box
+from vlmr1.data.boxes import Box, Size, iou, scale_between, scale_box
+from vlmr1.rewards.answer import has_format, predicted_box
 from vlmr1.rewards.strict.iou import true_box
 
 THRESHOLD = 0.5
@@ -46,4 +46,4 @@ def score_rec(texts: Sequence[str], solutions: Sequence[str], sizes: Sequence[tu
 def answered_box(text: str, extent: Size, original: Size) -> Box | None:
     """The box that a completion answers in px of the file, or None."""
     box = predicted_box(text)
-    return None if box is None else to_original(box, extent, original)
+    return None if box is None else scale_box(box, scale_between(extent, original))

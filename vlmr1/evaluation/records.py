@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from vlmr1.data.boxes import Size
 from vlmr1.errors import UserError
-from vlmr1.models.boxes import Size
 
 COMPLETIONS = "completions.jsonl"
 PARTS = "completions.rank-*.jsonl"

@@ -10,9 +10,8 @@ from vlmr1.data.sources import split_names
 from vlmr1.data.templates import question_text
 from vlmr1.errors import DataError, SettingError
 from vlmr1.evaluation.detection import check_detection
-from vlmr1.rewards.methods import columns_of_files
+from vlmr1.rewards.methods import METHOD, columns_of_files, method_of
 from vlmr1.rewards.registry import checks_of, get_reward
-from vlmr1.rewards.score import METHOD
 from vlmr1.rewards.settings import RewardSettings
 from vlmr1.types import Sample
 
@@ -58,7 +57,7 @@ def evaluation_samples(
 
 def kind_of_boxes(samples: Sequence[Sample], settings: RewardSettings) -> str | None:
     """rec or ovd, where the accuracy method of every row is of that kind and every row has one image; else None, as
-    with reward_mode vlmr1, whose code has solutions that these metrics cannot read."""
+    with reward_mode vlm_r1, whose code has solutions that these metrics cannot read."""
     if settings.mode != "strict":
         return None
     kinds: set[str | None] = set()
@@ -70,7 +69,7 @@ def kind_of_boxes(samples: Sequence[Sample], settings: RewardSettings) -> str | 
 
 
 def _kind(sample: Sample, settings: RewardSettings) -> str | None:
-    method = sample.columns.get(METHOD) or settings.accu_reward_method
+    method = method_of(sample, settings)
     return "rec" if method == "iou" else "ovd" if method in OF_BOXES else None
 
 

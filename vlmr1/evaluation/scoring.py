@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vlmr1.data.boxes import Size
 from vlmr1.evaluation.bootstrap import Metric, metric, ratio
 from vlmr1.evaluation.coco import AveragePrecision, ImageBoxes
 from vlmr1.evaluation.detection import asked, best_of_each, image_score, predicted, truths_of
 from vlmr1.evaluation.rec import THRESHOLD, answered_box, score_rec
 from vlmr1.evaluation.records import Record
-from vlmr1.evaluation.vqa import answered, method_of, score_vqa
-from vlmr1.models.boxes import Size
+from vlmr1.evaluation.vqa import answered, score_vqa
 from vlmr1.report.cases import Case, LabelledBox
 from vlmr1.rewards.answer import has_format
+from vlmr1.rewards.methods import method_of
 from vlmr1.rewards.pool import RewardPool
 from vlmr1.rewards.settings import RewardSettings
 from vlmr1.rewards.strict.iou import true_box

@@ -8,15 +8,15 @@ from dataclasses import replace
 
 import torch
 
+from vlmr1.data.boxes import scale_between, scale_box
 from vlmr1.data.faults import row_fault
 from vlmr1.evaluation.records import Record
-from vlmr1.models.boxes import from_original
 from vlmr1.rewards.answer import find_answer
 from vlmr1.rewards.check import check_accuracy
 from vlmr1.rewards.groups import TimedOut, score_groups
+from vlmr1.rewards.methods import method_of
 from vlmr1.rewards.pool import RewardPool
 from vlmr1.rewards.registry import get_reward
-from vlmr1.rewards.score import METHOD
 from vlmr1.rewards.settings import RewardSettings
 from vlmr1.rewards.strict.iou import true_box
 from vlmr1.types import Completion, Group, Prompt, Sample
@@ -24,11 +24,6 @@ from vlmr1.types import Completion, Group, Prompt, Sample
 CLICK = "point_in_box"
 IN_WORDS = ("default", "mcq", "yes_no", "math", "all_match", "counting", "llm")
 TASK_OF_BOXES = {"iou": "rec", "map": "ovd", "od_ap": "ovd", "od_ap50": "ovd", "odLength": "ovd", "weighted_sum": "ovd"}
-
-
-def method_of(sample: Sample, settings: RewardSettings) -> str:
-    """The row's own method, or that of the settings."""
-    return sample.columns.get(METHOD) or settings.accu_reward_method
 
 
 def check_answer(sample: Sample, settings: RewardSettings) -> None:
@@ -63,7 +58,8 @@ def _group(sample: Sample, record: Record, settings: RewardSettings) -> Group:
     """What the rewards take; a click's true box goes to the coordinates that the model writes."""
     solution = sample.solution
     if method_of(sample, settings) == CLICK and record.box_extent and record.image_size:
-        solution = json.dumps(list(from_original(true_box(solution), record.box_extent, record.image_size)))
+        scale = scale_between(record.image_size, record.box_extent)
+        solution = json.dumps(list(scale_box(true_box(solution), scale)))
     nothing = torch.zeros(0, dtype=torch.long)
     prompt = Prompt(replace(sample, images=(), solution=solution), nothing, nothing[None])
     ids = torch.tensor(record.token_ids, dtype=torch.long)

@@ -13,8 +13,7 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from vlmr1.errors import CheckpointError, SettingError
-from vlmr1.lifecycle.checkpoint import integrity_error
-from vlmr1.models.lora import is_adapter
+from vlmr1.lifecycle.checkpoint import integrity_error, is_adapter
 
 
 def is_final(checkpoint: Path) -> bool:

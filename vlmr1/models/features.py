@@ -1,4 +1,4 @@
-"""Features of a step's images from a frozen tower: made once, read by rollout, reference and policy."""
+"""Images of several prompts, and the cache of a frozen tower's features for rollout, reference and policy."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from vlmr1.data.images import ImageRef
-from vlmr1.models.family import ImageFeatures, ImageInputs, ModelFamily
-from vlmr1.types import Prompt
+from vlmr1.models.family import ImageFeatures, ModelFamily
+from vlmr1.types import ImageInputs, ImageRef, Prompt
+
+Images = tuple[tuple[ImageInputs, ...], tuple[ImageRef, ...], tuple[int, ...]]
 
 
 class FeatureCache:
@@ -34,11 +35,18 @@ def encode(
     return [cache.kept[ref] for ref in refs]
 
 
-def unique_images(prompts: Sequence[Prompt]) -> tuple[tuple[ImageInputs, ...], tuple[ImageRef, ...], tuple[int, ...]]:
-    """Return each distinct image once, its source, and for each placeholder run the index of its image."""
-    refs = [ref for prompt in prompts for ref in prompt.sample.images]
+def all_images(prompts: Sequence[Prompt]) -> Images:
+    """Return what `unique_images` does, without merging equal images."""
+    images = tuple(image for prompt in prompts for image in prompt.images)
+    refs = tuple(ref for prompt in prompts for ref in prompt.sample.images)
+    return images, refs, tuple(range(len(images)))
+
+
+def unique_images(prompts: Sequence[Prompt]) -> Images:
+    """Return each distinct image once, its reference, and for each placeholder run the index of its image."""
     images: dict[ImageRef, ImageInputs] = {}
-    for ref, image in zip(refs, (image for prompt in prompts for image in prompt.images), strict=True):
+    every, refs, _ = all_images(prompts)
+    for ref, image in zip(refs, every, strict=True):
         images.setdefault(ref, image)
-    index = {ref: i for i, ref in enumerate(images)}
-    return tuple(images.values()), tuple(images), tuple(index[ref] for ref in refs)
+    place = {ref: i for i, ref in enumerate(images)}
+    return tuple(images.values()), tuple(images), tuple(place[ref] for ref in refs)

@@ -13,12 +13,11 @@ import torch
 from torch import nn
 
 from vlmr1.errors import SettingError
+from vlmr1.lifecycle.checkpoint import ADAPTER_CONFIG
 from vlmr1.models.family import ModelFamily
 
 if TYPE_CHECKING:
     from vlmr1.config import GRPOConfig
-
-ADAPTER_CONFIG = "adapter_config.json"  # of a checkpoint that holds an adapter only
 
 
 def with_lora(model: Any, family: ModelFamily, args: GRPOConfig) -> Any:
@@ -105,11 +104,6 @@ def merged(model: Any) -> Iterator[None]:
             if layer.merged:
                 layer.unmerge()
             layer.get_base_layer().weight.data = weight
-
-
-def is_adapter(folder: str | Path) -> bool:
-    """Whether a directory holds an adapter only."""
-    return (Path(folder) / ADAPTER_CONFIG).is_file()
 
 
 def base_name(folder: str | Path) -> tuple[str, str]:

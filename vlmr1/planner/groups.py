@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from vlmr1.grpo.packing import make_pack, plan_packs
-from vlmr1.models.family import ImageInputs, ModelFamily
+from vlmr1.models.family import ModelFamily
 from vlmr1.planner.inputs import PlanInputs
-from vlmr1.types import Completion, Group, Pack, Prompt, Sample
+from vlmr1.types import Completion, Group, ImageInputs, Pack, Prompt, Sample
 
 
 def image_of(config: Any, tokens: int) -> tuple[ImageInputs, int]:

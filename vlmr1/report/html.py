@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels of the image
+from vlmr1.data.boxes import Box
 
 STYLE = Path(__file__).with_name("style.css")
 CRISP_BELOW = 256  # px; a smaller image is shown enlarged, its pixels left visible

@@ -15,8 +15,7 @@ from vlmr1.lifecycle.checkpoint import truncate_after
 from vlmr1.lifecycle.console import ignore_broken_pipe
 from vlmr1.lifecycle.disk import guard_writes
 from vlmr1.report.pictures import keep_picture
-from vlmr1.rewards.coordinates import converts
-from vlmr1.rewards.score import METHOD
+from vlmr1.rewards.methods import converts, method_of
 from vlmr1.rewards.settings import DEFAULTS
 from vlmr1.types import Prompt
 
@@ -110,9 +109,8 @@ class Progress(TrainerCallback):
 
     def _box_scale(self, prompt: Prompt) -> tuple[float, float] | None:
         """(x, y): pixels of the image for one unit of the completion's boxes, where a reward converts them."""
-        own = prompt.sample.columns.get(METHOD)
         known = [(reward.name, reward.settings or DEFAULTS) for reward in self.trainer.rewards]
-        boxes = [each.boxes for name, each in known if converts(name, own or each.accu_reward_method)]
+        boxes = [each.boxes for name, each in known if converts(name, method_of(prompt.sample, each))]
         try:
             return next((each.scale(prompt) for each in boxes), None)
         except DataError:  # images of different scales: boxes are not drawn on those anyway

@@ -10,8 +10,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from vlmr1.data.boxes import Box, scale_box
 from vlmr1.errors import SettingError
-from vlmr1.report.html import Box, box_svg, document
+from vlmr1.report.html import box_svg, document
 from vlmr1.report.panels import run_curves
 from vlmr1.report.pictures import Picture, read_picture
 from vlmr1.report.progress import COMPLETIONS, METRICS, read_lines
@@ -115,9 +116,9 @@ def _picture(picture: Picture, record: Mapping[str, Any] | None) -> str:
     crisp = ' class="crisp"' if picture.crisp else ""
     drawn = ""
     if record is not None:
-        scale = record.get("box_scale") or (1.0, 1.0)
+        scale = record.get("box_scale")
         boxes = [("true", box) for box in true_boxes(record["solution"])]
-        boxes += [("after", scaled(box, scale)) for box in completion_boxes(record["completion"])]
+        boxes += [("after", scale_box(box, scale)) for box in completion_boxes(record["completion"])]
         width, height = picture.size
         drawn = f'<svg viewBox="0 0 {width} {height}">{"".join(box_svg(*box) for box in boxes)}</svg>' if boxes else ""
     return f'<div class="picture"><img{crisp} alt="" src="{picture.uri}">{drawn}</div>'
@@ -131,11 +132,6 @@ def completion_boxes(text: str) -> list[Box]:
 def true_boxes(solution: str) -> list[Box]:
     """The boxes of a solution; none where it is about something else."""
     return _boxes(solution_box(solution), true_text(solution))
-
-
-def scaled(box: Box, scale: Sequence[float]) -> Box:
-    x, y = scale
-    return box[0] * x, box[1] * y, box[2] * x, box[3] * y
 
 
 def _boxes(single: Box | None, text: str | None) -> list[Box]:

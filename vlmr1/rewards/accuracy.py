@@ -9,8 +9,9 @@ from vlmr1.errors import SettingError
 from vlmr1.rewards.check import check_accuracy, check_length
 from vlmr1.rewards.functions import Completions, Prompts, row_options, text_of
 from vlmr1.rewards.judge import JudgeError
+from vlmr1.rewards.methods import METHOD
 from vlmr1.rewards.registry import register
-from vlmr1.rewards.score import METHOD, judged, score
+from vlmr1.rewards.score import judged, score
 from vlmr1.rewards.settings import DEFAULTS, RewardSettings
 from vlmr1.rewards.strict.iou import rec_iou as box_iou
 
@@ -20,7 +21,7 @@ SYMBOLIC = ("default", "math")  # methods that may take seconds
 
 
 def _is_slow(settings: RewardSettings, method: str) -> bool:
-    return method != "llm" and (settings.mode == "vlmr1" or method in SYMBOLIC)  # the judge has limits of its own
+    return method != "llm" and (settings.mode == "vlm_r1" or method in SYMBOLIC)  # the judge has limits of its own
 
 
 @register("accuracy", check=check_accuracy, with_settings=True, slow=_is_slow, images=True)

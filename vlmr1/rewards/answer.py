@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import re
 
-Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in px
-Scale = tuple[float, float]  # px of the file for one unit of what a model writes, to the right and downwards
+from vlmr1.data.boxes import Box, area
+
 LabelledBox = tuple[str | None, Box | None]  # None for what could not be read
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -92,14 +92,6 @@ def predicted_box(text: str) -> Box | None:
     return None if answer is None else parse_box(answer)
 
 
-def in_pixels(box: Box, scale: Scale | None) -> Box:
-    """(x1 sx, y1 sy, x2 sx, y2 sy): a model's box in px of the file; as it stands without a scale."""
-    if scale is None:
-        return box
-    (x, y), (x1, y1, x2, y2) = scale, box
-    return x1 * x, y1 * y, x2 * x, y2 * y
-
-
 def true_text(solution: str) -> str:
     """What a solution says, inside `<answer>` or bare, stripped."""
     answer = find_answer(solution)
@@ -110,17 +102,3 @@ def solution_box(solution: str) -> Box | None:
     """The box of a solution, inside `<answer>` or bare; None if there is none or it has no area."""
     box = parse_box(true_text(solution))
     return box if box is not None and area(box) > 0 else None
-
-
-def area(box: Box) -> float:
-    """(x2 - x1)(y2 - y1) in px; 0 for an inverted box."""
-    x1, y1, x2, y2 = box
-    return max(0.0, x2 - x1) * max(0.0, y2 - y1)
-
-
-def iou(a: Box, b: Box) -> float:
-    """Intersection over union of two continuous boxes, in 0..1; 0 if one of them has no area."""
-    inner = area((max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])))
-    if inner == 0 or area(a) == 0 or area(b) == 0:
-        return 0.0
-    return inner / (area(a) + area(b) - inner)

@@ -7,8 +7,8 @@ from difflib import get_close_matches
 
 from vlmr1.errors import DataError, SettingError
 from vlmr1.rewards.answer import true_text
-from vlmr1.rewards.coordinates import converts
-from vlmr1.rewards.score import METHOD, score
+from vlmr1.rewards.methods import METHOD, converts, method_of
+from vlmr1.rewards.score import score
 from vlmr1.rewards.settings import DEFAULTS, RewardSettings
 from vlmr1.rewards.strict.accuracy import METHODS
 from vlmr1.types import Sample
@@ -21,7 +21,7 @@ OPTIONS = {"image_grid_thw": [1, 2, 2], "image_size": [28, 28], "tokenizer": "wh
 def check_accuracy(sample: Sample, settings: RewardSettings = DEFAULTS) -> None:
     """Raises DataError for a row whose method is unknown, whose solution its method cannot score, or whose boxes it
     cannot bring to px of the image."""
-    method = sample.columns.get(METHOD) or settings.accu_reward_method
+    method = method_of(sample, settings)
     if method == "llm" and settings.judge is None:
         raise SettingError(f"{sample.source}: accu_reward_method llm needs a judge: set judge_url and judge_model")
     if settings.mode == "strict" and method not in (*METHODS, "llm"):
@@ -41,10 +41,10 @@ def check_accuracy(sample: Sample, settings: RewardSettings = DEFAULTS) -> None:
 
 def check_length(sample: Sample, settings: RewardSettings = DEFAULTS) -> None:
     """As `check_accuracy`, which `length` depends on in mode strict; the judge is too dear for it."""
-    if settings.mode == "vlmr1":
+    if settings.mode == "vlm_r1":
         _probe("length", sample, settings, "")
         return
-    if (sample.columns.get(METHOD) or settings.accu_reward_method) == "llm":
+    if method_of(sample, settings) == "llm":
         raise SettingError(f"{sample.source}: the reward length needs an accu_reward_method other than llm")
     check_accuracy(sample, settings)
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from pycocotools import mask
+
+from vlmr1.errors import import_for
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # [T]
 RECALLS = np.linspace(0.0, 1.0, 101)  # [R]
@@ -64,8 +65,8 @@ def precision(category: Category, thresholds: np.ndarray) -> np.ndarray | None:
 
 def box_ious(boxes: Boxes, truths: Boxes) -> np.ndarray:
     """IoU [D, G] of continuous boxes; empty where one of the lists is."""
-    measure: Any = mask.iou
-    return np.asarray(measure(boxes, truths, [0] * len(truths)))
+    mask = import_for("the reward of average precision", "pycocotools.mask", "pycocotools")
+    return np.asarray(mask.iou(boxes, truths, [0] * len(truths)))
 
 
 def match(overlaps: list[list[float]], ignored: list[bool], outside: list[bool], threshold: float) -> list[int]:

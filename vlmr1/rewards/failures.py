@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from vlmr1.rewards.answer import find_answer, labelled_boxes, parse_box
+from vlmr1.rewards.methods import METHOD_REWARDS, method_of
 from vlmr1.rewards.registry import Reward
-from vlmr1.rewards.score import METHOD
-from vlmr1.rewards.settings import DEFAULT_METHOD
+from vlmr1.rewards.settings import DEFAULTS
 from vlmr1.rewards.strict.point import parse_point
 from vlmr1.types import Group, Sample
 
-BY_METHOD = ("accuracy", "length")  # rewards that read an answer as the row's accuracy method does
-ANSWERED = (*BY_METHOD, "iou", "iou_qwen", "iou_internvl", "iou_glm", "counting", "point_in_box")
+ANSWERED = (*METHOD_REWARDS, "iou", "iou_qwen", "iou_internvl", "iou_glm", "counting", "point_in_box")
 # What an answer is read with, by accuracy method or reward; None is what cannot be read.
 BOXES: dict[str, Callable[[str], object | None]] = {
     **dict.fromkeys(("iou", "iou_qwen", "iou_internvl", "iou_glm"), parse_box),
@@ -42,7 +41,6 @@ def unreadable(groups: Sequence[Group], rewards: Iterable[Reward]) -> dict[str, 
 
 def _kind(reward: Reward, sample: Sample) -> str:
     """The accuracy method of a row, or the reward's own name."""
-    if reward.name not in BY_METHOD:
+    if reward.name not in METHOD_REWARDS:
         return reward.name
-    default = DEFAULT_METHOD if reward.settings is None else reward.settings.accu_reward_method
-    return sample.columns.get(METHOD) or default
+    return method_of(sample, reward.settings or DEFAULTS)

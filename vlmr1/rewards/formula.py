@@ -1,10 +1,12 @@
-"""Formulas: symbolic equality by math-verify, and a normal form of LaTeX by rewriting."""
+"""Equality of formulas by math-verify, a normal form of LaTeX by rewriting, and the similarity of two texts."""
 
 from __future__ import annotations
 
 import re
 import threading
 from functools import reduce
+
+from vlmr1.errors import import_for
 
 LIMIT = 5  # seconds for each step of math-verify; its timer is a signal, which only the main thread gets
 
@@ -18,11 +20,16 @@ UNIT = r"\text{ "  # a unit behind a number
 
 def symbolic_equal(gold: str, answer: str) -> bool:
     """Whether math-verify finds the two equal; `gold` may state a relation or a set that the answer solves."""
-    from math_verify import parse, verify  # sympy takes a second to import
-
+    library = import_for("the symbolic comparison of answers", "math_verify", "math-verify")  # a second of import
     limit = LIMIT if threading.current_thread() is threading.main_thread() else None
-    parsed = [parse(text, parsing_timeout=limit) for text in (gold, answer)]  # type: ignore[arg-type]
-    return bool(verify(parsed[0], parsed[1], timeout_seconds=limit))
+    parsed = [library.parse(text, parsing_timeout=limit) for text in (gold, answer)]
+    return bool(library.verify(parsed[0], parsed[1], timeout_seconds=limit))
+
+
+def text_similarity(answer: str, solution: str) -> float:
+    """Return 1 - (insertions and deletions from one text to the other) / (characters of both)."""
+    library = import_for("the fuzzy comparison of answers", "rapidfuzz.distance", "rapidfuzz")
+    return library.Indel.normalized_similarity(answer, solution)
 
 
 def normal_form(text: str) -> str:

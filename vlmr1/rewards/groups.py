@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from vlmr1.data.boxes import Scale
 from vlmr1.data.images import upright_size
 from vlmr1.errors import RewardError
-from vlmr1.rewards.answer import Scale
-from vlmr1.rewards.coordinates import converts
+from vlmr1.rewards.methods import METHOD, converts, method_of
 from vlmr1.rewards.pool import Outcome, RewardPool, WorkerDied
 from vlmr1.rewards.registry import Reward, get_reward
-from vlmr1.rewards.score import METHOD
 from vlmr1.types import Completion, Group, Prompt
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -97,7 +96,7 @@ def _goes_to_pool(reward: Reward, row: _Row) -> bool:
         return False
     if reward.slow is None or reward.settings is None:
         return getattr(reward.function, "one_by_one", False)
-    method = row.prompt.sample.columns.get(METHOD) or reward.settings.accu_reward_method
+    method = method_of(row.prompt.sample, reward.settings)
     return reward.slow(reward.settings, method)
 
 
@@ -174,7 +173,7 @@ def _box_scale(reward: Reward, row: _Row) -> Scale | None:
     """The factor from the model's boxes to px of the file, where this reward reads boxes of this row."""
     settings = reward.settings
     assert settings is not None
-    method = row.prompt.sample.columns.get(METHOD) or settings.accu_reward_method
+    method = method_of(row.prompt.sample, settings)
     return settings.boxes.scale(row.prompt) if converts(reward.name, method) else None
 
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from vlmr1.data.box_coordinates import BoxCoordinates
 from vlmr1.errors import SettingError
-from vlmr1.rewards.coordinates import BoxCoordinates
 from vlmr1.rewards.judge import Judge
 from vlmr1.rewards.length import COSINE_MAX
 
 if TYPE_CHECKING:
-    from vlmr1.models.boxes import Setting
+    from vlmr1.data.box_coordinates import Setting
 
-Mode = Literal["strict", "vlmr1"]
-MODES = ("strict", "vlmr1")
+Mode = Literal["strict", "vlm_r1"]
+MODES = ("strict", "vlm_r1")
 DEFAULT_METHOD = "iou"
 AS_THEY_STAND = BoxCoordinates()
 
@@ -41,13 +41,13 @@ class RewardSettings:
             raise SettingError(f"reward_mode is {self.mode!r}: one of {', '.join(MODES)}")
         if self.length_reward_max < 1:
             raise SettingError(f"length_reward_max is {self.length_reward_max}: it must be at least 1")
-        if self.mode == "vlmr1" and self.length_reward_max != COSINE_MAX:
+        if self.mode == "vlm_r1" and self.length_reward_max != COSINE_MAX:
             raise SettingError(
-                f"length_reward_max is {COSINE_MAX} with reward_mode vlmr1, not {self.length_reward_max}"
+                f"length_reward_max is {COSINE_MAX} with reward_mode vlm_r1, not {self.length_reward_max}"
             )
-        if self.mode == "vlmr1" and self.boxes != AS_THEY_STAND:
+        if self.mode == "vlm_r1" and self.boxes != AS_THEY_STAND:
             raise SettingError(
-                f"boxes are {self.boxes.space} with reward_mode vlmr1: the published code converts its own"
+                f"boxes are {self.boxes.space} with reward_mode vlm_r1: the published code converts its own"
             )
         cache, longest = self.overlong_cache_length, self.max_completion_length
         if cache is not None and (longest is None or not 1 <= cache < longest):
@@ -59,7 +59,7 @@ class RewardSettings:
         """With the coordinates that the setting box_coordinates says for a model; the published code converts its own.
 
         SettingError where the model cannot have them."""
-        if self.mode == "vlmr1":
+        if self.mode == "vlm_r1":
             return self
         return replace(self, boxes=BoxCoordinates.of(setting, model_type, image_processor))
 

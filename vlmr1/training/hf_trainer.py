@@ -32,12 +32,12 @@ from vlmr1.distributed.sharded import (
 from vlmr1.errors import DivergedError, SettingError
 from vlmr1.grpo.buffer import Buffer, BufferSampler
 from vlmr1.grpo.pack_budget import PackBudget
-from vlmr1.lifecycle.checkpoint import rotate, staged
+from vlmr1.lifecycle.checkpoint import is_adapter, rotate, staged
 from vlmr1.lifecycle.disk import guard_writes
 from vlmr1.lifecycle.processes import init_worker
 from vlmr1.lifecycle.resume import is_final
 from vlmr1.models import load_model
-from vlmr1.models.lora import base_of, is_adapter, restore_adapter
+from vlmr1.models.lora import base_of, restore_adapter
 from vlmr1.models.processor import save_processor
 from vlmr1.telemetry.nvml import GpuMeter
 from vlmr1.telemetry.phases import Phases, peak_memory_mib
@@ -228,7 +228,8 @@ class BaseTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         output_dir = Path(self.args.output_dir or ".")
         name = f"checkpoint-{self.state.global_step}"
-        with guard_writes(name, output_dir), staged(output_dir, name, self.ranks) as self._staging:
+        together = {"first": self.ranks.rank == 0, "barrier": self.ranks.barrier}
+        with guard_writes(name, output_dir), staged(output_dir, name, **together) as self._staging:
             super()._save_checkpoint(model, trial)
             checkpoint = self._staging / name
             for each in self.kept:

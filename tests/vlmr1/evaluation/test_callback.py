@@ -197,7 +197,7 @@ def test_a_solution_that_only_the_published_code_reads(data, tmp_path, processor
         tmp_path / "out",
         processor,
         eval_steps=1,
-        reward_mode="vlmr1",
+        reward_mode="vlm_r1",
         eval_data_file_paths=[str(tmp_path / "rows.jsonl")],
     )
     values = evaluate_during_training(trainer, trainer.callback_handler.callbacks[-1].samples)

@@ -78,7 +78,7 @@ KINDS = {
     "both": ("strict", ["iou", "map"], 1, None),
     "words": ("strict", ["iou", "mcq"], 1, None),
     "two images": ("strict", ["iou", "iou"], 2, None),
-    "published": ("vlmr1", ["iou", "iou"], 1, None),
+    "published": ("vlm_r1", ["iou", "iou"], 1, None),
 }
 
 

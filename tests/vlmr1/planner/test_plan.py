@@ -11,8 +11,9 @@ import torch
 from tests.vlmr1.families import FAMILIES, tokenizer
 from vlmr1.config import GRPOConfig
 from vlmr1.errors import SettingError
+from vlmr1.planner.inputs import PlanInputs, inputs_of
 from vlmr1.planner.models import built, config_named
-from vlmr1.planner.plan import CAUSES, Plan, PlanInputs, Planner, inputs_of
+from vlmr1.planner.plan import CAUSES, Plan, Planner
 from vlmr1.rollout.kv_cache import block_bytes, num_blocks
 from vlmr1.tiny import CHECKPOINT
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from vlmr1.rewards.answer import Box, LabelledBox, Scale, area, find_answer, in_pixels, labelled_boxes, true_text
+from vlmr1.data.boxes import Box, Scale, area, scale_box, to_xywh
+from vlmr1.rewards.answer import LabelledBox, find_answer, labelled_boxes, true_text
 from vlmr1.rewards.coco import AP, IOU_THRESHOLDS, RECALLS, box_ious
 
 THRESHOLD = 0.5  # IoU from which two boxes match
@@ -77,7 +78,7 @@ def true_boxes(solution: str) -> list[LabelledBox]:
 def _predicted(content: str, scale: Scale | None) -> list[LabelledBox] | None:
     answer = find_answer(content)
     boxes = None if answer is None else labelled_boxes(answer)
-    return boxes and [(label, None if box is None else in_pixels(box, scale)) for label, box in boxes]
+    return boxes and [(label, None if box is None else scale_box(box, scale)) for label, box in boxes]
 
 
 def _by_label(boxes: Sequence[LabelledBox]) -> dict[str | None, list[Box | None]]:
@@ -137,4 +138,4 @@ def _size(box: Box | None) -> list[float]:
     """x, y, width, height; a box without area far away."""
     if box is None or area(box) == 0:
         return [-1.0, -1.0, 0.0, 0.0]
-    return [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+    return to_xywh(box)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vlmr1.rewards.answer import Box, Scale, in_pixels, iou, predicted_box, solution_box
+from vlmr1.data.boxes import Box, Scale, iou, scale_between, scale_box
+from vlmr1.rewards.answer import predicted_box, solution_box
 
 PATCH = 14  # px of a patch in `image_grid_thw`, as in Qwen2-VL and Qwen2.5-VL, whatever the model
 
@@ -14,7 +15,7 @@ def rec_iou(content: str, solution: str, *, box_scale: Scale | None = None, **op
     """IoU of the answer's box, in px of the file by `box_scale`, with the solution's, 0..1; 0 where there is none."""
     box = predicted_box(content)
     truth = true_box(solution)
-    return 0.0 if box is None else iou(in_pixels(box, box_scale), truth)
+    return 0.0 if box is None else iou(scale_box(box, box_scale), truth)
 
 
 def plain_iou(content: str, solution: str, **options: Any) -> float:
@@ -37,8 +38,8 @@ def scaled_iou(
     box, truth = predicted_box(content), true_box(solution)
     if box is None:
         return 0.0
-    scale = (image_size[0] / (image_grid_thw[2] * PATCH), image_size[1] / (image_grid_thw[1] * PATCH))
-    return iou(in_pixels(box, scale), truth)
+    seen = image_grid_thw[2] * PATCH, image_grid_thw[1] * PATCH
+    return iou(scale_box(box, scale_between(seen, image_size)), truth)
 
 
 def true_box(solution: str) -> Box:

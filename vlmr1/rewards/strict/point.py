@@ -7,7 +7,8 @@ import math
 import re
 from typing import Any
 
-from vlmr1.rewards.answer import FENCE, Scale, find_answer, parse_box
+from vlmr1.data.boxes import Scale
+from vlmr1.rewards.answer import FENCE, find_answer, parse_box
 from vlmr1.rewards.strict.iou import true_box
 
 NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"

@@ -6,10 +6,8 @@ import re
 import unicodedata
 from typing import Any
 
-from rapidfuzz.distance import Indel
-
 from vlmr1.rewards.answer import find_answer, true_text
-from vlmr1.rewards.formula import normal_form, symbolic_equal, unboxed
+from vlmr1.rewards.formula import normal_form, symbolic_equal, text_similarity, unboxed
 
 END = r"\s.,:;!?)\]。、，：；！？）"  # noqa: RUF001
 # A letter alone, in brackets, or before what it stands for: A  (A)  A.  B。  **C**  \boxed{D}  A: cat
@@ -111,7 +109,7 @@ def default(content: str, solution: str, **options: Any) -> float:
         return 1.0
     if re.search(r"\d", right):
         return 0.0
-    return Indel.normalized_similarity(plain(answer), plain(right))
+    return text_similarity(plain(answer), plain(right))
 
 
 def _same_number(answer: str, right: str) -> bool:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import re
 
-from rapidfuzz.distance import Indel
-
-from vlmr1.rewards.formula import normal_form, symbolic_equal, unboxed
+from vlmr1.rewards.formula import normal_form, symbolic_equal, text_similarity, unboxed
 from vlmr1.rewards.vlm_r1.tags import clean, first_answer, last_answer, true_answer
 
 CHOICE = re.compile(r"(?<![A-Z])[A-Z](?=[.,?!:;]|$)")
@@ -71,7 +69,7 @@ def default(content: str, solution: str) -> float:
     right_choice = choice(right)
     if right_choice is not None:
         return float(choice(said) == right_choice)
-    return Indel.normalized_similarity(clean(said), clean(right))
+    return text_similarity(clean(said), clean(right))
 
 
 def _same_value(said: str, right: str) -> bool:
@@ -85,4 +83,4 @@ def _numeric(said: str, right: str) -> float:
     try:
         return float(float(said) == float(right))
     except ValueError:
-        return Indel.normalized_similarity(said, right)
+        return text_similarity(said, right)

@@ -15,14 +15,15 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from tests.vlmr1.families import FAMILIES, build
 from tests.vlmr1.rewards.helpers import answered, group, sample, values
-from vlmr1.data.images import ImageBytes
+from vlmr1.data.box_coordinates import SPACES, BoxCoordinates
+from vlmr1.data.boxes import scale_between, scale_box
 from vlmr1.data.prompts import PromptBuilder
 from vlmr1.errors import DataError, RewardError, SettingError
 from vlmr1.models import family_of, load_model, load_processor
-from vlmr1.models.boxes import SPACES, extent, from_original, grid_size
 from vlmr1.rewards import RewardSettings, check_samples, get_reward, score, score_groups
-from vlmr1.rewards.coordinates import CONVERTED, BoxCoordinates
+from vlmr1.rewards.methods import CONVERTED
 from vlmr1.tiny import CHECKPOINT, digits
+from vlmr1.types import ImageBytes
 
 IMAGE = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Where?"}]}]
 LABELLED = ("map", "od_ap", "od_ap50", "odLength", "weighted_sum")
@@ -77,10 +78,11 @@ def test_a_box_in_the_familys_coordinates_is_right(family, tmp_path_factory, siz
     true = (left / 16 * w, top / 16 * h, w, h)
     row = replace(sample(1, "", [image]), messages=IMAGE)
     prompt = family.builder(row)
-    seen = upright
-    if SPACES[family.name] == "resized":
-        seen = grid_size(prompt.images[0]["image_grid_thw"], family.builder.model.config.vision_config.patch_size)
-    written = list(from_original(true, extent(SPACES[family.name], upright, seen), upright))
+    extent = {"original": upright, "thousand": (1000, 1000)}.get(SPACES[family.name])
+    if extent is None:
+        grid = prompt.images[0]["image_grid_thw"][0] * family.builder.model.config.vision_config.patch_size
+        extent = grid[2].item(), grid[1].item()
+    written = list(scale_box(true, scale_between(upright, extent)))
     for method in CONVERTED:
         said, right = ({"bbox_2d": list(box), "label": "cat"} for box in (written, true))
         if method in LABELLED:
@@ -158,11 +160,11 @@ def test_a_column_of_the_rows_own_is_not_taken_for_the_scale():
 
 
 def test_the_published_mode_converts_nothing():
-    assert boxes_of("qwen2_5_vl", QWEN, mode="vlmr1") == RewardSettings(mode="vlmr1")
-    with pytest.raises(SettingError, match="boxes are thousand with reward_mode vlmr1"):
-        RewardSettings(mode="vlmr1", boxes=BoxCoordinates("thousand"))
+    assert boxes_of("qwen2_5_vl", QWEN, mode="vlm_r1") == RewardSettings(mode="vlm_r1")
+    with pytest.raises(SettingError, match="boxes are thousand with reward_mode vlm_r1"):
+        RewardSettings(mode="vlm_r1", boxes=BoxCoordinates("thousand"))
     solution = "<answer>[0, 0, 320, 480]</answer>"
-    value = score("iou", answered("[0, 0, 320, 480]"), solution, mode="vlmr1", box_scale=(9.0, 9.0))
+    value = score("iou", answered("[0, 0, 320, 480]"), solution, mode="vlm_r1", box_scale=(9.0, 9.0))
     assert value == 1
 
 

@@ -7,9 +7,8 @@ import pytest
 from PIL import Image
 
 from tests.vlmr1.families import FAMILIES, build
+from vlmr1.data.image_limits import limit_images
 from vlmr1.errors import SettingError
-from vlmr1.models.boxes import grid_size
-from vlmr1.models.image_limits import limit_images
 from vlmr1.models.processor import load_processor, save_processor
 
 GRIDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v")
@@ -24,7 +23,7 @@ def folders(tmp_path_factory):
 
 def area(processor, size):
     grid = processor.image_processor([Image.new("RGB", size)], return_tensors="pt")["image_grid_thw"]
-    return math.prod(grid_size(grid, processor.image_processor.patch_size))
+    return math.prod((grid[0, 1:] * processor.image_processor.patch_size).tolist())
 
 
 @pytest.mark.parametrize("name", GRIDS)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from vlmr1.data.boxes import Size
 from vlmr1.errors import SettingError
-
-Size = tuple[int, int]  # width, height in px
 
 
 @dataclass(frozen=True)

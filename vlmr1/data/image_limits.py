@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from vlmr1.data.image_grid import PatchGrid
 from vlmr1.errors import SettingError
-from vlmr1.models.image_grid import PatchGrid
 
 
 def limit_images(
