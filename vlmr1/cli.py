@@ -12,8 +12,8 @@ from typing import NoReturn
 
 from vlmr1.commands.data_check import add_arguments, check_command
 from vlmr1.errors import Stopped, UserError
-from vlmr1.lifecycle.console import last_words
-from vlmr1.lifecycle.processes import leave
+from vlmr1.lifecycle.console import print_fatal
+from vlmr1.lifecycle.processes import exit_process
 from vlmr1.planner.arguments import add_arguments as add_plan_arguments
 from vlmr1_kernels.registry import ImplementationError
 
@@ -54,15 +54,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(options, rest)
     except (UserError, ImplementationError) as error:
         rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-        last_words(f"{rank}{error}")
+        print_fatal(f"{rank}{error}")
         if rank:
             os._exit(2)  # the other ranks wait for this one in a collective: it must not wait for them
         return 2
     except Stopped as stopped:
-        last_words(str(stopped))
+        print_fatal(str(stopped))
         return stopped.status
     except KeyboardInterrupt:
-        last_words("stopped by Ctrl-C")
+        print_fatal("stopped by Ctrl-C")
         return 128 + signal.SIGINT
 
 
@@ -120,7 +120,7 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
 
 def command() -> NoReturn:
     """`vlmr1`"""
-    leave(main())
+    exit_process(main())
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ RECORDED = HERE / "recorded.json"
 LIMIT = 900  # seconds a run
 PACKAGES = ("torch", "transformers", "accelerate", "numpy", "peft", "safetensors", "tokenizers")
 # Metrics that are measured, not computed: times, memory and what is made of them.
+RENAMED = {"rollout/sent_back": "rollout/preemptions"}  # metrics of the recorded tree that have another name now
 LEFT_OUT = re.compile("second|^memory/|^gpu/|runtime")
 
 
@@ -59,7 +60,8 @@ def run(name: str, tree: Path, folder: Path) -> dict[str, Any]:
 def read_metrics(output: Path) -> list[dict[str, float]]:
     """The computed metrics of every step."""
     lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{k: v for k, v in json.loads(line).items() if not LEFT_OUT.search(k)} for line in lines]
+    rows = [json.loads(line) for line in lines]
+    return [{RENAMED.get(k, k): v for k, v in row.items() if not LEFT_OUT.search(k)} for row in rows]
 
 
 def digest(checkpoint: Path) -> str:

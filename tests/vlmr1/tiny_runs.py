@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from vlmr1.lifecycle.checkpoint import STAGING, is_complete
+from vlmr1.lifecycle.checkpoint import STAGING, integrity_error
 from vlmr1.report.progress import COMPLETIONS, read_metrics
 from vlmr1.tiny import digits
 from vlmr1.training.hf_trainer import ROLLOUTS
@@ -95,7 +95,7 @@ def command(data: Path, output: Path, *more: str) -> list[str]:
 def assert_whole(output: Path, undisturbed: Path) -> None:
     """Every checkpoint that counts as complete is what the undisturbed run had at that step."""
     for checkpoint in output.glob("checkpoint-*"):
-        if is_complete(checkpoint):
+        if integrity_error(checkpoint) is None:
             assert differences(checkpoint, undisturbed / checkpoint.name) == []
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from vlmr1.distributed.ranks import process_group
 from vlmr1.evaluation.arguments import Compare, Evaluate, parse
 from vlmr1.evaluation.compare import COMPARISON, compare, comparison
 from vlmr1.evaluation.job import PAGE, evaluate_model, slug, slugs
-from vlmr1.evaluation.ranks import joined
 from vlmr1.evaluation.results import RESULTS, Results
 
 
@@ -26,7 +26,7 @@ def evaluate_command(words: Sequence[str]) -> None:
 def _evaluate(asked: Evaluate) -> None:
     slugs(asked.models)
     found: list[Results] = []
-    with joined(asked.ddp_timeout) as ranks:
+    with process_group(asked.ddp_timeout) as ranks:
         for model in asked.models:
             results = evaluate_model(model, asked.options, asked.around, ranks)
             if results is not None:

@@ -19,7 +19,7 @@ from vlmr1.data.image_limits import limit_images
 from vlmr1.data.samples import load_samples, validation_split
 from vlmr1.data.sources import split_names
 from vlmr1.data.templates import question_text
-from vlmr1.distributed.launch import launched_as
+from vlmr1.distributed.launch import launch_name
 from vlmr1.distributed.preflight import check_scale
 from vlmr1.distributed.ranks import Ranks
 from vlmr1.errors import OutputError, SettingError
@@ -28,11 +28,11 @@ from vlmr1.evaluation.run_rows import evaluation_samples
 from vlmr1.grpo.buffer import BufferSampler
 from vlmr1.grpo.no_signal_warning import FlatRewards
 from vlmr1.grpo.trainer import GRPOTrainer
-from vlmr1.lifecycle.checkpoint import clean, fault_of, is_adapter, last_complete, replace_text
-from vlmr1.lifecycle.console import surviving
-from vlmr1.lifecycle.disk import check_output_dir, checkpoint_bytes, warn_of_space, writing
-from vlmr1.lifecycle.processes import naming_lost_workers
-from vlmr1.lifecycle.resume import Resuming, check_resumable, is_last
+from vlmr1.lifecycle.checkpoint import integrity_error, is_adapter, last_complete, remove_staging, replace_text
+from vlmr1.lifecycle.console import ignore_broken_pipe
+from vlmr1.lifecycle.disk import check_output_dir, checkpoint_bytes, guard_writes, warn_if_low_space
+from vlmr1.lifecycle.processes import translate_worker_death
+from vlmr1.lifecycle.resume import ResumeGuard, check_resumable, is_final
 from vlmr1.lifecycle.signals import StopSignals
 from vlmr1.models import load_model, load_processor, model_type_of
 from vlmr1.models.trainable import planned_model
@@ -124,7 +124,7 @@ def prepare(config: GRPOConfig, *, finished: bool = False) -> Prepared:
     if config.should_save and config.save_strategy != SaveStrategy.NO and not finished:
         optim = str(getattr(config.optim, "value", config.optim))
         size = checkpoint_bytes(planned_model(name, config), optim, weights_only=config.save_only_model)
-        warn_of_space(output_dir, size)
+        warn_if_low_space(output_dir, size)
     model = load_model(
         name,
         dtype=getattr(torch, config.model_dtype),
@@ -147,7 +147,7 @@ def data_of(config: GRPOConfig, output_dir: Path) -> tuple[list[str], list[str]]
     folder = output_dir / "data"
     path = folder / "train.jsonl"
     if config.process_index == 0 and not path.exists():
-        with writing("the embedded data set", output_dir):
+        with guard_writes("the embedded data set", output_dir):
             digits.write(folder, "train", count=TRAIN_ROWS, seed=config.seed)
     ranks_of(config).barrier()
     return [str(path)], [str(folder / "images")]
@@ -156,11 +156,11 @@ def data_of(config: GRPOConfig, output_dir: Path) -> tuple[list[str], list[str]]
 def train(config: GRPOConfig) -> GRPOTrainer:
     """Run, or continue from the last complete checkpoint in the output directory. Raises Stopped where a signal ended
     the run, after a checkpoint."""
-    with StopSignals() as stop, naming_lost_workers(), Resuming() as resuming:
+    with StopSignals() as stop, translate_worker_death(), ResumeGuard() as resuming:
         return _train(config, stop, resuming)
 
 
-def _train(config: GRPOConfig, stop: StopSignals, resuming: Resuming) -> GRPOTrainer:
+def _train(config: GRPOConfig, stop: StopSignals, resuming: ResumeGuard) -> GRPOTrainer:
     output_dir = Path(config.output_dir or "output")
     ranks = ranks_of(config)
     if ranks.rank == 0:
@@ -171,8 +171,8 @@ def _train(config: GRPOConfig, stop: StopSignals, resuming: Resuming) -> GRPOTra
     if resume is not None:
         check_resumable(resume)
     if ranks.rank == 0:
-        clean(output_dir)
-    prepared = prepare(config, finished=resume is not None and is_last(resume))
+        remove_staging(output_dir)
+    prepared = prepare(config, finished=resume is not None and is_final(resume))
     evaluated = evaluation_samples(config, prepared.model.config.model_type, prepared.processor, prepared.validation)
     ranks.barrier()  # for all to have looked, before one writes
     if ranks.rank == 0:
@@ -195,7 +195,7 @@ def _train(config: GRPOConfig, stop: StopSignals, resuming: Resuming) -> GRPOTra
     if resume is not None:
         say(f"continuing from {resume}", flush=True)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    stop.leave()
+    stop.raise_if_stopped()
     if config.write_report and trainer.is_world_process_zero():
         report_of_run(output_dir)
     return trainer
@@ -204,12 +204,12 @@ def _train(config: GRPOConfig, stop: StopSignals, resuming: Resuming) -> GRPOTra
 def report_of_run(output_dir: Path) -> None:
     """The page of a run that is done; a disk that has no room for it is no failure of the run."""
     try:
-        with writing(REPORT, output_dir):
+        with guard_writes(REPORT, output_dir):
             path = write_run_report(output_dir)
     except OutputError as error:
         logger.warning("%s", error)
         return
-    with surviving():
+    with ignore_broken_pipe():
         print(f"report     {path}", flush=True)
 
 
@@ -218,7 +218,7 @@ def find_resume(config: GRPOConfig, output_dir: Path) -> Path | None:
     if config.resume_from_checkpoint is None:
         return last_complete(output_dir)
     named = Path(config.resume_from_checkpoint)
-    fault = fault_of(named)
+    fault = integrity_error(named)
     if fault:
         raise SettingError(f"resume_from_checkpoint: {named} is not a complete checkpoint: {fault}")
     return named
@@ -229,7 +229,7 @@ def settings_of(config: GRPOConfig) -> dict[str, Any]:
     now = json.loads(config.to_json_string())
     return {field.name: now.get(field.name) for field in fields(config)} | {
         "processes": config.world_size,
-        "launch": launched_as(),
+        "launch": launch_name(),
     }
 
 
@@ -252,7 +252,7 @@ def check_settings(config: GRPOConfig, resume: Path | None) -> None:
 
 def keep_settings(config: GRPOConfig, output_dir: Path) -> None:
     """Write the settings beside the checkpoints."""
-    with writing(SETTINGS, output_dir):
+    with guard_writes(SETTINGS, output_dir):
         replace_text(output_dir / SETTINGS, json.dumps(settings_of(config), indent=1))
 
 

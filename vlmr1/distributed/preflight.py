@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from vlmr1.distributed.launch import check_processes, launched_as
+from vlmr1.distributed.launch import check_processes, launch_name
 from vlmr1.distributed.sharded import Sharding, check_fsdp, check_sharded
 from vlmr1.errors import SettingError
 
@@ -23,13 +23,13 @@ def check_scale(config: GRPOConfig) -> None:
     check_processes(config.world_size)
     check_saving(config)
     sharding = planned_sharding(config)
-    engine = config.world_size > 1 or config.deepspeed_plugin is not None or launched_as() == "fsdp2"
+    engine = config.world_size > 1 or config.deepspeed_plugin is not None or launch_name() == "fsdp2"
     check_sharded(config, sharding, engine=engine)
 
 
 def check_saving(config: GRPOConfig) -> None:
     """SettingError where a checkpoint without optimizer would hold shards."""
-    if config.save_only_model and launched_as() == "fsdp2":
+    if config.save_only_model and launch_name() == "fsdp2":
         raise SettingError("save_only_model is not supported with fsdp2, whose checkpoints are in shards")
 
 
@@ -37,7 +37,7 @@ def planned_sharding(config: GRPOConfig) -> Sharding | None:
     """As `sharding_of` the accelerator that these settings and this environment will make."""
     if config.deepspeed_plugin is not None:
         return "zero3" if config.deepspeed_plugin.zero_stage == 3 else None
-    if launched_as() != "fsdp2":
+    if launch_name() != "fsdp2":
         return None
     check_fsdp(int(os.environ.get("FSDP_VERSION", 1)))
     return "fsdp2"

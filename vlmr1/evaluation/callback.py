@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from vlmr1.data.box_coordinates import Setting
-from vlmr1.distributed.sharded import whole
+from vlmr1.distributed.sharded import summon_full_params
 from vlmr1.evaluation.coco import AveragePrecision, ImageBoxes
 from vlmr1.evaluation.decode import Decoder
 from vlmr1.evaluation.detection import asked, best_of_each, predicted, truths_of
@@ -26,8 +26,8 @@ from vlmr1.evaluation.records import Record
 from vlmr1.evaluation.run_rows import kind_of_boxes
 from vlmr1.evaluation.scoring import sizes_of
 from vlmr1.lifecycle.checkpoint import truncate_after
-from vlmr1.lifecycle.console import surviving
-from vlmr1.lifecycle.disk import writing
+from vlmr1.lifecycle.console import ignore_broken_pipe
+from vlmr1.lifecycle.disk import guard_writes
 from vlmr1.report.progress import read_lines
 from vlmr1.rewards.groups import score_groups
 from vlmr1.rewards.settings import RewardSettings
@@ -60,12 +60,12 @@ class EvaluationCallback(TrainerCallback):
         self.trainer = trainer
         self.samples = samples
         self.decoder = decoder_of(trainer, box_coordinates)
-        self.stop = stop if trainer.ranks.world == 1 else None  # ranks that gather must not part
+        self.stop = stop if trainer.ranks.world_size == 1 else None  # ranks that gather must not part
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         missing = False
         if state.is_world_process_zero:
-            with writing(EVALUATIONS, Path(args.output_dir)):
+            with guard_writes(EVALUATIONS, Path(args.output_dir)):
                 truncate_after(self._path(args), state.global_step)
             missing = all(line["step"] != state.global_step for line in read_lines(self._path(args)))
         due = args.eval_on_start if state.global_step == 0 else self._is_due(args, state)
@@ -91,11 +91,14 @@ class EvaluationCallback(TrainerCallback):
         if values is None or not state.is_world_process_zero:
             return
         record = {"step": state.global_step, "rows": len(self.samples), **values}
-        with writing(EVALUATIONS, Path(args.output_dir)), self._path(args).open("a", encoding="utf-8") as file:
+        with (
+            guard_writes(EVALUATIONS, Path(args.output_dir)),
+            self._path(args).open("a", encoding="utf-8") as file,
+        ):
             file.write(json.dumps(record) + "\n")
         if not args.disable_tqdm:
             numbers = "  ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in values.items())
-            with surviving():
+            with ignore_broken_pipe():
                 tqdm.write(f"evaluation at step {state.global_step}  {numbers}")
         self._log({name.replace("eval/", "eval_", 1): value for name, value in values.items()}, control)
 
@@ -127,8 +130,8 @@ def evaluate_during_training(
     size = trainer.args.prompts_per_device * trainer.args.num_generations  # as many as the rollout has in flight
     ranks = trainer.ranks
     scored: list[tuple[int, list[float], Record]] = []  # row, rewards, what was decoded
-    with untouched(), use(trainer.args.kernels), whole(trainer.model, trainer.sharding):
-        for start in range(ranks.rank * size, len(samples), ranks.world * size):
+    with untouched(), use(trainer.args.kernels), summon_full_params(trainer.model, trainer.sharding):
+        for start in range(ranks.rank * size, len(samples), ranks.world_size * size):
             if stopped():
                 return None
             drawn = decoder.groups(samples[start : start + size])

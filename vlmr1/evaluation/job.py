@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from vlmr1.distributed.ranks import Ranks, local_device
 from vlmr1.errors import SettingError, UserError
 from vlmr1.evaluation.decode import Decoder
 from vlmr1.evaluation.fingerprint import begin, identity
 from vlmr1.evaluation.options import Options
-from vlmr1.evaluation.ranks import Ranks, device
 from vlmr1.evaluation.records import Record, RecordFiles, append
 from vlmr1.evaluation.results import RESULTS, Results, write_results
 from vlmr1.evaluation.rows import load_rows
@@ -80,7 +80,7 @@ def evaluate_model(name: str, options: Options, around: Around, ranks: Ranks) ->
     data = load_rows(options, model_type_of(path, **source))
     samples = data.samples
     model: Any = load_model(path, dtype=getattr(torch, options.dtype), **source)
-    model.to(device(around.use_cpu)).eval()
+    model.to(local_device(around.use_cpu)).eval()
     what = identity(name, path, model, options, data)
     files = RecordFiles(folder, len(samples), options.batch_size)
     if ranks.is_first:
@@ -118,13 +118,13 @@ def _decode(
     for row, record in done.items():
         if record.source != samples[row].source:
             raise UserError(f"{files.path}: row {row} is {record.source}, the data has {samples[row].source} there")
-    mine = files.missing(done)[ranks.rank :: ranks.count]
+    mine = files.missing(done)[ranks.rank :: ranks.world_size]
     rows = sum(map(len, mine))
     shown = tqdm(total=rows, desc="decoding", unit="row", file=sys.stderr, disable=None if ranks.is_first else True)
     with shown as bar:
         for batch in mine:
-            ranks.look()
-            append(files.part(ranks.rank, ranks.count), decoder([samples[row] for row in batch], batch))
+            ranks.raise_failure()
+            append(files.part(ranks.rank, ranks.world_size), decoder([samples[row] for row in batch], batch))
             bar.update(len(batch))
     return rows
 
@@ -154,7 +154,7 @@ def _write_run(folder: Path, start: float, decoded: int, ranks: Ranks) -> None:
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - start, 1),
         "host": socket.gethostname(),
-        "processes": ranks.count,
+        "processes": ranks.world_size,
         "rows_decoded_by_the_first_process": decoded,
         "command": sys.argv,
         "folder": str(folder.absolute()),

@@ -20,6 +20,7 @@ from vlmr1.evaluation.annotations import annotation_rows
 from vlmr1.evaluation.detection import check_detection
 from vlmr1.evaluation.options import Options
 from vlmr1.evaluation.vqa import check_answer
+from vlmr1.lifecycle.checkpoint import sha256_of_file
 from vlmr1.rewards.methods import columns_of_files
 from vlmr1.rewards.settings import RewardSettings
 from vlmr1.rewards.strict.iou import true_box
@@ -85,7 +86,7 @@ def rows_digest(files: Sequence[Rows], samples: Sequence[Sample]) -> str:
         digest.update(json.dumps(row, sort_keys=True, default=_plain).encode())
         for image in sample.images:
             if image not in known:
-                known[image] = sha256(image) if isinstance(image, Path) else image.key
+                known[image] = sha256_of_file(image) if isinstance(image, Path) else image.key
             digest.update(known[image].encode())
         digest.update(b"\n")
     return digest.hexdigest()
@@ -93,12 +94,7 @@ def rows_digest(files: Sequence[Rows], samples: Sequence[Sample]) -> str:
 
 def file_digests(names: Sequence[str]) -> list[dict[str, str | None]]:
     """The data files with their sha256; directories and hub data sets have none, their rows' digest stands for them."""
-    return [{"file": name, "sha256": sha256(Path(name)) if Path(name).is_file() else None} for name in names]
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return [{"file": name, "sha256": sha256_of_file(Path(name)) if Path(name).is_file() else None} for name in names]
 
 
 def _plain(value: Any) -> str:

@@ -25,15 +25,15 @@ class BufferSampler(BatchSampler):
     def __init__(
         self, sampler: Sampler, *, prompts: int, parts: int, iterations: int, drop_last: bool, ranks: Ranks = ALONE
     ):
-        super().__init__(sampler, prompts * parts * ranks.world, drop_last)
+        super().__init__(sampler, prompts * parts * ranks.world_size, drop_last)
         self.ranks = ranks
-        self.least = parts * ranks.world
+        self.least = parts * ranks.world_size
         self.updates = parts * iterations
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in super().__iter__():
             if len(batch) >= self.least:
-                yield batch[self.ranks.rank :: self.ranks.world]
+                yield batch[self.ranks.rank :: self.ranks.world_size]
                 yield from ([] for _ in range(self.updates - 1))
 
     def __len__(self) -> int:

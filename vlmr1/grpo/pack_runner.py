@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from vlmr1.distributed.sharded import whole
+from vlmr1.distributed.sharded import summon_full_params
 from vlmr1.errors import MemoryShort
 from vlmr1.grpo.buffer import Part
 from vlmr1.grpo.pack_budget import PackTooLarge, carried_over, free_memory, guarded
@@ -133,5 +133,5 @@ class PassesTrainer(BaseTrainer):
         if not self.ranks.all_reduce_max(sum(ref not in self.features.kept for ref in refs)):
             return
         precision = autocast(self.args.device, self.policy.dtype)  # as in a rollout
-        with whole(self.model, self.sharding), precision, torch.no_grad():
+        with summon_full_params(self.model, self.sharding), precision, torch.no_grad():
             encode(self.family, self.engine.model, refs, images, self.features)

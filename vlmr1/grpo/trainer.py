@@ -21,7 +21,7 @@ from vlmr1.data.loader import unpacked
 from vlmr1.data.prompts import PromptBuilder, PromptDataset, without_overlong
 from vlmr1.distributed.balance import exchange
 from vlmr1.distributed.metrics import all_losses, over_ranks
-from vlmr1.distributed.sharded import meet_in_backward, whole
+from vlmr1.distributed.sharded import require_input_grads, summon_full_params
 from vlmr1.errors import SettingError
 from vlmr1.grpo.advantages import with_advantages
 from vlmr1.grpo.buffer import Buffer, Part
@@ -91,7 +91,7 @@ class GRPOTrainer(PassesTrainer):
         self.features = FeatureCache() if frozen and args.share_vision else None
         self.blank = builder.blank() if self.joins_tower and self.features is None else None
         if self.blank is not None and self.sharding is not None:
-            meet_in_backward(attrgetter(self.family.decoder_path)(model))
+            require_input_grads(attrgetter(self.family.decoder_path)(model))
         self.engine = ENGINES[args.rollout_engine](
             model,
             self.family,
@@ -190,7 +190,7 @@ class GRPOTrainer(PassesTrainer):
         """Prompts -> groups of completions, drawn from the present policy; `number` of the round varies the draws."""
         step = self.state.global_step + (number << 32)
         merging = merged(self.accelerator.unwrap_model(self.model)) if self.args.lora_merge_rollout else nullcontext()
-        with whole(self.model, self.sharding), merging:
+        with summon_full_params(self.model, self.sharding), merging:
             if not prompts:  # other ranks have some, and gathered the weights with this one
                 return []
             return self.engine.generate(prompts, self.args.num_generations, self.sampling, step=step)
@@ -270,6 +270,6 @@ class GRPOTrainer(PassesTrainer):
                 loss, metrics = call(model, self.policy.model, lambda: self.policy.loss(pack, objective))
                 loss = loss * pack.weight
             with self.phases("backward"):
-                self.accelerator.backward(loss * self.ranks.world)  # of which the engines take the mean over ranks
+                self.accelerator.backward(loss * self.ranks.world_size)  # of which the engines take the mean over ranks
         metrics |= logp_difference(metrics["logp"], pack)
         return loss.detach(), metrics if pack.weight else metrics | {"dropped_rows": metrics["tokens"]}

@@ -12,7 +12,7 @@ from PIL import Image
 
 from vlmr1.data.images import UNDECODABLE, to_rgb
 from vlmr1.lifecycle.checkpoint import replace_bytes
-from vlmr1.lifecycle.disk import writing
+from vlmr1.lifecycle.disk import guard_writes
 from vlmr1.report.html import CRISP_BELOW
 from vlmr1.types import ImageBytes, ImageRef
 
@@ -56,7 +56,7 @@ def keep_picture(image: ImageRef, folder: Path) -> dict[str, Any] | None:
     data, kind, size = small(image.data)
     path = folder / f"{image.key}.{kind}"
     if not path.exists():
-        with writing(folder.name, folder.parent):
+        with guard_writes(folder.name, folder.parent):
             folder.mkdir(parents=True, exist_ok=True)
             replace_bytes(path, data)
     return {"file": f"{folder.name}/{path.name}", "size": list(size)}

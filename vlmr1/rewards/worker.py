@@ -10,7 +10,7 @@ from functools import cache
 from multiprocessing.connection import Connection
 from typing import Any
 
-from vlmr1.lifecycle.processes import end_with_parent, leave_signals
+from vlmr1.lifecycle.processes import ignore_stop_signals, kill_with_parent
 from vlmr1.rewards.registry import resolve
 
 WATCH = 1.0  # seconds between looks at the parent
@@ -20,9 +20,9 @@ function_of = cache(resolve)
 
 def main(descriptor: int, of_main_thread: bool) -> None:
     """Serve (spec, arguments) from the socket until it closes: "ready", then for each "started" and its outcome."""
-    leave_signals()
+    ignore_stop_signals()
     if of_main_thread:  # which lasts as long as the process
-        end_with_parent()
+        kill_with_parent()
     threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
     import math_verify  # noqa: F401  # a second of import belongs to the start, not to a completion
 

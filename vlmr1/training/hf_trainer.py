@@ -21,14 +21,21 @@ from vlmr1.data.loader import Batches
 from vlmr1.distributed.launch import check_launched
 from vlmr1.distributed.preflight import check_saving
 from vlmr1.distributed.ranks import Ranks
-from vlmr1.distributed.sharded import Sharding, check_sharded, gathered_state, keep_float32, round_early, sharding_of
+from vlmr1.distributed.sharded import (
+    Sharding,
+    check_sharded,
+    full_state_dict,
+    round_zero2_weights,
+    set_fsdp_mixed_precision,
+    sharding_of,
+)
 from vlmr1.errors import DivergedError, SettingError
 from vlmr1.grpo.buffer import Buffer, BufferSampler
 from vlmr1.grpo.pack_budget import PackBudget
 from vlmr1.lifecycle.checkpoint import is_adapter, rotate, staged
-from vlmr1.lifecycle.disk import writing
-from vlmr1.lifecycle.processes import serve_run
-from vlmr1.lifecycle.resume import is_last
+from vlmr1.lifecycle.disk import guard_writes
+from vlmr1.lifecycle.processes import init_worker
+from vlmr1.lifecycle.resume import is_final
 from vlmr1.models import load_model
 from vlmr1.models.lora import base_of, restore_adapter
 from vlmr1.models.processor import save_processor
@@ -61,11 +68,11 @@ class BaseTrainer(Trainer):
         check_saving(options["args"])
         super().__init__(data_collator=as_list, **options)
         self.ranks = Ranks(self.args.process_index, self.args.world_size)
-        check_launched(self.ranks.world, self.accelerator)
+        check_launched(self.ranks.world_size, self.accelerator)
         self.sharding: Sharding | None = sharding_of(self.accelerator)
         check_sharded(self.args, self.sharding, engine=self.joins_tower)
-        keep_float32(self.accelerator, self.sharding)
-        round_early(self.model, self.accelerator, bf16=self.args.bf16)
+        set_fsdp_mixed_precision(self.accelerator, self.sharding)
+        round_zero2_weights(self.model, self.accelerator, bf16=self.args.bf16)
         self.nonfinite = 0  # updates in a row
         self.skipped = 0  # updates in all
         self.last_loss = 0.0
@@ -111,7 +118,7 @@ class BaseTrainer(Trainer):
             ranks=self.ranks,
         )
         if not len(sampler):
-            each = "" if self.ranks.world == 1 else f" on each of {self.ranks.world} ranks"
+            each = "" if self.ranks.world_size == 1 else f" on each of {self.ranks.world_size} ranks"
             raise SettingError(
                 f"{len(self.train_dataset)} rows are too few: an update needs one{each}, and steps_per_generation is "  # type: ignore[arg-type]
                 f"{args.steps_per_generation} (dataloader_drop_last is {args.dataloader_drop_last})"
@@ -123,7 +130,7 @@ class BaseTrainer(Trainer):
             "prefetch_factor": args.dataloader_prefetch_factor,
             "multiprocessing_context": args.dataloader_multiprocessing_context or None,
             "in_order": args.dataloader_in_order,
-            "worker_init_fn": serve_run,
+            "worker_init_fn": init_worker,
         }
         loader = DataLoader(Batches(self.train_dataset), batch_sampler=sampler, collate_fn=as_list, **workers)  # type: ignore[arg-type]
         config = self.accelerator.dataloader_config
@@ -139,7 +146,7 @@ class BaseTrainer(Trainer):
     @property
     def joins_tower(self) -> bool:
         """Whether a pass without an image has to call the tower too: engines count on gradients of every parameter."""
-        return self.ranks.world > 1 or self.is_deepspeed_enabled or self.is_fsdp_enabled
+        return self.ranks.world_size > 1 or self.is_deepspeed_enabled or self.is_fsdp_enabled
 
     @contextmanager
     def syncing(self, model: Any, *, last: bool) -> Iterator[None]:
@@ -222,7 +229,7 @@ class BaseTrainer(Trainer):
         output_dir = Path(self.args.output_dir or ".")
         name = f"checkpoint-{self.state.global_step}"
         together = {"first": self.ranks.rank == 0, "barrier": self.ranks.barrier}
-        with writing(name, output_dir), staged(output_dir, name, **together) as self._staging:
+        with guard_writes(name, output_dir), staged(output_dir, name, **together) as self._staging:
             super()._save_checkpoint(model, trial)
             checkpoint = self._staging / name
             for each in self.kept:
@@ -240,11 +247,11 @@ class BaseTrainer(Trainer):
     @property
     def rollouts(self) -> str:
         """The file of this rank's buffer."""
-        return ROLLOUTS if self.ranks.world == 1 else f"{self.ranks.rank}-{ROLLOUTS}"
+        return ROLLOUTS if self.ranks.world_size == 1 else f"{self.ranks.rank}-{ROLLOUTS}"
 
     def is_finished(self, checkpoint: Path) -> bool:
         """Whether this is the last checkpoint of a run, whose weights and state are then taken; `train` would go on."""
-        if not is_last(checkpoint):
+        if not is_final(checkpoint):
             return False
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         if self.sharding is None:
@@ -294,7 +301,7 @@ class BaseTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """An ordinary model directory, with FSDP's sharded checkpoints too."""
         if self.is_fsdp_enabled:
-            self._save(output_dir, gathered_state(self.model, trained_only=self.args.use_peft))
+            self._save(output_dir, full_state_dict(self.model, trained_only=self.args.use_peft))
         else:
             super().save_model(output_dir, _internal_call)
 

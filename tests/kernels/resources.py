@@ -1,6 +1,6 @@
-"""What the kernels take of a GPU, read from their machine code; needs none: python -m vlmr1_kernels.triton.resources
+"""Registers, memory and vector widths of the compiled kernels: python -m tests.kernels.resources
 
-The ops run on meta tensors in the sizes of a training step; their launches compile and do not run.
+Needs no GPU: the ops run on meta tensors of training size, and launches are compiled but not run.
 """
 
 import argparse
@@ -21,13 +21,14 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from vlmr1_kernels.inputs import LossInputs
 from vlmr1_kernels.settings import GRPOSettings
 from vlmr1_kernels.triton import group_advantages, grpo_loss, head, linear_grpo_loss, linear_logprob
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: the kernel, its grid and what the compiler made of it."""
+    """One launch: kernel, grid and compiled code."""
 
     name: str
     grid: tuple[int, ...]
@@ -36,7 +37,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Resources:
-    """Of one compiled kernel. Bytes a program; instructions in its code, by width in bits."""
+    """Resources of one compiled kernel: bytes per program, and instructions in its code by width in bits."""
 
     case: str
     name: str
@@ -48,11 +49,11 @@ class Resources:
     shared: int
     loads: dict[int, int]
     stores: dict[int, int]
-    conversions: int  # of layouts: an element changes its lane
+    conversions: int  # of layouts, which move elements between lanes
 
 
 class _Driver:
-    """The active driver, as far as compiling asks it."""
+    """Stands for the active driver during compilation."""
 
     def __init__(self, capability: int) -> None:
         self.capability, self.target = capability, GPUTarget("cuda", capability, 32)
@@ -61,7 +62,7 @@ class _Driver:
         return self.target
 
     def get_current_device(self) -> int:
-        return self.capability  # compiled kernels are kept by device
+        return self.capability  # compiled kernels are cached by device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -69,7 +70,7 @@ class _Driver:
 
 @contextmanager
 def compiling(capability: int) -> Iterator[list[Launch]]:
-    """Inside, launches are compiled for the compute capability and listed; GEMM operands stay as on CUDA."""
+    """Context manager that compiles launches for a compute capability, lists them and runs none."""
     launches: list[Launch] = []
     run: Callable[..., Any] = JITFunction.run
 
@@ -79,7 +80,7 @@ def compiling(capability: int) -> Iterator[list[Launch]]:
     with (
         patch.object(triton.runtime.driver, "_active", _Driver(capability)),
         patch.object(JITFunction, "run", compile_only),
-        patch.object(head, "operand", lambda matrix: matrix),
+        patch.object(head, "gemm_operand", lambda matrix: matrix),
     ):
         yield launches
 
@@ -102,19 +103,19 @@ def loss_step(
     softcap: float | None = None,
     rewards: bool = False,
 ) -> None:
-    """linear_grpo_loss on meta tensors, forward."""
+    """Run the forward of linear_grpo_loss on meta tensors."""
     ids = meta(rows, dtype=torch.int64)
     old, ref, sampling = (meta(rows) if given else None for given in (off_policy, settings.beta, settings.tis_cap))
+    scores = (None, meta(sequences), 8) if rewards else (meta(sequences), None, 8)
+    inputs = LossInputs(ids, *scores, old, ref, sampling, None)
     linear_grpo_loss._forward(
         meta(rows, dim, dtype=dtype), meta(vocabulary, dim, dtype=dtype),
-        meta(vocabulary, dtype=dtype) if bias else None, ids, ids, None,
-        None if rewards else meta(sequences), meta(sequences) if rewards else None, 8,
-        old, ref, sampling, None, softcap, 1024, 1.0, *needs, settings,
+        meta(vocabulary, dtype=dtype) if bias else None, ids, None, inputs, softcap, 1024, 1.0, needs, settings,
     )  # fmt: skip
 
 
 def logprob_step(*, rows: int = 8192, dim: int = 2048, vocabulary: int = 151_936, entropy: bool = True) -> None:
-    """linear_logprob on meta tensors, forward and backward."""
+    """Run forward and backward of linear_logprob on meta tensors."""
     hidden, weight = meta(rows, dim, dtype=torch.bfloat16), meta(vocabulary, dim, dtype=torch.bfloat16)
     targets = meta(rows, dtype=torch.int64)
     logp, token_entropy, lse = linear_logprob._forward(hidden, weight, None, targets, 1.0, None, entropy, 1024)
@@ -134,13 +135,15 @@ CASES: dict[str, Callable[[], Any]] = {
     "log-probs and entropy": logprob_step,
     "advantages": lambda: [group_advantages.group_advantages(meta(64), 8, scale=s) for s in ("group", "batch", "none")],
     "given log-probs": lambda: grpo_loss._forward(
-        meta(8192), meta(8192, dtype=torch.int32), meta(64), None, 1, meta(8192), None, None, meta(), GRPOSettings()
+        meta(8192),
+        LossInputs(meta(8192, dtype=torch.int32), meta(64), None, 1, meta(8192), None, None, meta()),
+        GRPOSettings(),
     ),
-}  # fmt: skip
+}
 
 
 def measure(capability: int) -> list[Resources]:
-    """All kernels of all cases; a kernel that several cases share appears with the first."""
+    """Return the resources of all kernels; a kernel of several cases is listed with the first."""
     found: dict[str, Resources] = {}
     for case, step in CASES.items():
         with compiling(capability) as launches:
@@ -183,7 +186,7 @@ def _tool(name: str, *args: str) -> str:
 
 
 def _widths(instruction: str, code: str) -> dict[int, int]:
-    """How many of an instruction, by width."""
+    """Return the count of an instruction by width in bits."""
     counts: dict[int, int] = {}
     for modifiers in re.findall(rf"\b{instruction}((?:\.\w+)*)", code):
         width = re.search(r"\.[US]?(8|16|64|128)\b", modifiers)
@@ -193,24 +196,10 @@ def _widths(instruction: str, code: str) -> dict[int, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Registers, memory and vector widths of the compiled kernels.")
+    parser = argparse.ArgumentParser(description="Print the resources of the compiled kernels as JSON.")
     parser.add_argument("--capability", type=int, nargs="+", default=[80, 90])
-    parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     options = parser.parse_args()
-    found = [resources for capability in options.capability for resources in measure(capability)]
-    if options.json:
-        print(json.dumps([asdict(resources) for resources in found]))
-        return
-    print(f"{'kernel':18}{'case':24}{'sm':>4}{'warps':>6}{'regs':>6}{'stack':>6}{'shared':>7}  loads, stores by bits")
-    for r in found:
-        print(
-            f"{r.name:18}{r.case:24}{r.capability:4}{r.warps:6}{r.registers:6}{r.stack:6}{r.shared:7}"
-            f"  {_short(r.loads)} | {_short(r.stores)}"
-        )
-
-
-def _short(counts: dict[int, int]) -> str:
-    return " ".join(f"{bits}:{counts[bits]}" for bits in sorted(counts, reverse=True))
+    print(json.dumps([asdict(resources) for capability in options.capability for resources in measure(capability)]))
 
 
 if __name__ == "__main__":

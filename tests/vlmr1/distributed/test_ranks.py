@@ -12,16 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from vlmr1.distributed.ranks import local_device, process_group
 from vlmr1.errors import SettingError
-from vlmr1.evaluation.ranks import device, joined
 
 SCRIPT = """
 import os, signal, sys, time
 from vlmr1.errors import UserError
-from vlmr1.evaluation.ranks import device, joined
+from vlmr1.distributed.ranks import local_device, process_group
 mode, rank = sys.argv[1], int(os.environ["RANK"])
 try:
-    with joined(float(sys.argv[2])) as ranks:
+    with process_group(float(sys.argv[2])) as ranks:
         ranks.barrier()
         if rank == 1 and mode == "fails":
             raise UserError("no disk left")
@@ -31,10 +31,10 @@ try:
             time.sleep(60)
         if rank == 0 and mode == "fails":
             while True:
-                ranks.look()  # as between two batches
+                ranks.raise_failure()  # as between two batches
                 time.sleep(0.05)
         ranks.barrier()
-        print("together", ranks.count, flush=True)
+        print("together", ranks.world_size, flush=True)
 except UserError as error:
     print(error, flush=True)
     os._exit(2)
@@ -56,8 +56,8 @@ def pair(mode: str, timeout: float) -> list[subprocess.Popen]:
 MODES = {
     "works": (300, "together 2\n", 0),
     "fails": (300, "rank 1: no disk left\n", 2),
-    "is killed": (300, "another process is gone, or did not come: ", 2),
-    "is slow": (3, "another process is gone, or did not come: ", 2),
+    "is killed": (300, "another process has ended or timed out: ", 2),
+    "is slow": (3, "another process has ended or timed out: ", 2),
 }
 
 
@@ -75,17 +75,17 @@ def test_the_second_process(mode):
 
 
 def test_alone():
-    with joined(1.0) as ranks:
-        assert (ranks.rank, ranks.count, ranks.is_first) == (0, 1, True)
+    with process_group(1.0) as ranks:
+        assert (ranks.rank, ranks.world_size, ranks.is_first) == (0, 1, True)
         ranks.barrier()
-        ranks.look()
+        ranks.raise_failure()
 
 
 def test_without_the_others_address(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(SettingError, match="WORLD_SIZE is 2, but the processes cannot meet"), joined(1.0):
+    with pytest.raises(SettingError, match="WORLD_SIZE is 2, but the processes cannot connect"), process_group(1.0):
         pass
 
 
@@ -95,5 +95,5 @@ def test_the_gpu_of_a_process_is_its_current_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setenv("LOCAL_RANK", "6")
-    assert device(use_cpu=False) == torch.device("cuda", 2) and chosen == [torch.device("cuda", 2)]
-    assert device(use_cpu=True) == torch.device("cpu") and len(chosen) == 1
+    assert local_device(use_cpu=False) == torch.device("cuda", 2) and chosen == [torch.device("cuda", 2)]
+    assert local_device(use_cpu=True) == torch.device("cpu") and len(chosen) == 1
