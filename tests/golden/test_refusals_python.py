@@ -13,25 +13,25 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import Trainer
+from vlmr1.settings import _check_steps
 
 from tests.golden.test_refusals import REFUSALS
-from vlmr1.base_trainer import BaseTrainer
+from vlmr1.commands.train import read_settings
 from vlmr1.data.sources import open_sources
+from vlmr1.distributed.launch import check_launched
+from vlmr1.distributed.sharded import check_sharded
 from vlmr1.evaluation.compare import comparison
 from vlmr1.evaluation.job import _decode
 from vlmr1.evaluation.options import Options
-from vlmr1.memory.budget import PackTooLarge
-from vlmr1.memory.plan_inputs import PlanInputs, checked
-from vlmr1.memory.plan_variant import _add_adapters
-from vlmr1.memory.precision import prepare_trained
+from vlmr1.grpo.pack_budget import PackTooLarge
+from vlmr1.grpo.pack_runner import PassesTrainer
 from vlmr1.models.lora import read_adapter, restore_adapter, with_lora
-from vlmr1.passes import PassesTrainer
+from vlmr1.models.precision import prepare_trained
+from vlmr1.planner.inputs import PlanInputs, checked
+from vlmr1.planner.variant import _add_adapters
 from vlmr1.rewards import pool
 from vlmr1.rewards.settings import RewardSettings
-from vlmr1.run import read_settings
-from vlmr1.scale.launch import check_launched
-from vlmr1.scale.sharded import check_sharded
-from vlmr1.settings import _check_steps
+from vlmr1.training.hf_trainer import BaseTrainer
 from vlmr1_kernels import linear_grpo_loss, registry
 from vlmr1_kernels.native import library
 

@@ -6,20 +6,34 @@ import argparse
 import json
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
-from vlmr1.commands.arguments import parse_config
+from vlmr1.commands.arguments import add_sources, parse_config
 from vlmr1.errors import SettingError
+from vlmr1.planner.inputs import inputs_of
+from vlmr1.planner.models import config_named
+from vlmr1.planner.plan import Planner
+from vlmr1.planner.remedies import advise, gpus_needed
 from vlmr1.planner.report import as_json, bytes_of, report
+from vlmr1.tiny import model_path
 
 
-def plan_command(options: argparse.Namespace, settings: Sequence[str]) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="hub id of a known model, or a local directory (model_name_or_path)")
+    parser.add_argument("--gpu", default="80GiB", help="memory of one GPU")
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs that share the job")
+    parser.add_argument(
+        "--zero", type=int, default=0, help="what they shard: 1 optimizer, 2 gradients, 3 weights (FSDP)"
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="whose kernels are counted")
+    parser.add_argument("--image_tokens", type=int, default=1024, help="of a prompt's image; 0: no image")
+    parser.add_argument("--text_tokens", type=int, default=128, help="of a prompt beside its image")
+    add_sources(parser)
+    parser.add_argument("--json", type=Path, help="write the figures to this file, in bytes")
+
+
+def run(options: argparse.Namespace, settings: Sequence[str]) -> None:
     """Print the plan; `settings` are those of `vlmr1 train`."""
-    from vlmr1.planner.inputs import inputs_of
-    from vlmr1.planner.models import config_named
-    from vlmr1.planner.plan import Planner
-    from vlmr1.planner.remedies import advise, gpus_needed
-    from vlmr1.tiny import model_path
-
     room = bytes_of(options.gpu)
     # What the planning machine can do has no part in it.
     words = [*settings, "--use_cpu", "true"]

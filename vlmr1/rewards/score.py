@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vlmr1.errors import SettingError
+from vlmr1.lifecycle.renamed import current_value
 from vlmr1.rewards.answer import find_answer, true_text
 from vlmr1.rewards.judge import JudgeError
 from vlmr1.rewards.methods import METHOD
@@ -30,6 +31,7 @@ def score(reward: str, content: str, solution: str, *, mode: str = "strict", **k
 
     Raises SettingError for an unknown name or mode, and what the reward raises for a solution that it cannot score.
     """
+    mode = current_value("reward_mode", mode)
     if mode not in MODES:
         raise SettingError(f"reward_mode is {mode!r}: one of {', '.join(MODES)}")
     if reward not in SCORERS[mode]:

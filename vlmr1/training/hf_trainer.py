@@ -190,13 +190,13 @@ class BaseTrainer(Trainer):
     def check_logp(self, values: dict[str, float]) -> None:
         """Warn: the engine's log-probs become the ratio's denominator: they should be the policy's."""
         difference = values.get("rollout/logp_difference", 0.0)
-        if difference > self.args.rollout_logp_alarm:
+        if difference > self.args.rollout_logp_warn_threshold:
             logger.warning(
                 "step %d: the log-probs of the rollout engine and of the policy differ by %.3f nats a token "
-                "(rollout_logp_alarm is %g); old_logprobs=recompute keeps them out of the ratio",
+                "(rollout_logp_warn_threshold is %g); old_logprobs=recompute keeps them out of the ratio",
                 self.state.global_step + 1,
                 difference,
-                self.args.rollout_logp_alarm,
+                self.args.rollout_logp_warn_threshold,
             )
 
     # Logs and checkpoints
