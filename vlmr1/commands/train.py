@@ -16,7 +16,7 @@ from vlmr1.distributed.launch import launch, launch_name
 from vlmr1.distributed.preflight import check_scale
 from vlmr1.distributed.ranks import Ranks
 from vlmr1.evaluation.callback import EvaluationCallback
-from vlmr1.grpo.no_signal_warning import FlatRewards
+from vlmr1.grpo.no_signal_warning import NoSignalWarning
 from vlmr1.grpo.trainer import GRPOTrainer
 from vlmr1.lifecycle.checkpoint import remove_staging
 from vlmr1.lifecycle.disk import check_output_dir
@@ -73,7 +73,7 @@ def _train(config: GRPOConfig, stop: StopSignals, resuming: ResumeGuard) -> GRPO
         keep_settings(config, spread, output_dir)
     ranks.barrier()
     progress = Progress(output_dir, console=not config.disable_tqdm)
-    callbacks = [progress, FlatRewards(), stop, resuming]
+    callbacks = [progress, NoSignalWarning(), stop, resuming]
     trainer = GRPOTrainer(prepared.model, config, prepared.train, prepared.processor, callbacks=callbacks)
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
