@@ -123,9 +123,7 @@ def test_families(family, extent, tmp_path):
     image = write(tmp_path / "odd.png", (75, 133))
     assert record_of(model, processor, image).box_extent == extent
     if family in ("internvl", "idefics3"):
-        with pytest.raises(
-            SettingError, match="box_coordinates is resized, but"
-        ):
+        with pytest.raises(SettingError, match="box_coordinates is resized, but"):
             record_of(model, processor, image, "resized")
     else:
         record = record_of(model, processor, image, "resized")
