@@ -111,9 +111,9 @@ def processor_of(model: str, limits: dict[str, int | None]) -> tuple[Any, str]:
     """A model's processor with these limits of its images, and the model's type."""
     from transformers import AutoConfig
 
-    from vlmr1.commands.train import model_path
     from vlmr1.data.image_limits import limit_images
     from vlmr1.models.processor import load_processor
+    from vlmr1.tiny import model_path
 
     try:
         name = model_path(model)

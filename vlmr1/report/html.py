@@ -53,9 +53,7 @@ def document(title: str, body: Sequence[str]) -> str:
 @cache
 def _environment() -> Environment:
     loader = FileSystemLoader(FOLDER / "templates")
-    made = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     made.filters["g"] = "{:g}".format
     made.globals["style"] = Markup((FOLDER / "style.css").read_text(encoding="utf-8"))
     return made
