@@ -16,7 +16,7 @@ from vlmr1.evaluation.records import Record
 from vlmr1.evaluation.scoring import Scored, completion_metrics
 from vlmr1.report.cases import Case, LabelledBox
 from vlmr1.rewards.answer import FENCE, find_answer, labelled_boxes, true_text
-from vlmr1.rewards.strict.boxes import true_boxes
+from vlmr1.rewards.strict.detection import true_boxes
 from vlmr1.types import Sample
 
 NMS_IOU = 0.5
