@@ -21,13 +21,13 @@ from vlmr1.data.sources import open_sources
 from vlmr1.distributed.launch import check_launched
 from vlmr1.distributed.sharded import check_sharded
 from vlmr1.evaluation.compare import comparison
-from vlmr1.evaluation.job import _decode
 from vlmr1.evaluation.options import Options
 from vlmr1.grpo.pack_budget import PackTooLarge
 from vlmr1.grpo.pack_runner import PassesTrainer
 from vlmr1.models.lora import read_adapter, restore_adapter, with_lora
 from vlmr1.models.precision import prepare_trained
 from vlmr1.planner.inputs import PlanInputs, checked
+from vlmr1.planner.rollout import _decode
 from vlmr1.planner.variant import _add_adapters
 from vlmr1.rewards import pool
 from vlmr1.rewards.settings import RewardSettings

@@ -53,7 +53,7 @@ def hangs(completions, **columns):
     FLAG.with_name("hangs").touch()
     re.match("(a+)+$", "a" * 60 + "b")  # for years, without letting another thread run
 
-apart.one_by_one = dies.one_by_one = hangs.one_by_one = True
+apart.isolated = dies.isolated = hangs.isolated = True
 """
 
 
