@@ -13,8 +13,8 @@ from types import ModuleType
 from typing import NoReturn
 
 from vlmr1.errors import Stopped, UserError
-from vlmr1.lifecycle.console import drop_broken, last_words
-from vlmr1.lifecycle.processes import leave
+from vlmr1.lifecycle.console import print_fatal, redirect_broken_streams
+from vlmr1.lifecycle.processes import exit_process
 from vlmr1_kernels.registry import ImplementationError
 
 COMMANDS = {  # module below commands/, help
@@ -45,18 +45,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return command.run(options, rest) or 0
     except (UserError, ImplementationError) as error:
         rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-        last_words(f"{rank}{error}")
+        print_fatal(f"{rank}{error}")
         if rank:
             os._exit(2)  # the other ranks wait for this one in a collective: it must not wait for them
         return 2
     except Stopped as stopped:
-        last_words(str(stopped))
+        print_fatal(str(stopped))
         return stopped.status
     except KeyboardInterrupt:
-        last_words("stopped by Ctrl-C")
+        print_fatal("stopped by Ctrl-C")
         return 128 + signal.SIGINT
     finally:
-        drop_broken()  # else Python fails where it flushes the streams at exit
+        redirect_broken_streams()  # else Python fails where it flushes the streams at exit
 
 
 def _parse(arguments: Sequence[str] | None) -> tuple[ModuleType, argparse.Namespace, list[str]]:
@@ -75,16 +75,16 @@ def _parse(arguments: Sequence[str] | None) -> tuple[ModuleType, argparse.Namesp
         if rest and options.command not in TAKE_MORE:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
     except BrokenPipeError:  # nobody reads the help to its end
-        drop_broken()
+        redirect_broken_streams()
         raise SystemExit(0) from None
     finally:
-        drop_broken()
+        redirect_broken_streams()
     return module, options, rest
 
 
 def command() -> NoReturn:
     """`vlmr1`"""
-    leave(main())
+    exit_process(main())
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from copy import copy
-from dataclasses import FrozenInstanceError, dataclass, field, fields
+from dataclasses import FrozenInstanceError, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -67,18 +67,29 @@ class Prompt:
         return int(self.positions.max()) + 1
 
 
-@dataclass(frozen=True)
+PER_TOKEN = ("token_ids", "logp", "sampling_logp", "old_logp", "ref_logp", "importance_denominator")
+
+
+@dataclass(eq=False)
 class Completion:
-    """One branch of a group. `logp` is of the full distribution at the temperature, `sampling_logp`
-    of the distribution it was drawn from (truncated, penalized)."""
+    """One branch of a group, and every per-token fact that the trainer knows of it. Facts are added as passes compute
+    them; those of reference and policy are views of a device tensor. `sampling_logp` is of the distribution that the
+    tokens were drawn from (truncated, penalized), all others of the full distribution at the temperature."""
 
     token_ids: Tensor  # [C] int64, the end token included when there is one
-    logp: Tensor | None  # [C] float32
+    logp: Tensor | None  # [C] float32 of the rollout engine
     sampling_logp: Tensor | None  # [C] float32
     text: str
     finish_reason: str  # "stop" | "length"
-    old_logp: Tensor | None = None  # [C] float32 of the policy that drew it, where that was computed before packing
-    ref_logp: Tensor | None = None  # [C] float32 of the reference, where that was
+    old_logp: Tensor | None = None  # [C] float32 of the ratio's denominator; None: of the update's own forward
+    ref_logp: Tensor | None = None  # [C] float32 of the reference model
+    importance_denominator: Tensor | None = None  # [C] float32: the weight is min(exp(old_logp - this), cap)
+
+    def on_host(self) -> Completion:
+        """A copy whose tensors are in host memory and have storage of their own, for checkpoints and other ranks."""
+        facts = {name: getattr(self, name) for name in PER_TOKEN}
+        copies: dict[str, Any] = {name: value.cpu().clone() for name, value in facts.items() if value is not None}
+        return replace(self, **copies)
 
 
 @dataclass(frozen=True)
@@ -94,7 +105,8 @@ class Group:
 
 @dataclass(frozen=True)
 class Pack:
-    """Several Groups in one row: prompts first, then branches."""
+    """View of several Groups as one row: prompts first, then branches. It can be made again at any time, and holds
+    nothing that its groups do not."""
 
     input_ids: Tensor  # [L] int64
     positions: Tensor  # [K, L] int64
@@ -105,14 +117,22 @@ class Pack:
     rows: Tensor  # [N] int64: the rows whose hidden states predict completion tokens
     targets: Tensor  # [N] int64
     seq_ids: Tensor  # [N] int64, 0..B-1, sorted
-    advantages: Tensor  # [B] float32
-    old_logp: Tensor | None = None  # [N] float32
+    advantages: Tensor | None  # [B] float32; None before they are known
+    old_logp: Tensor | None = None  # [N] float32; this and the next three as in Completion, None where one lacks it
     ref_logp: Tensor | None = None  # [N] float32
-    sampling_logp: Tensor | None = None  # [N] float32
-    rollout_logp: Tensor | None = None  # [N] float32, what the engine says that the policy's log-probs are
-    trust_logp: Tensor | None = None  # [N] float32: min(exp(old_logp - trust_logp), cap) is the weight of a row's loss
-    weight: float = 1.0  # 0: a pass that has no part in loss and gradient
-    groups: tuple[Group, ...] = ()  # what it was made of
+    rollout_logp: Tensor | None = None  # [N] float32: `logp` of the completions
+    importance_denominator: Tensor | None = None  # [N] float32
+    weight: float = 1.0  # of its loss; 0: a dummy pack
+    groups: tuple[Group, ...] = ()  # what it is a view of
+
+    @property
+    def completions(self) -> list[Completion]:
+        """The B completions, in order."""
+        return [completion for group in self.groups for completion in group.completions]
+
+    def split(self, values: Tensor) -> tuple[Tensor, ...]:
+        """[N] -> B views [C], one a completion."""
+        return values.split([len(completion.token_ids) for completion in self.completions])
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from transformers import HfArgumentParser
 from vlmr1.commands.settings_help import every_setting, one_setting
 from vlmr1.config import GRPOConfig
 from vlmr1.errors import SettingError
-from vlmr1.lifecycle.console import surviving
+from vlmr1.lifecycle.console import ignore_broken_pipe
 from vlmr1.lifecycle.renamed import RENAMED, current_name, current_value
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -82,7 +82,7 @@ def show_help(name: str = "") -> None:
     if name and name not in GRPOConfig.__dataclass_fields__:
         raise SettingError(_unknown(name, "in --help"))
     text = one_setting(name) if name else every_setting()
-    with surviving():
+    with ignore_broken_pipe():
         print(text)
 
 

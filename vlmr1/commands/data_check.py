@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from tqdm import tqdm
 
+from vlmr1.data.box_coordinates import Setting
 from vlmr1.data.faults import RowFault
 from vlmr1.data.findings import Fault, Findings, as_fault
 from vlmr1.data.images import image_faults, open_image
@@ -17,7 +18,6 @@ from vlmr1.data.sources import open_sources, split_names
 from vlmr1.data.templates import question_text
 from vlmr1.errors import DataError, SettingError
 from vlmr1.lifecycle.renamed import current_value
-from vlmr1.models.boxes import Setting
 from vlmr1.models.settings import LIMITS
 from vlmr1.rewards.judge import Judge
 from vlmr1.rewards.methods import columns_of_files
@@ -120,7 +120,7 @@ def processor_of(model: str, limits: dict[str, int | None]) -> tuple[Any, str]:
     """A model's processor with these limits of its images, and the model's type."""
     from transformers import AutoConfig
 
-    from vlmr1.models.image_limits import limit_images
+    from vlmr1.data.image_limits import limit_images
     from vlmr1.models.processor import load_processor
     from vlmr1.tiny import model_path
 

@@ -19,7 +19,7 @@ from vlmr1.lifecycle.checkpoint import last_complete
 from vlmr1.lifecycle.disk import check_output_dir
 from vlmr1.models import load_model, load_processor
 from vlmr1.report.curves import reward_curve
-from vlmr1.report.html import Example, write_report
+from vlmr1.report.demo import Example, write_report
 from vlmr1.report.progress import read_metrics
 from vlmr1.rewards.answer import predicted_box, solution_box
 from vlmr1.tiny import DIGITS, digits, model_path

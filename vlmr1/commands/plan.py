@@ -10,8 +10,9 @@ from pathlib import Path
 
 from vlmr1.commands.arguments import add_sources, parse_config
 from vlmr1.errors import SettingError
+from vlmr1.planner.inputs import inputs_of
 from vlmr1.planner.models import config_named
-from vlmr1.planner.plan import Planner, inputs_of
+from vlmr1.planner.plan import Planner
 from vlmr1.planner.remedies import advise, gpus_needed
 from vlmr1.planner.report import as_json, bytes_of, report
 from vlmr1.tiny import model_path

@@ -11,15 +11,15 @@ import torch
 from transformers.trainer_utils import SaveStrategy
 
 from vlmr1.config import GRPOConfig
+from vlmr1.data.image_limits import limit_images
 from vlmr1.data.samples import validation_split
 from vlmr1.distributed.ranks import Ranks
 from vlmr1.errors import SettingError
 from vlmr1.evaluation.run_rows import evaluation_samples
 from vlmr1.evaluation.settings import EvaluationSettings
 from vlmr1.lifecycle.checkpoint import is_adapter
-from vlmr1.lifecycle.disk import checkpoint_bytes, warn_of_space
+from vlmr1.lifecycle.disk import checkpoint_bytes, warn_if_low_space
 from vlmr1.models import load_model, load_processor, model_type_of
-from vlmr1.models.image_limits import limit_images
 from vlmr1.models.precision import optimizer_name
 from vlmr1.models.settings import ParameterSettings
 from vlmr1.models.trainable import planned_model
@@ -63,7 +63,7 @@ def prepare(config: GRPOConfig, *, finished: bool = False) -> Prepared:
     if config.should_save and config.save_strategy != SaveStrategy.NO and not finished:
         planned = planned_model(name, settings)
         size = checkpoint_bytes(planned, optimizer_name(config.optim), weights_only=config.save_only_model)
-        warn_of_space(output_dir, size)
+        warn_if_low_space(output_dir, size)
     model = load_model(
         name,
         dtype=getattr(torch, settings.model_dtype),

@@ -23,15 +23,15 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
 def report_of_run(output_dir: Path) -> None:
     """Write the page of a finished run; warn where the disk has no room for it."""
     from vlmr1.errors import OutputError
-    from vlmr1.lifecycle.console import surviving
-    from vlmr1.lifecycle.disk import writing
+    from vlmr1.lifecycle.console import ignore_broken_pipe
+    from vlmr1.lifecycle.disk import guard_writes
     from vlmr1.report.training import NAME, write_run_report
 
     try:
-        with writing(NAME, output_dir):
+        with guard_writes(NAME, output_dir):
             path = write_run_report(output_dir)
     except OutputError as error:
         logger.warning("%s", error)
         return
-    with surviving():
+    with ignore_broken_pipe():
         print(f"report     {path}", flush=True)

@@ -12,16 +12,16 @@ from vlmr1.commands.prepare import prepare
 from vlmr1.commands.report import report_of_run
 from vlmr1.commands.schedule import describe_schedule
 from vlmr1.config import GRPOConfig
-from vlmr1.distributed.launch import launch, launched_as
+from vlmr1.distributed.launch import launch, launch_name
 from vlmr1.distributed.preflight import check_scale
 from vlmr1.distributed.ranks import Ranks
 from vlmr1.evaluation.callback import EvaluationCallback
-from vlmr1.grpo.no_signal_warning import FlatRewards
+from vlmr1.grpo.no_signal_warning import NoSignalWarning
 from vlmr1.grpo.trainer import GRPOTrainer
-from vlmr1.lifecycle.checkpoint import clean
+from vlmr1.lifecycle.checkpoint import remove_staging
 from vlmr1.lifecycle.disk import check_output_dir
-from vlmr1.lifecycle.processes import naming_lost_workers
-from vlmr1.lifecycle.resume import Resuming, check_resumable, find_checkpoint, is_last
+from vlmr1.lifecycle.processes import translate_worker_death
+from vlmr1.lifecycle.resume import ResumeGuard, check_resumable, find_checkpoint, is_final
 from vlmr1.lifecycle.run_settings import check_settings, keep_settings
 from vlmr1.lifecycle.signals import StopSignals
 from vlmr1.report.progress import Progress
@@ -48,11 +48,11 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
 def train(config: GRPOConfig) -> GRPOTrainer:
     """Run, or continue from the last complete checkpoint in the output directory. Raises Stopped where a signal ended
     the run, after a checkpoint."""
-    with StopSignals() as stop, naming_lost_workers(), Resuming() as resuming:
+    with StopSignals() as stop, translate_worker_death(), ResumeGuard() as resuming:
         return _train(config, stop, resuming)
 
 
-def _train(config: GRPOConfig, stop: StopSignals, resuming: Resuming) -> GRPOTrainer:
+def _train(config: GRPOConfig, stop: StopSignals, resuming: ResumeGuard) -> GRPOTrainer:
     output_dir = Path(config.output_dir or "output")
     ranks = Ranks(config.process_index, config.world_size)
     config.check_device()
@@ -60,20 +60,20 @@ def _train(config: GRPOConfig, stop: StopSignals, resuming: Resuming) -> GRPOTra
         check_output_dir(output_dir)
     resume = resuming.checkpoint = find_checkpoint(output_dir, config.resume_from_checkpoint)
     check_scale(config)
-    spread = {"processes": config.world_size, "launch": launched_as()}
+    spread = {"processes": config.world_size, "launch": launch_name()}
     check_settings(config, spread, resume)
     if resume is not None:
         check_resumable(resume)
     if ranks.rank == 0:
-        clean(output_dir)
-    prepared = prepare(config, finished=resume is not None and is_last(resume))
+        remove_staging(output_dir)
+    prepared = prepare(config, finished=resume is not None and is_final(resume))
     ranks.barrier()  # for all to have looked, before one writes
     if ranks.rank == 0:
         output_dir.mkdir(parents=True, exist_ok=True)
         keep_settings(config, spread, output_dir)
     ranks.barrier()
     progress = Progress(output_dir, console=not config.disable_tqdm)
-    callbacks = [progress, FlatRewards(), stop, resuming]
+    callbacks = [progress, NoSignalWarning(), stop, resuming]
     trainer = GRPOTrainer(prepared.model, config, prepared.train, prepared.processor, callbacks=callbacks)
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
@@ -89,7 +89,7 @@ def _train(config: GRPOConfig, stop: StopSignals, resuming: Resuming) -> GRPOTra
     if resume is not None:
         say(f"continuing from {resume}", flush=True)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    stop.leave()
+    stop.raise_if_stopped()
     if config.write_report and trainer.is_world_process_zero():
         report_of_run(output_dir)
     return trainer

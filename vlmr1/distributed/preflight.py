@@ -11,7 +11,7 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from vlmr1.distributed.launch import check_processes, launched_as
+from vlmr1.distributed.launch import check_processes, launch_name
 from vlmr1.distributed.sharded import Sharding, check_fsdp, check_sharded
 from vlmr1.errors import SettingError
 
@@ -21,13 +21,13 @@ def check_scale(args: TrainingArguments) -> None:
     check_processes(args.world_size)
     check_saving(args)
     sharding = planned_sharding(args)
-    engine = args.world_size > 1 or args.deepspeed_plugin is not None or launched_as() == "fsdp2"
+    engine = args.world_size > 1 or args.deepspeed_plugin is not None or launch_name() == "fsdp2"
     check_sharded(args, sharding, engine=engine)
 
 
 def check_saving(args: TrainingArguments) -> None:
     """SettingError where a checkpoint without optimizer would hold shards."""
-    if args.save_only_model and launched_as() == "fsdp2":
+    if args.save_only_model and launch_name() == "fsdp2":
         raise SettingError("save_only_model is not supported with fsdp2, whose checkpoints are in shards")
 
 
@@ -35,7 +35,7 @@ def planned_sharding(args: TrainingArguments) -> Sharding | None:
     """As `sharding_of` the accelerator that these settings and this environment will make."""
     if args.deepspeed_plugin is not None:
         return "zero3" if args.deepspeed_plugin.zero_stage == 3 else None
-    if launched_as() != "fsdp2":
+    if launch_name() != "fsdp2":
         return None
     check_fsdp(int(os.environ.get("FSDP_VERSION", 1)))
     return "fsdp2"

@@ -9,9 +9,9 @@ from vlmr1.data.sources import split_names
 from vlmr1.errors import DataError, SettingError
 from vlmr1.evaluation.detection import check_detection
 from vlmr1.evaluation.settings import EvaluationSettings
+from vlmr1.rewards.methods import METHOD, method_of
 from vlmr1.rewards.registry import get_reward
 from vlmr1.rewards.rows import RowReader
-from vlmr1.rewards.score import METHOD
 from vlmr1.rewards.settings import RewardSettings
 from vlmr1.types import Sample
 
@@ -65,7 +65,7 @@ def kind_of_boxes(samples: Sequence[Sample], settings: RewardSettings) -> str | 
 
 
 def _kind(sample: Sample, settings: RewardSettings) -> str | None:
-    method = sample.columns.get(METHOD) or settings.accu_reward_method
+    method = method_of(sample, settings)
     return "rec" if method == "iou" else "ovd" if method in OF_BOXES else None
 
 

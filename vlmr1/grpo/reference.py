@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from vlmr1.distributed.sharded import Sharding, is_partitioned, release, sharded_reference, without_adapter
-from vlmr1.distributed.sharded_params import mix, read, write
+from vlmr1.distributed.sharded import Sharding, disable_adapter, is_partitioned, reshard, sharded_reference
+from vlmr1.distributed.sharded_params import gather_full, lerp_, scatter_full
 from vlmr1.grpo.policy import PackedPolicy, call
 from vlmr1.models import load_model
 from vlmr1.types import Pack
@@ -28,7 +28,7 @@ def frozen_copy(
     model: Any, memo: dict[int, Any] | None = None, *, shared: bool = True, source: Mapping[str, Any] | None = None
 ) -> Any:
     """A reference model: what is trained is copied, what is frozen is the model's own where it is `shared`. `memo`:
-    copies that are made already, by the id of what they are of. A model that ZeRO-3 has spread over the ranks is read
+    copies that exist already, by the id of the original. A model that ZeRO-3 has spread over the ranks is read
     again, with the options `source`."""
     if is_partitioned(model):
         attention = model.config._attn_implementation
@@ -81,7 +81,7 @@ class Reference:
         try:
             yield
         finally:
-            release(self.wrapped)
+            reshard(self.wrapped)
 
     def logprobs(self, pack: Pack) -> Tensor:
         """[N] float32"""
@@ -92,24 +92,24 @@ class Reference:
 
     def sync(self, alpha: float) -> None:
         """reference = alpha * policy + (1 - alpha) * reference; TR-DPO, arXiv:2404.09656."""
-        release(self.trained)
-        release(self.wrapped)
+        reshard(self.trained)
+        reshard(self.wrapped)
         policy = dict(self.policy.named_parameters())
         for name, parameter in self._moving().items():
-            mix(parameter, policy[name], alpha, self.sharding)
+            lerp_(parameter, policy[name], alpha, self.sharding)
 
     def save(self, checkpoint: Path, *, writes: bool = True) -> None:
         """Write what differs from the policy's weights of the checkpoint: all that is trained."""
-        release(self.wrapped)
-        found = {name: read(p, self.sharding, keep=writes) for name, p in self._moving().items()}
+        reshard(self.wrapped)
+        found = {name: gather_full(p, self.sharding, keep=writes) for name, p in self._moving().items()}
         if writes:
             save_file({name: value for name, value in found.items() if value is not None}, checkpoint / REFERENCE)
 
     def load(self, checkpoint: Path) -> None:
-        release(self.wrapped)
+        reshard(self.wrapped)
         with safe_open(checkpoint / REFERENCE, "pt") as saved:
             for name, parameter in self._moving().items():
-                write(parameter, saved.get_tensor(name), self.sharding)
+                scatter_full(parameter, saved.get_tensor(name), self.sharding)
 
     def _moving(self) -> dict[str, Tensor]:
         """The parameters whose counterparts the policy trains: where nothing is sharded, all that are not its own."""
@@ -118,7 +118,7 @@ class Reference:
 
 
 class HostReference(Reference):
-    """The same; what was copied is in host memory (pinned where the policy is on a GPU), and on the device for its
+    """`Reference` whose copies are in host memory (pinned where the policy is on a GPU), and on the device for its
     passes only."""
 
     def __init__(self, forward: PackedPolicy, policy: Any, device: torch.device | None = None):
@@ -149,7 +149,7 @@ class AdapterReference(Reference):
 
     @contextmanager
     def _brought(self) -> Iterator[None]:
-        with without_adapter(self.wrapped):
+        with disable_adapter(self.wrapped):
             yield
 
 

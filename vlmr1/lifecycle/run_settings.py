@@ -10,7 +10,7 @@ from typing import Any
 
 from vlmr1.errors import SettingError
 from vlmr1.lifecycle.checkpoint import replace_text
-from vlmr1.lifecycle.disk import writing
+from vlmr1.lifecycle.disk import guard_writes
 from vlmr1.lifecycle.renamed import current
 
 SETTINGS = "settings.json"
@@ -48,7 +48,7 @@ LAUNCH = {"processes": 1, "launch": "ddp"}  # how a run is spread over processes
 
 def keep_settings(config: Any, launch: Mapping[str, Any], output_dir: Path) -> None:
     """Write the settings beside the checkpoints."""
-    with writing(SETTINGS, output_dir):
+    with guard_writes(SETTINGS, output_dir):
         replace_text(output_dir / SETTINGS, json.dumps(_settings_of(config, launch), indent=1))
 
 

@@ -36,14 +36,14 @@ def encode(
 
 
 def all_images(prompts: Sequence[Prompt]) -> Images:
-    """As `unique_images`, each image as often as it stands in a prompt."""
+    """Return what `unique_images` does, without merging equal images."""
     images = tuple(image for prompt in prompts for image in prompt.images)
     refs = tuple(ref for prompt in prompts for ref in prompt.sample.images)
     return images, refs, tuple(range(len(images)))
 
 
 def unique_images(prompts: Sequence[Prompt]) -> Images:
-    """The images to encode, each once, their references, and the index of the image at each placeholder run."""
+    """Return each distinct image once, its reference, and for each placeholder run the index of its image."""
     images: dict[ImageRef, ImageInputs] = {}
     every, refs, _ = all_images(prompts)
     for ref, image in zip(refs, every, strict=True):

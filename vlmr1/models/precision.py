@@ -14,32 +14,8 @@ from torch import nn
 
 from vlmr1.distributed.sharded import is_partitioned
 from vlmr1.errors import SettingError
+from vlmr1.models.optimizers import OPTIMIZERS
 
-# What `optim` may be, and what it does with float32 weights. Of bfloat16 weights see `STOCHASTIC`.
-OPTIMIZERS = {
-    "adamw_torch": "AdamW, two float32 moments",
-    "adamw_torch_fused": "AdamW, two float32 moments, one kernel",
-    "adamw_torch_8bit": "AdamW, two 8-bit moments (torchao); the one that can round stochastically",
-    "adamw_bnb_8bit": "AdamW, two 8-bit moments (bitsandbytes)",
-    "adamw_8bit": "another name of adamw_bnb_8bit",
-    "paged_adamw_32bit": "AdamW, two float32 moments that may leave the GPU (bitsandbytes)",
-    "paged_adamw_8bit": "AdamW, two 8-bit moments that may leave the GPU (bitsandbytes)",
-    "ademamix": "AdEMAMix, three float32 moments (bitsandbytes)",
-    "ademamix_8bit": "AdEMAMix, three 8-bit moments (bitsandbytes)",
-    "paged_ademamix_32bit": "ademamix, its moments may leave the GPU",
-    "paged_ademamix_8bit": "ademamix_8bit, its moments may leave the GPU",
-    "lion_32bit": "Lion, one float32 moment (bitsandbytes)",
-    "lion_8bit": "Lion, one 8-bit moment (bitsandbytes)",
-    "paged_lion_32bit": "lion_32bit, its moment may leave the GPU",
-    "paged_lion_8bit": "lion_8bit, its moment may leave the GPU",
-    "rmsprop": "RMSprop, one float32 moment",
-    "rmsprop_bnb": "RMSprop, one float32 moment (bitsandbytes)",
-    "rmsprop_bnb_32bit": "another name of rmsprop_bnb",
-    "rmsprop_bnb_8bit": "RMSprop, one 8-bit moment (bitsandbytes)",
-    "adafactor": "Adafactor, factored second moment",
-    "adagrad": "Adagrad, one float32 sum",
-    "sgd": "no moments, or one with momentum in optim_args",
-}
 # The one whose bfloat16 weights go where float32 weights would, in expectation.
 STOCHASTIC = "adamw_torch_8bit"
 ROUND = "bf16_stochastic_round=True"  # what `optim_args` says to it

@@ -77,7 +77,7 @@ def groups_of(inputs: PlanInputs, prompts: Sequence[Prompt]) -> list[Group]:
     """Groups whose completions all meet the length limit."""
     length, size = inputs.max_completion_length, inputs.num_generations
     ids, logp = torch.zeros(length, dtype=torch.long), torch.zeros(length)
-    completions = tuple(Completion(ids, logp, logp, "", "length") for _ in range(size))
+    completions = tuple(Completion(ids, logp, logp, "", "length", old_logp=logp) for _ in range(size))
     return [Group(prompt, completions, torch.zeros(size, 1), torch.ones(size)) for prompt in prompts]
 
 

@@ -6,15 +6,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from vlmr1.data.box_coordinates import BoxCoordinates
 from vlmr1.errors import SettingError, faults_of
 from vlmr1.lifecycle.renamed import current_value
-from vlmr1.rewards.coordinates import BoxCoordinates
 from vlmr1.rewards.judge import Judge
 from vlmr1.rewards.length import COSINE_MAX
 from vlmr1.types import Settings, setting
 
 if TYPE_CHECKING:
-    from vlmr1.models.boxes import Setting
+    from vlmr1.data.box_coordinates import Setting
 
 Mode = Literal["strict", "vlm_r1"]
 MODES = ("strict", "vlm_r1")

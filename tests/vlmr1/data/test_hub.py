@@ -192,5 +192,5 @@ def test_a_hub_name_asks_for_its_split(monkeypatch):
 
 def test_a_missing_package_is_named(monkeypatch, parquet):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(SettingError, match=r"rows\.parquet needs the package datasets: pip install 'vlmr1\[data\]'$"):
+    with pytest.raises(SettingError, match=r"rows\.parquet needs datasets: pip install 'vlmr1\[data\]'$"):
         load(parquet)

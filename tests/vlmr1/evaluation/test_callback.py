@@ -14,7 +14,8 @@ import torch
 from vlmr1.config import GRPOConfig
 from vlmr1.data.samples import load_samples
 from vlmr1.errors import DataError, OutputError, SettingError
-from vlmr1.evaluation.callback import EVALUATIONS, EvaluationCallback, evaluate_during_training
+from vlmr1.evaluation.callback import EVALUATIONS, EvaluationCallback
+from vlmr1.evaluation.during_training import evaluate_during_training
 from vlmr1.evaluation.evaluate import evaluate
 from vlmr1.evaluation.run_rows import evaluation_samples
 from vlmr1.evaluation.settings import EvaluationSettings

@@ -17,8 +17,9 @@ from tests.vlmr1.lifecycle.test_resume import command, weights
 from vlmr1.cli import main
 from vlmr1.commands.schedule import describe_schedule
 from vlmr1.config import GRPOConfig
+from vlmr1.distributed.balance import parts_of
 from vlmr1.errors import SettingError
-from vlmr1.grpo.buffer import Buffer, BufferSampler, Part, parts_of
+from vlmr1.grpo.buffer import Buffer, BufferSampler, Minibatch
 from vlmr1.report.progress import read_metrics
 from vlmr1.tiny import digits
 
@@ -38,13 +39,13 @@ def test_sampler(rows, settings, expected):
     assert list(sampler) == expected and len(sampler) == len(expected)
 
 
-def test_parts_are_taken_once_an_iteration():
-    parts = [Part([], [], {"part": float(i)}) for i in range(3)]
+def test_minibatches_are_taken_once_an_iteration():
+    minibatches = [Minibatch([], {"number": float(i)}) for i in range(3)]
     buffer = Buffer(iterations=2)
     assert buffer.spent
-    buffer.fill(parts)
-    assert [buffer.take().counts["part"] for _ in range(5)] == [0, 1, 2, 0, 1] and not buffer.spent
-    assert buffer.take().counts["part"] == 2 and buffer.spent
+    buffer.fill(minibatches)
+    assert [buffer.take().metrics["number"] for _ in range(5)] == [0, 1, 2, 0, 1] and not buffer.spent
+    assert buffer.take().metrics["number"] == 2 and buffer.spent
 
 
 def test_parts_of():
@@ -65,7 +66,7 @@ def test_one_generation_serves_its_updates(model, processor, tmp_path, monkeypat
     drawn, trained = [], []
     generate, backward = trainer.engine.generate, trainer.backward
     monkeypatch.setattr(trainer.engine, "generate", lambda p, *a, **k: drawn.append(p) or generate(p, *a, **k))
-    monkeypatch.setattr(trainer, "backward", lambda m, p, groups: trained.append(groups) or backward(m, p, groups))
+    monkeypatch.setattr(trainer, "backward", lambda m, groups: trained.append(groups) or backward(m, groups))
     rows = logged(trainer)
     assert [len(prompts) for prompts in drawn] == [4, 4]
     assert [[g.prompt for g in groups] for groups in trained[:2]] == [drawn[0][:2], drawn[0][2:]]

@@ -115,20 +115,23 @@ def test_gradients_accumulate_in_float32(make: Maker, processor: Any, tmp_path: 
     """Over packs: the float64 sum of the gradients of each, to the rounding of float32; bfloat16 sums are 1e-3 off."""
     groups = [make.group(make.prompt("Locate the digit 7.", (84,)), (5, 9, 3)) for _ in range(6)]
     trainer = bfloat16_trainer(processor, tmp_path, tokens_per_pack=64)
-    packs = [trainer.with_reference(pack) for pack in trainer.pack(groups)[0]]
+    trainer.add_logprobs(trainer.model, groups)
+    packs = trainer.runner.packs(groups)
     assert len(packs) > 5
     parameters = {name: parameter for name, parameter in trainer.model.named_parameters() if "layers.0.mlp" in name}
     exact = {name: torch.zeros(parameter.shape, dtype=torch.float64) for name, parameter in parameters.items()}
     rounded = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     for pack in packs:
         trainer.model.zero_grad(set_to_none=True)
-        trainer.backward(trainer.model, [pack], groups)
+        trainer.runner.packs = lambda groups, pack=pack: [pack]
+        trainer.backward(trainer.model, groups)
         for name, parameter in parameters.items():
             assert parameter.grad is not None and parameter.grad.dtype == torch.float32
             exact[name] += parameter.grad.double()
             rounded[name] += parameter.grad.to(rounded[name].dtype)
     trainer.model.zero_grad(set_to_none=True)
-    trainer.backward(trainer.model, packs, groups)
+    trainer.runner.packs = lambda groups: packs
+    trainer.backward(trainer.model, groups)
     for name, parameter in parameters.items():
         assert parameter.grad is not None
         scale = exact[name].norm()

@@ -11,9 +11,10 @@ import torch
 from tests.vlmr1.families import FAMILIES, tokenizer
 from vlmr1.config import GRPOConfig
 from vlmr1.errors import SettingError
+from vlmr1.planner.inputs import PlanInputs, inputs_of
 from vlmr1.planner.models import built, config_named
-from vlmr1.planner.plan import CAUSES, Plan, PlanInputs, Planner, inputs_of
-from vlmr1.rollout.kv_cache import block_bytes, blocks_of
+from vlmr1.planner.plan import CAUSES, Plan, Planner
+from vlmr1.rollout.kv_cache import block_bytes, num_blocks
 from vlmr1.tiny import CHECKPOINT
 
 CONFIG = config_named(str(CHECKPOINT))
@@ -55,7 +56,7 @@ def test_weights_gradients_optimizer_and_reference_are_counted_to_the_byte():
 
 
 def kv_bytes(groups: int, dtype: torch.dtype) -> int:
-    group = blocks_of(16 + 40) + 3 * blocks_of(32)
+    group = num_blocks(16 + 40) + 3 * num_blocks(32)
     return block_bytes(CONFIG.get_text_config(), dtype) * (groups * group + 1)  # and the scratch block
 
 

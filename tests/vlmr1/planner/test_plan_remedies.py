@@ -9,7 +9,8 @@ import pytest
 
 from vlmr1.config import GRPOConfig
 from vlmr1.errors import SettingError
-from vlmr1.planner.plan import CAUSES, GIB, Plan, PlanInputs
+from vlmr1.planner.inputs import PlanInputs
+from vlmr1.planner.plan import CAUSES, GIB, Plan
 from vlmr1.planner.remedies import advise, gpus_needed, remedies
 from vlmr1.planner.report import bytes_of, report
 

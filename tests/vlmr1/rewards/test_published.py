@@ -1,4 +1,4 @@
-"""Mode vlmr1: the scores that VLM-R1's published code computes, recorded from it, and COCO's average precision."""
+"""Mode vlm_r1: the scores that VLM-R1's published code computes, recorded from it, and COCO's average precision."""
 
 import contextlib
 import io
