@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from vlmr1.commands.data_check import add_arguments, check_command
+from vlmr1.commands.plan import add_arguments as add_plan_arguments
 from vlmr1.errors import Stopped, UserError
 from vlmr1.lifecycle.console import last_words
 from vlmr1.lifecycle.processes import leave
-from vlmr1.planner.arguments import add_arguments as add_plan_arguments
 from vlmr1_kernels.registry import ImplementationError
 
 

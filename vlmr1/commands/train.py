@@ -36,6 +36,7 @@ from vlmr1.lifecycle.signals import StopSignals
 from vlmr1.models import load_model, load_processor, model_type_of
 from vlmr1.models.image_limits import limit_images
 from vlmr1.models.lora import is_adapter
+from vlmr1.models.quantization import compute_dtype
 from vlmr1.models.trainable import planned_model
 from vlmr1.report.progress import Progress
 from vlmr1.report.training import NAME as REPORT
@@ -134,11 +135,6 @@ def prepare(config: GRPOConfig, *, finished: bool = False) -> Prepared:
         **options,
     )
     return Prepared(model, processor, train, validation)
-
-
-def compute_dtype(config: GRPOConfig) -> torch.dtype:
-    """Of layers whose weights are in 4 bits."""
-    return torch.bfloat16 if config.bf16 else getattr(torch, config.model_dtype)
 
 
 def model_path(name: str) -> str:

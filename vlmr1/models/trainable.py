@@ -6,6 +6,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 from transformers.integrations.liger import apply_liger_kernel
 
 from vlmr1.config import GRPOConfig
@@ -15,6 +16,7 @@ from vlmr1.models import empty_model, family_of
 from vlmr1.models.family import ModelFamily
 from vlmr1.models.lora import with_lora
 from vlmr1.models.precision import prepare_trained
+from vlmr1.models.quantization import compute_dtype, quantize_empty
 
 COMPOSED = ("internvl", "smolvlm")  # whose decoder Liger looks up by its own type
 # Liger has no rotary kernel for GLM-4V, and of Qwen2-VL it replaces a function that transformers 5 does not have.
@@ -33,14 +35,17 @@ def choose_trained(model: Any, family: ModelFamily, args: GRPOConfig) -> Any:
     return model
 
 
-def planned_model(name: str, args: GRPOConfig) -> Any:
-    """What a run from this local directory or hub id will train, on the meta device: of the model its configuration
-    alone is read."""
+def planned_model(source: str | PreTrainedConfig, args: GRPOConfig) -> Any:
+    """The model that a run from this local directory, hub id or configuration trains, on the meta device. Only the
+    configuration is read."""
     options = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
     options |= {"dtype": getattr(torch, args.model_dtype), "attn_implementation": args.attn_implementation}
     with undivided(args.deepspeed_plugin):
-        model = empty_model(name, **options)
-        return with_frozen(model, family_of(model), args)
+        model: Any = empty_model(source, **options)
+        family = family_of(model)
+        if args.load_in_4bit:
+            quantize_empty(model, family, compute_dtype(args))
+        return with_frozen(model, family, args)
 
 
 def with_frozen(model: Any, family: ModelFamily, args: GRPOConfig) -> Any:
