@@ -102,11 +102,12 @@ def _verdict(plan: Plan, advice: Advice, room: int) -> Sequence[str]:
 def as_json(plan: Plan, advice: Advice, name: str, room: int, needed: int | None) -> dict[str, Any]:
     """The same figures in bytes."""
     job = {field.name: getattr(plan.job, field.name) for field in fields(plan.job) if field.repr}
-    settings = {name: getattr(plan.job.args, name) for name in SETTINGS}
+    settings = {name: getattr(plan.job.args, name) for name in SETTINGS} | {"reference": plan.job.reference}
+    settings["optim"] = getattr(settings["optim"], "value", settings["optim"])
     return {
         "model": name,
         "computed": "from shapes, not measured",
-        "inputs": job | settings | {"optim": str(settings["optim"]), "reference": plan.job.reference},
+        "inputs": job | settings,
         "parameters": plan.parameters,
         "trained": plan.trained,
         "phases": plan.phases,

@@ -116,5 +116,3 @@ def test_paged_states_are_those_of_large_parameters():
     assert OPTIMIZERS["paged_adamw_8bit"].state_bytes(large) == 2 * 1000 * (1024 + 4 * 4)
     assert all(OPTIMIZERS[name].paged_bytes(small) == 0 for name in OPTIMIZERS)
     assert {name for name, of in OPTIMIZERS.items() if of.paged_bytes(large)} == {n for n in OPTIMIZERS if "paged" in n}
-
-
