@@ -10,6 +10,7 @@ from functools import cache
 from multiprocessing.connection import Connection
 from typing import Any
 
+from vlmr1.lifecycle.processes import ignore_stop_signals, kill_with_parent
 from vlmr1.rewards.registry import resolve
 
 WATCH = 1.0  # seconds between checks of the parent process
