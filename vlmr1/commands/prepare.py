@@ -21,6 +21,7 @@ from vlmr1.lifecycle.checkpoint import is_adapter
 from vlmr1.lifecycle.disk import checkpoint_bytes, warn_if_low_space
 from vlmr1.models import load_model, load_processor, model_type_of
 from vlmr1.models.precision import optimizer_name
+from vlmr1.models.quantization import compute_dtype
 from vlmr1.models.settings import ParameterSettings
 from vlmr1.models.trainable import planned_model
 from vlmr1.rewards.rows import RowReader
@@ -68,16 +69,11 @@ def prepare(config: GRPOConfig, *, finished: bool = False) -> Prepared:
         name,
         dtype=getattr(torch, settings.model_dtype),
         attn_implementation=settings.attn_implementation,
-        compute_dtype=_compute_dtype(settings) if settings.load_in_4bit else None,
+        compute_dtype=compute_dtype(settings) if settings.load_in_4bit else None,
         **settings.source,
     )
     evaluated = evaluation_samples(EvaluationSettings.of(config), reader, validation)
     return Prepared(model, processor, train, validation, evaluated)
-
-
-def _compute_dtype(settings: ParameterSettings) -> torch.dtype:
-    """The dtype in which layers with 4-bit weights compute."""
-    return torch.bfloat16 if settings.bf16 else getattr(torch, settings.model_dtype)
 
 
 def _data_files(config: GRPOConfig, output_dir: Path) -> tuple[list[str], list[str]]:

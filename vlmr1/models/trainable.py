@@ -6,6 +6,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 from transformers.integrations.liger import apply_liger_kernel
 
 from vlmr1.distributed.preflight import undivided
@@ -14,6 +15,7 @@ from vlmr1.models import empty_model, family_of
 from vlmr1.models.family import ModelFamily
 from vlmr1.models.lora import with_lora
 from vlmr1.models.precision import prepare_trained
+from vlmr1.models.quantization import compute_dtype, quantize_empty
 from vlmr1.models.settings import ParameterSettings
 
 COMPOSED = ("internvl", "smolvlm")  # whose decoder Liger looks up by its own type
@@ -31,13 +33,16 @@ def choose_trained(model: Any, family: ModelFamily, settings: ParameterSettings)
     return model
 
 
-def planned_model(name: str, settings: ParameterSettings) -> Any:
-    """What a run from this local directory or hub id will train, on the meta device: of the model its configuration
-    alone is read."""
+def planned_model(source: str | PreTrainedConfig, settings: ParameterSettings) -> Any:
+    """Return the model that a run from this local directory, hub id or configuration trains, on the meta device. Only
+    the configuration is read."""
     dtype, attention = getattr(torch, settings.model_dtype), settings.attn_implementation
     with undivided(settings.deepspeed_plugin):
-        model = empty_model(name, dtype=dtype, attn_implementation=attention, **settings.source)
-        return with_frozen(model, family_of(model), settings)
+        model: Any = empty_model(source, dtype=dtype, attn_implementation=attention, **settings.source)
+        family = family_of(model)
+        if settings.load_in_4bit:
+            quantize_empty(model, family, compute_dtype(settings))
+        return with_frozen(model, family, settings)
 
 
 def with_frozen(model: Any, family: ModelFamily, settings: ParameterSettings) -> Any:
