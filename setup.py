@@ -42,7 +42,10 @@ setup(
             "distributed/*.md",
             "distributed/configs/*.json",
             "report/*.css",
+            "report/templates/*.html",
             "tiny/checkpoint/*",
+            "tiny/digits.npz",
+            "tiny/digits.txt",
         ]
     },
     include_package_data=False,

@@ -1,4 +1,10 @@
-"""What goes wrong because of the user's input: one clear message, exit status 2, no traceback."""
+"""Errors due to the user's input, each reported as one message with exit status 2 and no traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from typing import Any
 
 
 class UserError(Exception):
@@ -7,6 +13,22 @@ class UserError(Exception):
 
 class SettingError(UserError):
     """A setting that is unknown, out of range, or that cannot be honoured with the others."""
+
+
+def import_for(needed_by: str, module: str, install: str) -> Any:
+    """Import and return a module that only some features need. SettingError names the feature and what to install."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise SettingError(f"{needed_by} needs {module.partition('.')[0]}: pip install '{install}'") from error
+
+
+def faults_of(check: Callable[[], object]) -> Iterator[str]:
+    """The message of the error that a check of settings raises, if it raises one."""
+    try:
+        check()
+    except (SettingError, ValueError, ImportError) as error:
+        yield str(error)
 
 
 class MemoryShort(SettingError):

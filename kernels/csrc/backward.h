@@ -1,11 +1,11 @@
-// Kept logits -> their gradient, in place -> d_hidden, d_weight, d_bias.
+// Stored logits -> their gradient, in place -> d_hidden, d_weight, d_bias.
 #pragma once
 
 #include "layout.h"
 
 namespace vlmr1::VLMR1_ISA {
 
-// Elements in memory of any dtype from float32 sums.
+// Converts a row of float32 sums to any dtype.
 inline void store_row(const float* from, char* to, DType dtype, int64_t count) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) narrow(load<Floats>(from + i), to + i * bytes_of(dtype), dtype);
@@ -50,7 +50,7 @@ struct Backward : Layout<Op> {
                          std::min(height, rows - first));
         }
       }
-      if (out.weight) {                                                  // last: the logits may live where it goes
+      if (out.weight) {                                                  // last: d_weight may overwrite the logits
         float* one_tile = (float*)own;                                   // [kTileRows][kTileCols]
         uint32_t* left = (uint32_t*)(one_tile + kTileRows * kTileCols);  // [depth][block]
 #pragma omp for schedule(dynamic)
@@ -62,7 +62,7 @@ struct Backward : Layout<Op> {
     }
   }
 
-  // The gradient of one row's logits in a block, a vector at a time.
+  // Gradient of one row's logits in a block.
   struct RowSlope {
     float lse, offset, factor, constant, through_entropy, of_target, squash;
 
@@ -79,13 +79,13 @@ struct Backward : Layout<Op> {
         constant += row.entropy[r] * row.of.entropy[r];
       }
       constant = std::isnan(lse) ? NAN : constant / head.temperature;
-      const float y = (row.of.logp[r] + lse) * squash;  // the target's own logit may lie below what the codes reach
+      const float y = (row.of.logp[r] + lse) * squash;  // from logp: the 16-bit codes may not reach it
       of_target *= 1 - y * y;
     }
 
     static void put(char* kept, int64_t j, Floats value) { Layout<Op>::put(kept, j, value, to_bfloat16); }
 
-    // The row, in place, and added to the sums of columns. The lanes behind the columns are not cleared.
+    // Overwrites the row by its gradient and adds it to the column sums. Lanes after the last column are undefined.
     template <class Gradient>
     void write(char* kept, int64_t columns, int64_t target, float* column_sums, Gradient gradient) const {
       const int64_t first = target / kLanes * kLanes, lane = target - first;
@@ -107,7 +107,7 @@ struct Backward : Layout<Op> {
     void operator()(char* kept, int64_t columns, int64_t target, float* column_sums, bool exponentiated) const {
       auto log_p = [&](int64_t j) { return at_least(get(kept, j, decode_difference) + offset, kSmallest); };
       auto value = [&](Floats x) { return exponential(x) * -(x * through_entropy + constant); };
-      auto slope = [&](Floats x) {  // d softcap(y) / d y where the logits came from it
+      auto slope = [&](Floats x) {  // derivative of the softcap
         const Floats y = (x + lse) * squash;
         return 1.0f - y * y;
       };
@@ -126,7 +126,7 @@ struct Backward : Layout<Op> {
     }
   };
 
-  // Kept logits of a block -> their gradient, in the same memory.
+  // Overwrites the stored logits of a block by their gradient.
   static void gradient_of_block(const Head& head, const Chunk& chunk, const Logits& logits, int64_t b, RowGradient row,
                                 HeadGradient out, float* column_sums) {
     const int64_t block = logits.block, first = b * block, columns = std::min(block, head.vocab - first);
@@ -141,7 +141,7 @@ struct Backward : Layout<Op> {
     for (int64_t j = 0; j < columns; ++j) out.bias[first + j] = column_sums[j] + (out.first ? 0 : out.bias[first + j]);
   }
 
-  // The gradient of a block as the left operand of d_weight: [words of rows][block].
+  // Packs the gradient of a block as the left operand of d_weight: [words of rows][block].
   static void transposed_operand(const Logits& logits, int64_t b, int64_t rows, uint32_t* to) {
     for (int64_t r = 0; r < rows; r += Op::kPerWord, to += logits.block) {
       if constexpr (kCoded) {
@@ -195,7 +195,7 @@ struct Backward : Layout<Op> {
       const int64_t columns = std::min(block, head.vocab - b * block), depth = words<Op>(columns);
       const char* from = (const char*)head.weight + (b * block * head.weight_stride + column) * bytes_of(head.dtype);
       pack_rows<Op>(from, head.weight_stride, head.dtype, columns, width, panels);
-      // A strip lies in one piece of memory.
+      // Strips must not cross `split`, where the memory of the logits changes.
       const int64_t cut = std::clamp<int64_t>(logits.split - first, 0, height);
       for (int64_t j = 0; j < padded; j += kTileCols)
         for (const auto& [from, to] : {std::pair{int64_t(0), cut}, std::pair{cut, height}})

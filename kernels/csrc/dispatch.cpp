@@ -13,7 +13,7 @@ namespace {
 
 const Backend* chosen = nullptr;
 
-// The best that this processor runs; with a name, that one or null.
+// The best backend that this processor supports; with a name, that one, or null if it is not supported.
 const Backend* find(const char* name) {
   auto wanted = [&](const Backend& one, bool runs) { return runs && (!name || !std::strcmp(name, one.name)); };
 #if defined(VLMR1_X86)

@@ -1,4 +1,4 @@
-// Hidden rows -> log-probs, entropies, log-sum-exps; a block of columns at a time, while it is in the cache.
+// Hidden rows -> log-probs, entropies, log-sum-exps, one cached block of columns at a time.
 #pragma once
 
 #include "layout.h"
@@ -21,7 +21,7 @@ struct Forward : Layout<Op> {
     {
 #pragma omp for
       for (int64_t row = 0; row < rows; ++row) {
-        out.logp[row] = NAN;  // of a target outside the vocabulary
+        out.logp[row] = NAN;  // stays NaN for a target outside the vocabulary
         const char* from = (const char*)chunk.hidden + row * stride;
         for (int64_t k = 0; k < length; k += kLanes) {
           const Words value = row_words<Op>(from, head.dtype, k, head.dim);
@@ -81,7 +81,7 @@ struct Forward : Layout<Op> {
       store(to + j, widen(from + j * bytes_of(head.dtype), head.dtype, std::min<int64_t>(kLanes, columns - j)));
   }
 
-  // Bias, softcap and temperature; fills the last vector's lanes behind the columns; returns the largest logit.
+  // Applies bias, softcap and temperature, pads the last vector with -inf, and returns the largest logit.
   static float finish(const Head& head, float* logits, int64_t columns, const float* bias) {
     const bool capped = head.softcap > 0;
     const float divisor = capped ? head.softcap : head.temperature, factor = head.softcap / head.temperature;
@@ -99,7 +99,7 @@ struct Forward : Layout<Op> {
     return highest(top);
   }
 
-  // Sum of exp(z - top) and of (z - top) exp(z - top), the latter for the entropy; keeps the logits.
+  // Sums exp(z - top) and, for the entropy, (z - top) exp(z - top); stores the logits if `kept` is not null.
   static void summarize(const float* logits, int64_t columns, float top, char* kept, bool exponentiated, float* sum_of,
                         float* weighted) {
     Floats total{}, product{};

@@ -1,13 +1,13 @@
-// Register tiles of a matrix product, and the packing that feeds them. An operand is a matrix of 32-bit words
-// (see Float32, BFloat16 in simd.h): a [rows][k] and b [k][columns], b in panels of kTileCols columns.
+// Register tiles of a matrix product. Operands are matrices of 32-bit words (see Float32 and BFloat16 in simd.h):
+// a [rows][k] and b [k][columns], b packed in panels of kTileCols columns.
 #pragma once
 
 #include "simd.h"
 
 namespace vlmr1::VLMR1_ISA {
 
-// The words a[r] of R rows at one k: row r lies `stride` bytes after row r - 1. Three pointers and two strides
-// reach 14 rows within the addressing modes; a pointer a row would not fit the registers.
+// The words a[r] of R rows at one k, with rows `stride` bytes apart. Three pointers and two strides address 14 rows;
+// one pointer per row would exceed the registers.
 template <int R>
 struct Rows {
   const char *first, *second, *third;
@@ -31,10 +31,10 @@ struct Rows {
   }
 };
 
-constexpr int kAhead = 16 * kTileCols;  // words of b to fetch ahead: it streams from the second cache
+constexpr int kAhead = 16 * kTileCols;  // words of b to prefetch: it streams from the L2 cache
 
-// c [R][kTileCols] (+)= a [R][k] b [k][kTileCols]; rows of a are `stride` bytes apart, or, if `Columns`, its
-// columns are, and its rows follow each other word by word.
+// c [R][kTileCols] (+)= a [R][k] b [k][kTileCols]. Rows of a are `stride` bytes apart; if `Columns`, its columns are,
+// and its rows are adjacent words.
 template <class Op, int R, bool Columns, size_t... I>
 static void tile(const void* a, ptrdiff_t stride, const uint32_t* b, int64_t k, float* c, ptrdiff_t c_stride, bool add,
                  std::index_sequence<I...>) {
@@ -80,7 +80,7 @@ static void tile(const void* a, ptrdiff_t stride, const uint32_t* b, int64_t k, 
 
 using TileFunction = void (*)(const void*, ptrdiff_t, const uint32_t*, int64_t, float*, ptrdiff_t, bool);
 
-// Sums of at most this many words, added up: the error of one long float32 sum would grow with its length.
+// Words per partial sum: the error of a single float32 sum would grow with its length.
 constexpr int64_t kDepth = 256;
 
 template <class Op, bool Columns, int R>
@@ -99,7 +99,7 @@ static TileFunction tile_function(int rows, std::index_sequence<I...>) {
   return functions[rows - 1];
 }
 
-// The product of a tile of `rows` rows, 1..kTileRows.
+// Returns the function for tiles of `rows` rows, 1..kTileRows.
 template <class Op, bool Columns>
 static TileFunction tile_function(int rows) {
   return tile_function<Op, Columns>(rows, std::make_index_sequence<kTileRows>{});

@@ -1,4 +1,4 @@
-// The output head on a chunk of rows, as the instruction sets implement it. Row-major matrices throughout.
+// Interface of the output head on a chunk of rows, implemented for each instruction set. All matrices are row-major.
 #pragma once
 
 #include <cstdint>
@@ -24,12 +24,11 @@ struct Chunk {
   int64_t hidden_stride, rows;
 };
 
-// What backward keeps of the logits of a chunk, each relative to the largest z of its row's block: exp(z - largest),
-// or, where the derivative needs the logit too (entropy, softcap), z - largest itself. In float32, or, for operands of
-// half precision, in 16 bits of at least 11 significant ones: the gradient is rounded to fewer afterwards. Log-probs
-// and entropies come from the float32 logits.
+// Logits of a chunk stored for backward, relative to the largest z of the row's block: exp(z - largest), or z - largest
+// if the derivative needs the logit (entropy, softcap). They are float32, or for half-precision operands 16 bits with
+// at least 11 significant bits; the gradient is rounded to fewer. Log-probs and entropies use the float32 logits.
 //
-// Rows before `split` live in the memory where the gradient of their block of the weight will be written.
+// Rows before `split` are stored in the memory of the weight gradient of their block, which is written last.
 struct Logits {
   char *borrowed, *own, *last;  // blocks [split][block], [rows - split][block]; the last block, [rows][block]
   float* largest;               // [blocks][rows]
@@ -47,7 +46,7 @@ struct RowStatistics {
   float *logp, *entropy, *lse;  // [rows]
 };
 
-// d loss / d z = logp * (onehot - p) - entropy * p (log p + H), both factors given by row.
+// d loss / d z = logp * (onehot - p) - entropy * p (log p + H) with factors `logp` and `entropy` of each row.
 struct RowGradient {
   const float *logp, *entropy;  // [rows]; entropy null: 0
   RowStatistics of;
@@ -56,7 +55,7 @@ struct RowGradient {
 struct HeadGradient {
   void* hidden;  // [rows][dim] in the dtype of the head, or null
   void* weight;  // [vocab][dim] in the dtype of the head, or null
-  float* wide;   // [vocab][dim] sums over chunks of half precision, or null: a single chunk, straight to weight
+  float* wide;   // [vocab][dim] float32 sums over half-precision chunks; null: a single chunk writes to weight
   float* bias;   // [vocab] or null
   bool first;    // the first chunk overwrites weight, wide and bias, others add
 };
@@ -64,25 +63,25 @@ struct HeadGradient {
 struct Backend {
   const char* name;
   int lanes;
-  // Columns of a block of logits, and bytes a kept logit takes.
+  // Columns of a block of logits, and bytes of a stored logit.
   int64_t (*block_columns)(const Head&);
   int64_t (*logit_bytes)(const Head&);
-  // Bytes of scratch memory: shared by all threads, and of each.
+  // Bytes of scratch memory: shared by all threads, and per thread.
   void (*scratch)(const Head&, int64_t rows, int threads, int64_t* shared, int64_t* each);
-  // Statistics of the rows; keeps the logits where asked. block_sums: [3][blocks][rows].
+  // Computes statistics of the rows and stores the logits if not null. block_sums: [3][blocks][rows].
   void (*forward)(const Head&, const Chunk&, const Logits*, float* block_sums, RowStatistics, char* shared, char* each,
                   int threads);
-  // Turns the kept logits into their gradient, in place, and multiplies.
+  // Overwrites the stored logits by their gradient and computes the gradients of the head.
   void (*backward)(const Head&, const Chunk&, const Logits&, RowGradient, HeadGradient, char* shared, char* each,
                    int threads);
   // float32 -> half precision.
   void (*narrow)(const float* from, void* to, DType dtype, int64_t count, int threads);
 };
 
-// The best backend of this processor, or the one that was asked for.
+// Returns the selected backend, by default the best of this processor.
 const Backend& backend();
 
-// Null: the best. False where the processor does not run it, or there is none of that name.
+// Selects a backend by name, null: the best. Returns false if it does not exist or is not supported.
 bool use_backend(const char* name);
 
 }  // namespace vlmr1

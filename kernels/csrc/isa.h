@@ -1,4 +1,4 @@
-// The output head for one instruction set, VLMR1_ISA: the name of a namespace, defined by the file that includes this.
+// Output head for one instruction set. The including file defines VLMR1_ISA, the namespace of its code.
 #pragma once
 
 #include "backward.h"
@@ -6,7 +6,7 @@
 
 namespace vlmr1::VLMR1_ISA {
 
-// float32 operands, and float16 everywhere, multiply as float32; bfloat16 in pairs where the processor can.
+// float32 and float16 operands multiply as float32, bfloat16 in pairs if the processor supports it.
 template <class Half>
 struct Dispatch {
   static int64_t block_columns(const Head& head) {

@@ -1,5 +1,4 @@
-// How a chunk is cut into blocks of columns, strips of rows and tasks, how much memory that takes, and how logits
-// are kept.
+// Partition of a chunk into blocks of columns, strips of rows and tasks; scratch sizes; encoding of stored logits.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +12,7 @@
 
 namespace vlmr1::VLMR1_ISA {
 
-// 16 bits: z - largest in steps of kStep, 32 in all; or exp(z - largest), its exponent in 6 bits and 10 of fraction.
+// 16-bit codes: z - largest in steps of kStep down to -32, or exp(z - largest) with 6 exponent and 10 fraction bits.
 constexpr float kStep = 0x1p-11f;
 constexpr float kLargestCode = 65535.0f;
 constexpr uint32_t kLeastExponent = 0x20000000u;  // 2^-63
@@ -37,13 +36,12 @@ inline Floats decode_exponential(Halves code) {
   return (Floats)((__builtin_convertvector(code, Words) << 13) + kLeastExponent);
 }
 
-constexpr float kSmallest = -87.0f;  // of a log-prob whose exp is taken
-constexpr float kLowest = -3e38f;    // stands for the largest of a block of logits that are all -inf
+constexpr float kSmallest = -87.0f;  // lower bound of arguments of exp
+constexpr float kLowest = -3e38f;    // largest logit of a block of which all are -inf
 
 inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
-// Rows [0, rows) in strips of nearly equal height, at most kTileRows: the tallest tiles run at the peak, the
-// shortest far below it.
+// Splits rows [0, rows) into strips of nearly equal height, at most kTileRows: short tiles run far below peak.
 template <class Body>
 static void for_strips(int64_t rows, Body body) {
   const int64_t strips = (rows + kTileRows - 1) / kTileRows;
@@ -68,13 +66,13 @@ struct Layout {
   static constexpr int64_t kLogitBytes = kCoded ? 2 : 4;
 
   static int64_t block_columns(const Head& head) {
-    // The packed block of the weight fills half an L2 cache.
+    // The packed block of the weight takes half of an L2 cache.
     const int64_t fitting = (512 << 10) / (4 * words<Op>(head.dim)) / kTileCols * kTileCols;
     const int64_t most = std::min<int64_t>(512, round_up(head.vocab, kTileCols));
     return std::min(most, std::max<int64_t>(fitting, 2 * kTileCols));
   }
 
-  // d_hidden is made in tasks of these columns and rows.
+  // d_hidden is computed in tasks of these columns and rows.
   static int64_t task_columns(const Head& head, int threads) {
     return std::min<int64_t>(512, round_up((head.dim + threads - 1) / threads, kTileCols));
   }

@@ -1,4 +1,4 @@
-// The C interface, bound by vlmr1_kernels/native/library.py. Returns 0, or what went wrong.
+// C interface, bound by vlmr1_kernels/native/library.py. Functions return a Status.
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -35,10 +35,11 @@ class Memory {
   std::unique_ptr<T, Free> memory_;
 };
 
-// A head, the rows that meet it, and memory for chunks of at most `most` of them.
+// Head, rows, and scratch memory for chunks of at most `most` rows.
 class Pass {
  public:
-  // `keeps` logits for a backward; `exponentiated`: as probabilities. A single chunk may borrow d_weight for them.
+  // `keeps`: store logits for backward, if `exponentiated` as exp(z - largest). A single chunk may use the memory of
+  // d_weight for them.
   Pass(const Head& head, const Chunk& rows, int64_t most, bool keeps, bool exponentiated, void* d_weight, int threads)
       : head_(head), rows_(rows), threads_(std::max(threads, 1)), logits_{} {
     logits_.block = backend().block_columns(head);
@@ -87,7 +88,7 @@ class Pass {
   Memory<char> shared_, each_, own_, last_;
 };
 
-// Where the gradients of a head go. Several chunks of half precision are summed in float32 first.
+// Destination of the gradients of a head. Several half-precision chunks are summed in float32.
 class HeadSums {
  public:
   HeadSums(const Head& head, void* d_hidden, void* d_weight, float* d_bias, bool several, int threads)
@@ -118,7 +119,7 @@ class HeadSums {
   HeadGradient out_;
 };
 
-// Ends of chunks of nearly equal numbers of rows, at most `size`.
+// Returns the ends of chunks of nearly equal size, at most `size` rows.
 std::vector<int64_t> even_chunks(int64_t rows, int64_t size) {
   std::vector<int64_t> ends;
   const int64_t count = (rows + size - 1) / size;
@@ -126,7 +127,7 @@ std::vector<int64_t> even_chunks(int64_t rows, int64_t size) {
   return ends;
 }
 
-// Ends of chunks of at most `size` rows that hold whole sequences; empty if a sequence is longer.
+// Returns the ends of chunks of whole sequences, at most `size` rows; empty if a sequence is longer.
 std::vector<int64_t> whole_sequences(const Objective& objective, int64_t rows, int64_t size) {
   std::vector<int64_t> ends;
   for (int64_t first = 0, start = 0; start < rows;) {
@@ -165,7 +166,7 @@ int guarded(Body body) {
   }
 }
 
-constexpr int64_t kForwardRows = 1024;  // without gradient nothing of a chunk is kept but its hidden rows
+constexpr int64_t kForwardRows = 1024;  // without gradient a chunk needs memory for its hidden rows only
 
 }  // namespace
 
@@ -177,10 +178,10 @@ VLMR1_EXPORT int vlmr1_interface() { return 1; }
 
 VLMR1_EXPORT const char* vlmr1_backend() { return backend().name; }
 
-// For tests; null: the best of this processor. 0 if there is none.
+// For tests; null: the best of this processor. Returns 0 if it is not supported.
 VLMR1_EXPORT int vlmr1_use_backend(const char* name) { return use_backend(name); }
 
-// Bytes that a kept logit takes.
+// Bytes of a stored logit.
 VLMR1_EXPORT int64_t vlmr1_logit_bytes(const Head* head) { return backend().logit_bytes(*head); }
 
 VLMR1_EXPORT void vlmr1_group_advantages(const double* rewards, int64_t count, int64_t num_generations, int scale,

@@ -18,7 +18,7 @@ void group_advantages(const double* rewards, int64_t count, int64_t num_generati
     for (int64_t i = 0; i < n; ++i) squares += (values[i] - mean) * (values[i] - mean);
     return std::sqrt(squares / double(std::max<int64_t>(n - 1, 1)));
   };
-  // Against the first reward, not against 0: equal rewards then cancel exactly.
+  // Relative to the first reward, so that equal rewards cancel exactly.
   auto mean_of = [](const double* values, int64_t n) {
     double total = 0;
     for (int64_t i = 0; i < n; ++i) total += values[i] - values[0];
@@ -77,7 +77,7 @@ Objective::Token Objective::token(double logp, double log_ratio, int64_t row) co
     const double clipped = std::min(std::max(ratio, low), high) * advantage;
     const double d_capped = over ? 0 : ratio * advantage,
                  d_clipped = ratio >= low && ratio <= high ? ratio * advantage : 0;
-    out.loss = -(clipped < capped ? clipped : capped);  // NaN in either shows
+    out.loss = -(clipped < capped ? clipped : capped);  // NaN propagates
     if (std::isnan(clipped)) out.loss = clipped;
     out.through_ratio = -(capped < clipped ? d_capped : clipped < capped ? d_clipped : (d_capped + d_clipped) / 2);
   }
@@ -100,7 +100,7 @@ Objective::Token Objective::token(double logp, double log_ratio, int64_t row) co
   return out;
 }
 
-// Ends of parts of [first, last) that hold whole sequences, each of about kPart rows.
+// Returns the ends of parts of about kPart rows of [first, last), at sequence level of whole sequences.
 std::vector<int64_t> Objective::parts(int64_t first, int64_t last) const {
   constexpr int64_t kPart = 2048;
   std::vector<int64_t> ends{first};
@@ -129,7 +129,7 @@ void Objective::coefficients(const double* logp, int64_t first, int64_t last, do
   const std::vector<int64_t> ends = parts(first, last);
 #pragma omp parallel for schedule(static)
   for (size_t part = 1; part < ends.size(); ++part) {
-    // At sequence level every row moves the ratio of all rows of its sequence, by the mean.
+    // At sequence level each row changes the mean log-ratio of all rows of its sequence.
     int64_t begin = ends[part - 1];
     double through = 0;
     auto spread = [&](int64_t end) {

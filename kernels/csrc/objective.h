@@ -1,4 +1,4 @@
-// The loss arithmetic, once for every loss type; formulas in GRPOSettings. All in double: it is a few numbers a row.
+// Token losses of all loss types, in double; GRPOSettings has the formulas.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@ namespace vlmr1 {
 enum LossType : int32_t { kGrpo = 0, kBnpo, kDapo, kDrGrpo, kCispo, kGspo };
 enum Kl : int32_t { kK1 = 1, kK2, kK3 };
 
-// Shared with Python by layout: vlmr1_kernels/native/library.py.
+// Mirrored by vlmr1_kernels/native/library.py.
 struct Settings {
   int32_t loss_type, kl, sequence_level, has_delta, has_tis_cap, reserved;
   double epsilon_low, epsilon_high, delta, beta, tis_cap, entropy_coef, max_completion_length;
@@ -21,11 +21,11 @@ struct Rows {
   int64_t sequences;                   // B
   int64_t num_generations;             // with rewards
   const int64_t* seq_ids;              // [N]
-  const int64_t* selected;             // [n] which of the N, or null: all
+  const int64_t* selected;             // [n] indices of the rows, or null: all
   const double* advantages;            // [B] or null
   const double* rewards;               // [B] or null
   const double *old, *ref, *sampling;  // [n] or null
-  double normalizer;                   // 0: the call's own
+  double normalizer;                   // 0: that of this call
 };
 
 struct Summary {
@@ -37,22 +37,22 @@ void group_advantages(const double* rewards, int64_t count, int64_t num_generati
 
 class Objective {
  public:
-  // False if a sequence id is outside 0..B-1.
+  // Returns false if a sequence id is outside 0..B-1.
   bool prepare(const Rows& rows, const Settings& settings);
 
   int64_t sequence(int64_t row) const { return rows_.seq_ids[rows_.selected ? rows_.selected[row] : row]; }
-  // Share of a row in the loss.
+  // Weight of a row in the loss.
   double weight(int64_t row) const { return weight_[sequence(row)]; }
-  // d loss / d logp of rows [first, last), which hold whole sequences at sequence level.
+  // Writes d loss / d logp of rows [first, last), at sequence level whole sequences.
   void coefficients(const double* logp, int64_t first, int64_t last, double* out) const;
-  // Of all rows; entropy [n] or null. The sums do not depend on the number of threads.
+  // Returns the summary of all rows; entropy [n] or null. It does not depend on the number of threads.
   Summary summary(const double* logp, const double* entropy) const;
 
  private:
   struct Token {
     double loss, ratio, kl;
     double through_ratio;  // d loss / d log-ratio
-    double direct;         // d loss / d logp beyond that
+    double direct;         // remaining d loss / d logp
   };
   double log_ratio(const double* logp, int64_t row) const;
   Token token(double logp, double log_ratio, int64_t row) const;

@@ -1,4 +1,4 @@
-// From matrices of any dtype in memory to the words that the tiles multiply, and back.
+// Conversion and packing of matrices of any dtype into the words that tiles multiply, and back.
 #pragma once
 
 #include "gemm.h"
@@ -27,7 +27,7 @@ inline Halves to_float16(Floats x) {
   return __builtin_convertvector(half | ((bits >> 16) & 0x8000u), Halves);
 }
 
-// `count` <= kLanes elements from memory, zeros behind them.
+// Loads `count` <= kLanes elements as float32, padded with zeros.
 inline Floats widen(const char* from, DType dtype, int64_t count) {
   alignas(64) char padded[4 * kLanes];
   if (__builtin_expect(count < kLanes, 0)) {
@@ -53,7 +53,7 @@ inline int64_t words(int64_t elements) {
   return (elements + Op::kPerWord - 1) / Op::kPerWord;
 }
 
-// kLanes words of a row, from word k on, zeros behind the row's end.
+// Loads kLanes words of a row from word k on, padded with zeros.
 template <class Op>
 inline Words row_words(const char* row, DType dtype, int64_t k, int64_t elements) {
   if constexpr (Op::kPerWord == 1) {
@@ -67,7 +67,7 @@ inline Words row_words(const char* row, DType dtype, int64_t k, int64_t elements
   }
 }
 
-constexpr int64_t kAheadInRow = 4 * kLanes;  // words of a row of the weight to fetch ahead: it streams from memory
+constexpr int64_t kAheadInRow = 4 * kLanes;  // words of a row of the weight to prefetch: it streams from memory
 
 template <int Step, size_t... I>
 inline Words interleave_low(Words a, Words b, std::index_sequence<I...>) {
@@ -94,7 +94,7 @@ inline void transpose_steps(Words* rows) {
   }
 }
 
-// b [k][kTileCols] of a product with the transpose of `source` [count <= kTileCols][elements]: a column a row.
+// Packs the transpose of `source` [count <= kTileCols][elements] as b [k][kTileCols].
 template <class Op>
 static void pack_transposed(const char* source, int64_t stride, DType dtype, int64_t count, int64_t elements,
                             uint32_t* to) {
@@ -115,7 +115,7 @@ static void pack_transposed(const char* source, int64_t stride, DType dtype, int
   }
 }
 
-// 2 * kLanes columns of two rows of half precision, as pairs: words 2 * kLanes.
+// Stores 2 * kLanes columns of two half-precision rows as pairs.
 template <size_t... I>
 inline void store_pairs(const void* first, const void* second, uint32_t* to, std::index_sequence<I...>) {
   const HalfRow a = load<HalfRow>(first), b = second ? load<HalfRow>(second) : HalfRow{};
@@ -127,7 +127,7 @@ inline void store_pairs(const void* first, const void* second, uint32_t* to) {
   store_pairs(first, second, to, std::make_index_sequence<2 * kLanes>{});
 }
 
-// b [k][kTileCols] panels of `source` [rows][columns]; a word holds the same column of kPerWord rows.
+// Packs `source` [rows][columns] as panels b [k][kTileCols]; a word holds the same column of kPerWord rows.
 template <class Op>
 static void pack_rows(const char* source, int64_t stride, DType dtype, int64_t rows, int64_t columns, uint32_t* to) {
   const int64_t length = words<Op>(rows), row_bytes = stride * bytes_of(dtype);

@@ -1,5 +1,5 @@
-// Vectors of the instruction set that this translation unit is compiled for, in the compilers' own vector types:
-// one source for AVX-512, AVX2 and everything narrower. Included by isa.h only.
+// Vectors of the instruction set of this translation unit, as vector extensions of the compiler: one source for
+// AVX-512, AVX2 and baseline. Included by isa.h only.
 #pragma once
 
 #include <cstddef>
@@ -53,7 +53,7 @@ inline Floats rotated(Floats x, std::index_sequence<I...>) {
   return __builtin_shufflevector(x, x, int((I + Step) % kLanes)...);
 }
 
-// Over all lanes, by halves.
+// Sum over all lanes, pairwise.
 template <int Step = kLanes / 2>
 inline float sum(Floats x) {
   if constexpr (Step == 0) {
@@ -72,11 +72,11 @@ inline float highest(Floats x) {
   }
 }
 
-// e^x for -87.3 <= x <= 88, to about 2 ulp. Of other x, NaN included, no promise.
+// e^x for -87.3 <= x <= 88, to about 2 ulp; undefined for other x, NaN included.
 inline Floats exponential(Floats x) {
   const Floats shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer sits in the low bits
   const Floats r = x - (shifted - 12582912.0f) * 0.69314718f, square = r * r;
-  // A polynomial in short chains: long ones fill the scheduler before they fill the multipliers.
+  // Short dependency chains: Horner's scheme would be bound by latency.
   const Floats low = r * 1.6666665459e-1f + 5.0000001201e-1f;
   const Floats middle = r * 8.3334519073e-3f + 4.1665795894e-2f;
   const Floats high = r * 1.9875691500e-4f + 1.3981999507e-3f;
@@ -96,7 +96,7 @@ inline Floats tanh(Floats x) {
   const Floats capped = magnitude > 9.02f ? splat(9.02f) : magnitude;
   const Floats large = 1.0f - 2.0f / (exponential(capped + capped) + 1.0f);
   const Floats with_sign = (Floats)((Words)large | ((Words)x & 0x80000000u));
-  return magnitude >= 0.625f ? with_sign : small;  // small of a NaN is one
+  return magnitude >= 0.625f ? with_sign : small;  // small propagates NaN
 }
 
 inline Floats from_bfloat16(Halves x) { return (Floats)(__builtin_convertvector(x, Words) << 16); }
@@ -110,7 +110,7 @@ inline Halves to_bfloat16(Floats x) {
 #endif
 }
 
-// How a 32-bit word of an operand multiplies: one float, or two adjacent bfloat16 along the summed dimension.
+// Product of 32-bit words: one float, or two bfloat16 that are adjacent along the summed dimension.
 struct Float32 {
   static constexpr int kPerWord = 1;
   static inline Floats multiply_add(uint32_t a, Words b, Floats sum) {

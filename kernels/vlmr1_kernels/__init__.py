@@ -1,4 +1,4 @@
-"""Ops for GRPO on a shared prompt. `ops.py` is the contents page."""
+"""Ops for GRPO with shared prompts. `ops.py` lists them."""
 
 from vlmr1_kernels.layout import PrefixLayout
 from vlmr1_kernels.ops import (

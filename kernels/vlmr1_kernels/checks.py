@@ -1,15 +1,17 @@
-"""Is a call well formed? Shapes, dtypes and devices always; values only where the caller asked (it syncs)."""
+"""Argument checks of the ops: shapes, dtypes and devices always, values on request (that waits for the device)."""
 
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from vlmr1_kernels.inputs import DecodeTables, LossInputs
 from vlmr1_kernels.layout import PrefixLayout
 from vlmr1_kernels.settings import GRPOSettings
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32)
+ROW_LOGPS = ("old_logp", "ref_logp", "sampling_logp")
 
 
 def head(
@@ -40,58 +42,51 @@ def head(
         raise ValueError(f"chunk_mib must be above 0, or None, it is {chunk_mib}")
 
 
-Scores = tuple[str, Tensor]  # the name of the argument, advantages or rewards, and its value [B]
-
-
-def advantages_or_rewards(advantages: Tensor | None, rewards_: Tensor | None, num_generations: int | None) -> Scores:
-    """The one that was given."""
-    if (advantages is None) == (rewards_ is None):
+def scores(inputs: LossInputs) -> tuple[str, Tensor]:
+    """Return name and value [B] of the given one of advantages and rewards."""
+    if (inputs.advantages is None) == (inputs.rewards is None):
         raise ValueError("give either advantages or rewards (with num_generations)")
-    if advantages is not None:
-        if num_generations is not None:
+    if inputs.advantages is not None:
+        if inputs.num_generations is not None:
             raise ValueError("num_generations goes with rewards, not with advantages")
-        return "advantages", advantages
-    if num_generations is None:
+        return "advantages", inputs.advantages
+    if inputs.num_generations is None:
         raise ValueError("rewards needs num_generations")
-    assert rewards_ is not None
-    rewards(rewards_, num_generations, "group")
-    return "rewards", rewards_
+    assert inputs.rewards is not None
+    rewards(inputs.rewards, inputs.num_generations, "group")
+    return "rewards", inputs.rewards
 
 
-def objective(
-    rows: Tensor,
-    seq_ids: Tensor,
-    scores: Scores,
-    old_logp: Tensor | None,
-    ref_logp: Tensor | None,
-    sampling_logp: Tensor | None,
-    settings: GRPOSettings,
-    normalizer: float | Tensor | None,
-) -> None:
+def objective(rows: Tensor, inputs: LossInputs, settings: GRPOSettings) -> int:
+    """Check the inputs of a loss over `rows` [N] or [N, ...] and return the number of sequences B."""
+    name, values = scores(inputs)
     count = rows.shape[0]
-    _integer("seq_ids", seq_ids, count, rows)
-    row_vector(*scores, None, rows)
-    for name, value in (("old_logp", old_logp), ("ref_logp", ref_logp), ("sampling_logp", sampling_logp)):
+    _integer("seq_ids", inputs.seq_ids, count, rows)
+    row_vector(name, values, None, rows)
+    for name in ROW_LOGPS:
+        value = getattr(inputs, name)
         if value is not None:
             row_vector(name, value, count, rows)
             if value.requires_grad:
-                raise ValueError(f"{name} requires a gradient: it is a constant of the objective, detach it")
-    if settings.beta > 0 and ref_logp is None:
-        raise ValueError("ref_logp is needed: beta is above 0")
-    if settings.tis_cap is not None and sampling_logp is None:
-        raise ValueError("sampling_logp is needed: tis_cap is set")
+                raise ValueError(f"{name} requires a gradient, but is a constant of the objective: detach it")
+    if settings.beta > 0 and inputs.ref_logp is None:
+        raise ValueError("ref_logp is required: beta is above 0")
+    if settings.tis_cap is not None and inputs.sampling_logp is None:
+        raise ValueError("sampling_logp is required: tis_cap is set")
+    normalizer = inputs.normalizer
     if isinstance(normalizer, Tensor):
         if normalizer.numel() != 1:
             raise ValueError(f"normalizer must be one number, it is {_shape(normalizer)}")
     elif normalizer is not None and not normalizer > 0:
         raise ValueError(f"normalizer must be above 0, it is {normalizer}")
+    return values.numel()
 
 
 def active_rows(rows: Tensor, hidden: Tensor, settings: GRPOSettings) -> Tensor:
-    """The rows as indices [n] on the device of `hidden`."""
+    """Return the rows as int64 indices [n] on the device of `hidden`."""
     for name in ("beta", "entropy_coef"):
         if getattr(settings, name) != 0:
-            raise ValueError(f"active_rows drops rows of advantage 0, but with {name} they have a loss too")
+            raise ValueError(f"active_rows is not supported with {name}: rows of advantage 0 have a loss too")
     if rows.dim() != 1:
         raise ValueError(f"active_rows must have one dimension, it is {_shape(rows)}")
     if rows.dtype == torch.bool:
@@ -103,37 +98,30 @@ def active_rows(rows: Tensor, hidden: Tensor, settings: GRPOSettings) -> Tensor:
     return rows.to(hidden.device, torch.int64)
 
 
-def objective_values(
-    seq_ids: Tensor,
-    scores: Scores,
-    old_logp: Tensor | None,
-    ref_logp: Tensor | None,
-    sampling_logp: Tensor | None,
-    active: Tensor | None = None,
-    num_generations: int | None = None,
-) -> None:
-    name, values = scores
+def objective_values(inputs: LossInputs, active: Tensor | None = None) -> None:
+    """Check ranges, order and NaN, and that rows other than `active` have advantage 0."""
+    name, values = scores(inputs)
+    seq_ids = inputs.seq_ids
     _range("seq_ids", seq_ids, values.numel(), "the number of sequences")
     if bool((seq_ids[1:] < seq_ids[:-1]).any()):
         raise ValueError("seq_ids is not sorted")
     if not bool(torch.isfinite(values).all()):
-        raise ValueError(f"{name} holds NaN or infinity")
+        raise ValueError(f"{name} contains NaN or infinity")
     if active is not None:
         _range("active_rows", active, seq_ids.numel(), "the number of rows")
         if bool((active[1:] <= active[:-1]).any()):
             raise ValueError("active_rows is not in increasing order")
         dropped = torch.ones_like(seq_ids, dtype=torch.bool)
         dropped[active] = False
-        if num_generations is not None:  # the advantage is 0 where the group's rewards are equal
-            groups = values.view(-1, num_generations)
-            values = (groups != groups[:, :1]).any(dim=1).repeat_interleave(num_generations)
+        if inputs.num_generations is not None:  # the advantage is 0 where the group's rewards are equal
+            groups = values.view(-1, inputs.num_generations)
+            values = (groups != groups[:, :1]).any(dim=1).repeat_interleave(inputs.num_generations)
         if bool((values[seq_ids[dropped]] != 0).any()):
             raise ValueError("active_rows drops a row whose advantage is not 0")
-    for name, value in (("old_logp", old_logp), ("ref_logp", ref_logp), ("sampling_logp", sampling_logp)):
-        if value is not None:
-            used = value if active is None else value[active]
-            if bool(torch.isnan(used).any()):
-                raise ValueError(f"{name} holds NaN")
+    for name in ROW_LOGPS:
+        value = getattr(inputs, name)
+        if value is not None and bool(torch.isnan(value if active is None else value[active]).any()):
+            raise ValueError(f"{name} contains NaN")
 
 
 def token_ids(targets: Tensor, vocabulary: int) -> None:
@@ -143,7 +131,7 @@ def token_ids(targets: Tensor, vocabulary: int) -> None:
 def rewards(values: Tensor, num_generations: int, scale: str) -> None:
     row_vector("rewards", values, None, None)
     if num_generations < 1 or values.numel() % num_generations:
-        raise ValueError(f"num_generations is {num_generations}; rewards has {values.numel()} entries, no multiple")
+        raise ValueError(f"num_generations is {num_generations}; the {values.numel()} rewards must be a multiple of it")
     if scale not in ("group", "batch", "none"):
         raise ValueError(f"scale is {scale!r}; known: group, batch, none")
 
@@ -192,11 +180,7 @@ def decode(
     q: Tensor,
     keys: Tensor,
     values: Tensor,
-    group_offsets: Tensor,
-    prefix_starts: Tensor,
-    prefix_lengths: Tensor,
-    suffix_blocks: Tensor,
-    suffix_lengths: Tensor,
+    tables: DecodeTables,
     block: int,
     max_group: int | None,
     max_prefix: int | None,
@@ -215,19 +199,13 @@ def decode(
     if keys.shape != values.shape:
         raise ValueError(f"keys is {_shape(keys)}, values is {_shape(values)}: they must be equal")
     _grouped_heads(heads, keys.shape[0])
-    if group_offsets.dim() != 1 or group_offsets.shape[0] < 2:
-        raise ValueError(f"group_offsets must be [P + 1], P at least 1, it is {_shape(group_offsets)}")
-    if suffix_blocks.dim() != 2:
-        raise ValueError(f"suffix_blocks must be [{batch}, M], it is {_shape(suffix_blocks)}")
-    groups = group_offsets.shape[0] - 1
-    tables = (
-        ("group_offsets", group_offsets, [groups + 1]),
-        ("prefix_starts", prefix_starts, [groups]),
-        ("prefix_lengths", prefix_lengths, [groups]),
-        ("suffix_blocks", suffix_blocks, [batch, suffix_blocks.shape[1]]),
-        ("suffix_lengths", suffix_lengths, [batch]),
-    )
-    for name, table, shape in tables:
+    if tables.group_offsets.dim() != 1 or tables.group_offsets.shape[0] < 2:
+        raise ValueError(f"group_offsets must be [P + 1], P at least 1, it is {_shape(tables.group_offsets)}")
+    if tables.suffix_blocks.dim() != 2:
+        raise ValueError(f"suffix_blocks must be [{batch}, M], it is {_shape(tables.suffix_blocks)}")
+    groups = tables.group_offsets.shape[0] - 1
+    shapes = ([groups + 1], [groups], [groups], [batch, tables.suffix_blocks.shape[1]], [batch])
+    for name, table, shape in zip(tables._fields, tables, shapes, strict=True):
         if table.dtype != torch.int32 or _shape(table) != shape:
             raise ValueError(f"{name} must be int32 {shape}, it is {table.dtype} {_shape(table)}")
         if table.device != q.device:
@@ -236,7 +214,7 @@ def decode(
         if bound is not None and bound < 1:
             raise ValueError(f"{name} must be at least 1, it is {bound}")
     if torch.is_grad_enabled() and (q.requires_grad or keys.requires_grad or values.requires_grad):
-        raise ValueError("a decode step has no gradient, and q, keys or values ask for one: call it in torch.no_grad()")
+        raise ValueError("shared_prefix_decode has no gradient, but q, keys or values require one: use torch.no_grad()")
 
 
 def row_vector(name: str, value: Tensor, count: int | None, like: Tensor | None) -> None:
@@ -249,7 +227,7 @@ def row_vector(name: str, value: Tensor, count: int | None, like: Tensor | None)
 
 def _grouped_heads(heads: int, kv_heads: int) -> None:
     if kv_heads < 1 or heads % kv_heads:
-        raise ValueError(f"{heads} query heads are no multiple of {kv_heads} key and value heads")
+        raise ValueError(f"{heads} query heads are not a multiple of {kv_heads} key and value heads")
 
 
 def _floating(name: str, value: Tensor) -> None:

@@ -1,45 +1,73 @@
-"""The table of implementations, and when each refuses. The order within an op is the preference of `auto`.
-
-`Request.shape` is (N, D, V) for the linear ops, (N, B) for grpo_loss, (B, G) for group_advantages,
-(H, Hkv, L, Dh) for shared_prefix_attention and varlen_attention, and (B, P, H, Hkv, Dh) for
-shared_prefix_decode.
-"""
+"""The table of implementations and what each supports. The order within an op is the preference of `auto`."""
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 
-from vlmr1_kernels.registry import Implementation, Request
-
-_DTYPES_32_AND_16 = (torch.float32, torch.bfloat16, torch.float16)
+_HALF = (torch.bfloat16, torch.float16)
 
 
-def _never(request: Request) -> None:
+class Request(NamedTuple):
+    """What `auto` decides from: device, dtype, shape, and options that not every implementation supports.
+
+    `shape` is (N, D, V) for the linear ops, (N, B) for grpo_loss, (B, G) for group_advantages, (H, Hkv, L, Dh) for
+    shared_prefix_attention and varlen_attention, and (B, P, H, Hkv, Dh) for shared_prefix_decode.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    options: frozenset[str] = frozenset()
+
+
+Reason = Callable[[Request], str | None]
+
+
+def _none(request: Request) -> None:
     return None
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One implementation of an op.
+
+    Fields:
+        target: "module:function", imported at the first use.
+        unsupported_reason: why a request is not supported, or None.
+        explicit_only: why `auto` does not choose it although it is supported, or None.
+    """
+
+    op: str
+    name: str
+    target: str
+    unsupported_reason: Reason = _none
+    explicit_only: Reason = _none
 
 
 def _cpu_attention(request: Request) -> str | None:
     if request.device.type != "cpu":
         return f"runs on cpu, the tensors are on {request.device.type}"
-    return _not_32_or_16(request) or _unserved(request, "torch's flash kernel for CPUs")
+    return _dtype_reason(request) or _options_reason(request, "torch's flash kernel for CPUs")
 
 
 def _flash(request: Request) -> str | None:
     if request.device.type != "cuda":
         return f"runs on cuda, the tensors are on {request.device.type}"
-    if request.dtype not in _DTYPES_32_AND_16[1:]:
-        return f"serves bfloat16 and float16, not {request.dtype}"
+    if request.dtype not in _HALF:
+        return f"supports bfloat16 and float16, not {request.dtype}"
     head_dim = request.shape[-1]
     if head_dim % 8 or head_dim > 256:
-        return f"serves head dimensions that are multiples of 8 up to 256, not {head_dim}"
-    return _unserved(request, "flash") or _device_problem(request.device)
+        return f"supports head dimensions that are multiples of 8 up to 256, not {head_dim}"
+    return _options_reason(request, "flash") or _device_reason(request.device)
 
 
-def _device_problem(device: torch.device) -> str | None:
+def _device_reason(device: torch.device) -> str | None:
     if torch.version.hip is not None:
-        return "was written for NVIDIA GPUs"
+        return "supports NVIDIA GPUs only"
     if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
         return "needs compute capability 8.0"
     return None
@@ -47,28 +75,28 @@ def _device_problem(device: torch.device) -> str | None:
 
 def _flex(request: Request) -> str | None:
     if request.device.type != "cuda":
-        return f"runs on cuda, the tensors are on {request.device.type}; elsewhere FlexAttention has no backward"
+        return f"runs on cuda, the tensors are on {request.device.type}; FlexAttention has no backward there"
     if find_spec("triton") is None:
         return "triton is not installed"
     if request.shape[-1] < 16:
-        return f"serves head dimensions of at least 16, not {request.shape[-1]}"
-    return _not_32_or_16(request)
+        return f"supports head dimensions of at least 16, not {request.shape[-1]}"
+    return _dtype_reason(request)
 
 
-def _unserved(request: Request, name: str) -> str | None:
+def _options_reason(request: Request, name: str) -> str | None:
     return f"{name} has no {', no '.join(sorted(request.options))}" if request.options else None
 
 
-def _not_32_or_16(request: Request) -> str | None:
-    if request.dtype not in _DTYPES_32_AND_16:
-        return f"serves float32, bfloat16 and float16, not {request.dtype}"
+def _dtype_reason(request: Request) -> str | None:
+    if request.dtype not in (torch.float32, *_HALF):
+        return f"supports float32, bfloat16 and float16, not {request.dtype}"
     return None
 
 
 def _triton(request: Request) -> str | None:
     if find_spec("triton") is None:
         return "triton is not installed"
-    if reason := _not_32_or_16(request):
+    if reason := _dtype_reason(request):
         return reason
     if request.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"runs on cuda, or anywhere with TRITON_INTERPRET=1; the tensors are on {request.device.type}"
@@ -77,7 +105,7 @@ def _triton(request: Request) -> str | None:
 
 def _triton_decode(request: Request) -> str | None:
     head_dim = request.shape[-1]
-    return _triton(request) or (f"serves head dimensions up to 256, not {head_dim}" if head_dim > 256 else None)
+    return _triton(request) or (f"supports head dimensions up to 256, not {head_dim}" if head_dim > 256 else None)
 
 
 def _interpreted(request: Request) -> str | None:
@@ -87,49 +115,32 @@ def _interpreted(request: Request) -> str | None:
 def _native(request: Request) -> str | None:
     if request.device.type != "cpu":
         return f"runs on cpu, the tensors are on {request.device.type}"
-    if reason := _not_32_or_16(request):
+    if reason := _dtype_reason(request):
         return reason
-    from vlmr1_kernels.native.library import problem
+    from vlmr1_kernels.native.library import unavailable_reason  # imports torch._dynamo
 
-    return problem()
-
-
-def _rows(op: str, *others: Implementation) -> tuple[str, Mapping[str, Implementation]]:
-    return op, {row.name: row for row in (*others, _row(op, "reference", _never))}
+    return unavailable_reason()
 
 
-def _row(op: str, name: str, refusal: Callable[[Request], str | None]) -> Implementation:
-    return Implementation(op, name, f"vlmr1_kernels.{name}.{op}:{op}", refusal)
+def _op(op: str, **reasons: Reason) -> dict[str, Implementation]:
+    """Return the implementations of an op by name, `reference` last."""
+    return {
+        name: Implementation(
+            op, name, f"vlmr1_kernels.{name}.{op}:{op}", reason, _interpreted if name == "triton" else _none
+        )
+        for name, reason in (*reasons.items(), ("reference", _none))
+    }
 
 
-def _compiled(op: str) -> tuple[str, Mapping[str, Implementation]]:
-    triton = Implementation(op, "triton", f"vlmr1_kernels.triton.{op}:{op}", _triton, _interpreted)
-    return _rows(op, _row(op, "native", _native), triton)
-
-
-_ATTENTION, _VARLEN, _DECODE = "shared_prefix_attention", "varlen_attention", "shared_prefix_decode"
-
-TABLE: Mapping[str, Mapping[str, Implementation]] = dict(
-    [
-        _compiled("linear_logprob"),
-        _compiled("group_advantages"),
-        _compiled("grpo_loss"),
-        _compiled("linear_grpo_loss"),
-        _rows(
-            _ATTENTION,
-            _row(_ATTENTION, "cpu", _cpu_attention),
-            _row(_ATTENTION, "flash", _flash),
-            _row(_ATTENTION, "flex", _flex),
-        ),
-        _rows(_VARLEN, _row(_VARLEN, "flash", _flash), _row(_VARLEN, "batched", _never)),
-        _rows(
-            _DECODE,
-            Implementation(
-                _DECODE, "triton", f"vlmr1_kernels.triton.{_DECODE}:{_DECODE}", _triton_decode, _interpreted
-            ),
-        ),
-    ]
-)
+TABLE: Mapping[str, Mapping[str, Implementation]] = {
+    "linear_logprob": _op("linear_logprob", native=_native, triton=_triton),
+    "group_advantages": _op("group_advantages", native=_native, triton=_triton),
+    "grpo_loss": _op("grpo_loss", native=_native, triton=_triton),
+    "linear_grpo_loss": _op("linear_grpo_loss", native=_native, triton=_triton),
+    "shared_prefix_attention": _op("shared_prefix_attention", cpu=_cpu_attention, flash=_flash, flex=_flex),
+    "varlen_attention": _op("varlen_attention", flash=_flash, batched=_none),
+    "shared_prefix_decode": _op("shared_prefix_decode", triton=_triton_decode),
+}
 
 EXAMPLE_SHAPES: Mapping[str, tuple[int, ...]] = {
     "linear_logprob": (8192, 2048, 151936),

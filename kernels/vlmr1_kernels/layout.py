@@ -1,4 +1,4 @@
-"""Which rows of a packed sequence are whose prefix."""
+"""Layout of packed groups of branches that share their prompt."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -7,16 +7,16 @@ from itertools import accumulate
 
 @dataclass(frozen=True)
 class PrefixLayout:
-    """Groups packed in one row: all prompts first, then the branches of group 0, of group 1, ...
+    """Groups packed in one sequence: all prompts first, then the branches of group 0, of group 1, ...
 
         prompt_0 prompt_1 ... | branch_0,0 branch_0,1 ... | branch_1,0 ...
 
-    Fields:
+    Args:
         prompt_lengths: rows of each group's prompt, at least 1.
-        branch_lengths: for each group the rows of its branches; a branch may be empty, and a group without
-            branches is a plain prefill.
+        branch_lengths: rows of the branches of each group. A branch may be empty, and a group may have none (prefill).
 
-    Raises ValueError that names the group.
+    Raises:
+        ValueError: a length is out of range; the message names the group.
     """
 
     prompt_lengths: tuple[int, ...]
@@ -27,19 +27,20 @@ class PrefixLayout:
         branches = tuple(tuple(int(length) for length in group) for group in self.branch_lengths)
         object.__setattr__(self, "branch_lengths", branches)
         if not self.prompt_lengths:
-            raise ValueError("prompt_lengths is empty: a layout has at least one group")
+            raise ValueError("prompt_lengths is empty: a layout needs at least one group")
         if len(self.prompt_lengths) != len(branches):
             raise ValueError(
                 f"prompt_lengths has {len(self.prompt_lengths)} groups, branch_lengths has {len(branches)}"
             )
         for group, (prompt, lengths) in enumerate(zip(self.prompt_lengths, branches, strict=True)):
             if prompt < 1:
-                raise ValueError(f"prompt_lengths[{group}] is {prompt}; a prompt has at least one row")
+                raise ValueError(f"prompt_lengths[{group}] is {prompt}; a prompt needs at least one row")
             if any(length < 0 for length in lengths):
                 raise ValueError(f"branch_lengths[{group}] is {lengths}; lengths cannot be negative")
 
     @property
     def num_groups(self) -> int:
+        """Number of groups."""
         return len(self.prompt_lengths)
 
     @cached_property
@@ -55,7 +56,7 @@ class PrefixLayout:
 
     @cached_property
     def branch_offsets(self) -> tuple[tuple[int, ...], ...]:
-        """First row of each branch, by group."""
+        """First row of each branch of each group."""
         return tuple(
             tuple(accumulate(lengths[:-1], initial=start)) if lengths else ()
             for start, lengths in zip(self.group_offsets, self.branch_lengths, strict=True)

@@ -1,23 +1,23 @@
-"""The GEMMs of an output head, a chunk of rows at a time: what every chunk-and-consume loop shares."""
+"""GEMMs of an output head on chunks of rows."""
 
 import math
 
 import torch
 from torch import Tensor
 
-_SMALLEST_CHUNK_MIB = 4.0  # below this a chunk's fixed costs exceed its arithmetic; it also fits an L2 cache
+_SMALLEST_CHUNK_MIB = 4.0  # smaller chunks are dominated by fixed costs; fits an L2 cache
 _LARGEST_CHUNK_MIB = 512.0
 _LEAST_ROWS_CUDA = 1024  # every chunk reads and writes the whole [V, D] accumulator
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of logits, sums and results."""
+    """Return the dtype of logits, sums and results: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def chunk_rows(rows: int, weight: Tensor, chunk_mib: float | None) -> int:
-    """How many rows to project at once: `chunk_mib` MiB of logits; by default an eighth of the rows, but
-    enough to be worth a loop and bounded for any number of rows."""
+    """Return how many rows to project at once: `chunk_mib` MiB of logits; by default an eighth of `rows`, within
+    bounds on the bytes."""
     bytes_per_row = weight.shape[0] * accumulation_dtype(weight.dtype).itemsize
     if chunk_mib is not None:
         return max(1, int(chunk_mib * 2**20 / bytes_per_row))
@@ -28,16 +28,18 @@ def chunk_rows(rows: int, weight: Tensor, chunk_mib: float | None) -> int:
     return max(least, min(most, math.ceil(rows / 8)))
 
 
-def operand(matrix: Tensor) -> Tensor:
-    """The matrix as the GEMMs read it. CPU GEMMs round their result to the dtype of the operands, so there
-    half precision is widened; CUDA GEMMs write float32 from half operands."""
+def gemm_operand(matrix: Tensor) -> Tensor:
+    """Return the matrix as a GEMM operand.
+
+    On CUDA half-precision operands have float32 results. CPU GEMMs round results to the dtype of the operands, so
+    these are cast to the accumulation dtype."""
     return matrix if matrix.device.type == "cuda" else matrix.to(accumulation_dtype(matrix.dtype))
 
 
 def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, divisor: float) -> Tensor:
-    """(hidden @ weight^T + bias) / divisor in the accumulation dtype, [n, V].
+    """Return (hidden @ weight^T + bias) / divisor [n, V] in the accumulation dtype.
 
-    A division: the GEMM's own factor would be the rounded reciprocal, one error shared by all logits.
+    Divides, since the GEMM's alpha would be a rounded reciprocal that biases all logits alike.
     """
     wide = accumulation_dtype(weight.dtype)
     if weight.dtype != wide:
@@ -50,24 +52,24 @@ def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, divisor: float)
 
 
 def project_into(logits: Tensor, hidden: Tensor, weight: Tensor) -> None:
-    """logits [n, V] = hidden @ weight^T; rows of the logits may be padded."""
+    """Write logits [n, V] = hidden @ weight^T; the rows of `logits` may be strided."""
     if weight.dtype == logits.dtype:
         torch.mm(hidden, weight.T, out=logits)
     else:
         torch.mm(hidden, weight.T, out_dtype=logits.dtype, out=logits)
 
 
-def to_hidden(d_logits: Tensor, weight: Tensor) -> Tensor:
-    """d_logits @ weight in the accumulation dtype, [n, D]."""
+def hidden_grad(d_logits: Tensor, weight: Tensor) -> Tensor:
+    """Return d_logits @ weight [n, D] in the accumulation dtype."""
     wide = accumulation_dtype(weight.dtype)
     if weight.dtype == wide:
         return d_logits @ weight
     return torch.mm(d_logits.to(weight.dtype), weight, out_dtype=wide)
 
 
-def add_to_weight(accumulator: Tensor, d_logits: Tensor, hidden: Tensor, beta: int = 1) -> None:
-    """accumulator [V, D] = beta * accumulator + d_logits^T @ hidden, without a [V, D] temporary; with beta 0 it
-    may be uninitialized."""
+def accumulate_weight_grad(accumulator: Tensor, d_logits: Tensor, hidden: Tensor, beta: int = 1) -> None:
+    """Compute accumulator [V, D] = beta * accumulator + d_logits^T @ hidden in place; with beta 0 the accumulator may
+    be uninitialized."""
     if hidden.dtype == accumulator.dtype:
         accumulator.addmm_(d_logits.T, hidden, beta=beta)
     else:

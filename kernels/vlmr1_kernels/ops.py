@@ -1,8 +1,8 @@
-"""The contents page: every op, its contract, and nothing else. Implementations are found by `registry.py`.
+"""All ops and their contracts. `registry.py` selects the implementation of each call.
 
-N completion rows, B sequences, G generations a prompt, P prompts, L packed rows, D hidden, V vocabulary,
-H query heads, Hkv key and value heads, Dh head dimension, R rows of a pool of keys and values, M blocks of
-a suffix, S sequences of an attention.
+Dimensions: N completion rows, B sequences, G generations per prompt, P prompts, L packed rows, D hidden size,
+V vocabulary, H query heads, Hkv key and value heads, Dh head dimension, R rows of a KV cache, M blocks of a suffix,
+S sequences of a variable-length attention.
 """
 
 from collections.abc import Callable
@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from vlmr1_kernels import checks
+from vlmr1_kernels.implementations import Request
+from vlmr1_kernels.inputs import DecodeTables, LossInputs
 from vlmr1_kernels.layout import PrefixLayout
-from vlmr1_kernels.registry import Request, resolve
+from vlmr1_kernels.registry import resolve
 from vlmr1_kernels.settings import GRPOSettings
 
 
@@ -29,25 +31,29 @@ def linear_logprob(
     impl: str = "auto",
     chunk_mib: float | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """logp_t = z_t[target_t] - logsumexp(z_t), z = softcap(hidden @ weight^T + bias) / temperature.
+    """Return the log-probs of target tokens under an output head, without materializing the [N, V] logits.
 
-    softcap(x) = softcap * tanh(x / softcap), or x without one. The entropy is -sum(p * log p). Differentiable
-    in hidden, weight and bias through both outputs; backward projects again, so no [N, V] tensor ever exists.
+    logp_t = z_t[target_t] - logsumexp(z_t) with z = softcap(hidden @ weight^T + bias) / temperature, and
+    softcap(x) = softcap * tanh(x / softcap), or x if None. The entropy is -sum(p * log p). Both outputs are
+    differentiable in hidden, weight and bias; backward recomputes the logits chunk by chunk.
 
     Args:
         hidden: [N, D] rows that predict the targets; float64, float32, bfloat16 or float16.
         weight: [V, D] output head, same dtype.
-        targets: [N] token ids.
-        bias: [V].
-        entropy: return it too.
-        chunk_mib: bound on the logits held at once, in MiB.
+        targets: [N] int64 or int32 token ids.
+        bias: [V], same dtype, or None.
+        temperature: divides the logits before the softmax.
+        softcap: bound of the logits, or None.
+        entropy: also return the entropies.
+        impl: name of an implementation, or "auto"; in every op.
+        chunk_mib: MiB of logits to hold at once; None: chosen from the shape.
 
     Returns:
         logp [N], or (logp [N], entropy [N]); float32, float64 for float64 inputs.
 
     Raises:
         ValueError: an argument has the wrong shape, dtype or device.
-        ImplementationError: the named implementation does not exist or refuses.
+        ImplementationError: the implementation does not exist or does not support the call.
     """
     checks.head(hidden, weight, targets, bias, temperature, softcap, chunk_mib)
     run = _implementation("linear_logprob", impl, hidden, hidden.shape[0], *reversed(weight.shape))
@@ -57,19 +63,19 @@ def linear_logprob(
 
 
 def group_advantages(rewards: Tensor, num_generations: int, *, scale: str = "group", impl: str = "auto") -> Tensor:
-    """A = (r - mean of the group) / (std + 1e-4), std unbiased; equal rewards give exactly 0, never NaN.
-
-    The sequences of a group are adjacent. arXiv:2402.03300; scale is TRL's scale_rewards.
+    """Return group-relative advantages (r - mean) / (std + 1e-4), arXiv:2402.03300; exactly 0 for equal rewards.
 
     Args:
-        rewards: [B] floating point, B a multiple of num_generations.
-        scale: group (std of the group) | batch (std of all rewards) | none (no division, arXiv:2503.20783).
+        rewards: [B] floating point, B a multiple of num_generations; the sequences of a group are adjacent.
+        scale: "group" (unbiased std of the group), "batch" (std of all rewards) or "none" (no division,
+            arXiv:2503.20783); TRL's scale_rewards.
 
     Returns:
         advantages [B] in the dtype of the rewards.
 
     Raises:
-        ValueError: a bad shape, dtype or scale.
+        ValueError: wrong shape, dtype or scale.
+        ImplementationError: the implementation does not exist or does not support the call.
     """
     checks.rewards(rewards, num_generations, scale)
     run = _implementation("group_advantages", impl, rewards, rewards.numel(), num_generations)
@@ -91,47 +97,38 @@ def grpo_loss(
     num_generations: int | None = None,
     check: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The GRPO objective on given log-probs; formulas and sources: `GRPOSettings`.
+    """Return the GRPO loss of given log-probs; `GRPOSettings` has the formulas and their sources.
 
     Args:
         logp: [N] log-probs of the completion tokens, sorted by sequence; the loss is differentiable in them.
-        seq_ids: [N] integer sequence of each row, 0..B-1.
-        advantages: [B]; or give `rewards` [B] with `num_generations` and `group_advantages` makes them.
-        old_logp: [N] log-probs of the policy that sampled; None: on-policy, ratio 1 with logp's gradient.
-        ref_logp: [N] of the reference model, needed with beta; without beta it is only measured.
-        sampling_logp: [N] as the rollout engine reports them, read with `settings.tis_cap`.
-        normalizer: sequences (grpo, gspo, dr_grpo) or tokens (bnpo, dapo, cispo) of the whole batch, so that
-            the losses of packs add up; None: this call's B or N.
-        check: also validate values; synchronizes.
+        seq_ids: [N] int64 or int32 sequence of each row, 0..B-1.
+        advantages: [B]; or pass `rewards` [B] and `num_generations`, which `group_advantages` turns into advantages.
+        old_logp: [N] log-probs of the policy that sampled; None: on-policy, the ratio is 1.
+        ref_logp: [N] log-probs of the reference model; required if beta > 0, else used for the metric `kl` only.
+        sampling_logp: [N] log-probs reported by the rollout engine; required with `settings.tis_cap`.
+        normalizer: sequences (grpo, gspo, dr_grpo) or tokens (bnpo, dapo, cispo) of the whole batch, so that the
+            losses of its packs add up; None: B or N of this call.
+        check: also validate values, which waits for the device.
 
     Returns:
-        (loss [], metrics). Metrics are detached: `kl` (0 without ref_logp), `clip_low`, `clip_high` (share of
-        rows; for cispo the share above its cap) are means over this call's N rows: weighted by `tokens` those
-        of packs combine exactly. `ratio_max`, `logp` [N], `tokens` (N), `dropped_rows` (0 here).
+        (loss [], metrics). All metrics are detached. `kl` (0 without ref_logp), `clip_low` and `clip_high` (fraction
+        of rows; for cispo the fraction above the cap) are means over the N rows of this call; those of several packs
+        combine exactly when weighted by `tokens`. Also `ratio_max`, `logp` [N], `tokens` (N) and `dropped_rows` (0).
 
     Raises:
-        ValueError: a bad argument, or a setting that log-probs alone cannot serve (entropy_coef).
+        ValueError: a wrong argument, or entropy_coef, which needs logits.
+        ImplementationError: the implementation does not exist or does not support the call.
     """
     if settings.entropy_coef != 0:
         raise ValueError("entropy_coef needs the logits: use linear_grpo_loss")
     checks.row_vector("logp", logp, None, None)
-    scores = checks.advantages_or_rewards(advantages, rewards, num_generations)
-    checks.objective(logp, seq_ids, scores, old_logp, ref_logp, sampling_logp, settings, normalizer)
+    row_logps = (old_logp, ref_logp, sampling_logp)
+    inputs = LossInputs(seq_ids, advantages, rewards, num_generations, *row_logps, normalizer)
+    sequences = checks.objective(logp, inputs, settings)
     if check:
-        checks.objective_values(seq_ids, scores, old_logp, ref_logp, sampling_logp)
-    run = _implementation("grpo_loss", impl, logp, logp.numel(), scores[1].numel())
-    return run(
-        logp,
-        seq_ids,
-        advantages,
-        rewards=rewards,
-        num_generations=num_generations,
-        old_logp=old_logp,
-        ref_logp=ref_logp,
-        sampling_logp=sampling_logp,
-        settings=settings,
-        normalizer=normalizer,
-    )
+        checks.objective_values(inputs)
+    run = _implementation("grpo_loss", impl, logp, logp.numel(), sequences)
+    return run(logp, inputs, settings=settings)
 
 
 def linear_grpo_loss(
@@ -155,59 +152,43 @@ def linear_grpo_loss(
     rewards: Tensor | None = None,
     num_generations: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`grpo_loss(linear_logprob(hidden, weight, targets), ...)` with the gradient made in forward.
+    """Return `grpo_loss(linear_logprob(hidden, weight, targets), ...)`, with the gradient computed in forward.
 
-    A chunk of rows is projected, turned into log-probs, loss and gradient, consumed by two GEMMs and
-    forgotten: three GEMMs, two when the weight is frozen, one without gradient, and never an [N, V] tensor.
-    Backward only scales. At importance level sequence a chunk's coefficients need the whole sequence: the
-    rows are projected twice (four GEMMs) unless one chunk holds them all; `kernels/README.md` says where
-    an implementation can avoid it.
+    Each chunk of rows is projected to logits, which become log-probs, loss and gradient, and two GEMMs consume the
+    gradient. This takes three GEMMs, two with a frozen weight, one without gradient; backward only scales. At
+    importance level sequence the gradient of a row needs its whole sequence: the rows are projected twice (four
+    GEMMs) unless one chunk holds them all. `kernels/README.md` lists where an implementation avoids that.
 
     Args:
         hidden, weight, targets, bias, softcap, chunk_mib: as in `linear_logprob`; the temperature is
             `settings.temperature`.
         seq_ids, advantages, old_logp, ref_logp, sampling_logp, normalizer, rewards, num_generations: as in
             `grpo_loss`.
-        active_rows: rows to project: a bool [N], or their indices in increasing order. The caller promises
-            that all other rows have advantage 0; then dropping them is exact, since normalizers and sequence
-            lengths count them still. A bool tensor on the GPU synchronizes. Refused with beta, entropy_coef.
-        check: also validate values (ranges, NaN, that promise); synchronizes.
+        active_rows: rows to project: bool [N], or increasing int64 indices. All other rows must have advantage 0;
+            dropping them is then exact, since normalizers and sequence lengths still count them. A bool tensor on
+            the GPU waits for the device. Not supported with beta or entropy_coef.
+        check: also validate values (ranges, NaN, advantages of dropped rows), which waits for the device.
 
     Returns:
-        (loss [], metrics) as `grpo_loss`, and `entropy`. With `active_rows` the means are over the
-        `tokens - dropped_rows` rows that were projected, and `logp` is NaN at the dropped ones.
+        (loss [], metrics) as in `grpo_loss`, and the mean `entropy`. With `active_rows` the means are over the
+        `tokens - dropped_rows` projected rows, and `logp` is NaN at the dropped ones.
 
     Raises:
-        ValueError: a bad argument, by name.
-        ImplementationError: the named implementation does not exist or refuses.
+        ValueError: a wrong argument.
+        ImplementationError: the implementation does not exist or does not support the call.
     """
     checks.head(hidden, weight, targets, bias, settings.temperature, softcap, chunk_mib)
-    scores = checks.advantages_or_rewards(advantages, rewards, num_generations)
-    checks.objective(targets, seq_ids, scores, old_logp, ref_logp, sampling_logp, settings, normalizer)
+    row_logps = (old_logp, ref_logp, sampling_logp)
+    inputs = LossInputs(seq_ids, advantages, rewards, num_generations, *row_logps, normalizer)
+    checks.objective(targets, inputs, settings)
     if active_rows is not None:
         active_rows = checks.active_rows(active_rows, hidden, settings)
     if check:
         checks.token_ids(targets, weight.shape[0])
-        checks.objective_values(seq_ids, scores, old_logp, ref_logp, sampling_logp, active_rows, num_generations)
+        checks.objective_values(inputs, active_rows)
     run = _implementation("linear_grpo_loss", impl, hidden, hidden.shape[0], *reversed(weight.shape))
-    return run(
-        hidden,
-        weight,
-        targets,
-        seq_ids,
-        advantages,
-        rewards=rewards,
-        num_generations=num_generations,
-        old_logp=old_logp,
-        ref_logp=ref_logp,
-        sampling_logp=sampling_logp,
-        bias=bias,
-        softcap=softcap,
-        settings=settings,
-        normalizer=normalizer,
-        chunk_mib=chunk_mib,
-        active_rows=active_rows,
-    )
+    options = {"bias": bias, "softcap": softcap, "chunk_mib": chunk_mib, "active_rows": active_rows}
+    return run(hidden, weight, targets, inputs, settings=settings, **options)
 
 
 def shared_prefix_attention(
@@ -221,25 +202,26 @@ def shared_prefix_attention(
     window: int | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """softmax(softcap(scale * q k^T), masked) v: a prompt row sees its prompt's past, a branch row its own past
-    and the whole prompt of its group.
+    """Return softmax(softcap(scale * q k^T), masked) v over groups of branches that share their prompt.
 
-    Equal to attention over each branch's own sequence prompt + branch, gradient included. Query head h reads
-    key and value head h // (H / Hkv). softcap(x) = softcap * tanh(x / softcap), or x without one.
+    A prompt row attends causally to its prompt; a branch row to the whole prompt of its group and causally to its
+    branch. Outputs and gradients equal causal attention over each sequence prompt + branch. Query head h reads key
+    and value head h // (H / Hkv). softcap(x) = softcap * tanh(x / softcap), or x if None.
 
     Args:
         q: [1, H, L, Dh], any strides with a contiguous last dimension.
         k, v: [1, Hkv, L, Dh], H a multiple of Hkv.
-        layout: which rows are whose prefix; `layout.total_length` is L.
+        layout: prompts and branches of the L rows.
         scale: default Dh ** -0.5.
-        window: a row sees the last `window` rows of its own sequence prompt + branch, itself included.
+        softcap: bound of the scores, or None.
+        window: sliding window: rows of its sequence prompt + branch that a row attends to, itself included; or None.
 
     Returns:
         [1, H, L, Dh] in the dtype of q, differentiable in q, k and v.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit together or the layout.
-        ImplementationError: the named implementation does not exist or refuses; softcap and window not all serve.
+        ValueError: inconsistent shapes, dtypes or devices, or a layout of another length.
+        ImplementationError: the implementation does not exist or does not support the call, e.g. softcap or window.
     """
     checks.attention(q, k, v, layout, softcap, window)
     _, heads, length, head_dim = q.shape
@@ -260,24 +242,25 @@ def varlen_attention(
     scale: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """softmax(scale * q k^T) v within each of S sequences that lie behind one another; every row sees its whole
-    sequence. What vision towers do over images and windows.
+    """Return softmax(scale * q k^T) v within each of S concatenated sequences, without causal mask.
+
+    Vision towers use it over images and windows.
 
     Args:
         q: [1, H, L, Dh], any strides with a contiguous last dimension.
         k, v: [1, Hkv, L, Dh], H a multiple of Hkv.
-        cu_seqlens: [S + 1] int32 on the device of q, 0 = first <= ... <= last = L: sequence s has the rows
+        cu_seqlens: [S + 1] int32 on the device of q, non-decreasing from 0 to L: sequence s has the rows
             cu_seqlens[s]..cu_seqlens[s + 1] - 1.
-        max_length: no sequence has more rows.
+        max_length: upper bound of the sequence lengths.
         scale: default Dh ** -0.5.
 
     Returns:
         [1, H, L, Dh] in the dtype of q, differentiable in q, k and v.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit together; on a CPU also values of cu_seqlens and
-            max_length, which on a GPU are not looked at, since that would synchronize.
-        ImplementationError: the named implementation does not exist or refuses.
+        ValueError: inconsistent shapes, dtypes or devices; on a CPU also wrong values of cu_seqlens or max_length. On
+            a GPU values are not checked, since that would wait for the device.
+        ImplementationError: the implementation does not exist or does not support the call.
     """
     checks.varlen(q, k, v, cu_seqlens, max_length)
     _, heads, length, head_dim = q.shape
@@ -301,49 +284,47 @@ def shared_prefix_decode(
     scale: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """One decode step: softmax(scale * q [prefix, suffix]^T) [prefix, suffix]; the queries of a group share one
-    read of its prefix (the idea of Hydragen, arXiv:2402.05099).
+    """Return the attention of one decode step over each branch's prefix and suffix.
 
-    All keys and values of a layer are rows of one pool. The prefix of a group is a run of rows; token t of a
-    branch's suffix is row suffix_blocks[b, t // block] * block + t % block. Rows that no length reaches are not
-    read, nor are the entries of suffix_blocks past the last used block: they may hold anything. On CUDA nothing
-    waits for the device and the launches depend on shapes, `max_group` and `max_prefix` alone, so that a CUDA
-    graph of a call serves any offsets, lengths and blocks within them.
+    The queries of a group read its prefix together (Hydragen, arXiv:2402.05099). Keys and values of a layer are rows
+    of one KV cache: a prefix is a run of adjacent rows; token t of a suffix is row
+    suffix_blocks[b, t // block] * block + t % block. Rows beyond a length and entries of suffix_blocks beyond the
+    last used block are not read and may be uninitialized. On CUDA nothing waits for the device, and launches depend
+    on shapes, `max_group` and `max_prefix` alone: a CUDA graph can be replayed with other offsets, lengths and blocks.
 
     Args:
-        q: [B, H, Dh] the new token of each branch; the branches of a group are adjacent.
-        keys, values: [Hkv, R, Dh] the pool, any strides with a contiguous last dimension, the keys and values of
-            the new tokens included; query head h reads key and value head h // (H / Hkv).
-        group_offsets: [P + 1] rising from 0: group p has the branches group_offsets[p]..group_offsets[p + 1] - 1,
-            or none, then its prefix is not read. Branches from group_offsets[P] to B - 1 are padding: their
-            output is 0, whatever their q, blocks and lengths are.
-        prefix_starts, prefix_lengths: [P] first row and number of rows, at least 1, of each group's prefix.
-        suffix_blocks: [B, M].
+        q: [B, H, Dh] new token of each branch; the branches of a group are adjacent.
+        keys, values: [Hkv, R, Dh] KV cache, any strides with a contiguous last dimension, which already holds the
+            new tokens; query head h reads key and value head h // (H / Hkv).
+        group_offsets: [P + 1] non-decreasing from 0: group p has the branches
+            group_offsets[p]..group_offsets[p + 1] - 1, possibly none. Branches from group_offsets[P] on are padding:
+            their output is 0.
+        prefix_starts, prefix_lengths: [P] first row and number of rows, at least 1, of each prefix.
+        suffix_blocks: [B, M] block ids.
         suffix_lengths: [B] tokens of each suffix, 0..M * block.
         block: rows of a block.
-        max_group: no group has more branches; default B.
-        max_prefix: no prefix has more rows; default R.
+        max_group: upper bound of the branches of a group; default B.
+        max_prefix: upper bound of prefix_lengths; default R.
         scale: default Dh ** -0.5.
 
-        Offsets, starts, lengths and blocks are int32 on the device of q. Their values are trusted: on a GPU
-        looking at them would synchronize.
+        Offsets, starts, lengths and blocks are int32 on the device of q. Their values are not checked.
 
     Returns:
         [B, H, Dh] in the dtype of q, without gradient.
 
     Raises:
-        ValueError: shapes, strides, dtypes or devices do not fit together, or a gradient is asked for.
-        ImplementationError: the named implementation does not exist or refuses.
+        ValueError: inconsistent shapes, strides, dtypes or devices, or an argument that requires a gradient.
+        ImplementationError: the implementation does not exist or does not support the call.
     """
-    tables = (group_offsets, prefix_starts, prefix_lengths, suffix_blocks, suffix_lengths)
-    checks.decode(q, keys, values, *tables, block, max_group, max_prefix)
+    tables = DecodeTables(group_offsets, prefix_starts, prefix_lengths, suffix_blocks, suffix_lengths)
+    checks.decode(q, keys, values, tables, block, max_group, max_prefix)
     batch, heads, head_dim = q.shape
     kv_heads, rows, _ = keys.shape
     shape = (batch, len(prefix_starts), heads, kv_heads, head_dim)
     run = _implementation("shared_prefix_decode", impl, q, *shape)
     bounds = {"max_group": batch if max_group is None else max_group, "max_prefix": max_prefix or rows}
     scale = head_dim**-0.5 if scale is None else scale
-    return run(q, keys, values, *tables, block=block, **bounds, scale=scale)
+    return run(q, keys, values, tables, block=block, **bounds, scale=scale)
 
 
 def _implementation(
@@ -354,7 +335,7 @@ def _implementation(
         return run
 
     def without_autocast(*args: Any, **options: Any) -> Any:
-        # An op computes in the dtype of its tensors; autocast would narrow its GEMMs.
+        # Ops compute in the dtype of their tensors; autocast would cast the operands of their GEMMs.
         with torch.autocast(tensor.device.type, enabled=False):
             return run(*args, **options)
 

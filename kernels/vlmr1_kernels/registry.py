@@ -1,8 +1,8 @@
-"""Which implementation of an op runs: asked for by name, or chosen from device, dtype, shape and options.
+"""Selects the implementation of an op: by name, or by device, dtype, shape and options.
 
-Order of authority: the `impl=` argument of the call, `with use(...)`, the environment variable
-`VLMR1_KERNELS="op=impl,..."`, then `auto`. An implementation that was named is used or refused with the
-reason; only `auto` looks further.
+The `impl=` argument takes precedence over `with use(...)`, that over the environment variable
+`VLMR1_KERNELS="op=impl,..."`, that over `auto`. A named implementation that does not support the call is an error;
+only `auto` falls back to others.
 """
 
 import logging
@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+
+from vlmr1_kernels.implementations import EXAMPLE_SHAPES, TABLE, Implementation, Request
 
 logger = logging.getLogger("vlmr1_kernels")
 
@@ -25,37 +27,12 @@ AUTO = "auto"
 
 
 class ImplementationError(ValueError):
-    """An op or implementation does not exist, or the named implementation refuses this call."""
-
-
-class Request(NamedTuple):
-    """All that `auto` may look at: device, dtype, shape and the options asked for.
-
-    The meaning of `shape` is the op's own, see `implementations.py`. `options` are the names of those arguments
-    of the call that not every implementation serves.
-    """
-
-    device: torch.device
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    options: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True)
-class Implementation:
-    """One way to run one op. `target` ("module:function") is imported when it is first used;
-    `refusal` says why a request cannot be served, or None when it can; `reserve` why it is served by name only."""
-
-    op: str
-    name: str
-    target: str
-    refusal: Callable[[Request], str | None]
-    reserve: Callable[[Request], str | None] = lambda request: None
+    """Unknown op or implementation, or a named implementation that does not support the call."""
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `auto` picks for a request, and why not each of the others."""
+    """Implementation that `auto` selects for a request, and why it does not select the others."""
 
     op: str
     chosen: str
@@ -64,33 +41,26 @@ class Explanation:
 
 _overrides: ContextVar[Mapping[str, str]] = ContextVar("vlmr1_kernels_overrides", default=MappingProxyType({}))
 _loaded: dict[str, Callable[..., Any]] = {}
-_announced: set[tuple[str, str, torch.dtype, str]] = set()
-
-
-def _table() -> Mapping[str, Mapping[str, Implementation]]:
-    from vlmr1_kernels.implementations import TABLE
-
-    return TABLE
+_logged: set[tuple[str, str, torch.dtype, str]] = set()
 
 
 def ops() -> tuple[str, ...]:
-    """The names of all ops."""
-    return tuple(_table())
+    """Return the names of all ops."""
+    return tuple(TABLE)
 
 
 def implementations(op: str) -> Mapping[str, Implementation]:
-    """The implementations of an op by name, in the order in which `auto` prefers them."""
-    table = _table()
-    if op not in table:
-        raise ImplementationError(f"unknown op {op!r}; known: {', '.join(table)}")
-    return table[op]
+    """Return the implementations of an op by name, in the order in which `auto` prefers them."""
+    if op not in TABLE:
+        raise ImplementationError(f"unknown op {op!r}; known: {', '.join(TABLE)}")
+    return TABLE[op]
 
 
 @lru_cache(maxsize=64)
 def parse_choices(text: str) -> Mapping[str, str]:
-    """`"op=impl,op=impl"` -> {op: impl}; serves `VLMR1_KERNELS`, `use` and the `--kernels` flag.
+    """Parse `"op=impl,op=impl"`, the format of `VLMR1_KERNELS`, `use` and the `--kernels` flag.
 
-    Raises ImplementationError on a malformed item, an unknown op or an unknown implementation.
+    ImplementationError for a malformed item, an unknown op or an unknown implementation.
     """
     choices: dict[str, str] = {}
     for item in filter(None, (part.strip() for part in text.split(","))):
@@ -104,7 +74,7 @@ def parse_choices(text: str) -> Mapping[str, str]:
 
 
 def check_choices(choices: Mapping[str, str]) -> Mapping[str, str]:
-    """The choices as they came; raises ImplementationError where an op or implementation is unknown."""
+    """Return the choices; ImplementationError for an unknown op or implementation."""
     for op, impl in choices.items():
         known = implementations(op)
         if impl != AUTO and impl not in known:
@@ -114,9 +84,9 @@ def check_choices(choices: Mapping[str, str]) -> Mapping[str, str]:
 
 @contextmanager
 def use(choices: str = "", /, **by_op: str) -> Iterator[None]:
-    """Fix implementations inside a `with` block: `use("op=impl,...")` or `use(op="impl")`.
+    """Context manager that selects implementations: `use("op=impl,...")` or `use(op="impl")`.
 
-    Blocks nest, the innermost choice of an op counts; `op=auto` gives the choice back to `auto`.
+    Inner blocks take precedence; `op=auto` restores automatic selection.
     """
     merged = {**_overrides.get(), **parse_choices(choices), **check_choices(by_op)}
     token = _overrides.set(merged)
@@ -127,66 +97,64 @@ def use(choices: str = "", /, **by_op: str) -> Iterator[None]:
 
 
 def resolve(op: str, impl: str, request: Request) -> Callable[..., Any]:
-    """The function that serves a call of `op`; raises ImplementationError where there is none."""
-    return _load(chosen(op, request, impl).target)
+    """Return the function of the selected implementation; ImplementationError if none supports the request."""
+    return _load(select(op, request, impl).target)
 
 
-def chosen(op: str, request: Request, impl: str = AUTO) -> Implementation:
-    """The implementation that serves a call of `op`; raises ImplementationError where there is none."""
+def select(op: str, request: Request, impl: str = AUTO) -> Implementation:
+    """Return the selected implementation; ImplementationError if none supports the request."""
     if impl == AUTO:
         overrides = _overrides.get()
         environment = parse_choices(os.environ.get(ENVIRONMENT_VARIABLE, ""))
         impl = overrides.get(op) or environment.get(op, AUTO)
     if impl == AUTO:
-        found = _choose(op, request)
-        _announce(op, request, found.name)
-        return found
+        selected = _select_auto(op, request)
+        _log_selection(op, request, selected.name)
+        return selected
     check_choices({op: impl})
     named = implementations(op)[impl]
-    reason = named.refusal(request)
+    reason = named.unsupported_reason(request)
     if reason is not None:
-        raise ImplementationError(f"{op}: implementation {impl!r} refuses: {reason}")
+        raise ImplementationError(f"{op}: implementation {impl!r} does not support this call: {reason}")
     return named
 
 
 def explain(op: str, request: Request) -> Explanation:
-    """For `vlmr1 doctor`: what `auto` picks for the request, and why not each of the others."""
-    chosen = _choose(op, request).name
+    """Return what `auto` selects for the request, and why not each of the others."""
+    chosen = _select_auto(op, request).name
     others = {
-        name: implementation.refusal(request)
-        or f"usable by name; {implementation.reserve(request) or f'auto prefers {chosen}'}"
+        name: implementation.unsupported_reason(request)
+        or f"usable by name; {implementation.explicit_only(request) or f'auto prefers {chosen}'}"
         for name, implementation in implementations(op).items()
         if name != chosen
     }
     return Explanation(op, chosen, others)
 
 
-def doctor(device: torch.device | str, dtype: torch.dtype) -> list[Explanation]:
-    """`explain` for every op, at an example shape of each."""
-    from vlmr1_kernels.implementations import EXAMPLE_SHAPES
-
+def explain_all(device: torch.device | str, dtype: torch.dtype) -> list[Explanation]:
+    """Return `explain` of every op at an example shape, for `vlmr1 doctor`."""
     return [explain(op, Request(torch.device(device), dtype, EXAMPLE_SHAPES[op])) for op in ops()]
 
 
-def _choose(op: str, request: Request) -> Implementation:
+def _select_auto(op: str, request: Request) -> Implementation:
     reasons = []
     for implementation in implementations(op).values():
-        reason = implementation.refusal(request) or implementation.reserve(request)
+        reason = implementation.unsupported_reason(request) or implementation.explicit_only(request)
         if reason is None:
             return implementation
         reasons.append(f"{implementation.name}: {reason}")
-    raise ImplementationError(f"{op}: no implementation serves {request}; " + "; ".join(reasons))
+    raise ImplementationError(f"{op}: no implementation supports {request}; " + "; ".join(reasons))
 
 
-def _announce(op: str, request: Request, name: str) -> None:
+def _log_selection(op: str, request: Request, name: str) -> None:
     key = (op, request.device.type, request.dtype, name)
-    if key not in _announced:
-        _announced.add(key)
+    if key not in _logged:
+        _logged.add(key)
         logger.info("%s on %s in %s: %s", op, request.device.type, request.dtype, name)
 
 
 def _load(target: str) -> Callable[..., Any]:
-    if target not in _loaded:  # a dict, because torch.compile looks through functools.cache, and stops at the import
+    if target not in _loaded:  # not functools.cache, which torch.compile would trace through, to the import
         module, function = target.split(":")
         _loaded[target] = getattr(import_module(module), function)
     return _loaded[target]

@@ -1,4 +1,4 @@
-"""The settings of the GRPO objective."""
+"""Settings of the GRPO objective."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ IMPORTANCE_LEVELS = ("token", "sequence")
 
 @dataclass(frozen=True)
 class GRPOSettings:
-    """The objective of GRPO and its relatives, with TRL's name of a setting where it differs.
+    """Objective of GRPO and its variants; TRL's names of the settings are given where they differ.
 
     For row t of sequence s, with advantage A_s, r_t = exp(logp_t - old_t) and d_t = ref_t - logp_t:
 
@@ -19,8 +19,8 @@ class GRPOSettings:
         w_t      = stop_gradient(min(exp(old_t - sampling_t), tis_cap)), or 1 without tis_cap
         kl_t     = -d_t (k1) | d_t^2 / 2 (k2) | exp(d_t) - d_t - 1 (k3)
 
-    Fields:
-        loss_type: how rows become one number, with |s| rows in sequence s:
+    Args:
+        loss_type: how the losses of all rows are reduced, with |s| rows in sequence s:
             grpo     mean over sequences of (sum over rows of loss_t / |s|)        (arXiv:2402.03300)
             bnpo     sum of loss_t / number of tokens of the batch                   (TRL's bnpo)
             dapo     sum of loss_t / number of tokens of the global batch            (arXiv:2503.14476)
@@ -30,21 +30,20 @@ class GRPOSettings:
         epsilon_low: lower clip (TRL: epsilon).
         epsilon_high: upper clip; for cispo the cap of the ratio itself, as in TRL, so at least 1 there (5.0).
         delta: two-sided clip: cap of the unclipped ratio, or None               (arXiv:2505.07291)
-        beta: weight of the KL term; above 0 it needs ref_logp.
-        kl: estimator of KL(policy | reference), http://joschu.net/blog/kl-approx.html; TRL has k3 only.
-            The gradient of k1 does not depend on the reference: it is an estimator to watch, not to optimize.
+        beta: weight of the KL term; above 0 it requires ref_logp.
+        kl: estimator of KL(policy || reference), http://joschu.net/blog/kl-approx.html; TRL has k3 only. Use k1 for
+            monitoring only: its gradient does not depend on the reference.
         importance_level: token, or sequence: r_t = exp(mean over the sequence of logp - old)
             (TRL: importance_sampling_level).
-        tis_cap: truncated importance sampling of the rollout engine's log-probs, or None: off
+        tis_cap: cap of the truncated importance sampling weights of the rollout engine; None: off
             (TRL: vllm_importance_sampling_mode="token_truncate" with vllm_importance_sampling_clip_max).
-        entropy_coef: weight of the entropy bonus. The bonus is part of loss_t and shares the normalizer of
-            loss_type, so that the losses of packs add up; TRL takes its mean over tokens for every loss type,
-            which is the same number for bnpo, dapo and cispo, and another one for grpo, gspo and dr_grpo.
-        temperature: logits are divided by it before the softmax (linear_grpo_loss; grpo_loss does not read
-            it, the log-probs that it is given were made with it).
-        max_completion_length: the length in dr_grpo's normalizer.
+        entropy_coef: weight of the entropy bonus. It has the normalizer of loss_type, so that the losses of packs add
+            up. TRL always takes the mean over tokens, which differs for grpo, gspo and dr_grpo.
+        temperature: divides the logits before the softmax in linear_grpo_loss; grpo_loss ignores it.
+        max_completion_length: length in dr_grpo's normalizer.
 
-    Raises ValueError that names the setting.
+    Raises:
+        ValueError: a setting is out of range; the message names it.
     """
 
     loss_type: str = "grpo"
@@ -81,7 +80,7 @@ class GRPOSettings:
 
     @property
     def sequence_level(self) -> bool:
-        """Whether the ratio is one number a sequence."""
+        """True if the importance ratio is computed per sequence."""
         return self.loss_type == "gspo" or self.importance_level == "sequence"
 
 

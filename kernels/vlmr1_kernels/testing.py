@@ -1,4 +1,4 @@
-"""What the tests and benchmarks of every implementation share: random calls, eager torch, the budget of an error."""
+"""Helpers of tests and benchmarks: random inputs, eager oracles and error budgets."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ Inputs = dict[str, Any]  # by the name of the argument
 
 @dataclass(frozen=True)
 class Problem:
-    """A random call of `linear_logprob` and `linear_grpo_loss`."""
+    """Sizes and settings of random inputs of `linear_logprob` and `linear_grpo_loss`."""
 
     lengths: tuple[int, ...]  # rows of each sequence
     dim: int
@@ -27,13 +27,14 @@ class Problem:
 
     @property
     def rows(self) -> int:
+        """N, rows of all sequences."""
         return sum(self.lengths)
 
     def draw(self, seed: int, dtype: torch.dtype) -> Inputs:
-        """float64, with values that `dtype` (hidden, weight, bias) and float32 (the others) hold exactly.
+        """Return float64 inputs, representable in `dtype` (hidden, weight, bias) or float32 (the others).
 
-        Old, reference and sampling log-probs are those of the policy and noise: ratios fall on both sides of
-        every clip.
+        Old, reference and sampling log-probs are the policy's plus noise, so that ratios fall on both sides of every
+        clip.
         """
         generator = torch.Generator().manual_seed(seed)
 
@@ -60,7 +61,7 @@ HEAD = ("hidden", "weight", "bias")
 
 
 def cast(inputs: Inputs, dtype: torch.dtype, device: torch.device | str = "cpu") -> Inputs:
-    """Hidden, weight and bias as fresh leaves in `dtype`, everything else as a trainer holds it."""
+    """Return hidden, weight and bias as new leaves in `dtype`, the other tensors in the dtypes of a trainer."""
     out = {}
     for name, value in inputs.items():
         if name in HEAD:
@@ -73,12 +74,12 @@ def cast(inputs: Inputs, dtype: torch.dtype, device: torch.device | str = "cpu")
 
 
 def gradients(loss: Tensor, inputs: Inputs) -> list[Tensor]:
-    """Of hidden, weight and, where there is one, bias."""
+    """Return the gradients of hidden, weight and, if given, bias."""
     return list(torch.autograd.grad(loss, [inputs[name] for name in HEAD if name in inputs]))
 
 
 def relative_error(value: Tensor, oracle: Tensor) -> float:
-    """L2 norm of the difference over the norm of the oracle, in float64; NaN anywhere gives NaN."""
+    """Return the L2 norm of the difference over that of the oracle, in float64; NaN propagates."""
     oracle = oracle.detach().double()
     difference = (value.detach().double() - oracle).norm()
     scale = oracle.norm()
@@ -86,15 +87,14 @@ def relative_error(value: Tensor, oracle: Tensor) -> float:
 
 
 def pooled(draws: Iterable[Sequence[Tensor]]) -> list[Tensor]:
-    """The results of several draws of one problem, end to end by name: the error of few numbers is luck."""
+    """Concatenate the results of several draws of a problem, so that the error is taken over more numbers."""
     return [torch.cat([value.detach().flatten().cpu() for value in values]) for values in zip(*draws, strict=True)]
 
 
 def assert_within_budget(
     names: Sequence[str], values: Sequence[Tensor], plain: Sequence[Tensor], oracle: Sequence[Tensor]
 ) -> None:
-    """Each value errs against the float64 oracle at most twice as much as plain torch in the same dtype; one
-    rounding of the dtype is always free."""
+    """Assert that the error against the float64 oracle is at most twice that of plain torch plus one rounding."""
     for name, value, other, truth in zip(names, values, plain, oracle, strict=True):
         budget = 2 * relative_error(other, truth) + torch.finfo(other.dtype).eps
         error = relative_error(value, truth)
@@ -110,7 +110,7 @@ def eager_logprob(
     temperature: float = 1.0,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`linear_logprob` with entropy as eager code writes it: all logits at once, then widened."""
+    """Return logp and entropy [N] of `linear_logprob` in eager torch: all logits at once, then cast to float32."""
     logits = hidden @ weight.T if bias is None else hidden @ weight.T + bias  # [N, V]
     logits = logits if logits.dtype == torch.float64 else logits.float()
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)

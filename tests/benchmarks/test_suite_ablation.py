@@ -127,19 +127,21 @@ def test_a_kernel_that_cannot_run_is_refused_and_no_other_takes_its_place(bed: B
     kernels = {**CPU["shared"].kernels, "shared_prefix_decode": "triton"}
     arm = replace(CPU["shared"], name="decode", kernels=kernels)
     reason = fits(TrainerArm(bed, arm).step)
-    assert reason is not None and reason.startswith("shared_prefix_decode: implementation 'triton' refuses: runs on")
+    assert reason is not None and reason.startswith(
+        "shared_prefix_decode: implementation 'triton' does not support this call: runs on"
+    )
 
 
 def test_what_auto_is_asked_is_what_a_step_asks(bed: Bed, monkeypatch: Any):
     """Device, dtype and all of the shape but lengths and counts of rows."""
     asked: dict[str, set[tuple[Any, ...]]] = {}
-    chosen = registry.chosen
+    chosen = registry.select
 
     def noted(op: str, request: registry.Request, impl: str = "auto") -> Any:
         asked.setdefault(op, set()).add((request.device.type, request.dtype, DECISIVE[op](request.shape)))
         return chosen(op, request, impl)
 
-    monkeypatch.setattr(registry, "chosen", noted)
+    monkeypatch.setattr(registry, "select", noted)
     for name in ("naive", "shared"):
         TrainerArm(bed, CPU[name]).step()
     wanted = ablation.requests("cpu", torch.float32, SHAPES["tiny"])

@@ -29,13 +29,13 @@ class Target:
     def interpreted(self) -> bool:
         return self.impl == "triton" and self.device == "cpu"
 
-    def refusal(self, dtype: torch.dtype) -> str | None:
+    def unsupported_reason(self, dtype: torch.dtype) -> str | None:
         request = registry.Request(torch.device(self.device), dtype, EXAMPLE_SHAPES[self.op])
-        return registry.implementations(self.op)[self.impl].refusal(request)
+        return registry.implementations(self.op)[self.impl].unsupported_reason(request)
 
     def run(self, dtype: torch.dtype) -> Callable[..., Any]:
-        """The op in this implementation; skips the test where it refuses the dtype."""
-        reason = self.refusal(dtype)
+        """The op in this implementation; skips the test where it does not support the dtype."""
+        reason = self.unsupported_reason(dtype)
         if reason is not None:
             pytest.skip(f"{self.impl}: {reason}")
         return partial(getattr(vlmr1_kernels, self.op), impl=self.impl)

@@ -110,7 +110,7 @@ def test_compiles_and_agrees(op: str) -> None:
 def test_native_serves_wherever_a_compiler_can_build_it(op: str) -> None:
     if shutil.which("c++") is None:
         pytest.skip("no C++ compiler")
-    assert Target(op, "native", "cpu").refusal(torch.float32) is None
+    assert Target(op, "native", "cpu").unsupported_reason(torch.float32) is None
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -118,12 +118,14 @@ def test_triton_serves_wherever_it_is_installed(op: str) -> None:
     if find_spec("triton") is None:
         pytest.skip("triton is not installed")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    assert Target(op, "triton", device).refusal(torch.float32) is None
+    assert Target(op, "triton", device).unsupported_reason(torch.float32) is None
 
 
 @pytest.mark.parametrize("impl", COMPILED)
 @pytest.mark.parametrize("op", OPS)
 def test_float64_is_refused_by_name(op: str, impl: str) -> None:
     inputs = cast(CASE.draw(0, torch.float64), torch.float64)
-    with pytest.raises(vlmr1_kernels.ImplementationError, match=f"{op}: implementation '{impl}' refuses"):
+    with pytest.raises(
+        vlmr1_kernels.ImplementationError, match=f"{op}: implementation '{impl}' does not support this call"
+    ):
         next(calls(op, inputs, partial(getattr(vlmr1_kernels, op), impl=impl)))

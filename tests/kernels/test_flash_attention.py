@@ -130,17 +130,17 @@ def test_plans_are_made_once() -> None:
     device = torch.device("cpu")
     first, again = (sequences.plan(PrefixLayout((3, 2), ((1,), (4, 0))), device) for _ in range(2))
     assert first is again
-    assert first.own.offsets.tolist() == [0, 3, 5, 6, 10]
-    assert first.own.longest == 4
-    assert first.shared is not None
-    assert first.shared.queries.offsets.tolist() == [0, 1, 5]
-    assert first.shared.keys.offsets.tolist() == [0, 3, 5]
-    assert first.shared.prompts is None
-    some = sequences.plan(PrefixLayout((3, 2, 2), ((1,), (0,), (4,))), device).shared
+    assert first.causal.cu_seqlens.tolist() == [0, 3, 5, 6, 10]
+    assert first.causal.max_length == 4
+    assert first.prefix is not None
+    assert first.prefix.queries.cu_seqlens.tolist() == [0, 1, 5]
+    assert first.prefix.keys.cu_seqlens.tolist() == [0, 3, 5]
+    assert first.prefix.prompts is None
+    some = sequences.plan(PrefixLayout((3, 2, 2), ((1,), (0,), (4,))), device).prefix
     assert some is not None
     assert some.prompts is not None
     assert some.prompts.tolist() == [0, 1, 2, 5, 6]
-    assert some.keys.offsets.tolist() == [0, 3, 5]
+    assert some.keys.cu_seqlens.tolist() == [0, 3, 5]
 
 
 LAYOUTS = {name: CASES[name][0] for name in ("many groups", "groups without branches", "prefill")}

@@ -120,7 +120,9 @@ def test_a_new_layout_does_not_recompile() -> None:
 
 def test_refused_on_cpu() -> None:
     q = torch.zeros(1, 2, 5, 16)
-    with pytest.raises(ImplementationError, match="'flex' refuses: runs on cuda, the tensors are on cpu"):
+    with pytest.raises(
+        ImplementationError, match="'flex' does not support this call: runs on cuda, the tensors are on cpu"
+    ):
         vlmr1_kernels.shared_prefix_attention(q, q, q, PrefixLayout((2,), ((3,),)), impl="flex")
 
 

@@ -18,7 +18,8 @@ from vlmr1_kernels.settings import IMPORTANCE_LEVELS, KL_ESTIMATORS, LOSS_TYPES
 from vlmr1_kernels.testing import HEAD, Inputs, Problem, gradients
 
 pytestmark = pytest.mark.skipif(
-    Target("linear_grpo_loss", "native", "cpu").refusal(torch.float32) is not None, reason="native refuses"
+    Target("linear_grpo_loss", "native", "cpu").unsupported_reason(torch.float32) is not None,
+    reason="native is not available",
 )
 quick = settings(deadline=None, derandomize=True, max_examples=500)
 

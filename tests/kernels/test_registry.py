@@ -11,8 +11,9 @@ from vlmr1_kernels import (
     shared_prefix_attention,
     use,
 )
+from vlmr1_kernels.implementations import Request
 from vlmr1_kernels.native import library
-from vlmr1_kernels.registry import Request, doctor, explain, parse_choices, resolve
+from vlmr1_kernels.registry import explain, explain_all, parse_choices, resolve
 
 ATTENTION = "shared_prefix_attention"
 CPU32 = Request(torch.device("cpu"), torch.float32, (4, 2, 9, 16))
@@ -81,9 +82,11 @@ def test_choices_are_parsed() -> None:
 def test_named_implementation_is_refused_with_the_reason() -> None:
     layout = PrefixLayout((2,), ((1,),))
     q = torch.zeros(1, 2, 3, 8, dtype=torch.float64)
-    with pytest.raises(ImplementationError, match=r"'cpu' refuses: serves float32.*not torch.float64"):
+    with pytest.raises(
+        ImplementationError, match=r"'cpu' does not support this call: supports float32.*not torch.float64"
+    ):
         shared_prefix_attention(q, q, q, layout, impl="cpu")
-    with pytest.raises(ImplementationError, match="refuses"), use(shared_prefix_attention="cpu"):
+    with pytest.raises(ImplementationError, match="does not support"), use(shared_prefix_attention="cpu"):
         shared_prefix_attention(q, q, q, layout)
     with pytest.raises(ImplementationError, match="has no implementation 'flash'"):
         group_advantages(torch.ones(2), 2, impl="flash")
@@ -92,7 +95,7 @@ def test_named_implementation_is_refused_with_the_reason() -> None:
 def test_auto_leaves_the_interpreter_to_those_who_ask_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(library, "problem", lambda: "the native library is not built")
+    monkeypatch.setattr(library, "unavailable_reason", lambda: "the native library is not built")
     found = explain("grpo_loss", CPU32)
     assert found.chosen == "reference"
     assert found.others["triton"] == "usable by name; Triton's interpreter is for tests"
@@ -100,7 +103,7 @@ def test_auto_leaves_the_interpreter_to_those_who_ask_for_it(monkeypatch: pytest
 
 
 def test_auto_says_once_what_it_chose(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_announced", set())
+    monkeypatch.setattr(registry, "_logged", set())
     with caplog.at_level(logging.INFO, logger="vlmr1_kernels"):
         for request in (CPU32, CPU32, CPU32._replace(shape=(4, 2, 11, 16)), CPU64):
             resolve(ATTENTION, "auto", request)
@@ -112,7 +115,7 @@ def test_auto_says_once_what_it_chose(caplog: pytest.LogCaptureFixture, monkeypa
 
 
 def test_doctor_explains_every_op() -> None:
-    explanations = {explanation.op: explanation for explanation in doctor("cpu", torch.float32)}
+    explanations = {explanation.op: explanation for explanation in explain_all("cpu", torch.float32)}
     assert tuple(explanations) == registry.ops()
     assert explanations[ATTENTION].chosen == "cpu"
     assert explanations[ATTENTION].others["reference"] == "usable by name; auto prefers cpu"

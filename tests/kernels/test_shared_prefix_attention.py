@@ -113,7 +113,7 @@ def test_groups_and_branches_do_not_see_each_other(impl: str) -> None:
         (((1, 2, 6, 8), (1, 2, 6, 8), (1, 2, 6, 8)), "q has 6 rows, the layout has 5"),
         (((1, 2, 5, 8), (1, 2, 4, 8), (1, 2, 5, 8)), r"k must be \[1, Hkv, 5, 8\]"),
         (((1, 2, 5, 8), (1, 2, 5, 8), (1, 1, 5, 8)), r"k is \[1, 2, 5, 8\], v is \[1, 1, 5, 8\]"),
-        (((1, 3, 5, 8), (1, 2, 5, 8), (1, 2, 5, 8)), "3 query heads are no multiple of 2"),
+        (((1, 3, 5, 8), (1, 2, 5, 8), (1, 2, 5, 8)), "3 query heads are not a multiple of 2"),
     ],
     ids=["batch", "layout", "rows", "values", "heads"],
 )
@@ -147,7 +147,7 @@ def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
 def test_options_are_refused_by_name() -> None:
     q = torch.zeros(1, 2, 5, 16)
     layout = PrefixLayout((2,), ((3,),))
-    with pytest.raises(ImplementationError, match=r"'cpu' refuses: .* has no softcap, no window"):
+    with pytest.raises(ImplementationError, match=r"'cpu' does not support this call: .* has no softcap, no window"):
         shared_prefix_attention(q, q, q, layout, softcap=3.0, window=2, impl="cpu")
     shared_prefix_attention(q, q, q, layout, softcap=3.0)  # auto looks further
 

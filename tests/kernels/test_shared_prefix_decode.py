@@ -240,7 +240,7 @@ def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 I32 = torch.int32
 BAD: dict[str, tuple[Arguments, str]] = {
     "q": ({"q": zeros(4, 8)}, r"q must be \[B, H, Dh\], it is \[4, 8\]"),
-    "heads": ({"q": zeros(4, 3, 8)}, "3 query heads are no multiple of 2"),
+    "heads": ({"q": zeros(4, 3, 8)}, "3 query heads are not a multiple of 2"),
     "head dimension": ({"keys": zeros(2, 9, 7)}, r"keys must be \[Hkv, R, 8\].*\[2, 9, 7\]"),
     "last stride": ({"values": zeros(2, 8, 9).mT}, r"values must be .* contiguous last.*\[72, 1, 9\]"),
     "pools": ({"values": zeros(2, 9, 8)}, r"keys is \[2, \d+, 8\], values is \[2, 9, 8\]"),

@@ -138,16 +138,16 @@ def half_operands(monkeypatch: pytest.MonkeyPatch) -> None:
     def project_into(logits: Tensor, hidden: Tensor, weight: Tensor) -> None:
         logits.copy_(hidden.float() @ weight.float().T)
 
-    def to_hidden(d_logits: Tensor, weight: Tensor) -> Tensor:
+    def hidden_grad(d_logits: Tensor, weight: Tensor) -> Tensor:
         assert d_logits.dtype == weight.dtype
         return d_logits.float() @ weight.float()
 
-    def add_to_weight(accumulator: Tensor, d_logits: Tensor, hidden: Tensor, beta: int = 1) -> None:
+    def accumulate_weight_grad(accumulator: Tensor, d_logits: Tensor, hidden: Tensor, beta: int = 1) -> None:
         assert d_logits.dtype == hidden.dtype
         accumulator.addmm_(d_logits.float().T, hidden.float(), beta=beta)
 
-    monkeypatch.setattr(head, "operand", lambda matrix: matrix)
-    for replacement in (project_into, to_hidden, add_to_weight):
+    monkeypatch.setattr(head, "gemm_operand", lambda matrix: matrix)
+    for replacement in (project_into, hidden_grad, accumulate_weight_grad):
         monkeypatch.setattr(head, replacement.__name__, replacement)
 
 

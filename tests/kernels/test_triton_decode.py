@@ -71,24 +71,27 @@ def test_scores_of_any_size_do_not_overflow(poison: None) -> None:
 
 
 def test_refusals_are_named() -> None:
-    with pytest.raises(ImplementationError, match="serves head dimensions up to 256, not 264"):
+    with pytest.raises(ImplementationError, match="supports head dimensions up to 256, not 264"):
         run(Case((3,), (1,), (1,), head_dim=264).draw(), torch.float32)
-    with pytest.raises(ImplementationError, match="serves float32, bfloat16 and float16, not"):
+    with pytest.raises(ImplementationError, match="supports float32, bfloat16 and float16, not"):
         run(Case((3,), (1,), (1,)).draw(), torch.float64)
 
 
 COMPILE = """
 import json, re, sys
 import torch
-from vlmr1_kernels.triton import resources
+from vlmr1_kernels.inputs import DecodeTables
+from tests.kernels import resources
 from vlmr1_kernels.triton.shared_prefix_decode import shared_prefix_decode
 
 def step(dtype, head_dim, heads, kv_heads, max_group, *, groups=8, max_prefix=1024, blocks=32, rows=70_000):
     integers = lambda *shape: resources.meta(*shape, dtype=torch.int32)
     batch, pool = max_group * groups, resources.meta(kv_heads, rows, head_dim, dtype=dtype)
+    tables = DecodeTables(
+        integers(groups + 1), integers(groups), integers(groups), integers(batch, blocks), integers(batch)
+    )
     shared_prefix_decode(
-        resources.meta(batch, heads, head_dim, dtype=dtype), pool, pool, integers(groups + 1), integers(groups),
-        integers(groups), integers(batch, blocks), integers(batch), block=16, max_group=max_group,
+        resources.meta(batch, heads, head_dim, dtype=dtype), pool, pool, tables, block=16, max_group=max_group,
         max_prefix=max_prefix, scale=0.1,
     )
 """

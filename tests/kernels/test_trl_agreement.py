@@ -94,7 +94,7 @@ def test_every_loss_type_is_compared() -> None:
 @pytest.mark.parametrize("target", targets("grpo_loss"))
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
 def test_loss_and_gradient_are_those_of_trl(options: dict[str, Any], target: Target, trainer_class: Any) -> None:
-    dtype = torch.float32 if target.refusal(torch.float64) else torch.float64
+    dtype = torch.float32 if target.unsupported_reason(torch.float64) else torch.float64
     run, settings, count = target.run(dtype), GRPOSettings(**options), sum(LENGTHS)
     logp = (-2 * torch.rand(count, dtype=dtype)).requires_grad_()
     entropy = torch.rand(count, dtype=dtype)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from vlmr1.grpo.buffer import ROLLOUTS
-from vlmr1.lifecycle.checkpoint import STAGING, is_complete
+from vlmr1.lifecycle.checkpoint import STAGING, integrity_error
 from vlmr1.report.progress import COMPLETIONS, read_metrics
 from vlmr1.tiny import digits
 
@@ -53,7 +53,7 @@ def hangs(completions, **columns):
     FLAG.with_name("hangs").touch()
     re.match("(a+)+$", "a" * 60 + "b")  # for years, without letting another thread run
 
-apart.one_by_one = dies.one_by_one = hangs.one_by_one = True
+apart.isolated = dies.isolated = hangs.isolated = True
 """
 
 
@@ -95,7 +95,7 @@ def command(data: Path, output: Path, *more: str) -> list[str]:
 def assert_whole(output: Path, undisturbed: Path) -> None:
     """Every checkpoint that counts as complete is what the undisturbed run had at that step."""
     for checkpoint in output.glob("checkpoint-*"):
-        if is_complete(checkpoint):
+        if integrity_error(checkpoint) is None:
             assert differences(checkpoint, undisturbed / checkpoint.name) == []
 
 

@@ -1,7 +1,8 @@
-"""What this machine has, and which implementation each op would pick on it."""
+"""`vlmr1 doctor`: what this machine has, and which implementation each op would pick on it."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -26,6 +27,14 @@ OPTIONAL = (
     "nvidia-ml-py",
 )
 ABSENT = "not installed"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command has no arguments."""
+
+
+def run(options: argparse.Namespace, rest: list[str]) -> None:
+    print(doctor())
 
 
 def doctor() -> str:
@@ -78,14 +87,14 @@ def _gpus() -> list[tuple[str, str]]:
 
 
 def _native() -> str:
-    return library.problem() or f"{library.PATH.name}, instruction set {library.backend()}"
+    return library.unavailable_reason() or f"{library.PATH.name}, instruction set {library.backend()}"
 
 
 def _ops() -> list[str]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     lines = [f"Ops (on {device} in {str(dtype).removeprefix('torch.')})"]
-    for explanation in registry.doctor(device, dtype):
+    for explanation in registry.explain_all(device, dtype):
         lines.append(f"  {explanation.op:<26}{explanation.chosen}")
         lines += [f"    not {name}: {why}" for name, why in explanation.others.items()]
     return lines

@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmr1.data.rows import Row, Rows
-from vlmr1.errors import SettingError
-
-EXTRA = "data"  # the extra of the package that installs `datasets`
+from vlmr1.errors import SettingError, import_for
 
 
 class DatasetRows(Rows):
@@ -50,13 +48,7 @@ def hub_rows(name: str, split: str) -> DatasetRows:
 
 def imported(name: str) -> Any:
     """The `datasets` package; SettingError that names the extra where it is not installed."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise SettingError(
-            f"data_file_paths: {name} needs the package datasets: pip install 'vlmr1[{EXTRA}]'"
-        ) from error
-    return datasets
+    return import_for(f"data_file_paths: {name}", "datasets", "vlmr1[data]")
 
 
 def _made(name: str, load: Callable[[], Any]) -> DatasetRows:

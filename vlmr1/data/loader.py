@@ -15,7 +15,7 @@ from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import BatchSampler, DataLoader, Dataset, get_worker_info
 
 from vlmr1.errors import UserError
-from vlmr1.lifecycle.processes import serve_run
+from vlmr1.lifecycle.processes import init_worker
 from vlmr1.types import Prompt
 
 
@@ -66,7 +66,7 @@ def prompt_loader(dataset: Any, sampler: BatchSampler, args: Any, accelerator: A
         "prefetch_factor": args.dataloader_prefetch_factor,
         "multiprocessing_context": args.dataloader_multiprocessing_context or None,
         "in_order": args.dataloader_in_order,
-        "worker_init_fn": serve_run,
+        "worker_init_fn": init_worker,
     }
     loader = DataLoader(Batches(dataset), batch_sampler=sampler, collate_fn=as_list, **workers)
     config = accelerator.dataloader_config

@@ -1,7 +1,7 @@
-"""All-reduce bandwidth between machines: `torchrun ... -m vlmr1.distributed.allreduce`.
+"""Measures the all-reduce bandwidth between machines: `torchrun ... -m vlmr1.distributed.allreduce`.
 
-Bus bandwidth is 2 (n - 1) / n bytes a rank over the seconds of one all-reduce, which does not depend on the number n of
-ranks where the links are the limit (the definition of nccl-tests)."""
+Bus bandwidth is 2 (n - 1) / n * bytes / seconds with n ranks, as in nccl-tests; it is independent of n if the links are
+the bottleneck."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ MIB = 2**20
 
 
 def bus_bandwidth(size: int, seconds: float, ranks: int) -> float:
-    """2 (n - 1) / n * bytes / seconds, in GB/s."""
+    """Return 2 (n - 1) / n * bytes / seconds in GB/s."""
     return 2 * (ranks - 1) / ranks * size / seconds / 1e9
 
 
 def measure(size: int, rounds: int, device: torch.device) -> float:
-    """Median seconds of one all-reduce of `size` bytes of float32; the sum is checked first."""
+    """Return the median seconds of an all-reduce of `size` bytes of float32. RuntimeError if its sum is wrong."""
     values = torch.full((size // 4,), float(dist.get_rank() + 1), device=device)
     dist.all_reduce(values)
     ranks = dist.get_world_size()
     if not bool((values == ranks * (ranks + 1) / 2).all()):
-        raise RuntimeError(f"an all-reduce of {size} bytes gave another sum than that of the ranks")
+        raise RuntimeError(f"an all-reduce of {size} bytes returned a wrong sum")
     seconds = []
     for _ in range(rounds):
         values.fill_(1.0)
@@ -45,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="All-reduce bandwidth over the ranks of torchrun.", allow_abbrev=False)
     parser.add_argument("--mib", type=int, nargs="+", default=[1, 16, 256])
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--timeout", type=float, default=60, help="seconds, after which a rank that waits gives up")
+    parser.add_argument("--timeout", type=float, default=60, help="seconds after which a waiting rank gives up")
     options = parser.parse_args()
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")

@@ -53,11 +53,11 @@ def exchange(
     """This rank's groups of each of `parts` updates, from those that it drew; `tokens` is what each costs.
 
     A group that goes to another rank is sent without its prompt, which is made again there from its sample."""
-    if ranks.world == 1:
+    if ranks.world_size == 1:
         return parts_of(groups, parts)
     costs = ranks.all_gather(list(tokens))
     everyone = interleaved([[Place(r, i, n) for i, n in enumerate(own)] for r, own in enumerate(costs)])
-    plans = [balance_over_ranks(part, ranks.world) for part in parts_of(everyone, parts)]  # [parts][ranks]
+    plans = [balance_over_ranks(part, ranks.world_size) for part in parts_of(everyone, parts)]  # [parts][ranks]
     leaving = {p.index for plan in plans for r, own in enumerate(plan) for p in own if p.home == ranks.rank != r}
     moves = any(place.home != rank for plan in plans for rank, own in enumerate(plan) for place in own)
     sent = ranks.all_gather({i: _without_prompt(groups[i]) for i in leaving}) if moves else []

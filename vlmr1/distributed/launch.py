@@ -1,6 +1,6 @@
-"""`vlmr1 train --launch NAME`: the command that starts one process a device, printed and run.
+"""`vlmr1 train --launch NAME`: prints and runs the torchrun command that starts one process per device.
 
-The engines are configured as `accelerate launch` would: by the environment, and for DeepSpeed by a file of configs/.
+Engines are configured as by `accelerate launch`: by environment variables, and for DeepSpeed by a file of configs/.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from vlmr1.errors import SettingError
 
-# Ranks end the step that is running and write a checkpoint: torchrun hands the signals on, and waits.
+# torchrun forwards the signals and waits, while ranks finish their step and write a checkpoint.
 SIGNALS = ("--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "--shutdown-timeout", "3600")
 CONFIGS = Path(__file__).parent / "configs"
 FSDP2 = {
@@ -43,7 +43,9 @@ LAUNCHES: Mapping[str, Mapping[str, str]] = {
 
 
 def launch_command(name: str, processes: int, arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """(environment to add, command) that trains with `arguments` in so many processes of this machine."""
+    """Return (environment variables to add, command) that trains with `arguments` in `processes` local processes.
+
+    SettingError for an unknown engine, fewer than one process, or an engine that needs GPUs where there are none."""
     if name not in LAUNCHES:
         raise SettingError(f"--launch: unknown {name!r}; known: {', '.join(LAUNCHES)}")
     if processes < 1:
@@ -57,7 +59,7 @@ def launch_command(name: str, processes: int, arguments: Sequence[str]) -> tuple
 
 
 def _on_cpu(name: str) -> tuple[dict[str, str], list[str]]:
-    """What the engines need further where there is no GPU."""
+    """Return (environment variables, arguments) that an engine needs additionally on CPU."""
     if name == "ddp":
         return {}, ["--use_cpu", "true"]
     if name == "fsdp2":
@@ -66,7 +68,7 @@ def _on_cpu(name: str) -> tuple[dict[str, str], list[str]]:
 
 
 def check_processes(world: int) -> None:
-    """SettingError where the processes do not see each other."""
+    """SettingError if this process sees another number of processes than were launched."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if processes != world:
         raise SettingError(
@@ -76,7 +78,7 @@ def check_processes(world: int) -> None:
 
 
 def check_launched(world: int, accelerator: Any) -> None:
-    """SettingError where the processes do not see each other, or the engine that was asked for is not in use."""
+    """SettingError if the processes do not see each other, or the requested engine is not in use."""
     check_processes(world)
     for name, engine in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DEEPSPEED")):
         if os.environ.get(name, "").lower() == "true" and accelerator.distributed_type != engine:
@@ -84,7 +86,7 @@ def check_launched(world: int, accelerator: Any) -> None:
 
 
 def launch(name: str, processes: int | None, arguments: Sequence[str]) -> NoReturn:
-    """Print the command and become it. One process a GPU, or `processes`."""
+    """Print the launch command and replace this process by it; one process per GPU by default."""
     count = processes or torch.cuda.device_count() or 1
     environment, command = launch_command(name, count, arguments)
     words = [f"{key}={shlex.quote(value)}" for key, value in environment.items()]
@@ -92,8 +94,8 @@ def launch(name: str, processes: int | None, arguments: Sequence[str]) -> NoRetu
     os.execvpe(command[0], command, os.environ | environment)
 
 
-def launched_as() -> str:
-    """What this process was launched with: ddp, fsdp2, or zero with its stage and offload."""
+def launch_name() -> str:
+    """Return the name of the engine that this process was launched with, as for --launch."""
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         return "fsdp2"
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":

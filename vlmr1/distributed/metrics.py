@@ -25,7 +25,7 @@ COUNTS = (
     "packed_tokens",
     "repeated_prompt_tokens",
     "rollout/tokens_per_second",
-    "rollout/sent_back",
+    "rollout/preemptions",
     "rollout/out_of_memory",
     "dynamic_sampling/groups_drawn",
     "dynamic_sampling/groups_replaced",
@@ -58,7 +58,7 @@ def all_losses(
     loss: Tensor, tokens: int, parts: Sequence[dict[str, Tensor]], ranks: Ranks
 ) -> tuple[Tensor, dict[str, float]]:
     """The step's loss [] and metrics, from each rank's share, its completion tokens and the metrics of its packs."""
-    if ranks.world == 1:
+    if ranks.world_size == 1:
         return loss, combine(parts, tokens=tokens)
     own = [{name: value.cpu() for name, value in part.items() if name != "logp"} for part in parts]
     losses, counts, lists = zip(*ranks.all_gather((float(loss), tokens, own)), strict=True)

@@ -1,4 +1,4 @@
-"""Engines that shard parameters (ZeRO-3, FSDP2): rollouts with all of them, and a reference model of their kind."""
+"""Sharded parameters (ZeRO-3, FSDP2): full parameters for rollouts, a sharded reference, mixed precision."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 
 def sharding_of(accelerator: Any) -> Sharding | None:
-    """How parameters are spread over the ranks; None where each has them all. SettingError for FSDP of version 1."""
+    """Return how parameters are sharded, None if every rank has all of them. SettingError for FSDP version 1."""
     deepspeed = accelerator.state.deepspeed_plugin
     if deepspeed is not None:
         return "zero3" if deepspeed.zero_stage == 3 else None
@@ -32,38 +32,40 @@ def sharding_of(accelerator: Any) -> Sharding | None:
 
 
 def check_fsdp(version: int) -> None:
-    """SettingError for another version than 2."""
+    """SettingError for an FSDP version other than 2."""
     if version != 2:
-        raise SettingError("FSDP of version 1 is not supported: set fsdp_version to 2, or use --launch fsdp2")
+        raise SettingError("FSDP version 1 is not supported: set fsdp_version to 2, or use --launch fsdp2")
 
 
 def check_sharded(args: Any, sharding: Sharding | None, *, engine: bool) -> None:
-    """SettingError for settings that an `engine` of several ranks cannot honour, or that sharded weights do not
-    allow: 4 bits, a reference in host memory, and with ZeRO-3 what reads weights outside of their modules or what a
-    reference that is read again is without."""
+    """SettingError for settings that are not supported with several ranks (`engine`) or with sharded weights."""
     if engine and args.stochastic_rounding:
-        raise SettingError("stochastic_rounding needs one process: others add up gradients in the dtype of weights")
+        raise SettingError("stochastic_rounding needs one process: several sum gradients in the dtype of the weights")
     if sharding is None:
         return
     if args.load_in_4bit:
-        raise SettingError(f"load_in_4bit is not supported where {sharding} shards the weights: use ddp or zero2")
+        raise SettingError(f"load_in_4bit is not supported with {sharding}, which shards weights: use ddp or zero2")
     if args.use_dora and sharding == "zero3":
-        raise SettingError("use_dora is not supported with zero3: peft reads weights that are not gathered; use fsdp2")
+        raise SettingError(
+            "use_dora is not supported with zero3, since peft reads weights that are not gathered: use fsdp2"
+        )
     if args.sync_ref_model and args.use_peft and sharding == "zero3":
         raise SettingError(
-            "sync_ref_model with use_peft is not supported with zero3, where the reference is read again and has no "
-            "adapter: use fsdp2"
+            "sync_ref_model with use_peft is not supported with zero3, whose reference has no adapter: use fsdp2"
         )
     if args.reference == "offload":
-        raise SettingError(f"reference=offload is not supported with {sharding}, which shards the reference too")
+        raise SettingError(f"reference=offload is not supported with {sharding}, which shards the reference")
     if args.use_liger_kernel and args.beta > 0 and sharding == "zero3":
-        raise SettingError("use_liger_kernel needs beta 0 with zero3: the reference would be without")
+        raise SettingError(
+            "use_liger_kernel needs beta 0 with zero3, which loads the reference again without its kernels"
+        )
 
 
 @contextmanager
-def whole(model: Any, sharding: Sharding | None) -> Iterator[None]:
-    """In this block each rank has every parameter, and forwards of the model and of its parts run without collectives:
-    ranks that draw completions of other lengths call them at other times."""
+def summon_full_params(model: Any, sharding: Sharding | None) -> Iterator[None]:
+    """Context manager in which every rank has all parameters and forwards run without collectives.
+
+    Ranks generate completions of different lengths, so their forwards do not match."""
     if sharding is None:
         yield
         return
@@ -79,9 +81,10 @@ def whole(model: Any, sharding: Sharding | None) -> Iterator[None]:
 
 
 @contextmanager
-def without_adapter(model: Any) -> Iterator[None]:
-    """In this block the adapter of a `peft.PeftModel` is off. peft's own way also sets `requires_grad` of the
-    parameters that modules hold: with FSDP they may be gathered ones, and what it reads in a first forward stays."""
+def disable_adapter(model: Any) -> Iterator[None]:
+    """Context manager that disables the adapter of a `peft.PeftModel`.
+
+    peft's own also sets `requires_grad` on the parameters of modules, which with FSDP may be the gathered ones."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -96,14 +99,15 @@ def without_adapter(model: Any) -> Iterator[None]:
             layer._disable_adapters = off
 
 
-def release(model: nn.Module) -> None:
-    """FSDP leaves some units gathered behind a forward, for a backward; here there is none."""
+def reshard(model: nn.Module) -> None:
+    """Reshard all FSDP units: some stay gathered after a forward, for a backward that does not come here."""
     _reshard(_units(model))
 
 
-def keep_float32(accelerator: Any, sharding: Sharding | None) -> None:
-    """Where FSDP gathers weights in bfloat16: what forwards return (log-probs) and sums of gradients are float32, as
-    with one process; the rest is left to autocast."""
+def set_fsdp_mixed_precision(accelerator: Any, sharding: Sharding | None) -> None:
+    """Set the FSDP2 policy for bf16: bfloat16 weights, float32 outputs (log-probs) and gradient reduction.
+
+    Inputs are not cast; autocast casts the rest, as with one process."""
     if sharding == "fsdp2" and accelerator.mixed_precision == "bf16":
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False
@@ -111,9 +115,8 @@ def keep_float32(accelerator: Any, sharding: Sharding | None) -> None:
 
 
 @torch.no_grad()
-def round_early(model: Any, accelerator: Any, *, bf16: bool) -> None:
-    """With bfloat16, ZeRO-2 rounds all weights when it starts, and its float32 masters begin there. Rounded before the
-    reference is copied, that is what the policy is, in the same dtype: the KL begins at 0."""
+def round_zero2_weights(model: Any, accelerator: Any, *, bf16: bool) -> None:
+    """Round the weights to bfloat16 as ZeRO-2 will, before the reference is copied, so that the KL starts at 0."""
     deepspeed = accelerator.state.deepspeed_plugin
     if bf16 and deepspeed is not None and deepspeed.zero_stage < 3:
         for parameter in model.parameters():
@@ -143,41 +146,43 @@ def _reshard(units: Sequence[FSDPModule]) -> None:
 
 @contextmanager
 def _without_hooks(model: nn.Module) -> Iterator[None]:
-    """The engine's forward hooks would release what was gathered."""
-    kept = [(module, name, getattr(module, name)) for module in model.modules() for name in HOOKS]
-    for module, name, _ in kept:
+    """Remove forward hooks, which would release gathered parameters."""
+    removed = [(module, name, getattr(module, name)) for module in model.modules() for name in HOOKS]
+    for module, name, _ in removed:
         setattr(module, name, OrderedDict())
     try:
         yield
     finally:
-        for module, name, hooks in kept:
+        for module, name, hooks in removed:
             setattr(module, name, hooks)
 
 
-def meet_in_backward(decoder: nn.Module) -> None:
-    """The decoder's input always has a gradient. Engines call each other by hooks of what has one: with embeddings that
-    are frozen and a tower that is not, ranks without an image would meet the others in another order."""
-    decoder.register_forward_pre_hook(_with_gradient, with_kwargs=True)
+def require_input_grads(decoder: nn.Module) -> None:
+    """Make the input embeddings of the decoder require a gradient.
+
+    Engines launch collectives from gradient hooks. With frozen embeddings and a trained vision tower, ranks without an
+    image would otherwise launch them in another order."""
+    decoder.register_forward_pre_hook(_require_grad, with_kwargs=True)
 
 
-def _with_gradient(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+def _require_grad(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     if torch.is_grad_enabled():
         kwargs["inputs_embeds"].requires_grad_(True)
 
 
-def gathered_state(model: Any, *, trained_only: bool) -> dict[str, Any]:
-    """With FSDP: whole tensors in host memory, on rank 0; every rank has to call it."""
+def full_state_dict(model: Any, *, trained_only: bool) -> dict[str, Any]:
+    """Return the full state dict of an FSDP model on rank 0, in host memory; every rank must call it."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
     return get_model_state_dict(model, options=options)
 
 
 def is_partitioned(model: nn.Module) -> bool:
-    """Whether ZeRO-3 spread the parameters when they were read."""
+    """Return whether ZeRO-3 partitioned the parameters when the model was loaded."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def sharded_reference(model: nn.Module, accelerator: Any, sharding: Sharding) -> nn.Module:
-    """A frozen model, spread over the ranks as the policy is; the wrapper whose call fires the engine's hooks."""
+    """Shard a frozen model as the policy is and return the wrapper whose call fires the engine's hooks."""
     if sharding == "fsdp2":
         from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 

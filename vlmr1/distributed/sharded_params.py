@@ -1,6 +1,6 @@
-"""Parameters of which each rank holds a part: two of them mixed, read whole, and written.
+"""Parameters that are sharded over the ranks: interpolate, gather and scatter.
 
-Every rank has to call each function, for the same parameters in the same order."""
+Every rank must call each function, for the same parameters in the same order."""
 
 from __future__ import annotations
 
@@ -14,34 +14,33 @@ from vlmr1.distributed.sharded import Sharding
 
 
 @torch.no_grad()
-def mix(parameter: Any, other: Any, alpha: float, sharding: Sharding | None) -> None:
-    """parameter = (1 - alpha) parameter + alpha other, in place; both are spread over the ranks alike.
+def lerp_(parameter: Any, other: Any, alpha: float, sharding: Sharding | None) -> None:
+    """Set parameter = (1 - alpha) * parameter + alpha * other in place; both are sharded alike.
 
-    ZeRO-3 has further copies of some partitions (gathered, quantized, on a disk): it is told of the change by its own
-    way to make one."""
+    ZeRO-3 may hold further copies of a partition (gathered, quantized, on disk), which `GatheredParameters` updates."""
     if sharding == "zero3":
         from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters([other]), GatheredParameters([parameter], modifier_rank=0):
-            _mix(parameter, other.detach(), alpha)
+            _lerp(parameter, other.detach(), alpha)
     elif sharding == "fsdp2":
-        _mix(parameter.to_local(), other.detach().to_local(), alpha)
+        _lerp(parameter.to_local(), other.detach().to_local(), alpha)
     else:
-        _mix(parameter, other.detach(), alpha)
+        _lerp(parameter, other.detach(), alpha)
 
 
-def _mix(parameter: Tensor, other: Tensor, alpha: float) -> None:
+def _lerp(parameter: Tensor, other: Tensor, alpha: float) -> None:
     parameter.mul_(1 - alpha).add_(other.to(parameter.device), alpha=alpha)
 
 
 @torch.no_grad()
-def read(parameter: Any, sharding: Sharding | None, *, keep: bool) -> Tensor | None:
-    """The whole tensor: one process's own, else a copy in host memory on ranks that `keep` it, None on the others."""
+def gather_full(parameter: Any, sharding: Sharding | None, *, keep: bool) -> Tensor | None:
+    """Return the full tensor on ranks that `keep` it, else None: a CPU copy if sharded, else the parameter itself."""
     if sharding is None:
         return parameter.detach() if keep else None
     if sharding == "fsdp2":
-        whole = parameter.detach().full_tensor()
-        return whole.cpu() if keep else None
+        full = parameter.detach().full_tensor()
+        return full.cpu() if keep else None
     from deepspeed.runtime.zero import GatheredParameters
 
     with GatheredParameters([parameter]):
@@ -49,15 +48,15 @@ def read(parameter: Any, sharding: Sharding | None, *, keep: bool) -> Tensor | N
 
 
 @torch.no_grad()
-def write(parameter: Any, whole: Tensor, sharding: Sharding | None) -> None:
-    """Take the values of a whole tensor, which each rank has."""
+def scatter_full(parameter: Any, full: Tensor, sharding: Sharding | None) -> None:
+    """Copy a full tensor, which every rank has, to the sharded parameter."""
     if sharding == "zero3":
         from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters([parameter], modifier_rank=0):
-            parameter.copy_(whole)
+            parameter.copy_(full)
     elif sharding == "fsdp2":
-        own = whole.to(parameter.device)
-        parameter.copy_(distribute_tensor(own, parameter.device_mesh, parameter.placements, src_data_rank=None))
+        full = full.to(parameter.device)
+        parameter.copy_(distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None))
     else:
-        parameter.copy_(whole)
+        parameter.copy_(full)

@@ -12,8 +12,8 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from vlmr1.data.boxes import Box, area, to_xywh
 from vlmr1.evaluation.bootstrap import counts
-from vlmr1.rewards.answer import Box
 
 ALL_SIZES = [[0.0, 1e10]]  # px^2
 THRESHOLDS = {"ap": slice(None), "ap50": slice(0, 1), "ap75": slice(5, 6)}  # of 0.50, 0.55, ..., 0.95
@@ -167,10 +167,8 @@ def _coco(images: int, labels: Sequence[str], annotations: list[dict[str, Any]])
 
 
 def _entry(number: int, image: int, category: int, box: Box) -> dict[str, Any]:
-    x1, y1, x2, y2 = box
-    width, height = max(0.0, x2 - x1), max(0.0, y2 - y1)  # an inverted box has no area
-    bbox = [x1, y1, width, height]
-    return {"id": number, "image_id": image, "category_id": category, "bbox": bbox, "area": width * height}
+    place = {"bbox": to_xywh(box), "area": area(box)}
+    return {"id": number, "image_id": image, "category_id": category, **place}
 
 
 def _mean(precision: np.ndarray) -> float:

@@ -16,8 +16,9 @@ from transformers.utils.hub import cached_file
 from vlmr1.data.sources import split_names
 from vlmr1.errors import SettingError
 from vlmr1.evaluation.options import Options
-from vlmr1.evaluation.rows import Data, file_digests, sha256
-from vlmr1.models.lora import base_name, is_adapter
+from vlmr1.evaluation.rows import Data, file_digests
+from vlmr1.lifecycle.checkpoint import is_adapter, sha256_of_file
+from vlmr1.models.lora import base_name
 from vlmr1_kernels.registry import ENVIRONMENT_VARIABLE
 
 BEGUN = "evaluation.json"
@@ -46,7 +47,7 @@ CODE = "*.py"  # what trust_remote_code runs
 PACKAGES = ("vlmr1", "torch", "transformers", "pillow", "numpy", "pycocotools")
 
 
-def identity(name: str, path: str, model: Any, options: Options, data: Data) -> dict[str, Any]:
+def fingerprint(name: str, path: str, model: Any, options: Options, data: Data) -> dict[str, Any]:
     """Everything that one needs to repeat an evaluation of the model called `name`, which is read from `path`."""
     return {
         "model": {
@@ -117,7 +118,7 @@ def model_digest(folder: Path) -> str:
     for path in (folder / name for name in (*weights, *READ, *code)):
         if path.is_file():
             digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-            digest.update(bytes.fromhex(sha256(path)))
+            digest.update(bytes.fromhex(sha256_of_file(path)))
     if is_adapter(folder):
         digest.update(f"base {model_digest(model_folder(*base_name(folder)))}\n".encode())
     return digest.hexdigest()

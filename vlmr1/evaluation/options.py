@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from vlmr1.data.box_coordinates import Setting
 from vlmr1.data.templates import question_text
 from vlmr1.errors import SettingError
-from vlmr1.models.boxes import Setting
 from vlmr1.rewards.judge import Judge
 from vlmr1.rewards.settings import RewardSettings
 from vlmr1.rollout import ENGINES

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from vlmr1.data.boxes import Size
 from vlmr1.errors import UserError
-from vlmr1.models.boxes import Size
 
 COMPLETIONS = "completions.jsonl"
 PARTS = "completions.rank-*.jsonl"
@@ -26,6 +26,12 @@ class Record:
     finish_reason: str  # "stop" | "length"
     image_size: Size | None = None  # width and height of the upright file in px, of rows with one image
     box_extent: Size | None = None  # what the lower right corner of that image is, in the coordinates of the model
+
+    @property
+    def sizes(self) -> tuple[Size, Size]:
+        """The extent of the coordinates that the boxes are in, and the size of the image in px."""
+        assert self.box_extent is not None and self.image_size is not None
+        return self.box_extent, self.image_size
 
     def line(self) -> str:
         return json.dumps(asdict(self)) + "\n"

@@ -26,9 +26,9 @@ class BufferSampler(BatchSampler):
     def __init__(
         self, sampler: Sampler, *, prompts: int, parts: int, iterations: int, drop_last: bool, ranks: Ranks = ALONE
     ):
-        super().__init__(sampler, prompts * parts * ranks.world, drop_last)
+        super().__init__(sampler, prompts * parts * ranks.world_size, drop_last)
         self.ranks = ranks
-        self.least = parts * ranks.world
+        self.least = parts * ranks.world_size
         self.updates = parts * iterations
 
     @classmethod
@@ -43,7 +43,7 @@ class BufferSampler(BatchSampler):
             ranks=ranks,
         )
         if not len(made):
-            each = "" if ranks.world == 1 else f" on each of {ranks.world} ranks"
+            each = "" if ranks.world_size == 1 else f" on each of {ranks.world_size} ranks"
             raise SettingError(
                 f"{len(sampler)} rows are too few: an update needs one{each}, and steps_per_generation is "
                 f"{args.steps_per_generation} (dataloader_drop_last is {args.dataloader_drop_last})"
@@ -53,7 +53,7 @@ class BufferSampler(BatchSampler):
     def __iter__(self) -> Iterator[list[int]]:
         for batch in super().__iter__():
             if len(batch) >= self.least:
-                yield batch[self.ranks.rank :: self.ranks.world]
+                yield batch[self.ranks.rank :: self.ranks.world_size]
                 yield from ([] for _ in range(self.updates - 1))  # the Trainer's loop takes a batch an update
 
     def __len__(self) -> int:
@@ -78,7 +78,7 @@ class Buffer:
         """`prompt_of`: the prompt of a `Sample.index`."""
         self.iterations = iterations
         self.prompt_of = prompt_of
-        self.file = ROLLOUTS if ranks.world == 1 else f"{ranks.rank}-{ROLLOUTS}"
+        self.file = ROLLOUTS if ranks.world_size == 1 else f"{ranks.rank}-{ROLLOUTS}"
         self.minibatches: list[Minibatch] = []
         self.used = 0
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from vlmr1.rollout.sampling import mix
+from vlmr1.rollout.sampling import hash_keys
 from vlmr1.types import Group
 
 RESERVOIR = "reserve.json"  # of a checkpoint
@@ -44,7 +44,7 @@ class PromptReservoir:
     def _next(self) -> int:
         turn, place = divmod(self.position, len(self.indices))
         if turn != self._turn:
-            random = torch.Generator().manual_seed(int(mix(self.seed, STREAM, turn)) % 2**63)
+            random = torch.Generator().manual_seed(int(hash_keys(self.seed, STREAM, turn)) % 2**63)
             self._turn, self._order = turn, torch.randperm(len(self.indices), generator=random)
         self.position += 1
         return int(self._order[place])

@@ -46,7 +46,7 @@ def warn_if_logp_differs(metrics: dict[str, float], step: int, threshold: float)
     if difference > threshold:
         logger.warning(
             "step %d: the log-probs of the rollout engine and of the policy differ by %.3f nats a token "
-            "(rollout_logp_alarm is %g); old_logprobs=recompute keeps them out of the ratio",
+            "(rollout_logp_warn_threshold is %g); old_logprobs=recompute keeps them out of the ratio",
             step,
             difference,
             threshold,

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from vlmr1.distributed.sharded import meet_in_backward, whole
+from vlmr1.distributed.sharded import require_input_grads, summon_full_params
 from vlmr1.errors import MemoryShort
 from vlmr1.grpo.pack_budget import PackBudget, PackTooLarge, catch_oom, free_memory
 from vlmr1.grpo.packing import (
@@ -47,7 +47,7 @@ class PackRunner:
         self.budget = PackBudget(args.tokens_per_pack)
         self.counts: dict[str, float] = {}  # metrics of the last packs of an update
         if dummy_image is not None and parallel.sharding is not None:
-            meet_in_backward(attrgetter(policy.family.decoder_path)(policy.model))
+            require_input_grads(attrgetter(policy.family.decoder_path)(policy.model))
 
     # Groups -> packs
 
@@ -160,5 +160,5 @@ class PackRunner:
         if not self.parallel.ranks.all_reduce_max(sum(ref not in features.kept for ref in refs)):
             return
         precision = autocast(self.args.device, self.policy.dtype)  # as in a rollout
-        with whole(model, sharding), precision, torch.no_grad():
+        with summon_full_params(model, sharding), precision, torch.no_grad():
             encode(self.policy.family, self.policy.model, refs, images, features)

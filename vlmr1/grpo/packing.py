@@ -18,8 +18,7 @@ from vlmr1.types import Completion, Group, Pack
 from vlmr1_kernels import PrefixLayout
 
 if TYPE_CHECKING:
-    from vlmr1.data.images import ImageRef
-    from vlmr1.models.family import ImageInputs
+    from vlmr1.types import ImageInputs, ImageRef
 
 
 def plan_packs(

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from vlmr1.distributed.sharded import Sharding, whole
+from vlmr1.distributed.sharded import Sharding, summon_full_params
 from vlmr1.grpo.loss import Objective
 from vlmr1.models.attention import PackedAttention, autocast
 from vlmr1.models.family import ImageFeatures, ModelFamily
@@ -45,7 +45,7 @@ def weights_for_rollout(
     wrapped: Any, trained: Any, sharding: Sharding | None, *, merge_adapter: bool
 ) -> Iterator[None]:
     """In this block each rank has all weights, and the adapter of `trained` is merged where asked for."""
-    with whole(wrapped, sharding), merged(trained) if merge_adapter else nullcontext():
+    with summon_full_params(wrapped, sharding), merged(trained) if merge_adapter else nullcontext():
         yield
 
 

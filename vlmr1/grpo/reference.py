@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from vlmr1.distributed.sharded import Sharding, is_partitioned, release, sharded_reference, without_adapter
-from vlmr1.distributed.sharded_params import mix, read, write
+from vlmr1.distributed.sharded import Sharding, disable_adapter, is_partitioned, reshard, sharded_reference
+from vlmr1.distributed.sharded_params import gather_full, lerp_, scatter_full
 from vlmr1.grpo.policy import PackedPolicy, call
 from vlmr1.models import load_model
 from vlmr1.types import Pack
@@ -81,7 +81,7 @@ class Reference:
         try:
             yield
         finally:
-            release(self.wrapped)
+            reshard(self.wrapped)
 
     def logprobs(self, pack: Pack) -> Tensor:
         """[N] float32"""
@@ -92,24 +92,24 @@ class Reference:
 
     def sync(self, alpha: float) -> None:
         """reference = alpha * policy + (1 - alpha) * reference; TR-DPO, arXiv:2404.09656."""
-        release(self.trained)
-        release(self.wrapped)
+        reshard(self.trained)
+        reshard(self.wrapped)
         policy = dict(self.policy.named_parameters())
         for name, parameter in self._moving().items():
-            mix(parameter, policy[name], alpha, self.sharding)
+            lerp_(parameter, policy[name], alpha, self.sharding)
 
     def save(self, checkpoint: Path, *, writes: bool = True) -> None:
         """Write what differs from the policy's weights of the checkpoint: all that is trained."""
-        release(self.wrapped)
-        found = {name: read(p, self.sharding, keep=writes) for name, p in self._moving().items()}
+        reshard(self.wrapped)
+        found = {name: gather_full(p, self.sharding, keep=writes) for name, p in self._moving().items()}
         if writes:
             save_file({name: value for name, value in found.items() if value is not None}, checkpoint / REFERENCE)
 
     def load(self, checkpoint: Path) -> None:
-        release(self.wrapped)
+        reshard(self.wrapped)
         with safe_open(checkpoint / REFERENCE, "pt") as saved:
             for name, parameter in self._moving().items():
-                write(parameter, saved.get_tensor(name), self.sharding)
+                scatter_full(parameter, saved.get_tensor(name), self.sharding)
 
     def _moving(self) -> dict[str, Tensor]:
         """The parameters whose counterparts the policy trains: where nothing is sharded, all that are not its own."""
@@ -149,7 +149,7 @@ class AdapterReference(Reference):
 
     @contextmanager
     def _brought(self) -> Iterator[None]:
-        with without_adapter(self.wrapped):
+        with disable_adapter(self.wrapped):
             yield
 
 

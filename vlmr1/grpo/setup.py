@@ -12,7 +12,8 @@ from vlmr1.grpo.policy import PackedPolicy
 from vlmr1.grpo.reference import Reference, make_reference
 from vlmr1.models import check_dropout, family_of
 from vlmr1.models.features import FeatureCache
-from vlmr1.models.trainable import choose_trained
+from vlmr1.models.settings import ParameterSettings
+from vlmr1.models.trainable import apply_liger, choose_trained
 from vlmr1.rewards.pool import RewardPool
 from vlmr1.rewards.registry import Reward, get_reward
 from vlmr1.rollout import ENGINES
@@ -41,7 +42,10 @@ def prepare_model(model: Any, args: Any) -> tuple[Any, Any]:
     family = family_of(model)
     if args.share_prompt or args.pack:
         check_dropout(model.config)
-    return family, choose_trained(model, family, args)
+    args.check_device()
+    if args.use_liger_kernel:
+        args.liger_kernel_config = apply_liger(model)
+    return family, choose_trained(model, family, ParameterSettings.of(args))
 
 
 def make_dataset(model: Any, family: Any, processor: Any, samples: Sequence[Sample], args: Any) -> PromptDataset:

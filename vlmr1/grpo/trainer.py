@@ -102,7 +102,7 @@ class GRPOTrainer(HFTrainer):
         loss, metrics = self.backward(model, minibatch.groups)
         metrics |= self._metrics(minibatch, drawn=drawn)
         if drawn:
-            warn_if_logp_differs(metrics, self.state.global_step + 1, self.args.rollout_logp_alarm)
+            warn_if_logp_differs(metrics, self.state.global_step + 1, self.args.rollout_logp_warn_threshold)
         else:  # the policy has moved since it drew these completions
             metrics = {name: value for name, value in metrics.items() if "logp_difference" not in name}
         if self.buffer.spent and self.features is not None:
@@ -125,7 +125,7 @@ class GRPOTrainer(HFTrainer):
         if self.args.kl_in_reward:
             self.runner.encode_ahead(self.model, groups)
             self.add_logprobs(model, groups, every=True)
-            groups = with_kl(groups, self.args.kl)
+            groups = with_kl(groups, self.args.kl_estimator)
         weights, scale = self.reward_weights, self.args.scale_rewards
         groups = with_advantages(groups, weights, scale, self.ranks, kl_weight=self.args.beta)
         self.timed_out = self.ranks.all_gather_list(self.timed_out)  # groups may go to other ranks
@@ -223,7 +223,7 @@ class GRPOTrainer(HFTrainer):
                 loss, metrics = call(model, self.policy.model, lambda: self.policy.loss(pack, objective))
                 loss = loss * pack.weight
             with self.phases("backward"):
-                self.accelerator.backward(loss * self.ranks.world)  # engines take the mean over ranks
+                self.accelerator.backward(loss * self.ranks.world_size)  # engines take the mean over ranks
         metrics |= logp_difference(metrics["logp"], pack)
         return loss.detach(), metrics if pack.weight else metrics | {"dropped_rows": metrics["tokens"]}
 

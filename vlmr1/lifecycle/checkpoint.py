@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent: temporary directory, sync, manifest, rename."""
+"""Atomic checkpoints: temporary directory, fsync, manifest, rename."""
 
 from __future__ import annotations
 
@@ -7,50 +7,52 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-from vlmr1.distributed.ranks import ALONE, Ranks
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 STAGING = ".staging-"
 PREFIX = "checkpoint-"
-HASHED_MIB = 16  # larger files (weights, optimizers) are known by their size alone: reading them takes long
+ADAPTER_CONFIG = "adapter_config.json"  # of a checkpoint that holds an adapter only
+HASHED_MIB = 16  # larger files (weights, optimizers) are checked by size alone: hashing them is slow
 
 
 @contextmanager
-def staged(output_dir: Path, name: str, ranks: Ranks = ALONE) -> Iterator[Path]:
-    """Yields an empty directory; what all ranks have put into its folder `name` becomes `output_dir/name`, or nothing
-    does."""
+def staged(
+    output_dir: Path, name: str, *, first: bool = True, barrier: Callable[[], None] = lambda: None
+) -> Iterator[Path]:
+    """Context manager that yields an empty directory, whose folder `name` becomes `output_dir/name` atomically.
+
+    All ranks write to it; nothing is published if one of them fails. The `first` rank creates and publishes it;
+    `barrier` returns when every rank has called it."""
     staging = output_dir / f"{STAGING}{name}"
-    first = ranks.rank == 0
     if first:
         if staging.exists():
             shutil.rmtree(staging)
         staging.mkdir(parents=True)
-    ranks.barrier()
+    barrier()
     try:
         yield staging
-        ranks.barrier()
+        barrier()
         if first:
             publish(staging / name, output_dir / name)
     finally:
         if first:
             shutil.rmtree(staging, ignore_errors=True)
-    ranks.barrier()
+    barrier()
 
 
 def publish(source: Path, target: Path) -> None:
-    """Sync the files of `source`, add a manifest with their sizes and digests, and rename it to `target`."""
+    """Sync the files of `source`, add a manifest with their sizes and sha256, and rename it to `target`."""
     files = sorted(path for path in source.rglob("*") if path.is_file())
     for path in files:
         _sync(path)
     names = {str(path.relative_to(source)): path for path in files}
     content = {
         "files": {name: path.stat().st_size for name, path in names.items()},
-        "sha256": {name: _digest(path) for name, path in names.items() if _is_hashed(path)},
+        "sha256": {name: sha256_of_file(path) for name, path in names.items() if _is_hashed(path)},
     }
     manifest = source / MANIFEST
     manifest.write_text(json.dumps(content, indent=1), encoding="utf-8")
@@ -62,8 +64,8 @@ def publish(source: Path, target: Path) -> None:
     _sync(target.parent)
 
 
-def fault_of(checkpoint: Path) -> str | None:
-    """Why it is not whole, or None: every file that its manifest names has its size and, where small, its digest."""
+def integrity_error(checkpoint: Path) -> str | None:
+    """Return why a checkpoint does not match its manifest (sizes, and sha256 of small files), or None."""
     try:
         content = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         for name, size in content["files"].items():
@@ -71,70 +73,73 @@ def fault_of(checkpoint: Path) -> str | None:
             if found != size:
                 return f"{name} has {found} bytes instead of {size}"
         for name, digest in content.get("sha256", {}).items():
-            if _digest(checkpoint / name) != digest:
-                return f"{name} is not what was written"
+            if sha256_of_file(checkpoint / name) != digest:
+                return f"{name} has changed since it was written"
     except FileNotFoundError as error:
-        return f"there is no {Path(error.filename).relative_to(checkpoint)}"
+        return f"{Path(error.filename).relative_to(checkpoint)} is missing"
     except OSError as error:
         return str(error)
     except (ValueError, LookupError, TypeError, AttributeError):  # of another program, or overwritten
-        return f"{MANIFEST} is not one of ours"
+        return f"{MANIFEST} is not a valid manifest"
     return None
 
 
-def is_complete(checkpoint: Path) -> bool:
-    """Whether it has a manifest and every file in it is as the manifest says."""
-    return fault_of(checkpoint) is None
+def sha256_of_file(path: Path) -> str:
+    """Return the hexadecimal sha256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def last_complete(output_dir: Path) -> Path | None:
-    """The complete checkpoint of the highest step; those after it, which are not, are named in a warning."""
+    """Return the complete checkpoint of the highest step; warn of incomplete later ones."""
     for checkpoint in reversed(_by_step(output_dir)):
-        fault = fault_of(checkpoint)
+        fault = integrity_error(checkpoint)
         if fault is None:
             return checkpoint
-        logger.warning("%s is passed over: %s", checkpoint, fault)
+        logger.warning("%s is skipped: %s", checkpoint, fault)
     return None
 
 
 def rotate(output_dir: Path, limit: int | None, newest: Path) -> None:
-    """Remove checkpoints until `limit` are left (None or 0: no limit), never `newest`: those of later steps first, as
-    the run that goes on has left them behind, then the oldest. What has no manifest is not ours to remove."""
+    """Remove checkpoints until `limit` are left (None or 0: no limit), `newest` among them.
+
+    Checkpoints of later steps, which a resumed run has abandoned, are removed first, then the oldest. Directories
+    without a manifest are left alone."""
     if not limit or limit < 0:
         return
     others = [path for path in _by_step(output_dir) if path != newest and (path / MANIFEST).is_file()]
-    others.sort(key=lambda path: _step(path) < _step(newest))  # stable: the order by step stays
+    others.sort(key=lambda path: _step(path) < _step(newest))  # stable: ordered by step otherwise
     for checkpoint in others[: max(0, len(others) + 1 - limit)]:
         try:
             remove(checkpoint)
         except OSError as error:
-            logger.warning("%s is not removed: %s", checkpoint, error)
+            logger.warning("%s cannot be removed: %s", checkpoint, error)
 
 
 def remove(checkpoint: Path) -> None:
-    """Remove a checkpoint, if it is there: it is gone at once, its files a little later."""
+    """Remove a checkpoint if it exists; it is renamed first, so that it never exists in part."""
     doomed = checkpoint.with_name(f"{STAGING}old-{checkpoint.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     try:
         checkpoint.rename(doomed)
-    except FileNotFoundError:  # the user was faster
+    except FileNotFoundError:  # already removed
         return
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def clean(output_dir: Path) -> None:
-    """Remove what a killed run left half-written, or half-removed."""
+def remove_staging(output_dir: Path) -> None:
+    """Remove the temporary directories of a killed run."""
     for staging in output_dir.glob(f"{STAGING}*"):
         shutil.rmtree(staging)
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file of which there is the old text or the new one at any moment."""
+    """Write a text file atomically."""
     replace_bytes(path, text.encode())
 
 
 def replace_bytes(path: Path, data: bytes) -> None:
-    """Write a file of which there is the old content or the new one at any moment."""
+    """Write a file atomically: at any time it has its old or its new content."""
     replacement = path.with_name(f"{path.name}.tmp")
     try:
         replacement.write_bytes(data)
@@ -146,7 +151,7 @@ def replace_bytes(path: Path, data: bytes) -> None:
 
 
 def truncate_after(path: Path, step: int) -> None:
-    """Drop the lines of a JSONL log that a resumed run will write again: those of later steps, and half lines."""
+    """Drop the lines of a JSONL log that a resumed run writes again: those of later steps and incomplete ones."""
     if not path.exists():
         return
     kept = []
@@ -154,6 +159,11 @@ def truncate_after(path: Path, step: int) -> None:
         if line.endswith("\n") and json.loads(line)["step"] <= step:
             kept.append(line)
     replace_text(path, "".join(kept))
+
+
+def is_adapter(folder: str | Path) -> bool:
+    """Whether a directory holds an adapter only."""
+    return (Path(folder) / ADAPTER_CONFIG).is_file()
 
 
 def _by_step(output_dir: Path) -> list[Path]:
@@ -167,11 +177,6 @@ def _step(checkpoint: Path) -> int:
 
 def _is_hashed(path: Path) -> bool:
     return path.stat().st_size <= HASHED_MIB * 2**20
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

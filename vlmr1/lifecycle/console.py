@@ -1,4 +1,4 @@
-"""Output that nobody reads any more: a run goes on without it."""
+"""Survive closed pipes: a run continues without its console output."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from tqdm import tqdm
 
 
 @contextmanager
-def surviving() -> Iterator[None]:
-    """For what is printed in the midst of a run: a reader that is gone (`| tee` ends with the Ctrl-C that should save
-    the run; a closed terminal; a full disk) ends the output, not the run."""
+def ignore_broken_pipe() -> Iterator[None]:
+    """Context manager for output during a run: an error of stdout or stderr ends the output, not the run.
+
+    Examples are a full disk, a closed terminal, and `| tee`, which ends with the Ctrl-C that should save the run."""
     try:
         yield
     except OSError:
-        drop_broken()
+        redirect_broken_streams()
 
 
-def drop_broken() -> None:
-    """Send stdout and stderr nowhere, each if it cannot be written any more; Python would exit with 120 for it."""
+def redirect_broken_streams() -> None:
+    """Redirect stdout and stderr to /dev/null if they cannot be written; Python would exit with status 120."""
     for name in ("stdout", "stderr"):
         try:
             getattr(sys, name).flush()
@@ -29,10 +30,10 @@ def drop_broken() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - until the process ends
 
 
-def last_words(message: str) -> None:
-    """A line on stderr, if it is read; what is left in both streams must not fail later."""
-    with surviving():
-        for bar in list(getattr(tqdm, "_instances", ())):  # its line would be the message's
+def print_fatal(message: str) -> None:
+    """Print a message to stderr before the process exits, if stderr can be written."""
+    with ignore_broken_pipe():
+        for bar in list(getattr(tqdm, "_instances", ())):  # the message would be appended to its line
             bar.close()
         print(f"vlmr1: {message}", file=sys.stderr)
-    drop_broken()
+    redirect_broken_streams()

@@ -1,4 +1,4 @@
-"""What can be wrong with the disk of an output directory: one message, before the model is loaded where possible."""
+"""Checks of the output directory and its disk space, and one-line errors for failed writes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,19 @@ from vlmr1.lifecycle.checkpoint import last_complete
 
 logger = logging.getLogger(__name__)
 GIB = 2**30
-MOMENTS = {"ademamix": 3, "adam": 2, "lion": 1, "rmsprop": 1, "adagrad": 1}  # by a part of the optimizer's name
-TORCH_WRITER = "inline_container"  # the file that torch.save's errors are from; their class is RuntimeError
+MOMENTS = {
+    "ademamix": 3,
+    "adam": 2,
+    "lion": 1,
+    "rmsprop": 1,
+    "adagrad": 1,
+}  # optimizer states per parameter, by a part of the optimizer's name
+TORCH_WRITER = "inline_container"  # source file named in torch.save's errors, which are RuntimeErrors
 
 
 @contextmanager
-def writing(what: str, output_dir: Path) -> Iterator[None]:
-    """A failure to write becomes an OutputError: what, where, why, how much room there is, and what is whole."""
+def guard_writes(what: str, output_dir: Path) -> Iterator[None]:
+    """Context manager that turns a failed write into an OutputError: reason, free space, last checkpoint."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -32,13 +38,15 @@ def writing(what: str, output_dir: Path) -> Iterator[None]:
         if reason is None:
             raise
         last = last_complete(output_dir)
-        whole = f". {last.name} is whole: after that is mended, the same command continues from it" if last else ""
-        room = f"{_free(output_dir) / GIB:.2f} GiB are free there without it"
-        raise OutputError(f"{what} cannot be written to {output_dir}: {reason}; {room}{whole}") from error
+        resume = (
+            f". {last.name} is complete: fix the problem and run the same command to resume from it" if last else ""
+        )
+        free = f"{_free(output_dir) / GIB:.2f} GiB free without it"
+        raise OutputError(f"{what} cannot be written to {output_dir}: {reason}; {free}{resume}") from error
 
 
 def check_output_dir(output_dir: Path) -> None:
-    """Raises OutputError where the directory cannot be made or written. Leaves nothing behind."""
+    """OutputError if the directory cannot be created or written; leaves no file."""
     try:
         with tempfile.TemporaryDirectory(dir=_existing(output_dir), prefix=".vlmr1-") as folder:
             (Path(folder) / "file").write_bytes(bytes(4096))
@@ -46,12 +54,12 @@ def check_output_dir(output_dir: Path) -> None:
         raise OutputError(f"output_dir {output_dir} cannot be written: {error.strerror}") from error
 
 
-def warn_of_space(output_dir: Path, needed: int) -> None:
-    """A warning where a checkpoint of `needed` bytes has no room: an old one goes when the new one is there."""
+def warn_if_low_space(output_dir: Path, needed: int) -> None:
+    """Warn if a checkpoint of `needed` bytes does not fit; an old one is removed only after the new one is written."""
     free = _free(output_dir)
     if free < needed:
         logger.warning(
-            "%s has %.2f GiB free, and a checkpoint takes about %.2f GiB: it will not fit",
+            "%s has %.2f GiB free, but a checkpoint takes about %.2f GiB",
             output_dir,
             free / GIB,
             needed / GIB,
@@ -59,8 +67,7 @@ def warn_of_space(output_dir: Path, needed: int) -> None:
 
 
 def checkpoint_bytes(model: Any, optim: str, *, weights_only: bool = False) -> int:
-    """About what a checkpoint takes: the weights (an adapter's, where there is one) and the optimizer's moments of what
-    is trained: 3 times the weights for AdamW in float32."""
+    """Estimate the bytes of a checkpoint: weights (only those of an adapter with PEFT) and optimizer states."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     weights = trained if hasattr(model, "peft_config") else model.parameters()
     total = sum(parameter.nbytes for parameter in weights)
@@ -80,10 +87,10 @@ def _free(path: Path) -> int:
 
 
 def _reason(error: Exception) -> str | None:
-    """Why a file could not be written, in the system's words where there are some; None for other errors."""
+    """Return why a file could not be written, with the system's message if any; None for other errors."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
     if isinstance(error, SafetensorError):
-        found = re.search(r"I/O error: (.*?) \(os error", str(error))
-        return found.group(1) if found else str(error)
-    return "torch.save did not get to its end" if TORCH_WRITER in str(error) else None
+        match = re.search(r"I/O error: (.*?) \(os error", str(error))
+        return match.group(1) if match else str(error)
+    return "torch.save failed" if TORCH_WRITER in str(error) else None

@@ -1,4 +1,4 @@
-"""Going on from a checkpoint that is deleted, changed or damaged meanwhile: one message, never half of its state."""
+"""Checks of a checkpoint to resume from, before and while it is loaded."""
 
 from __future__ import annotations
 
@@ -13,41 +13,48 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from vlmr1.errors import CheckpointError, SettingError
-from vlmr1.lifecycle.checkpoint import fault_of
-from vlmr1.models.lora import is_adapter
+from vlmr1.lifecycle.checkpoint import integrity_error, is_adapter, last_complete
 
 
-def is_last(checkpoint: Path) -> bool:
-    """Whether it was written at the end of its run."""
+def find_checkpoint(output_dir: Path, named: str | None) -> Path | None:
+    """The checkpoint to continue from: `named` (resume_from_checkpoint), or the last complete one of the output
+    directory."""
+    if named is None:
+        return last_complete(output_dir)
+    fault = integrity_error(Path(named))
+    if fault:
+        raise SettingError(f"resume_from_checkpoint: {named} is not a complete checkpoint: {fault}")
+    return Path(named)
+
+
+def is_final(checkpoint: Path) -> bool:
+    """Return whether a checkpoint was written at the end of its run."""
     state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     return state.global_step >= state.max_steps
 
 
 def check_resumable(checkpoint: Path) -> None:
-    """SettingError where it holds weights only, and its run has not ended: the trainer would go on with a new optimizer
-    and say nothing."""
-    whole = any(checkpoint.glob("rng_state*.pth"))  # written with the optimizer's state, by every engine
-    if whole or is_last(checkpoint):
+    """SettingError for weights of an unfinished run: the trainer would silently continue with a new optimizer."""
+    has_state = any(checkpoint.glob("rng_state*.pth"))  # written with the optimizer state by every engine
+    if has_state or is_final(checkpoint):
         return
-    merge = ", once `vlmr1 merge` has made a model of it" if is_adapter(checkpoint) else ""
+    merge = ", after `vlmr1 merge`" if is_adapter(checkpoint) else ""
     raise SettingError(
-        f"{checkpoint} was written with save_only_model, without the optimizer: no run goes on from it. Start another "
-        f"from its weights, with another output_dir and model_name_or_path={checkpoint}{merge}"
+        f"{checkpoint} has no optimizer state (save_only_model) and cannot be resumed. Start another run from its "
+        f"weights, with another output_dir and model_name_or_path={checkpoint}{merge}"
     )
 
 
-class Resuming(TrainerCallback):
-    """A context around training, and the callback that knows when everything is read: when the first step
-    begins.
+class ResumeGuard(TrainerCallback):
+    """Context manager and callback that raise CheckpointError if the checkpoint is damaged or changes while loading.
 
-    The trainer reads one file after the other and goes on without those that are not there, so the checkpoint is looked
-    at once more. Raises CheckpointError."""
+    The trainer skips missing files, so the checkpoint is checked again after loading, when the first step begins."""
 
     def __init__(self) -> None:
-        self.checkpoint: Path | None = None  # set when there is one
+        self.checkpoint: Path | None = None  # set if the run resumes
         self.done = False
 
-    def __enter__(self) -> Resuming:
+    def __enter__(self) -> ResumeGuard:
         return self
 
     def __exit__(
@@ -59,8 +66,8 @@ class Resuming(TrainerCallback):
         if _is_of_content(error, trace):
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise CheckpointError(
-                f"{self.checkpoint} cannot be read ({reason}): remove it, and the same command continues from the one "
-                "before, or begins again"
+                f"{self.checkpoint} cannot be read ({reason}): remove it and run the same command, which resumes from "
+                "the checkpoint before it, or starts over"
             ) from error
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -69,17 +76,16 @@ class Resuming(TrainerCallback):
         self.done = True
 
     def _check(self, checkpoint: Path, error: Exception | None) -> None:
-        fault = fault_of(checkpoint)
+        fault = integrity_error(checkpoint)
         if fault is not None:
             raise CheckpointError(
-                f"{checkpoint} was deleted or changed while it was read ({fault}): "
-                "the same command continues from the one before, or begins again"
+                f"{checkpoint} was deleted or changed while it was read ({fault}): run the same command, which resumes "
+                "from the checkpoint before it, or starts over"
             ) from error
 
 
 def _is_of_content(error: Exception, trace: TracebackType | None) -> bool:
-    """Whether a file was not what it should be: torch has many exceptions for that, all from its reader, or from where
-    states are taken."""
+    """Return whether an error is due to the content of a file: torch raises many types, when reading or loading."""
     if isinstance(error, SafetensorError):
         return True
     codes = [frame.f_code for frame, _ in traceback.walk_tb(trace)]

@@ -1,5 +1,4 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C end a run after the step that is running, with a checkpoint; a second one ends it at
-once."""
+"""SIGTERM, SIGUSR1 and Ctrl-C end a run after the current step, with a checkpoint; a second one ends it at once."""
 
 from __future__ import annotations
 
@@ -18,23 +17,23 @@ from transformers.trainer_utils import SaveStrategy
 from vlmr1.errors import Stopped
 from vlmr1.lifecycle.processes import STOP_SIGNALS
 
-SAME = 1.0  # seconds within which a signal is the same one: terminals and launchers both send it
+DUPLICATE_S = 1.0  # seconds within which a repeated signal is ignored: terminals and launchers both send it
 
 
 class StopSignals(TrainerCallback):
-    """A context that catches the signals, and the callback that ends the training loop after one.
+    """Context manager that handles the signals, and callback that ends the training loop after one.
 
-    Before the first step and after the last there is nothing to save: `Stopped` is raised at once. Signals that the
-    process was started to ignore stay ignored; in a thread that is not the main one, nothing is caught.
+    Before the first step and after the last there is nothing to save, so `Stopped` is raised at once. Signals that the
+    process inherited as ignored stay ignored. Only the main thread can handle signals.
     """
 
     def __init__(self) -> None:
-        self.caught = 0  # number of the signal that ends the run, of this rank or another
-        self.waits = False  # for the end of a step
-        self.saved: int | None = None  # step of the last checkpoint that this process wrote
-        self.steps = (0, 0)  # done, and in all
-        self.saves, self.rest = True, "the same command continues"
-        self._times: dict[int, float] = {}  # when a signal came first
+        self.caught = 0  # signal number, of this rank or another; 0: none
+        self.in_step = False
+        self.saved: int | None = None  # step of the last checkpoint written
+        self.steps = (0, 0)  # (done, total)
+        self.saves, self.advice = True, "run the same command to resume"
+        self._times: dict[int, float] = {}  # first arrival of each signal
         self._process = os.getpid()
         self._before: dict[int, Any] = {}
 
@@ -53,49 +52,49 @@ class StopSignals(TrainerCallback):
         if os.getpid() != self._process:  # a loader worker, between its fork and its own handlers
             return
         now = time.monotonic()
-        if now - self._times.setdefault(number, now) > SAME:
+        if now - self._times.setdefault(number, now) > DUPLICATE_S:
             signal.signal(number, signal.SIG_DFL)
             os.kill(self._process, number)
             return
         self.caught = self.caught or number
-        if not self.waits:
-            self.leave()
-        note = f"\nvlmr1: {name_of(number)}: the run ends after this step; once more ends it at once\n"
-        with contextlib.suppress(OSError):  # nobody reads it any more
-            os.write(2, note.encode())  # print could be in the midst of a line
+        if not self.in_step:
+            self.raise_if_stopped()
+        note = f"\nvlmr1: {signal_name(number)}: stopping after this step; send it again to stop at once\n"
+        with contextlib.suppress(OSError):  # stderr is closed
+            os.write(2, note.encode())  # print is not reentrant
 
-    def leave(self) -> None:
-        """Raises Stopped where a signal was caught."""
+    def raise_if_stopped(self) -> None:
+        """Raise Stopped if a signal was caught."""
         if not self.caught:
             return
         done, total = self.steps
         if not done:
-            place, rest = "before its first step", "give the same command to go on"
+            place, advice = "before its first step", "run the same command to start again"
         elif done == total:
-            place, rest = "after its last step", f"all {total} updates are done"
+            place, advice = "after its last step", f"all {total} updates are done"
         else:
             place = f"after step {done} of {total}"
-            rest = self.rest
-        raise Stopped(f"stopped by {name_of(self.caught)} {place}; {rest}", 128 + self.caught)
+            advice = self.advice
+        raise Stopped(f"stopped by {signal_name(self.caught)} {place}; {advice}", 128 + self.caught)
 
     # The training loop
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.saves = args.save_strategy != SaveStrategy.NO
         if not self.saves:
-            self.rest = "nothing is saved, as save_strategy is no"
+            self.advice = "nothing is saved (save_strategy=no)"
         elif args.save_only_model:
-            self.rest = "its weights are saved, and as save_only_model is set no run goes on from them"
+            self.advice = "its weights are saved, but cannot be resumed (save_only_model)"
         self.steps = (state.global_step, state.max_steps)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.waits = True
-        if self.saved == state.global_step and self._agreed(args):  # it came while the checkpoint was written
-            self.leave()
+        self.in_step = True
+        if self.saved == state.global_step and self._any_rank_stopped(args):  # during the checkpoint
+            self.raise_if_stopped()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.steps = (state.global_step, state.max_steps)
-        if self._agreed(args):
+        if self._any_rank_stopped(args):
             control.should_save = self.saves
             control.should_training_stop = True
 
@@ -103,22 +102,23 @@ class StopSignals(TrainerCallback):
         self.saved = state.global_step
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.saved == state.global_step:  # the last step's, where a signal cut the epoch short
+        if self.saved == state.global_step:  # already saved, when a signal ended the epoch
             control.should_save = False
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.waits = False
+        self.in_step = False
 
-    def _agreed(self, args: Any) -> bool:
-        """Whether any rank has caught a signal: all of them stop at the same step."""
+    def _any_rank_stopped(self, args: Any) -> bool:
+        """Return whether any rank has caught a signal, so that all stop at the same step."""
         number = self.caught
         if dist.is_available() and dist.is_initialized():
-            of_all = torch.tensor(number, device=args.device)
-            dist.all_reduce(of_all, op=dist.ReduceOp.MAX)
-            number = int(of_all)
+            largest = torch.tensor(number, device=args.device)
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+            number = int(largest)
         self.caught = self.caught or number
         return number > 0
 
 
-def name_of(number: int) -> str:
+def signal_name(number: int) -> str:
+    """Return the name of a signal for messages."""
     return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name

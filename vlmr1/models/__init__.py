@@ -6,16 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from vlmr1.errors import SettingError
+from vlmr1.lifecycle.checkpoint import is_adapter
 from vlmr1.models.families.glm4v import Glm4vFamily
 from vlmr1.models.families.idefics3 import Idefics3Family
 from vlmr1.models.families.internvl import InternVLFamily
 from vlmr1.models.families.qwen3_vl import Qwen3VLFamily
 from vlmr1.models.families.qwen_vl import QwenVLFamily
 from vlmr1.models.family import ModelFamily
-from vlmr1.models.lora import base_name, base_of, is_adapter, read_adapter
+from vlmr1.models.lora import base_name, base_of, read_adapter
 from vlmr1.models.processor import load_processor
 from vlmr1.models.quantization import check_layers, four_bit, quantization_of
 
@@ -117,10 +118,17 @@ def load_model(
 
 
 def empty_model(
-    name: str | Path, *, dtype: torch.dtype, attn_implementation: str, revision: str, trust_remote_code: bool
+    source: str | Path | PreTrainedConfig,
+    *,
+    dtype: torch.dtype,
+    attn_implementation: str,
+    revision: str,
+    trust_remote_code: bool,
 ) -> PreTrainedModel:
-    """The model of a local directory or hub id without its weights, on the meta device."""
-    config = _config(name, {"revision": revision, "trust_remote_code": trust_remote_code})
+    """The model of a local directory, hub id or configuration without its weights, on the meta device."""
+    config = source
+    if not isinstance(config, PreTrainedConfig):
+        config = _config(config, {"revision": revision, "trust_remote_code": trust_remote_code})
     options = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config, dtype=dtype, **options)

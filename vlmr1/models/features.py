@@ -1,4 +1,4 @@
-"""Features of a step's images from a frozen tower: made once, read by rollout, reference and policy."""
+"""Images of several prompts, and the cache of a frozen tower's features for rollout, reference and policy."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from vlmr1.data.images import ImageRef
-from vlmr1.models.family import ImageFeatures, ImageInputs, ModelFamily
-from vlmr1.types import Prompt
+from vlmr1.models.family import ImageFeatures, ModelFamily
+from vlmr1.types import ImageInputs, ImageRef, Prompt
 
 Images = tuple[tuple[ImageInputs, ...], tuple[ImageRef, ...], tuple[int, ...]]
 
@@ -37,14 +36,14 @@ def encode(
 
 
 def all_images(prompts: Sequence[Prompt]) -> Images:
-    """Every image of the prompts, to encode as often as it stands in them; as `unique_images`."""
+    """Return what `unique_images` does, without merging equal images."""
     images = tuple(image for prompt in prompts for image in prompt.images)
     refs = tuple(ref for prompt in prompts for ref in prompt.sample.images)
     return images, refs, tuple(range(len(images)))
 
 
 def unique_images(prompts: Sequence[Prompt]) -> Images:
-    """The images to encode, each once, where they are from, and which of them stands at each placeholder run."""
+    """Return each distinct image once, its reference, and for each placeholder run the index of its image."""
     images: dict[ImageRef, ImageInputs] = {}
     every, refs, _ = all_images(prompts)
     for ref, image in zip(refs, every, strict=True):

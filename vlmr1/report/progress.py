@@ -12,11 +12,10 @@ from transformers import TrainerCallback
 
 from vlmr1.errors import DataError
 from vlmr1.lifecycle.checkpoint import truncate_after
-from vlmr1.lifecycle.console import surviving
-from vlmr1.lifecycle.disk import writing
+from vlmr1.lifecycle.console import ignore_broken_pipe
+from vlmr1.lifecycle.disk import guard_writes
 from vlmr1.report.pictures import keep_picture
-from vlmr1.rewards.coordinates import converts
-from vlmr1.rewards.score import METHOD
+from vlmr1.rewards.methods import converts, method_of
 from vlmr1.rewards.settings import DEFAULTS
 from vlmr1.types import Prompt
 
@@ -62,14 +61,14 @@ class Progress(TrainerCallback):
         if not state.is_world_process_zero:
             return
         for name in (METRICS, COMPLETIONS):
-            with writing(name, self.output_dir):
+            with guard_writes(name, self.output_dir):
                 truncate_after(self.output_dir / name, state.global_step)
         if self.console:
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", file=sys.stderr)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
-            with surviving():
+            with ignore_broken_pipe():
                 self.bar.update(1)
         if state.is_world_process_zero and self.trainer is not None:
             self._completions(state.global_step, self.trainer.last_groups, args.log_completions)
@@ -79,12 +78,12 @@ class Progress(TrainerCallback):
             return
         self._append(METRICS, {"step": state.global_step, **logs})
         if self.console:
-            with surviving():
+            with ignore_broken_pipe():
                 tqdm.write(step_line(logs, state.global_step), file=sys.stdout)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
-            with surviving():
+            with ignore_broken_pipe():
                 self.bar.close()
 
     def _completions(self, step: int, groups: Any, count: int) -> None:
@@ -110,16 +109,18 @@ class Progress(TrainerCallback):
 
     def _box_scale(self, prompt: Prompt) -> tuple[float, float] | None:
         """(x, y): pixels of the image for one unit of the completion's boxes, where a reward converts them."""
-        own = prompt.sample.columns.get(METHOD)
         known = [(reward.name, reward.settings or DEFAULTS) for reward in self.trainer.rewards]
-        boxes = [each.boxes for name, each in known if converts(name, own or each.accu_reward_method)]
+        boxes = [each.boxes for name, each in known if converts(name, method_of(prompt.sample, each))]
         try:
             return next((each.scale(prompt) for each in boxes), None)
         except DataError:  # images of different scales: boxes are not drawn on those anyway
             return None
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
-        with writing(name, self.output_dir), (self.output_dir / name).open("a", encoding="utf-8") as file:
+        with (
+            guard_writes(name, self.output_dir),
+            (self.output_dir / name).open("a", encoding="utf-8") as file,
+        ):
             file.write(json.dumps(record) + "\n")
 
 

@@ -1,17 +1,36 @@
-"""Which accuracy method a data file has; a row's own column wins."""
+"""The accuracy method of a row: its own column, else the setting; and which methods read boxes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlmr1.errors import SettingError
-from vlmr1.rewards.score import METHOD
+
+if TYPE_CHECKING:
+    from vlmr1.rewards.settings import RewardSettings
+    from vlmr1.types import Sample
+
+METHOD = "accu_reward_method"  # setting, and column of a row
+CONVERTED = ("iou", "map", "od_ap", "od_ap50", "odLength", "weighted_sum", "point_in_box")  # methods of accuracy
+BOX_REWARDS = ("iou", "point_in_box")
+METHOD_REWARDS = ("accuracy", "length")  # rewards that read an answer as the row's method does
+
+
+def method_of(sample: Sample, settings: RewardSettings) -> str:
+    """Return the row's own method, or that of the settings."""
+    return sample.columns.get(METHOD) or settings.accu_reward_method
+
+
+def converts(reward: str, method: str) -> bool:
+    """Whether a strict reward with this method reads boxes or points, which are converted to pixels of the file."""
+    return reward in BOX_REWARDS or (reward in METHOD_REWARDS and method in CONVERTED)
 
 
 def columns_of_files(count: int, methods: Sequence[str]) -> list[dict[str, Any]]:
-    """The column `accu_reward_method` of the rows of each of `count` data files that have none of their own; none for
-    one method, which is the setting of the rewards. SettingError for another number of methods.
+    """Return for each of `count` data files the method of its rows without a column of their own, as a column.
+
+    One method is the setting of all rows: the list is empty. SettingError for another number of methods than files.
     """
     if len(methods) == 1:
         return []

@@ -1,4 +1,4 @@
-"""What every rollout engine offers: prompts -> groups of completions with their log-probs."""
+"""Interface of the rollout engines: prompts -> groups of completions with their log-probs."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from vlmr1.models.features import FeatureCache
 from vlmr1.rollout.sampling import SamplingSettings
 from vlmr1.types import Completion, Group, Prompt
 
-TAIL = 64  # tokens at the end of a completion in which a stop text is looked for
+STOP_TEXT_WINDOW = 64  # last tokens of a completion that are searched for a stop text
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a rollout is asked for; `step` varies the draws."""
+    """Arguments of a rollout. The random numbers depend on `settings.seed` and `step`."""
 
     prompts: Sequence[Prompt]
     num_generations: int
@@ -30,8 +30,8 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """One completion in numbers: tokens, their log-probs, and "stop" or "length"."""
+class SampledCompletion:
+    """A completion before decoding to text: tokens, their log-probs, and "stop" or "length"."""
 
     tokens: list[int]
     logp: list[float]
@@ -41,57 +41,67 @@ class Drawn:
 
 @dataclass
 class RolloutStats:
-    """Of one `generate`."""
+    """Statistics of one `generate` call."""
 
     seconds: float = 0.0
     tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     kv_peak_mib: float = 0.0
-    sent_back: int = 0  # groups that were drawn again because the KV cache was full
+    preemptions: int = 0  # groups decoded again because the KV cache was full
     out_of_memory: int = 0  # times that the KV cache was halved
 
     def __add__(self, other: RolloutStats) -> RolloutStats:
-        """Of both: what was spent adds up."""
+        """Sum of two rollouts' statistics; the KV peak is the larger one."""
         mine, others = asdict(self), asdict(other)
         sums: dict[str, Any] = {name: value + others[name] for name, value in mine.items()}
         sums["kv_peak_mib"] = max(self.kv_peak_mib, other.kv_peak_mib)
         return RolloutStats(**sums)
 
     def values(self) -> dict[str, float]:
-        """By name, as metrics of a step."""
+        """Return the metrics of a training step by name."""
         return {
             "rollout/tokens_per_second": self.tokens / self.seconds,
             "rollout/prefill_seconds": self.prefill_seconds,
             "rollout/decode_seconds": self.decode_seconds,
             "rollout/kv_peak_mib": self.kv_peak_mib,
-            "rollout/sent_back": float(self.sent_back),
+            "rollout/preemptions": float(self.preemptions),
             "rollout/out_of_memory": float(self.out_of_memory),
         }
 
 
-class Stops:
-    """What ends a completion: the stop tokens of the model, or a text of the settings."""
+class StopCriteria:
+    """Ends a completion at one of the model's stop tokens or at a stop text."""
 
     def __init__(self, model: Any, tokenizer: Any, texts: Sequence[str]):
-        self.ids = frozenset(stop_ids(model))
+        self.ids = frozenset(stop_token_ids(model))
         self.texts = texts
         self.tokenizer = tokenizer
 
-    def end(self, tokens: Sequence[int], looked: int = 0) -> int | None:
-        """The length at which these tokens end, or None; the first `looked` are known not to end them."""
-        for length in range(looked + 1, len(tokens) + 1):
+    def find_end(self, tokens: Sequence[int], checked: int = 0) -> int | None:
+        """Return the length of the completion up to its first stop, or None; skip the first `checked` tokens."""
+        for length in range(checked + 1, len(tokens) + 1):
             if tokens[length - 1] in self.ids:
                 return length
             if self.texts:
-                text = self.tokenizer.decode(tokens[max(0, length - TAIL) : length])
+                text = self.tokenizer.decode(tokens[max(0, length - STOP_TEXT_WINDOW) : length])
                 if any(stop in text for stop in self.texts):
                     return length
         return None
 
 
 class RolloutEngine(ABC):
-    """Draws `num_generations` completions for each prompt from the present weights."""
+    """Samples completions from the model's current weights.
+
+    Args:
+        model: transformers model; it is in eval mode while it generates.
+        family: how to run models of this family.
+        tokenizer: decodes completions and stop texts.
+        dtype: of autocast; None: off.
+        features: cached image features of a frozen vision tower.
+        kv_mib: budget of the KV cache in MiB; None: as much as the prompts need, on CUDA at most half the free memory.
+        cuda_graphs: capture decode steps; None: where supported.
+    """
 
     def __init__(
         self,
@@ -107,51 +117,53 @@ class RolloutEngine(ABC):
         self.model = model
         self.family = family
         self.tokenizer = tokenizer
-        self.dtype = dtype  # of autocast
-        self.features = features  # of a frozen tower
-        self.kv_mib = kv_mib  # budget of the KV cache; None: what the prompts need, on a GPU half of what is free
-        self.cuda_graphs = cuda_graphs  # of decode steps; None: where they can be
+        self.dtype = dtype
+        self.features = features
+        self.kv_mib = kv_mib
+        self.cuda_graphs = cuda_graphs
         self.stats = RolloutStats()
 
     @torch.no_grad()
     def generate(
         self, prompts: Sequence[Prompt], num_generations: int, settings: SamplingSettings, *, step: int = 0
     ) -> list[Group]:
-        """P prompts -> P groups of `num_generations` completions; `step` varies the draws."""
+        """Return one group of `num_generations` completions per prompt.
+
+        MemoryShort if the KV budget does not hold one group, SettingError if CUDA graphs are not supported."""
         training, clock = self.model.training, perf_counter()
         self.stats = RolloutStats()
         self.model.eval()
         try:
             with autocast(self.model.device, self.dtype):
-                drawn = self.draw(Request(prompts, num_generations, settings, step))
+                sampled = self.sample(Request(prompts, num_generations, settings, step))
         finally:
             self.model.train(training)
         self.stats.seconds = perf_counter() - clock
-        self.stats.tokens = sum(len(each.tokens) for each in drawn)
-        completions = [self._completion(each) for each in drawn]
+        self.stats.tokens = sum(len(each.tokens) for each in sampled)
+        completions = [self._completion(each) for each in sampled]
         groups = (completions[i * num_generations : (i + 1) * num_generations] for i in range(len(prompts)))
         return [Group(prompt, tuple(group)) for prompt, group in zip(prompts, groups, strict=True)]
 
     @abstractmethod
-    def draw(self, request: Request) -> list[Drawn]:
-        """[P*G] completions, those of a prompt adjacent."""
+    def sample(self, request: Request) -> list[SampledCompletion]:
+        """Return P * G completions, those of a prompt adjacent."""
 
-    def banned(self) -> torch.Tensor:
-        """Token ids that are never drawn."""
+    def suppressed_ids(self) -> torch.Tensor:
+        """Return the token ids that are never sampled: image and video placeholders."""
         return torch.tensor(self.family.placeholder_ids(self.model, self.tokenizer), device=self.model.device)
 
-    def _completion(self, drawn: Drawn) -> Completion:
-        ids = torch.tensor(drawn.tokens)
+    def _completion(self, sampled: SampledCompletion) -> Completion:
+        ids = torch.tensor(sampled.tokens)
         return Completion(
             token_ids=ids,
-            logp=torch.tensor(drawn.logp),
-            sampling_logp=torch.tensor(drawn.sampling_logp),
+            logp=torch.tensor(sampled.logp),
+            sampling_logp=torch.tensor(sampled.sampling_logp),
             text=self.tokenizer.decode(ids, skip_special_tokens=True),
-            finish_reason=drawn.finish_reason,
+            finish_reason=sampled.finish_reason,
         )
 
 
-def stop_ids(model: Any) -> list[int]:
-    """The tokens that end a completion, from the model's generation config."""
+def stop_token_ids(model: Any) -> list[int]:
+    """Return the EOS token ids of the model's generation config."""
     eos = model.generation_config.eos_token_id
     return [eos] if isinstance(eos, int) else list(eos or [])

@@ -1,4 +1,4 @@
-"""Keys and values of a rollout: one pool of rows a layer, prompts in runs of rows, completions in blocks."""
+"""KV cache of a rollout: each prompt is one run of adjacent blocks, each completion a list of single blocks."""
 
 from __future__ import annotations
 
@@ -11,125 +11,126 @@ from torch import Tensor
 from vlmr1.models.attention import PackedAttention
 from vlmr1_kernels import PrefixLayout, shared_prefix_decode
 
-BLOCK = 16  # rows of a block
+BLOCK_SIZE = 16  # tokens
 
 
-def blocks_of(rows: int) -> int:
-    """Blocks that hold so many rows."""
-    return -(-rows // BLOCK)
+def num_blocks(tokens: int) -> int:
+    """Return the number of blocks that hold `tokens` tokens."""
+    return -(-tokens // BLOCK_SIZE)
 
 
-class Blocks:
-    """Which blocks of a pool are free. Runs are taken from its start, single blocks from its end."""
+class BlockAllocator:
+    """Free list of a KV cache. Runs are allocated from its start, single blocks from its end."""
 
     def __init__(self, count: int):
-        self.free = bytearray(b"\1" * count)
-        self.left = count
-        self.most = 0  # used at a time
+        self.count = count
+        self.num_free = count
+        self.peak_used = 0
+        self._free = bytearray(b"\1" * count)  # 1: free
 
-    def run(self, count: int) -> int | None:
-        """The first of `count` adjacent blocks, or None where there are not so many."""
-        start = self.free.find(b"\1" * count)
+    def allocate_run(self, count: int) -> int | None:
+        """Return the first of `count` adjacent blocks, or None if no run is long enough."""
+        return self._allocate(self._free.find(b"\1" * count), count)
+
+    def allocate(self) -> int | None:
+        """Return a block, or None if none is free."""
+        return self._allocate(self._free.rfind(1), 1)
+
+    def _allocate(self, start: int, count: int) -> int | None:
         if start < 0:
             return None
-        self._take(start, count)
+        self._free[start : start + count] = bytes(count)
+        self.num_free -= count
+        self.peak_used = max(self.peak_used, self.count - self.num_free)
         return start
 
-    def one(self) -> int | None:
-        block = self.free.rfind(1)
-        if block < 0:
-            return None
-        self._take(block, 1)
-        return block
-
-    def _take(self, start: int, count: int) -> None:
-        self.free[start : start + count] = bytes(count)
-        self.left -= count
-        self.most = max(self.most, len(self.free) - self.left)
-
-    def give(self, start: int, count: int = 1) -> None:
-        self.free[start : start + count] = b"\1" * count
-        self.left += count
+    def free(self, start: int, count: int = 1) -> None:
+        """Free `count` adjacent blocks from `start` on."""
+        self._free[start : start + count] = b"\1" * count
+        self.num_free += count
 
 
-class Pool:
-    """Keys and values of all layers. The last block is scratch: what rows without a branch write goes there."""
+class KVCache:
+    """Keys and values of all layers. The last block is scratch space, which padding rows write to."""
 
     def __init__(self, config: Any, blocks: int, *, device: torch.device, dtype: torch.dtype):
         heads, head_dim = config.num_key_value_heads, head_dim_of(config)
-        shape = (config.num_hidden_layers, 2, heads, (blocks + 1) * BLOCK, head_dim)
-        # On CPU memory that nobody touches costs nothing. Rows that no length reaches are never read.
-        self.rows = torch.empty(shape, device=device, dtype=dtype)
-        self.blocks = Blocks(blocks)
+        shape = (config.num_hidden_layers, 2, heads, (blocks + 1) * BLOCK_SIZE, head_dim)
+        # Untouched CPU memory is never committed, and attention reads no row beyond a sequence's length.
+        self.data = torch.empty(shape, device=device, dtype=dtype)
+        self.allocator = BlockAllocator(blocks)
 
     @property
-    def scratch(self) -> int:
-        """The block that belongs to no branch."""
-        return len(self.blocks.free)
+    def scratch_block(self) -> int:
+        """Index of the block that belongs to no sequence."""
+        return self.allocator.count
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [Hkv, R, Dh]."""
-        keys, values = self.rows[index]
+        """Return keys and values [Hkv, R, Dh] of a layer."""
+        keys, values = self.data[index]
         return keys, values
 
 
 def head_dim_of(config: Any) -> int:
+    """Return the head dimension of a decoder config."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def block_bytes(config: Any, dtype: torch.dtype) -> int:
-    """Bytes of one block over all layers, keys and values."""
+    """Return the bytes of one block: keys and values of all layers."""
     width = config.num_key_value_heads * head_dim_of(config)
-    return 2 * config.num_hidden_layers * width * dtype.itemsize * BLOCK
+    return 2 * config.num_hidden_layers * width * dtype.itemsize * BLOCK_SIZE
 
 
 @dataclass
 class PrefillAttention(PackedAttention):
-    """Prompts in one packed row, whose keys and values go to runs of the pool."""
+    """Attention over prompts packed in one row; writes their keys and values to the cache."""
 
-    pool: Pool = field(kw_only=True)
-    starts: list[int] = field(kw_only=True)  # first row of each prompt
+    cache: KVCache = field(kw_only=True)
+    starts: list[int] = field(kw_only=True)  # first cache row of each prompt
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-        kept = self.pool.layer(layer)
+        """Write k, v [1, Hkv, L, Dh] to the cache; return the attention output [1, H, L, Dh]."""
+        cached = self.cache.layer(layer)
         for start, offset, length in zip(
             self.starts, self.layout.prompt_offsets, self.layout.prompt_lengths, strict=True
         ):
-            for rows, new in zip(kept, (k, v), strict=True):
+            for rows, new in zip(cached, (k, v), strict=True):
                 rows[:, start : start + length] = new[0, :, offset : offset + length]
         return super().attend(layer, q, k, v, scale)
 
 
-def prefill_attention(pool: Pool, lengths: list[int], starts: list[int]) -> PrefillAttention:
-    """For prompts of these lengths, kept from these rows on."""
-    return PrefillAttention(PrefixLayout(tuple(lengths), ((),) * len(lengths)), pool=pool, starts=starts)
+def prefill_attention(cache: KVCache, lengths: list[int], starts: list[int]) -> PrefillAttention:
+    """Return the attention of prompts with these lengths, written to the cache from rows `starts` on."""
+    return PrefillAttention(PrefixLayout(tuple(lengths), ((),) * len(lengths)), cache=cache, starts=starts)
 
 
 @dataclass
 class DecodeAttention:
-    """One token of each branch against its prompt and its own past; tensors as in `shared_prefix_decode`."""
+    """Attention of one new token per sequence over its prompt and suffix; tensors as in `shared_prefix_decode`."""
 
-    pool: Pool
-    group_offsets: Tensor  # [P + 1]
+    cache: KVCache
+    group_offsets: Tensor  # [P + 1] int32, like all tensors here
     prefix_starts: Tensor  # [P]
     prefix_lengths: Tensor  # [P]
     suffix_blocks: Tensor  # [S, M]
-    suffix_lengths: Tensor  # [S], the token that is decoded not counted
+    suffix_lengths: Tensor  # [S] cached tokens, without the one being decoded
     max_group: int
     max_prefix: int
-    now: tuple[Tensor, Tensor] | None = None  # pool rows of the tokens that are decoded; lengths with them
+    step: tuple[Tensor, Tensor] | None = None  # cache rows of the new tokens [S]; suffix lengths with them [S]
 
-    def begin(self) -> None:
-        """A step: where its keys and values go, the same in every layer."""
+    def begin_step(self) -> None:
+        """Compute the cache rows of this step's keys and values, which are equal in every layer."""
         lengths = self.suffix_lengths
-        column = (lengths // BLOCK).clamp(max=self.suffix_blocks.shape[1] - 1)  # padding goes on for ever
+        column = (lengths // BLOCK_SIZE).clamp(max=self.suffix_blocks.shape[1] - 1)  # padding rows grow without bound
         block = self.suffix_blocks.gather(1, column.long()[:, None])[:, 0]
-        self.now = (block * BLOCK + lengths % BLOCK).long(), lengths + 1
+        self.step = (block * BLOCK_SIZE + lengths % BLOCK_SIZE).long(), lengths + 1
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-        assert self.now is not None
-        rows, lengths = self.now
-        keys, values = self.pool.layer(layer)
+        """Write k, v [S, Hkv, 1, Dh] to the cache; return the attention output [S, H, 1, Dh]."""
+        assert self.step is not None
+        rows, lengths = self.step
+        keys, values = self.cache.layer(layer)
         keys.index_copy_(1, rows, k[:, :, 0].transpose(0, 1))
         values.index_copy_(1, rows, v[:, :, 0].transpose(0, 1))
         out = shared_prefix_decode(
@@ -141,14 +142,14 @@ class DecodeAttention:
             self.prefix_lengths,
             self.suffix_blocks,
             lengths,
-            block=BLOCK,
+            block=BLOCK_SIZE,
             max_group=self.max_group,
             max_prefix=self.max_prefix,
             scale=scale,
         )
         return out[:, :, None]
 
-    def end(self) -> None:
-        """The tokens of this step are past now."""
-        assert self.now is not None
-        self.suffix_lengths.copy_(self.now[1])
+    def end_step(self) -> None:
+        """Count this step's tokens as cached."""
+        assert self.step is not None
+        self.suffix_lengths.copy_(self.step[1])

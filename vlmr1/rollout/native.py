@@ -1,4 +1,4 @@
-"""The native engine: images encoded once, prompts prefilled once, their keys and values read by all branches."""
+"""The native engine: encodes each image once, prefills each prompt once, and shares its KV cache among branches."""
 
 from __future__ import annotations
 
@@ -8,84 +8,84 @@ from typing import Any
 import torch
 
 from vlmr1.errors import MemoryShort, SettingError
-from vlmr1.rollout.engine import Drawn, Request, RolloutEngine
-from vlmr1.rollout.kv_cache import Pool, block_bytes, blocks_of, head_dim_of
-from vlmr1.rollout.scheduler import Done, Schedule
+from vlmr1.rollout.engine import Request, RolloutEngine, SampledCompletion
+from vlmr1.rollout.kv_cache import KVCache, block_bytes, head_dim_of, num_blocks
+from vlmr1.rollout.scheduler import Completions, Scheduler
 from vlmr1.types import Prompt
 from vlmr1_kernels import registry
 
 logger = logging.getLogger(__name__)
 MIB = 2**20
-# Their frequencies follow the longest position: looking at it would wait for the device.
-MOVING_ROPE = ("dynamic", "longrope")
+# RoPE types whose frequencies depend on the largest position, which would have to be read from the device.
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 class NativeEngine(RolloutEngine):
-    """Decodes all branches in flight together, within a budget of keys and values."""
+    """Decodes all sequences together (continuous batching) within a KV cache of fixed size."""
 
-    most_blocks: int | None = None  # what was left of the budget when memory last ran out
+    max_blocks: int | None = None  # size of the KV cache after the last out-of-memory error
 
-    def draw(self, request: Request) -> list[Drawn]:
+    def sample(self, request: Request) -> list[SampledCompletion]:
         blocks, graphs = self._blocks(request), self._graphs(request)
-        done: Done = {}
+        done: Completions = {}
         while len(done) < len(request.prompts) * request.num_generations:
             try:
-                pool = Pool(self._decoder, blocks, device=self.model.device, dtype=self._dtype)
+                cache = KVCache(self._decoder, blocks, device=self.model.device, dtype=self._dtype)
                 try:
-                    Schedule(self, request, pool, done, graphs=graphs).run()
+                    Scheduler(self, request, cache, done, graphs=graphs).run()
                 finally:
-                    self.stats.kv_peak_mib = max(self.stats.kv_peak_mib, self._mib(pool.blocks.most))
-                    del pool
+                    self.stats.kv_peak_mib = max(self.stats.kv_peak_mib, self._mib(cache.allocator.peak_used))
+                    del cache
             except torch.OutOfMemoryError:
-                blocks = self.most_blocks = self._checked(request, blocks // 2)
+                blocks = self.max_blocks = self._checked(request, blocks // 2)
                 self.stats.out_of_memory += 1
-                logger.warning("rollout: out of memory; it goes on with half the KV cache, %.0f MiB", self._mib(blocks))
+                logger.warning("rollout: out of memory, retrying with half the KV cache, %.0f MiB", self._mib(blocks))
         return [done[key] for key in sorted(done)]
 
     def _blocks(self, request: Request) -> int:
-        """Of the pool: for all groups at once, or what the budget allows."""
-        wanted = sum(_blocks_of(prompt, request) for prompt in request.prompts)
-        each = block_bytes(self._decoder, self._dtype)
+        """Return the size of the KV cache in blocks: for all groups at once, or what the budget allows."""
+        wanted = sum(_worst_case_blocks(prompt, request) for prompt in request.prompts)
+        size = block_bytes(self._decoder, self._dtype)
         if self.kv_mib is not None:
-            wanted = min(wanted, int(self.kv_mib * MIB) // each)
+            wanted = min(wanted, int(self.kv_mib * MIB) // size)
         elif self.model.device.type == "cuda":
-            held_back = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-            free = torch.cuda.mem_get_info(self.model.device)[0] + held_back
-            wanted = min(wanted, free // 2 // each)
-        if self.most_blocks is not None:
-            wanted = min(wanted, self.most_blocks)
+            cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # by torch's allocator
+            free = torch.cuda.mem_get_info(self.model.device)[0] + cached
+            wanted = min(wanted, free // 2 // size)
+        if self.max_blocks is not None:
+            wanted = min(wanted, self.max_blocks)
         return self._checked(request, wanted)
 
     def _checked(self, request: Request, blocks: int) -> int:
-        """These blocks, if the largest group alone fits in them."""
-        need = max(_blocks_of(prompt, request) for prompt in request.prompts)
+        """Return `blocks`; MemoryShort if they do not hold the largest group."""
+        need = max(_worst_case_blocks(prompt, request) for prompt in request.prompts)
         if blocks < need:
             raise MemoryShort(
-                f"rollout_kv_mib: one group needs {self._mib(need):.1f} MiB of keys and values, there are "
-                f"{self._mib(blocks):.1f}: lower max_completion_length or num_generations, or raise the budget"
+                f"rollout_kv_mib: one group needs {self._mib(need):.1f} MiB, there are {self._mib(blocks):.1f}: "
+                "lower max_completion_length or num_generations, or raise rollout_kv_mib"
             )
         return blocks
 
     def _graphs(self, request: Request) -> bool:
-        """Whether decode steps are CUDA graphs. SettingError where they are asked for and cannot be."""
+        """Return whether to capture decode steps. SettingError if requested but not supported."""
         if self.cuda_graphs is False or (self.cuda_graphs is None and self.model.device.type != "cuda"):
             return False
-        reason = self._no_graphs(request)
+        reason = self._graphs_unsupported_reason(request)
         if reason is not None and self.cuda_graphs:
             raise SettingError(f"cuda_graphs: {reason}")
         return reason is None
 
-    def _no_graphs(self, request: Request) -> str | None:
+    def _graphs_unsupported_reason(self, request: Request) -> str | None:
         decoder = self._decoder
         kind = str((getattr(decoder, "rope_parameters", None) or {}).get("rope_type", "default"))
-        if any(name in kind for name in MOVING_ROPE):
-            return f"the decoder's rotary positions are of type {kind}, which follows the length"
+        if any(name in kind for name in LENGTH_DEPENDENT_ROPE):
+            return f"the decoder's RoPE type {kind} depends on the sequence length"
         heads, kv_heads = decoder.num_attention_heads, decoder.num_key_value_heads
         branches = len(request.prompts) * request.num_generations
         shape = (branches, len(request.prompts), heads, kv_heads, head_dim_of(decoder))
         call = registry.Request(self.model.device, self._dtype, shape)
-        name = registry.chosen("shared_prefix_decode", call).name
-        return None if name == "triton" else f"shared_prefix_decode runs as {name}, which waits for the device"
+        name = registry.select("shared_prefix_decode", call).name
+        return None if name == "triton" else f"shared_prefix_decode implementation {name} waits for the device"
 
     def _mib(self, blocks: int) -> float:
         return blocks * block_bytes(self._decoder, self._dtype) / MIB
@@ -99,7 +99,7 @@ class NativeEngine(RolloutEngine):
         return self.dtype or self.model.dtype
 
 
-def _blocks_of(prompt: Prompt, request: Request) -> int:
-    """Of one group, however long its completions get; the last token of one is never cached."""
-    own = blocks_of(request.settings.max_completion_length - 1)
-    return blocks_of(len(prompt.input_ids)) + request.num_generations * own
+def _worst_case_blocks(prompt: Prompt, request: Request) -> int:
+    """Worst-case number of KV blocks for one group; the last token of a completion is never cached."""
+    suffix = num_blocks(request.settings.max_completion_length - 1)
+    return num_blocks(len(prompt.input_ids)) + request.num_generations * suffix

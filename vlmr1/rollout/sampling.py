@@ -1,4 +1,4 @@
-"""Choosing the next token. Random numbers depend on (seed, step, prompt, branch, position) and on nothing else."""
+"""Token sampling. Random numbers depend on seed, step, prompt, sequence and token index alone, not on the batch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 _U64 = np.uint64
-_MASK = _U64(0xFFFFFFFFFFFFFFFF)
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class SamplingSettings:
     stop: tuple[str, ...] = ()  # a completion ends with the token that completes one of these
 
 
-def mix(*keys: np.ndarray | int) -> np.ndarray:
+def hash_keys(*keys: np.ndarray | int) -> np.ndarray:
     """Hash integer keys (broadcast against each other) to uniform 64-bit words: chained SplitMix64 finalizers
     (Steele et al., 2014)."""
     with np.errstate(over="ignore"):
@@ -46,24 +45,31 @@ def mix(*keys: np.ndarray | int) -> np.ndarray:
 
 def uniform(*keys: np.ndarray | int) -> np.ndarray:
     """Uniform float64 in [0, 1) from the hash of the keys."""
-    return (mix(*keys) >> _U64(11)).astype(np.float64) * 2.0**-53
+    return (hash_keys(*keys) >> _U64(11)).astype(np.float64) * 2.0**-53
 
 
-def choose(
-    logits: Tensor, banned: Tensor, settings: SamplingSettings, draws: Tensor, seen: Tensor | None = None
+def sample_tokens(
+    logits: Tensor, suppressed_ids: Tensor, settings: SamplingSettings, draws: Tensor, seen: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Next tokens from logits [B, V]; `banned` ids are never chosen, `draws` [B] float64 are uniform in [0, 1), and
-    `seen` [B, V] is True at the tokens that the penalty is for.
+    """Sample the next tokens by inverting the cumulative distribution at `draws`.
 
-    Returns token ids [B], `logp` [B] of the full distribution at the temperature, and `sampling_logp` [B] of the
-    distribution drawn from."""
+    Args:
+        logits: [B, V].
+        suppressed_ids: [n] int64 token ids that are never sampled.
+        draws: [B] float64, uniform in [0, 1).
+        seen: [B, V] bool, True at the tokens that the repetition penalty applies to.
+
+    Returns:
+        Token ids [B] int64; `logp` [B] float32 of the full distribution at the temperature; `sampling_logp` [B] float32
+        of the distribution that was sampled from.
+    """
     logits = logits.float()
     full = torch.log_softmax(logits / settings.temperature, -1)  # [B, V]
     allowed = full
     if seen is not None and settings.repetition_penalty != 1:
         penalized = torch.where(logits > 0, logits / settings.repetition_penalty, logits * settings.repetition_penalty)
         allowed = torch.where(seen, penalized, logits) / settings.temperature
-    allowed = _truncated(allowed.index_fill(-1, banned, float("-inf")), settings)
+    allowed = _truncated(allowed.index_fill(-1, suppressed_ids, float("-inf")), settings)
     if settings.greedy:
         tokens = allowed.argmax(-1)
     else:
@@ -76,16 +82,16 @@ def choose(
 
 
 def _truncated(scores: Tensor, settings: SamplingSettings) -> Tensor:
-    """[B, V] scores, -inf where top_k, top_p or min_p leave a token out; the most probable one is always left."""
+    """Return scores [B, V], -inf at the tokens that top_k, top_p or min_p exclude; the most probable one remains."""
     if 0 < settings.top_k < scores.shape[-1]:
         least = scores.topk(settings.top_k, -1).values[:, -1:]
         scores = scores.masked_fill(scores < least, float("-inf"))
     if settings.top_p < 1:
         ordered, order = scores.sort(-1, descending=True)
-        before = ordered.softmax(-1).cumsum(-1).roll(1, -1)  # [B, V] probability of all that are more probable
+        before = ordered.softmax(-1).cumsum(-1).roll(1, -1)  # [B, V] total probability of the more probable tokens
         before[:, 0] = 0
-        out = torch.empty_like(before, dtype=torch.bool).scatter_(-1, order, before >= settings.top_p)
-        scores = scores.masked_fill(out, float("-inf"))
+        excluded = torch.empty_like(before, dtype=torch.bool).scatter_(-1, order, before >= settings.top_p)
+        scores = scores.masked_fill(excluded, float("-inf"))
     if settings.min_p > 0:
         least = scores.amax(-1, keepdim=True) + math.log(settings.min_p)
         scores = scores.masked_fill(scores < least, float("-inf"))

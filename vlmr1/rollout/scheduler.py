@@ -1,8 +1,8 @@
-"""Which groups are in flight, until every completion of a request is drawn.
+"""Continuous batching: which groups are decoded, until every completion of a request is finished.
 
-Groups wait until the pool has room for them; when branches end, the next ones take their place. Where the pool is full
-in the middle of completions, the youngest group goes back to the queue: it draws the same again, since random numbers
-depend on seed, step, prompt, branch and position alone.
+Groups wait until the KV cache has room for them and are admitted as others finish. When the cache is full, the youngest
+group is preempted and decoded again later. It samples the same tokens again, since random numbers depend on seed, step,
+prompt, sequence and token index alone.
 """
 
 from __future__ import annotations
@@ -16,158 +16,165 @@ import torch
 from torch import Tensor
 
 from vlmr1.models.features import encode, unique_images
-from vlmr1.rollout.engine import Drawn, Request, RolloutEngine, Stops
-from vlmr1.rollout.graphs import Columns, Graph, Step, rung
-from vlmr1.rollout.kv_cache import BLOCK, Pool, blocks_of, prefill_attention
-from vlmr1.rollout.sampling import choose, uniform
-from vlmr1.rollout.sequences import Batch, Branch, Flight, seen
+from vlmr1.rollout.engine import Request, RolloutEngine, SampledCompletion, StopCriteria
+from vlmr1.rollout.graphs import DecodeGraph, Step, StepOutput, capture_size
+from vlmr1.rollout.kv_cache import BLOCK_SIZE, KVCache, num_blocks, prefill_attention
+from vlmr1.rollout.sampling import sample_tokens, uniform
+from vlmr1.rollout.sequences import Batch, RunningGroup, RunningSequence, seen_tokens
 from vlmr1.types import Prompt
-from vlmr1_kernels.linear import operand, project
+from vlmr1_kernels.linear import gemm_operand, project
 
-STEPS_PER_LOOK = {"cuda": 16}  # steps between two looks at what has ended; where a look costs nothing, one
-Done = dict[tuple[int, int], Drawn]  # by group and branch
+# Decode steps between two checks of the stop criteria. On CUDA a check waits for the device; elsewhere it is free.
+STEPS_PER_CHECK = {"cuda": 16}
+Completions = dict[tuple[int, int], SampledCompletion]  # by (group, sequence)
 
 
-class Schedule:
-    """Draws what `done` lacks of a request, within one pool."""
+class Scheduler:
+    """Decodes the completions of a request that `done` lacks, within one KV cache, and adds them to `done`."""
 
-    def __init__(self, engine: RolloutEngine, request: Request, pool: Pool, done: Done, *, graphs: bool = False):
-        self.engine, self.request, self.pool, self.done = engine, request, pool, done
+    def __init__(
+        self, engine: RolloutEngine, request: Request, cache: KVCache, done: Completions, *, graphs: bool = False
+    ):
+        self.engine, self.request, self.cache, self.done = engine, request, cache, done
         self.model, self.family, self.stats = engine.model, engine.family, engine.stats
         self.settings = request.settings
-        self.banned = engine.banned()
-        self.stops = Stops(engine.model, engine.tokenizer, request.settings.stop)
-        branches = range(request.num_generations)
+        self.suppressed_ids = engine.suppressed_ids()
+        self.stop_criteria = StopCriteria(engine.model, engine.tokenizer, request.settings.stop)
+        generations = range(request.num_generations)
         groups = range(len(request.prompts))
-        self.queue = deque(p for p in groups if any((p, g) not in done for g in branches))
-        self.live: list[Branch] = []
-        self.batch: Batch | None = None
+        self.waiting = deque(p for p in groups if any((p, g) not in done for g in generations))
+        self.running: list[RunningSequence] = []
+        self.batch: Batch | None = None  # of the running sequences; None after they have changed
         self.with_graphs = graphs
-        self.graphs: dict[int, Graph] = {}  # by rows
+        self.graphs: dict[int, DecodeGraph] = {}  # by rows
         self.head = self.family.head(self.model)
         self.vocabulary = len(self.head.weight)
         dtype = engine.dtype or self.head.weight.dtype
-        # Half-precision logits would be rounded before the softmax, and the policy's are not.
-        self.half_weight = operand(self.head.weight.to(dtype)) if dtype.itemsize < 4 else None
+        # The policy computes float32 logits from half-precision operands; a half-precision head would round them.
+        self.half_weight = gemm_operand(self.head.weight.to(dtype)) if dtype.itemsize < 4 else None
         self.half = dtype
 
     def run(self) -> None:
+        """Decode until no group is waiting or running."""
         room = True
-        while self.queue or self.live:
-            admitted = self.admit() if room or not self.live else []
+        while self.waiting or self.running:
+            admitted = self.admit() if room or not self.running else []
             if admitted:
                 self.prefill(admitted)
-                room = self.settle()
+                room = self.retire_finished()
                 continue
-            steps = self.steps()
-            self.grow(steps)
+            steps = self.steps_until_check()
+            self.reserve_blocks(steps)
             self.decode(steps)
-            room = self.settle()
+            room = self.retire_finished()
 
-    # Groups come and go
+    # Admission, preemption, retirement
 
-    def admit(self) -> list[Flight]:
-        """The next groups, as far as there is room for their prompts and for completions of the usual length."""
+    def admit(self) -> list[RunningGroup]:
+        """Admit waiting groups while the cache has room for their prompts and for completions of average length."""
         size, limit = self.request.num_generations, self.settings.max_completion_length
-        lengths = [len(drawn.tokens) for drawn in self.done.values()]
-        usual = sum(lengths) / len(lengths) if lengths else limit
-        own = min(blocks_of(int(usual)) + 1, blocks_of(limit - 1)) * size
+        lengths = [len(completion.tokens) for completion in self.done.values()]
+        average = sum(lengths) / len(lengths) if lengths else limit
+        suffixes = min(num_blocks(int(average)) + 1, num_blocks(limit - 1)) * size  # expected blocks
+        allocator = self.cache.allocator
         promised = 0
-        admitted: list[Flight] = []
-        while self.queue:
-            index = self.queue[0]
+        admitted: list[RunningGroup] = []
+        while self.waiting:
+            index = self.waiting[0]
             prompt = self.request.prompts[index]
-            count = blocks_of(len(prompt.input_ids))
-            block = self.pool.blocks.run(count) if self.pool.blocks.left - promised >= count + own else None
+            count = num_blocks(len(prompt.input_ids))
+            block = allocator.allocate_run(count) if allocator.num_free - promised >= count + suffixes else None
             if block is None:
                 break
-            self.queue.popleft()
-            left = sum((index, g) not in self.done for g in range(size))
-            admitted.append(Flight(index, prompt, block, left))
-            promised += own
+            self.waiting.popleft()
+            unfinished = sum((index, g) not in self.done for g in range(size))
+            admitted.append(RunningGroup(index, prompt, block, unfinished))
+            promised += suffixes
         return admitted
 
-    def settle(self) -> bool:
-        """Take out the branches that have ended, and free what they held; True where there are some."""
-        before = len(self.live)
-        going: list[Branch] = []
-        for branch in self.live:
-            drawn = self.ended(branch)
-            if drawn is None:
-                going.append(branch)
+    def retire_finished(self) -> bool:
+        """Move finished sequences to `done` and free their blocks; return whether there were any."""
+        before = len(self.running)
+        running: list[RunningSequence] = []
+        for sequence in self.running:
+            completion = self.finished(sequence)
+            if completion is None:
+                running.append(sequence)
             else:
-                self.done[branch.flight.index, branch.index] = drawn
-                self.release(branch)
-        self.live = going
-        if len(going) < before:
+                self.done[sequence.group.index, sequence.index] = completion
+                self.free_blocks(sequence)
+        self.running = running
+        if len(running) < before:
             self.batch = None
-        return len(going) < before
+        return len(running) < before
 
-    def ended(self, branch: Branch) -> Drawn | None:
-        """The completion, cut after what ended it, or None where nothing has."""
-        end = self.stops.end(branch.tokens, branch.looked)
+    def finished(self, sequence: RunningSequence) -> SampledCompletion | None:
+        """Return the completion, cut after its stop token or text, or None if it is not finished."""
+        end = self.stop_criteria.find_end(sequence.tokens, sequence.checked)
         if end is not None:
-            return branch.drawn(end, "stop")
-        branch.looked = len(branch.tokens)
+            return sequence.completion(end, "stop")
+        sequence.checked = len(sequence.tokens)
         limit = self.settings.max_completion_length
-        return branch.drawn(limit, "length") if branch.looked >= limit else None
+        return sequence.completion(limit, "length") if sequence.checked >= limit else None
 
-    def grow(self, steps: int) -> None:
-        """Blocks for the next steps; the youngest groups go back where there are not enough."""
-        while sum(branch.lacks(steps) for branch in self.live) > self.pool.blocks.left:
-            youngest = self.live[-1].flight
-            for branch in [b for b in self.live if b.flight is youngest]:
-                self.live.remove(branch)
-                self.release(branch)
-            self.queue.appendleft(youngest.index)
-            self.stats.sent_back += 1
+    def reserve_blocks(self, steps: int) -> None:
+        """Allocate the blocks of the next `steps` steps; preempt the youngest groups if there are too few."""
+        allocator = self.cache.allocator
+        while sum(sequence.missing_blocks(steps) for sequence in self.running) > allocator.num_free:
+            youngest = self.running[-1].group
+            for sequence in [s for s in self.running if s.group is youngest]:
+                self.running.remove(sequence)
+                self.free_blocks(sequence)
+            self.waiting.appendleft(youngest.index)
+            self.stats.preemptions += 1
             self.batch = None
-        new = False
-        for branch in self.live:
-            for _ in range(branch.lacks(steps)):
-                block = self.pool.blocks.one()
+        changed = False
+        for sequence in self.running:
+            for _ in range(sequence.missing_blocks(steps)):
+                block = allocator.allocate()
                 assert block is not None
-                branch.blocks.append(block)
-                new = True
-        if new and self.batch is not None:
-            self.batch.show_blocks()
+                sequence.blocks.append(block)
+                changed = True
+        if changed and self.batch is not None:
+            self.batch.update_block_table()
 
-    def release(self, branch: Branch) -> None:
-        for block in branch.blocks:
-            self.pool.blocks.give(block)
-        flight = branch.flight
-        flight.left -= 1
-        if not flight.left:
-            self.pool.blocks.give(flight.block, blocks_of(flight.length))
+    def free_blocks(self, sequence: RunningSequence) -> None:
+        """Free the blocks of a sequence, and of its prompt after the last sequence of the group."""
+        for block in sequence.blocks:
+            self.cache.allocator.free(block)
+        group = sequence.group
+        group.unfinished -= 1
+        if not group.unfinished:
+            self.cache.allocator.free(group.first_block, num_blocks(group.prompt_length))
 
-    def steps(self) -> int:
-        """Steps until the next look; no branch grows beyond the limit in between."""
-        left = min(self.settings.max_completion_length - len(branch.tokens) for branch in self.live)
-        return min(left, STEPS_PER_LOOK.get(self.model.device.type, 1))
+    def steps_until_check(self) -> int:
+        """Return the decode steps until the next check; no sequence exceeds the maximum length in between."""
+        left = min(self.settings.max_completion_length - len(sequence.tokens) for sequence in self.running)
+        return min(left, STEPS_PER_CHECK.get(self.model.device.type, 1))
 
-    # Tokens
+    # Forward passes
 
-    def prefill(self, flights: Sequence[Flight]) -> None:
-        """The prompts of these groups in one row, and the first token of each of their branches."""
+    def prefill(self, groups: Sequence[RunningGroup]) -> None:
+        """Compute the prompts of `groups` in one packed row and sample the first token of each sequence."""
         clock = perf_counter()
-        prompts = [flight.prompt for flight in flights]
-        logits = self.prompt_logits(prompts, [flight.block * BLOCK for flight in flights])  # [P, V]
+        prompts = [group.prompt for group in groups]
+        logits = self.prompt_logits(prompts, [group.first_block * BLOCK_SIZE for group in groups])  # [P, V]
         size = self.request.num_generations
-        branches = [Branch(f, g) for f in flights for g in range(size) if (f.index, g) not in self.done]
-        counts = torch.tensor([flight.left for flight in flights], device=logits.device)
-        prompt_keys = np.array([branch.flight.prompt.sample.index for branch in branches])
-        draws = self.draws(prompt_keys, np.array([branch.index for branch in branches]), 0)
-        known = None
+        sequences = [RunningSequence(p, g) for p in groups for g in range(size) if (p.index, g) not in self.done]
+        counts = torch.tensor([group.unfinished for group in groups], device=logits.device)
+        prompt_keys = np.array([sequence.group.prompt.sample.index for sequence in sequences])
+        draws = self.draws(prompt_keys, np.array([sequence.index for sequence in sequences]), 0)
+        seen = None
         if self.settings.repetition_penalty != 1:
-            known = torch.from_numpy(seen(branches, self.vocabulary)).to(logits.device)
+            seen = torch.from_numpy(seen_tokens(sequences, self.vocabulary)).to(logits.device)
         logits = logits.repeat_interleave(counts, 0)  # [S, V]
-        record(branches, [choose(logits, self.banned, self.settings, draws, known)])
-        self.live += branches
+        append_tokens(sequences, [sample_tokens(logits, self.suppressed_ids, self.settings, draws, seen)])
+        self.running += sequences
         self.batch = None
         self.stats.prefill_seconds += perf_counter() - clock
 
     def prompt_logits(self, prompts: Sequence[Prompt], starts: list[int]) -> Tensor:
-        """[P, V] logits of the first tokens; keys and values go to the pool, from these rows on."""
+        """Return the logits [P, V] of the first tokens; write keys and values to the cache rows `starts` on."""
         device = self.model.device
         lengths = [len(prompt.input_ids) for prompt in prompts]
         images, refs, image_ids = unique_images(prompts)
@@ -178,79 +185,83 @@ class Schedule:
             torch.cat([prompt.input_ids for prompt in prompts])[None].to(device),
             torch.cat([prompt.positions for prompt in prompts], dim=1)[:, None].to(device),
             [features[i] for i in image_ids],
-            shared=prefill_attention(self.pool, lengths, starts),
+            shared=prefill_attention(self.cache, lengths, starts),
         )
         return self.logits(hidden[0, torch.tensor(lengths).cumsum(0) - 1])
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[n, D] -> [n, V]; float32 from half-precision weights, as the policy's."""
+        """[n, D] -> [n, V]; float32 for half-precision weights, as in the policy."""
         if self.half_weight is None:
             return self.head(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
-            return project(operand(hidden.to(self.half)), self.half_weight, self.head.bias, 1.0)
+            return project(gemm_operand(hidden.to(self.half)), self.half_weight, self.head.bias, 1.0)
 
     def decode(self, steps: int) -> None:
-        """The next `steps` tokens of all branches."""
+        """Decode the next `steps` tokens of all running sequences."""
         clock = perf_counter()
-        batch, step = self.prepared()
-        places = batch.places + np.arange(steps)[:, None]  # [steps, S]
-        draws = self.draws(batch.prompt_keys, batch.branch_keys, places)
-        columns = [step(batch, row) for row in draws]
-        batch.places += steps
-        record(batch.branches, columns)
+        batch, step = self.batch_and_step()
+        indices = batch.token_indices + np.arange(steps)[:, None]  # [steps, S]
+        draws = self.draws(batch.prompt_keys, batch.sequence_keys, indices)
+        outputs = [step(batch, row) for row in draws]
+        batch.token_indices += steps
+        append_tokens(batch.sequences, outputs)
         self.stats.decode_seconds += perf_counter() - clock
 
-    def prepared(self) -> tuple[Batch, Step]:
-        """The batch of the branches in flight, and what makes a step on it: a graph where the engine asks for one."""
+    def batch_and_step(self) -> tuple[Batch, Step]:
+        """Return the batch of the running sequences and its step function, a CUDA graph if enabled."""
         if not self.with_graphs:
             if self.batch is None:
-                self.batch = self.new_batch(len(self.live), len({id(branch.flight) for branch in self.live}))
-                self.batch.fill(self.live)
+                groups = len({id(sequence.group) for sequence in self.running})
+                self.batch = self.new_batch(len(self.running), groups)
+                self.batch.fill(self.running)
             return self.batch, self.step
-        rows = rung(len(self.live))
+        rows = capture_size(len(self.running))
         graph = self.graphs.get(rows)
         if self.batch is None or graph is None:
             groups = min(rows, len(self.request.prompts))
             self.batch = self.new_batch(rows, groups) if graph is None else graph.batch
-            self.batch.fill(self.live)
+            self.batch.fill(self.running)
         if graph is None:
             first = next(iter(self.graphs.values()), None)
-            graph = self.graphs[rows] = Graph(self.step, self.batch, None if first is None else first.pool)
+            graph = self.graphs[rows] = DecodeGraph(self.step, self.batch, None if first is None else first.pool)
         return self.batch, graph
 
     def new_batch(self, rows: int, groups: int) -> Batch:
+        """Return an empty batch of up to `rows` sequences in `groups` groups."""
         prompts = self.request.prompts
         return Batch(
-            self.pool,
+            self.cache,
             rows=rows,
             groups=groups,
-            columns=max(1, blocks_of(self.settings.max_completion_length)),
-            kinds=len(prompts[0].positions),
+            columns=max(1, num_blocks(self.settings.max_completion_length)),
+            position_dims=len(prompts[0].positions),
             max_group=self.request.num_generations,
             max_prefix=max(len(prompt.input_ids) for prompt in prompts),
             vocabulary=None if self.settings.repetition_penalty == 1 else self.vocabulary,
         )
 
-    def step(self, batch: Batch, draws: Tensor) -> Columns:
-        """The next token of each branch; the batch is then ready for the one after it."""
-        batch.attention.begin()
-        positions = batch.positions.expand(batch.kinds, -1)[..., None]  # [K, S, 1]
+    def step(self, batch: Batch, draws: Tensor) -> StepOutput:
+        """Sample the next token of each sequence with `draws` [S] and advance the batch."""
+        batch.attention.begin_step()
+        positions = batch.positions.expand(batch.position_dims, -1)[..., None]  # [K, S, 1]
         hidden = self.family.hidden(self.model, batch.tokens[:, None], positions, [], shared=batch.attention)
         logits = self.logits(hidden[:, 0])  # [S, V]
-        batch.attention.end()
-        chosen = choose(logits, self.banned, self.settings, draws, batch.seen)
-        batch.advance(chosen[0])
-        return chosen
+        batch.attention.end_step()
+        output = sample_tokens(logits, self.suppressed_ids, self.settings, draws, batch.seen)
+        batch.advance(output[0])
+        return output
 
-    def draws(self, prompt_keys: np.ndarray, branch_keys: np.ndarray, places: np.ndarray | int) -> Tensor:
-        """[S], or [steps, S] where `places` is, uniform numbers in [0, 1)."""
-        numbers = uniform(self.settings.seed, self.request.step, prompt_keys, branch_keys, places)
+    def draws(self, prompt_keys: np.ndarray, sequence_keys: np.ndarray, indices: np.ndarray | int) -> Tensor:
+        """Return uniform float64 in [0, 1): [S], or [steps, S] for `indices` [steps, S]."""
+        numbers = uniform(self.settings.seed, self.request.step, prompt_keys, sequence_keys, indices)
         return torch.from_numpy(numbers).to(self.model.device)
 
 
-def record(branches: Sequence[Branch], columns: Sequence[Columns]) -> None:
-    """Add chosen tokens and their log-probs to the branches that they are of; padding is behind the last of them."""
-    tokens, logp, sampling_logp = (torch.stack(each, 1).tolist() for each in zip(*columns, strict=True))  # [S, steps]
-    for branch, *rows in zip(branches, tokens, logp, sampling_logp, strict=False):
-        for kept, row in zip((branch.tokens, branch.logp, branch.sampling_logp), rows, strict=True):
-            kept.extend(row)
+def append_tokens(sequences: Sequence[RunningSequence], outputs: Sequence[StepOutput]) -> None:
+    """Append the tokens and log-probs of one or more steps to their sequences; padding rows come last and are dropped.
+
+    Waits for the device: the stop criteria need the tokens on the host."""
+    tokens, logp, sampling_logp = (torch.stack(each, 1).tolist() for each in zip(*outputs, strict=True))  # [S, steps]
+    for sequence, *rows in zip(sequences, tokens, logp, sampling_logp, strict=False):
+        for values, row in zip((sequence.tokens, sequence.logp, sequence.sampling_logp), rows, strict=True):
+            values.extend(row)

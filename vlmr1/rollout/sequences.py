@@ -1,4 +1,4 @@
-"""What a rollout has in flight: groups, their branches, and the tensors of a step over these."""
+"""Running groups and sequences of a rollout, and the tensors of a decode step over them."""
 
 from __future__ import annotations
 
@@ -10,77 +10,79 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmr1.rollout.engine import Drawn
-from vlmr1.rollout.kv_cache import BLOCK, DecodeAttention, Pool, blocks_of
+from vlmr1.rollout.engine import SampledCompletion
+from vlmr1.rollout.kv_cache import BLOCK_SIZE, DecodeAttention, KVCache, num_blocks
 from vlmr1.types import Prompt
 
 
 @dataclass(eq=False)
-class Flight:
-    """A group in flight: its prompt's run of blocks is kept until its last branch has ended."""
+class RunningGroup:
+    """A group being decoded. Its prompt's blocks are freed when its last sequence has finished."""
 
-    index: int  # of the group, among the prompts
+    index: int  # among the prompts of the request
     prompt: Prompt
-    block: int  # first of the prompt's run
-    left: int  # branches that have not ended
+    first_block: int  # of the prompt
+    unfinished: int  # sequences
 
     @property
-    def length(self) -> int:
+    def prompt_length(self) -> int:
+        """Tokens of the prompt."""
         return len(self.prompt.input_ids)
 
 
 @dataclass(eq=False)
-class Branch:
-    """One completion as it grows. Its last token has been chosen, and is not in the cache yet."""
+class RunningSequence:
+    """One completion being decoded. Its last token has been sampled, but is not in the KV cache yet."""
 
-    flight: Flight
-    index: int  # among the branches of its group
+    group: RunningGroup
+    index: int  # in its group
     tokens: list[int] = field(default_factory=list)
     logp: list[float] = field(default_factory=list)
     sampling_logp: list[float] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
-    looked: int = 0  # tokens that were found not to end it
+    checked: int = 0  # tokens already checked against the stop criteria
 
     @property
     def cached(self) -> int:
+        """Completion tokens in the KV cache."""
         return len(self.tokens) - 1
 
-    def lacks(self, steps: int) -> int:
-        """Blocks that it needs for so many steps, and has not got."""
-        return max(0, blocks_of(self.cached + steps) - len(self.blocks))
+    def missing_blocks(self, steps: int) -> int:
+        """Return how many blocks to allocate before the next `steps` decode steps."""
+        return max(0, num_blocks(self.cached + steps) - len(self.blocks))
 
-    def drawn(self, length: int, finish_reason: str) -> Drawn:
-        """Its first `length` tokens as a completion."""
-        return Drawn(self.tokens[:length], self.logp[:length], self.sampling_logp[:length], finish_reason)
+    def completion(self, length: int, finish_reason: str) -> SampledCompletion:
+        """Return the first `length` tokens as a completion."""
+        return SampledCompletion(self.tokens[:length], self.logp[:length], self.sampling_logp[:length], finish_reason)
 
 
 class Batch:
-    """The tensors of a step, of up to S branches in P groups. Their addresses stay; `fill` gives them other branches.
+    """Tensors of a decode step over up to S sequences of P groups. `fill` changes their values, not their addresses.
 
-    Rows behind the last branch are padding: they write to the pool's scratch block, and nobody reads what they draw."""
+    Rows after the last sequence are padding: they write to the scratch block, and their tokens are ignored."""
 
     def __init__(
         self,
-        pool: Pool,
+        cache: KVCache,
         *,
         rows: int,
         groups: int,
         columns: int,
-        kinds: int,
+        position_dims: int,
         max_group: int,
         max_prefix: int,
         vocabulary: int | None = None,
     ):
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=pool.rows.device)
+            return torch.zeros(shape, dtype=dtype, device=cache.data.device)
 
-        self.branches: Sequence[Branch] = ()
-        self.kinds = kinds  # K, of the positions
+        self.sequences: Sequence[RunningSequence] = ()
+        self.position_dims = position_dims  # K
         self.tokens, self.positions = zeros(rows, dtype=torch.int64), zeros(rows, dtype=torch.int64)
-        # [S, V] tokens that the repetition penalty is for
+        # [S, V] tokens that the repetition penalty applies to
         self.seen = None if vocabulary is None else zeros(rows, vocabulary, dtype=torch.bool)
         self.attention = DecodeAttention(
-            pool,
+            cache,
             group_offsets=zeros(groups + 1),
             prefix_starts=zeros(groups),
             prefix_lengths=zeros(groups),
@@ -89,59 +91,60 @@ class Batch:
             max_group=max_group,
             max_prefix=max_prefix,
         )
-        # Of the random numbers: prompt, branch, and the position that is drawn next.
-        self.prompt_keys, self.branch_keys, self.places = (np.zeros(rows, dtype=np.int64) for _ in range(3))
+        # Keys of the random numbers [S]: sample, sequence, and index of the next token in the completion.
+        self.prompt_keys, self.sequence_keys, self.token_indices = (np.zeros(rows, dtype=np.int64) for _ in range(3))
 
     @property
     def rows(self) -> int:
+        """S, padding included."""
         return len(self.tokens)
 
-    def fill(self, branches: Sequence[Branch]) -> None:
-        """Take these branches, which are in the order of their groups."""
-        self.branches = branches
-        groups = [(flight, len(list(of))) for flight, of in groupby(branches, key=lambda branch: branch.flight)]
+    def fill(self, sequences: Sequence[RunningSequence]) -> None:
+        """Set all tensors from `sequences`, which are ordered by group."""
+        self.sequences = sequences
+        groups = [(group, len(list(of))) for group, of in groupby(sequences, key=lambda sequence: sequence.group)]
         ends = np.cumsum([count for _, count in groups])
         attention = self.attention
-        _copy(attention.group_offsets[1:], ends, rest=len(branches))
-        _copy(attention.prefix_starts, [flight.block * BLOCK for flight, _ in groups])
-        _copy(attention.prefix_lengths, [flight.length for flight, _ in groups], rest=1)
-        _copy(attention.suffix_lengths, [branch.cached for branch in branches])
-        _copy(self.tokens, [branch.tokens[-1] for branch in branches])
-        _copy(self.positions, [branch.flight.prompt.next_position + branch.cached for branch in branches])
-        self.show_blocks()
-        self.prompt_keys[: len(branches)] = [branch.flight.prompt.sample.index for branch in branches]
-        self.branch_keys[: len(branches)] = [branch.index for branch in branches]
-        self.places[: len(branches)] = [len(branch.tokens) for branch in branches]
+        _copy(attention.group_offsets[1:], ends, padding=len(sequences))
+        _copy(attention.prefix_starts, [group.first_block * BLOCK_SIZE for group, _ in groups])
+        _copy(attention.prefix_lengths, [group.prompt_length for group, _ in groups], padding=1)
+        _copy(attention.suffix_lengths, [sequence.cached for sequence in sequences])
+        _copy(self.tokens, [sequence.tokens[-1] for sequence in sequences])
+        _copy(self.positions, [sequence.group.prompt.next_position + sequence.cached for sequence in sequences])
+        self.update_block_table()
+        self.prompt_keys[: len(sequences)] = [sequence.group.prompt.sample.index for sequence in sequences]
+        self.sequence_keys[: len(sequences)] = [sequence.index for sequence in sequences]
+        self.token_indices[: len(sequences)] = [len(sequence.tokens) for sequence in sequences]
         if self.seen is not None:
-            _copy(self.seen, seen(branches, self.seen.shape[1]), rest=False)
+            _copy(self.seen, seen_tokens(sequences, self.seen.shape[1]), padding=False)
 
-    def show_blocks(self) -> None:
-        """Tell the device which blocks the branches have now."""
+    def update_block_table(self) -> None:
+        """Copy the sequences' blocks to the device."""
         table = self.attention.suffix_blocks
-        blocks = np.full(table.shape, self.attention.pool.scratch, dtype=np.int32)
-        for row, branch in zip(blocks, self.branches, strict=False):
-            row[: len(branch.blocks)] = branch.blocks
+        blocks = np.full(table.shape, self.attention.cache.scratch_block, dtype=np.int32)
+        for row, sequence in zip(blocks, self.sequences, strict=False):
+            row[: len(sequence.blocks)] = sequence.blocks
         table.copy_(torch.from_numpy(blocks))
 
     def advance(self, tokens: Tensor) -> None:
-        """These tokens [S] were chosen."""
+        """Set `tokens` [S] int64, just sampled, as the inputs of the next step."""
         self.tokens.copy_(tokens)
         self.positions.add_(1)
         if self.seen is not None:
             self.seen.scatter_(1, tokens[:, None], True)
 
 
-def seen(branches: Sequence[Branch], vocabulary: int) -> np.ndarray:
-    """[S, V] bool: which tokens prompt and completion have so far."""
-    found = np.zeros((len(branches), vocabulary), dtype=bool)
-    for row, branch in zip(found, branches, strict=True):
-        row[branch.flight.prompt.input_ids.numpy()] = True
-        row[branch.tokens] = True
-    return found
+def seen_tokens(sequences: Sequence[RunningSequence], vocabulary: int) -> np.ndarray:
+    """Return [S, V] bool: True at the tokens of each prompt and completion so far."""
+    seen = np.zeros((len(sequences), vocabulary), dtype=bool)
+    for row, sequence in zip(seen, sequences, strict=True):
+        row[sequence.group.prompt.input_ids.numpy()] = True
+        row[sequence.tokens] = True
+    return seen
 
 
-def _copy(target: Tensor, values: Sequence[int] | np.ndarray, rest: int = 0) -> None:
-    """The first rows of a tensor get these values, those behind them `rest`."""
-    filled = np.full(target.shape, rest, dtype=torch.empty(0, dtype=target.dtype).numpy().dtype)
+def _copy(target: Tensor, values: Sequence[int] | np.ndarray, padding: int = 0) -> None:
+    """Copy `values` to the first rows of a tensor and `padding` to the others."""
+    filled = np.full(target.shape, padding, dtype=torch.empty(0, dtype=target.dtype).numpy().dtype)
     filled[: len(values)] = values
     target.copy_(torch.from_numpy(filled))

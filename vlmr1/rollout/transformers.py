@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import GenerationConfig
 
-from vlmr1.rollout.engine import Drawn, Request, RolloutEngine, Stops
-from vlmr1.rollout.sampling import SamplingSettings, mix
+from vlmr1.rollout.engine import Request, RolloutEngine, SampledCompletion, StopCriteria
+from vlmr1.rollout.sampling import SamplingSettings, hash_keys
 from vlmr1.types import Prompt
 
 
 @contextmanager
 def _plain_generation(model: Any) -> Iterator[None]:
-    """The checkpoint's own sampling settings (penalties, truncation) have no part in a rollout."""
+    """Ignore the checkpoint's own sampling settings (penalties, truncation)."""
     before = model.generation_config
     model.generation_config = GenerationConfig(eos_token_id=before.eos_token_id, pad_token_id=before.pad_token_id)
     try:
@@ -28,33 +28,33 @@ def _plain_generation(model: Any) -> Iterator[None]:
 
 
 class TransformersEngine(RolloutEngine):
-    """Works with any model that generates; its draws depend on the batch that a prompt is in."""
+    """Calls `model.generate`, so it supports any model; a completion depends on the batch that its prompt is in."""
 
-    def draw(self, request: Request) -> list[Drawn]:
+    def sample(self, request: Request) -> list[SampledCompletion]:
         settings, prompts = request.settings, request.prompts
         inputs = self._inputs([p for p in prompts for _ in range(request.num_generations)], self.model.device)
         with torch.random.fork_rng(), _plain_generation(self.model):
-            torch.manual_seed(int(mix(settings.seed, request.step)) % 2**63)
-            drawn = self.model.generate(
+            torch.manual_seed(int(hash_keys(settings.seed, request.step)) % 2**63)
+            generated = self.model.generate(
                 **inputs,
                 max_new_tokens=settings.max_completion_length,
                 do_sample=not settings.greedy,
                 **_truncation(settings),
                 repetition_penalty=settings.repetition_penalty,
-                suppress_tokens=self.banned().tolist(),
+                suppress_tokens=self.suppressed_ids().tolist(),
                 stop_strings=list(settings.stop) or None,
                 tokenizer=self.tokenizer,
                 return_dict_in_generate=True,
                 output_logits=True,
                 output_scores=True,
             )
-        tokens = drawn.sequences[:, inputs["input_ids"].shape[1] :]  # [B, T]
-        full = torch.stack(drawn.logits, 1).float() / settings.temperature  # [B, T, V]
+        tokens = generated.sequences[:, inputs["input_ids"].shape[1] :]  # [B, T]
+        full = torch.stack(generated.logits, 1).float() / settings.temperature  # [B, T, V]
         logp, sampling_logp = (
             scores.log_softmax(-1).gather(-1, tokens[..., None])[..., 0].tolist()
-            for scores in (full, torch.stack(drawn.scores, 1).float())
+            for scores in (full, torch.stack(generated.scores, 1).float())
         )
-        stops = Stops(self.model, self.tokenizer, settings.stop)
+        stops = StopCriteria(self.model, self.tokenizer, settings.stop)
         return [_cut(*each, stops) for each in zip(tokens.tolist(), logp, sampling_logp, strict=True)]
 
     def _inputs(self, prompts: Sequence[Prompt], device: torch.device) -> dict[str, Tensor]:
@@ -74,12 +74,16 @@ class TransformersEngine(RolloutEngine):
 def _truncation(settings: SamplingSettings) -> dict[str, Any]:
     if settings.greedy:
         return dict.fromkeys(("temperature", "top_k", "top_p", "min_p"))
-    kept = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
-    return kept | {"min_p": settings.min_p or None}
+    return {
+        "temperature": settings.temperature,
+        "top_k": settings.top_k,
+        "top_p": settings.top_p,
+        "min_p": settings.min_p or None,
+    }
 
 
-def _cut(tokens: list[int], logp: list[float], sampling_logp: list[float], stops: Stops) -> Drawn:
-    """A completion without the padding after what ended it."""
-    end = stops.end(tokens)
+def _cut(tokens: list[int], logp: list[float], sampling_logp: list[float], stops: StopCriteria) -> SampledCompletion:
+    """Return a completion without the padding after its end."""
+    end = stops.find_end(tokens)
     reason = "length" if end is None else "stop"
-    return Drawn(tokens[:end], logp[:end], sampling_logp[:end], reason)
+    return SampledCompletion(tokens[:end], logp[:end], sampling_logp[:end], reason)

@@ -1,4 +1,4 @@
-"""What NVML says of the one GPU that this process uses: memory, power, energy."""
+"""NVML readings of the GPU of this process: memory, power, energy."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ MIB = 2**20
 
 
 class GpuMeter:
-    """Readings of one GPU around an update: `begin()` before it, `end()` after it.
+    """Readings of one GPU over an update: call `begin()` before it and `end()` after it.
 
-    `end` returns, each where the device supports it:
-    gpu/memory_used_mib, used on the device by all processes; gpu/process_memory_mib, by this one;
-    gpu/power_watts, drawn at that moment; gpu/energy_joules, drawn since `begin`, by the device's own counter.
-    A reading that is not supported is left out, and a warning says so once.
+    `end` returns gpu/memory_used_mib (by all processes), gpu/process_memory_mib (by this process), gpu/power_watts (at
+    that time) and gpu/energy_joules (since `begin`). Readings that the device does not support are left out after one
+    warning.
     """
 
     def __init__(self, nvml: Any, handle: Any):
@@ -30,10 +29,9 @@ class GpuMeter:
 
     @classmethod
     def of(cls, device: torch.device) -> GpuMeter | None:
-        """The meter of a torch device; None for one that is no CUDA device, and without nvidia-ml-py or a driver.
+        """Return the meter of a torch device; None if it is not a CUDA device, or without nvidia-ml-py or a driver.
 
-        The device is found by its UUID, else by its place on the PCI bus: NVML's indices know nothing of
-        CUDA_VISIBLE_DEVICES."""
+        Finds the device by UUID, else by PCI bus id, since NVML's indices ignore CUDA_VISIBLE_DEVICES."""
         if device.type != "cuda":
             return None
         try:
@@ -44,15 +42,15 @@ class GpuMeter:
             pynvml.nvmlInit()
             return cls(pynvml, _handle(pynvml, torch.cuda.get_device_properties(device)))
         except pynvml.NVMLError as error:
-            logger.warning("NVML does not know this process's GPU: %s", error)
+            logger.warning("NVML does not find the GPU of this process: %s", error)
             return None
 
     def begin(self) -> None:
-        """Note the energy counter."""
+        """Read the energy counter."""
         self._energy = self._joules()
 
     def end(self) -> dict[str, float]:
-        """The readings now, and the energy since `begin`."""
+        """Return the current readings and the energy since `begin`, in the units of their names."""
         joules = self._joules()
         readings = {
             "gpu/memory_used_mib": self._read("memory in use", self._memory_used),
@@ -75,7 +73,7 @@ class GpuMeter:
         return float(self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used) / MIB
 
     def _process_memory(self) -> float | None:
-        """None in a container, where the driver's process ids are others."""
+        """Return the memory of this process; None in a container, which has other process ids than the driver."""
         for process in self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle):
             if process.pid == os.getpid() and process.usedGpuMemory is not None:
                 return float(process.usedGpuMemory) / MIB
@@ -93,9 +91,9 @@ class GpuMeter:
 
 
 def _handle(nvml: Any, properties: Any) -> Any:
-    """NVML's handle of the device that torch has these properties of."""
+    """Return NVML's handle of the device with these torch properties."""
     try:
         return nvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
-    except nvml.NVMLError:  # a slice of a GPU has a UUID of another kind
+    except nvml.NVMLError:  # a MIG slice has another kind of UUID
         place = (properties.pci_domain_id, properties.pci_bus_id, properties.pci_device_id)
         return nvml.nvmlDeviceGetHandleByPciBusId("{:08x}:{:02x}:{:02x}.0".format(*place))

@@ -1,4 +1,4 @@
-"""Peak memory between two moments, of this process: what torch allocated on CUDA, the resident set elsewhere."""
+"""Peak memory of this process between two points in time: torch's allocations on CUDA, else the resident set."""
 
 from __future__ import annotations
 
@@ -15,19 +15,18 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Peaks:
-    """Laps of the process's high-water mark. The mark is one for the whole process, and so is this: see `PEAKS`.
+    """Resettable peak memory. The counters belong to the process, so use the only instance, `PEAKS`.
 
-    On CUDA the mark is torch's `max_memory_allocated` of the current device. Elsewhere it is the kernel's VmHWM, which
-    writing 5 to /proc/self/clear_refs sets back; where that is not allowed there are no laps, and a warning says so
-    once. `peak` knows the highest mark all the same.
+    On CUDA the peak is torch's `max_memory_allocated` of the current device. Elsewhere it is VmHWM of Linux, which is
+    reset by writing 5 to /proc/self/clear_refs. If that is not permitted, `lap` returns None after one warning.
     """
 
     def __init__(self) -> None:
-        self._highest = {"cuda": 0.0, "resident": 0.0}  # before the last lap, MiB
-        self._laps = True  # of the resident set
+        self._highest = {"cuda": 0.0, "resident": 0.0}  # MiB, before the last lap
+        self._laps = True  # whether the resident set's peak can be reset
 
     def lap(self) -> float | None:
-        """Peak since the last lap in MiB, and a new lap; None where it cannot be known."""
+        """Return the peak in MiB since the last lap and reset it; None if it cannot be measured."""
         if torch.cuda.is_initialized():
             peak = torch.cuda.max_memory_allocated() / MIB
             torch.cuda.reset_peak_memory_stats()
@@ -46,7 +45,7 @@ class Peaks:
         return peak
 
     def peak(self) -> float:
-        """Peak since the process began, in MiB."""
+        """Return the peak in MiB since the process started."""
         if torch.cuda.is_initialized():
             return max(self._highest["cuda"], torch.cuda.max_memory_allocated() / MIB)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -57,7 +56,7 @@ PEAKS = Peaks()
 
 
 def _resident_peak() -> float:
-    """VmHWM in MiB; it counts what ru_maxrss lags behind."""
+    """Return VmHWM in MiB, which is more current than ru_maxrss."""
     for line in STATUS.read_text(encoding="ascii", errors="replace").splitlines():
         if line.startswith("VmHWM:"):
             return float(line.split()[1]) / 1024  # the kernel's kB are KiB

@@ -1,4 +1,4 @@
-"""What a run costs: seconds and peak memory by phase, and the GPUs of the machine."""
+"""Seconds and peak memory by phase, and the GPUs of the machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vlmr1.telemetry.peaks import MIB, PEAKS
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU of this machine, as the driver reports it."""
+    """A GPU of this machine as reported by the driver."""
 
     index: int
     name: str
@@ -24,19 +24,21 @@ class Gpu:
 
 
 class Phases:
-    """Seconds and peak memory by phase: `with phases("rollout"): ...` adds to `phases.seconds["rollout"]`, and makes
-    `phases.memory["rollout"]` the highest peak, in MiB, that it has had.
+    """Seconds and peak memory by phase.
 
-    On CUDA the device is synchronized at both ends, so that a phase is charged for its own kernels. A phase
-    inside another one counts in both. Memory is of the process, what it held before included; it is measured with
-    `memory=True`, which starts the high-water marks of torch and of the kernel anew at each end (see `peaks.py`).
+    `with phases("rollout"): ...` adds to `phases.seconds["rollout"]` and raises `phases.memory["rollout"]` to the peak
+    in MiB. CUDA is synchronized at both ends, so that a phase includes its own kernels. A nested phase counts in both.
+
+    Args:
+        memory: measure the peak memory of the process, which resets the peaks of torch and of the kernel at each start
+            and end of a phase (see `peaks.py`).
     """
 
     def __init__(self, *, memory: bool = False) -> None:
         self.seconds: dict[str, float] = {}
         self.memory: dict[str, float] = {}
         self._measures_memory = memory
-        self._open: dict[str, float] = {}  # when each began
+        self._open: dict[str, float] = {}  # start time by phase
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -47,13 +49,13 @@ class Phases:
             self.stop(name)
 
     def start(self, name: str) -> None:
-        """The phase begins."""
+        """Start a phase."""
         _synchronize()
         self._lap()
         self._open[name] = perf_counter()
 
     def stop(self, name: str) -> None:
-        """The phase ends. KeyError for one that has not begun."""
+        """End a phase. KeyError if it has not been started."""
         _synchronize()
         self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - self._open[name]
         self._lap()
@@ -66,12 +68,12 @@ class Phases:
 
 
 def peak_memory_mib() -> float:
-    """Peak memory of this process in MiB since it began: allocated by torch where it uses CUDA, resident otherwise."""
+    """Return the peak memory of this process in MiB: allocated by torch if it uses CUDA, else resident."""
     return PEAKS.peak()
 
 
 def gpu_info() -> list[Gpu] | None:
-    """The GPUs of this machine; None where nvidia-ml-py is not installed or finds no working driver."""
+    """Return the GPUs of this machine; None without nvidia-ml-py or a working driver."""
     try:
         import pynvml
     except ImportError:

@@ -1,14 +1,14 @@
-"""A referring-expression data set over real images: scans of handwritten digits on lit canvases.
+"""A referring-expression data set over real images: scans of handwritten digits on coloured canvases.
 
-The scans are scikit-learn's `load_digits`: 1,797 of 8x8 pixels, written by 43 people. Every fifth scan of a
-class is held out: training canvases never show it. Positions and sizes are multiples of
-14 px, one patch of the vision tower. The light
-gets redder to the right and greener to the bottom, which tells so small a vision tower where it looks.
+The 1,797 scans of 8x8 pixels are in digits.npz; digits.txt names their source and licence. Every fifth scan of a class
+is held out: training canvases never show it. Positions and sizes are multiples of 14 px, one patch of the vision tower.
+The background gets redder to the right and greener to the bottom, which tells so small a vision tower where a patch is.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,11 +18,14 @@ import numpy as np
 from PIL import Image
 
 from vlmr1.lifecycle.checkpoint import replace_text
+from vlmr1.lifecycle.disk import guard_writes
 
+SCANS = Path(__file__).with_name("digits.npz")
 STEP = 14  # px; all coordinates are multiples of it
 CANVAS = (112, 140, 168)  # px, multiples of 28: one merged image token
 DIGIT = (42, 56)  # px
 QUESTION = "Locate the digit {label}."
+TRAIN_ROWS = 4000
 
 Split = Literal["train", "held_out"]
 Box = tuple[int, int, int, int]  # x1, y1, x2, y2 in px
@@ -38,12 +41,11 @@ class Canvas:
 @cache
 def scans(split: Split) -> dict[int, np.ndarray]:
     """Scans by class: {label: [n, 8, 8] float in 0..1}."""
-    from sklearn.datasets import load_digits
-
-    images, target = load_digits(return_X_y=True)
+    with np.load(SCANS) as file:
+        images, labels = file["images"], file["labels"]
     out = {}
     for label in range(10):
-        of_class = images[target == label].reshape(-1, 8, 8) / 16.0
+        of_class = images[labels == label] / 16.0
         held_out = np.arange(len(of_class)) % 5 == 0
         out[label] = of_class[held_out] if split == "held_out" else of_class[~held_out]
     return out
@@ -86,6 +88,19 @@ def _boxes(rng: np.random.Generator, size: int) -> tuple[Box, ...]:
 def _scale(of_class: np.ndarray, rng: np.random.Generator, side: int) -> np.ndarray:
     scan = of_class[rng.integers(len(of_class))]
     return np.asarray(Image.fromarray(scan.astype(np.float32)).resize((side, side), Image.Resampling.BILINEAR))
+
+
+def training_files(
+    output_dir: Path, seed: int, *, first: bool = True, barrier: Callable[[], None] = lambda: None
+) -> tuple[list[str], list[str]]:
+    """Data file and image folder of the embedded data set, which the `first` rank writes below the output directory."""
+    folder = output_dir / "data"
+    path = folder / "train.jsonl"
+    if first and not path.exists():
+        with guard_writes("the embedded data set", output_dir):
+            write(folder, "train", count=TRAIN_ROWS, seed=seed)
+    barrier()
+    return [str(path)], [str(folder / "images")]
 
 
 def question(label: int) -> str:

@@ -12,11 +12,11 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from vlmr1.distributed.preflight import check_saving
-from vlmr1.distributed.sharded import Sharding, gathered_state
+from vlmr1.distributed.sharded import Sharding, full_state_dict
 from vlmr1.errors import DivergedError, SettingError
 from vlmr1.lifecycle.checkpoint import rotate, staged
-from vlmr1.lifecycle.disk import writing
-from vlmr1.lifecycle.resume import is_last
+from vlmr1.lifecycle.disk import guard_writes
+from vlmr1.lifecycle.resume import is_final
 from vlmr1.telemetry.nvml import GpuMeter
 from vlmr1.telemetry.phases import Phases, peak_memory_mib
 from vlmr1.training.parallel import make_parallel
@@ -129,7 +129,8 @@ class HFTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         output_dir = Path(self.args.output_dir or ".")
         name = f"checkpoint-{self.state.global_step}"
-        with writing(name, output_dir), staged(output_dir, name, self.ranks) as self._staging:
+        together = {"first": self.ranks.rank == 0, "barrier": self.ranks.barrier}
+        with guard_writes(name, output_dir), staged(output_dir, name, **together) as self._staging:
             super()._save_checkpoint(model, trial)
             checkpoint = self._staging / name
             for member in self.members:
@@ -142,7 +143,7 @@ class HFTrainer(Trainer):
 
     def is_finished(self, checkpoint: Path) -> bool:
         """Whether this is the last checkpoint of a run; its weights and state are then loaded. `train` would go on."""
-        if not is_last(checkpoint):
+        if not is_final(checkpoint):
             return False
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         if self.sharding is None:
@@ -177,7 +178,7 @@ class HFTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write an ordinary model directory, with FSDP's sharded checkpoints too."""
         if self.is_fsdp_enabled:
-            self._save(output_dir, gathered_state(self.model, trained_only=self.args.use_peft))
+            self._save(output_dir, full_state_dict(self.model, trained_only=self.args.use_peft))
         else:
             super().save_model(output_dir, _internal_call)
 

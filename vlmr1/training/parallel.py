@@ -7,7 +7,13 @@ from typing import Any
 
 from vlmr1.distributed.launch import check_launched
 from vlmr1.distributed.ranks import Ranks
-from vlmr1.distributed.sharded import Sharding, check_sharded, keep_float32, round_early, sharding_of
+from vlmr1.distributed.sharded import (
+    Sharding,
+    check_sharded,
+    round_zero2_weights,
+    set_fsdp_mixed_precision,
+    sharding_of,
+)
 
 
 @dataclass(frozen=True)
@@ -28,16 +34,16 @@ class Parallel:
     def in_lockstep(self) -> bool:
         """Whether every pass has to call every module on all ranks: DDP and engines count on gradients of every
         parameter."""
-        return self.ranks.world > 1 or self.has_engine
+        return self.ranks.world_size > 1 or self.has_engine
 
 
 def make_parallel(args: Any, accelerator: Any, model: Any) -> Parallel:
     """How this run is spread. SettingError where the launch or a setting does not allow it; the model is rounded where
     the engine would do so later."""
     ranks = Ranks(args.process_index, args.world_size)
-    check_launched(ranks.world, accelerator)
+    check_launched(ranks.world_size, accelerator)
     parallel = Parallel(accelerator, ranks, sharding_of(accelerator))
     check_sharded(args, parallel.sharding, engine=parallel.in_lockstep)
-    keep_float32(accelerator, parallel.sharding)
-    round_early(model, accelerator, bf16=args.bf16)
+    set_fsdp_mixed_precision(accelerator, parallel.sharding)
+    round_zero2_weights(model, accelerator, bf16=args.bf16)
     return parallel

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from vlmr1.lifecycle.checkpoint import is_adapter
 from vlmr1.models import load_model
-from vlmr1.models.lora import base_of, is_adapter, restore_adapter
+from vlmr1.models.lora import base_of, restore_adapter
 from vlmr1.models.processor import save_processor
 
 

@@ -1,1 +1,1 @@
-"""Implementations that batch neighbouring sequences of equal length for torch's scaled_dot_product_attention."""
+"""Implementations on torch's scaled_dot_product_attention over batches of sequences of equal length."""

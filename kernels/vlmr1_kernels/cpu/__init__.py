@@ -1,1 +1,1 @@
-"""Implementations on torch's own CPU kernels."""
+"""Implementations on torch's CPU flash attention."""

@@ -1,4 +1,4 @@
-"""The row ranges of a layout's groups, and branches as a batch."""
+"""Row ranges of a layout's groups, and conversion of branches to a padded batch and back."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,17 +11,18 @@ from vlmr1_kernels.layout import PrefixLayout
 
 @dataclass(frozen=True)
 class Group:
-    """One group: the rows of its prompt and of its branches, and how the latter become a batch and back."""
+    """Row ranges of one group."""
 
     prompt: slice
-    rows: slice
+    rows: slice  # of all branches
     size: int  # non-empty branches, G
     longest: int  # C
-    slots: Tensor | None  # [R] place of each branch row in the padded G * C; None: nothing to pad
+    slots: Tensor | None  # [R] index of each branch row in the padded batch G * C; None: no padding
 
     def split(self, packed: Tensor) -> Tensor:
-        """[1, H, R, Dh] -> [G, H, C, Dh]; short branches are padded with zeros at their end, where no row of
-        theirs looks and from where, with a zero output gradient, nothing flows back."""
+        """Return branch rows [1, H, R, Dh] as a batch [G, H, C, Dh], zero-padded at the end.
+
+        Causal attention never reads the padding, and its output gradient is 0."""
         _, heads, _, head_dim = packed.shape
         if self.slots is not None:
             padded = packed.new_zeros(1, heads, self.size * self.longest, head_dim)
@@ -29,14 +30,14 @@ class Group:
         return packed[0].unflatten(1, (self.size, self.longest)).transpose(0, 1)
 
     def join(self, batch: Tensor) -> Tensor:
-        """[G, H, C, Dh] -> [1, H, R, Dh]."""
+        """Return a batch [G, H, C, Dh] as branch rows [1, H, R, Dh]."""
         packed = batch.transpose(0, 1).flatten(1, 2)[None]
         return packed if self.slots is None else packed.index_select(2, self.slots)
 
 
 @lru_cache(maxsize=64)
 def groups(layout: PrefixLayout) -> tuple[Group, ...]:
-    """The groups of a layout; cached, since every decoder layer asks again."""
+    """Return the groups of a layout, cached for the calls of all decoder layers."""
     return tuple(_group(layout, index) for index in range(layout.num_groups))
 
 

@@ -1,8 +1,8 @@
-"""Packed prefix attention on torch's CPU flash kernels.
+"""Shared-prefix attention on torch's CPU flash kernels.
 
-A branch row sees two blocks of keys: its own branch, causally, and the prompt of its group, wholly. Each
-block is one flash call; the two results are merged by their log-sum-exps. Backward calls each block's flash
-backward with the merged output and log-sum-exp, from which it rebuilds the merged probabilities: exact.
+A branch row attends to two blocks of keys: causally to its branch, and to the whole prompt of its group. Each block is
+one flash call; the results are merged by their log-sum-exps. Backward calls each block's flash backward with the merged
+output and log-sum-exp, which reproduces the merged probabilities exactly.
 """
 
 from typing import Any
@@ -28,7 +28,7 @@ class _SharedPrefixAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, parts: tuple[Group, ...], scale: float) -> Tensor:
         q, k, v = (_last_contiguous(x) for x in (q, k, v))
         _, heads, length, head_dim = q.shape
-        # Rows outermost, as the models that call this read it.
+        # Rows first in memory, the layout that models reshape to [L, H * Dh].
         out = q.new_empty(1, length, heads, head_dim).transpose(1, 2)
         lse = q.new_empty(1, length, heads, dtype=accumulation_dtype(q.dtype)).transpose(1, 2)  # [1, H, L]
         for group in parts:

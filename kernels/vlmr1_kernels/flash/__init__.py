@@ -1,1 +1,1 @@
-"""Implementations on the variable-length flash kernels of torch or flash-attn; NVIDIA GPUs, half precision."""
+"""Implementations on variable-length flash attention of flash-attn or torch: NVIDIA GPUs, half precision."""

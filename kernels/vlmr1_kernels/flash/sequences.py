@@ -1,4 +1,4 @@
-"""The sequences that a layout's two flash calls run over."""
+"""Sequences of the two flash calls of a layout."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,37 +13,39 @@ from vlmr1_kernels.layout import PrefixLayout
 
 @dataclass(frozen=True)
 class Sequences:
-    """Sequences behind one another, as the kernels take them."""
+    """Concatenated sequences."""
 
-    offsets: Tensor  # [S + 1] int32, on the device
-    longest: int
+    cu_seqlens: Tensor  # [S + 1] int32, on the device
+    max_length: int
 
 
 @dataclass(frozen=True)
-class Shared:
-    """The branch rows of each group, one sequence a group, and the prompts that they all look at."""
+class PrefixCall:
+    """Second call: the branch rows of each group are one sequence, which attends to the prompt of the group."""
 
     queries: Sequences
     keys: Sequences
-    prompts: Tensor | None  # rows of those prompts; None: all prompt rows
+    prompts: Tensor | None  # [n] int64 rows of the prompts with branches; None: all prompt rows
 
 
 @dataclass(frozen=True)
 class Plan:
-    own: Sequences  # every prompt and every branch
+    """Arguments of the two flash calls of a layout."""
+
+    causal: Sequences  # first call: every prompt and every branch
     prompt_rows: int
-    shared: Shared | None  # None: no group has branch rows
+    prefix: PrefixCall | None  # None: no group has branch rows
 
 
 @lru_cache(maxsize=64)
 def plan(layout: PrefixLayout, device: torch.device) -> Plan:
-    """Made on the host, once: every decoder layer asks again."""
+    """Return the plan of a layout, cached for the calls of all decoder layers."""
     branches = [length for group in layout.branch_lengths for length in group if length]
-    own = _sequences([*layout.prompt_lengths, *branches], device)
-    return Plan(own, layout.prompt_total, _shared(layout, device) if branches else None)
+    causal = _sequences([*layout.prompt_lengths, *branches], device)
+    return Plan(causal, layout.prompt_total, _prefix_call(layout, device) if branches else None)
 
 
-def _shared(layout: PrefixLayout, device: torch.device) -> Shared:
+def _prefix_call(layout: PrefixLayout, device: torch.device) -> PrefixCall:
     rows = [sum(lengths) for lengths in layout.branch_lengths]
     lengths = [length for length, count in zip(layout.prompt_lengths, rows, strict=True) if count]
     prompts = None
@@ -52,7 +54,7 @@ def _shared(layout: PrefixLayout, device: torch.device) -> Shared:
         seen = [row for start, length, count in spans if count for row in range(start, start + length)]
         prompts = _on_device(seen, torch.int64, device)
     queries = _sequences([count for count in rows if count], device)
-    return Shared(queries, _sequences(lengths, device), prompts)
+    return PrefixCall(queries, _sequences(lengths, device), prompts)
 
 
 def _sequences(lengths: Sequence[int], device: torch.device) -> Sequences:
@@ -60,6 +62,6 @@ def _sequences(lengths: Sequence[int], device: torch.device) -> Sequences:
 
 
 def _on_device(values: list[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Through pinned memory, so that the host does not wait."""
+    """Copy through pinned memory, so that the host does not wait."""
     pinned = device.type == "cuda" and torch.cuda.is_available()
     return torch.tensor(values, dtype=dtype, pin_memory=pinned).to(device, non_blocking=True)

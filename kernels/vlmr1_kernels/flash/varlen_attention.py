@@ -1,4 +1,4 @@
-"""Full attention within each sequence: one flash call."""
+"""Attention within each sequence as one flash call."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vlmr1_kernels.flash import kernels
-from vlmr1_kernels.flash.kernels import loadable, rows_outermost
+from vlmr1_kernels.flash.kernels import to_varlen, to_varlen_row_major
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_length: int, *, scale: float) -> Tensor:
@@ -16,18 +16,29 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_le
 
 class _VarlenAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int, scale: float) -> Tensor:
-        q, k, v = rows_outermost(q), loadable(k), loadable(v)
-        out, lse = kernels.varlen_forward(q, k, v, offsets, offsets, longest, longest, False, scale)
-        ctx.save_for_backward(q, k, v, out, lse, offsets)
-        ctx.longest, ctx.scale = longest, scale
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_length: int, scale: float) -> Tensor:
+        q, k, v = to_varlen_row_major(q), to_varlen(k), to_varlen(v)
+        out, lse = kernels.varlen_forward(q, k, v, cu_seqlens, cu_seqlens, max_length, max_length, False, scale)
+        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
+        ctx.max_length, ctx.scale = max_length, scale
         return out.transpose(0, 1)[None]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, offsets = ctx.saved_tensors
+        q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
         gradients = kernels.varlen_backward(
-            rows_outermost(d_out), q, k, v, out, lse, offsets, offsets, ctx.longest, ctx.longest, False, ctx.scale
+            to_varlen_row_major(d_out),
+            q,
+            k,
+            v,
+            out,
+            lse,
+            cu_seqlens,
+            cu_seqlens,
+            ctx.max_length,
+            ctx.max_length,
+            False,
+            ctx.scale,
         )
         return *(gradient.transpose(0, 1)[None] for gradient in gradients), None, None, None

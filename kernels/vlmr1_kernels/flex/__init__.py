@@ -1,1 +1,1 @@
-"""Implementations on torch's FlexAttention, compiled; CUDA."""
+"""Implementations on torch's FlexAttention, compiled, for CUDA."""

@@ -1,4 +1,4 @@
-"""Packed prefix attention as FlexAttention over a block mask: compiled once, for all layouts."""
+"""Shared-prefix attention as FlexAttention over a block mask, compiled once for all layouts."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -22,24 +22,26 @@ def shared_prefix_attention(
     softcap: float | None = None,
     window: int | None = None,
 ) -> Tensor:
-    for x in (q, k, v):  # else their sizes could be taken for one symbol with a number of blocks of the same value
+    for x in (q, k, v):  # else a size and an equal number of blocks could share one symbol
         torch._dynamo.mark_static(x, [0, 1, 3])
-    # As text: a float would become a symbol, which the kernels cannot hold.
+    # As strings: floats would become symbols, which the kernels do not support.
     numbers = repr(scale), None if softcap is None else repr(softcap)
     return _compiled()(q, k, v, tables(layout, window, q.device), *numbers)
 
 
 @lru_cache(maxsize=1)
 def _compiled() -> Callable[..., Any]:
-    # Not in one graph it would run unfused, with all scores in memory.
+    # A graph break would run it unfused, with all scores in memory.
     return torch.compile(attend, dynamic=True, fullgraph=True)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, rows: Tables, scale: str, softcap: str | None) -> Tensor:
-    """What is compiled."""
+    """Return the attention; this function is compiled."""
 
     def visible(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
-        return ((key >= rows.own[row]) & (key <= row)) | ((key >= rows.first[row]) & (key < rows.last[row]))
+        return ((key >= rows.own_start[row]) & (key <= row)) | (
+            (key >= rows.prefix_start[row]) & (key < rows.prefix_end[row])
+        )
 
     mask = BlockMask(
         (q.shape[2], k.shape[2]),
@@ -56,7 +58,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rows: Tables, scale: str, softcap: s
         block_mask=mask,
         scale=float(scale),
         enable_gqa=q.shape[1] != k.shape[1],
-        # For short rows the decoding kernel would be chosen, which wants H / Hkv to be a power of two.
+        # The decoding kernel, otherwise chosen for short rows, requires H / Hkv to be a power of two.
         kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
     )
 

@@ -1,65 +1,44 @@
-"""The GRPO objective on given log-probs, with its derivative."""
+"""The GRPO loss of given log-probs and its gradient."""
 
 from ctypes import byref
 
 import torch
 from torch import Tensor
 
-from vlmr1_kernels import functions
+from vlmr1_kernels import custom_ops
+from vlmr1_kernels.inputs import LossInputs
 from vlmr1_kernels.linear import accumulation_dtype
 from vlmr1_kernels.native import library
 from vlmr1_kernels.settings import GRPOSettings
 
 
 class Objective:
-    """The per-row side of a call as the library reads it; holds the memory that its structures point to."""
+    """C structures of a loss over `count` rows; keeps the tensors that their pointers refer to alive.
 
-    def __init__(
-        self,
-        count: int,
-        seq_ids: Tensor,
-        selected: Tensor | None,
-        advantages: Tensor | None,
-        rewards: Tensor | None,
-        num_generations: int,
-        row_values: tuple[Tensor | None, Tensor | None, Tensor | None],
-        normalizer: Tensor | None,
-        settings: GRPOSettings,
-    ) -> None:
-        ids = library.integers(seq_ids)
-        chosen = None if selected is None else library.integers(selected)
-        given, made, old, ref, sampling = self.doubles = library.doubles(advantages, rewards, *row_values)
-        self.integers = ids, chosen
-        scores = given if given is not None else made
+    `selected` [count] are the rows to use, None: all."""
+
+    def __init__(self, count: int, inputs: LossInputs, selected: Tensor | None, settings: GRPOSettings) -> None:
+        ids = library.to_int64(inputs.seq_ids)
+        chosen = None if selected is None else library.to_int64(selected)
+        doubles = library.to_double(inputs.advantages, inputs.rewards, *inputs.row_logps)
+        scores = doubles[1] if doubles[0] is None else doubles[0]
         assert scores is not None
+        self.tensors = (ids, chosen, *doubles)
         self.rows = library.ObjectiveRows(
             ids.numel(),
             count,
             scores.numel(),
-            num_generations,
-            *map(library.pointer, (ids, chosen, given, made, old, ref, sampling)),
-            0.0 if normalizer is None else float(normalizer),
+            inputs.num_generations,
+            *map(library.pointer, self.tensors),
+            0.0 if inputs.normalizer is None else float(inputs.normalizer),
         )
         self.settings = library.settings(settings)
         self.summary = library.Summary()
 
 
-def _forward(
-    logp: Tensor,
-    seq_ids: Tensor,
-    advantages: Tensor | None,
-    rewards: Tensor | None,
-    num_generations: int,
-    old_logp: Tensor | None,
-    ref_logp: Tensor | None,
-    sampling_logp: Tensor | None,
-    normalizer: Tensor | None,
-    settings: GRPOSettings,
-) -> tuple[Tensor, ...]:
-    row_values = (old_logp, ref_logp, sampling_logp)
-    scores = (advantages, rewards, num_generations)
-    objective = Objective(logp.numel(), seq_ids, None, *scores, row_values, normalizer, settings)
-    (wide,) = library.doubles(logp)
+def _forward(logp: Tensor, inputs: LossInputs, settings: GRPOSettings) -> tuple[Tensor, ...]:
+    objective = Objective(logp.numel(), inputs, None, settings)
+    (wide,) = library.to_double(logp)
     assert wide is not None
     d_logp = torch.empty_like(wide)
     structures = byref(objective.rows), byref(objective.settings)
@@ -74,4 +53,4 @@ def _forward(
     )
 
 
-grpo_loss = functions.grpo_loss("native", _forward)
+grpo_loss = custom_ops.grpo_loss("native", _forward)

@@ -1,4 +1,4 @@
-"""The C interface of kernels/csrc/library.cpp: its structures, and how tensors become pointers."""
+"""ctypes bindings of kernels/csrc/library.cpp; the structures mirror those in the C++ headers."""
 
 import ctypes
 import math
@@ -92,13 +92,13 @@ _SIGNATURES = {
 
 
 @torch.compiler.assume_constant_result
-def problem() -> str | None:
-    """Why the library cannot be used, or None."""
-    return _problem()
+def unavailable_reason() -> str | None:
+    """Return why the library cannot be used, or None."""
+    return _unavailable_reason()
 
 
 @cache
-def _problem() -> str | None:
+def _unavailable_reason() -> str | None:
     if not PATH.is_file():
         return "the native library is not built; it needs a C++ compiler: cmake -S . -B build && cmake --build build"
     try:
@@ -110,11 +110,11 @@ def _problem() -> str | None:
 
 @cache
 def library() -> ctypes.CDLL:
-    """The loaded library; torch is imported before, so both share one OpenMP runtime."""
+    """Load the library; torch is imported first, so that both share one OpenMP runtime."""
     loaded = ctypes.CDLL(str(PATH))
     loaded.vlmr1_interface.restype = c_int
     if loaded.vlmr1_interface() != _INTERFACE:
-        raise OSError(f"{PATH.name} was built from other sources; build it again")
+        raise OSError(f"{PATH.name} was built from another version of the sources: rebuild it")
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(loaded, name)
         function.restype, function.argtypes = result, arguments
@@ -122,12 +122,12 @@ def library() -> ctypes.CDLL:
 
 
 def backend() -> str:
-    """The instruction set that the library uses: avx512bf16, avx512, avx2 or baseline."""
+    """Return the instruction set in use: avx512bf16, avx512, avx2 or baseline."""
     return library().vlmr1_backend().decode()
 
 
 def call(name: str, *arguments: object) -> None:
-    """Run a function of the library. MemoryError or ValueError where it says so."""
+    """Call a function of the library; MemoryError or ValueError according to its status."""
     status = getattr(library(), name)(*arguments)
     if status == 1:
         raise MemoryError(f"{name}: not enough memory for its workspace; a smaller chunk_mib needs less")
@@ -136,6 +136,7 @@ def call(name: str, *arguments: object) -> None:
 
 
 def head(weight: Tensor, bias: Tensor | None, temperature: float, softcap: float | None) -> Head:
+    """Return the structure of an output head; its tensors must outlive it."""
     vocab, dim = weight.shape
     return Head(
         weight.data_ptr(),
@@ -150,10 +151,12 @@ def head(weight: Tensor, bias: Tensor | None, temperature: float, softcap: float
 
 
 def hidden_rows(hidden: Tensor, targets: Tensor) -> HiddenRows:
+    """Return the structure of the rows to project; its tensors must outlive it."""
     return HiddenRows(hidden.data_ptr(), targets.data_ptr(), hidden.stride(0), hidden.shape[0])
 
 
 def settings(of: GRPOSettings) -> Settings:
+    """Return the settings as a structure."""
     return Settings(
         LOSS_TYPES.index(of.loss_type),
         1 + KL_ESTIMATORS.index(of.kl),
@@ -172,44 +175,47 @@ def settings(of: GRPOSettings) -> Settings:
 
 
 def pointer(tensor: Tensor | None) -> int | None:
+    """Return the address of a tensor's data, None for no tensor or an empty one."""
     return None if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
 
 
-def prepared(
+def prepare_inputs(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """As the library reads them: matrices whose rows are in one piece each, the rest contiguous, int64 targets."""
+    """Return tensors as the library reads them: matrices with contiguous rows, contiguous bias, int64 targets."""
     hidden, weight = (m if m.stride(1) == 1 and m.stride(0) >= m.shape[1] else m.contiguous() for m in (hidden, weight))
-    return hidden, weight, None if bias is None else bias.contiguous(), integers(targets)
+    return hidden, weight, None if bias is None else bias.contiguous(), to_int64(targets)
 
 
-def doubles(*tensors: Tensor | None) -> list[Tensor | None]:
+def to_double(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Return detached, contiguous float64 tensors."""
     return [None if tensor is None else tensor.detach().to(torch.float64).contiguous() for tensor in tensors]
 
 
-def integers(tensor: Tensor) -> Tensor:
+def to_int64(tensor: Tensor) -> Tensor:
+    """Return a contiguous int64 tensor."""
     return tensor.to(torch.int64).contiguous()
 
 
 @torch.compiler.assume_constant_result
 def logit_bytes(dtype: torch.dtype) -> int:
-    """Bytes that a kept logit takes."""
+    """Return the bytes that the library stores per logit between forward and backward."""
     return library().vlmr1_logit_bytes(byref(Head(dtype=DTYPES[dtype])))
 
 
 def chunk_rows(rows: int, weight: Tensor, chunk_mib: float | None) -> int:
-    """How many rows to project at once: `chunk_mib` MiB of kept logits.
+    """Return how many rows to project at once: `chunk_mib` MiB of stored logits.
 
-    By default all rows, where the gradient of the weight has room for their logits until it is written; and in 16
-    bits a logit, because one chunk needs no float32 [V, D] sums over chunks. Else an eighth of the rows in float32,
-    three eighths with a frozen head, but enough that packing the weight for them costs little. All bounded.
+    By default all rows if their logits fit into the memory of the weight's gradient, or take 16 bits each: a single
+    chunk needs no float32 [V, D] accumulator. Otherwise an eighth of the rows, three eighths with a frozen head, but
+    at least `_LEAST_ROWS`, which amortize packing the weight. Never more than `_LARGEST_CHUNK_MIB`.
     """
-    each = logit_bytes(weight.dtype)
-    row_bytes = weight.shape[0] * each
+    size = logit_bytes(weight.dtype)
+    row_bytes = weight.shape[0] * size
     if chunk_mib is not None:
         return max(1, int(chunk_mib * 2**20 / row_bytes))
     trained = weight.requires_grad and torch.is_grad_enabled()
-    if trained and rows * each <= weight.shape[1] * weight.itemsize:
+    if trained and rows * size <= weight.shape[1] * weight.itemsize:
         return max(rows, 1)
-    wanted = rows if trained and each == 2 else max(_LEAST_ROWS, math.ceil(rows / 8 if trained else 3 * rows / 8))
+    wanted = rows if trained and size == 2 else max(_LEAST_ROWS, math.ceil(rows / 8 if trained else 3 * rows / 8))
     return max(1, min(wanted, int(_LARGEST_CHUNK_MIB * 2**20 / row_bytes)))

@@ -1,6 +1,6 @@
-"""Chunk and consume, with GEMMs of its own: three, two with a frozen head, one without gradient.
+"""Fused output head and GRPO loss on the native library: three GEMMs, two with a frozen head, one without gradient.
 
-At importance level sequence a chunk holds whole sequences; only where one is longer than a chunk, all rows are
+At importance level sequence a chunk consists of whole sequences. Only if a sequence exceeds a chunk are all rows
 projected twice.
 """
 
@@ -9,7 +9,8 @@ from ctypes import byref
 import torch
 from torch import Tensor
 
-from vlmr1_kernels import functions
+from vlmr1_kernels import custom_ops
+from vlmr1_kernels.inputs import LossInputs
 from vlmr1_kernels.native import library
 from vlmr1_kernels.native.grpo_loss import Objective
 from vlmr1_kernels.native.linear_logprob import gradients
@@ -21,28 +22,18 @@ def _forward(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    seq_ids: Tensor,
     rows: Tensor | None,
-    advantages: Tensor | None,
-    rewards: Tensor | None,
-    num_generations: int,
-    old_logp: Tensor | None,
-    ref_logp: Tensor | None,
-    sampling_logp: Tensor | None,
-    normalizer: Tensor | None,
+    inputs: LossInputs,
     softcap: float | None,
     chunk: int,
     scale: float,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
+    needs: tuple[bool, bool, bool],
     settings: GRPOSettings,
 ) -> tuple[Tensor, ...]:
-    hidden, weight, bias, targets = library.prepared(hidden, weight, bias, targets)
-    scores, row_values = (advantages, rewards, num_generations), (old_logp, ref_logp, sampling_logp)
-    objective = Objective(hidden.shape[0], seq_ids, rows, *scores, row_values, normalizer, settings)
+    hidden, weight, bias, targets = library.prepare_inputs(hidden, weight, bias, targets)
+    objective = Objective(hidden.shape[0], inputs, rows, settings)
     logp = torch.empty(hidden.shape[0])
-    d_hidden, d_weight, d_bias = gradients(hidden, weight, needs_hidden, needs_weight, needs_bias)
+    d_hidden, d_weight, d_bias = gradients(hidden, weight, *needs)
     library.call(
         "vlmr1_linear_grpo_loss",
         byref(library.head(weight, bias, settings.temperature, softcap)),
@@ -61,4 +52,4 @@ def _forward(
     return scalars[0], d_hidden, d_weight, d_bias.to(weight.dtype), logp, *scalars[1:]
 
 
-linear_grpo_loss = functions.linear_grpo_loss("native", _forward, library.chunk_rows)
+linear_grpo_loss = custom_ops.linear_grpo_loss("native", _forward, library.chunk_rows)

@@ -1,11 +1,11 @@
-"""Log-probs and entropies of an output head; backward projects again."""
+"""Log-probs and entropies of an output head on the native library; backward recomputes the logits."""
 
 from ctypes import byref
 
 import torch
 from torch import Tensor
 
-from vlmr1_kernels import functions
+from vlmr1_kernels import custom_ops
 from vlmr1_kernels.native import library
 
 
@@ -19,14 +19,14 @@ def _forward(
     entropy: bool,
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    hidden, weight, bias, targets = library.prepared(hidden, weight, bias, targets)
+    hidden, weight, bias, targets = library.prepare_inputs(hidden, weight, bias, targets)
     out = torch.empty(3, hidden.shape[0])  # logp, entropy, lse
     head, rows = library.head(weight, bias, temperature, softcap), library.hidden_rows(hidden, targets)
     library.call(
         "vlmr1_linear_logprob", byref(head), byref(rows), torch.get_num_threads(), *(row.data_ptr() for row in out)
     )
-    logp, of_rows, lse = (row.clone() for row in out)
-    return logp, of_rows if entropy else logp.new_empty(0), lse
+    logp, token_entropy, lse = (row.clone() for row in out)
+    return logp, token_entropy if entropy else logp.new_empty(0), lse
 
 
 def _backward(
@@ -45,7 +45,7 @@ def _backward(
     needs_bias: bool,
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    hidden, weight, bias, targets = library.prepared(hidden, weight, bias, targets)
+    hidden, weight, bias, targets = library.prepare_inputs(hidden, weight, bias, targets)
     d_hidden, d_weight, d_bias = gradients(hidden, weight, needs_hidden, needs_weight, needs_bias)
     head, rows = library.head(weight, bias, temperature, softcap), library.hidden_rows(hidden, targets)
     library.call(
@@ -62,7 +62,7 @@ def _backward(
 def gradients(
     hidden: Tensor, weight: Tensor, needs_hidden: bool, needs_weight: bool, needs_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Memory for d_hidden, d_weight and, in float32, d_bias; [0] where not needed."""
+    """Return uninitialized d_hidden, d_weight and d_bias (float32); [0] if not needed."""
     return (
         torch.empty(hidden.shape if needs_hidden else (0,), dtype=hidden.dtype),
         torch.empty(weight.shape if needs_weight else (0,), dtype=weight.dtype),
@@ -70,4 +70,4 @@ def gradients(
     )
 
 
-linear_logprob = functions.linear_logprob("native", _forward, _backward, library.chunk_rows)
+linear_logprob = custom_ops.linear_logprob("native", _forward, _backward, library.chunk_rows)

@@ -1,13 +1,15 @@
-"""Rewards relative to their group."""
+"""Group-relative advantages."""
 
 from torch import Tensor
+
+from vlmr1_kernels.inputs import LossInputs
 
 STD_FLOOR = 1e-4
 
 
 def group_advantages(rewards: Tensor, num_generations: int, *, scale: str) -> Tensor:
     groups = rewards.view(-1, num_generations)  # [P, G]
-    # Against the group's first reward, not against 0: equal rewards then cancel exactly in any dtype.
+    # Relative to the first reward of the group, so that equal rewards cancel exactly in any dtype.
     shifted = groups - groups[:, :1]
     centered = shifted - shifted.mean(dim=1, keepdim=True)
     if scale == "none":
@@ -20,9 +22,9 @@ def group_advantages(rewards: Tensor, num_generations: int, *, scale: str) -> Te
     return (centered / (std + STD_FLOOR)).reshape(-1)
 
 
-def given_or_grouped(advantages: Tensor | None, rewards: Tensor | None, num_generations: int | None) -> Tensor:
-    """The advantages, or those that the rewards make."""
-    if advantages is not None:
-        return advantages
-    assert rewards is not None and num_generations is not None
-    return group_advantages(rewards, num_generations, scale="group")
+def resolve_advantages(inputs: LossInputs) -> Tensor:
+    """Return the given advantages [B], or those of the rewards."""
+    if inputs.advantages is not None:
+        return inputs.advantages
+    assert inputs.rewards is not None and inputs.num_generations is not None
+    return group_advantages(inputs.rewards, inputs.num_generations, scale="group")

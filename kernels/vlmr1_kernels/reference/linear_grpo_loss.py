@@ -1,4 +1,4 @@
-"""Chunk and consume: project a chunk, take its loss and gradient, forget it."""
+"""Fused output head and GRPO loss, chunk by chunk: logits, loss, gradient, GEMMs."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vlmr1_kernels.inputs import LossInputs
 from vlmr1_kernels.linear import accumulation_dtype, chunk_rows
-from vlmr1_kernels.reference.group_advantages import given_or_grouped
-from vlmr1_kernels.reference.objective import Rows, coefficients, make_rows, summarize
+from vlmr1_kernels.reference.objective import Rows, coefficients, loss_and_metrics, make_rows
 from vlmr1_kernels.reference.softmax import Chunk, Head
 from vlmr1_kernels.settings import GRPOSettings
 
@@ -18,24 +18,15 @@ def linear_grpo_loss(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    seq_ids: Tensor,
-    advantages: Tensor | None,
+    inputs: LossInputs,
     *,
-    rewards: Tensor | None,
-    num_generations: int | None,
-    old_logp: Tensor | None,
-    ref_logp: Tensor | None,
-    sampling_logp: Tensor | None,
+    settings: GRPOSettings,
     bias: Tensor | None,
     softcap: float | None,
-    settings: GRPOSettings,
-    normalizer: float | Tensor | None,
     chunk_mib: float | None,
     active_rows: Tensor | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    count, wide = len(hidden), accumulation_dtype(hidden.dtype)
-    advantages = given_or_grouped(advantages, rewards, num_generations)
-    rows = make_rows(seq_ids, advantages, old_logp, ref_logp, sampling_logp, settings, normalizer, wide)
+    count, rows = len(hidden), make_rows(inputs, settings, accumulation_dtype(hidden.dtype))
     if active_rows is not None:
         hidden, targets, rows = hidden.index_select(0, active_rows), targets[active_rows], rows[active_rows]
     batch = _Batch(targets, rows, settings, softcap, chunk_rows(len(targets), weight, chunk_mib))
@@ -68,14 +59,14 @@ class _Batch:
 
 
 def _evaluate(hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: _Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Without gradient: one GEMM."""
+    """Return loss and metrics without gradient, with one GEMM."""
     head = Head.of(weight, bias, batch.settings.temperature, batch.softcap)
     logp, entropy = torch.empty_like(batch.rows.weight), torch.empty_like(batch.rows.weight)
     with torch.no_grad():
         for part in batch.slices():
             chunk = Chunk(head, hidden[part], batch.targets[part])
             logp[part], entropy[part] = chunk.logp, chunk.entropy()
-        return summarize(logp, batch.rows, batch.settings, entropy)
+        return loss_and_metrics(logp, batch.rows, batch.settings, entropy)
 
 
 class _LinearGRPOLoss(torch.autograd.Function):
@@ -87,7 +78,7 @@ class _LinearGRPOLoss(torch.autograd.Function):
         logp, entropy = torch.empty_like(rows.weight), torch.empty_like(rows.weight)  # [N]
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
 
-        d_logp = None  # [N], known beforehand only where it had to be
+        d_logp = None  # [N], computed beforehand only at sequence level
         if settings.sequence_level and len(parts) > 1:
             for part in parts:
                 logp[part] = Chunk(head, hidden[part], batch.targets[part]).logp
@@ -102,7 +93,7 @@ class _LinearGRPOLoss(torch.autograd.Function):
             if d_hidden is not None and gradient is not None:
                 d_hidden[part] = gradient
 
-        loss, metrics = summarize(logp, rows, settings, entropy)
+        loss, metrics = loss_and_metrics(logp, rows, settings, entropy)
         d_weight = None if head.d_weight is None else head.d_weight.to(weight.dtype)
         d_bias = None if head.d_bias is None else head.d_bias.to(weight.dtype)
         ctx.save_for_backward(d_hidden, d_weight, d_bias)

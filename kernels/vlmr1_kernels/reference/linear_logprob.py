@@ -1,4 +1,4 @@
-"""Log-probs and entropies of an output head, chunk by chunk; backward projects again."""
+"""Log-probs and entropies of an output head, chunk by chunk; backward recomputes the logits."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ def linear_logprob(
     entropy: bool,
     chunk_mib: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """(logp [N], entropy [N]); the entropy is empty if it was not asked for."""
+    """Return (logp [N], entropy [N], or [0] if not requested)."""
     size = chunk_rows(len(hidden), weight, chunk_mib)
     return _LinearLogprob.apply(hidden, weight, bias, targets, temperature, softcap, entropy, size)
 

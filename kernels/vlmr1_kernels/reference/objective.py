@@ -1,4 +1,4 @@
-"""The loss arithmetic, once for every loss type. `GRPOSettings` has the formulas."""
+"""Token losses of all loss types; `GRPOSettings` has the formulas."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -6,20 +6,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vlmr1_kernels.inputs import LossInputs
+from vlmr1_kernels.reference.group_advantages import resolve_advantages
 from vlmr1_kernels.settings import GRPOSettings
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What the objective knows of n rows besides their log-probs."""
+    """Inputs of the objective by row, beside the log-probs."""
 
     advantage: Tensor  # [n] of the row's sequence
-    weight: Tensor  # [n] share of the row: loss = sum of weight * token loss
+    weight: Tensor  # [n]; the loss is the sum of weight * token loss
     old: Tensor | None  # [n]
     ref: Tensor | None  # [n]
     sampling: Tensor | None  # [n]
     sequence: Tensor  # [n]
-    length: Tensor  # [B] rows of each sequence, in the whole call
+    length: Tensor  # [B] rows of each sequence, dropped ones included
 
     def __getitem__(self, index: Tensor | slice) -> "Rows":
         def pick(value: Tensor | None) -> Tensor | None:
@@ -37,30 +39,22 @@ class Rows:
 
 
 class TokenLoss(NamedTuple):
-    """Per row, all [n]: the loss without entropy, and what the metrics need."""
+    """Loss without entropy bonus and metrics of each row, all [n]."""
 
     loss: Tensor
     ratio: Tensor
     kl: Tensor | None
 
 
-def make_rows(
-    seq_ids: Tensor,
-    advantages: Tensor,
-    old_logp: Tensor | None,
-    ref_logp: Tensor | None,
-    sampling_logp: Tensor | None,
-    settings: GRPOSettings,
-    normalizer: float | Tensor | None,
-    dtype: torch.dtype,
-) -> Rows:
-    """All rows of a call; only the weight depends on the loss type."""
+def make_rows(inputs: LossInputs, settings: GRPOSettings, dtype: torch.dtype) -> Rows:
+    """Return the rows of a call; of their fields only the weight depends on the loss type."""
+    advantages, normalizer = resolve_advantages(inputs), inputs.normalizer
 
     def cast(value: Tensor | None) -> Tensor | None:
         return None if value is None else value.to(dtype)
 
-    sequence = seq_ids.long()
-    sequences, tokens = advantages.numel(), seq_ids.numel()
+    sequence = inputs.seq_ids.long()
+    sequences, tokens = advantages.numel(), sequence.numel()
     ones = advantages.new_ones(tokens, dtype=dtype)
     length = advantages.new_zeros(sequences, dtype=dtype).index_add_(0, sequence, ones)  # [B]
     if settings.loss_type in ("grpo", "gspo"):
@@ -72,15 +66,15 @@ def make_rows(
     else:
         weight = ones / (max(tokens, 1) if normalizer is None else normalizer)
     advantage = advantages.detach().to(dtype)[sequence]
-    return Rows(advantage, weight, cast(old_logp), cast(ref_logp), cast(sampling_logp), sequence, length)
+    return Rows(advantage, weight, *map(cast, inputs.row_logps), sequence, length)
 
 
 def token_losses(logp: Tensor, rows: Rows, settings: GRPOSettings) -> TokenLoss:
-    """Differentiable in logp [n]. At sequence level the rows must hold whole sequences."""
+    """Return the losses, differentiable in logp [n]. At sequence level the rows must be whole sequences."""
     old = logp.detach() if rows.old is None else rows.old
     log_ratio = logp - old
     if settings.sequence_level:
-        # index_add sums one by one: in float32 a long sequence would lose digits.
+        # index_add sums sequentially, which in float32 is inaccurate for long sequences.
         total = torch.zeros_like(rows.length, dtype=torch.float64).index_add(
             0, rows.sequence, log_ratio.double()
         )  # [B]
@@ -103,7 +97,7 @@ def token_losses(logp: Tensor, rows: Rows, settings: GRPOSettings) -> TokenLoss:
 
 
 def coefficients(logp: Tensor, rows: Rows, settings: GRPOSettings) -> Tensor:
-    """d loss / d logp, [n]."""
+    """Return d loss / d logp [n]."""
     with torch.enable_grad():
         leaf = logp.detach().requires_grad_()
         loss = token_losses(leaf, rows, settings).loss @ rows.weight
@@ -111,12 +105,12 @@ def coefficients(logp: Tensor, rows: Rows, settings: GRPOSettings) -> Tensor:
     return gradient
 
 
-def summarize(
+def loss_and_metrics(
     logp: Tensor, rows: Rows, settings: GRPOSettings, entropy: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss [], metrics) of all rows, as the ops return them; `entropy` [n] enters both."""
+    """Return (loss [], metrics) of all rows as the ops do, with `entropy` [n] if given."""
     token = token_losses(logp, rows, settings)
-    loss = (token.loss * rows.weight).sum()  # pairwise, which a dot product is not
+    loss = (token.loss * rows.weight).sum()  # pairwise summation, unlike a dot product
     with torch.no_grad():
         metrics = _metrics(logp, token, rows, settings)
     if entropy is not None:

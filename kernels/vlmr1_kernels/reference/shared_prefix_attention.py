@@ -1,4 +1,4 @@
-"""Attention over groups packed behind their prompts, with a dense mask."""
+"""Prefix-tree attention of packed groups, with a dense mask."""
 
 from functools import lru_cache
 
@@ -32,7 +32,7 @@ def shared_prefix_attention(
 
 @lru_cache(maxsize=4)
 def visible(layout: PrefixLayout, window: int | None = None) -> Tensor:
-    """[L, L] bool: may row i see row j?"""
+    """Return the mask [L, L] bool: True if row i attends to row j."""
     prompts, branches = layout.prompt_lengths, layout.branch_lengths
     groups = torch.arange(layout.num_groups)
     group = torch.cat(
@@ -43,11 +43,11 @@ def visible(layout: PrefixLayout, window: int | None = None) -> Tensor:
     )  # [L]
     flat = torch.tensor([0, *(length for lengths in branches for length in lengths)])
     branch = torch.arange(len(flat)).repeat_interleave(flat)
-    branch = torch.cat([torch.zeros(layout.prompt_total, dtype=torch.long), branch])  # [L], 0: a prompt
+    branch = torch.cat([torch.zeros(layout.prompt_total, dtype=torch.long), branch])  # [L], 0: prompt
     past = torch.ones(layout.total_length, layout.total_length, dtype=torch.bool).tril()
     same_branch = (branch[:, None] == branch) | (branch == 0)
     seen = past & (group[:, None] == group) & same_branch
     if window is None:
         return seen
-    position = seen.sum(dim=1)  # [L] in its own sequence, from 1: without a window a row sees all of it up to itself
+    position = seen.sum(dim=1)  # [L] position in prompt + branch, from 1
     return seen & (position[:, None] - position < window)

@@ -1,4 +1,4 @@
-"""One chunk of rows: hidden -> log-probs of the vocabulary -> gradient of the logits."""
+"""A chunk of rows: hidden -> log-probs over the vocabulary -> gradient of the logits."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -6,18 +6,18 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from vlmr1_kernels.linear import accumulation_dtype, add_to_weight, operand, project, to_hidden
+from vlmr1_kernels.linear import accumulate_weight_grad, accumulation_dtype, gemm_operand, hidden_grad, project
 
 
 @dataclass
 class Head:
-    """An output head as the GEMMs read it, and the accumulators of its gradient."""
+    """Output head with GEMM-ready weight, and the accumulators of its gradient."""
 
     weight: Tensor  # [V, D]
     bias: Tensor | None  # [V]
     temperature: float
     softcap: float | None
-    d_weight: Tensor | None = None  # [V, D] accumulation dtype, or None: frozen
+    d_weight: Tensor | None = None  # [V, D] accumulation dtype; None: frozen
     d_bias: Tensor | None = None  # [V]
 
     @classmethod
@@ -30,20 +30,21 @@ class Head:
         needs_weight: bool = False,
         needs_bias: bool = False,
     ) -> "Head":
+        """Return the head of `weight`, with accumulators of the gradients that are needed."""
         wide = accumulation_dtype(weight.dtype)
         d_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if needs_weight else None
         d_bias = torch.zeros(weight.shape[0], dtype=wide, device=weight.device) if needs_bias else None
-        return cls(operand(weight), bias, temperature, softcap, d_weight, d_bias)
+        return cls(gemm_operand(weight), bias, temperature, softcap, d_weight, d_bias)
 
 
 class Chunk:
-    """The distribution over the vocabulary of n rows."""
+    """Distributions over the vocabulary of n rows."""
 
     def __init__(self, head: Head, hidden: Tensor, targets: Tensor) -> None:
         self.head = head
-        self.hidden = operand(hidden)  # [n, D]
+        self.hidden = gemm_operand(hidden)  # [n, D]
         self.targets = targets.long()[:, None]  # [n, 1]
-        self.slope: Tensor | None = None  # [n, V] of the softcap
+        self.slope: Tensor | None = None  # [n, V] derivative of the softcap
         if head.softcap is None:
             logits = project(self.hidden, head.weight, head.bias, head.temperature)
         else:
@@ -55,28 +56,28 @@ class Chunk:
 
     @cached_property
     def probs(self) -> Tensor:
-        """p, [n, V]."""
+        """Probabilities p [n, V]."""
         return self.log_probs.exp()
 
     @cached_property
     def weighted(self) -> Tensor:
-        """p log p, [n, V], in the memory of the log-probs."""
+        """p log p [n, V], computed in place of the log-probs."""
         return self.log_probs.mul_(self.probs)
 
     def entropy(self) -> Tensor:
-        """-sum(p log p), [n]."""
+        """Return -sum(p log p) [n]."""
         return -self.weighted.sum(-1)
 
     def backward(
         self, d_logp: Tensor, d_entropy: Tensor | None, entropy: Tensor | None, needs_hidden: bool
     ) -> Tensor | None:
-        """d_hidden [n, D]; the head's gradients are added to their accumulators. Consumes the chunk.
+        """Return d_hidden [n, D] and add to the gradients of the head; overwrites the chunk.
 
         With p the probabilities: d logp / d z = onehot - p, and d entropy / d z = -p * (log p + entropy).
         """
         one = self.probs.new_ones(())
         if d_entropy is None or entropy is None:
-            # A row's coefficient multiplies the [n, D] side of the GEMMs, which is narrower than V.
+            # Apply the row's coefficient to the [n, D] operand of the GEMMs, which is smaller than [n, V].
             d_logits = self.probs.scatter_add_(1, self.targets, -one.expand_as(self.targets))
             factor = -d_logp[:, None]
         else:
@@ -88,7 +89,7 @@ class Chunk:
             d_logits.mul_(self.slope)
         factor = factor / self.head.temperature  # [n, 1]
         if self.head.d_weight is not None:
-            add_to_weight(self.head.d_weight, d_logits, (self.hidden * factor).to(self.hidden.dtype))
+            accumulate_weight_grad(self.head.d_weight, d_logits, (self.hidden * factor).to(self.hidden.dtype))
         if self.head.d_bias is not None:
             self.head.d_bias.addmv_(d_logits.T, factor[:, 0])
-        return to_hidden(d_logits, self.head.weight).mul_(factor) if needs_hidden else None
+        return hidden_grad(d_logits, self.head.weight).mul_(factor) if needs_hidden else None

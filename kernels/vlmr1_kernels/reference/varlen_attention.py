@@ -1,4 +1,4 @@
-"""Full attention within each of several sequences, with a dense mask."""
+"""Bidirectional attention within concatenated sequences, with a dense mask."""
 
 import torch
 from torch import Tensor

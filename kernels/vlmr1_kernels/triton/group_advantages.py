@@ -1,11 +1,11 @@
-"""Rewards relative to their group. The device functions also serve the losses, which take rewards as they are."""
+"""Group-relative advantages. The losses call the device functions on rewards."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmr1_kernels.triton.launch import launch, on_its_device, readable
+from vlmr1_kernels.triton.launch import contiguous_aligned, launch, on_tensor_device
 
 STD_FLOOR: tl.constexpr = tl.constexpr(1e-4)
 BLOCK = 256
@@ -13,8 +13,9 @@ BLOCK = 256
 
 @triton.jit
 def centered(rewards, sequence, mask, generations):
-    """(r - mean, std) of the group of each sequence, std unbiased. Against the group's first reward, not
-    against 0: equal rewards then cancel exactly."""
+    """Return (r - mean, unbiased std) of the group of each sequence.
+
+    Computed relative to the first reward of the group, so that equal rewards cancel exactly."""
     group = sequence // generations * generations
     first = tl.load(rewards + group, mask=mask).to(tl.float32)
     total = tl.zeros_like(first)
@@ -41,9 +42,9 @@ def advantages_kernel(rewards, batch_std, out, count, generations, SCALE: tl.con
     tl.store(out + sequence, value.to(out.dtype.element_ty), mask=mask)
 
 
-@on_its_device
+@on_tensor_device
 def group_advantages(rewards: Tensor, num_generations: int, *, scale: str) -> Tensor:
-    (rewards,) = readable(rewards)
+    (rewards,) = contiguous_aligned(rewards)
     out, count = torch.empty_like(rewards), rewards.numel()
     if count:
         batch_std = _std(rewards.float()) if scale == "batch" else None

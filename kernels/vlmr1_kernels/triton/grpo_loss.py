@@ -1,4 +1,4 @@
-"""The GRPO objective on given log-probs: one program a sequence, no atomics, no synchronization."""
+"""The GRPO loss of given log-probs: one program per sequence, without atomics or synchronization."""
 
 from typing import Any, NamedTuple
 
@@ -7,19 +7,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmr1_kernels import functions
+from vlmr1_kernels import custom_ops
+from vlmr1_kernels.inputs import LossInputs
 from vlmr1_kernels.settings import GRPOSettings
-from vlmr1_kernels.triton.launch import launch, on_its_device, readable
-from vlmr1_kernels.triton.objective import importance, limits, switches, token_loss
-from vlmr1_kernels.triton.sequences import Sequences, sequences
+from vlmr1_kernels.triton.launch import contiguous_aligned, launch, on_tensor_device
+from vlmr1_kernels.triton.objective import log_ratio_and_tis_weight, loss_constexprs, loss_scalars, token_loss
+from vlmr1_kernels.triton.sequences import SequenceTable, sequence_table
 
 BLOCK = 512
 
 
 class Objective(NamedTuple):
-    loss: Tensor  # []
+    """Loss, its gradient and metrics; all but d_logp are []."""
+
+    loss: Tensor
     d_logp: Tensor | None  # [n]
-    kl: Tensor  # [] and so on
+    kl: Tensor
     clip_low: Tensor
     clip_high: Tensor
     ratio_max: Tensor
@@ -27,42 +30,44 @@ class Objective(NamedTuple):
 
 @triton.jit(do_not_specialize=["sequences"])
 def objective_kernel(
-    logp, entropy, table, others, limits, sequences, d_logp, sums,
+    logp, entropy, table, row_logps, loss_scalars, sequences, d_logp, sums,
     CISPO: tl.constexpr, KL: tl.constexpr, SEQUENCE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """sums [5, B]: per sequence its loss, kl, rows clipped low and high, and largest ratio."""
+    """Write sums [5, B]: loss, kl, rows clipped low, rows clipped high and largest ratio of each sequence."""
     sequence = tl.program_id(0)
     first, length, advantages, weights = table
-    low, high, _, _, _, entropy_coef = limits
+    low, high, _, _, _, entropy_coef = loss_scalars
     begin, end = tl.load(first + sequence), tl.load(first + sequence + 1)
     lanes = tl.arange(0, BLOCK)
     zeros = tl.zeros((BLOCK,), tl.float32)
     advantage, weight = zeros + tl.load(advantages + sequence), tl.load(weights + sequence)
 
-    mean_ratio = 0.0
-    mean_trust = 1.0
+    mean_log_ratio = 0.0
+    mean_tis_weight = 1.0
     if SEQUENCE:
-        ratios, trusts = zeros, zeros
+        ratios, tis_weights = zeros, zeros
         for start in range(begin, end, BLOCK):
             row = start + lanes
             mask = row < end
-            log_ratio, trust = importance(tl.load(logp + row, mask=mask).to(tl.float32), row, mask, others, limits)
+            log_ratio, tis_weight = log_ratio_and_tis_weight(
+                tl.load(logp + row, mask=mask).to(tl.float32), row, mask, row_logps, loss_scalars
+            )
             ratios += tl.where(mask, log_ratio, 0.0)
-            trusts += tl.where(mask, trust, 0.0)
+            tis_weights += tl.where(mask, tis_weight, 0.0)
         rows = tl.load(length + sequence)
-        mean_ratio, mean_trust = tl.sum(ratios, 0) / rows, tl.sum(trusts, 0) / rows
+        mean_log_ratio, mean_tis_weight = tl.sum(ratios, 0) / rows, tl.sum(tis_weights, 0) / rows
 
     losses, kls, lows, highs, ratio_max = zeros, zeros, zeros, zeros, zeros - float("inf")
     for start in range(begin, end, BLOCK):
         row = start + lanes
         mask = row < end
         value = tl.load(logp + row, mask=mask).to(tl.float32)
-        log_ratio, trust = importance(value, row, mask, others, limits)
-        spread = trust
+        log_ratio, tis_weight = log_ratio_and_tis_weight(value, row, mask, row_logps, loss_scalars)
+        spread = tis_weight
         if SEQUENCE:
-            log_ratio, spread = zeros + mean_ratio, zeros + mean_trust
+            log_ratio, spread = zeros + mean_log_ratio, zeros + mean_tis_weight
         loss, slope, ratio, kl = token_loss(
-            value, log_ratio, trust, spread, advantage, row, mask, others, limits, CISPO, KL
+            value, log_ratio, tis_weight, spread, advantage, row, mask, row_logps, loss_scalars, CISPO, KL
         )
         if d_logp is not None:
             tl.store(d_logp + row, slope * weight, mask=mask)
@@ -84,12 +89,12 @@ def objective_kernel(
 def objective(
     logp: Tensor,
     entropy: Tensor | None,
-    table: Sequences,
-    others: tuple[Tensor | None, ...],
+    table: SequenceTable,
+    row_logps: tuple[Tensor | None, ...],
     settings: GRPOSettings,
     needs_gradient: bool,
 ) -> Objective:
-    """Of n rows, all contiguous; `others` are old, ref and sampling log-probs [n] or None."""
+    """Return the objective of n rows; `row_logps` are old, ref and sampling log-probs [n] or None, contiguous."""
     rows, count = logp.numel(), table.weight.numel()
     d_logp = torch.empty_like(logp, dtype=torch.float32) if needs_gradient else None
     if rows == 0:
@@ -97,29 +102,18 @@ def objective(
         return Objective(loss, d_logp, *metrics)
     sums = torch.empty(5, count, dtype=torch.float32, device=logp.device)
     launch(
-        objective_kernel, count, logp, entropy, tuple(table), others, limits(settings), count, d_logp, sums,
-        SEQUENCE=settings.sequence_level, BLOCK=BLOCK, **switches(settings),
+        objective_kernel, count, logp, entropy, tuple(table), row_logps, loss_scalars(settings), count, d_logp, sums,
+        SEQUENCE=settings.sequence_level, BLOCK=BLOCK, **loss_constexprs(settings),
     )  # fmt: skip
     loss, kl, clip_low, clip_high = sums[:4].sum(1).unbind()
     return Objective(loss, d_logp, kl / rows, clip_low / rows, clip_high / rows, sums[4].amax())
 
 
-@on_its_device
-def _forward(
-    logp: Tensor,
-    seq_ids: Tensor,
-    advantages: Tensor | None,
-    rewards: Tensor | None,
-    num_generations: int,
-    old_logp: Tensor | None,
-    ref_logp: Tensor | None,
-    sampling_logp: Tensor | None,
-    normalizer: Tensor | None,
-    settings: GRPOSettings,
-) -> tuple[Any, ...]:
-    logp, seq_ids, *others = readable(logp, seq_ids, old_logp, ref_logp, sampling_logp)
-    table = sequences(seq_ids, seq_ids, advantages, rewards, num_generations, normalizer, settings)
-    return tuple(objective(logp, None, table, tuple(others), settings, True))
+@on_tensor_device
+def _forward(logp: Tensor, inputs: LossInputs, settings: GRPOSettings) -> tuple[Any, ...]:
+    seq_ids, logp, *row_logps = contiguous_aligned(inputs.seq_ids, logp, *inputs.row_logps)
+    table = sequence_table(seq_ids, seq_ids, inputs, settings)
+    return tuple(objective(logp, None, table, tuple(row_logps), settings, True))
 
 
-grpo_loss = functions.grpo_loss("triton", _forward)
+grpo_loss = custom_ops.grpo_loss("triton", _forward)

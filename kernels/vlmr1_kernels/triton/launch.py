@@ -1,4 +1,4 @@
-"""What every launch needs."""
+"""Kernel launches."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -9,24 +9,24 @@ from torch import Tensor
 
 
 def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
-    """Run the kernel as that many programs. A grid holds 2^31 - 1 of them in its first dimension alone."""
+    """Launch a kernel on a grid of `programs`, in the first dimension: only that one holds 2^31 - 1."""
     kernel[(programs,)](*args, **constants)
 
 
-def readable(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """Contiguous and aligned to 16 bytes: Triton compiles a variant for each set of aligned pointers."""
+def contiguous_aligned(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Return contiguous tensors aligned to 16 bytes: Triton compiles a variant for each set of aligned pointers."""
 
-    def made(tensor: Tensor | None) -> Tensor | None:
+    def aligned(tensor: Tensor | None) -> Tensor | None:
         if tensor is None:
             return None
         tensor = tensor.contiguous()
         return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
-    return tuple(made(tensor) for tensor in tensors)
+    return tuple(aligned(tensor) for tensor in tensors)
 
 
-def on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with the device of its first argument as the current one: there Triton launches."""
+def on_tensor_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator that makes the device of the first argument current: Triton launches on the current device."""
 
     @wraps(function)
     def run(tensor: Tensor, *others: Any, **options: Any) -> Any:

@@ -1,14 +1,14 @@
-"""Log-probs and entropies of an output head: one GEMM a chunk forward, backward projects again."""
+"""Log-probs and entropies of an output head: one GEMM per chunk; backward recomputes the logits."""
 
 import torch
 from torch import Tensor
 
-from vlmr1_kernels import functions
+from vlmr1_kernels import custom_ops
 from vlmr1_kernels.triton.head import Head
-from vlmr1_kernels.triton.launch import on_its_device
+from vlmr1_kernels.triton.launch import on_tensor_device
 
 
-@on_its_device
+@on_tensor_device
 def _forward(
     hidden: Tensor,
     weight: Tensor,
@@ -28,7 +28,7 @@ def _forward(
     return logp, logp.new_empty(0) if token_entropy is None else token_entropy, lse
 
 
-@on_its_device
+@on_tensor_device
 def _backward(
     hidden: Tensor,
     weight: Tensor,
@@ -52,7 +52,7 @@ def _backward(
     slopes = [d_logp, d_entropy] if len(entropy) else [d_logp]
     factor = None
     if scaled:
-        # To about 1, so that float16 holds the gradient of the logits; a power of two is exact.
+        # Scale to about 1, so that the gradient of the logits does not underflow in float16; a power of two is exact.
         factor = torch.stack(slopes).abs().amax().log2().ceil().clamp(-100, 100).exp2()
         slopes = [slope / factor for slope in slopes]
     for rows in head.chunks:
@@ -62,4 +62,4 @@ def _backward(
     return head.gradients(factor)
 
 
-linear_logprob = functions.linear_logprob("triton", _forward, _backward)
+linear_logprob = custom_ops.linear_logprob("triton", _forward, _backward)

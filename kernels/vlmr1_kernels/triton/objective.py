@@ -1,4 +1,4 @@
-"""The loss arithmetic of a row, once for every loss type and both levels. `GRPOSettings` has the formulas."""
+"""Token losses of all loss types and importance levels; `GRPOSettings` has the formulas."""
 
 from typing import Any
 
@@ -10,8 +10,8 @@ from vlmr1_kernels.settings import GRPOSettings
 NAN: tl.constexpr = tl.constexpr(tl.PropagateNan.ALL)
 
 
-def limits(settings: GRPOSettings) -> tuple[float | None, ...]:
-    """(low, high, delta, beta, tis_cap, entropy_coef); None for a term left out."""
+def loss_scalars(settings: GRPOSettings) -> tuple[float | None, ...]:
+    """Return (low, high, delta, beta, tis_cap, entropy_coef); None disables a term."""
     cispo = settings.loss_type == "cispo"
     return (
         1 - settings.epsilon_low,
@@ -23,54 +23,64 @@ def limits(settings: GRPOSettings) -> tuple[float | None, ...]:
     )
 
 
-def switches(settings: GRPOSettings) -> dict[str, Any]:
-    """What a kernel is compiled for."""
+def loss_constexprs(settings: GRPOSettings) -> dict[str, Any]:
+    """Return the compile-time constants of the loss kernels."""
     return {"CISPO": settings.loss_type == "cispo", "KL": settings.kl}
 
 
 @triton.jit
-def importance(logp, row, mask, others, limits):
-    """(logp - old, weight against the rollout engine's log-probs). On-policy, old is logp itself."""
-    old_ptr, _, sampling_ptr = others
-    _, _, _, _, cap, _ = limits
+def log_ratio_and_tis_weight(logp, row, mask, row_logps, loss_scalars):
+    """Return (logp - old, truncated importance sampling weight); on-policy, old is logp."""
+    old_ptr, _, sampling_ptr = row_logps
+    _, _, _, _, cap, _ = loss_scalars
     old = logp
     if old_ptr is not None:
         old = tl.load(old_ptr + row, mask=mask).to(tl.float32)
-    trust = tl.zeros_like(logp) + 1
+    tis_weight = tl.zeros_like(logp) + 1
     if cap is not None:
         sampling = tl.load(sampling_ptr + row, mask=mask).to(tl.float32)
-        trust = tl.minimum(tl.exp(old - sampling), cap, propagate_nan=NAN)
-    return logp - old, trust
+        tis_weight = tl.minimum(tl.exp(old - sampling), cap, propagate_nan=NAN)
+    return logp - old, tis_weight
 
 
 @triton.jit
 def token_loss(
-    logp, log_ratio, trust, mean_trust, advantage, row, mask, others, limits, CISPO: tl.constexpr, KL: tl.constexpr
+    logp,
+    log_ratio,
+    tis_weight,
+    mean_tis_weight,
+    advantage,
+    row,
+    mask,
+    row_logps,
+    loss_scalars,
+    CISPO: tl.constexpr,
+    KL: tl.constexpr,
 ):
-    """(loss, d loss / d logp, ratio, kl) before the row's weight and without the entropy.
+    """Return (loss, d loss / d logp, ratio, kl) of a row, before its weight and without the entropy bonus.
 
-    At sequence level log_ratio and mean_trust are means over the sequence: each of its rows moves all its
-    losses by their mean. At token level mean_trust is the row's own.
+    At sequence level log_ratio and mean_tis_weight are means over the sequence, since each row changes the ratio of
+    all its rows. At token level mean_tis_weight is tis_weight.
     """
-    low, high, delta, beta, _, _ = limits
+    low, high, delta, beta, _, _ = loss_scalars
     ratio = tl.exp(log_ratio)
     if CISPO:
-        slope = -tl.minimum(ratio, high, propagate_nan=NAN) * advantage * trust
+        slope = -tl.minimum(ratio, high, propagate_nan=NAN) * advantage * tis_weight
         loss = slope * logp
     else:
         first = tl.minimum(ratio, delta, propagate_nan=NAN) * advantage
         second = tl.clamp(ratio, low, high, propagate_nan=NAN) * advantage
-        loss = -tl.minimum(first, second, propagate_nan=NAN) * trust
-        # A tie of the two terms splits the gradient; a bound itself still lets it through.
+        loss = -tl.minimum(first, second, propagate_nan=NAN) * tis_weight
+        # As torch: min splits the gradient of a tie, and clamp passes it at a bound.
         share = tl.where(first == second, 0.5, 1.0)
         moved = tl.where((first <= second) & (ratio <= delta), share, 0.0)
         moved += tl.where((second <= first) & (ratio >= low) & (ratio <= high), share, 0.0)
-        slope = -moved * advantage * ratio * mean_trust
+        slope = -moved * advantage * ratio * mean_tis_weight
     kl = tl.zeros_like(loss)
-    _, ref_ptr, _ = others
+    _, ref_ptr, _ = row_logps
     if ref_ptr is not None:
         d = tl.load(ref_ptr + row, mask=mask).to(tl.float32) - logp
-        kl, kl_slope = divergence(d, KL)
+        kl, kl_slope = kl_divergence(d, KL)
         if beta is not None:
             loss += beta * kl
             slope += beta * kl_slope
@@ -78,8 +88,8 @@ def token_loss(
 
 
 @triton.jit
-def divergence(d, KL: tl.constexpr):
-    """(kl, d kl / d logp) of d = ref - logp."""
+def kl_divergence(d, KL: tl.constexpr):
+    """Return (kl, d kl / d logp) of d = ref - logp."""
     if KL == "k1":
         kl = -d
         slope = tl.zeros_like(d) + 1
@@ -88,7 +98,7 @@ def divergence(d, KL: tl.constexpr):
         slope = -d
     else:
         grown = tl.exp(d)
-        # exp(d) - d - 1 would cancel near 0, where a policy stays close to its reference.
+        # exp(d) - d - 1 cancels near 0, so use its Taylor series there.
         series = tl.fma(d, 1 / 5040, 1 / 720)
         series = tl.fma(d, series, 1 / 120)
         series = tl.fma(d, series, 1 / 24)

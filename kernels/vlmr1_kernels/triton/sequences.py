@@ -1,4 +1,4 @@
-"""What the objective knows of each sequence: where its rows are, its advantage and its share of the loss."""
+"""Rows, advantage and loss weight of each sequence."""
 
 from typing import NamedTuple
 
@@ -7,25 +7,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vlmr1_kernels.inputs import LossInputs
 from vlmr1_kernels.settings import GRPOSettings
 from vlmr1_kernels.triton.group_advantages import STD_FLOOR, centered
-from vlmr1_kernels.triton.launch import launch, readable
+from vlmr1_kernels.triton.launch import contiguous_aligned, launch
 
 BLOCK = 256
 
 
-class Sequences(NamedTuple):
-    """Of B sequences; float32 but for `first`."""
+class SequenceTable(NamedTuple):
+    """Table of B sequences; float32 except `first`."""
 
-    first: Tensor  # [B + 1] int64, rows first[s]..first[s + 1] are those of s
-    length: Tensor  # [B] rows of s before any were dropped
+    first: Tensor  # [B + 1] int64: sequence s has the rows first[s]..first[s + 1] - 1
+    length: Tensor  # [B] rows, dropped ones included
     advantage: Tensor  # [B]
-    weight: Tensor  # [B] share of one row: loss = sum of weight * token loss
+    weight: Tensor  # [B] of each row; the loss is the sum of weight * token loss
 
 
 @triton.jit
 def lower_bound(ids, count, value):
-    """How many of `count` sorted ids are below each value."""
+    """Return how many of `count` sorted ids are below each value."""
     low = tl.zeros_like(value)
     while count > 0:
         half = (count + 1) // 2
@@ -53,22 +54,15 @@ def sequences_kernel(
     if normalizer is not None:
         share /= tl.load(normalizer)
     value = tl.zeros_like(rows) + share
-    if PER_LENGTH:  # a sequence without rows gives its share to none
+    if PER_LENGTH:  # a sequence without rows has no loss
         value = tl.where(rows > 0, value / rows, 0.0)
     tl.store(weight + sequence, value, mask=mask)
 
 
-def sequences(
-    seq_ids: Tensor,
-    selected_ids: Tensor,
-    advantages: Tensor | None,
-    rewards: Tensor | None,
-    num_generations: int,
-    normalizer: Tensor | None,
-    settings: GRPOSettings,
-) -> Sequences:
-    """`seq_ids` are those of all N rows, `selected_ids` those of the rows that are left."""
-    advantages, rewards, normalizer = readable(advantages, rewards, normalizer)
+def sequence_table(seq_ids: Tensor, selected_ids: Tensor, inputs: LossInputs, settings: GRPOSettings) -> SequenceTable:
+    """Return the table of `seq_ids` [N]; `selected_ids` [n] are those of the rows that were not dropped."""
+    assert not isinstance(inputs.normalizer, float)  # custom_ops makes it a tensor
+    advantages, rewards, normalizer = contiguous_aligned(inputs.advantages, inputs.rewards, inputs.normalizer)
     scores = rewards if advantages is None else advantages
     assert scores is not None
     count, per_sequence = scores.numel(), settings.loss_type in ("grpo", "gspo", "dr_grpo")
@@ -81,7 +75,7 @@ def sequences(
     length, advantage, weight = (torch.empty(count, dtype=torch.float32, device=seq_ids.device) for _ in range(3))
     launch(
         sequences_kernel, triton.cdiv(count + 1, BLOCK), seq_ids, seq_ids.numel(), selected_ids, selected_ids.numel(),
-        count, advantages, rewards, num_generations, normalizer, share, first, length, advantage, weight,
+        count, advantages, rewards, inputs.num_generations, normalizer, share, first, length, advantage, weight,
         PER_LENGTH=settings.loss_type in ("grpo", "gspo"), BLOCK=BLOCK,
     )  # fmt: skip
-    return Sequences(first, length, advantage, weight)
+    return SequenceTable(first, length, advantage, weight)

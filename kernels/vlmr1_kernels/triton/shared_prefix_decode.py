@@ -1,8 +1,8 @@
-"""One decode step in two launches: attention over chunks of keys, then their merge by log-sum-exp.
+"""Attention of one decode step in two launches: over chunks of keys, then a merge by log-sum-exp.
 
-A program of the first has a tile of query rows and a chunk of the keys that all of them see: of a prefix, the
-rows of a group (branches x query heads of one key head); of a suffix, the rows of a branch. The number of chunks
-comes from shapes and bounds, so that a CUDA graph can hold the launch; their length from the device.
+A program of the first launch has a tile of query rows and a chunk of keys. For a prefix the tile holds the rows of a
+group (branches x query heads per key head), for a suffix those of one branch. The number of chunks depends on shapes
+and bounds alone, so that a CUDA graph can capture the launch; their length is read on the device.
 """
 
 from math import e, log2
@@ -12,19 +12,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmr1_kernels.triton.launch import launch, on_its_device
+from vlmr1_kernels.inputs import DecodeTables
+from vlmr1_kernels.triton.launch import launch, on_tensor_device
 
-# Two programs for each SM of the GPUs of 2023 hide each other's latency; a chunk is worth its partial result
-# from LEAST_CHUNK keys on.
+# Two programs per SM (132 on an H100) hide latency; chunks below LEAST_CHUNK keys cost more to merge than they save.
 PROGRAMS, LEAST_CHUNK, MOST_CHUNKS = 264, 128, 64
-SMALLEST_TILE = 16  # query rows: tl.dot takes no fewer
-LAUNCH = {"num_warps": 4, "num_stages": 4}  # keys and values of two or three tiles on their way
+SMALLEST_TILE = 16  # query rows: the minimum of tl.dot
+LAUNCH = {"num_warps": 4, "num_stages": 4}  # two or three tiles of keys and values in flight
 MERGE = {"BLOCK": 16, "num_warps": 4}  # partial results at once
 
 
 @triton.jit
 def chunk_bounds(chunk, chunks, length, LEAST: tl.constexpr, BLOCK_N: tl.constexpr):
-    """First key of a chunk and the one behind its last; later chunks may be empty."""
+    """Return the first key of a chunk and its exclusive end; later chunks may be empty."""
     size = tl.maximum(tl.cdiv(tl.cdiv(length, chunks), BLOCK_N) * BLOCK_N, LEAST)
     return chunk * size, tl.minimum((chunk + 1) * size, length)
 
@@ -34,9 +34,9 @@ def attend(
     q, keys, values, key_stride, value_stride, row, seen, table, start, begin, end, factor, partial, lse, slot, slots,
     HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Softmax over the keys begin..end - 1 of the query rows `row` where `seen`, and its log-sum-exp to base 2.
+    """Write the attention of query rows `row` (where `seen`) over keys begin..end - 1, and its base-2 log-sum-exp.
 
-    Key t is pool row start + t, or, with a table, row table[t // PAGE] * PAGE + t % PAGE.
+    Key t is cache row start + t, or with a block table row table[t // PAGE] * PAGE + t % PAGE.
     """
     column = tl.arange(0, BLOCK_D)
     queries = tl.load(
@@ -89,14 +89,14 @@ def partials_kernel(
     HEAD_DIM: tl.constexpr, FOLDED: tl.constexpr, PAGE: tl.constexpr, LEAST: tl.constexpr,
     TILE: tl.constexpr, SUFFIX_TILE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """partial [B, H, chunks, Dh], lse [B, H, chunks]: the chunks of the prefix, then those of the suffix."""
+    """Write partial [B, H, chunks, Dh] and lse [B, H, chunks]: chunks of the prefix, then of the suffix."""
     offsets, starts, lengths = prefixes
     blocks, suffix_lengths = suffixes
     program = tl.program_id(0)
     prefix_programs = groups * kv_heads * prefix_chunks * tiles
     slots = prefix_chunks + suffix_chunks
     if program < prefix_programs:
-        # Tiles that read the same keys are neighbours.
+        # Tiles that read the same keys are adjacent, for the L2 cache.
         tile, chunk = program % tiles, program // tiles % prefix_chunks
         others = program // (tiles * prefix_chunks)
         head, group = (others % kv_heads).to(tl.int64), others // kv_heads
@@ -132,7 +132,7 @@ def merge_kernel(
     partial, lse, offsets, out, groups, heads, slots,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program a query row; rows behind the last branch become 0."""
+    """Merge the chunks of a query row; padding rows become 0."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_D)
     merged = tl.zeros((BLOCK_D,), tl.float32)
@@ -149,7 +149,7 @@ def merge_kernel(
             weight = tl.exp2(own - peak)
             parts = tl.load(
                 partial + (row * slots + slot)[:, None] * HEAD_DIM + column[None, :],
-                mask=(own != float("-inf"))[:, None] & (column < HEAD_DIM)[None, :],  # an empty chunk wrote none
+                mask=(own != float("-inf"))[:, None] & (column < HEAD_DIM)[None, :],  # empty chunks wrote nothing
                 other=0.0,
             )
             merged += tl.sum(weight[:, None] * parts, 0)
@@ -158,16 +158,12 @@ def merge_kernel(
     tl.store(out + row * HEAD_DIM + column, merged.to(out.dtype.element_ty), mask=column < HEAD_DIM)
 
 
-@on_its_device
+@on_tensor_device
 def shared_prefix_decode(
     q: Tensor,
     keys: Tensor,
     values: Tensor,
-    group_offsets: Tensor,
-    prefix_starts: Tensor,
-    prefix_lengths: Tensor,
-    suffix_blocks: Tensor,
-    suffix_lengths: Tensor,
+    tables: DecodeTables,
     *,
     block: int,
     max_group: int,
@@ -178,9 +174,9 @@ def shared_prefix_decode(
     out = torch.empty(batch, heads, head_dim, dtype=q.dtype, device=q.device)
     if batch == 0:
         return out
-    groups, kv_heads = len(prefix_starts), len(keys)
+    groups, kv_heads = len(tables.prefix_starts), len(keys)
     folded = heads // kv_heads
-    offsets, blocks = group_offsets.contiguous(), suffix_blocks.contiguous()
+    offsets, starts, lengths, blocks, suffix_lengths = (table.contiguous() for table in tables)
     block_d = max(16, triton.next_power_of_2(head_dim))
     largest_tile, block_n = _tile_sizes(q.dtype, block_d)
     tile = min(_power_of_2(min(max_group, batch) * folded), largest_tile)
@@ -194,7 +190,7 @@ def shared_prefix_decode(
     launch(
         partials_kernel, groups * kv_heads * prefix_chunks * tiles + batch * kv_heads * suffix_chunks,
         q.contiguous(), keys, values, keys.stride()[:2], values.stride()[:2],
-        (offsets, prefix_starts.contiguous(), prefix_lengths.contiguous()), (blocks, suffix_lengths.contiguous()),
+        (offsets, starts, lengths), (blocks, suffix_lengths),
         partial, lse, groups, kv_heads, tiles, prefix_chunks, suffix_chunks, blocks.shape[1], scale * log2(e),
         FOLDED=folded, PAGE=block, LEAST=LEAST_CHUNK, TILE=tile, SUFFIX_TILE=_power_of_2(folded), BLOCK_N=block_n,
         **sizes, **LAUNCH,
@@ -208,13 +204,14 @@ def _power_of_2(rows: int) -> int:
 
 
 def _chunks(length: int, others: int) -> int:
-    """Into how many chunks to split keys that so many other programs read or have the like of."""
+    """Return how many chunks to split keys into, given the number of other programs of the launch."""
     return min(triton.cdiv(length, LEAST_CHUNK), triton.cdiv(PROGRAMS, others), MOST_CHUNKS)
 
 
 def _tile_sizes(dtype: torch.dtype, block_d: int) -> tuple[int, int]:
-    """The most query rows, and the keys, of a tile. float32 has no tensor cores, and its operands wait in
-    registers."""
+    """Return the largest number of query rows of a tile, and its number of keys.
+
+    float32 does not use tensor cores, and its operands stay in registers."""
     if dtype == torch.float32:
         return 16, 16
     return (64 if block_d <= 128 else 32), 32

@@ -1,8 +1,7 @@
-"""The passes over the vocabulary. One program reads one row of logits [V] as the GEMM left it: bias, softcap
-and temperature are applied while reading.
+"""Passes over the vocabulary: statistics of a row of logits [V], and its gradient. One program per row.
 
-Pass 1 goes forward and pass 2 backward: the end of the row is what the L2 cache still holds. Each loads its
-next block before it works on the present one.
+The logits are read as the GEMM wrote them; bias, softcap and temperature are applied while reading. Pass 1 runs forward
+and pass 2 backward, since the end of the row is still in the L2 cache. Each prefetches its next block.
 """
 
 import ctypes
@@ -12,18 +11,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# 64 registers let two programs share an SM: one streams while the other reduces, and 32 KiB are on their way.
+# With 64 registers two programs share an SM: one loads while the other reduces, with 32 KiB in flight.
 LAUNCH = {"BLOCK": 4096, "num_warps": 16, "maxnreg": 64}
-ROW_ALIGNMENT = 16  # elements: rows of any V start aligned, and whole vectors fit into their padding
+ROW_ALIGNMENT = 16  # elements: rows of any V start aligned and are padded to whole vectors
 
-# Logits of minus infinity are read as this: probability 0, and no infinity times zero in the entropy.
+# Stands for logits of minus infinity: probability 0, without infinity times zero in the entropy.
 LOWEST: tl.constexpr = tl.constexpr(-1e30)
 
 
 def head_terms(bias: Tensor | None, temperature: float, softcap: float | None) -> tuple[Any, ...]:
-    """(bias, inverse, rest, outer): z = outer * tanh(x / softcap), or x / temperature; None for a step left out.
+    """Return (bias, inverse, rest, outer) of z = outer * tanh(x / softcap), or x / temperature; None skips a step.
 
-    The reciprocal of the divisor comes in two parts: one rounded factor would be an error shared by all logits.
+    The reciprocal of the divisor is inverse + rest: one rounded factor would bias all logits alike.
     """
     divisor = temperature if softcap is None else softcap
     high = _single(1 / divisor)
@@ -48,8 +47,8 @@ def tanh(x):
 
 
 @triton.jit
-def finish(x, offsets, limit, head):
-    """(z, slope): the logits as the softmax takes them, and dz / dx times the temperature."""
+def transform_logits(x, offsets, limit, head):
+    """Return (z, slope): logits after bias, softcap and temperature, and dz / dx times the temperature."""
     bias, inverse, rest, outer = head
     slope = 1.0
     if bias is not None:
@@ -67,9 +66,9 @@ def finish(x, offsets, limit, head):
 
 @triton.jit
 def accumulate(z, peak, total, moment, ENTROPY: tl.constexpr):
-    """Lane by lane: peak = max z, total = sum exp(z - peak), moment = sum (z - peak) exp(z - peak).
+    """Update of each lane: peak = max z, total = sum exp(z - peak), moment = sum (z - peak) exp(z - peak).
 
-    Either the old peak or the new element is the new peak, so one exponential serves both.
+    The new peak is either the old one or z, so one exponential suffices.
     """
     gap = z - peak
     rises = gap > 0
@@ -82,10 +81,10 @@ def accumulate(z, peak, total, moment, ENTROPY: tl.constexpr):
 
 @triton.jit
 def row_statistics(row, target, stride, vocabulary, head, ENTROPY: tl.constexpr, BLOCK: tl.constexpr):
-    """(peak, log_sum, entropy, logp): max z, log(sum(exp(z - peak))), -sum(p log p) and log p of the target."""
+    """Return (peak, log_sum, entropy, logp): max z, log(sum(exp(z - peak))), -sum(p log p), log p of the target."""
     lanes = tl.arange(0, BLOCK)
     full = vocabulary // BLOCK * BLOCK
-    # Read before the reductions: their barriers keep it ahead of a gradient that overwrites the row.
+    # Load before the reductions, whose barriers order it before the gradient overwrites the row.
     hit = tl.load(row + target)
     x = tl.load(row + lanes, mask=lanes < stride)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -93,10 +92,10 @@ def row_statistics(row, target, stride, vocabulary, head, ENTROPY: tl.constexpr,
     for start in range(0, full, BLOCK):
         offsets = start + lanes
         ahead = tl.load(row + offsets + BLOCK, mask=offsets + BLOCK < stride)
-        z, _ = finish(x, offsets, full, head)
+        z, _ = transform_logits(x, offsets, full, head)
         peak, total, moment = accumulate(z, peak, total, moment, ENTROPY)
         x = ahead
-    z, _ = finish(x, full + lanes, vocabulary, head)
+    z, _ = transform_logits(x, full + lanes, vocabulary, head)
     z = tl.where(full + lanes < vocabulary, z, LOWEST)
     peak, total, moment = accumulate(z, peak, total, moment, ENTROPY)
 
@@ -108,14 +107,14 @@ def row_statistics(row, target, stride, vocabulary, head, ENTROPY: tl.constexpr,
     entropy = log_sum
     if ENTROPY:
         entropy = log_sum - tl.fdiv(tl.sum(tl.fma(gap, total, moment) * decay, 0), mass)
-    z, _ = finish(hit, target, vocabulary, head)
+    z, _ = transform_logits(hit, target, vocabulary, head)
     return top, log_sum, entropy, (z - top) - log_sum
 
 
 @triton.jit
 def gradient_block(x, offsets, limit, target, peak, log_sum, entropy, d_logp, d_entropy, head):
-    """d_logp * d log p[target] / dx + d_entropy * d entropy / dx, but for the temperature."""
-    z, slope = finish(x, offsets, limit, head)
+    """Return d_logp * d log p[target] / dx + d_entropy * d entropy / dx, times the temperature."""
+    z, slope = transform_logits(x, offsets, limit, head)
     log_p = (z - peak) - log_sum
     shift = d_logp
     if d_entropy is not None:
@@ -128,10 +127,10 @@ def gradient_block(x, offsets, limit, target, peak, log_sum, entropy, d_logp, d_
 def write_gradient(
     row, out, target, stride, vocabulary, peak, log_sum, entropy, d_logp, d_entropy, head, BLOCK: tl.constexpr
 ):
-    """out = the gradient of the row's logits, in the dtype of `out`; d_entropy is None without entropy.
+    """Write the gradient of the row's logits in the dtype of `out`; d_entropy is None without entropy.
 
-    `out` may be the row itself if both are float32: then the lane that loads an element also stores it. A
-    narrower `out` needs memory of its own, other lanes have yet to read what its elements would overwrite.
+    `out` may be the row itself if both are float32, since the lane that loads an element also stores it. A narrower
+    `out` must be other memory: its elements would overwrite logits that other lanes have not read.
     """
     lanes = tl.arange(0, BLOCK)
     full = vocabulary // BLOCK * BLOCK

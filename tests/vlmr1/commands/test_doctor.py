@@ -25,7 +25,7 @@ def report() -> str:
 
 def test_every_op_with_its_choice_and_all_others_refused_by_name(report):
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    explanations = registry.doctor(device, torch.bfloat16 if device == "cuda" else torch.float32)
+    explanations = registry.explain_all(device, torch.bfloat16 if device == "cuda" else torch.float32)
     assert [e.op for e in explanations] == list(registry.ops())
     for explanation in explanations:
         assert value(report, explanation.op) == explanation.chosen
@@ -78,8 +78,10 @@ def test_gpus(gpus, nvml, expected, monkeypatch):
 
 
 def test_the_native_library(monkeypatch):
-    monkeypatch.setattr(room.library, "problem", lambda: None)
+    monkeypatch.setattr(room.library, "unavailable_reason", lambda: None)
     monkeypatch.setattr(room.library, "backend", lambda: "avx2")
     assert value(room.doctor(), "native library") == "libvlmr1_kernels.so, instruction set avx2"
-    monkeypatch.setattr(room.library, "problem", lambda: "the native library is not built; it needs a C++ compiler")
+    monkeypatch.setattr(
+        room.library, "unavailable_reason", lambda: "the native library is not built; it needs a C++ compiler"
+    )
     assert value(room.doctor(), "native library") == "the native library is not built; it needs a C++ compiler"

@@ -14,11 +14,12 @@ from tests.vlmr1.families import build
 from tests.vlmr1.rewards.helpers import answered, group, values
 from vlmr1.cli import main
 from vlmr1.commands.arguments import parse_config
-from vlmr1.commands.train import prepare
+from vlmr1.commands.prepare import prepare
+from vlmr1.data.box_coordinates import SPACES
+from vlmr1.data.boxes import scale_between, scale_box
 from vlmr1.data.prompts import PromptBuilder
 from vlmr1.data.templates import question_text
 from vlmr1.models import family_of
-from vlmr1.models.boxes import SPACES, extent, from_original, grid_size
 from vlmr1.report.progress import read_metrics
 from vlmr1.rewards import get_reward, score_groups
 from vlmr1.rewards.answer import find_answer
@@ -111,10 +112,11 @@ def written(answer, prompt, family, patch):
     """A true answer with its boxes as the model writes them: it sees the image resized."""
     with Image.open(prompt.sample.images[0]) as image:
         size = image.size
-    seen = grid_size(prompt.images[0]["image_grid_thw"], patch)
-    assert seen != size
-    corner = extent(SPACES[family], size, seen)
-    return NUMBERS.sub(lambda box: json.dumps(from_original(tuple(map(int, box.groups())), corner, size)), answer)
+    _, rows, columns = (prompt.images[0]["image_grid_thw"][0] * patch).tolist()
+    assert (columns, rows) != size
+    extent = {"resized": (columns, rows), "thousand": (1000, 1000), "original": size}[SPACES[family]]
+    scale = scale_between(size, extent)
+    return NUMBERS.sub(lambda box: json.dumps(scale_box(tuple(map(int, box.groups())), scale)), answer)
 
 
 def test_the_standins_are_what_their_script_makes(tmp_path, monkeypatch):

@@ -9,11 +9,12 @@ from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProce
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from vlmr1.data.box_coordinates import SPACES, space_of
+from vlmr1.data.boxes import scale_between, scale_box
+from vlmr1.data.image_grid import PatchGrid
 from vlmr1.data.images import enlarged
 from vlmr1.errors import SettingError
 from vlmr1.models import BY_TYPE
-from vlmr1.models.boxes import SPACES, extent, from_original, grid_size, space_of, to_original
-from vlmr1.models.image_grid import PatchGrid
 
 SIDE = st.integers(1, 20_000)
 NUMBER = st.floats(-1e6, 1e6)
@@ -28,15 +29,13 @@ def test_every_family_has_its_coordinates():
     assert SPACES.keys() == BY_TYPE.keys()
 
 
-@pytest.mark.parametrize("family", SPACES)
-@given(box=st.tuples(NUMBER, NUMBER, NUMBER, NUMBER), size=st.tuples(SIDE, SIDE), resized=st.tuples(SIDE, SIDE))
-@example(box=(0.0, 0.0, 640.0, 427.0), size=(640, 427), resized=(644, 420))
-def test_there_and_back(family, box, size, resized):
-    corner = extent(SPACES[family], size, resized)
-    there_and_back = from_original(to_original(box, corner, size), corner, size)
-    back_and_there = to_original(from_original(box, corner, size), corner, size)
+@given(box=st.tuples(NUMBER, NUMBER, NUMBER, NUMBER), size=st.tuples(SIDE, SIDE), extent=st.tuples(SIDE, SIDE))
+@example(box=(0.0, 0.0, 640.0, 427.0), size=(640, 427), extent=(644, 420))
+@example(box=(1.0, 2.0, 3.0, 4.0), size=(640, 427), extent=(640, 427))
+def test_there_and_back(box, size, extent):
+    there_and_back = scale_box(scale_box(box, scale_between(extent, size)), scale_between(size, extent))
     np.testing.assert_allclose(there_and_back, box, rtol=1e-9, atol=1e-300)
-    np.testing.assert_allclose(back_and_there, box, rtol=1e-9, atol=1e-300)
+    assert scale_box(box, None) == box == scale_box(box, scale_between(size, size))
 
 
 @pytest.mark.parametrize(
@@ -54,8 +53,9 @@ def test_there_and_back(family, box, size, resized):
 def test_known_numbers(family, expected):
     """A file of 640 x 480 that the tower sees as 320 x 960."""
     box = {"qwen2_vl": (5, 40, 320, 960), "qwen2_5_vl": (5, 40, 320, 960)}.get(family, (10, 20, 640, 480))
-    corner = extent(space_of("auto", family), (640, 480), (320, 960))
-    assert to_original(box, corner, (640, 480)) == pytest.approx(expected, rel=1e-12)
+    extents = {"resized": (320, 960), "thousand": (1000, 1000), "original": (640, 480)}
+    scale = scale_between(extents[space_of("auto", family)], (640, 480))
+    assert scale_box(box, scale) == pytest.approx(expected, rel=1e-12)
 
 
 def test_unknown_families_are_refused():
@@ -77,8 +77,8 @@ def test_the_size_is_that_of_the_processor(name, width, height):
         with pytest.raises(ValueError, match="aspect ratio"):
             PatchGrid.of(processor).resized(image.size)
         return
-    grid = processor(images=[image], return_tensors="np")["image_grid_thw"]
-    assert PatchGrid.of(processor).resized(image.size) == grid_size(grid, processor.patch_size)
+    _, rows, columns = processor(images=[image], return_tensors="np")["image_grid_thw"][0] * processor.patch_size
+    assert PatchGrid.of(processor).resized(image.size) == (columns, rows)
 
 
 def test_processors_of_tiles_have_no_such_size():

@@ -12,7 +12,7 @@ from vlmr1.cli import main
 from vlmr1.tiny import digits
 
 STANDINS = Path(__file__).parents[2] / "data" / "standins"
-RECIPES = Path(__file__).parents[3] / "vlmr1" / "recipes"
+RECIPES = Path(__file__).parents[3] / "vlm_r1" / "recipes"
 
 
 def test_a_whole_file(tmp_path, capsys):
@@ -71,4 +71,4 @@ def test_the_mode_decides(tmp_path, capsys):
     for solution, strict in (("<answer>[30, 40, 1, 2]</answer>", 1), ("[1, 2, 30, 40]", 0)):
         path.write_text(json.dumps(shared | {"solution": solution}))
         assert check([path], "--reward_funcs", "accuracy") == strict
-        assert check([path], "--reward_funcs", "accuracy", "--reward_mode", "vlmr1") == 1 - strict
+        assert check([path], "--reward_funcs", "accuracy", "--reward_mode", "vlm_r1") == 1 - strict

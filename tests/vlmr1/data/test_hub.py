@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlmr1.data.images import ImageBytes, open_image
+from vlmr1.data.images import open_image
 from vlmr1.data.samples import load_samples, validation_split
 from vlmr1.data.sources import open_rows
 from vlmr1.errors import DataError, SettingError
+from vlmr1.types import ImageBytes
 
 COLOURS = [(10, 20, 30), (40, 50, 60), (70, 80, 90)]
 
@@ -191,5 +192,5 @@ def test_a_hub_name_asks_for_its_split(monkeypatch):
 
 def test_a_missing_package_is_named(monkeypatch, parquet):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(SettingError, match=r"rows\.parquet needs the package datasets: pip install 'vlmr1\[data\]'$"):
+    with pytest.raises(SettingError, match=r"rows\.parquet needs datasets: pip install 'vlmr1\[data\]'$"):
         load(parquet)

@@ -22,8 +22,8 @@ from tests.vlmr1.distributed.forced import repeating
 from vlmr1.cli import main
 from vlmr1.commands import train as run
 from vlmr1.grpo import policy, reference, trainer
-from vlmr1.lifecycle.processes import leave
-from vlmr1.rollout import schedule
+from vlmr1.lifecycle.processes import exit_process
+from vlmr1.rollout import scheduler
 
 SUMS = ("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor", "reduce_scatter_single")
 NAMES = {reference: ("reference", "reference"), trainer: ("old", "policy")}  # without and with gradient
@@ -88,7 +88,7 @@ def watched_main() -> int:
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         fsdp_on_cpu.allow()
     if "TOKENS" in os.environ:
-        schedule.choose = repeating(dict(json.loads(Path(os.environ["TOKENS"]).read_text(encoding="utf-8"))))
+        scheduler.sample_tokens = repeating(dict(json.loads(Path(os.environ["TOKENS"]).read_text(encoding="utf-8"))))
     Coordinator.fetch_sub_module = watched_fetch(Coordinator.fetch_sub_module)  # type: ignore[method-assign]
     for name in SUMS:
         setattr(dist, name, watched_sum(getattr(dist, name)))
@@ -103,4 +103,4 @@ def watched_main() -> int:
 
 
 if __name__ == "__main__":
-    leave(watched_main())
+    exit_process(watched_main())

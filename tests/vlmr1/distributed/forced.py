@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vlmr1.rollout.sampling import SamplingSettings, choose
+from vlmr1.rollout.sampling import SamplingSettings, sample_tokens
 
 Chosen = tuple[Tensor, Tensor, Tensor]
 Tokens = dict[float, int]  # by the uniform number, of which each prompt, branch and place has its own
@@ -18,7 +18,7 @@ def recording(tokens: Tokens) -> Callable[..., Chosen]:
     """`choose`; what it draws goes to `tokens`."""
 
     def record(logits: Tensor, banned: Tensor, settings: SamplingSettings, draws: Tensor, seen: None = None) -> Chosen:
-        chosen = choose(logits, banned, settings, draws, seen)
+        chosen = sample_tokens(logits, banned, settings, draws, seen)
         tokens.update(zip(draws.tolist(), chosen[0].tolist(), strict=True))
         return chosen
 

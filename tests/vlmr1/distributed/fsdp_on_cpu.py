@@ -6,7 +6,7 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
 from vlmr1.cli import main
-from vlmr1.lifecycle.processes import leave
+from vlmr1.lifecycle.processes import exit_process
 
 
 def backend(self: PartialState, *arguments: Any) -> tuple[str, DistributedType]:
@@ -19,4 +19,4 @@ def allow() -> None:
 
 if __name__ == "__main__":
     allow()
-    leave(main())
+    exit_process(main())

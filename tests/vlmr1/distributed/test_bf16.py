@@ -24,7 +24,7 @@ from tests.vlmr1.distributed.forced import Tokens, recording, repeating
 from tests.vlmr1.distributed.two_ranks import ROOT, computed, metrics, resumable, two_ranks, words
 from vlmr1.commands.arguments import parse_config
 from vlmr1.commands.train import train
-from vlmr1.rollout import schedule
+from vlmr1.rollout import scheduler
 
 # An epsilon beside which the rounding of gradients is small: else Adam moves weights by signs that are rounding alone.
 FULL = {"learning_rate": 1e-3, "adam_epsilon": 1e-2, "beta": 0.04}
@@ -67,7 +67,7 @@ def alone(folder: Path) -> dict[str, tuple[Run, Run]]:
             runs = []
             for bf16 in ("false", "true"):
                 output = folder / f"{kind}-{bf16}"
-                patch.setattr(schedule, "choose", repeating(tokens) if tokens else recording(tokens))
+                patch.setattr(scheduler, "sample_tokens", repeating(tokens) if tokens else recording(tokens))
                 train(parse_config(words(folder, output, prompts_per_device=2, use_cpu="true", bf16=bf16, **settings)))
                 runs.append(Run(metrics(output), exported(output / "checkpoint-4")))
             found[kind] = tuple(runs)

@@ -23,9 +23,11 @@ from tests.vlmr1.distributed.two_ranks import (
     words,
 )
 from vlmr1.commands.arguments import parse_config
-from vlmr1.commands.train import check_settings, last_complete, train
+from vlmr1.commands.train import train
 from vlmr1.distributed.launch import LAUNCHES, launch_command
 from vlmr1.errors import SettingError
+from vlmr1.lifecycle.checkpoint import last_complete
+from vlmr1.lifecycle.run_settings import LAUNCH, check_settings
 from vlmr1.models import load_model
 
 
@@ -102,7 +104,7 @@ def test_the_rank_that_fails_says_why_and_ends_all(folder, tmp_path):
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if line.startswith("vlmr1: ")]
     assert said[0].startswith(f"vlmr1: rank 1: reward {reward}:bad: returned 'x'")
-    assert said[1:] in ([], ["vlmr1: rank 0: another rank has ended: see what it wrote"])
+    assert said[1:] in ([], ["vlmr1: rank 0: another rank has ended: see its output"])
 
 
 def test_another_number_of_processes_is_refused(folder, tmp_path):
@@ -110,7 +112,7 @@ def test_another_number_of_processes_is_refused(folder, tmp_path):
     written = json.loads(config.to_json_string()) | {"processes": 2, "launch": "ddp"}
     (tmp_path / "settings.json").write_text(json.dumps(written), encoding="utf-8")
     with pytest.raises(SettingError, match=r"processes is 1, but the run in .* was started with 2"):
-        check_settings(config, tmp_path / "checkpoint-3")
+        check_settings(config, LAUNCH, tmp_path / "checkpoint-3")
     assert last_complete(tmp_path) is None
 
 

@@ -215,7 +215,7 @@ def test_log_completions(count, model, processor, tmp_path):
 def test_a_reward_that_overruns_scores_0_and_is_recorded(model, processor, tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(
-        "import time\n\n\ndef slow(prompts, completions, **columns):\n    time.sleep(60)\n\n\nslow.one_by_one = True\n"
+        "import time\n\n\ndef slow(prompts, completions, **columns):\n    time.sleep(60)\n\n\nslow.isolated = True\n"
     )
     trainer = trainer_of(model, processor, tmp_path, prompts_per_device=1, reward_workers=1, reward_timeout=0.3)
     trainer.rewards = [get_reward(f"{path}:slow"), trainer.rewards[0]]

@@ -10,14 +10,14 @@ import pytest
 
 PROGRAM = """
 import atexit, sys
-from vlmr1.lifecycle.processes import leave
+from vlmr1.lifecycle.processes import exit_process
 class Left:
     def __del__(self):
         print("taken down", flush=True)
 left = Left()
 atexit.register(print, "at exit")
 sys.stdout.write("not flushed, ")
-leave(3)
+exit_process(3)
 """
 
 

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from vlmr1.cli import main
-from vlmr1.lifecycle.checkpoint import MANIFEST, is_complete, last_complete, publish, rotate, staged, truncate_after
-from vlmr1.lifecycle.disk import checkpoint_bytes, warn_of_space
+from vlmr1.lifecycle.checkpoint import MANIFEST, integrity_error, last_complete, publish, rotate, staged, truncate_after
+from vlmr1.lifecycle.disk import checkpoint_bytes, warn_if_low_space
 from vlmr1.report.progress import read_metrics
 from vlmr1.tiny import digits
 
@@ -130,12 +130,15 @@ def test_publish_names_every_file_with_its_size_and_small_ones_with_their_digest
 
 
 FAULTS = {
-    "no manifest": (lambda path: (path / MANIFEST).unlink(), "there is no manifest.json"),
-    "cut manifest": (lambda path: (path / MANIFEST).write_text('{"files": {"wei'), "manifest.json is not one of ours"),
-    "other manifest": (lambda path: (path / MANIFEST).write_text("[]"), "manifest.json is not one of ours"),
-    "file missing": (lambda path: (path / "sub" / "state").unlink(), "there is no sub/state"),
+    "no manifest": (lambda path: (path / MANIFEST).unlink(), "manifest.json is missing"),
+    "cut manifest": (
+        lambda path: (path / MANIFEST).write_text('{"files": {"wei'),
+        "manifest.json is not a valid manifest",
+    ),
+    "other manifest": (lambda path: (path / MANIFEST).write_text("[]"), "manifest.json is not a valid manifest"),
+    "file missing": (lambda path: (path / "sub" / "state").unlink(), "sub/state is missing"),
     "file cut": (lambda path: (path / "weights").write_bytes(b"123"), "weights has 3 bytes instead of 5"),
-    "file changed": (lambda path: (path / "weights").write_bytes(b"12346"), "weights is not what was written"),
+    "file changed": (lambda path: (path / "weights").write_bytes(b"12346"), "weights has changed since it was written"),
 }
 
 
@@ -146,15 +149,15 @@ def test_resume_passes_over_what_is_not_whole(damage, says, tmp_path, caplog):
     assert last_complete(tmp_path) == tmp_path / "checkpoint-10"
     broken = tmp_path / "checkpoint-10"
     damage(broken)
-    assert not is_complete(broken) and not caplog.records
+    assert integrity_error(broken) is not None and not caplog.records
     assert last_complete(tmp_path) == tmp_path / "checkpoint-2"
-    assert caplog.messages == [f"{broken} is passed over: {says}"]
+    assert caplog.messages == [f"{broken} is skipped: {says}"]
 
 
 def test_a_checkpoint_of_before_has_sizes_only(tmp_path):
     publish(written(tmp_path / "tmp"), tmp_path / "checkpoint-2")
     (tmp_path / "checkpoint-2" / MANIFEST).write_text('{"files": {"weights": 5, "sub/state": 1}}')
-    assert is_complete(tmp_path / "checkpoint-2")
+    assert integrity_error(tmp_path / "checkpoint-2") is None
 
 
 ROTATIONS = {
@@ -185,7 +188,7 @@ def test_a_checkpoint_that_cannot_be_removed_is_left(tmp_path, monkeypatch, capl
         publish(written(tmp_path / "tmp"), tmp_path / f"checkpoint-{step}")
     monkeypatch.setattr(Path, "rename", refuse)
     rotate(tmp_path, 1, tmp_path / "checkpoint-4")
-    assert caplog.messages == [f"{tmp_path / 'checkpoint-2'} is not removed: [Errno 13] Permission denied"]
+    assert caplog.messages == [f"{tmp_path / 'checkpoint-2'} cannot be removed: [Errno 13] Permission denied"]
 
 
 def test_what_is_published_again_replaces_what_was(tmp_path):
@@ -193,7 +196,8 @@ def test_what_is_published_again_replaces_what_was(tmp_path):
     again = written(tmp_path / "tmp")
     (again / "weights").write_bytes(b"54321")
     publish(again, tmp_path / "checkpoint-2")
-    assert (tmp_path / "checkpoint-2" / "weights").read_bytes() == b"54321" and is_complete(tmp_path / "checkpoint-2")
+    assert (tmp_path / "checkpoint-2" / "weights").read_bytes() == b"54321"
+    assert integrity_error(tmp_path / "checkpoint-2") is None
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
 
 
@@ -224,10 +228,10 @@ def test_the_size_of_a_checkpoint_is_estimated(undisturbed, model, tmp_path, cap
     model.model.visual.requires_grad_(False)
     tower = sum(parameter.nbytes for parameter in model.model.visual.parameters())
     assert checkpoint_bytes(model, "adamw_torch_fused") == whole - 2 * tower
-    warn_of_space(tmp_path, whole)
+    warn_if_low_space(tmp_path, whole)
     assert not caplog.records
-    warn_of_space(tmp_path / "not" / "yet", 2**60)
-    assert "and a checkpoint takes about 1073741824.00 GiB: it will not fit" in caplog.text
+    warn_if_low_space(tmp_path / "not" / "yet", 2**60)
+    assert "but a checkpoint takes about 1073741824.00 GiB" in caplog.text
 
 
 def test_a_resumed_run_must_have_the_same_settings(data, tmp_path, capsys):
@@ -244,7 +248,7 @@ def test_no_run_goes_on_from_weights_alone(data, tmp_path, capsys):
     metrics = read_metrics(tmp_path)
     assert main(words) == 2
     said = capsys.readouterr().err
-    assert "checkpoint-2 was written with save_only_model, without the optimizer: no run goes on from it" in said
+    assert "checkpoint-2 has no optimizer state (save_only_model)" in said
     assert f"model_name_or_path={tmp_path / 'checkpoint-2'}\n" in said
     assert read_metrics(tmp_path) == metrics
 

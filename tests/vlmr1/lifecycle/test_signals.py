@@ -54,8 +54,8 @@ def test_a_signal_ends_the_run_after_its_step(name, shown, more, data, undisturb
     twice = At("os.rename", "out/checkpoint-3/", kill, count=2, argument=1)
     status, text = finish(command(data, output, *more), tmp_path / "log", twice)
     assert status == 128 + signal.Signals[name], text
-    assert text.endswith(f"vlmr1: stopped by {shown} after step 3 of 6; the same command continues\n"), text
-    assert text.count("the run ends after this step") == 1 and "Traceback" not in text
+    assert text.endswith(f"vlmr1: stopped by {shown} after step 3 of 6; run the same command to resume\n"), text
+    assert text.count("stopping after this step") == 1 and "Traceback" not in text
     assert last_complete(output) == output / "checkpoint-3" and (output / "checkpoint-3" / ROLLOUTS).exists()
     assert_whole(output, undisturbed)
     status, text = finish(command(data, output, *more), tmp_path / "log")
@@ -69,7 +69,7 @@ def test_a_signal_while_a_checkpoint_is_written(data, tmp_path):
     output = tmp_path / "out"
     at = At("open", f"{STAGING}checkpoint-2/checkpoint-2/trainer_state.json", partial(send, signal.SIGTERM))
     status, text = finish(command(data, output), tmp_path / "log", at)
-    assert status == 143 and "stopped by SIGTERM after step 2 of 6; the same command continues\n" in text, text
+    assert status == 143 and "stopped by SIGTERM after step 2 of 6; run the same command to resume\n" in text, text
     assert last_complete(output) == output / "checkpoint-2"
 
 
@@ -78,7 +78,7 @@ def test_a_second_signal_ends_it_at_once(data, tmp_path):
     during(data, 1, f"{SELF('SIGTERM')}; {SELF('SIGTERM')}; time.sleep(1.2); {SELF('SIGTERM')}")
     run = start(command(data, tmp_path / "out"), tmp_path / "log")
     assert run.status() == -signal.SIGTERM
-    assert run.output.count("once more ends it at once") == 2 and "Traceback" not in run.output
+    assert run.output.count("send it again to stop at once") == 2 and "Traceback" not in run.output
     assert last_complete(tmp_path / "out") is None
 
 
@@ -87,7 +87,7 @@ def test_a_signal_before_the_first_step(name, status, data, tmp_path):
     at = At("open", "tiny/checkpoint/config.json", partial(send, signal.Signals[name]))
     found, text = finish(command(data, tmp_path / "out"), tmp_path / "log", at)
     assert found == status, text
-    assert "before its first step; give the same command to go on\n" in text and "Traceback" not in text
+    assert "before its first step; run the same command to start again\n" in text and "Traceback" not in text
 
 
 def test_ctrl_c_in_another_command(data, tmp_path):
@@ -129,7 +129,7 @@ def test_ranks_stop_at_the_same_step(tmp_path):
     """The signal comes to one of them, in step 2."""
     ranks = [call(rank_of_two, rank, tmp_path / "meeting", log=tmp_path / f"{rank}.log") for rank in range(2)]
     assert [run.status() for run in ranks] == [143, 143], [run.output for run in ranks]
-    said = "stopped by SIGTERM after step 2 of 4; the same command continues"
+    said = "stopped by SIGTERM after step 2 of 4; run the same command to resume"
     assert [run.output.splitlines()[-1] for run in ranks] == [said, said]
 
 
@@ -153,7 +153,7 @@ def rank_of_two(rank: int, meeting: Path) -> int:
             stop.on_step_end(args, state, control)
         stop.on_train_end(args, state, control)
         try:
-            stop.leave()
+            stop.raise_if_stopped()
         except Stopped as stopped:
             print(stopped, flush=True)
             return stopped.status

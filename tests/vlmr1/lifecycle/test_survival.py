@@ -62,14 +62,14 @@ def test_a_file_that_cannot_grow(limit, what, data, tmp_path):
     output = tmp_path / "out"
     status, text = finish(command(data, output), tmp_path / "log", limit)
     assert status == 2, text
-    assert f"vlmr1: {what} cannot be written to {output}: " in text and " GiB are free there" in text
+    assert f"vlmr1: {what} cannot be written to {output}: " in text and " GiB free" in text
     assert "Traceback" not in text
     assert [path.name for path in output.iterdir() if path.name.startswith(STAGING) or path.suffix == ".tmp"] == []
     if what == "settings.json":
         assert last_complete(output) is None and not (output / what).exists()
     else:
         assert last_complete(output) == output / "checkpoint-2"
-        assert "checkpoint-2 is whole: after that is mended, the same command continues from it\n" in text
+        assert "checkpoint-2 is complete: fix the problem and run the same command to resume from it\n" in text
 
 
 @needs_mounts
@@ -87,7 +87,7 @@ def on_a_small_disk(data: Path, disk: Path) -> int:
     filler.write_bytes(bytes(130 * 2**20 - 77_000_000))
     status, text = in_fork(words, disk.parent / "first")
     assert status == 2, text
-    assert f"checkpoint-3 cannot be written to {output}: " in text and "; 0.01 GiB are free there without it. " in text
+    assert f"checkpoint-3 cannot be written to {output}: " in text and "; 0.01 GiB free without it. " in text
     assert not list(output.glob(f"{STAGING}*")) and last_complete(output) == output / "checkpoint-2"
     filler.unlink()
     status, text = in_fork(words, disk.parent / "second")
@@ -194,7 +194,7 @@ def test_a_checkpoint_that_is_deleted_while_it_is_read(file, opening, data, stop
     deletion = At("open", file, partial(delete, stopped / "checkpoint-2"), count=opening)
     status, text = finish(command(data, stopped), tmp_path / "log", deletion)
     assert status == 2 and "Traceback" not in text, text
-    assert f"vlmr1: {stopped / 'checkpoint-2'} was deleted or changed while it was read (there is no " in text
+    assert f"vlmr1: {stopped / 'checkpoint-2'} was deleted or changed while it was read (" in text
 
 
 def delete(folder: Path, _path: Path) -> None:

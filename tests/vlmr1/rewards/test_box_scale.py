@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from vlmr1.data.box_coordinates import BoxCoordinates
 from vlmr1.report.progress import Progress
 from vlmr1.rewards import get_reward
-from vlmr1.rewards.coordinates import BoxCoordinates
 from vlmr1.rewards.settings import RewardSettings
 from vlmr1.types import Prompt, Sample
 

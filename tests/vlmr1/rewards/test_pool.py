@@ -46,7 +46,7 @@ MINE = """
     def whole(prompts, completions, **columns):
         return count(prompts, completions)
 
-    mine.one_by_one = process.one_by_one = count.one_by_one = True
+    mine.isolated = process.isolated = count.one_by_one = True
 """
 
 
@@ -131,6 +131,12 @@ def test_which_process_a_function_runs_in(pool, mine, monkeypatch):
     assert set(columns[3]) == {1} and set(columns[4]) == {8}  # one completion a call; the whole batch
 
 
+def test_the_former_name_of_the_attribute_is_noted(mine, caplog):
+    for name in ("count", "process"):
+        get_reward(f"{mine}:{name}")
+    assert caplog.text.count("isolated") == 1 and f"{mine}:count" in caplog.text
+
+
 def test_our_rewards_are_the_same_in_it(pool):
     rows = [
         (sample(1, "1/2", accu_reward_method="default"), [answered("0.5"), answered("2/3"), "0.5"]),
@@ -138,7 +144,7 @@ def test_our_rewards_are_the_same_in_it(pool):
         (sample(3), [answered("[0, 0, 5, 10]"), answered("[0, 0, 10, 10]"), "x"]),
     ]
     groups = [group(row, *texts) for row, texts in rows]
-    for mode in ("strict", "vlmr1"):
+    for mode in ("strict", "vlm_r1"):
         settings = RewardSettings(mode=mode)
         rewards = [get_reward(name, settings) for name in ("accuracy", "format", "repetition")]
         assert values(score_groups(groups, rewards, pool=pool)) == values(score_groups(groups, rewards))

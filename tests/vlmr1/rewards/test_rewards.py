@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from vlmr1.data.boxes import iou
 from vlmr1.errors import DataError, RewardError, SettingError
 from vlmr1.rewards import (
     Reward,
@@ -16,7 +17,7 @@ from vlmr1.rewards import (
     register,
     score_groups,
 )
-from vlmr1.rewards.answer import find_answer, has_format, iou, parse_box, solution_box
+from vlmr1.rewards.answer import find_answer, has_format, parse_box, solution_box
 from vlmr1.rewards.registry import REWARDS
 from vlmr1.types import Completion, Group, Prompt, Sample
 

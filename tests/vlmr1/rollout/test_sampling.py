@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vlmr1.rollout import sampling
-from vlmr1.rollout.sampling import SamplingSettings, mix, uniform
+from vlmr1.rollout.sampling import SamplingSettings, hash_keys, uniform
 
 ONCE = SamplingSettings(1)
 GREEDY = SamplingSettings(1, greedy=True)
@@ -17,8 +17,8 @@ NONE = torch.tensor([], dtype=torch.int64)
 LAST = 1 - 2.0**-53  # the greatest draw there is
 
 
-def choose(logits, banned, settings, draws, seen=None):
-    return sampling.choose(logits, banned, settings, torch.from_numpy(draws), seen)
+def sample_tokens(logits, banned, settings, draws, seen=None):
+    return sampling.sample_tokens(logits, banned, settings, torch.from_numpy(draws), seen)
 
 
 def chain(*keys: int) -> int:
@@ -46,14 +46,14 @@ KEYS = {
 @pytest.mark.parametrize("keys, expected", KEYS.values(), ids=KEYS.keys())
 def test_mix(keys, expected):
     assert chain(*keys) == expected
-    assert int(mix(*keys)) == expected
+    assert int(hash_keys(*keys)) == expected
     assert float(uniform(*keys)) == (expected >> 11) / 2**53
 
 
 def test_mix_broadcasts_as_each_key_alone():
     prompts, branches = np.repeat([3, 900], 3), np.tile(np.arange(3), 2)
     expected = [chain(7, 2, int(p), int(b), 11) for p, b in zip(prompts, branches, strict=True)]
-    assert mix(7, 2, prompts, branches, 11).tolist() == expected
+    assert hash_keys(7, 2, prompts, branches, 11).tolist() == expected
     assert len(set(expected)) == 6
     assert chain(1, 2) != chain(2, 1)
 
@@ -73,7 +73,7 @@ def test_uniform_moments_along_each_key(place):
 
 def shares(logits: torch.Tensor, draws: np.ndarray, banned: torch.Tensor, settings: SamplingSettings) -> torch.Tensor:
     """[V]: how often each token is chosen."""
-    tokens = choose(logits.expand(len(draws), -1), banned, settings, draws)[0]
+    tokens = sample_tokens(logits.expand(len(draws), -1), banned, settings, draws)[0]
     return torch.bincount(tokens, minlength=len(logits)).double() / len(draws)
 
 
@@ -103,19 +103,19 @@ def test_choose_follows_the_softmax(banned, temperature):
 
 def test_choose_at_the_ends_of_the_unit_interval():
     logits = torch.zeros(2, 6)
-    tokens, *_ = choose(logits, torch.tensor([0, 5]), ONCE, np.array([0.0, LAST]))
+    tokens, *_ = sample_tokens(logits, torch.tensor([0, 5]), ONCE, np.array([0.0, LAST]))
     assert tokens.tolist() == [1, 4]
 
 
 def test_choose_in_order_of_the_cumulative_distribution():
     logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log().expand(8, -1)
     draws = np.array([0.0, 0.09, 0.11, 0.29, 0.31, 0.59, 0.61, LAST])
-    assert choose(logits, NONE, ONCE, draws)[0].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert sample_tokens(logits, NONE, ONCE, draws)[0].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 def test_logp_is_of_all_tokens_and_sampling_logp_of_the_allowed():
     logits = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log()
-    tokens, logp, sampling_logp = choose(logits, torch.tensor([3]), ONCE, np.array([0.4]))
+    tokens, logp, sampling_logp = sample_tokens(logits, torch.tensor([3]), ONCE, np.array([0.4]))
     assert tokens.tolist() == [1]
     assert logp.tolist() == pytest.approx([math.log(0.2)], abs=1e-6)
     assert sampling_logp.tolist() == pytest.approx([math.log(0.2 / 0.6)], abs=1e-6)
@@ -123,15 +123,15 @@ def test_logp_is_of_all_tokens_and_sampling_logp_of_the_allowed():
 
 def test_logp_at_a_temperature():
     logits = torch.tensor([[math.log(4.0), 0.0, 0.0]])  # at temperature 2: 2, 1, 1
-    _, logp, sampling_logp = choose(logits, NONE, SamplingSettings(1, 2.0), np.array([0.1]))
+    _, logp, sampling_logp = sample_tokens(logits, NONE, SamplingSettings(1, 2.0), np.array([0.1]))
     assert logp.tolist() == sampling_logp.tolist() == pytest.approx([math.log(0.5)], abs=1e-6)
 
 
 def test_greedy_takes_the_best_allowed_token_whatever_the_draw():
     logits = torch.tensor([[1.0, 3.0, 2.0, 0.0]]).repeat(3, 1)
     draws = np.array([0.0, 0.5, LAST])
-    assert choose(logits, NONE, GREEDY, draws)[0].tolist() == [1, 1, 1]
-    tokens, logp, sampling_logp = choose(logits, torch.tensor([1]), GREEDY, draws)
+    assert sample_tokens(logits, NONE, GREEDY, draws)[0].tolist() == [1, 1, 1]
+    tokens, logp, sampling_logp = sample_tokens(logits, torch.tensor([1]), GREEDY, draws)
     assert tokens.tolist() == [2, 2, 2]
     assert logp.tolist() == pytest.approx([float(logits[0].log_softmax(0)[2])] * 3, abs=1e-6)
     assert sampling_logp.tolist() == pytest.approx([float(logits[0, [0, 2, 3]].log_softmax(0)[1])] * 3, abs=1e-6)
@@ -143,7 +143,7 @@ def test_banned_tokens_that_have_all_the_mass_are_never_chosen(settings, lead):
     """The allowed tokens keep their shares of what is left, however little that is."""
     logits = torch.tensor([0.0, lead, math.log(3.0), lead]).expand(4, -1)
     draws = np.array([0.0, 0.2, 0.3, LAST])
-    tokens, _, sampling_logp = choose(logits, torch.tensor([1, 3]), settings, draws)
+    tokens, _, sampling_logp = sample_tokens(logits, torch.tensor([1, 3]), settings, draws)
     expected = [2, 2, 2, 2] if settings.greedy else [0, 0, 2, 2]
     assert tokens.tolist() == expected
     share = {0: math.log(0.25), 2: math.log(0.75)}
@@ -187,7 +187,7 @@ def test_truncations_are_those_of_generate(values):
     full = (logits / settings.temperature).log_softmax(-1)
     for row in range(5):
         repeated = logits[row].expand(count, -1), banned, settings, draws, seen[row].expand(count, -1)
-        tokens, logp, sampling_logp = choose(*repeated)
+        tokens, logp, sampling_logp = sample_tokens(*repeated)
         seen_shares = torch.bincount(tokens, minlength=13).double() / count
         assert seen_shares.sub(expected[row]).abs().max() <= 1.01 / count
         torch.testing.assert_close(sampling_logp, expected[row].log().float()[tokens], rtol=0, atol=1e-5)
@@ -197,5 +197,5 @@ def test_truncations_are_those_of_generate(values):
 def test_truncation_off_is_the_full_distribution():
     logits = torch.randn(3, 9, generator=torch.Generator().manual_seed(1))
     settings = SamplingSettings(1)
-    _, logp, sampling_logp = choose(logits, NONE, settings, np.array([0.1, 0.5, 0.9]))
+    _, logp, sampling_logp = sample_tokens(logits, NONE, settings, np.array([0.1, 0.5, 0.9]))
     torch.testing.assert_close(logp, sampling_logp, rtol=0, atol=1e-6)

@@ -13,19 +13,19 @@ from vlmr1.errors import Stopped
 from vlmr1.lifecycle.signals import StopSignals
 
 WORDS = {
-    "whole": ({}, 2, "after step 2 of 4; the same command continues"),
+    "whole": ({}, 2, "after step 2 of 4; run the same command to resume"),
     "weights-only": (
         {"save_only_model": True},
         2,
-        "after step 2 of 4; its weights are saved, and as save_only_model is set no run goes on from them",
+        "after step 2 of 4; its weights are saved, but cannot be resumed (save_only_model)",
     ),
-    "nothing": ({"save_strategy": "no"}, 2, "after step 2 of 4; nothing is saved, as save_strategy is no"),
+    "nothing": ({"save_strategy": "no"}, 2, "after step 2 of 4; nothing is saved (save_strategy=no)"),
     "nothing-of-weights-only": (
         {"save_strategy": "no", "save_only_model": True},
         2,
-        "after step 2 of 4; nothing is saved, as save_strategy is no",
+        "after step 2 of 4; nothing is saved (save_strategy=no)",
     ),
-    "before": ({}, 0, "before its first step; give the same command to go on"),
+    "before": ({}, 0, "before its first step; run the same command to start again"),
     "done": ({"save_only_model": True}, 4, "after its last step; all 4 updates are done"),
 }
 
@@ -47,6 +47,6 @@ def test_what_is_left_is_said(settings, step, words, tmp_path):
 
 def said(stop: StopSignals) -> Any:
     with pytest.raises(Stopped) as stopped:
-        stop.leave()
+        stop.raise_if_stopped()
     assert stopped.value.status == 128 + signal.SIGUSR1
     return str(stopped.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -12,7 +13,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from sklearn.datasets import load_digits
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from vlmr1.data.images import open_image
@@ -22,6 +22,7 @@ from vlmr1.tiny import CHECKPOINT, build, digits
 from vlmr1.tiny.texts import JITTER, jittered, prompt_text
 
 MIB = 2**20
+SCANS_SHA256 = "87ff0c9e40dc7e2c0e34e7257799c2e3f3aec1a016363bb11cad869ec428a826"  # of scikit-learn's load_digits
 QUESTION = prompt_text(0).replace(digits.question(0), "{question}")
 
 
@@ -77,9 +78,26 @@ def test_light_grows_red_to_the_right_and_green_to_the_bottom():
             assert slope[0] > 1 and abs(slope[1]) < 0.02  # grey levels a px
 
 
+def read_scans() -> tuple[np.ndarray, np.ndarray]:
+    with np.load(digits.SCANS) as file:
+        return file["images"], file["labels"]
+
+
+def test_the_scans_are_those_of_the_published_data_set():
+    images, labels = read_scans()
+    assert (images.shape, images.dtype, labels.shape) == ((1797, 8, 8), np.uint8, (1797,))
+    assert hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest() == SCANS_SHA256
+
+
+def test_the_scans_are_those_of_scikit_learn():
+    images, labels = pytest.importorskip("sklearn.datasets").load_digits(return_X_y=True)
+    np.testing.assert_array_equal(read_scans()[0].reshape(-1, 64), images)
+    np.testing.assert_array_equal(read_scans()[1], labels)
+
+
 def test_every_scan_is_in_exactly_one_split():
-    images, target = load_digits(return_X_y=True)
-    every = Counter((int(label), (scan / 16).tobytes()) for scan, label in zip(images, target, strict=True))
+    images, labels = read_scans()
+    every = Counter((int(label), (scan / 16).tobytes()) for scan, label in zip(images, labels, strict=True))
     train, held_out = (
         Counter((label, scan.tobytes()) for label, of_class in digits.scans(split).items() for scan in of_class)
         for split in ("train", "held_out")

@@ -1,0 +1,298 @@
+"""Registers compiled implementations as torch custom ops: schema, fake tensors and autograd of all of them.
+
+Each function here takes plain functions on tensors and returns the function that `ops.py` calls. The plain functions
+become custom ops `vlmr1_kernels::<op>_<implementation>`, which torch.compile does not trace into.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from vlmr1_kernels.inputs import LossInputs
+from vlmr1_kernels.linear import accumulation_dtype, chunk_rows
+from vlmr1_kernels.settings import GRPOSettings
+
+_LIBRARY = torch.library.Library("vlmr1_kernels", "FRAGMENT")
+_METRICS = ("kl", "clip_low", "clip_high", "ratio_max")
+_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets"
+_NEEDS = "bool needs_hidden, bool needs_weight, bool needs_bias"
+_INPUTS = (  # fields of LossInputs
+    "Tensor seq_ids, Tensor? advantages, Tensor? rewards, int num_generations, "
+    "Tensor? old_logp, Tensor? ref_logp, Tensor? sampling_logp, Tensor? normalizer"
+)
+_INPUTS_COUNT = len(LossInputs._fields)
+_SETTINGS = (  # fields of GRPOSettings
+    "str loss_type, float epsilon_low, float epsilon_high, float? delta, float beta, str kl, str importance_level, "
+    "float? tis_cap, float entropy_coef, float temperature, int? max_completion_length"
+)
+_SETTINGS_COUNT = len(fields(GRPOSettings))
+
+ChunkRows = Callable[[int, Tensor, float | None], int]
+
+
+def _register(name: str, arguments: str, results: int, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Define the custom op `vlmr1_kernels::<name>`. torch.library.custom_op would import torch._dynamo."""
+    _LIBRARY.define(f"{name}({arguments}) -> ({', '.join(['Tensor'] * results)})")
+    for device in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, run, device)
+    torch.library.register_fake(f"{_LIBRARY.ns}::{name}", fake, lib=_LIBRARY)
+    return getattr(getattr(torch.ops, _LIBRARY.ns), name)
+
+
+def _flat_inputs(inputs: LossInputs, like: Tensor) -> LossInputs:
+    """Return the inputs as the schema takes them: no optional int, the normalizer a tensor [] on the device."""
+    value, dtype = inputs.normalizer, accumulation_dtype(like.dtype)
+    if isinstance(value, Tensor):
+        value = value.detach().reshape(()).to(like.device, dtype)
+    elif value is not None:
+        value = torch.full((), value, dtype=dtype, device=like.device)
+    return inputs._replace(num_generations=inputs.num_generations or 1, normalizer=value)
+
+
+def group_advantages(name: str, forward: Callable[[Tensor, int, str], Tensor]) -> Callable[..., Tensor]:
+    """Return the op from forward(rewards [B], num_generations, scale) -> [B]."""
+
+    def fake(rewards: Tensor, num_generations: int, scale: str) -> Tensor:
+        return torch.empty_like(rewards)
+
+    arguments = "Tensor rewards, int num_generations, str scale"
+    run_forward = _register(f"group_advantages_{name}", arguments, 1, forward, fake)
+
+    def run(rewards: Tensor, num_generations: int, *, scale: str) -> Tensor:
+        return run_forward(rewards.detach(), num_generations, scale)
+
+    return run
+
+
+def linear_logprob(
+    name: str, forward: Callable[..., Any], backward: Callable[..., Any], chunk_rows: ChunkRows = chunk_rows
+) -> Callable[..., Any]:
+    """Return the op from two functions.
+
+    forward(hidden [N, D], weight [V, D], bias [V] | None, targets [N], temperature, softcap, entropy, chunk)
+        -> logp [N], entropy [N] or [0], lse [N] of the logits after softcap and temperature
+    backward(hidden, weight, bias, targets, lse, entropy, d_logp [N], d_entropy [N] or [0], temperature, softcap,
+        needs_hidden, needs_weight, needs_bias, chunk)
+        -> d_hidden [N, D], d_weight [V, D], d_bias [V], in the dtype of the input; [0] if not needed
+
+    `chunk` is the number of rows to project at once.
+    """
+
+    def fake_forward(hidden: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+        logp = hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype))
+        return logp, torch.empty_like(logp) if others[-2] else logp.new_empty(0), torch.empty_like(logp)
+
+    def fake_backward(hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return _gradients_like(hidden, weight, *others[-4:-1])
+
+    options = "float temperature, float? softcap"
+    upstream = "Tensor lse, Tensor entropy, Tensor d_logp, Tensor d_entropy"
+    run_forward = _register(
+        f"linear_logprob_{name}", f"{_HEAD}, {options}, bool with_entropy, int chunk", 3, forward, fake_forward
+    )
+    run_backward = _register(
+        f"linear_logprob_{name}_backward",
+        f"{_HEAD}, {upstream}, {options}, {_NEEDS}, int chunk",
+        3,
+        backward,
+        fake_backward,
+    )
+
+    class LinearLogprob(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *options: Any):
+            logp, entropy, lse = run_forward(hidden, weight, bias, targets, *options)
+            ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy)
+            ctx.options = options
+            return logp, entropy
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, d_logp: Tensor, d_entropy: Tensor) -> tuple[Tensor | None, ...]:
+            temperature, softcap, _, chunk = ctx.options
+            needs = ctx.needs_input_grad[:3]
+            upstream = d_logp.contiguous(), d_entropy.contiguous()
+            gradients = run_backward(*ctx.saved_tensors, *upstream, temperature, softcap, *needs, chunk)
+            return *_needed(gradients, needs), None, None, None, None, None
+
+    def run(
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        *,
+        bias: Tensor | None,
+        temperature: float,
+        softcap: float | None,
+        entropy: bool,
+        chunk_mib: float | None,
+    ) -> tuple[Tensor, Tensor]:
+        chunk = chunk_rows(hidden.shape[0], weight, chunk_mib)
+        return LinearLogprob.apply(hidden, weight, bias, targets, temperature, softcap, entropy, chunk)
+
+    return run
+
+
+def grpo_loss(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the op from forward(logp [N], inputs, settings), whose `inputs.normalizer` is a tensor [] or None.
+
+    It returns loss [], d loss / d logp [N], kl [], clip_low [], clip_high [], ratio_max [] in the accumulation dtype.
+    """
+
+    def run_forward(logp: Tensor, *values: Any) -> tuple[Tensor, ...]:
+        return forward(logp, LossInputs(*values[:_INPUTS_COUNT]), GRPOSettings(*values[_INPUTS_COUNT:]))
+
+    def fake(logp: Tensor, *others: Any) -> tuple[Tensor, ...]:
+        wide = accumulation_dtype(logp.dtype)
+        return logp.new_empty((), dtype=wide), logp.new_empty(logp.shape, dtype=wide), *_scalars(logp, 4)
+
+    op = _register(f"grpo_loss_{name}", f"Tensor logp, {_INPUTS}, {_SETTINGS}", 6, run_forward, fake)
+
+    class GRPOLoss(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, logp: Tensor, *others: Any):
+            loss, d_logp, *metrics = op(logp, *others)
+            ctx.save_for_backward(d_logp)
+            ctx.dtype, ctx.others = logp.dtype, len(others)
+            ctx.mark_non_differentiable(*metrics)
+            return loss, *metrics
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+            (d_logp,) = ctx.saved_tensors
+            return (d_logp * d_loss).to(ctx.dtype), *([None] * ctx.others)
+
+    def run(logp: Tensor, inputs: LossInputs, *, settings: GRPOSettings) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, *values = GRPOLoss.apply(logp, *_flat_inputs(inputs, logp), *vars(settings).values())
+        metrics = dict(zip(_METRICS, values, strict=True))
+        detached = logp.detach().to(accumulation_dtype(logp.dtype))
+        return loss, metrics | {"logp": detached} | _counts(logp.shape[0], logp.shape[0], logp.device)
+
+    return run
+
+
+def linear_grpo_loss(name: str, forward: Callable[..., Any], chunk_rows: ChunkRows = chunk_rows) -> Callable[..., Any]:
+    """Return the op from one function.
+
+    forward(hidden [n, D], weight [V, D], bias [V] | None, targets [n], rows [n] | None, inputs, softcap, chunk, scale,
+        needs, settings)
+        -> loss [], d_hidden [n, D], d_weight [V, D], d_bias [V] (times `scale`, in the dtype of the input; [0] if not
+        needed), logp [n], entropy [], kl [], clip_low [], clip_high [], ratio_max []
+
+    `rows` are the n projected of the N rows, None: all. `inputs` has log-probs [n], but `seq_ids` [N], since sequence
+    lengths count all rows. `chunk` is the number of rows to project at once. `needs` says which of the gradients of
+    hidden, weight and bias to compute.
+    """
+
+    def run_forward(hidden: Tensor, weight: Tensor, bias: Any, targets: Tensor, rows: Any, *values: Any) -> Any:
+        settings = GRPOSettings(*values[-_SETTINGS_COUNT:])
+        softcap, chunk, scale, *needs = values[_INPUTS_COUNT:-_SETTINGS_COUNT]
+        inputs = LossInputs(*values[:_INPUTS_COUNT])
+        return forward(hidden, weight, bias, targets, rows, inputs, softcap, chunk, scale, tuple(needs), settings)
+
+    def fake(hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, ...]:
+        needs = others[-_SETTINGS_COUNT - 3 : -_SETTINGS_COUNT]
+        logp = hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype))
+        loss, *metrics = _scalars(hidden, 6)
+        return loss, *_gradients_like(hidden, weight, *needs), logp, *metrics
+
+    arguments = f"{_HEAD}, Tensor? rows, {_INPUTS}, float? softcap, int chunk, float scale, {_NEEDS}, {_SETTINGS}"
+    op = _register(f"linear_grpo_loss_{name}", arguments, 10, run_forward, fake)
+
+    class LinearGRPOLoss(torch.autograd.Function):
+        @staticmethod
+        def forward(
+            ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, training: bool, scale: float, *others: Any
+        ):
+            before, after = others[:-_SETTINGS_COUNT], others[-_SETTINGS_COUNT:]
+            needs = [training and needed for needed in ctx.needs_input_grad[:3]]  # which is set under no_grad too
+            out = op(hidden, weight, bias, *before, scale, *needs, *after)
+            loss, d_hidden, d_weight, d_bias, *metrics = out
+            ctx.save_for_backward(d_hidden, d_weight, d_bias)
+            ctx.scale, ctx.others = scale, len(others) + 2
+            ctx.mark_non_differentiable(*metrics)
+            return loss, *metrics
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+            gradients = _needed(ctx.saved_tensors, ctx.needs_input_grad[:3])
+            scaled = _scaled(gradients, d_loss / ctx.scale)
+            return *scaled, *([None] * ctx.others)
+
+    def run(
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        inputs: LossInputs,
+        *,
+        settings: GRPOSettings,
+        bias: Tensor | None,
+        softcap: float | None,
+        chunk_mib: float | None,
+        active_rows: Tensor | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        total = hidden.shape[0]
+        if active_rows is not None:
+            hidden, targets = hidden.index_select(0, active_rows), targets[active_rows]
+            row_logps = {name: getattr(inputs, name) for name in ("old_logp", "ref_logp", "sampling_logp")}
+            inputs = inputs._replace(**{n: None if x is None else x[active_rows] for n, x in row_logps.items()})
+        count = hidden.shape[0]
+        loss, logp, entropy, *values = LinearGRPOLoss.apply(
+            hidden, weight, bias, torch.is_grad_enabled(), _gradient_scale(hidden), targets, active_rows,
+            *_flat_inputs(inputs, hidden), softcap, chunk_rows(count, weight, chunk_mib), *vars(settings).values(),
+        )  # fmt: skip
+        if active_rows is not None:
+            logp = logp.new_full((total,), torch.nan).index_copy_(0, active_rows, logp)
+        metrics = dict(zip(_METRICS, values, strict=True)) | {"entropy": entropy, "logp": logp}
+        return loss, metrics | _counts(total, count, hidden.device)
+
+    return run
+
+
+def _gradient_scale(hidden: Tensor) -> float:
+    """Return the loss scale of float16: a power of two near N.
+
+    The gradient of a mean over N rows would underflow in float16 before backward scales it."""
+    return float(2 ** max(hidden.shape[0] - 1, 0).bit_length()) if hidden.dtype == torch.float16 else 1.0
+
+
+def _scaled(gradients: Sequence[Tensor | None], factor: Tensor) -> list[Tensor | None]:
+    """Return the gradients times `factor`, in place unless the graph is retained for another backward."""
+    if torch.compiler.is_compiling() or _graph_is_retained():
+        return [None if gradient is None else (gradient * factor).to(gradient.dtype) for gradient in gradients]
+    return [None if gradient is None else gradient.mul_(factor) for gradient in gradients]
+
+
+def _graph_is_retained() -> bool:
+    return torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _counts(total: int, projected: int, device: torch.device) -> dict[str, Tensor]:
+    def number(value: int) -> Tensor:
+        return torch.full((), value, dtype=torch.int64, device=device)
+
+    return {"tokens": number(total), "dropped_rows": number(total - projected)}
+
+
+def _scalars(like: Tensor, count: int) -> list[Tensor]:
+    return [like.new_empty((), dtype=accumulation_dtype(like.dtype)) for _ in range(count)]
+
+
+def _gradients_like(
+    hidden: Tensor, weight: Tensor, needs_hidden: bool, needs_weight: bool, needs_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return uninitialized d_hidden, d_weight, d_bias; [0] if not needed."""
+    return (
+        hidden.new_empty(hidden.shape if needs_hidden else (0,)),
+        weight.new_empty(weight.shape if needs_weight else (0,)),
+        weight.new_empty(weight.shape[:1] if needs_bias else (0,)),
+    )
+
+
+def _needed(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    return [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)]

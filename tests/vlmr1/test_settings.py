@@ -1,0 +1,234 @@
+"""Settings of the packages: where they are declared, what a package receives, old names, and their help."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import TrainingArguments
+
+from vlmr1.cli import COMMANDS
+from vlmr1.commands.arguments import parse_config
+from vlmr1.commands.settings_help import TRL_DEFAULTS, every_setting, one_setting
+from vlmr1.config import SUPPORTED_ARGS, GRPOConfig, groups, parts
+from vlmr1.errors import SettingError
+from vlmr1.grpo.settings import ObjectiveSettings
+from vlmr1.lifecycle import renamed
+from vlmr1.lifecycle.run_settings import LAUNCH, check_settings
+from vlmr1.rewards import score
+from vlmr1.rewards.settings import RewardSettings
+from vlmr1.rollout.settings import RolloutSettings
+
+CPU = ["--use_cpu", "true"]
+DATA = Path(__file__).parents[1] / "data"
+INHERITED = {each.name for each in fields(TrainingArguments)}
+SUPPORTED = {name for names in SUPPORTED_ARGS.values() for name in names}
+
+
+def test_each_setting_is_declared_once():
+    """By one package; those of transformers by none, save for the help of output_dir."""
+    declared = [name for part in parts() for name in vars(part)["__annotations__"]]
+    assert len(declared) == len(set(declared)) and not set(declared) & INHERITED
+    assert set(declared) == {each.name for each in fields(GRPOConfig)} - INHERITED
+
+
+def test_a_package_receives_a_read_only_copy_of_its_own_settings():
+    config = GRPOConfig(use_cpu=True, seed=3, temperature=0.5, stop_strings=["a"])
+    settings = RolloutSettings.of(config)
+    config.temperature = 0.7
+    config.stop_strings.append("b")
+    assert (settings.temperature, settings.seed, settings.stop_strings) == (0.5, 3, ["a"])
+    with pytest.raises(FrozenInstanceError, match="temperature"):
+        settings.temperature = 0.1
+    for part in parts():
+        own = {each.name for each in fields(part)} | set(part.shared)  # type: ignore[arg-type]
+        assert vars(part.of(config)).keys() - {"_read_only"} == own
+    assert ObjectiveSettings.of(config).objective() == config.objective()
+
+
+FAULTS = {
+    "one package": ({"temperature": 0.0, "top_p": 2.0}, ["temperature is 0.0", "top_p is 2.0"]),
+    "packages": (
+        {"num_generations": 1, "beta": -1.0, "lora_r": 4, "eval_limit": 3},
+        ["lora_r needs use_peft", "num_generations is 1", "beta is -1.0", "eval_limit needs eval_steps"],
+    ),
+    "inherited and own": (
+        {"label_smoothing_factor": 0.1, "top_k": -1},
+        ["label_smoothing_factor cannot", "top_k is -1"],
+    ),
+    "between packages": (
+        {"reference": "adapter", "save_strategy": "best", "top_k": -1},
+        ["top_k is -1", "reference=adapter needs use_peft", "save_strategy"],
+    ),
+}
+
+
+@pytest.mark.parametrize("settings, expected", FAULTS.values(), ids=FAULTS.keys())
+def test_all_faults_are_reported_together(settings, expected):
+    with pytest.raises(SettingError) as caught:
+        GRPOConfig(use_cpu=True, **settings)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == len(expected)
+    assert all(any(line.startswith(each) for line in lines) for each in expected)
+
+
+def test_all_faults_of_a_command_are_reported_together(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("lerning_rate: 1\nnum_itrations: 2\ntop_k: -1\n")
+    words = ["--foo", "3", "--max_step=3", "--num_generations", "many", "--loss_type", "ppo", "--temperature", "0"]
+    with pytest.raises(SettingError) as caught:
+        parse_config([*CPU, *words], config=path)
+    lines = str(caught.value).splitlines()
+    names = ["lerning_rate", "num_itrations", "top_k", "foo", "max_step", "num_generations", "loss_type", "temperature"]
+    assert len(lines) == len(names)
+    assert all(sum(name in line for line in lines) >= 1 for name in names)
+
+
+# What this machine cannot do
+
+DEVICE = {
+    "optim": {"optim": "paged_adamw_8bit"},
+    "activation_offload": {"activation_offload": True, "activation_checkpointing": True},
+    "use_liger_kernel": {"use_liger_kernel": True},
+    "cuda_graphs": {"cuda_graphs": True},
+}
+
+
+@pytest.mark.parametrize("name", DEVICE)
+def test_the_device_is_checked_by_the_preflight_alone(name, model, processor, tmp_path):
+    """Settings can be made anywhere, for a plan; a trainer on this device cannot."""
+    from vlmr1.grpo.trainer import GRPOTrainer
+
+    config = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, **DEVICE[name])
+    with pytest.raises(SettingError, match=name):
+        config.check_device()
+    with pytest.raises(SettingError, match=name):
+        GRPOTrainer(model, config, [], processor, ["format"])
+
+
+def test_the_preflight_reports_all_faults_together():
+    config = GRPOConfig(use_cpu=True, **DEVICE["optim"], **DEVICE["cuda_graphs"])
+    with pytest.raises(SettingError) as caught:
+        config.check_device()
+    assert [line.split("=")[0].split()[0] for line in str(caught.value).splitlines()] == ["optim", "cuda_graphs"]
+
+
+def test_what_a_gpu_can_do_passes(monkeypatch):
+    monkeypatch.setattr("vlmr1.models.settings.find_spec", lambda name: True)
+    GRPOConfig(use_cpu=True, **{name: value for each in DEVICE.values() for name, value in each.items()}).check_device(
+        "cuda"
+    )
+    with pytest.raises(SettingError, match="full_determinism"):
+        GRPOConfig(use_cpu=True, full_determinism=True).check_device("cuda")
+
+
+# Old names
+
+OLD: dict[str, Any] = {"kl": "k2", "rollout_logp_alarm": 0.5, "reward_mode": "vlmr1"}
+NEW = {"kl_estimator": "k2", "rollout_logp_warn_threshold": 0.5, "reward_mode": "vlm_r1"}
+
+
+@pytest.fixture
+def notes(caplog):
+    renamed._note.cache_clear()
+    caplog.set_level(logging.WARNING, "vlmr1")
+    return caplog
+
+
+def has_new(config: GRPOConfig, caplog: pytest.LogCaptureFixture) -> None:
+    assert {name: getattr(config, name) for name in NEW} == NEW
+    assert len(caplog.records) == 3
+    assert all(any(name in record.getMessage() for record in caplog.records) for name in (*OLD, *NEW))
+
+
+def test_old_names_in_python(notes):
+    config = GRPOConfig(use_cpu=True, **OLD)
+    has_new(config, notes)
+    assert (config.kl, config.rollout_logp_alarm) == ("k2", 0.5)  # read by older code
+
+
+def test_old_names_on_the_command_line(notes):
+    has_new(parse_config([*CPU, "--kl", "k2", "--rollout-logp-alarm=0.5", "--reward_mode", "vlmr1"]), notes)
+
+
+def test_old_names_in_a_file(notes, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("kl: k2\nrollout_logp_alarm: 0.5\nreward_mode: vlmr1\n")
+    has_new(parse_config(CPU, config=path), notes)
+
+
+def test_old_mode_of_a_score(notes):
+    text = "<think>a</think><answer>{}</answer>"
+    assert RewardSettings(mode="vlmr1") == RewardSettings(mode="vlm_r1")  # type: ignore[arg-type]
+    assert score("format", text, "x", mode="vlmr1") == score("format", text, "x", mode="vlm_r1")
+    with pytest.raises(SettingError, match="reward_mode"):
+        score("format", text, "x", mode="vlmr2")
+
+
+def test_a_run_with_old_names_in_its_settings_is_continued(notes, tmp_path):
+    """settings.json as a run wrote it before the renames: the same settings go on, others are refused by their name."""
+    shutil.copy(DATA / "settings-before-renames.json", tmp_path / "settings.json")
+    words = ["--output_dir", "out", "--max_steps", "4", "--save_steps", "2", "--prompts_per_device", "2"]
+    words += ["--data_file_paths", "digits", "--reward_mode", "vlm_r1", *CPU]
+    resume = tmp_path / "checkpoint-2"
+    check_settings(parse_config([*words, "--kl_estimator", "k2"], recipe="tiny-digits"), LAUNCH, resume)
+    changes = [*words, "--kl_estimator", "k2", "--rollout_logp_warn_threshold", "9"]
+    check_settings(parse_config(changes, recipe="tiny-digits"), LAUNCH, resume)  # has no effect on what is computed
+    with pytest.raises(SettingError, match=r"kl_estimator is 'k3', .* 'k2'"):
+        check_settings(parse_config(words, recipe="tiny-digits"), LAUNCH, resume)
+    words[words.index("vlm_r1")] = "strict"
+    with pytest.raises(SettingError, match=r"reward_mode is 'strict', .* 'vlm_r1'"):
+        check_settings(parse_config([*words, "--kl_estimator", "k2"], recipe="tiny-digits"), LAUNCH, resume)
+
+
+# Help
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_help_has_a_line_for_each_setting_that_a_run_may_have(width, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    lines = every_setting().splitlines()
+    assert max(map(len, lines)) <= width
+    names = [line.split()[0] for line in lines if line.startswith("  ")]
+    assert len(names) == len(set(names)) and set(names) == {each.name for each in fields(GRPOConfig)} & (
+        SUPPORTED | ({each.name for each in fields(GRPOConfig)} - INHERITED)
+    )
+    assert all(each.metadata.get("help") for part in parts() for each in fields(part))  # type: ignore[arg-type]
+    headings = [line for line in lines[2:] if line and not line.startswith(" ")]
+    assert headings == list(groups())
+
+
+def test_help_of_one_setting():
+    text = one_setting("loss_type")
+    assert "grpo | bnpo | dapo | dr_grpo | cispo | gspo" in text and "Objective" in text
+    assert [line.split()[-1] for line in text.splitlines() if "default" in line] == ["grpo", "dapo"]  # ours, TRL's
+    assert "refused" in one_setting("push_to_hub")
+
+
+def test_defaults_of_trl():
+    trl = pytest.importorskip("trl").GRPOConfig.__dataclass_fields__
+    assert {name: trl[name].default for name in TRL_DEFAULTS} == TRL_DEFAULTS
+    assert all(GRPOConfig.__dataclass_fields__[name].default != value for name, value in TRL_DEFAULTS.items())
+
+
+HELP = [[name, "--help"] for name in COMMANDS if name != "data"]
+HELP += [["--help"], ["data", "--help"], ["data", "check", "--help"], ["train", "--help", "beta"]]
+
+
+@pytest.mark.parametrize("words", HELP, ids=" ".join)
+def test_nobody_reads_the_help_to_its_end(words):
+    """As in `vlmr1 train --help | head -1`: no traceback, not even at the interpreter's exit."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-W", "ignore", "-m", "vlmr1.cli", *words]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
