@@ -42,6 +42,7 @@ setup(
             "distributed/*.md",
             "distributed/configs/*.json",
             "report/*.css",
+            "report/templates/*.html",
             "tiny/checkpoint/*",
             "tiny/digits.npz",
             "tiny/digits.txt",

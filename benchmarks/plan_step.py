@@ -20,7 +20,7 @@ from vlmr1.grpo.trainer import GRPOTrainer
 from vlmr1.models import load_model
 from vlmr1.planner.inputs import inputs_of
 from vlmr1.planner.plan import Plan, Planner
-from vlmr1.types import Pack, Sample
+from vlmr1.types import Sample
 
 
 @dataclass(frozen=True)
@@ -116,13 +116,13 @@ class Measured(GRPOTrainer):
         self.enter("rollout")
         return super().rollout(prompts)
 
-    def with_reference(self, pack: Pack) -> Pack:
+    def add_logprobs(self, model: Any, groups: Any, *, every: bool = False) -> None:
         self.enter("reference")
-        return super().with_reference(pack)
+        super().add_logprobs(model, groups, every=every)
 
-    def backward(self, model: Any, packs: Any, groups: Any) -> Any:
+    def backward(self, model: Any, groups: Any) -> Any:
         self.enter("policy")
-        done = super().backward(model, packs, groups)
+        done = super().backward(model, groups)
         self.enter("update")  # clipping and the optimizer
         return done
 

@@ -91,7 +91,7 @@ def measure(options: argparse.Namespace, folder: Path, model: Any, processor: An
     rounds = min(6, max(1, round(options.seconds / sum(times[0] for times in first.values()))))
     more = alternate(calls, rounds=rounds, warmup=0)
     samples = {name: first[name] + more[name] for name in calls}
-    packs = {name: arm.trainer.pack(groups)[0] for name, arm in arms.items()}
+    packs = {name: arm.trainer.runner.packs(groups) for name, arm in arms.items()}
     flops = {name: update_flops(model.config, of, reference=False) for name, of in packs.items()}
     arms.clear()
     model.zero_grad(set_to_none=True)

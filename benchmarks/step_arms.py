@@ -8,6 +8,7 @@ import signal
 import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from select import select
 from time import monotonic, perf_counter
@@ -61,8 +62,15 @@ class OurArm:
 
     def update(self) -> Tensor:
         """As `training_step`, after the rewards."""
-        packs = [self.trainer.with_reference(pack) for pack in self.trainer.pack(self.groups)[0]]
-        return self.trainer.backward(self.model, packs, self.groups)[0]
+        groups = as_drawn(self.groups)
+        self.trainer.add_logprobs(self.model, groups)
+        return self.trainer.backward(self.model, groups)[0]
+
+
+def as_drawn(groups: Sequence[Group]) -> list[Group]:
+    """The groups without what an update before has added to their completions."""
+    facts: dict[str, Any] = {"old_logp": None, "ref_logp": None, "importance_denominator": None}
+    return [replace(g, completions=tuple(replace(c, **facts) for c in g.completions)) for g in groups]
 
 
 def figures(arm: Arm) -> dict[str, float]:

@@ -49,6 +49,7 @@ def test_every_source_file_is_built(built):
         "vlmr1/recipes/tiny-digits.yaml",
         "vlmr1/recipes/rec-3b.yaml",
         "vlmr1/report/style.css",
+        "vlmr1/report/templates/page.html",
         "vlmr1/tiny/digits.npz",
         "vlmr1/tiny/digits.txt",
         "vlmr1/tiny/checkpoint/config.json",

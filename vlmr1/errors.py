@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import Any
 
@@ -20,6 +21,14 @@ def import_for(needed_by: str, module: str, install: str) -> Any:
         return import_module(module)
     except ImportError as error:
         raise SettingError(f"{needed_by} needs {module.partition('.')[0]}: pip install '{install}'") from error
+
+
+def faults_of(check: Callable[[], object]) -> Iterator[str]:
+    """The message of the error that a check of settings raises, if it raises one."""
+    try:
+        check()
+    except (SettingError, ValueError, ImportError) as error:
+        yield str(error)
 
 
 class MemoryShort(SettingError):

@@ -1,4 +1,4 @@
-"""The dataclasses that the parts of the trainer hand to each other.
+"""The dataclasses that the parts of the trainer hand to each other, and the base of their settings.
 
 Shapes: P prompts, G generations a prompt, B = P*G sequences, N completion rows, L packed tokens,
 L_p tokens of one prompt, C tokens of one completion, K rows of positions, D hidden, V vocabulary, R reward functions.
@@ -7,9 +7,11 @@ L_p tokens of one prompt, C tokens of one completion, K rows of positions, D hid
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from copy import copy
+from dataclasses import FrozenInstanceError, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,18 +67,29 @@ class Prompt:
         return int(self.positions.max()) + 1
 
 
-@dataclass(frozen=True)
+PER_TOKEN = ("token_ids", "logp", "sampling_logp", "old_logp", "ref_logp", "importance_denominator")
+
+
+@dataclass(eq=False)
 class Completion:
-    """One branch of a group. `logp` is of the full distribution at the temperature, `sampling_logp`
-    of the distribution it was drawn from (truncated, penalized)."""
+    """One branch of a group, and every per-token fact that the trainer knows of it. Facts are added as passes compute
+    them; those of reference and policy are views of a device tensor. `sampling_logp` is of the distribution that the
+    tokens were drawn from (truncated, penalized), all others of the full distribution at the temperature."""
 
     token_ids: Tensor  # [C] int64, the end token included when there is one
-    logp: Tensor | None  # [C] float32
+    logp: Tensor | None  # [C] float32 of the rollout engine
     sampling_logp: Tensor | None  # [C] float32
     text: str
     finish_reason: str  # "stop" | "length"
-    old_logp: Tensor | None = None  # [C] float32 of the policy that drew it, where that was computed before packing
-    ref_logp: Tensor | None = None  # [C] float32 of the reference, where that was
+    old_logp: Tensor | None = None  # [C] float32 of the ratio's denominator; None: of the update's own forward
+    ref_logp: Tensor | None = None  # [C] float32 of the reference model
+    importance_denominator: Tensor | None = None  # [C] float32: the weight is min(exp(old_logp - this), cap)
+
+    def on_host(self) -> Completion:
+        """A copy whose tensors are in host memory and have storage of their own, for checkpoints and other ranks."""
+        facts = {name: getattr(self, name) for name in PER_TOKEN}
+        copies: dict[str, Any] = {name: value.cpu().clone() for name, value in facts.items() if value is not None}
+        return replace(self, **copies)
 
 
 @dataclass(frozen=True)
@@ -92,7 +105,8 @@ class Group:
 
 @dataclass(frozen=True)
 class Pack:
-    """Several Groups in one row: prompts first, then branches."""
+    """View of several Groups as one row: prompts first, then branches. It can be made again at any time, and holds
+    nothing that its groups do not."""
 
     input_ids: Tensor  # [L] int64
     positions: Tensor  # [K, L] int64
@@ -103,14 +117,22 @@ class Pack:
     rows: Tensor  # [N] int64: the rows whose hidden states predict completion tokens
     targets: Tensor  # [N] int64
     seq_ids: Tensor  # [N] int64, 0..B-1, sorted
-    advantages: Tensor  # [B] float32
-    old_logp: Tensor | None = None  # [N] float32
+    advantages: Tensor | None  # [B] float32; None before they are known
+    old_logp: Tensor | None = None  # [N] float32; this and the next three as in Completion, None where one lacks it
     ref_logp: Tensor | None = None  # [N] float32
-    sampling_logp: Tensor | None = None  # [N] float32
-    rollout_logp: Tensor | None = None  # [N] float32, what the engine says that the policy's log-probs are
-    trust_logp: Tensor | None = None  # [N] float32: min(exp(old_logp - trust_logp), cap) is the weight of a row's loss
-    weight: float = 1.0  # 0: a pass that has no part in loss and gradient
-    groups: tuple[Group, ...] = ()  # what it was made of
+    rollout_logp: Tensor | None = None  # [N] float32: `logp` of the completions
+    importance_denominator: Tensor | None = None  # [N] float32
+    weight: float = 1.0  # of its loss; 0: a dummy pack
+    groups: tuple[Group, ...] = ()  # what it is a view of
+
+    @property
+    def completions(self) -> list[Completion]:
+        """The B completions, in order."""
+        return [completion for group in self.groups for completion in group.completions]
+
+    def split(self, values: Tensor) -> tuple[Tensor, ...]:
+        """[N] -> B views [C], one a completion."""
+        return values.split([len(completion.token_ids) for completion in self.completions])
 
 
 @dataclass(frozen=True)
@@ -120,3 +142,60 @@ class StepMetrics:
     values: dict[str, float]
     seconds: dict[str, float]  # by phase: rollout, reward, reference, old, forward, backward, update
     memory: dict[str, float] = field(default_factory=dict)  # MiB by phase, where it is measured
+
+
+def setting(default: Any, help: str) -> Any:
+    """A dataclass field with a default and a help text."""
+    metadata = {"help": help}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+class Settings:
+    """Base of the dataclasses of settings. Each package declares the settings that it reads.
+
+    `GRPOConfig` inherits all of them: one flat command line. A package receives `SomeSettings.of(config)`."""
+
+    group: ClassVar[str]  # heading in `vlmr1 train --help`
+    shared: ClassVar[tuple[str, ...]] = ()  # settings declared elsewhere that the package reads too
+
+    @classmethod
+    def of(cls, config: Any) -> Self:
+        """Read-only copy of these settings from an object that has all of them."""
+        made = object.__new__(cls)
+        for name in (*(each.name for each in fields(cls)), *cls.shared):  # type: ignore[arg-type]
+            made.__dict__[name] = copy(getattr(config, name))
+        made.__dict__["_read_only"] = True
+        return made
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "_read_only" in self.__dict__:
+            raise FrozenInstanceError(f"cannot set {name}: {type(self).__name__} is read-only")
+        super().__setattr__(name, value)
+
+    def check(self) -> Iterator[str]:
+        """What is wrong with these settings; fills in values that follow from others."""
+        return iter(())
+
+    def check_device(self, device: str) -> Iterator[str]:
+        """What this machine and type of device cannot do."""
+        return iter(())
+
+    def at_least(self, least: int, *names: str) -> Iterator[str]:
+        """Faults of settings that are below `least`; None is allowed."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < least:
+                yield f"{name} is {value}: it must {f'be at least {least}' if least else 'not be negative'}"
+
+    def above_zero(self, *names: str) -> Iterator[str]:
+        """Faults of settings that are not above 0; None is allowed."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                yield f"{name} is {value}: it must be above 0"
+
+    def is_default(self, name: str) -> bool:
+        """Whether a setting has its default value, or is an empty list."""
+        return getattr(self, name) in (type(self).__dataclass_fields__[name].default, [])  # type: ignore[attr-defined]

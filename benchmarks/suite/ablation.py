@@ -17,7 +17,7 @@ import torch
 from benchmarks.model import Shape
 from benchmarks.suite.sizes import PROMPTS
 from vlmr1_kernels import registry
-from vlmr1_kernels.registry import Request
+from vlmr1_kernels.implementations import Request
 
 REFERENCES: Mapping[str, str] = {op: "reference" for op in registry.ops()}
 NAIVE: Mapping[str, Any] = {

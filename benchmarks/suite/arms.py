@@ -10,13 +10,13 @@ import torch
 
 from benchmarks.harness import CheckFailed, require_equal
 from benchmarks.model import spread
-from benchmarks.step_arms import BETA
+from benchmarks.step_arms import BETA, as_drawn
 from benchmarks.suite.ablation import Arm, kernels_of
 from benchmarks.suite.bed import Bed
 from benchmarks.suite.timeline import Trainer
 from vlmr1.config import GRPOConfig
-from vlmr1.grpo.buffer import Part
 from vlmr1.grpo.reference import Reference
+from vlmr1.grpo.setup import make_policy
 from vlmr1.types import Group
 from vlmr1_kernels import use
 
@@ -52,7 +52,7 @@ class TrainerArm:
         if arm.kl:
             self.trainer.settings = replace(self.trainer.settings, beta=BETA)
             reference = bed.reference(frozen_tower=bool(self.frozen))
-            self.trainer.reference = Reference(self.trainer._forward_of(reference), bed.model)
+            self.trainer.reference = Reference(make_policy(self.trainer, reference), bed.model)
         self.model = bed.prepare(self.trainer)  # after the copy, as in training
         self.logp_difference = 0.0  # of the last step: the engine's log-probs of its completions and the policy's
 
@@ -69,8 +69,8 @@ class TrainerArm:
         self.trainer.training_step(self.model, self.bed.read())
         self.bed.optimize()
         self.trainer.end_update()
-        self.logp_difference = self.trainer.unlogged[-1].values.get("rollout/logp_difference", 0.0)
-        self.trainer.unlogged.clear()
+        self.logp_difference = self.trainer.pending.steps[-1].values.get("rollout/logp_difference", 0.0)
+        self.trainer.pending.steps.clear()
         drawn = {len(c.token_ids) for group in self.trainer.last_groups for c in group.completions}
         if drawn != {self.bed.shape.completion_length}:
             raise CheckFailed(f"{self.arm.name}: completions of {sorted(drawn)} tokens were drawn")
@@ -81,10 +81,9 @@ class TrainerArm:
         self.enter()
         trainer.begin_update()
         with use(trainer.args.kernels):
-            part = Part(list(groups), *trainer.pack(groups))
-            with trainer.phases("reference"):
-                part = trainer.with_passes(part, trainer.with_reference)
-            _, (loss, _) = trainer.fitting(part, lambda packs: trainer.backward(self.model, packs, part.groups))
+            own = as_drawn(groups)
+            trainer.add_logprobs(self.model, own)
+            loss, _ = trainer.backward(self.model, own)
         if trainer.features is not None:
             trainer.features.clear()
         return float(loss)
@@ -103,7 +102,7 @@ class TrainerArm:
     @property
     def note(self) -> str:
         """The arm's, and whether memory ran out."""
-        budget = self.trainer.budget
+        budget = self.trainer.runner.budget
         cut = f"memory ran out: packs of {budget.tokens} tokens" if budget.out_of_memory else ""
         return "; ".join(filter(None, (self.arm.note, cut)))
 

@@ -82,7 +82,7 @@ def _in_turn(context: Context, peers: Peers) -> dict[str, list[Sample]]:
         if name not in arms:
             return peers.of_rounds(name, samples, bed.tokens, "naive")
         arm = arms[name]
-        flops = update_flops(bed.model.config, arm.trainer.pack(groups)[0], reference=True)
+        flops = update_flops(bed.model.config, arm.trainer.runner.packs(groups), reference=True)
         share = flops / median(each.seconds for each in samples) / rate
         meta: dict[str, Any] = {"label": arm.arm.label, "settings": arm.arm.settings, "note": arm.note}
         return row(samples, tokens=bed.tokens, base="naive", utilization=share, check=figures[name], **meta)
@@ -155,7 +155,9 @@ def _cell(context: Context, arms: Mapping[str, TrainerArm], shape: Shape) -> dic
     }
     samples = in_turn(calls, rounds=min(GRID_ROUNDS, context.options.rounds))
     seconds = {name: [each.seconds for each in of] for name, of in samples.items()}
-    flops = {n: update_flops(bed.model.config, arm.trainer.pack(groups)[0], reference=True) for n, arm in arms.items()}
+    flops = {
+        n: update_flops(bed.model.config, arm.trainer.runner.packs(groups), reference=True) for n, arm in arms.items()
+    }
     return {
         "num_generations": shape.num_generations,
         "prompt_tokens": len(groups[0].prompt.input_ids),

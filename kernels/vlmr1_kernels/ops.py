@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from vlmr1_kernels import checks
+from vlmr1_kernels.implementations import Request
 from vlmr1_kernels.inputs import DecodeTables, LossInputs
 from vlmr1_kernels.layout import PrefixLayout
-from vlmr1_kernels.registry import Request, resolve
+from vlmr1_kernels.registry import resolve
 from vlmr1_kernels.settings import GRPOSettings
 
 

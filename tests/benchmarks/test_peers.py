@@ -19,6 +19,7 @@ from benchmarks import model as bench_model
 from benchmarks.harness import require_equal
 from benchmarks.peers import clock, steps
 from benchmarks.peers.vlm_r1 import Form, VLMR1Step
+from tests.helpers.updates import update
 from vlmr1.config import GRPOConfig
 from vlmr1.grpo.trainer import GRPOTrainer
 
@@ -70,8 +71,7 @@ def naive(folder: Path, prompts: int, shape: bench_model.Shape) -> dict[str, flo
     trainer = GRPOTrainer(model, config, [], processor, reward_funcs=["format"])
     assert trainer.reference is not None
     bench_model.perturb(trainer.reference.model)
-    packs = [trainer.with_reference(pack) for pack in trainer.pack(groups)[0]]
-    loss = float(trainer.backward(trainer.model, packs, groups)[0])
+    loss = float(update(trainer, groups)[0])
     norms = [each.grad.norm() for each in trainer.model.parameters() if each.grad is not None]
     return {"loss": loss, "grad_norm": float(torch.stack(norms).norm())}
 

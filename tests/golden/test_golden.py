@@ -35,10 +35,10 @@ def test_every_difference_is_reported():
     metrics = [{"step": 1, "loss": 0.1, "kl": 0.0}, {"step": 2, "loss": 0.2, "kl": 0.0}]
     old = {"metrics": metrics, "weights": "a" * 64}
     assert differences(old, old) == []
-    new = {"metrics": [metrics[0], {"step": 2, "loss": 0.2 + 1e-16 * 2, "reward": 1.0}], "weights": "b" * 64}
+    new = {"metrics": [metrics[0], {"step": 2, "loss": 0.1 + 0.1 + 2**-55, "reward": 1.0}], "weights": "b" * 64}
     assert differences(old, new) == [
         "step 2: kl: 0.0 -> absent",
-        "step 2: loss: 0.2 -> 0.20000000000000018",
+        "step 2: loss: 0.2 -> 0.20000000000000004",
         "step 2: reward: absent -> 1.0",
         f"weights: {'a' * 16} -> {'b' * 16}",
     ]

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from vlmr1_kernels import GRPOSettings, ImplementationError, group_advantages, linear_grpo_loss, linear_logprob, use
-from vlmr1_kernels.implementations import TABLE
+from vlmr1_kernels.implementations import TABLE, Request
 from vlmr1_kernels.native import library
-from vlmr1_kernels.registry import Request, explain
+from vlmr1_kernels.registry import explain
 from vlmr1_kernels.testing import Inputs, Problem, assert_within_budget, cast, gradients, pooled
 
 pytestmark = pytest.mark.skipif(library.unavailable_reason() is not None, reason=str(library.unavailable_reason()))

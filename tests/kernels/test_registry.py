@@ -11,8 +11,9 @@ from vlmr1_kernels import (
     shared_prefix_attention,
     use,
 )
+from vlmr1_kernels.implementations import Request
 from vlmr1_kernels.native import library
-from vlmr1_kernels.registry import Request, explain, explain_all, parse_choices, resolve
+from vlmr1_kernels.registry import explain, explain_all, parse_choices, resolve
 
 ATTENTION = "shared_prefix_attention"
 CPU32 = Request(torch.device("cpu"), torch.float32, (4, 2, 9, 16))

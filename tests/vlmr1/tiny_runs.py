@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from vlmr1.grpo.buffer import ROLLOUTS
 from vlmr1.lifecycle.checkpoint import STAGING, integrity_error
 from vlmr1.report.progress import COMPLETIONS, read_metrics
 from vlmr1.tiny import digits
-from vlmr1.training.hf_trainer import ROLLOUTS
 
 STEPS = 6
 MEASURED = re.compile("second|memory|power|energy")  # names of metrics that two runs do not share
@@ -53,7 +53,7 @@ def hangs(completions, **columns):
     FLAG.with_name("hangs").touch()
     re.match("(a+)+$", "a" * 60 + "b")  # for years, without letting another thread run
 
-apart.one_by_one = dies.one_by_one = hangs.one_by_one = True
+apart.isolated = dies.isolated = hangs.isolated = True
 """
 
 

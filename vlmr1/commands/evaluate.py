@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from vlmr1.distributed.ranks import process_group
 from vlmr1.evaluation.arguments import Compare, Evaluate, parse
 from vlmr1.evaluation.compare import COMPARISON, compare, comparison
-from vlmr1.evaluation.job import PAGE, evaluate_model, slug, slugs
-from vlmr1.evaluation.results import RESULTS, Results
+from vlmr1.evaluation.job import evaluate_model
+from vlmr1.evaluation.outputs import slugs
+from vlmr1.evaluation.results import PAGE, RESULTS, Results
 
 
-def evaluate_command(words: Sequence[str]) -> None:
-    """The command with its words after `vlmr1 evaluate`."""
-    asked = parse(words)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command parses its own arguments."""
+
+
+def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    asked = parse(rest)
     if isinstance(asked, Compare):
         text = compare(asked.folders)
         _write(asked.out or asked.folders[0] / COMPARISON, text)
@@ -28,15 +33,15 @@ def _evaluate(asked: Evaluate) -> None:
     found: list[Results] = []
     with process_group(asked.ddp_timeout) as ranks:
         for model in asked.models:
-            results = evaluate_model(model, asked.options, asked.around, ranks)
+            results = evaluate_model(model, asked.options, asked.output, ranks)
             if results is not None:
                 print(table(results), flush=True)
-                folder = asked.around.output_dir / slug(model)
+                folder = asked.output.folder(model)
                 print(f"results  {folder / RESULTS}\npictures {folder / PAGE}", flush=True)
                 found.append(results)
         if len(found) > 1:
             text = comparison(found)
-            _write(asked.around.output_dir / COMPARISON, text)
+            _write(asked.output.output_dir / COMPARISON, text)
             print(f"\n{text}", end="")
         ranks.barrier()  # so that a failure of the first ends all
 

@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch.utils.data import Dataset, get_worker_info
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import BatchSampler, DataLoader, Dataset, get_worker_info
 
 from vlmr1.errors import UserError
+from vlmr1.lifecycle.processes import init_worker
 from vlmr1.types import Prompt
 
 
@@ -53,3 +55,31 @@ def unpacked(batch: Sequence[Any]) -> Sequence[Prompt]:
     if isinstance(found, UserError):
         raise found
     return found
+
+
+def prompt_loader(dataset: Any, sampler: BatchSampler, args: Any, accelerator: Any) -> DataLoader:
+    """A loader of the batches that `sampler` names, by the dataloader settings of `args`."""
+    workers = {
+        "num_workers": args.dataloader_num_workers,
+        "pin_memory": args.dataloader_pin_memory,
+        "persistent_workers": args.dataloader_persistent_workers,
+        "prefetch_factor": args.dataloader_prefetch_factor,
+        "multiprocessing_context": args.dataloader_multiprocessing_context or None,
+        "in_order": args.dataloader_in_order,
+        "worker_init_fn": init_worker,
+    }
+    loader = DataLoader(Batches(dataset), batch_sampler=sampler, collate_fn=as_list, **workers)
+    config = accelerator.dataloader_config
+    return prepare_data_loader(  # not the accelerator's: it would deal out batches that are dealt out already
+        loader,
+        num_processes=1,
+        process_index=0,
+        rng_types=accelerator.rng_types,
+        use_seedable_sampler=config.use_seedable_sampler,
+        data_seed=config.data_seed,
+    )
+
+
+def as_list(prompts: Any) -> Any:
+    """The batch as it is: a collate function."""
+    return prompts

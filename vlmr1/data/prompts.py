@@ -43,12 +43,12 @@ class PromptBuilder:
         split = self.family.split_images(self.model, inputs, len(images))
         return Prompt(sample, input_ids, self.family.positions(self.model, input_ids, split), split)
 
-    def blank(self) -> tuple[ImageRef, ImageInputs]:
+    def dummy_image(self) -> tuple[ImageRef, ImageInputs]:
         """A small black image, and what the processor makes of it: for passes that have none and call the tower."""
-        image = encode_image(Image.new("RGB", (2 * MIN_SIDE, 2 * MIN_SIDE)), "blank image")
+        image = encode_image(Image.new("RGB", (2 * MIN_SIDE, 2 * MIN_SIDE)), "dummy image")
         message = {"role": "user", "content": [{"type": "image"}]}
         builder = PromptBuilder(self.model, self.family, self.processor)  # without a limit of length
-        prompt = builder(Sample([message], (image,), "", "blank image", -1))
+        prompt = builder(Sample([message], (image,), "", "dummy image", -1))
         return image, prompt.images[0]
 
     def _check(self, sample: Sample, input_ids: Any) -> None:

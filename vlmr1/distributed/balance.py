@@ -1,14 +1,16 @@
-"""Which rank trains on which group: every rank about as many tokens, as few groups as can be away from home."""
+"""Which rank trains on which group: about as many tokens on every rank, with as few groups moved as possible."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import TypeVar
 
 from vlmr1.distributed.ranks import Ranks, interleaved
-from vlmr1.grpo.buffer import parts_of
 from vlmr1.types import Group, Prompt
 
+T = TypeVar("T")
 EVEN = 1.1  # a rank with this many times the mean of the tokens is left alone: a moved image is processed again
 
 
@@ -21,7 +23,7 @@ class Place:
     tokens: int
 
 
-def shared_out(places: Sequence[Place], world: int) -> list[list[Place]]:
+def balance_over_ranks(places: Sequence[Place], world: int) -> list[list[Place]]:
     """The groups of an update by the rank that trains on them, in their order; none without a group.
 
     From the fullest rank the group that evens out most goes to the emptiest one, until the fullest has at most `EVEN`
@@ -55,7 +57,7 @@ def exchange(
         return parts_of(groups, parts)
     costs = ranks.all_gather(list(tokens))
     everyone = interleaved([[Place(r, i, n) for i, n in enumerate(own)] for r, own in enumerate(costs)])
-    plans = [shared_out(part, ranks.world_size) for part in parts_of(everyone, parts)]  # [parts][ranks]
+    plans = [balance_over_ranks(part, ranks.world_size) for part in parts_of(everyone, parts)]  # [parts][ranks]
     leaving = {p.index for plan in plans for r, own in enumerate(plan) for p in own if p.home == ranks.rank != r}
     moves = any(place.home != rank for plan in plans for rank, own in enumerate(plan) for place in own)
     sent = ranks.all_gather({i: _without_prompt(groups[i]) for i in leaving}) if moves else []
@@ -69,5 +71,13 @@ def exchange(
     return [[group_at(place) for place in plan[ranks.rank]] for plan in plans]
 
 
+def parts_of(groups: Sequence[T], parts: int) -> list[list[T]]:
+    """Groups in order, in parts whose sizes differ by one at most."""
+    size, more = divmod(len(groups), parts)
+    ends = [i * size + min(i, more) for i in range(parts + 1)]
+    return [list(groups[start:end]) for start, end in pairwise(ends)]
+
+
 def _without_prompt(group: Group) -> tuple[int, Group]:
-    return group.prompt.sample.index, replace(group, prompt=None)  # type: ignore[arg-type]
+    completions = tuple(completion.on_host() for completion in group.completions)
+    return group.prompt.sample.index, replace(group, prompt=None, completions=completions)  # type: ignore[arg-type]

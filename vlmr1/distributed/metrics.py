@@ -1,14 +1,24 @@
-"""Metrics of all ranks, once a step."""
+"""Metrics of one update, combined over packs and ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from vlmr1.distributed.ranks import Ranks
-from vlmr1.grpo.loss import MAXIMA, MINIMA, combine
 
+# Metrics that combine over packs, ranks and steps by their maximum or minimum, not by their mean.
+MAXIMA = (
+    "ratio_max",
+    "rollout/logp_difference_max",
+    "rollout/importance_ratio_max",
+    "completion_length_max",
+    "gpu/memory_used_mib",
+    "gpu/process_memory_mib",
+)
+MINIMA = ("rollout/importance_ratio_min",)
 # What is counted adds up; what is measured in seconds or MiB is as long, or as much, as on the slowest or fullest rank.
 COUNTS = (
     "packs",
@@ -53,3 +63,17 @@ def all_losses(
     own = [{name: value.cpu() for name, value in part.items() if name != "logp"} for part in parts]
     losses, counts, lists = zip(*ranks.all_gather((float(loss), tokens, own)), strict=True)
     return loss.new_tensor(sum(losses)), combine([part for each in lists for part in each], tokens=sum(counts))
+
+
+def combine(parts: Sequence[dict[str, Tensor]], tokens: int) -> dict[str, float]:
+    """Metrics of a step of `tokens` completion tokens from those of its packs: maxima, and means over the rows that
+    were computed, which are `tokens - dropped_rows`."""
+    rows = torch.stack([part["tokens"].double() - part["dropped_rows"].double() for part in parts])  # [packs]
+    out = {"tokens": float(tokens), "dropped_rows": tokens - float(rows.sum())}
+    for name in parts[0].keys() - {"logp", *out}:
+        values = torch.stack([part[name].double() for part in parts])
+        if name in MAXIMA:
+            out[name] = float(values.max())
+        else:
+            out[name] = float((values * rows).sum() / rows.sum().clamp(min=1))
+    return out

@@ -10,8 +10,8 @@ from typing import NoReturn, get_args
 
 from vlmr1.data.box_coordinates import Setting
 from vlmr1.errors import SettingError
-from vlmr1.evaluation.job import Around
 from vlmr1.evaluation.options import DTYPES, LENGTH_OF, TASKS, TEMPLATE_OF, Options
+from vlmr1.evaluation.outputs import OutputOptions
 from vlmr1.rewards.judge import Judge
 from vlmr1.rollout import ENGINES
 
@@ -22,7 +22,7 @@ class Evaluate:
 
     models: list[str]
     options: Options
-    around: Around
+    output: OutputOptions
     ddp_timeout: float
 
 
@@ -53,7 +53,7 @@ def parse(words: Sequence[str]) -> Evaluate | Compare:
             raise SettingError(f"--{name} is {getattr(options, name)}: it must be above 0")
     if options.max_completion_length is not None and options.max_completion_length < 1:
         raise SettingError(f"--max_completion_length is {options.max_completion_length}: it must be at least 1")
-    return Evaluate(options.model, _options(options), _around(options), options.ddp_timeout)
+    return Evaluate(options.model, _options(options), _output(options), options.ddp_timeout)
 
 
 def _options(options: argparse.Namespace) -> Options:
@@ -83,8 +83,10 @@ def _judge(options: argparse.Namespace) -> Judge | None:
     )
 
 
-def _around(options: argparse.Namespace) -> Around:
-    return Around(options.output_dir, options.pictures, options.use_cpu, options.reward_workers, options.reward_timeout)
+def _output(options: argparse.Namespace) -> OutputOptions:
+    return OutputOptions(
+        options.output_dir, options.pictures, options.use_cpu, options.reward_workers, options.reward_timeout
+    )
 
 
 def _parser() -> _Parser:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from tqdm import tqdm
 
 from vlmr1.data.box_coordinates import BoxCoordinates, Setting
 from vlmr1.data.boxes import Size
 from vlmr1.data.images import upright_size
 from vlmr1.data.prompts import PromptBuilder
-from vlmr1.evaluation.records import Record
+from vlmr1.distributed.ranks import Ranks
+from vlmr1.errors import UserError
+from vlmr1.evaluation.records import Record, RecordFiles, append
 from vlmr1.models import family_of
 from vlmr1.rollout import ENGINES, SamplingSettings
 from vlmr1.rollout.engine import RolloutEngine
@@ -62,3 +67,21 @@ class Decoder:
             return None, None
         size = upright_size(images[0], prompt.sample.source)
         return size, self.boxes.extents(prompt)[0]
+
+
+def decode_missing(
+    decoder: Decoder, samples: Sequence[Sample], files: RecordFiles, done: Mapping[int, Record], ranks: Ranks
+) -> int:
+    """Decode this rank's share of the missing batches and append their records; return the number of rows decoded."""
+    for row, record in done.items():
+        if record.source != samples[row].source:
+            raise UserError(f"{files.path}: row {row} is {record.source}, the data has {samples[row].source} there")
+    mine = files.missing(done)[ranks.rank :: ranks.world_size]
+    rows = sum(map(len, mine))
+    shown = tqdm(total=rows, desc="decoding", unit="row", file=sys.stderr, disable=None if ranks.is_first else True)
+    with shown as bar:
+        for batch in mine:
+            ranks.look()
+            append(files.part(ranks.rank, ranks.world_size), decoder([samples[row] for row in batch], batch))
+            bar.update(len(batch))
+    return rows

@@ -1,17 +1,22 @@
-"""Detection: completions -> boxes with scores, and what NMS-AP leaves of them."""
+"""The task ovd (detection): boxes with labels, average precision, NMS-AP and an image's own score."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from vlmr1.data.boxes import Size, iou, scale_between, scale_box
 from vlmr1.data.faults import row_fault
-from vlmr1.evaluation.coco import ImageBoxes, ScoredBox, TrueBox
+from vlmr1.evaluation.bootstrap import metric, ratio
+from vlmr1.evaluation.coco import AveragePrecision, ImageBoxes, ScoredBox, TrueBox
+from vlmr1.evaluation.records import Record
+from vlmr1.evaluation.scoring import Scored, completion_metrics
+from vlmr1.report.cases import Case, LabelledBox
 from vlmr1.rewards.answer import FENCE, find_answer, labelled_boxes, true_text
-from vlmr1.rewards.strict.boxes import true_boxes
+from vlmr1.rewards.strict.detection import true_boxes
 from vlmr1.types import Sample
 
 NMS_IOU = 0.5
@@ -116,3 +121,58 @@ def _score(entry: dict[str, Any], default: float) -> float:
         if isinstance(value, float) and math.isfinite(value):
             return value
     return default
+
+
+@dataclass(frozen=True)
+class DetectionScores:
+    """Boxes of all images, AP over all predictions, and over those that NMS-AP counts."""
+
+    images: list[ImageBoxes]
+    failed: list[bool]  # answers that are not a list of boxes
+    plain: AveragePrecision
+    best: AveragePrecision
+
+
+def detection_scores(samples: Sequence[Sample], records: Sequence[Record]) -> DetectionScores:
+    """Match the boxes of one completion a row with the true ones."""
+    answers = [predicted(record.completion, *record.sizes) for record in records]
+    images = [ImageBoxes(truths_of(sample), boxes or ()) for sample, boxes in zip(samples, answers, strict=True)]
+    labels = {label for sample in samples for label in asked(sample)}
+    labels |= {true.label for image in images for true in image.truths}
+    plain, best = (
+        AveragePrecision(each, sorted(labels)) for each in (images, [best_of_each(boxes) for boxes in images])
+    )
+    return DetectionScores(images, [boxes is None for boxes in answers], plain, best)
+
+
+def score_ovd_rows(samples: Sequence[Sample], records: Sequence[Record]) -> Scored:
+    """Metrics with bootstrap intervals, and one case a row."""
+    scores = detection_scores(samples, records)
+    images, plain, labels = scores.images, scores.plain, scores.plain.labels
+    drawn, drawn_best = plain.replicates(), scores.best.replicates()
+    boxes_of = [float(len(image.predictions)) for image in images]
+    unknown = [float(sum(box.label not in labels for box in image.predictions)) for image in images]
+    metrics = {
+        **{name: metric(plain.value(name), drawn[name]) for name in drawn},
+        "nms_ap": metric(scores.best.value("ap"), drawn_best["ap"]),
+        **completion_metrics(records, scores.failed),
+        "unknown_label_share": ratio(unknown, boxes_of),
+    }
+    counts = {
+        "rows": len(records),
+        "labels": len(labels),
+        "true_boxes": sum(len(image.truths) for image in images),
+        "predicted_boxes": int(sum(boxes_of)),
+        "ap_by_label": plain.by_label(),
+    }
+    cases = [
+        Case(
+            sample=sample,
+            completion=record.completion,
+            score=image_score(image),
+            true=tuple(LabelledBox(true.label, true.box) for true in image.truths),
+            predicted=tuple(LabelledBox(box.label or "", box.box) for box in image.predictions if box.box is not None),
+        )
+        for sample, record, image in zip(samples, records, images, strict=True)
+    ]
+    return Scored(metrics, counts, cases)

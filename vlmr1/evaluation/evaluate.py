@@ -9,7 +9,6 @@ from typing import Any
 from vlmr1.data.box_coordinates import Setting
 from vlmr1.evaluation.decode import Decoder
 from vlmr1.evaluation.rec import RecResult, score_rec
-from vlmr1.evaluation.scoring import sizes_of
 from vlmr1.types import Sample
 
 
@@ -38,5 +37,5 @@ def evaluate(
         records += decoder(batch, range(start, start + len(batch)))
     texts = [record.completion for record in records]
     return Evaluation(
-        score_rec(texts, [sample.solution for sample in samples], [sizes_of(record) for record in records]), texts
+        score_rec(texts, [sample.solution for sample in samples], [record.sizes for record in records]), texts
     )

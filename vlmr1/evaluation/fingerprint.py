@@ -47,7 +47,7 @@ CODE = "*.py"  # what trust_remote_code runs
 PACKAGES = ("vlmr1", "torch", "transformers", "pillow", "numpy", "pycocotools")
 
 
-def identity(name: str, path: str, model: Any, options: Options, data: Data) -> dict[str, Any]:
+def fingerprint(name: str, path: str, model: Any, options: Options, data: Data) -> dict[str, Any]:
     """Everything that one needs to repeat an evaluation of the model called `name`, which is read from `path`."""
     return {
         "model": {

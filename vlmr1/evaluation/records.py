@@ -27,6 +27,12 @@ class Record:
     image_size: Size | None = None  # width and height of the upright file in px, of rows with one image
     box_extent: Size | None = None  # what the lower right corner of that image is, in the coordinates of the model
 
+    @property
+    def sizes(self) -> tuple[Size, Size]:
+        """The extent of the coordinates that the boxes are in, and the size of the image in px."""
+        assert self.box_extent is not None and self.image_size is not None
+        return self.box_extent, self.image_size
+
     def line(self) -> str:
         return json.dumps(asdict(self)) + "\n"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,11 @@ from vlmr1.errors import SettingError
 from vlmr1.evaluation.bootstrap import DRAWS, SEED, Metric
 from vlmr1.evaluation.fingerprint import as_json
 from vlmr1.evaluation.scoring import Scored
+from vlmr1.report.cases import Case, write_cases
 
 RESULTS = "results.json"
 REPLICATES = "bootstrap.json"
+PAGE = "cases.html"
 TITLES = {
     "acc@0.5": "acc@0.5",
     "mean_iou": "mean IoU",
@@ -60,6 +62,13 @@ def write_results(folder: Path, what: Mapping[str, Any], scored: Scored) -> Resu
         replacement.write_text(text, encoding="utf-8")
         replacement.replace(folder / name)
     return Results(content, scored.metrics)
+
+
+def write_page(folder: Path, results: Results, cases: Sequence[Case], count: int) -> None:
+    """Write the page with the metrics, and up to `count` worst and as many best cases."""
+    content = results.content
+    title = f"{results.model}: {content['options']['task']}, {content['rows']['count']} rows"
+    write_cases(folder / PAGE, title=title, rows=results.table(), cases=cases, count=count)
 
 
 def read_results(folder: Path) -> Results:

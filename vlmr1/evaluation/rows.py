@@ -4,29 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vlmr1.data.faults import row_fault
 from vlmr1.data.rows import Rows
 from vlmr1.data.samples import Columns, Samples, check_rows
 from vlmr1.data.sources import open_sources, split_names
 from vlmr1.data.templates import question_text
 from vlmr1.errors import DataError
 from vlmr1.evaluation.annotations import annotation_rows
-from vlmr1.evaluation.detection import check_detection
 from vlmr1.evaluation.options import Options
-from vlmr1.evaluation.vqa import check_answer
+from vlmr1.evaluation.tasks import check_of
 from vlmr1.lifecycle.checkpoint import sha256_of_file
 from vlmr1.rewards.methods import columns_of_files
-from vlmr1.rewards.settings import RewardSettings
-from vlmr1.rewards.strict.iou import true_box
 from vlmr1.types import ImageRef, Sample
-
-Check = Callable[[Sample], None]
 
 
 @dataclass(frozen=True)
@@ -53,28 +46,6 @@ def load_rows(options: Options, model_type: str) -> Data:
     samples: Sequence[Sample] = every.select(range(min(len(every), options.limit or len(every))))
     check_rows(samples, [check_of(options.task, options.rewards())])
     return Data(samples, rows_digest([rows for rows, _ in opened], samples))
-
-
-def check_of(task: str, rewards: RewardSettings) -> Check:
-    """What raises a DataError for a row that the task cannot score."""
-    if task == "vqa":
-        return partial(check_answer, settings=rewards)
-    return partial(check_boxes, task=task)
-
-
-def check_boxes(sample: Sample, task: str) -> None:
-    """A DataError for a row of rec or ovd without a true box or list of boxes, or with other than one image."""
-    if len(sample.images) != 1:
-        raise row_fault(
-            sample.source, "images", f"--task {task} needs one image a row, this one has {len(sample.images)}"
-        )
-    if task == "ovd":
-        check_detection(sample)
-        return
-    try:
-        true_box(sample.solution)
-    except ValueError as error:
-        raise row_fault(sample.source, "solution", str(error)) from error
 
 
 def rows_digest(files: Sequence[Rows], samples: Sequence[Sample]) -> str:

@@ -1,33 +1,28 @@
-"""Answers in words, numbers and formulas: the strict accuracy reward of each completion."""
+"""The task vqa: answers in words, numbers and formulas, and clicks, scored by the strict accuracy reward."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import replace
 
-import torch
-
-from vlmr1.data.boxes import scale_between, scale_box
 from vlmr1.data.faults import row_fault
+from vlmr1.evaluation.bootstrap import ratio
 from vlmr1.evaluation.records import Record
+from vlmr1.evaluation.scoring import Scored, completion_metrics
+from vlmr1.evaluation.vqa_scores import CLICK, score_vqa
+from vlmr1.report.cases import Case
 from vlmr1.rewards.answer import find_answer
 from vlmr1.rewards.check import check_accuracy
-from vlmr1.rewards.groups import TimedOut, score_groups
 from vlmr1.rewards.methods import method_of
 from vlmr1.rewards.pool import RewardPool
-from vlmr1.rewards.registry import get_reward
 from vlmr1.rewards.settings import RewardSettings
-from vlmr1.rewards.strict.iou import true_box
-from vlmr1.types import Completion, Group, Prompt, Sample
+from vlmr1.types import Sample
 
-CLICK = "point_in_box"
 IN_WORDS = ("default", "mcq", "yes_no", "math", "all_match", "counting", "llm")
 TASK_OF_BOXES = {"iou": "rec", "map": "ovd", "od_ap": "ovd", "od_ap50": "ovd", "odLength": "ovd", "weighted_sum": "ovd"}
 
 
 def check_answer(sample: Sample, settings: RewardSettings) -> None:
-    """A DataError by file and line for a row that its method cannot score."""
+    """Raise DataError for a row that its method cannot score."""
     check_accuracy(sample, settings)
     method = method_of(sample, settings)
     if method not in (*IN_WORDS, CLICK):
@@ -39,28 +34,36 @@ def check_answer(sample: Sample, settings: RewardSettings) -> None:
         raise row_fault(sample.source, "images", f"{CLICK} needs one image, the row has {len(sample.images)}")
 
 
-def answered(text: str) -> bool:
-    """Whether there is anything in the completion's answer."""
-    return bool(find_answer(text))
+def has_clicks(samples: Sequence[Sample], settings: RewardSettings) -> bool:
+    """Whether a row is about a place on its image."""
+    return any(method_of(sample, settings) == CLICK for sample in samples)
 
 
-def score_vqa(
-    samples: Sequence[Sample], records: Sequence[Record], settings: RewardSettings, pool: RewardPool | None = None
-) -> tuple[list[float], int]:
-    """One score in 0..1 a row, and how many were 0 because the pool's time was up."""
-    groups = [_group(sample, record, settings) for sample, record in zip(samples, records, strict=True)]
-    late: list[TimedOut] = []
-    scored = score_groups(groups, [get_reward("accuracy", settings)], pool=pool, timed_out=late)
-    return [float(group.rewards[0, 0]) for group in scored if group.rewards is not None], len(late)
-
-
-def _group(sample: Sample, record: Record, settings: RewardSettings) -> Group:
-    """What the rewards take; a click's true box goes to the coordinates that the model writes."""
-    solution = sample.solution
-    if method_of(sample, settings) == CLICK and record.box_extent and record.image_size:
-        scale = scale_between(record.image_size, record.box_extent)
-        solution = json.dumps(list(scale_box(true_box(solution), scale)))
-    nothing = torch.zeros(0, dtype=torch.long)
-    prompt = Prompt(replace(sample, images=(), solution=solution), nothing, nothing[None])
-    ids = torch.tensor(record.token_ids, dtype=torch.long)
-    return Group(prompt, (Completion(ids, None, None, record.completion, record.finish_reason),))
+def score_vqa_rows(
+    samples: Sequence[Sample], records: Sequence[Record], settings: RewardSettings, pool: RewardPool | None
+) -> Scored:
+    """Mean scores with bootstrap intervals, over all rows and by method, and one case a row."""
+    scores, late = score_vqa(samples, records, settings, pool)
+    methods = [method_of(sample, settings) for sample in samples]
+    by_method = {
+        f"score/{method}": ratio(
+            [score * (each == method) for score, each in zip(scores, methods, strict=True)],
+            [float(each == method) for each in methods],
+        )
+        for method in sorted(set(methods))
+    }
+    metrics = {
+        "score": ratio(scores),
+        **(by_method if len(by_method) > 1 else {}),
+        **completion_metrics(records, failed=[not find_answer(record.completion) for record in records]),
+    }
+    counts = {
+        "rows": len(records),
+        "rows_by_method": {method: methods.count(method) for method in sorted(set(methods))},
+        "timed_out": late,
+    }
+    cases = [
+        Case(sample=sample, completion=record.completion, score=score, solution=sample.solution)
+        for sample, record, score in zip(samples, records, scores, strict=True)
+    ]
+    return Scored(metrics, counts, cases)

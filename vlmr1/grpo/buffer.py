@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from itertools import pairwise
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any
 
+import torch
 from torch.utils.data import BatchSampler, Sampler
 
 from vlmr1.distributed.ranks import ALONE, Ranks
-from vlmr1.grpo.pack_budget import log_probs, with_log_probs
-from vlmr1.types import Completion, Group, Pack, Prompt
+from vlmr1.errors import SettingError
+from vlmr1.types import Completion, Group, Prompt
 
-T = TypeVar("T")
+ROLLOUTS = "rollouts.pt"  # of a checkpoint: the buffer, where updates on it are left
 
 
 class BufferSampler(BatchSampler):
@@ -30,11 +31,30 @@ class BufferSampler(BatchSampler):
         self.least = parts * ranks.world_size
         self.updates = parts * iterations
 
+    @classmethod
+    def of(cls, args: Any, sampler: Any, ranks: Ranks) -> BufferSampler:
+        """The sampler of these settings; SettingError where the rows are too few for an update."""
+        made = cls(
+            sampler,
+            prompts=args.prompts_per_device,
+            parts=args.steps_per_generation,
+            iterations=args.num_iterations,
+            drop_last=args.dataloader_drop_last,
+            ranks=ranks,
+        )
+        if not len(made):
+            each = "" if ranks.world_size == 1 else f" on each of {ranks.world_size} ranks"
+            raise SettingError(
+                f"{len(sampler)} rows are too few: an update needs one{each}, and steps_per_generation is "
+                f"{args.steps_per_generation} (dataloader_drop_last is {args.dataloader_drop_last})"
+            )
+        return made
+
     def __iter__(self) -> Iterator[list[int]]:
         for batch in super().__iter__():
             if len(batch) >= self.least:
                 yield batch[self.ranks.rank :: self.ranks.world_size]
-                yield from ([] for _ in range(self.updates - 1))
+                yield from ([] for _ in range(self.updates - 1))  # the Trainer's loop takes a batch an update
 
     def __len__(self) -> int:
         rows: int = len(self.sampler)  # type: ignore[arg-type]
@@ -43,84 +63,85 @@ class BufferSampler(BatchSampler):
 
 
 @dataclass(frozen=True)
-class Part:
-    """What one update trains on: groups, and their packs with the log-probs of reference and old policy."""
+class Minibatch:
+    """The groups of one update, and the metrics of their generation."""
 
     groups: list[Group]
-    packs: list[Pack]
-    counts: dict[str, float]
+    metrics: dict[str, float]
 
 
 class Buffer:
-    """The parts of one generation; each is taken once an iteration."""
+    """The minibatches of one generation; each is taken once an iteration. A checkpoint keeps those that are left:
+    tensors, numbers and texts in plain containers, a file a rank. Prompts are made again from their samples."""
 
-    def __init__(self, iterations: int):
+    def __init__(self, iterations: int, prompt_of: Callable[[int], Prompt] | None = None, ranks: Ranks = ALONE):
+        """`prompt_of`: the prompt of a `Sample.index`."""
         self.iterations = iterations
-        self.parts: list[Part] = []
+        self.prompt_of = prompt_of
+        self.file = ROLLOUTS if ranks.world_size == 1 else f"{ranks.rank}-{ROLLOUTS}"
+        self.minibatches: list[Minibatch] = []
         self.used = 0
 
     @property
     def spent(self) -> bool:
-        return self.used >= len(self.parts) * self.iterations
+        return self.used >= len(self.minibatches) * self.iterations
 
-    def fill(self, parts: Sequence[Part]) -> None:
-        """Take a new generation; what is left of the one before it is gone."""
-        self.parts, self.used = list(parts), 0
+    @property
+    def groups(self) -> list[Group]:
+        """The groups of all minibatches."""
+        return [group for minibatch in self.minibatches for group in minibatch.groups]
 
-    def take(self) -> Part:
-        """The next part; the first iteration over all parts comes before the second."""
-        part = self.parts[self.used % len(self.parts)]
+    def fill(self, minibatches: Sequence[Minibatch]) -> None:
+        """Replace the content by a new generation."""
+        self.minibatches, self.used = list(minibatches), 0
+
+    def take(self) -> Minibatch:
+        """The next minibatch; the first iteration over all of them comes before the second."""
+        minibatch = self.minibatches[self.used % len(self.minibatches)]
         self.used += 1
-        return part
+        return minibatch
 
-    # For checkpoints: tensors, numbers and texts in plain containers
+    def save(self, checkpoint: Path, *, writes: bool = True) -> None:
+        """Write this rank's minibatches, if updates on them are left; every rank has its own."""
+        if not self.spent:
+            parts = [_state(minibatch) for minibatch in self.minibatches]
+            torch.save({"used": self.used, "parts": parts}, checkpoint / self.file)
 
-    def state(self) -> dict[str, Any]:
-        return {"used": self.used, "parts": [] if self.spent else [_part_state(part) for part in self.parts]}
+    def load(self, checkpoint: Path) -> None:
+        """Take back what `save` wrote, if it wrote anything."""
+        if not (checkpoint / self.file).exists():
+            return
+        state = torch.load(checkpoint / self.file, weights_only=True)
+        self.minibatches, self.used = [self._minibatch(part) for part in state["parts"]], state["used"]
 
-    def load(
-        self,
-        state: dict[str, Any],
-        prompt_of: Callable[[int], Prompt],
-        pack: Callable[[Sequence[Group]], tuple[list[Pack], dict[str, float]]],
-    ) -> None:
-        """Take a state back; prompts are made again from their samples, packs from their groups."""
-        self.parts, self.used = [], state["used"]
-        for part in state["parts"]:
-            groups = [_group(saved, prompt_of(saved["sample"])) for saved in part["groups"]]
-            packs, counts = pack(groups)
-            counts = part.get("counts", counts)
-            completions = [completion for group in groups for completion in group.completions]
-            known = {id(completions[place]): values for place, values in part["log_probs"].items()}
-            self.parts.append(Part(groups, [with_log_probs(made, known) for made in packs], counts))
-
-
-def parts_of(groups: Sequence[T], parts: int) -> list[list[T]]:
-    """Groups in order, in parts whose sizes differ by one at most."""
-    size, more = divmod(len(groups), parts)
-    ends = [i * size + min(i, more) for i in range(parts + 1)]
-    return [list(groups[start:end]) for start, end in pairwise(ends)]
+    def _minibatch(self, part: dict[str, Any]) -> Minibatch:
+        assert self.prompt_of is not None
+        groups = [_group(saved, self.prompt_of(saved["sample"])) for saved in part["groups"]]
+        completions = [completion for group in groups for completion in group.completions]
+        # Older checkpoints have what passes computed apart from the completions, by their place.
+        for place, values in part.get("log_probs", {}).items():
+            completions[place].old_logp = values["old_logp"]
+            completions[place].ref_logp = values["ref_logp"]
+            completions[place].importance_denominator = values["trust_logp"]
+        return Minibatch(groups, part.get("counts", {}))
 
 
-def _part_state(part: Part) -> dict[str, Any]:
+def _state(minibatch: Minibatch) -> dict[str, Any]:
     groups = [
         {
             "sample": group.prompt.sample.index,
             "rewards": group.rewards,
             "advantages": group.advantages,
             "kl": group.kl,
-            "completions": [{f.name: getattr(c, f.name) for f in fields(c)} for c in group.completions],
+            "completions": [_values(completion.on_host()) for completion in group.completions],
         }
-        for group in part.groups
+        for group in minibatch.groups
     ]
-    completions = [completion for group in part.groups for completion in group.completions]
-    known = log_probs(part.packs)
-    places = {i: known[id(completion)] for i, completion in enumerate(completions) if id(completion) in known}
-    return {
-        "groups": groups,
-        "log_probs": places,
-        "counts": part.counts,
-    }
+    return {"groups": groups, "counts": minibatch.metrics}
+
+
+def _values(completion: Completion) -> dict[str, Any]:
+    return {each.name: getattr(completion, each.name) for each in fields(completion)}
 
 
 def _group(saved: dict[str, Any], prompt: Prompt) -> Group:

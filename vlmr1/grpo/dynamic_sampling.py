@@ -12,15 +12,15 @@ import torch
 from vlmr1.rollout.sampling import hash_keys
 from vlmr1.types import Group
 
-RESERVE = "reserve.json"  # of a checkpoint
+RESERVOIR = "reserve.json"  # of a checkpoint
 STREAM = 0x9E5E  # keeps these permutations apart from other draws of the same seed
 
 
-class Reserve:
+class PromptReservoir:
     """The rows that further rounds take: one permutation of the data after another, in an order of its own.
 
     The loader's order is left alone, so that an epoch still has the same number of updates and offers every row once.
-    The position is the only state, and part of the checkpoint."""
+    The position is the only state, and a part of checkpoints."""
 
     def __init__(self, indices: Sequence[int], seed: int):
         """`indices`: the `Sample.index` of each row of the data set."""
@@ -51,16 +51,16 @@ class Reserve:
 
     def save(self, checkpoint: Path, *, writes: bool = True) -> None:
         if writes:
-            (checkpoint / RESERVE).write_text(json.dumps({"position": self.position}), encoding="utf-8")
+            (checkpoint / RESERVOIR).write_text(json.dumps({"position": self.position}), encoding="utf-8")
 
     def load(self, checkpoint: Path) -> None:
-        self.position = json.loads((checkpoint / RESERVE).read_text(encoding="utf-8"))["position"]
+        self.position = json.loads((checkpoint / RESERVOIR).read_text(encoding="utf-8"))["position"]
 
 
 def resample(
     groups: Sequence[Group],
     draw: Callable[[list[int], int], list[Group]],
-    reserve: Reserve,
+    reservoir: PromptReservoir,
     weights: Sequence[float],
     *,
     rounds: int,
@@ -72,27 +72,27 @@ def resample(
 
     A round draws as many prompts as groups are to be replaced: `draw(places, round)` makes scored groups of those rows
     of the data set. Groups without signal that are left keep their place. `gather` joins the lists of all ranks:
-    rounds go on until none needs one, every rank moves its reserve alike, and calls `draw` in each round, one that
+    rounds go on until none needs one, every rank moves its reservoir alike, and calls `draw` in each round, one that
     needs none with no places: engines may have to gather weights on all of them."""
     kept, drawn, done = list(groups), list(groups), 0
     while done < rounds:
-        flat = [i for i, group in enumerate(kept) if is_flat(group, weights)]
-        wanted = gather([len(flat)])  # by rank
+        equal = [i for i, group in enumerate(kept) if has_equal_rewards(group, weights)]
+        wanted = gather([len(equal)])  # by rank
         if not any(wanted):
             break
-        places = reserve.take(sum(wanted), set(gather([group.prompt.sample.index for group in drawn])))
+        places = reservoir.take(sum(wanted), set(gather([group.prompt.sample.index for group in drawn])))
         if not places:
             break
         done += 1
         start = sum(wanted[:rank])
-        new = draw(places[start : start + len(flat)], done)
+        new = draw(places[start : start + len(equal)], done)
         drawn += new
-        for i, group in zip(flat, (group for group in new if not is_flat(group, weights)), strict=False):
+        for i, group in zip(equal, (group for group in new if not has_equal_rewards(group, weights)), strict=False):
             kept[i] = group
     return kept, _metrics(groups, kept, drawn, weights, done)
 
 
-def is_flat(group: Group, weights: Sequence[float]) -> bool:
+def has_equal_rewards(group: Group, weights: Sequence[float]) -> bool:
     """Whether the weighted rewards of a group are all equal."""
     reward = _reward(group, weights)
     return bool(reward.max() == reward.min())
@@ -114,7 +114,7 @@ def _metrics(
         "dynamic_sampling/groups_drawn": float(len(drawn)),
         "dynamic_sampling/groups_replaced": float(sum(a is not b for a, b in zip(first, kept, strict=True))),
         "dynamic_sampling/groups_discarded": float(len(gone)),
-        "dynamic_sampling/groups_left_flat": float(sum(is_flat(group, weights) for group in kept)),
+        "dynamic_sampling/groups_left_flat": float(sum(has_equal_rewards(group, weights) for group in kept)),
         "dynamic_sampling/tokens_discarded": float(sum(len(c.token_ids) for group in gone for c in group.completions)),
         "dynamic_sampling/reward": float(torch.cat([_reward(group, weights) for group in drawn]).mean()),
     }

@@ -1,17 +1,27 @@
-"""What a step's groups tell: rewards, lengths, and why a reward may be flat."""
+"""Metrics of an update's groups: rewards, lengths, completions that no reward can read; log-probs that diverge."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
 
+from vlmr1.rewards.failures import unreadable
+from vlmr1.rewards.registry import Reward
 from vlmr1.types import Group
+
+logger = logging.getLogger(__name__)
+
+
+def group_metrics(groups: Sequence[Group], rewards: Sequence[Reward], weights: Sequence[float]) -> dict[str, float]:
+    """All metrics of groups that have their rewards and advantages."""
+    return group_statistics(groups, [reward.name for reward in rewards], weights) | unreadable(groups, rewards)
 
 
 def group_statistics(groups: Sequence[Group], names: Sequence[str], weights: Sequence[float]) -> dict[str, float]:
     """Mean and std of each reward and of their weighted sum, lengths, shares of truncated completions and of groups
-    whose rewards are all equal (which teach nothing); of the KL of a completion in nats, where it is in the reward."""
+    whose rewards are all equal (without learning signal); where the KL is in the reward, its mean in nats."""
     rewards = torch.stack([group.rewards for group in groups if group.rewards is not None]).double()  # [P, G, R]
     total = rewards @ torch.tensor(weights, dtype=torch.float64)  # [P, G]
     completions = [c for group in groups for c in group.completions]
@@ -28,3 +38,16 @@ def group_statistics(groups: Sequence[Group], names: Sequence[str], weights: Seq
         "completion_length_max": float(lengths.max()),
         "truncated": sum(c.finish_reason == "length" for c in completions) / len(completions),
     }
+
+
+def warn_if_logp_differs(metrics: dict[str, float], step: int, threshold: float) -> None:
+    """Warn when rollout and policy log-probs diverge."""
+    difference = metrics.get("rollout/logp_difference", 0.0)
+    if difference > threshold:
+        logger.warning(
+            "step %d: the log-probs of the rollout engine and of the policy differ by %.3f nats a token "
+            "(rollout_logp_warn_threshold is %g); old_logprobs=recompute keeps them out of the ratio",
+            step,
+            difference,
+            threshold,
+        )

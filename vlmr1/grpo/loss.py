@@ -12,17 +12,6 @@ from torch import Tensor, nn
 from vlmr1.types import Group, Pack
 from vlmr1_kernels import GRPOSettings, grpo_loss, linear_grpo_loss
 
-# Metrics that combine over packs by their maximum, not by their mean over rows.
-MAXIMA = (
-    "ratio_max",
-    "rollout/logp_difference_max",
-    "rollout/importance_ratio_max",
-    "completion_length_max",
-    "gpu/memory_used_mib",
-    "gpu/process_memory_mib",
-)
-MINIMA = ("rollout/importance_ratio_min",)
-
 
 @dataclass(frozen=True)
 class Objective:
@@ -44,7 +33,9 @@ class Objective:
             **_sequence_inputs(pack, hidden.device),
         )
 
-    def of_logprobs(self, logp: Tensor, pack: Pack, entropy: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def from_logprobs(
+        self, logp: Tensor, pack: Pack, entropy: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """logp [N] -> loss [], metrics; a bonus for entropy needs the entropies [N] of what was drawn from."""
         inputs = _sequence_inputs(pack, logp.device)
         settings = self.settings if entropy is None else replace(self.settings, entropy_coef=0.0)
@@ -52,20 +43,20 @@ class Objective:
         if entropy is None:
             return loss, metrics
         if self.settings.entropy_coef != 0:
-            loss = loss - self.settings.entropy_coef * (self.shares(inputs["seq_ids"]) * entropy).sum()
+            loss = loss - self.settings.entropy_coef * (self.row_weights(inputs["seq_ids"]) * entropy).sum()
         return loss, metrics | {"entropy": entropy.detach().mean()}
 
-    def shares(self, seq_ids: Tensor) -> Tensor:
-        """[N]: the share of each row in the loss, which is the sum of share * loss of the row."""
-        share = torch.ones_like(seq_ids, dtype=torch.float32) / self.normalizer
+    def row_weights(self, seq_ids: Tensor) -> Tensor:
+        """[N]: the weight of each row's loss in the sum that is the loss."""
+        weight = torch.ones_like(seq_ids, dtype=torch.float32) / self.normalizer
         if self.settings.loss_type in ("grpo", "gspo"):
-            return share / torch.bincount(seq_ids)[seq_ids]
-        return share / (self.settings.max_completion_length or 1) if self.settings.loss_type == "dr_grpo" else share
+            return weight / torch.bincount(seq_ids)[seq_ids]
+        return weight / (self.settings.max_completion_length or 1) if self.settings.loss_type == "dr_grpo" else weight
 
 
 def _sequence_inputs(pack: Pack, device: torch.device) -> dict[str, Any]:
     given = {name: getattr(pack, name) for name in ("seq_ids", "advantages", "old_logp", "ref_logp")}
-    given["sampling_logp"] = pack.trust_logp
+    given["sampling_logp"] = pack.importance_denominator
     return {name: None if value is None else value.to(device) for name, value in given.items()}
 
 
@@ -79,22 +70,8 @@ def normalizer(groups: Sequence[Group], settings: GRPOSettings, *, mask_truncate
 
 
 def logp_difference(logp: Tensor, pack: Pack) -> dict[str, Tensor]:
-    """Mean and greatest difference of the policy's log-probs [N] and those that the rollout engine reported."""
+    """Mean and maximum of the difference between the policy's log-probs [N] and those that the engine reported."""
     if pack.rollout_logp is None:
         return {}
     differences = (logp - pack.rollout_logp.to(logp.device)).abs()
     return {"rollout/logp_difference": differences.mean(), "rollout/logp_difference_max": differences.max()}
-
-
-def combine(parts: Sequence[dict[str, Tensor]], tokens: int) -> dict[str, float]:
-    """Metrics of a step of `tokens` completion tokens from those of its packs: maxima, and means over the rows that
-    were computed, which are `tokens - dropped_rows`."""
-    rows = torch.stack([part["tokens"].double() - part["dropped_rows"].double() for part in parts])  # [packs]
-    out = {"tokens": float(tokens), "dropped_rows": tokens - float(rows.sum())}
-    for name in parts[0].keys() - {"logp", *out}:
-        values = torch.stack([part[name].double() for part in parts])
-        if name in MAXIMA:
-            out[name] = float(values.max())
-        else:
-            out[name] = float((values * rows).sum() / rows.sum().clamp(min=1))
-    return out

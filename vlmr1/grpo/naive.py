@@ -19,7 +19,7 @@ from vlmr1.types import Pack
 
 
 class NaivePolicy(PackedPolicy):
-    """Same interface as `PackedPolicy`; each branch is a sequence with a prompt of its own."""
+    """`PackedPolicy` whose branches are sequences with a prompt of their own."""
 
     def attention(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -30,7 +30,7 @@ class NaivePolicy(PackedPolicy):
 
     def loss(self, pack: Pack, objective: Objective) -> tuple[Tensor, dict[str, Tensor]]:
         logp, entropy = self._forward(pack, with_bonus=objective.settings.entropy_coef != 0)
-        return objective.of_logprobs(logp, pack, entropy)
+        return objective.from_logprobs(logp, pack, entropy)
 
     def _forward(self, pack: Pack, *, with_bonus: bool = False) -> tuple[Tensor, Tensor]:
         """[N] log-probs of the completion tokens, and the entropies [N] of what they were drawn from: with gradient

@@ -1,4 +1,4 @@
-"""Rewards that teach nothing for many steps: one warning that says why that may be."""
+"""Warn once where rewards have given no learning signal for many steps, with the likeliest reason."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ STEPS = 10  # logged steps in a row
 MOST = 0.9  # share of completions
 
 
-class FlatRewards(TrainerCallback):
+class NoSignalWarning(TrainerCallback):
     """Watches the logs; warns once, when in `STEPS` logged steps in a row no group had rewards that differ, or all
     rewards were 0 and nearly no completion could be read."""
 
     def __init__(self) -> None:
-        self.flat = 0
+        self.steps = 0
         self.warned = False
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.warned or "zero_variance_groups" not in logs:
             return
-        self.flat = self.flat + 1 if is_flat(logs) else 0
-        if self.flat == STEPS:
+        self.steps = self.steps + 1 if has_no_signal(logs) else 0
+        if self.steps == STEPS:
             self.warned = True
             logger.warning(
-                "the rewards have taught nothing in the last %d logged steps (up to step %d): %s",
+                "the rewards gave no learning signal in the last %d logged steps (up to step %d): %s",
                 STEPS,
                 state.global_step,
                 reason(logs),
             )
 
 
-def is_flat(logs: Mapping[str, float]) -> bool:
+def has_no_signal(logs: Mapping[str, float]) -> bool:
     """Whether a logged step has no advantages, or nothing that could be read and no reward."""
     if logs["zero_variance_groups"] == 1:
         return True

@@ -5,8 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,7 +17,7 @@ from vlmr1.types import Pack
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-PER_TOKEN = ("old_logp", "ref_logp", "trust_logp")  # of a Pack, [N]: what is computed after it was made
+BUDGET = "pack_budget.json"  # of a checkpoint: how much smaller packs have become, where memory ran out
 
 
 class PackTooLarge(Exception):
@@ -40,7 +39,7 @@ class PackBudget:
         self.out_of_memory = 0  # times
 
     def shrink(self, failed: PackTooLarge) -> None:
-        """Less than the pack that failed has. MemoryShort where it is a single completion."""
+        """Lower the budget below the pack that failed. MemoryShort where it is a single completion."""
         groups = failed.pack.groups
         self.out_of_memory += 1
         before = sum(map(tokens_of, groups))
@@ -48,9 +47,9 @@ class PackBudget:
         if len(parts) == 1 or max(sum(map(tokens_of, part)) for part in parts) >= before:
             prompt, completion = groups[0].prompt, groups[0].completions[0]
             raise MemoryShort(
-                f"out of memory: a pass over one completion of {len(completion.token_ids)} tokens with its prompt of "
-                f"{len(prompt.input_ids)}, of the row {prompt.sample.source}, does not fit, and less than that no "
-                f"tokens_per_pack can ask for: lower max_completion_length or max_prompt_length, or set "
+                f"out of memory: even one completion of {len(completion.token_ids)} tokens with its prompt of "
+                f"{len(prompt.input_ids)}, of the row {prompt.sample.source}, exceeds the available memory, and "
+                f"tokens_per_pack cannot help; lower max_completion_length or max_prompt_length, or set "
                 f"gradient_checkpointing. {failed}"
             )
         self.limit = max(sum(map(tokens_of, part)) for part in parts)
@@ -63,21 +62,20 @@ class PackBudget:
             failed,
         )
 
-    # For checkpoints
-
-    def save(self, path: Path) -> None:
+    def save(self, checkpoint: Path, *, writes: bool = True) -> None:
         """Write what differs from the settings, if anything does."""
-        if self.limit is not None:
-            path.write_text(json.dumps({"tokens": self.tokens, "limit": self.limit, "times": self.out_of_memory}))
+        if writes and self.limit is not None:
+            state = {"tokens": self.tokens, "limit": self.limit, "times": self.out_of_memory}
+            (checkpoint / BUDGET).write_text(json.dumps(state), encoding="utf-8")
 
-    def load(self, path: Path) -> None:
+    def load(self, checkpoint: Path) -> None:
         """Take back what `save` wrote, if it wrote anything."""
-        if path.exists():
-            saved = json.loads(path.read_text(encoding="utf-8"))
+        if (checkpoint / BUDGET).exists():
+            saved = json.loads((checkpoint / BUDGET).read_text(encoding="utf-8"))
             self.tokens, self.limit, self.out_of_memory = saved["tokens"], saved["limit"], saved["times"]
 
 
-def guarded(pack: Pack, run: Callable[[Pack], T]) -> T:
+def catch_oom(pack: Pack, run: Callable[[Pack], T]) -> T:
     """run(pack); PackTooLarge where memory runs out, which holds nothing of the pass that failed."""
     try:
         return run(pack)
@@ -91,36 +89,3 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-
-
-def carried_over(packs: Sequence[Pack], before: Sequence[Pack]) -> list[Pack]:
-    """The packs with the log-probs that other packs of the same completions have."""
-    known = log_probs(before)
-    return [with_log_probs(pack, known) for pack in packs]
-
-
-Known = dict[int, dict[str, torch.Tensor | None]]
-
-
-def log_probs(packs: Sequence[Pack]) -> Known:
-    """By the id of a completion its part [C] of everything in PER_TOKEN; None where the pack has none."""
-    known: Known = {}
-    for pack in packs:
-        completions = [completion for group in pack.groups for completion in group.completions]
-        lengths = [len(completion.token_ids) for completion in completions]
-        values = {name: getattr(pack, name) for name in PER_TOKEN}
-        parts = {n: [None] * len(lengths) if v is None else v.split(lengths) for n, v in values.items()}
-        for i, completion in enumerate(completions):
-            known[id(completion)] = {name: part[i] for name, part in parts.items()}
-    return known
-
-
-def with_log_probs(pack: Pack, known: Known) -> Pack:
-    """The pack with what is known of its completions; a value that one of them lacks is None."""
-    each = [known[id(completion)] for group in pack.groups for completion in group.completions]
-    return replace(pack, **{name: _joined([values[name] for values in each]) for name in PER_TOKEN})
-
-
-def _joined(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-    there = [part for part in parts if part is not None]
-    return torch.cat(there) if len(there) == len(parts) else None

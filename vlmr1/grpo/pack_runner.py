@@ -1,137 +1,164 @@
-"""The passes of a step: groups -> packs under the token budget -> log-probs; smaller packs where memory runs out."""
+"""Passes over packs under a token budget: smaller packs where memory runs out, as many passes on every rank."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
-from vlmr1.distributed.sharded import summon_full_params
+from vlmr1.distributed.sharded import require_input_grads, summon_full_params
 from vlmr1.errors import MemoryShort
-from vlmr1.grpo.buffer import Part
-from vlmr1.grpo.pack_budget import PackTooLarge, carried_over, free_memory, guarded
+from vlmr1.grpo.pack_budget import PackBudget, PackTooLarge, catch_oom, free_memory
 from vlmr1.grpo.packing import (
+    dummy_pack,
+    first_completion,
     make_pack,
     plan_packs,
     repeated_prompt_tokens,
-    with_image,
+    select,
+    tokens_of,
+    with_dummy_image,
     with_signal,
-    without_weight,
 )
-from vlmr1.grpo.policy import PackedPolicy, call
-from vlmr1.grpo.reference import Reference
+from vlmr1.grpo.policy import PackedPolicy
 from vlmr1.models.attention import autocast
-from vlmr1.models.features import FeatureCache, encode, unique_images
-from vlmr1.telemetry.phases import Phases
-from vlmr1.training.hf_trainer import BaseTrainer
+from vlmr1.models.features import encode, unique_images
+from vlmr1.training.parallel import Parallel
 from vlmr1.types import Group, Pack
 
 T = TypeVar("T")
 
 
-class PassesTrainer(BaseTrainer):
-    """What rollouts and updates are computed in."""
+class PackRunner:
+    """Runs functions over the packs of groups. It alone knows the token budget, out-of-memory, equal numbers of passes
+    over ranks, the dummy image, and when gradients are synchronized."""
 
-    family: Any
-    engine: Any
-    policy: PackedPolicy
-    reference: Reference | None
-    features: FeatureCache | None
-    blank: Any
+    def __init__(self, policy: PackedPolicy, args: Any, parallel: Parallel, dummy_image: Any = None):
+        """`dummy_image`: reference and inputs of an image that passes without one encode too, where every rank has to
+        call the tower."""
+        self.policy = policy
+        self.args = args
+        self.parallel = parallel
+        self.dummy_image = dummy_image
+        self.budget = PackBudget(args.tokens_per_pack)
+        self.counts: dict[str, float] = {}  # metrics of the last packs of an update
+        if dummy_image is not None and parallel.sharding is not None:
+            require_input_grads(attrgetter(policy.family.decoder_path)(policy.model))
+
+    # Groups -> packs
 
     def with_signal(self, groups: Sequence[Group]) -> list[Group]:
-        """What of the groups has a part in the loss."""
+        """The completions that contribute to the loss."""
         skip, mask = self.args.skips_zero_advantage, self.args.mask_truncated_completions
         return with_signal(groups, skip_zero_advantage=skip, mask_truncated=mask)
 
-    def pack(self, groups: Sequence[Group]) -> tuple[list[Pack], dict[str, float]]:
-        """Groups -> packed rows under the token budget, as many on every rank, and what they count."""
+    def tokens_of(self, group: Group) -> int:
+        """Tokens that an update computes of a group."""
+        return sum(map(tokens_of, self.with_signal([group])))
+
+    def packs(self, groups: Sequence[Group]) -> list[Pack]:
+        """The packs of an update on these groups, as many on every rank and at least one."""
         plan = self._plan(self.with_signal(groups))
-        packs = self.made(plan, groups)
-        return packs, {
+        packs = self.make_packs(plan, pad=groups, at_least=1)
+        self.counts = {
             "packs": float(len(packs)),
             "packed_tokens": float(sum(len(pack.input_ids) for pack in packs)),
             "repeated_prompt_tokens": float(repeated_prompt_tokens(plan)),
             "tokens_per_pack": float(self.budget.tokens),
         }
+        return packs
 
-    def made(self, plan: Sequence[Sequence[Group]], groups: Sequence[Group]) -> list[Pack]:
-        """The packs of a plan, and passes of no weight over one of the groups behind them: engines need as many
-        passes on every rank, each of which calls the same modules."""
-        packs = self.made_alone(plan)
-        packs += [without_weight(groups)] * (self.ranks.all_reduce_max(max(len(packs), 1)) - len(packs))
-        return packs if self.blank is None else [with_image(pack, *self.blank) for pack in packs]
-
-    def made_alone(self, plan: Sequence[Sequence[Group]]) -> list[Pack]:
-        """The packs of a plan and no more: for passes without gradient where each rank has all weights, which need not
-        be as many on every rank. DDP sends its buffers in the first one only, and each rank has a first one."""
-        return [make_pack(row, share_vision=self.args.share_vision) for row in plan]
+    def make_packs(
+        self, plan: Sequence[Sequence[Group]], *, pad: Sequence[Group] | None = None, at_least: int = 0
+    ) -> list[Pack]:
+        """The packs of a plan; with `pad`, zero-weight dummy packs of one of these groups are appended so that all
+        ranks run the same number of passes: engines count on it, and on every pass calling the same modules."""
+        packs = [make_pack(row, share_vision=self.args.share_vision) for row in plan]
+        if pad is None:
+            return packs
+        missing = self.parallel.ranks.all_reduce_max(max(len(packs), at_least)) - len(packs)
+        if missing:
+            packs += [dummy_pack(pad)] * missing
+        return packs if self.dummy_image is None else [with_dummy_image(pack, *self.dummy_image) for pack in packs]
 
     def _plan(self, groups: Sequence[Group]) -> list[list[Group]]:
         switches = {"share_prompt": self.args.share_prompt, "pack": self.args.pack}
         return plan_packs(groups, tokens_per_pack=self.budget.tokens, limit=self.budget.limit, **switches)
 
-    def with_logprobs(self, model: Any, packs: Sequence[Pack], phases: Phases) -> list[Pack]:
-        """The packs with the log-probs of reference and old policy."""
-        with phases("reference"), nullcontext() if self.reference is None else self.reference.ready():
-            packs = [guarded(pack, self.with_reference) for pack in packs]
-        with phases("old"):
-            return [guarded(pack, lambda pack: self.with_old(model, pack)) for pack in packs]
+    # Passes
 
-    def with_reference(self, pack: Pack) -> Pack:
-        """The pack with the reference model's log-probs, where the objective needs them."""
-        if self.reference is None:
-            return pack
-        return replace(pack, ref_logp=self.reference.logprobs(pack))
+    def map(self, groups: Sequence[Group], fn: Callable[[Pack], Tensor], *, into: str, every: bool = False) -> None:
+        """Run `fn` without gradient over packs of the completions that lack the fact `into`, and store its values [N]
+        on them, as views. It sees the completions that contribute to the loss, or with `every` all of them.
 
-    def with_old(self, model: Any, pack: Pack) -> Pack:
-        """The pack with the log-probs of the policy that drew it: the engine's, or the policy's own."""
-        if self.args.old_logprobs == "rollout":
-            return pack
-        needed = self.args.kl_in_reward or self.args.importance_sampling_correction != "none"
-        if self.args.steps_per_generation * self.args.num_iterations == 1 and not needed:
-            return replace(pack, old_logp=None)  # the update's own forward computes them
-        model.eval()
-        with self.policy.attention():
-            return replace(pack, old_logp=call(model, self.policy.model, lambda: self.policy.logprobs(pack)))
+        Where every rank has all weights, passes over `every` completion need not be as many on each rank. DDP sends
+        its buffers in the first pass only, and each rank has a first one."""
+        seen = groups if every else self.with_signal(groups) or [first_completion(groups)]  # of the dummy pack
+        lacking = select(seen, lambda completion, _: getattr(completion, into) is None)
+        pad = None if every and self.parallel.sharding is None else groups
 
-    def with_passes(self, part: Part, run: Callable[[Pack], Pack]) -> Part:
-        """The part with what `run` adds to each of its packs."""
-        part, packs = self.fitting(part, lambda packs: [guarded(pack, run) for pack in packs])
-        return replace(part, packs=packs)
+        def run() -> list[tuple[Pack, Tensor]]:
+            packs = self.make_packs(self._plan(lacking), pad=pad)
+            return [(pack, catch_oom(pack, fn)) for pack in packs]
 
-    def fitting(self, part: Part, run: Callable[[list[Pack]], T]) -> tuple[Part, T]:
-        """`run` over the packs of a part; where memory runs out in one, over all of them again, cut smaller. Returns
-        the part as it was packed in the end, and what `run` returned."""
+        for pack, values in self.retry_smaller(run):
+            for completion, piece in zip(pack.completions, pack.split(values), strict=True):
+                if getattr(completion, into) is None:  # a dummy pack's completion may have it from its own pack
+                    setattr(completion, into, piece)
+
+    def backward(self, model: Any, groups: Sequence[Group], fn: Callable[[Pack], T]) -> list[T]:
+        """Run `fn`, which makes a backward pass, over the packs of an update; gradients add up. Where memory runs out,
+        they are dropped, and all passes are made again in smaller packs. Returns what `fn` returned, pack by pack."""
+
+        def run() -> list[T]:
+            packs, done = self.packs(groups), []
+            try:
+                for i, pack in enumerate(packs):
+                    with self._syncing(model, last=i == len(packs) - 1):
+                        done.append(catch_oom(pack, fn))
+            except PackTooLarge:
+                model.zero_grad(set_to_none=True)
+                raise
+            return done
+
+        results = self.retry_smaller(run)
+        if self.dummy_image is None and any(group.prompt.images for group in groups):
+            self.policy.family.fill_vision_gradients(self.policy.model)  # of what was computed, all may be text
+        return results
+
+    def retry_smaller(self, run: Callable[[], T]) -> T:
+        """run(), again with a smaller budget each time that memory runs out in one of its packs."""
         while True:
             try:
-                return part, run(part.packs)
+                return run()
             except PackTooLarge as error:
-                self.shrink(error)
-            part = self.packed_anew(part)
+                if self.parallel.in_lockstep:  # the other ranks would not make the passes again
+                    raise MemoryShort(f"out of memory in a pass: lower tokens_per_pack ({error})") from error
+                self.budget.shrink(error)
+                free_memory()
 
-    def shrink(self, error: PackTooLarge) -> None:
-        """Smaller packs from now on."""
-        if self.joins_tower:  # the others would not make the passes again
-            raise MemoryShort(f"out of memory in a pass: lower tokens_per_pack ({error})") from error
-        self.budget.shrink(error)
-        free_memory()
+    @contextmanager
+    def _syncing(self, model: Any, *, last: bool) -> Iterator[None]:
+        """Encloses a pass: the ranks add up their gradients in the last one of an update, with FSDP in each, where
+        gradients stay in shards. DeepSpeed updates in the backward that is the last."""
+        accelerator = self.parallel.accelerator
+        accelerator.gradient_state._set_sync_gradients(last)
+        with nullcontext() if last or self.parallel.has_engine else accelerator.no_sync(model):
+            yield
 
-    def packed_anew(self, part: Part) -> Part:
-        """The part in packs of the present budget, with the log-probs that it has."""
-        packs, counts = self.pack(part.groups)
-        return replace(part, packs=carried_over(packs, part.packs), counts=part.counts | counts)
-
-    def encode_ahead(self, groups: Sequence[Group]) -> None:
-        """The features of these groups, where the passes of several ranks would not meet in a sharded tower."""
-        if self.features is None or self.sharding is None:
+    def encode_ahead(self, model: Any, groups: Sequence[Group]) -> None:
+        """Cache the features of these groups' images where the tower is frozen and sharded: ranks whose packs have
+        other images would call it at other times."""
+        features, sharding = self.policy.features, self.parallel.sharding
+        if features is None or sharding is None:
             return
         images, refs, _ = unique_images([group.prompt for group in groups])
-        if not self.ranks.all_reduce_max(sum(ref not in self.features.kept for ref in refs)):
+        if not self.parallel.ranks.all_reduce_max(sum(ref not in features.kept for ref in refs)):
             return
         precision = autocast(self.args.device, self.policy.dtype)  # as in a rollout
-        with summon_full_params(self.model, self.sharding), precision, torch.no_grad():
-            encode(self.family, self.engine.model, refs, images, self.features)
+        with summon_full_params(model, sharding), precision, torch.no_grad():
+            encode(self.policy.family, self.policy.model, refs, images, features)

@@ -6,15 +6,19 @@ its first token is predicted by the prompt's last row, and nothing is predicted 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from vlmr1.models.features import all_images, unique_images
-from vlmr1.types import Group, ImageInputs, ImageRef, Pack
+from vlmr1.types import Completion, Group, Pack
 from vlmr1_kernels import PrefixLayout
+
+if TYPE_CHECKING:
+    from vlmr1.types import ImageInputs, ImageRef
 
 
 def plan_packs(
@@ -50,19 +54,13 @@ def repeated_prompt_tokens(plan: Sequence[Sequence[Group]]) -> int:
     return sum(len(p.input_ids) for p in prompts) - sum(len(p.input_ids) for p in distinct.values())
 
 
-def with_signal(groups: Sequence[Group], *, skip_zero_advantage: bool, mask_truncated: bool) -> list[Group]:
-    """The completions that have a part in the loss, and the groups that have some: those whose advantage is not 0
-    with the one setting, those that ended by themselves with the other."""
+def select(groups: Sequence[Group], keep: Callable[[Completion, float], bool]) -> list[Group]:
+    """The completions that `keep` is true for, given their advantages (0 before they are known), and their groups."""
     left = []
     for group in groups:
-        assert group.advantages is not None
-        pairs = enumerate(zip(group.advantages.tolist(), group.completions, strict=True))
-        which = [
-            i
-            for i, (advantage, completion) in pairs
-            if not (skip_zero_advantage and advantage == 0)
-            and not (mask_truncated and completion.finish_reason == "length")
-        ]
+        advantages = [0.0] * len(group.completions) if group.advantages is None else group.advantages.tolist()
+        pairs = zip(group.completions, advantages, strict=True)
+        which = [i for i, (completion, advantage) in enumerate(pairs) if keep(completion, advantage)]
         if len(which) == len(group.completions):
             left.append(group)
         elif which:
@@ -70,20 +68,37 @@ def with_signal(groups: Sequence[Group], *, skip_zero_advantage: bool, mask_trun
     return left
 
 
-def without_weight(groups: Sequence[Group]) -> Pack:
-    """A pass over one completion that counts for nothing: where none has a part in the loss, every rank still runs a
-    pass, and gradients are 0, not absent."""
-    return replace(make_pack([_branches(groups[0], [0])]), weight=0.0)
+def with_signal(groups: Sequence[Group], *, skip_zero_advantage: bool, mask_truncated: bool) -> list[Group]:
+    """The completions that contribute to the loss: with the one setting those whose advantage is not 0, with the other
+    those that ended by themselves."""
+    return select(
+        groups,
+        lambda completion, advantage: (
+            not (skip_zero_advantage and advantage == 0)
+            and not (mask_truncated and completion.finish_reason == "length")
+        ),
+    )
+
+
+def first_completion(groups: Sequence[Group]) -> Group:
+    """The first group with its first completion only: the content of dummy packs."""
+    return _branches(groups[0], [0])
+
+
+def dummy_pack(groups: Sequence[Group]) -> Pack:
+    """Zero-weight pack of one completion: its pass adds gradients of 0."""
+    return replace(make_pack([first_completion(groups)]), weight=0.0)
 
 
 def make_pack(groups: Sequence[Group], *, share_vision: bool = True) -> Pack:
-    """One packed row of these groups, whose advantages are known."""
+    """One packed row of these groups."""
     completions = [c for group in groups for c in group.completions]
     prompts = [group.prompt for group in groups]
     branches = [c.token_ids[:-1] for c in completions]
     first = torch.tensor([group.prompt.next_position for group in groups for _ in group.completions])
-    kinds = len(prompts[0].positions)
-    branch_positions = [start + torch.arange(len(b)) for start, b in zip(first, branches, strict=True)]
+    position_dims = len(prompts[0].positions)
+    starts = zip(first, branches, strict=True)
+    branch_positions = [(start + torch.arange(len(b))).expand(position_dims, -1) for start, b in starts]
     images, refs, image_ids = unique_images(prompts) if share_vision else all_images(prompts)
     layout = PrefixLayout(
         tuple(len(p.input_ids) for p in prompts),
@@ -92,7 +107,7 @@ def make_pack(groups: Sequence[Group], *, share_vision: bool = True) -> Pack:
     lengths = torch.tensor([len(c.token_ids) for c in completions])
     return Pack(
         input_ids=torch.cat([p.input_ids for p in prompts] + branches),
-        positions=torch.cat([p.positions for p in prompts] + [p.expand(kinds, -1) for p in branch_positions], dim=1),
+        positions=torch.cat([p.positions for p in prompts] + branch_positions, dim=1),
         layout=layout,
         images=images,
         image_refs=refs,
@@ -100,11 +115,11 @@ def make_pack(groups: Sequence[Group], *, share_vision: bool = True) -> Pack:
         rows=_predicting_rows(layout),
         targets=torch.cat([c.token_ids for c in completions]),
         seq_ids=torch.repeat_interleave(torch.arange(len(completions)), lengths),
-        advantages=torch.cat([group.advantages for group in groups if group.advantages is not None]),
-        old_logp=_joined([c.logp if c.old_logp is None else c.old_logp for c in completions]),
-        ref_logp=_joined([c.ref_logp for c in completions]),
-        rollout_logp=_joined([c.logp for c in completions]),
-        sampling_logp=_joined([c.sampling_logp for c in completions]),
+        advantages=_concatenate([group.advantages for group in groups]),
+        old_logp=_concatenate([c.old_logp for c in completions]),
+        ref_logp=_concatenate([c.ref_logp for c in completions]),
+        rollout_logp=_concatenate([c.logp for c in completions]),
+        importance_denominator=_concatenate([c.importance_denominator for c in completions]),
         groups=tuple(groups),
     )
 
@@ -121,8 +136,8 @@ def _predicting_rows(layout: PrefixLayout) -> Tensor:
     return torch.cat(rows)
 
 
-def with_image(pack: Pack, ref: ImageRef, image: ImageInputs) -> Pack:
-    """The pack, with this image to encode where it has none: every rank calls the tower in every pass."""
+def with_dummy_image(pack: Pack, ref: ImageRef, image: ImageInputs) -> Pack:
+    """The pack with this image to encode where it has none, so that every rank calls the tower in every pass."""
     return pack if pack.images else replace(pack, images=(image,), image_refs=(ref,))
 
 
@@ -177,8 +192,7 @@ def _branches(group: Group, which: list[int]) -> Group:
     )
 
 
-def _joined(parts: list[Tensor | None]) -> Tensor | None:
+def _concatenate(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """None where one is missing; what came from a checkpoint or another rank may be in host memory."""
     known = [part for part in parts if part is not None]
-    if len(known) < len(parts):
-        return None
-    return torch.cat(known)
+    return torch.cat([part.to(known[0].device) for part in known]) if len(known) == len(parts) else None

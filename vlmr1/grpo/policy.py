@@ -7,17 +7,19 @@ head is called in the same way, with the fused projection as its forward: engine
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from vlmr1.distributed.sharded import Sharding, summon_full_params
 from vlmr1.grpo.loss import Objective
 from vlmr1.models.attention import PackedAttention, autocast
 from vlmr1.models.family import ImageFeatures, ModelFamily
 from vlmr1.models.features import FeatureCache, encode
+from vlmr1.models.lora import merged
 from vlmr1.types import Pack
 from vlmr1_kernels import linear_logprob
 
@@ -36,6 +38,15 @@ def call(wrapped: Any, model: Any, function: Callable[..., T], *inputs: Any) -> 
             del model.forward
         else:
             model.forward = before
+
+
+@contextmanager
+def weights_for_rollout(
+    wrapped: Any, trained: Any, sharding: Sharding | None, *, merge_adapter: bool
+) -> Iterator[None]:
+    """In this block each rank has all weights, and the adapter of `trained` is merged where asked for."""
+    with summon_full_params(wrapped, sharding), merged(trained) if merge_adapter else nullcontext():
+        yield
 
 
 class PackedPolicy:
@@ -61,7 +72,7 @@ class PackedPolicy:
         return self.family.attention(self.model)
 
     def image_features(self, pack: Pack) -> tuple[list[ImageFeatures], Tensor | None]:
-        """What stands at each placeholder run of the pack, and a zero that depends on the images that stand at none."""
+        """Features at each placeholder run of the pack, and a zero that depends on the images without one."""
         encoded = encode(self.family, self.model, pack.image_refs, pack.images, self.features)
         unused = [encoded[i] for i in set(range(len(encoded))) - set(pack.image_ids)]
         nothing = [0 * rows.sum() for each in unused for rows in each.tensors()]

@@ -28,7 +28,7 @@ def frozen_copy(
     model: Any, memo: dict[int, Any] | None = None, *, shared: bool = True, source: Mapping[str, Any] | None = None
 ) -> Any:
     """A reference model: what is trained is copied, what is frozen is the model's own where it is `shared`. `memo`:
-    copies that are made already, by the id of what they are of. A model that ZeRO-3 has spread over the ranks is read
+    copies that exist already, by the id of the original. A model that ZeRO-3 has spread over the ranks is read
     again, with the options `source`."""
     if is_partitioned(model):
         attention = model.config._attn_implementation
@@ -118,7 +118,7 @@ class Reference:
 
 
 class HostReference(Reference):
-    """The same; what was copied is in host memory (pinned where the policy is on a GPU), and on the device for its
+    """`Reference` whose copies are in host memory (pinned where the policy is on a GPU), and on the device for its
     passes only."""
 
     def __init__(self, forward: PackedPolicy, policy: Any, device: torch.device | None = None):

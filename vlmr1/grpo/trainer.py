@@ -1,131 +1,88 @@
-"""The loop, read aloud: rollout -> reward -> advantage -> pack -> reference -> policy -> update.
+"""GRPO, step by step: rollout -> reward -> advantage -> pack -> reference -> policy -> update.
 
-One `training_step` is one optimizer update. Optimizers, schedulers, checkpoints, resume and callbacks are those of
-`transformers.Trainer`; what is around the step is in `base_trainer.py`, the passes in `passes.py`.
+One `training_step` is one optimizer update. A generation (everything before the policy pass) serves
+steps_per_generation * num_iterations updates from the buffer. Optimizers, schedulers, checkpoints, resume and callbacks
+are those of `HFTrainer`; packs, memory and ranks are the `PackRunner`'s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
-from operator import attrgetter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
-from vlmr1.config import GRPOConfig
-from vlmr1.data.loader import unpacked
-from vlmr1.data.prompts import PromptBuilder, PromptDataset, without_overlong
+from vlmr1.data.loader import as_list, prompt_loader, unpacked
 from vlmr1.distributed.balance import exchange
 from vlmr1.distributed.metrics import all_losses, over_ranks
-from vlmr1.distributed.sharded import require_input_grads, summon_full_params
-from vlmr1.errors import SettingError
+from vlmr1.grpo import setup
 from vlmr1.grpo.advantages import with_advantages
-from vlmr1.grpo.buffer import Buffer, Part
-from vlmr1.grpo.dynamic_sampling import Reserve, resample
-from vlmr1.grpo.group_metrics import group_statistics
-from vlmr1.grpo.importance_sampling import with_correction
-from vlmr1.grpo.kl_penalty import unjudged, with_kl
+from vlmr1.grpo.buffer import Buffer, BufferSampler, Minibatch
+from vlmr1.grpo.dynamic_sampling import PromptReservoir, resample
+from vlmr1.grpo.group_metrics import group_metrics, warn_if_logp_differs
+from vlmr1.grpo.importance_sampling import set_importance_denominators
+from vlmr1.grpo.kl_penalty import with_kl
 from vlmr1.grpo.loss import Objective, logp_difference, normalizer
-from vlmr1.grpo.naive import NaivePolicy
-from vlmr1.grpo.pack_budget import PackTooLarge, guarded
-from vlmr1.grpo.pack_runner import PassesTrainer
-from vlmr1.grpo.packing import tokens_of
-from vlmr1.grpo.policy import PackedPolicy, call
-from vlmr1.grpo.reference import SyncReference, make_reference
-from vlmr1.models import check_dropout, family_of
-from vlmr1.models.features import FeatureCache
-from vlmr1.models.lora import merged
-from vlmr1.models.trainable import choose_trained
-from vlmr1.rewards.failures import unreadable
+from vlmr1.grpo.pack_runner import PackRunner
+from vlmr1.grpo.policy import call, weights_for_rollout
+from vlmr1.grpo.reference import SyncReference
 from vlmr1.rewards.groups import TimedOut, score_groups
-from vlmr1.rewards.pool import RewardPool
-from vlmr1.rewards.registry import Reward, get_reward
-from vlmr1.rollout import ENGINES
-from vlmr1.telemetry.phases import Phases
+from vlmr1.training.hf_trainer import HFTrainer
 from vlmr1.types import Group, Pack, Prompt, Sample, StepMetrics
 from vlmr1_kernels import use
 
 
-class GRPOTrainer(PassesTrainer):
+class GRPOTrainer(HFTrainer):
     """GRPO on a vision-language model; each group's image and prompt are computed once."""
 
     def __init__(
         self,
         model: Any,
-        args: GRPOConfig,
+        args: Any,
         samples: Sequence[Sample],
         processor: Any,
-        reward_funcs: Sequence[str | Reward | Callable] | None = None,
+        reward_funcs: Sequence[Any] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ):
-        self.family = family_of(model)
-        if args.share_prompt or args.pack:
-            check_dropout(model.config)
         self.processor = processor
-        settings = args.rewards().with_boxes(args.box_coordinates, model.config.model_type, processor.image_processor)
-        self.rewards = [get_reward(reward, settings) for reward in (reward_funcs or args.reward_funcs)]
-        self.timed_out: list[TimedOut] = []  # of the last generation
-        self.reward_pool = RewardPool(args.reward_workers, args.reward_timeout) if args.reward_workers else None
-        self.reward_weights = args.reward_weights or [1.0] * len(self.rewards)
-        if len(self.reward_weights) != len(self.rewards):
-            raise SettingError(f"reward_weights has {len(self.reward_weights)} values for {len(self.rewards)} rewards")
         self.settings = args.objective()
+        self.sampling = args.sampling()
         self.dtype = torch.bfloat16 if args.bf16 else None
-        trained = choose_trained(model, self.family, args)
-        if args.overlong_prompts == "filter" and args.max_prompt_length is not None:
-            samples = without_overlong(samples, PromptBuilder(model, self.family, processor), args.max_prompt_length)
-        builder = PromptBuilder(model, self.family, processor, max_prompt_length=args.max_prompt_length)
-        dataset = PromptDataset(samples, builder)
+        self.rewards, self.reward_weights = setup.make_rewards(args, model, processor, reward_funcs)
+        self.reward_pool = setup.make_reward_pool(args)
+        self.family, trained = setup.prepare_model(model, args)
+        dataset = setup.make_dataset(model, self.family, processor, samples, args)
         super().__init__(
             model=trained,
             args=args,
             train_dataset=dataset,
             processing_class=processor.tokenizer,
+            data_collator=as_list,
             callbacks=list(callbacks),
         )
-        frozen = not any(parameter.requires_grad for parameter in self.family.vision_parameters(model))
-        self.features = FeatureCache() if frozen and args.share_vision else None
-        self.blank = builder.blank() if self.joins_tower and self.features is None else None
-        if self.blank is not None and self.sharding is not None:
-            require_input_grads(attrgetter(self.family.decoder_path)(model))
-        self.engine = ENGINES[args.rollout_engine](
-            model,
-            self.family,
-            processor.tokenizer,
-            dtype=self.dtype,
-            features=self.features,
-            kv_mib=args.rollout_kv_mib,
-            cuda_graphs=args.cuda_graphs,
-        )
-        self.sampling = args.sampling()
-        self.policy = self._forward_of(model)
-        self.reference = None
-        if args.beta > 0:
-            source = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
-            options = {"accelerator": self.accelerator, "sharding": self.sharding, "source": source}
-            self.reference = make_reference(args.reference, self._forward_of(model), trained, **options)
-        if args.sync_ref_model and self.reference is not None:
-            self.kept.append(self.reference)
-            self.add_callback(SyncReference(self.reference))
-        self.reserve = None
+        self.features = setup.make_features(model, self.family, args)
+        self.policy = setup.make_policy(self, model)
+        self.runner = PackRunner(self.policy, args, self.parallel, setup.make_dummy_image(self, model))
+        self.engine = setup.make_engine(self, model)
+        self.buffer = Buffer(args.num_iterations, dataset.of_sample, self.ranks)
+        self.reference = setup.make_reference_model(self, model, trained)
+        self.reservoir = None
         if args.dynamic_sampling:
             seed = args.seed if args.data_seed is None else args.data_seed
-            self.reserve = Reserve(dataset.indices(), seed)
-            self.kept.append(self.reserve)
-        self.resampling: dict[str, float] = {}  # what the last generation took
-        self.buffer = Buffer(args.num_iterations)
+            self.reservoir = PromptReservoir(dataset.indices(), seed)
+        if args.sync_ref_model and self.reference is not None:
+            self.add_callback(SyncReference(self.reference))
+            self.members.append(self.reference)
+        self.members += [self.reservoir] if self.reservoir is not None else []
+        self.members += [self.runner.budget] + ([] if args.save_only_model else [self.buffer])
+        self.timed_out: list[TimedOut] = []  # of the last generation
+        self.resampling: dict[str, float] = {}  # metrics of the last generation
         self.last_groups: list[Group] = []
 
-    def _forward_of(self, model: Any) -> PackedPolicy:
-        kind = PackedPolicy if self.args.share_prompt or self.args.pack else NaivePolicy
-        options = {"temperature": self.args.temperature, "dtype": self.dtype, "features": self.features}
-        return kind(model, self.family, **options)
-
-    # The step
+    # The update
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One update's gradients from a list of Prompts; returns the loss."""
@@ -136,140 +93,156 @@ class GRPOTrainer(PassesTrainer):
         return loss
 
     def _step(self, model: Any, prompts: Sequence[Prompt]) -> Tensor:
-        drawn = self.buffer.spent  # else the buffer serves this update too
+        drawn = self.buffer.spent
         if drawn:
-            self.buffer.fill(self.generation(model, prompts, self.phases))
-        part = self.buffer.take()
-        if self.budget.limit is not None:  # memory ran out, perhaps since this was packed
-            part = self.packed_anew(part)
-        part, (loss, values) = self.fitting(part, lambda packs: self.backward(model, packs, part.groups))
-        own = group_statistics(part.groups, [reward.name for reward in self.rewards], self.reward_weights)
-        own |= part.counts | unreadable(part.groups, self.rewards)
+            self.buffer.fill(self.generate(model, prompts))
+        else:
+            self.runner.encode_ahead(self.model, self.buffer.groups)  # a run that was resumed has no features
+        minibatch = self.buffer.take()
+        loss, metrics = self.backward(model, minibatch.groups)
+        metrics |= self._metrics(minibatch, drawn=drawn)
         if drawn:
-            own |= self.engine.stats.values() | {"reward_timeouts": float(len(self.timed_out))} | self.resampling
-        values |= over_ranks(own, len(part.groups), self.ranks)
-        if drawn:
-            self.check_logp(values)
-        else:  # the policy is not the one that drew these any more
-            values = {name: value for name, value in values.items() if "logp_difference" not in name}
+            warn_if_logp_differs(metrics, self.state.global_step + 1, self.args.rollout_logp_warn_threshold)
+        else:  # the policy has moved since it drew these completions
+            metrics = {name: value for name, value in metrics.items() if "logp_difference" not in name}
         if self.buffer.spent and self.features is not None:
             self.features.clear()
-        self.unlogged.append(StepMetrics(values, self.phases.seconds, self.phases.memory))
-        self.last_groups = part.groups
+        self.pending.steps.append(StepMetrics(metrics, self.phases.seconds, self.phases.memory))
+        self.last_groups = minibatch.groups
         self.last_loss = float(loss)
         return loss
 
-    def generation(self, model: Any, prompts: Sequence[Prompt], phases: Phases) -> list[Part]:
-        """Everything that is done before the first update: completions, rewards, advantages, packs, and the log-probs
-        of reference and old policy."""
-        with phases("rollout"):
+    # Before the first update on a generation
+
+    def generate(self, model: Any, prompts: Sequence[Prompt]) -> list[Minibatch]:
+        """Prompts -> groups of completions with rewards, advantages, and the log-probs of reference and old policy."""
+        with self.phases("rollout"):
             groups = self.rollout(prompts)
         self.timed_out = []
-        groups = self.scored(groups, phases)
-        if self.reserve is not None:
-            groups = self.resampled(groups, self.reserve, phases)
+        groups = self.score(groups)
+        if self.reservoir is not None:
+            groups = self.resample(groups, self.reservoir)
         if self.args.kl_in_reward:
-            groups = self.with_kl(model, groups, phases)
+            self.runner.encode_ahead(self.model, groups)
+            self.add_logprobs(model, groups, every=True)
+            groups = with_kl(groups, self.args.kl_estimator)
         weights, scale = self.reward_weights, self.args.scale_rewards
         groups = with_advantages(groups, weights, scale, self.ranks, kl_weight=self.args.beta)
         self.timed_out = self.ranks.all_gather_list(self.timed_out)  # groups may go to other ranks
-        parts = []
-        for of_part in self.shared_out(groups):
-            part = Part(of_part, *self.pack(of_part))
-            if not self.args.kl_in_reward:  # else the completions have brought them
-                with phases("reference"), nullcontext() if self.reference is None else self.reference.ready():
-                    part = self.with_passes(part, self.with_reference)
-                with phases("old"):
-                    part = self.with_passes(part, lambda pack: self.with_old(model, pack))
-            mode, cap = self.args.importance_sampling_correction, self.args.importance_sampling_cap
-            packs, ratios = with_correction(part.packs, mode, cap)
-            parts.append(replace(part, packs=packs, counts=part.counts | ratios))
-        return parts
+        return [Minibatch(own, self.prepare(model, own)) for own in self.balance(groups)]
 
     def rollout(self, prompts: Sequence[Prompt], number: int = 0) -> list[Group]:
         """Prompts -> groups of completions, drawn from the present policy; `number` of the round varies the draws."""
         step = self.state.global_step + (number << 32)
-        merging = merged(self.accelerator.unwrap_model(self.model)) if self.args.lora_merge_rollout else nullcontext()
-        with summon_full_params(self.model, self.sharding), merging:
+        trained, merge = self.accelerator.unwrap_model(self.model), self.args.lora_merge_rollout
+        with weights_for_rollout(self.model, trained, self.sharding, merge_adapter=merge):
             if not prompts:  # other ranks have some, and gathered the weights with this one
                 return []
             return self.engine.generate(prompts, self.args.num_generations, self.sampling, step=step)
 
-    def scored(self, groups: Sequence[Group], phases: Phases) -> list[Group]:
-        with phases("reward"):
+    def score(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups with their rewards [G, R]."""
+        with self.phases("reward"):
             return score_groups(groups, self.rewards, pool=self.reward_pool, timed_out=self.timed_out)
 
-    def resampled(self, groups: Sequence[Group], reserve: Reserve, phases: Phases) -> list[Group]:
+    def resample(self, groups: Sequence[Group], reservoir: PromptReservoir) -> list[Group]:
         """The groups after further rounds for those without signal; rollout statistics are of all rounds."""
         dataset: Any = self.train_dataset
 
         def draw(rows: Sequence[int], number: int) -> list[Group]:
             before = self.engine.stats
-            with phases("rollout"):
+            with self.phases("rollout"):
                 drawn = self.rollout([dataset[row] for row in rows], number)
             if not drawn:
                 return []
             self.engine.stats = before + self.engine.stats
-            return self.scored(drawn, phases)
+            return self.score(drawn)
 
-        options = {
-            "rounds": self.args.dynamic_sampling_max_rounds,
-            "rank": self.ranks.rank,
-            "gather": self.ranks.all_gather_list,
-        }
-        groups, self.resampling = resample(groups, draw, reserve, self.reward_weights, **options)
+        rounds, gather = self.args.dynamic_sampling_max_rounds, self.ranks.all_gather_list
+        options = {"rounds": rounds, "rank": self.ranks.rank, "gather": gather}
+        groups, self.resampling = resample(groups, draw, reservoir, self.reward_weights, **options)
         return groups
 
-    def with_kl(self, model: Any, groups: Sequence[Group], phases: Phases) -> list[Group]:
-        """The groups with the KL that lowers their rewards; truncated completions have one too."""
-        self.encode_ahead(groups)
-        while True:
-            plan = self._plan(unjudged(groups))
-            packs = self.made_alone(plan) if self.sharding is None else self.made(plan, unjudged(groups))
-            try:
-                packs = self.with_logprobs(model, packs, phases)
-                return with_kl(groups, plan, packs[: len(plan)], self.args.kl)
-            except PackTooLarge as error:
-                self.shrink(error)
-
-    def shared_out(self, groups: Sequence[Group]) -> list[list[Group]]:
+    def balance(self, groups: Sequence[Group]) -> list[list[Group]]:
         """The groups of each update that this rank trains on: about as many tokens on every rank."""
-        tokens = [sum(map(tokens_of, self.with_signal([group]))) for group in groups]
-        parts = exchange(groups, tokens, self.args.steps_per_generation, self.ranks, self._prompt_of)
-        self.encode_ahead([group for part in parts for group in part])
+        tokens = [self.runner.tokens_of(group) for group in groups]
+        dataset: Any = self.train_dataset
+        parts = exchange(groups, tokens, self.args.steps_per_generation, self.ranks, dataset.of_sample)
+        self.runner.encode_ahead(self.model, [group for part in parts for group in part])
         return parts
 
-    def backward(self, model: Any, packs: Sequence[Pack], groups: Sequence[Group]) -> tuple[Tensor, dict[str, float]]:
-        """Accumulate the gradient of the step's loss over its packs; returns the loss and the metrics.
+    def add_logprobs(self, model: Any, groups: Sequence[Group], *, every: bool = False) -> None:
+        """Add the log-probs of reference and old policy to the completions that contribute to the loss, or to `every`
+        one; those that have them are left alone."""
+        with self.phases("reference"):
+            if self.reference is not None:
+                with self.reference.ready():
+                    self.runner.map(groups, self.reference.logprobs, into="ref_logp", every=every)
+        with self.phases("old"):
+            if self.args.old_logprobs == "rollout":
+                for completion in (completion for group in groups for completion in group.completions):
+                    completion.old_logp = completion.logp
+            elif self._needs_old_logprobs():
+                self.runner.map(groups, lambda pack: self._policy_logprobs(model, pack), into="old_logp", every=every)
 
-        PackTooLarge where memory runs out: gradients are None again then, as before the step."""
+    def prepare(self, model: Any, groups: Sequence[Group]) -> dict[str, float]:
+        """Add everything that the loss needs to the completions of an update; returns metrics."""
+        self.add_logprobs(model, groups)
+        mode, cap = self.args.importance_sampling_correction, self.args.importance_sampling_cap
+        return {} if mode == "none" else set_importance_denominators(self.runner.packs(groups), mode, cap)
+
+    def _needs_old_logprobs(self) -> bool:
+        """With one update a generation the update's own forward computes them, unless they are needed before."""
+        needed = self.args.kl_in_reward or self.args.importance_sampling_correction != "none"
+        return needed or self.args.steps_per_generation * self.args.num_iterations > 1
+
+    def _policy_logprobs(self, model: Any, pack: Pack) -> Tensor:
+        model.eval()
+        with self.policy.attention():
+            return call(model, self.policy.model, lambda: self.policy.logprobs(pack))
+
+    # The policy pass
+
+    def backward(self, model: Any, groups: Sequence[Group]) -> tuple[Tensor, dict[str, float]]:
+        """Accumulate the gradient of the update's loss over the packs of its groups; returns the loss and metrics."""
         model.train()
         masked = self.args.mask_truncated_completions
         count = self.ranks.all_reduce_sum(normalizer(groups, self.settings, mask_truncated=masked))
         objective = Objective(self.settings, max(count, 1.0))
+        passes = self.runner.backward(model, groups, lambda pack: self._pass(model, pack, objective))
         total = torch.zeros((), device=self.args.device)
-        parts = []
-        try:
-            for i, pack in enumerate(packs):
-                last = i == len(packs) - 1
-                loss, metrics = guarded(pack, lambda pack, last=last: self._pass(model, pack, objective, last=last))
-                total += loss
-                parts.append(metrics)
-        except PackTooLarge:
-            model.zero_grad(set_to_none=True)
-            raise
-        if self.blank is None and any(group.prompt.images for group in groups):
-            self.family.fill_vision_gradients(self.policy.model)
+        for loss, _ in passes:
+            total += loss
         tokens = sum(len(c.token_ids) for group in groups for c in group.completions)
-        return all_losses(total, tokens, parts, self.ranks)
+        return all_losses(total, tokens, [metrics for _, metrics in passes], self.ranks)
 
-    def _pass(self, model: Any, pack: Pack, objective: Objective, *, last: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    def _pass(self, model: Any, pack: Pack, objective: Objective) -> tuple[Tensor, dict[str, Tensor]]:
         """One pack's forward and backward; its share of the loss, and its metrics."""
-        with self.policy.attention(), self.syncing(model, last=last):
+        with self.policy.attention():
             with self.phases("forward"):
                 loss, metrics = call(model, self.policy.model, lambda: self.policy.loss(pack, objective))
                 loss = loss * pack.weight
             with self.phases("backward"):
-                self.accelerator.backward(loss * self.ranks.world_size)  # of which the engines take the mean over ranks
+                self.accelerator.backward(loss * self.ranks.world_size)  # engines take the mean over ranks
         metrics |= logp_difference(metrics["logp"], pack)
         return loss.detach(), metrics if pack.weight else metrics | {"dropped_rows": metrics["tokens"]}
+
+    # Data and metrics
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The prompts of one generation in a batch, then empty batches for the other updates that it serves: the
+        Trainer's loop takes one an update."""
+        sampler = BufferSampler.of(self.args, self._get_train_sampler(), self.ranks)
+        return prompt_loader(self.train_dataset, sampler, self.args, self.accelerator)
+
+    def _metrics(self, minibatch: Minibatch, *, drawn: bool) -> dict[str, float]:
+        """Metrics of an update's groups, of all ranks; with `drawn` those of their generation too."""
+        groups = minibatch.groups
+        own = group_metrics(groups, self.rewards, self.reward_weights) | minibatch.metrics | self.runner.counts
+        if drawn:
+            own |= self.engine.stats.values() | {"reward_timeouts": float(len(self.timed_out))} | self.resampling
+        return over_ranks(own, len(groups), self.ranks)
+
+    def totals(self) -> dict[str, float]:
+        """Counts since the run began."""
+        return super().totals() | {"out_of_memory": float(self.runner.budget.out_of_memory)}

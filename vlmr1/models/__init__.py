@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from vlmr1.errors import SettingError
 from vlmr1.lifecycle.checkpoint import is_adapter
@@ -118,10 +118,17 @@ def load_model(
 
 
 def empty_model(
-    name: str | Path, *, dtype: torch.dtype, attn_implementation: str, revision: str, trust_remote_code: bool
+    source: str | Path | PreTrainedConfig,
+    *,
+    dtype: torch.dtype,
+    attn_implementation: str,
+    revision: str,
+    trust_remote_code: bool,
 ) -> PreTrainedModel:
-    """The model of a local directory or hub id without its weights, on the meta device."""
-    config = _config(name, {"revision": revision, "trust_remote_code": trust_remote_code})
+    """The model of a local directory, hub id or configuration without its weights, on the meta device."""
+    config = source
+    if not isinstance(config, PreTrainedConfig):
+        config = _config(config, {"revision": revision, "trust_remote_code": trust_remote_code})
     options = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config, dtype=dtype, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import BitsAndBytesConfig
 
 from vlmr1.errors import SettingError
 from vlmr1.models.family import ModelFamily
+from vlmr1.models.precision import PrecisionSettings
 
 BLOCK = 64  # weights that share a scale
 CONFIG = "config.json"  # of a checkpoint: of the model, with how it was quantized
@@ -25,6 +27,41 @@ def four_bit(family: ModelFamily, compute_dtype: torch.dtype) -> BitsAndBytesCon
         bnb_4bit_compute_dtype=compute_dtype,
         llm_int8_skip_modules=[*family.vision_paths, family.head_path],
     )
+
+
+def compute_dtype(args: PrecisionSettings) -> torch.dtype:
+    """The dtype that layers with 4-bit weights compute in."""
+    return torch.bfloat16 if args.bf16 else getattr(torch, args.model_dtype)
+
+
+def quantize_empty(model: Any, family: ModelFamily, dtype: torch.dtype) -> None:
+    """Give a model on the meta device the layers, weights and scales that loading it with `four_bit` gives it."""
+    from bitsandbytes import functional
+    from bitsandbytes.nn.modules import Linear4bit
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    with torch.device("cpu"):  # the library keeps this table for layers that are quantized later
+        functional.name2qmap.setdefault("dynamic", functional.create_dynamic_map())
+    quantizer = AutoHfQuantizer.from_config(four_bit(family, dtype), pre_quantized=False)
+    quantizer.preprocess_model(model, device_map=None)
+    model.is_loaded_in_4bit = True
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.weight._quantize("meta")
+    check_layers(model)
+
+
+def scales_of(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The tensors that belong to a 4-bit weight beside it, by their path in its `quant_state`; empty for others."""
+    state = getattr(weight, "quant_state", None)
+    names = ("absmax", "code", "offset", "state2.absmax", "state2.code") if state is not None else ()
+    return {name: attrgetter(name)(state) for name in names}
+
+
+def numbers_of(weight: torch.Tensor) -> int:
+    """How many numbers a weight holds, whether in 4 bits or not."""
+    state = getattr(weight, "quant_state", None)
+    return weight.numel() if state is None else state.shape.numel()
 
 
 def quantization_of(folder: str | Path) -> torch.dtype | None:

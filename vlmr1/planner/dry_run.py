@@ -11,6 +11,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import torch
@@ -19,9 +20,15 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-HELD = "held"
-HOST = "host"  # the cause of what is in host memory, which counts for no device
+from vlmr1.models.quantization import scales_of
+
+# Causes of an allocation.
+WEIGHTS, GRADIENTS, ACTIVATIONS, VISION = "weights", "gradients", "activations", "vision tower"
+LOGITS, KV = "logits", "kv cache"
+HELD = "held"  # tensors from before the run
+HOST = "host"  # in host memory, which counts for no device
 _DEVICE = torch.ops.prim.device.default
+_VALUE = torch.ops.aten._local_scalar_dense.default
 _INDEXED = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
 
 
@@ -44,6 +51,8 @@ class DryRun(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is _VALUE and isinstance(args[0], FakeTensor) and args[0].dtype == torch.bool:
+            return True  # checks of values, as that all are finite, hold
         if func is _DEVICE:
             return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -144,7 +153,25 @@ def without_data(make: Callable[[], Any], mode: FakeTensorMode) -> Any:
 
     with torch.device("meta"), no_init_weights():
         model = make()
+    packed = {name: weight for name, weight in model.named_parameters() if scales_of(weight)}
     with mode:
         model.to_empty(device="cpu")
-    model.tie_weights()
+        for name, weight in packed.items():
+            _pack(model.get_parameter(name), weight)
     return model
+
+
+def _pack(fake: Any, weight: Any) -> None:
+    """Give a fake weight the scales of the 4-bit weight that it stands for, fake too, and the name of its class, by
+    which peft knows that it has to be unpacked."""
+    fake.__class__ = Params4bit
+    fake.quant_state = copy(weight.quant_state)
+    fake.quant_state.state2 = copy(weight.quant_state.state2)
+    for path, scale in scales_of(weight).items():
+        within, _, name = path.rpartition(".")
+        state = getattr(fake.quant_state, within) if within else fake.quant_state
+        setattr(state, name, torch.empty_like(scale, device="cpu"))
+
+
+class Params4bit(FakeTensor):
+    """A packed weight without data."""

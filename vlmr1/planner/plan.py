@@ -1,32 +1,31 @@
 """Peak memory of a job by cause and phase, before anything is loaded.
 
 Weights, gradients and optimizer states are counted on the model built without data; activations, logits, KV cache and
-vision tower by dry runs of the step on it (`plan_dry.py`). Nothing is fitted. Two figures are allowances: `FRAMEWORK`,
+vision tower by dry runs of the step on it (`passes.py`). Nothing is fitted. Two figures are allowances: `FRAMEWORK`,
 and the layers that ZeRO-3 gathers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlmr1.models import family_for
-from vlmr1.planner.dry_run import HOST, DryRun
-from vlmr1.planner.groups import image_bytes
-from vlmr1.planner.inputs import PlanInputs, inputs_of
-from vlmr1.planner.optimizer import Trained, kind_of, state_bytes, step_bytes
-from vlmr1.planner.phases import Bytes, dry_phases
-from vlmr1.planner.policy import ACTIVATIONS, GRADIENTS, KV, LOGITS, VISION
-from vlmr1.planner.variant import variant
-
-__all__ = ["CAUSES", "PHASES", "Plan", "PlanInputs", "Planner", "inputs_of"]
+from vlmr1.models.lora import base_of
+from vlmr1.models.optimizers import Parameter, optimizer_of
+from vlmr1.models.precision import prepare_trained
+from vlmr1.models.quantization import numbers_of, scales_of
+from vlmr1.models.trainable import planned_model
+from vlmr1.planner.dry_run import ACTIVATIONS, GRADIENTS, HOST, KV, LOGITS, VISION, WEIGHTS, DryRun, without_data
+from vlmr1.planner.job import Job, image_bytes
+from vlmr1.planner.passes import Bytes, dry_passes
 
 GIB = 2**30
-WEIGHTS, OPTIMIZER, REFERENCE, FRAMEWORK_CAUSE = "weights", "optimizer", "reference model", "framework"
+OPTIMIZER, REFERENCE, FRAMEWORK_CAUSE = "optimizer", "reference model", "framework"
 IMAGES = "images"  # as the processor made them: of this generation, and of the one before until the next is there
 CAUSES = (WEIGHTS, GRADIENTS, OPTIMIZER, REFERENCE, ACTIVATIONS, LOGITS, KV, VISION, IMAGES, FRAMEWORK_CAUSE)
 PHASES = ("rollout", "reference", "policy", "update")
@@ -38,7 +37,7 @@ FRAMEWORK = {"cuda": round(1.5 * GIB), "cpu": 0}
 class Plan:
     """Bytes on one device by phase and cause, and in host memory by cause."""
 
-    inputs: PlanInputs
+    job: Job
     phases: Mapping[str, Bytes]
     host: Bytes
     parameters: int
@@ -63,7 +62,7 @@ class _Counted:
     numbers: int
     weights: int
     buffers: int
-    trained: tuple[Trained, ...]
+    trained: tuple[Parameter, ...]
     gathered: int  # what ZeRO-3 has in whole at a time
     images: int
     dry: Mapping[str, Bytes]
@@ -73,75 +72,100 @@ class Planner:
     """Plans jobs; what two of them have in common is counted once."""
 
     def __init__(self) -> None:
-        self._counted: dict[PlanInputs, _Counted] = {}
+        self._counted: dict[tuple[Any, ...], _Counted] = {}
 
-    def plan(self, inputs: PlanInputs) -> Plan:
-        """SettingError where the settings exclude one another."""
-        kind = kind_of(inputs.optim)
-        counted = self._count(inputs)
+    def plan(self, job: Job) -> Plan:
+        """SettingError where the model cannot be trained with the settings."""
+        counted = self._count(job)
+        optimizer, trained = optimizer_of(job.args), counted.trained
         # One of so many devices has its share of weights, gradients and optimizer states.
-        sharing = {stage: inputs.gpus if inputs.zero >= stage else 1 for stage in (1, 2, 3)}
-        trained = sum(of.bytes for of in counted.trained)
-        states = _share(state_bytes(inputs.optim, counted.trained), sharing[1])
-        stepping = states + _share(step_bytes(inputs.optim, counted.trained, inputs.device), sharing[1])
-        gradients = _share(sum(4 * each.numbers for each in counted.trained), sharing[2])  # float32 in any case
-        copy = _share(trained + counted.buffers, sharing[3])
+        sharing = {stage: job.gpus if job.zero >= stage else 1 for stage in (1, 2, 3)}
+        paged = _share(sum(map(optimizer.paged_bytes, trained)) if job.device == "cuda" else 0, sharing[1])
+        states = _share(sum(map(optimizer.state_bytes, trained)), sharing[1])
+        stepping = states + _share(optimizer.step_bytes(trained, lists=job.device == "cuda"), sharing[1])
+        gradients = _share(sum(4 * each.numbers for each in trained), sharing[2])  # float32 in any case
+        copy = _share(sum(each.bytes for each in trained) + counted.buffers, sharing[3])
         always = {
             WEIGHTS: _share(counted.weights, sharing[3]) + (counted.gathered if sharing[3] > 1 else 0),
-            OPTIMIZER: 0 if kind.paged else states,
-            REFERENCE: copy if inputs.reference == "copy" else 0,
-            IMAGES: counted.images if inputs.device == "cpu" else 0,
-            FRAMEWORK_CAUSE: FRAMEWORK[inputs.device],
+            OPTIMIZER: states - paged,
+            REFERENCE: copy if job.reference == "copy" else 0,
+            IMAGES: counted.images if job.device == "cpu" else 0,
+            FRAMEWORK_CAUSE: FRAMEWORK[job.device],
         }
         phases = {}
         for phase in PHASES:
-            found = dict.fromkeys(CAUSES, 0) | counted.dry.get(phase, {}) | always
-            if phase == "reference":
-                if inputs.reference == "none":
-                    continue
-                if inputs.reference == "offload":
-                    found[REFERENCE] = copy
-            if phase == "policy" and sharing[2] > 1:
+            if phase == "reference" and job.reference == "none":
+                continue
+            run = counted.dry.get(phase, {})
+            found = {cause: run.get(cause, 0) + always.get(cause, 0) for cause in CAUSES}
+            if phase == "reference" and job.reference == "offload":
+                found[REFERENCE] = copy
+            if phase == "policy" and job.shards_gradients:
                 found[GRADIENTS] = gradients
             if phase == "update":
                 found |= {GRADIENTS: gradients, OPTIMIZER: stepping}
             phases[phase] = found
         host = {
             ACTIVATIONS: counted.dry[HOST][ACTIVATIONS],
-            OPTIMIZER: states if kind.paged else 0,
-            REFERENCE: copy if inputs.reference == "offload" else 0,
-            IMAGES: counted.images if inputs.device == "cuda" else 0,
+            OPTIMIZER: paged,
+            REFERENCE: copy if job.reference == "offload" else 0,
+            IMAGES: counted.images if job.device == "cuda" else 0,
         }
-        return Plan(inputs, phases, host, counted.numbers, sum(of.numbers for of in counted.trained))
+        return Plan(job, phases, host, counted.numbers, sum(each.numbers for each in trained))
 
-    def _count(self, inputs: PlanInputs) -> _Counted:
-        sharded = inputs.zero >= 2 and inputs.gpus > 1
-        reference: Any = "copy" if inputs.reference != "none" else "none"
-        key = replace(inputs, optim="", gpus=1, zero=2 * sharded, reference=reference)
+    def _count(self, job: Job) -> _Counted:
+        key = job.run_key()
         if key not in self._counted:
-            dry = DryRun(ACTIVATIONS, uncounted=[GRADIENTS] if sharded else [])
-            self._counted[key] = _counted(inputs, variant(inputs, dry), dry)
+            dry = DryRun(ACTIVATIONS, uncounted=[GRADIENTS] if job.shards_gradients else [])
+            self._counted[key] = _counted(job, model_without_data(job, dry), dry)
         return self._counted[key]
 
 
-def _counted(inputs: PlanInputs, model: Any, dry: DryRun) -> _Counted:
-    embedding = model.get_input_embeddings().weight
+def peak_bytes(args: Any, config: Any, **job: Any) -> int:
+    """Planned peak of a run with these settings on a model of this configuration; `job` as the fields of `Job`
+    (device, gpus, zero, image_tokens, text_tokens). With device "cpu" the implementations that `args.kernels` names,
+    or else `auto` chooses, are counted; nothing is counted of the process beside the run."""
+    return Planner().plan(Job(args, config, **job)).peak
+
+
+def model_without_data(job: Job, dry: DryRun) -> Any:
+    """The model that the job trains, or the `peft.PeftModel` around it, as the trainer makes it, without data."""
+    args = job.args
+    trained = without_data(lambda: planned_model(job.config, args), dry.fake)
+    model = base_of(trained)
+    model.tie_weights()
+    prepare_trained(trained, args)
+    scales = [scale for parameter in trained.parameters() for scale in scales_of(parameter).values()]
+    dry.leave_out([*trained.parameters(), *trained.buffers(), *scales])
+    if args.activation_checkpointing:
+        kwargs = dict(args.activation_checkpointing_kwargs or {})
+        kwargs.pop("offload", None)  # `passes.checkpoints_on_host` counts it
+        every = kwargs.pop("every_n_layers", 1)
+        model.activation_checkpointing_enable(kwargs or None, every_n_layers=every)
+    return trained
+
+
+def _counted(job: Job, wrapped: Any, dry: DryRun) -> _Counted:
+    model = base_of(wrapped)
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     parameters, buffers = list(model.parameters()), list(model.buffers())
+    trained = [p for p in parameters if p.requires_grad]
     layers = attrgetter(family_for(model.config).decoder_path)(model).layers
     layer = max(_bytes(layer.parameters()) for layer in layers)
     return _Counted(
-        numbers=sum(p.numel() for p in parameters),
+        numbers=sum(map(numbers_of, parameters)),
         weights=_bytes(parameters) + _bytes(buffers),
         buffers=_bytes(buffers),
-        trained=tuple(Trained(p.numel(), p.itemsize, p is embedding) for p in parameters if p.requires_grad),
-        gathered=2 * layer + _bytes([embedding]),
-        images=2 * inputs.prompts_per_device * inputs.steps_per_generation * image_bytes(inputs),
-        dry=dry_phases(inputs, model, dry),
+        trained=tuple(Parameter(tuple(p.shape), p.itemsize, id(p) in embeddings) for p in trained),
+        gathered=2 * layer + _bytes([model.get_input_embeddings().weight]),
+        images=2 * job.prompts * image_bytes(job),
+        dry=dry_passes(job, wrapped, dry),
     )
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(t.numel() * t.itemsize for t in tensors)
+    """Bytes of tensors, scales of 4-bit weights included."""
+    return sum(part.numel() * part.itemsize for tensor in tensors for part in (tensor, *scales_of(tensor).values()))
 
 
 def _share(size: int, devices: int) -> int:

@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 from vlmr1.errors import SettingError
 from vlmr1.planner.plan import CAUSES, FRAMEWORK_CAUSE, GIB, Plan
 from vlmr1.planner.remedies import Advice
 
+# Settings in the JSON beside the job's own fields.
+SETTINGS = ("prompts_per_device", "steps_per_generation", "num_generations", "max_completion_length", "tokens_per_pack")
+SETTINGS += (
+    "share_vision",
+    "share_prompt",
+    "pack",
+    "rollout_engine",
+    "rollout_kv_mib",
+    "repetition_penalty",
+    "kernels",
+)
+SETTINGS += ("model_dtype", "bf16", "optim", "freeze_vision", "freeze_merger", "activation_checkpointing")
+SETTINGS += ("activation_offload", "use_liger_kernel", "use_peft", "lora_r", "lora_target_modules", "lora_vision")
+SETTINGS += ("lora_modules_to_save", "use_dora", "lora_merge_rollout", "load_in_4bit")
 UNITS = {"MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -42,18 +57,18 @@ def gib(size: int) -> str:
 
 def report(plan: Plan, advice: Advice, name: str, room: int, needed: int | None) -> str:
     """All that `vlmr1 plan` prints."""
-    inputs = plan.inputs
+    job, args = plan.job, plan.job.args
     lines = [
         f"{name}: {plan.parameters / 1e9:.2f} billion parameters, {plan.trained / 1e9:.2f} trained",
-        f"{inputs.prompts_per_device} prompts of {inputs.prompt_tokens} tokens ({inputs.image_tokens} of an image) x "
-        f"{inputs.num_generations} completions of {inputs.max_completion_length} on a device, all at full length",
+        f"{args.prompts_per_device} prompts of {job.prompt_tokens} tokens ({job.image_tokens} of an image) x "
+        f"{args.num_generations} completions of {args.max_completion_length} on a device, all at full length",
         _source(plan),
         "",
         table(plan),
         "",
         *_verdict(plan, advice, room),
     ]
-    if inputs.use_liger_kernel:
+    if args.use_liger_kernel:
         lines.append("use_liger_kernel is not counted: activations are those without it")
     if any(plan.host.values()):
         lines.append("in host memory: " + ", ".join(f"{gib(size)} GiB {c}" for c, size in plan.host.items() if size))
@@ -80,17 +95,19 @@ def _verdict(plan: Plan, advice: Advice, room: int) -> Sequence[str]:
         after = f"{gib(advice.plan.peak)} GiB, in {advice.plan.peak_phase}"
         lines.append(f"It fits with these, the cheapest first ({after}):")
     for applied in advice.applied:
-        lines.append(f"  {applied.remedy}  saves {gib(applied.saved)} GiB; {applied.remedy.price}")
+        lines.append(f"  {applied.remedy}  saves {gib(applied.saved)} GiB; {applied.remedy.cost}")
     return lines
 
 
 def as_json(plan: Plan, advice: Advice, name: str, room: int, needed: int | None) -> dict[str, Any]:
     """The same figures in bytes."""
-    settings = {key: value for key, value in vars(plan.inputs).items() if key != "model"}
+    job = {field.name: getattr(plan.job, field.name) for field in fields(plan.job) if field.repr}
+    settings = {name: getattr(plan.job.args, name) for name in SETTINGS} | {"reference": plan.job.reference}
+    settings["optim"] = getattr(settings["optim"], "value", settings["optim"])
     return {
         "model": name,
         "computed": "from shapes, not measured",
-        "inputs": settings,
+        "inputs": job | settings,
         "parameters": plan.parameters,
         "trained": plan.trained,
         "phases": plan.phases,
@@ -99,7 +116,7 @@ def as_json(plan: Plan, advice: Advice, name: str, room: int, needed: int | None
         "gpu_bytes": room,
         "fits": plan.peak <= room,
         "remedies": [
-            {"settings": dict(each.remedy.settings), "saves": each.saved, "price": each.remedy.price}
+            {"settings": dict(each.remedy.settings), "saves": each.saved, "cost": each.remedy.cost}
             for each in advice.applied
         ],
         "with_remedies": {"phases": advice.plan.phases, "peak": advice.plan.peak, "missing": advice.missing},

@@ -1,4 +1,4 @@
-"""Images of logged completions: made small, and kept where they have no file of their own."""
+"""Images in reports: encoded at a small size, and kept on disk where they have no file of their own."""
 
 from __future__ import annotations
 
@@ -13,26 +13,32 @@ from PIL import Image
 from vlmr1.data.images import UNDECODABLE, to_rgb
 from vlmr1.lifecycle.checkpoint import replace_bytes
 from vlmr1.lifecycle.disk import guard_writes
-from vlmr1.report.html import CRISP_BELOW
+from vlmr1.report.html import Shape
 from vlmr1.types import ImageBytes, ImageRef
 
 LARGEST = 448  # px of a side; larger images are shown smaller
 QUALITY = 85  # of JPEG
+CRISP_BELOW = 256  # px; a smaller image is shown enlarged, its pixels left visible
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An image to be shown: its data URI, the size of the upright original, and whether it is small."""
+    """An image in a page, as a data URI, with rectangles over it."""
 
     uri: str
-    size: tuple[int, int]  # width, height in px; what boxes refer to
-    crisp: bool
+    size: tuple[int, int]  # width and height in px of the upright original, which the rectangles refer to
+    crisp: bool  # shown with visible pixels
+    shapes: tuple[Shape, ...] = ()
+
+
+def data_uri(data: bytes, mime_type: str) -> str:
+    return f"data:{mime_type};base64,{b64encode(data).decode()}"
 
 
 def small(image: Path | bytes) -> tuple[bytes, str, tuple[int, int]]:
-    """The upright image with sides of at most `LARGEST` px: encoded, "png" or "jpeg", and its size before.
+    """Return the upright image with sides of at most `LARGEST` px: its bytes, "png" or "jpeg", and its original size.
 
-    Raises one of UNDECODABLE for what is no image."""
+    Raises one of UNDECODABLE for a file that is not an image."""
     with Image.open(image if isinstance(image, Path) else io.BytesIO(image)) as opened:
         pixels = to_rgb(opened)
     size = pixels.size
@@ -40,8 +46,7 @@ def small(image: Path | bytes) -> tuple[bytes, str, tuple[int, int]]:
 
 
 def encoded(pixels: Image.Image) -> tuple[bytes, str]:
-    """The image with sides of at most `LARGEST` px: encoded, and "png" or "jpeg"; small ones keep every pixel. It is
-    made smaller in place."""
+    """Shrink the image in place to sides of at most `LARGEST` px; return its bytes and "png" (lossless) or "jpeg"."""
     pixels.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
     kind = "png" if max(pixels.size) < CRISP_BELOW else "jpeg"
     buffer = io.BytesIO()
@@ -50,7 +55,7 @@ def encoded(pixels: Image.Image) -> tuple[bytes, str]:
 
 
 def keep_picture(image: ImageRef, folder: Path) -> dict[str, Any] | None:
-    """Write an image that has no file, small, once; returns where it is and what size it had. None for a file."""
+    """Write a small copy of an image that has no file, once; return its place and original size. None for a file."""
     if not isinstance(image, ImageBytes):
         return None
     data, kind, size = small(image.data)
@@ -63,10 +68,10 @@ def keep_picture(image: ImageRef, folder: Path) -> dict[str, Any] | None:
 
 
 def read_picture(path: Path, size: tuple[int, int] | None = None) -> Picture | None:
-    """The image of a file, or None where there is none that can be decoded; `size` where the file is a smaller copy."""
+    """Return the image of a file, or None where it cannot be decoded; `size` is the original's where it is a copy."""
     try:
         data, kind, own = small(path)
     except (*UNDECODABLE, Image.DecompressionBombError):
         return None
     size = own if size is None else size
-    return Picture(f"data:image/{kind};base64,{b64encode(data).decode()}", size, max(size) < CRISP_BELOW)
+    return Picture(data_uri(data, f"image/{kind}"), size, max(size) < CRISP_BELOW)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from base64 import b64encode
 from collections.abc import Mapping, Sequence
-from html import escape
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from vlmr1.data.boxes import Box, scale_box
 from vlmr1.errors import SettingError
-from vlmr1.report.html import box_svg, document
+from vlmr1.report.html import Shape, render, shapes
 from vlmr1.report.panels import run_curves
-from vlmr1.report.pictures import Picture, read_picture
+from vlmr1.report.pictures import Picture, data_uri, read_picture
 from vlmr1.report.progress import COMPLETIONS, METRICS, read_lines
 from vlmr1.rewards.answer import find_answer, labelled_boxes, predicted_box, solution_box, true_text
 
@@ -23,38 +22,32 @@ STEPS = 12  # with completions, at most: the first, the last, and others at equa
 A_STEP = 6  # completions, at most
 IMAGES = 4  # of a completion, at most
 LEGEND = {"true": "box of the solution", "after": "box of the completion"}
-NEAR_ZERO = (
-    "The loss of GRPO starts near 0 and may stay there: the advantages of a group add up to 0, and the ratio of new "
-    "and old policy is 1 at first. Its gradient is not 0; watch the rewards."
-)
 
 
 def write_run_report(run: Path, out: Path | None = None) -> Path:
-    """Write the page of the run in this directory, as far as it is; returns its path, by default training.html there.
+    """Write the page of the run in this directory, finished or not; return its path, by default training.html there.
 
-    Images are inside the file, downscaled; it needs no network and no script. SettingError where there is no run."""
+    Images are inside the file, downscaled. SettingError where there is no run."""
     rows = read_lines(run / METRICS)
-    completions = read_lines(run / COMPLETIONS)
-    if not rows and not completions:
+    records = read_lines(run / COMPLETIONS)
+    if not rows and not records:
         raise SettingError(f"{run} holds neither {METRICS} nor {COMPLETIONS} with a step in it: no run to report")
-    title = f"Training run {run.resolve().name}"
-    body = [f"<h1>{escape(title)}</h1>", f'<p class="note">{escape(NEAR_ZERO)}</p>']
+    steps = list(dict.fromkeys(record["step"] for record in records))
     curves = run_curves(rows)
-    if curves is not None:
-        uri = f"data:image/png;base64,{b64encode(curves).decode()}"
-        body += [
-            f"<h2>{len(rows)} logged steps, {int(rows[0]['step'])} to {int(rows[-1]['step'])}</h2>",
-            f'<img class="curve" alt="rewards, KL, entropy, clipping, length, memory and seconds by step" src="{uri}">',
-            f"<h2>Step {int(rows[-1]['step'])}</h2>",
-            f"<details><summary>{len(rows[-1])} metrics</summary>{_table(rows[-1])}</details>",
-        ]
-    body += _completions(run, completions)
     settings = run / "settings.json"
-    if settings.exists():
-        values = json.loads(settings.read_text(encoding="utf-8"))
-        body += ["<h2>Settings</h2>", f"<details><summary>{len(values)} settings</summary>{_table(values)}</details>"]
+    text = render(
+        "training.html",
+        title=f"Training run {run.resolve().name}",
+        rows=rows,
+        curves=None if curves is None else data_uri(curves, "image/png"),
+        last=_texts(rows[-1]) if rows else [],
+        legend=LEGEND,
+        step_count=len(steps),
+        steps={step: _cards(run, records, step) for step in chosen_steps(steps)},
+        settings=_texts(json.loads(settings.read_text(encoding="utf-8"))) if settings.exists() else [],
+    )
     path = run / NAME if out is None else out
-    path.write_text(document(title, body), encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
     return path
 
 
@@ -66,62 +59,31 @@ def chosen_steps(steps: Sequence[int], count: int = STEPS) -> list[int]:
     return [steps[place] for place in places]
 
 
-def _completions(run: Path, records: Sequence[dict[str, Any]]) -> list[str]:
-    steps = list(dict.fromkeys(record["step"] for record in records))
-    if not steps:
-        return []
-    samples = (
-        f'<span><svg viewBox="0 0 26 14"><rect class="{kind}" x="2" y="2" width="22" height="10"/></svg>{text}</span>'
-        for kind, text in LEGEND.items()
-    )
-    shown = chosen_steps(steps)
-    body = [
-        f"<h2>Completions of {len(shown)} of {len(steps)} steps</h2>",
-        f'<div class="legend">{"".join(samples)}</div>',
-    ]
-    for step in shown:
-        cards = [_card(run, record) for record in records if record["step"] == step][:A_STEP]
-        body.append(f'<h3>Step {step}</h3><div class="cards">{"".join(cards)}</div>')
-    return body
+def _cards(run: Path, records: Sequence[dict[str, Any]], step: int) -> list[tuple[list[Picture | str], dict[str, Any]]]:
+    """The first completions of a step, each with its pictures."""
+    return [(_pictures(run, record), record) for record in records if record["step"] == step][:A_STEP]
 
 
-def _card(run: Path, record: Mapping[str, Any]) -> str:
-    rewards = ", ".join(f"{value:.3g}" for value in record["rewards"])
-    facts = f"rewards {rewards} &middot; advantage {record['advantage']:+.2f} &middot; {escape(record['source'])}"
-    if record["finish_reason"] == "length":
-        facts += " &middot; cut at the length limit"
-    if record["timed_out"]:
-        facts += f" &middot; timed out: {escape(', '.join(record['timed_out']))}"
-    return (
-        f'<article class="card">{_pictures(run, record)}<div class="words"><p class="iou">{facts}</p>'
-        f"<pre>{escape(record['completion'])}</pre>"
-        f"<details><summary>Solution</summary><pre>{escape(record['solution'])}</pre></details></div></article>"
-    )
-
-
-def _pictures(run: Path, record: Mapping[str, Any]) -> str:
-    """The images of a row; boxes are on it where it has one only."""
+def _pictures(run: Path, record: Mapping[str, Any]) -> list[Picture | str]:
+    """The images of a row, the name in place of one that cannot be read; boxes are drawn on a single image only."""
     kept = record.get("pictures") or [None] * len(record["images"])
-    parts = []
+    pictures: list[Picture | str] = []
     for name, copy in list(zip(record["images"], kept, strict=True))[:IMAGES]:
         picture = read_picture(Path(name)) if copy is None else read_picture(run / copy["file"], tuple(copy["size"]))
         if picture is None:
-            parts.append(f'<p class="missing">no image that can be read: {escape(name)}</p>')
+            pictures.append(name)
+        elif len(record["images"]) == 1:
+            pictures.append(replace(picture, shapes=tuple(_shapes(record))))
         else:
-            parts.append(_picture(picture, record if len(record["images"]) == 1 else None))
-    return "".join(parts)
+            pictures.append(picture)
+    return pictures
 
 
-def _picture(picture: Picture, record: Mapping[str, Any] | None) -> str:
-    crisp = ' class="crisp"' if picture.crisp else ""
-    drawn = ""
-    if record is not None:
-        scale = record.get("box_scale")
-        boxes = [("true", box) for box in true_boxes(record["solution"])]
-        boxes += [("after", scale_box(box, scale)) for box in completion_boxes(record["completion"])]
-        width, height = picture.size
-        drawn = f'<svg viewBox="0 0 {width} {height}">{"".join(box_svg(*box) for box in boxes)}</svg>' if boxes else ""
-    return f'<div class="picture"><img{crisp} alt="" src="{picture.uri}">{drawn}</div>'
+def _shapes(record: Mapping[str, Any]) -> list[Shape]:
+    scale = record.get("box_scale")
+    predicted = [scale_box(box, scale) for box in completion_boxes(record["completion"])]
+    drawn = shapes("true", [(box, "") for box in true_boxes(record["solution"])])
+    return drawn + shapes("after", [(box, "") for box in predicted])
 
 
 def completion_boxes(text: str) -> list[Box]:
@@ -140,10 +102,10 @@ def _boxes(single: Box | None, text: str | None) -> list[Box]:
     return [box for _, box in (labelled_boxes(text) or []) if box is not None] if text else []
 
 
-def _table(values: Mapping[str, Any]) -> str:
-    lines = (f"<tr><th>{escape(name)}</th><td>{escape(_text(value))}</td></tr>" for name, value in values.items())
-    return f'<table class="settings"><tbody>{"".join(lines)}</tbody></table>'
+def _texts(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Names and values as they are shown."""
+    return [(name, f"{value:.6g}" if _is_finite(value) else str(value)) for name, value in values.items()]
 
 
-def _text(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) and math.isfinite(value) else str(value)
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, float) and math.isfinite(value)

@@ -1,4 +1,4 @@
-"""Completion -> score; one file a family of rewards, a registry by name. README.md tells the two modes apart."""
+"""Reward functions: completion -> score. README.md describes the rewards and the two modes, strict and vlm_r1."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`groups` needs torch, which a reward's process starts without."""
+    """Import `groups` on first use: it needs torch, which worker processes of the pool start without."""
     if name in ("TimedOut", "score_groups"):
         from vlmr1.rewards import groups
 

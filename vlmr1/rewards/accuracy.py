@@ -1,4 +1,4 @@
-"""The rewards that ask whether an answer is right: accuracy, and the length that depends on it."""
+"""The rewards accuracy, and length, which depends on accuracy."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ from vlmr1.rewards.strict.iou import rec_iou as box_iou
 
 __all__ = ["accuracy_reward", "box_iou", "length_reward"]
 
-SYMBOLIC = ("default", "math")  # methods that may take seconds
+SYMBOLIC = ("default", "math")  # methods that call math-verify, which may take seconds
 
 
-def _is_slow(settings: RewardSettings, method: str) -> bool:
-    return method != "llm" and (settings.mode == "vlm_r1" or method in SYMBOLIC)  # the judge has limits of its own
+def _is_isolated(settings: RewardSettings, method: str) -> bool:
+    return method != "llm" and (
+        settings.mode == "vlm_r1" or method in SYMBOLIC
+    )  # the judge has a time limit of its own
 
 
-@register("accuracy", check=check_accuracy, with_settings=True, slow=_is_slow, images=True)
+@register("accuracy", check=check_accuracy, with_settings=True, isolated=_is_isolated, images=True)
 def accuracy_reward(
     prompts: Prompts,
     completions: Completions,
@@ -33,7 +35,7 @@ def accuracy_reward(
     settings: RewardSettings = DEFAULTS,
     **columns: list[Any],
 ) -> list[float]:
-    """Each completion's score by the method in the column `accu_reward_method`; without one by the setting's."""
+    """Score each completion by the method in its row's column `accu_reward_method`, else by that of the settings."""
     methods = _methods(len(completions), settings, columns)
     asked = [i for i, method in enumerate(methods) if method == "llm"]
     texts = [text_of(completion) for completion in completions]
@@ -45,7 +47,7 @@ def accuracy_reward(
     return [values[i] for i in range(len(texts))]
 
 
-@register("length", check=check_length, with_settings=True, slow=_is_slow, images=True)
+@register("length", check=check_length, with_settings=True, isolated=_is_isolated, images=True)
 def length_reward(
     prompts: Prompts,
     completions: Completions,
@@ -55,7 +57,7 @@ def length_reward(
     settings: RewardSettings = DEFAULTS,
     **columns: list[Any],
 ) -> list[float]:
-    """The cosine of the completion's length in tokens; with mode strict by the accuracy of its answer."""
+    """Score the completion's length in tokens by a cosine; in mode strict its sign depends on the accuracy."""
     methods = _methods(len(completions), settings, columns)
     if settings.mode == "strict" and "llm" in methods:
         raise SettingError("the reward length needs an accu_reward_method other than llm")
@@ -74,7 +76,7 @@ def length_reward(
 
 
 class _Counted:
-    """A tokenizer of a text whose tokens are counted already."""
+    """A tokenizer stand-in for a text whose number of tokens is known."""
 
     def __init__(self, count: int):
         self.count = count

@@ -1,7 +1,7 @@
-"""What a completion answers: the one parser of `<think>`, `<answer>` and boxes.
+"""Parse completions and solutions: `<think>` and `<answer>` tags, and boxes in JSON.
 
-Repeated tags: the last `<answer>` that is closed counts, up to the first `</answer>` after it; of nested ones
-that is the innermost. A completion has the format only if each of the four tags is in it exactly once.
+The answer is the last closed `<answer>`, up to the first `</answer>` after it; of nested ones the innermost. A
+completion has the format only if each of the four tags occurs exactly once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 
 from vlmr1.data.boxes import Box, area
 
-LabelledBox = tuple[str | None, Box | None]  # None for what could not be read
+LabelledBox = tuple[str | None, Box | None]  # None where it cannot be read
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 FORMAT = re.compile(r"\s*<think>(.*)</think>\s*<answer>(.*)</answer>\s*", re.DOTALL)
@@ -20,7 +20,7 @@ FLOAT_MAX = 1.7976931348623157e308
 
 
 def find_answer(text: str) -> str | None:
-    """What the last closed `<answer>` holds, stripped; None where there is none."""
+    """Return the text of the last closed `<answer>`, stripped; None where there is none."""
     end = text.rfind("</answer>")
     start = text.rfind("<answer>", 0, max(end, 0))
     if start < 0:
@@ -30,7 +30,7 @@ def find_answer(text: str) -> str | None:
 
 
 def has_format(text: str) -> bool:
-    """Whether the whole text is `<think>..</think><answer>..</answer>`, neither empty."""
+    """Whether the whole text is `<think>..</think><answer>..</answer>` with neither part empty."""
     if any(text.count(tag) != 1 for tag in TAGS):
         return False
     match = FORMAT.fullmatch(text)
@@ -38,10 +38,10 @@ def has_format(text: str) -> bool:
 
 
 def parse_box(text: str) -> Box | None:
-    """The box in JSON: `{"bbox_2d": [x1, y1, x2, y2], ...}`, a list of one such object, or four numbers.
+    """Parse `{"bbox_2d": [x1, y1, x2, y2], ...}`, a list of one such object, or a list of four numbers.
 
-    A Markdown code fence around it is allowed. None for anything else: two boxes, strings, NaN, infinity.
-    The box may be inverted; see `area`.
+    A Markdown code fence around it is allowed. Return None for anything else: two boxes, strings, NaN, infinity.
+    The box may be inverted.
     """
     value = _parse_json(text)
     if isinstance(value, list) and len(value) == 1:
@@ -50,10 +50,9 @@ def parse_box(text: str) -> Box | None:
 
 
 def labelled_boxes(text: str) -> list[LabelledBox] | None:
-    """The boxes of `[{"bbox_2d": [x1, y1, x2, y2], "label": text}, ...]`, or of one such object; [] for the word None.
+    """Parse `[{"bbox_2d": [x1, y1, x2, y2], "label": text}, ...]` or one such object; the word None gives [].
 
-    None where the text is anything else. An entry without a label or a readable box has None in its place; labels are
-    in one case.
+    Return None for any other text. A label or box that cannot be read is None; labels are case-folded.
     """
     if text.strip().strip(".").casefold() in ("none", "null"):
         return []
@@ -69,7 +68,7 @@ def _label(value: object) -> str | None:
 
 
 def _parse_json(text: str) -> object:
-    """JSON, in a code fence or not; None where it is none."""
+    """Parse JSON, in a code fence or not; None for invalid JSON."""
     fenced = FENCE.fullmatch(text.strip())
     try:
         return json.loads(fenced[1] if fenced else text, parse_int=float)
@@ -87,13 +86,13 @@ def _box(value: object) -> Box | None:
 
 
 def predicted_box(text: str) -> Box | None:
-    """The box that a completion answers, or None."""
+    """The box in a completion's answer, or None."""
     answer = find_answer(text)
     return None if answer is None else parse_box(answer)
 
 
 def true_text(solution: str) -> str:
-    """What a solution says, inside `<answer>` or bare, stripped."""
+    """The text of a solution, inside `<answer>` or bare, stripped."""
     answer = find_answer(solution)
     return solution.strip() if answer is None else answer
 

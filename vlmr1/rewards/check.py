@@ -1,4 +1,4 @@
-"""Whether rows can be scored: found before training, and named by file and line."""
+"""Checks before training that a row can be scored; errors name its file and line."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from vlmr1.rewards.settings import DEFAULTS, RewardSettings
 from vlmr1.rewards.strict.accuracy import METHODS
 from vlmr1.types import Sample
 
-TEXT_METHODS = ("default", "math", "all_match", "llm")  # any text will do as their solution
+TEXT_METHODS = ("default", "math", "all_match", "llm")  # any text is a valid solution
 PROBE = '<answer>```json\n[{"bbox_2d": [0, 0, 1, 1], "label": ""}]\n```</answer>'
 OPTIONS = {"image_grid_thw": [1, 2, 2], "image_size": [28, 28], "tokenizer": "whitespace"}
 
 
 def check_accuracy(sample: Sample, settings: RewardSettings = DEFAULTS) -> None:
-    """Raises DataError for a row whose method is unknown, whose solution its method cannot score, or whose boxes it
-    cannot bring to px of the image."""
+    """Raise DataError where the method is unknown, cannot score the solution, or cannot convert boxes to pixels."""
     method = method_of(sample, settings)
     if method == "llm" and settings.judge is None:
         raise SettingError(f"{sample.source}: accu_reward_method llm needs a judge: set judge_url and judge_model")
@@ -40,7 +39,7 @@ def check_accuracy(sample: Sample, settings: RewardSettings = DEFAULTS) -> None:
 
 
 def check_length(sample: Sample, settings: RewardSettings = DEFAULTS) -> None:
-    """As `check_accuracy`, which `length` depends on in mode strict; the judge is too dear for it."""
+    """Check as `check_accuracy`, which `length` depends on in mode strict; the method llm is refused."""
     if settings.mode == "vlm_r1":
         _probe("length", sample, settings, "")
         return
@@ -50,7 +49,7 @@ def check_length(sample: Sample, settings: RewardSettings = DEFAULTS) -> None:
 
 
 def check_solution(name: str) -> Callable[..., None]:
-    """A check that the solution can be scored by the scorer `name`."""
+    """Return a check that the scorer `name` can score the solution."""
 
     def check(sample: Sample, settings: RewardSettings = DEFAULTS) -> None:
         _probe(name, sample, settings, settings.accu_reward_method)
@@ -61,16 +60,16 @@ def check_solution(name: str) -> Callable[..., None]:
 
 
 def check_lengths(sample: Sample, settings: RewardSettings = DEFAULTS) -> None:
-    """Raises SettingError where the setting of the reward overlong is missing."""
+    """Raise SettingError where the reward overlong lacks its setting."""
     if settings.overlong_cache_length is None or settings.max_completion_length is None:
         raise SettingError("reward_funcs has overlong: it needs overlong_cache_length")
 
 
 def _probe(name: str, sample: Sample, settings: RewardSettings, method: str) -> None:
-    """Score a completion; what it raises is due to the solution."""
+    """Score a valid completion: an exception then is due to the solution, and becomes a DataError."""
     try:
         score(name, PROBE, sample.solution, mode=settings.mode, **OPTIONS | {METHOD: method})
-    except Exception as error:  # published rewards raise what comes
+    except Exception as error:  # published rewards raise many types
         if settings.mode == "strict" and not isinstance(error, ValueError):
             raise
         kind = "" if settings.mode == "strict" else f"{type(error).__name__}: "

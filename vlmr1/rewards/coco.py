@@ -1,7 +1,7 @@
-"""COCO's average precision of one image, where all detections have the same score.
+"""COCO average precision of one image whose detections all have the same score.
 
-Equal to `pycocotools.cocoeval.COCOeval` to the last bit, and much faster: there is one image, one area range, no crowd
-and no sorting. IoUs are those of `pycocotools.mask`.
+Bit-equal to `pycocotools.cocoeval.COCOeval`, and much faster: one image, one area range, no crowds, no sorting. IoUs
+come from `pycocotools.mask`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from vlmr1.errors import import_for
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # [T]
 RECALLS = np.linspace(0.0, 1.0, 101)  # [R]
-MAX_DETECTIONS = 100  # of one category
-MAX_AREA = 1e10  # px^2; what is larger, or negative, is ignored
-AP, AP50 = slice(None), slice(1)  # of the thresholds
+MAX_DETECTIONS = 100  # per category
+MAX_AREA = 1e10  # px^2; larger or negative areas are ignored
+AP, AP50 = slice(None), slice(1)  # slices of IOU_THRESHOLDS
 TINY = np.spacing(1)
 
 Boxes = list[list[Any]]  # x, y, width, height in px
@@ -33,7 +33,7 @@ class Category:
 
 
 def average_precision(categories: Sequence[Category], thresholds: slice = AP) -> float:
-    """Mean over IoU thresholds, recall levels and categories of the interpolated precision; -1 if all is ignored."""
+    """Mean interpolated precision over IoU thresholds, recall levels and categories; -1 if every box is ignored."""
     curves = [precision(category, IOU_THRESHOLDS[thresholds]) for category in categories]
     counted = [curve for curve in curves if curve is not None]
     return float(np.mean(np.stack(counted, axis=-1).ravel())) if counted else -1.0
@@ -70,7 +70,7 @@ def box_ious(boxes: Boxes, truths: Boxes) -> np.ndarray:
 
 
 def match(overlaps: list[list[float]], ignored: list[bool], outside: list[bool], threshold: float) -> list[int]:
-    """What each detection is: 1 right, 0 wrong, -1 ignored. Each in turn takes the free true box of most overlap."""
+    """Match each detection in turn to the free true box of highest IoU: 1 true positive, 0 false, -1 ignored."""
     taken, outcome = [False] * len(ignored), []
     for row, is_outside in zip(overlaps, outside, strict=True):
         best, found = threshold, -1
@@ -91,7 +91,7 @@ def match(overlaps: list[list[float]], ignored: list[bool], outside: list[bool],
 
 
 def _interpolated(outcome: np.ndarray, count: int) -> np.ndarray:
-    """Outcomes [D] -> for each recall level the best precision at that recall or a greater one."""
+    """Outcomes [D] -> for each recall level the highest precision at that recall or above."""
     right, wrong = np.cumsum(outcome == 1).astype(float), np.cumsum(outcome == 0).astype(float)
     envelope = np.maximum.accumulate((right / (wrong + right + TINY))[::-1])[::-1]
     places = np.searchsorted(right / count, RECALLS, side="left")

@@ -1,4 +1,4 @@
-"""Completions that a reward cannot read: without an answer, or without the box or point that it is about."""
+"""Shares of completions that a reward cannot parse: no answer, or no box or point in it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vlmr1.rewards.strict.point import parse_point
 from vlmr1.types import Group, Sample
 
 ANSWERED = (*METHOD_REWARDS, "iou", "iou_qwen", "iou_internvl", "iou_glm", "counting", "point_in_box")
-# What an answer is read with, by accuracy method or reward; None is what cannot be read.
+# Parsers of an answer by accuracy method or reward; they return None where they fail.
 BOXES: dict[str, Callable[[str], object | None]] = {
     **dict.fromkeys(("iou", "iou_qwen", "iou_internvl", "iou_glm"), parse_box),
     **dict.fromkeys(("map", "od_ap", "od_ap50", "odLength", "weighted_sum"), labelled_boxes),
@@ -21,8 +21,10 @@ BOXES: dict[str, Callable[[str], object | None]] = {
 
 
 def unreadable(groups: Sequence[Group], rewards: Iterable[Reward]) -> dict[str, float]:
-    """`parse_failures`: the share of completions without a closed `<answer>`, where a reward needs one.
-    `box_failures`: of the completions that a reward reads boxes or a point from, the share with none to be read."""
+    """Return `parse_failures` and `box_failures`, where a reward needs an answer or boxes.
+
+    `parse_failures` is the share of completions without a closed `<answer>`. `box_failures` is the share without a
+    readable box or point, of the completions whose boxes or points a reward reads."""
     needing = [reward for reward in rewards if reward.name in ANSWERED]
     if not needing:
         return {}

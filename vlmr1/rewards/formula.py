@@ -8,7 +8,7 @@ from functools import reduce
 
 from vlmr1.errors import import_for
 
-LIMIT = 5  # seconds for each step of math-verify; its timer is a signal, which only the main thread gets
+LIMIT = 5  # seconds for each step of math-verify; its timer is a signal, so it works in the main thread only
 
 DROPPED = ("\n", r"\!")
 RENAMED = [("\\\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac")]
@@ -19,7 +19,7 @@ UNIT = r"\text{ "  # a unit behind a number
 
 
 def symbolic_equal(gold: str, answer: str) -> bool:
-    """Whether math-verify finds the two equal; `gold` may state a relation or a set that the answer solves."""
+    """Whether math-verify finds both equal; `gold` may be a relation or a set that the answer solves."""
     library = import_for("the symbolic comparison of answers", "math_verify", "math-verify")  # a second of import
     limit = LIMIT if threading.current_thread() is threading.main_thread() else None
     parsed = [library.parse(text, parsing_timeout=limit) for text in (gold, answer)]
@@ -33,11 +33,11 @@ def text_similarity(answer: str, solution: str) -> float:
 
 
 def normal_form(text: str) -> str:
-    """LaTeX rewritten so that equal short answers are equal texts, as in Hendrycks et al., MATH (arXiv:2103.03874):
-    fractions and roots in braces, no units, percents, degrees, spaces, and no short "x =" in front.
+    """Rewrite LaTeX so that equal short answers are equal texts, as in Hendrycks et al., MATH (arXiv:2103.03874).
 
-    Raises ValueError for a text that has no normal form: two units, a bare backslash command at the end, or a
-    quotient with one slash that is not of whole numbers.
+    Fractions and roots get braces; units, percent and degree signs, spaces and a short "x =" in front are removed.
+    ValueError for a text without a normal form: two units, a bare backslash command at the end, or a quotient with one
+    slash whose parts are not whole numbers.
     """
     text = _without(text, DROPPED)
     text = reduce(lambda result, pair: result.replace(*pair), RENAMED, text)
@@ -58,9 +58,9 @@ def normal_form(text: str) -> str:
 
 
 def unboxed(text: str) -> str:
-    r"""What the last \boxed{...} of a text holds, or what follows "\boxed " up to a dollar sign; without one the text.
+    r"""Return the content of the last \boxed{...}, or the text after "\boxed " up to a dollar sign, else the text.
 
-    Raises ValueError for an \fbox, and a box that is not of braces.
+    ValueError for an \fbox, and a box without braces.
     """
     if BOXED + " " in text:
         return text.split(BOXED + " ")[-1].split("$")[0]
@@ -92,7 +92,7 @@ def _roots(text: str) -> str:
 
 
 def _fractions(text: str) -> str:
-    r"""\frac12 and \frac1{2} -> \frac{1}{2}; a text with a fraction of one character stays as it is."""
+    r"""\frac12 and \frac1{2} -> \frac{1}{2}; a text with a fraction of one character is unchanged."""
     head, *tails = text.split(r"\frac")
     for tail in tails:
         if not tail:

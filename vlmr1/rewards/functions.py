@@ -1,4 +1,4 @@
-"""The rewards of this project as functions of a batch, with TRL's signature; those of accuracy are in accuracy.py."""
+"""The built-in rewards as batch functions with TRL's signature; accuracy and length are in accuracy.py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Prompts = list[list[dict[str, Any]]]
 Completions = list[list[dict[str, str]]]
 
 
-def _is_slow(settings: RewardSettings, method: str) -> bool:
+def _is_isolated(settings: RewardSettings, method: str) -> bool:
     return settings.mode == "vlm_r1"  # its regular expressions backtrack
 
 
@@ -24,7 +24,7 @@ def _never(settings: RewardSettings, method: str) -> bool:
     return False
 
 
-@register("overlong", check=check_lengths, with_settings=True, slow=_never)
+@register("overlong", check=check_lengths, with_settings=True, isolated=_never)
 def overlong_reward(
     prompts: Prompts,
     completions: Completions,
@@ -41,7 +41,7 @@ def overlong_reward(
 
 
 def _simple(name: str, *, truth: bool = False, images: bool = False) -> Callable[..., list[float]]:
-    """Registers the batch function of a scorer; with `truth` every solution is checked before training."""
+    """Register the batch function of a scorer; with `truth` every solution is checked before training."""
 
     def function(
         prompts: Prompts,
@@ -60,7 +60,7 @@ def _simple(name: str, *, truth: bool = False, images: bool = False) -> Callable
     function.__name__ = function.__qualname__ = f"{name}_reward"
     function.__doc__ = f"The scorer `{name}` of each completion."
     check = check_solution(name) if truth else None
-    return register(name, check=check, with_settings=True, slow=_is_slow, images=images)(function)
+    return register(name, check=check, with_settings=True, isolated=_is_isolated, images=images)(function)
 
 
 format_reward = _simple("format")
@@ -77,7 +77,7 @@ point_in_box_reward = _simple("point_in_box", truth=True)
 
 
 def row_options(columns: dict[str, list[Any]], i: int) -> dict[str, Any]:
-    """The columns that scorers take, of one row."""
+    """The columns of one row that scorers take."""
     names = ("image_grid_thw", "image_size", "box_scale")
     return {name: columns[name][i] for name in names if name in columns}
 

@@ -1,4 +1,4 @@
-"""Completions -> scores: each reward function is called for all completions of a step."""
+"""Score the groups of a step: call each reward function, here or in the worker pool."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NUMBER = (int, float, np.integer, np.floating, np.bool_)
 
 @dataclass(frozen=True)
 class TimedOut:
-    """A completion that a reward could not score in time, and which therefore has 0."""
+    """A completion that a reward did not score within the time limit, so its score is 0."""
 
     reward: str
     source: str  # file:line of the row
@@ -46,15 +46,15 @@ def score_groups(
     pool: RewardPool | None = None,
     timed_out: list[TimedOut] | None = None,
 ) -> list[Group]:
-    """The groups with their rewards [G, R] float32 filled in, one column a reward function.
+    """Return the groups with their rewards [G, R] float32, one column a reward function.
 
-    Without a pool each function is called once, for all completions, in this process. With one, rewards that may hang
-    are called for one completion at a time in another process, within the pool's time limit: ours that are slow, and
-    a user's function, from a module or file, that says `function.one_by_one = True`. What overruns scores 0 and is
-    added to `timed_out`.
+    Without a pool each function is called once, for all completions, in this process. With a pool, isolated rewards are
+    called for one completion at a time in a worker process, within the pool's time limit. Isolated are built-in rewards
+    that may be slow, and functions from a module or file with `function.isolated = True`. A completion that exceeds the
+    limit scores 0 and is added to `timed_out`.
 
-    Raises RewardError, with the function and the row, where a function raises, returns another number of
-    values than there are completions, or a value that is not a finite number, and where a process dies.
+    RewardError names the function and the row: it raised, returned a wrong number of values or one that is not a finite
+    number, or its process died.
     """
     rows = [
         _Row(group.prompt, completion, g, i)
@@ -72,7 +72,7 @@ def score_groups(
 def _call(
     reward: Reward, rows: Sequence[_Row], pool: RewardPool | None, timed_out: list[TimedOut] | None
 ) -> list[float]:
-    """One reward's B scores."""
+    """Return one reward's B scores."""
     apart = [] if pool is None else [i for i, row in enumerate(rows) if _goes_to_pool(reward, row)]
     together = sorted(set(range(len(rows))) - set(apart))
     values: dict[int, float] = {}
@@ -94,10 +94,11 @@ def _call(
 def _goes_to_pool(reward: Reward, row: _Row) -> bool:
     if reward.spec is None:
         return False
-    if reward.slow is None or reward.settings is None:
-        return getattr(reward.function, "one_by_one", False)
+    if reward.isolated is None or reward.settings is None:
+        old = getattr(reward.function, "one_by_one", False)  # the attribute's former name
+        return getattr(reward.function, "isolated", old)
     method = method_of(row.prompt.sample, reward.settings)
-    return reward.slow(reward.settings, method)
+    return reward.isolated(reward.settings, method)
 
 
 def _run(reward: Reward, rows: Sequence[_Row], pool: RewardPool) -> list[Outcome]:
@@ -120,13 +121,13 @@ def _value(outcome: Outcome, reward: Reward, row: _Row) -> float:
 def _call_here(reward: Reward, rows: Sequence[_Row]) -> list[float]:
     try:
         values = reward(**_arguments(reward, rows))
-    except Exception as error:  # the user's code: anything can come out of it
+    except Exception as error:  # user code may raise anything
         raise RewardError(f"reward {reward.name}: raised {error!r} {_blame(reward, rows, error)}") from error
     return _numbers(values, reward, rows)
 
 
 def _numbers(values: Any, reward: Reward, rows: Sequence[_Row]) -> list[float]:
-    """What a function returned for the rows, as floats."""
+    """Convert a function's return value for the rows to floats."""
     if isinstance(values, torch.Tensor | np.ndarray):
         values = values.tolist()
     if not isinstance(values, list | tuple):
@@ -141,7 +142,7 @@ def _numbers(values: Any, reward: Reward, rows: Sequence[_Row]) -> list[float]:
 
 
 def _arguments(reward: Reward, rows: Sequence[_Row]) -> dict[str, list[Any]]:
-    """Arguments of a reward function, B values each. A column that some rows lack is left out, but for the method."""
+    """Arguments of a reward function, B values each. A column that some rows lack is left out, except the method."""
     samples = [row.prompt.sample for row in rows]
     shared = set.intersection(*(set(sample.columns) for sample in samples))
     arguments = {name: [sample.columns[name] for sample in samples] for name in sorted(shared)}
@@ -160,7 +161,7 @@ def _arguments(reward: Reward, rows: Sequence[_Row]) -> dict[str, list[Any]]:
 
 
 def _image_columns(rows: Sequence[_Row]) -> dict[str, list[Any]]:
-    """Width and height of each row's first image in px, and the grid of its patches; None where there is none."""
+    """Size in px of each row's first image, and its patch grid; None where there is none."""
     grids = [row.prompt.images[0].get("image_grid_thw") if row.prompt.images else None for row in rows]
     samples = [row.prompt.sample for row in rows]
     return {
@@ -170,7 +171,7 @@ def _image_columns(rows: Sequence[_Row]) -> dict[str, list[Any]]:
 
 
 def _box_scale(reward: Reward, row: _Row) -> Scale | None:
-    """The factor from the model's boxes to px of the file, where this reward reads boxes of this row."""
+    """The factors from the model's boxes to px of the file, where this reward reads boxes of this row."""
     settings = reward.settings
     assert settings is not None
     method = method_of(row.prompt.sample, settings)
@@ -186,14 +187,14 @@ def _number(value: object, reward: Reward, row: _Row) -> float:
 
 
 def _blame(reward: Reward, rows: Sequence[_Row], error: Exception) -> str:
-    """Which row made the function raise: the one that the error names, or the first that does so alone."""
+    """Describe the row that made the function raise: the error's `index`, or the first row that raises alone."""
     index = getattr(error, "index", None)
     if isinstance(index, int) and index < len(rows):
         return _describe(rows[index])
     for row in rows:
         try:
             reward(**_arguments(reward, [row]))
-        except Exception:  # the user's code again; the first exception is the one that is chained
+        except Exception:  # user code; the first exception is the chained one
             return _describe(row)
     return f"{_span(rows)}; no single row raises alone"
 

@@ -1,4 +1,4 @@
-"""A language model as judge, behind an OpenAI-compatible endpoint."""
+"""A language model as a judge, behind an OpenAI-compatible endpoint."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ TASK = (
     "number only."
 )
 ANSWERS = {"0": 0.0, "0.0": 0.0, "1": 1.0, "1.0": 1.0}
-RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)  # HTTP statuses that may pass
+RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)  # HTTP statuses worth a retry
 
 
 class JudgeError(Exception):
-    """The judge failed, retries included. `index` is the place of the completion in the call."""
+    """The judge failed, also after retries. `index` is the place of the completion in the call."""
 
     def __init__(self, message: str, index: int = 0):
         super().__init__(message)
@@ -33,15 +33,16 @@ class JudgeError(Exception):
 
 
 class _Failure(Exception):
-    """One request failed; another may not."""
+    """One request failed in a way that a retry may mend."""
 
 
 @dataclass(frozen=True)
 class Judge:
-    """Where the judge is and how it is asked. The key is read from the environment variable `key_variable`; without one
-    no key is sent. Raises SettingError for a value out of range."""
+    """Endpoint and request settings of the judge. The API key is read from the environment variable `key_variable`.
 
-    url: str  # of the API, as in http://localhost:8000/v1
+    SettingError for a value out of range."""
+
+    url: str  # base URL of the API, such as http://localhost:8000/v1
     model: str
     timeout: float = 60.0  # seconds a request
     retries: int = 3
@@ -62,9 +63,9 @@ class Judge:
             raise SettingError(f"judge_concurrency is {self.concurrency}: it must be at least 1")
 
     def scores(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
-        """0 or 1 for each (answer, correct answer), in order, `concurrency` requests at a time.
+        """Return 0 or 1 for each (answer, correct answer), in order, with `concurrency` requests at a time.
 
-        Raises JudgeError where a request failed 1 + `retries` times, was refused, or had no number as its reply.
+        JudgeError where a request was refused, or failed 1 + `retries` times.
         """
         if not pairs:
             return []

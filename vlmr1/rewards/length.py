@@ -1,4 +1,4 @@
-"""Rewards of a completion's length: the cosine of Yeo et al. and the soft punishment of DAPO."""
+"""Length rewards: the cosine of Yeo et al. and the soft overlong punishment of DAPO."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import math
 from typing import Any
 
 COSINE_MAX = 1024  # tokens of the longest completion
-RIGHT = 1.0, 0.5  # a right answer of no tokens, and of the most
+RIGHT = 1.0, 0.5  # a correct answer of no tokens, and of the most
 WRONG = -0.5, 0.0
 
 
 def cosine(length: int, *, correct: bool, longest: int = COSINE_MAX) -> float:
-    """s + (e - s) * (1 - cos(pi * length / longest)) / 2 with (s, e) = (1, 0.5) for a right answer and (-0.5, 0) for a
-    wrong one: of right answers the short ones earn more, of wrong ones the long ones lose less.
+    """Return s + (e - s) * (1 - cos(pi * length / longest)) / 2, periodic in 2 * longest.
 
-    It is periodic in 2 * longest. Source: Yeo et al. 2025, arXiv:2502.03373, section 4.
+    (s, e) is (1, 0.5) for a correct answer and (-0.5, 0) for a wrong one. Short correct answers and long wrong answers
+    score higher. Source: Yeo et al. 2025, arXiv:2502.03373, section 4.
     """
     start, end = RIGHT if correct else WRONG
     return start - (start - end) * (1 - math.cos(length * math.pi / longest)) / 2
 
 
 def overlong(length: int, max_length: int, cache: int) -> float:
-    """0 up to max_length - cache tokens, then -(length - (max_length - cache)) / cache, and -1 beyond max_length.
+    """Return 0 up to max_length - cache tokens, then -(length - (max_length - cache)) / cache, at least -1.
 
     Source: DAPO, arXiv:2503.14476, equation 13.
     """
@@ -29,7 +29,7 @@ def overlong(length: int, max_length: int, cache: int) -> float:
 
 
 def count_tokens(text: str, tokenizer: Any) -> int:
-    """Tokens of a text; `tokenizer` has `encode`, or is "whitespace" for words."""
+    """Count the tokens of a text; `tokenizer` has `encode`, or is "whitespace" to count words."""
     if tokenizer == "whitespace":
         return len(text.split())
     if not hasattr(tokenizer, "encode"):

@@ -1,7 +1,7 @@
-"""Processes that score completions, each within a time limit.
+"""Worker processes that score completions, each within a time limit.
 
-They are started fresh, not forked: torch's threads would not survive a fork. A process that overruns is killed and
-another takes its place.
+Workers are started fresh, not forked: torch's threads do not survive a fork. A worker that exceeds the limit is killed
+and replaced.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from vlmr1.errors import SettingError
 
-START_LIMIT = 120.0  # seconds until a process is there, and for the import of a reward's module
+START_LIMIT = 120.0  # seconds for the start of a worker, and for the import of a reward's module
 CODE = """import json, sys
 sys.path[:] = json.loads(sys.argv[2])
 from vlmr1.rewards.worker import main
@@ -31,14 +31,14 @@ Task = tuple[str, dict[str, Any]]  # a Reward's spec, and arguments
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a task: its value, the exception that it raised, or nothing within the time limit."""
+    """The result of a task: its value, the exception that it raised, or a timeout."""
 
     kind: Literal["value", "error", "timeout"]
     value: Any = None
 
 
 class WorkerDied(Exception):
-    """A process ended in the midst of a task, or never started; `index` is the task's place."""
+    """A worker ended during a task, or never started; `index` is the task's place."""
 
     def __init__(self, index: int, what: str):
         super().__init__(f"its process {what}")
@@ -71,9 +71,9 @@ class _Worker:
 
 
 class RewardPool:
-    """`workers` processes with `timeout` seconds a completion; they start with the first use and end with this process.
+    """`workers` processes with `timeout` seconds a completion; they start on first use and end with this process.
 
-    Raises SettingError for fewer than 1 worker, or a time limit that is not above 0.
+    SettingError for fewer than 1 worker, or a time limit that is not above 0.
     """
 
     def __init__(self, workers: int, timeout: float):
@@ -88,7 +88,7 @@ class RewardPool:
         atexit.register(self.close)
 
     def run(self, tasks: Sequence[Task]) -> list[Outcome]:
-        """The outcomes, in the order of the tasks. Raises WorkerDied where a process ends unasked."""
+        """Return the outcomes in the order of the tasks. WorkerDied where a worker ends by itself."""
         outcomes: list[Outcome] = [Outcome("timeout")] * len(tasks)
         waiting = list(enumerate(tasks))[::-1]
         try:
@@ -105,13 +105,13 @@ class RewardPool:
         return outcomes
 
     def close(self) -> None:
-        """End all processes; the next `run` starts others."""
+        """End all workers; the next `run` starts new ones."""
         for worker in self._idle + self._busy:
             worker.stop()
         self._idle, self._busy = [], []
 
     def _replies(self) -> list[_Worker]:
-        """The busy workers that have something to say, at once or until the next deadline."""
+        """Wait until the next deadline for busy workers with a message."""
         left = min(worker.deadline for worker in self._busy) - time.monotonic()
         ready = wait([worker.connection for worker in self._busy], timeout=max(0.0, left))
         return [worker for worker in self._busy if worker.connection in ready]

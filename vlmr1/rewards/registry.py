@@ -1,15 +1,16 @@
-"""Reward functions by name, and the user's own by `module:function` or `file.py:function`.
+"""Reward functions by name, and user functions by `module:function` or `file.py:function`.
 
-A reward function is `f(prompts, completions, **columns) -> list[float]`, as in TRL: `prompts` a list of
-message lists, `completions` a list of `[{"role": "assistant", "content": text}]`, and of each column,
-`solution` and `completion_ids` among them, one value a completion. It may have a `check(sample)` that raises
-DataError for a row that it cannot score; all rows are checked before training.
+A reward function is `f(prompts, completions, **columns) -> list[float]`, as in TRL. `prompts` is a list of message
+lists, `completions` a list of `[{"role": "assistant", "content": text}]`. Each column has one value a completion;
+`solution` and `completion_ids` are among them. An attribute `check(sample)` raises DataError for a row that cannot be
+scored; all rows are checked before training.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -23,26 +24,27 @@ from vlmr1.errors import SettingError
 from vlmr1.rewards.settings import DEFAULTS, RewardSettings
 from vlmr1.types import Sample
 
+logger = logging.getLogger(__name__)
 Function = TypeVar("Function", bound=Callable[..., Any])
 Check = Callable[..., None]
-Slow = Callable[[RewardSettings, str], bool]
+Isolated = Callable[[RewardSettings, str], bool]
 
 
 @dataclass(frozen=True)
 class Reward:
     """A reward function with its name and its check of a row.
 
-    `spec` is how another process finds the function, "module:function" or "file.py:function"; None keeps it in this
-    one. `slow(settings, accu_reward_method)` tells whether a row is worth a process with a time limit; None: where the
-    function says `one_by_one`.
+    `spec` is "module:function" or "file.py:function", from which a worker imports the function; None keeps it in this
+    process. `isolated(settings, accu_reward_method)` tells whether a row is scored in a worker with a time limit. Where
+    it is None, the function's attribute `isolated` does.
     """
 
     name: str
     function: Callable[..., Any]
     check: Check | None = None
     spec: str | None = None
-    settings: RewardSettings | None = None  # where the function takes them
-    slow: Slow | None = None
+    settings: RewardSettings | None = None  # None where the function takes none
+    isolated: Isolated | None = None
     images: bool = False  # whether it takes the columns image_size and image_grid_thw
 
     def __call__(self, /, prompts: list, completions: list, **columns: list) -> Any:
@@ -62,29 +64,30 @@ def register(
     check: Check | None = None,
     *,
     with_settings: bool = False,
-    slow: Slow | None = None,
+    isolated: Isolated | None = None,
     images: bool = False,
 ) -> Callable[[Function], Function]:
-    """Decorator: makes a reward function known by `name`.
+    """Return a decorator that registers a reward function as `name`.
 
-    One `with_settings` is called with `settings=RewardSettings`, and so is its check. `slow`, `images`: see `Reward`.
+    With `with_settings` the function and its check are called with `settings=RewardSettings`. `isolated`, `images`: see
+    `Reward`.
     """
 
     def add(function: Function) -> Function:
         if name in REWARDS:
             raise ValueError(f"a reward called {name!r} is registered already")
         settings = DEFAULTS if with_settings else None
-        REWARDS[name] = Reward(name, function, check, _spec(function), settings, slow, images)
+        REWARDS[name] = Reward(name, function, check, _spec(function), settings, isolated, images)
         return function
 
     return add
 
 
 def get_reward(reward: str | Reward | Callable[..., Any], settings: RewardSettings | None = None) -> Reward:
-    """A reward by its name, by `module:function` or `file.py:function`, or a plain function.
+    """Return a reward by its name, by `module:function` or `file.py:function`, or wrap a plain function.
 
-    `settings` are those of the run; a Reward that has some keeps them where none are given. Raises SettingError for an
-    unknown name, with the known ones and the nearest of them.
+    `settings` are those of the run; without them a Reward keeps its own. SettingError for an unknown name lists the
+    known ones.
     """
     found = _find(reward)
     if settings is None or found.settings is None:
@@ -115,7 +118,7 @@ def check_samples(
     samples: Sequence[Sample],
     settings: RewardSettings | None = None,
 ) -> None:
-    """Runs each reward's check over all rows; a row that cannot be scored raises its DataError."""
+    """Run each reward's check over all rows; DataError for a row that cannot be scored."""
     for check in checks_of(rewards, settings):
         for sample in samples:
             check(sample)
@@ -124,18 +127,18 @@ def check_samples(
 def checks_of(
     rewards: Iterable[str | Reward | Callable[..., Any]], settings: RewardSettings | None = None
 ) -> list[Check]:
-    """The checks of a row that these rewards have."""
+    """Return the rewards' checks of a row."""
     return [reward.check for reward in (get_reward(each, settings) for each in rewards) if reward.check]
 
 
 def resolve(spec: str) -> Callable[..., Any]:
-    """The function of a Reward's `spec`, in any process."""
+    """Import the function of a Reward's `spec`."""
     where, _, attribute = spec.rpartition(":")
     return getattr(_load_module(where), attribute)
 
 
 def _spec(function: Callable[..., Any]) -> str | None:
-    """How another process imports a function; None for one that it could not."""
+    """Return the `spec` of a function, or None where a worker cannot import it."""
     name, module = getattr(function, "__qualname__", "."), getattr(function, "__module__", "__main__")
     return None if "." in name or name == "<lambda>" or module == "__main__" else f"{module}:{name}"
 
@@ -146,6 +149,8 @@ def _wrap(name: str, function: Any, spec: str | None = None) -> Reward:
     for known in REWARDS.values():
         if known.function is function:
             return known
+    if hasattr(function, "one_by_one"):
+        logger.warning("reward %s: the attribute one_by_one is now called isolated; the old name still works", name)
     return Reward(name, function, getattr(function, "check", None), spec)
 
 

@@ -1,10 +1,11 @@
-"""One completion -> one score, by the name of the reward."""
+"""Score one completion by the name of a reward."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from vlmr1.errors import SettingError
+from vlmr1.lifecycle.renamed import current_value
 from vlmr1.rewards.answer import find_answer, true_text
 from vlmr1.rewards.judge import JudgeError
 from vlmr1.rewards.methods import METHOD
@@ -13,23 +14,24 @@ from vlmr1.rewards.strict import SCORERS as STRICT
 from vlmr1.rewards.vlm_r1 import SCORERS as PUBLISHED
 from vlmr1.rewards.vlm_r1.tags import last_answer, true_answer
 
-SCORERS = {"strict": STRICT, "vlm_r1": STRICT | PUBLISHED}  # the published code has not all of ours
+SCORERS = {"strict": STRICT, "vlm_r1": STRICT | PUBLISHED}  # strict adds what the published code lacks
 
 
 def score(reward: str, content: str, solution: str, *, mode: str = "strict", **kwargs: Any) -> float:
-    """The score of one completion's text.
+    """Return the score of one completion's text.
 
     Args:
         reward: accuracy, format, format_rec_{qwen,internvl,glm}, iou, iou_{qwen,internvl,glm}, length, repetition,
             counting, point_in_box.
-        mode: "vlm_r1" for what VLM-R1 published, faults and exceptions included, "strict" for the same without them.
+        mode: "vlm_r1" computes what VLM-R1 published, faults and exceptions included; "strict" has them corrected.
         kwargs: `accu_reward_method` (accuracy; default "iou"), `image_grid_thw` and `image_size` (iou_qwen),
-            `tokenizer` (length), `judge` (the method llm), `box_scale` (mode strict; (sx, sy), px of the image file for
-            one unit of the completion's boxes and points, which without it count as they stand). Others are not
-            looked at: a row may have any columns.
+            `tokenizer` (length), `judge` (the method llm), `box_scale` (mode strict: factors (sx, sy) from the
+            completion's boxes and points to px of the image file, default 1). Others are ignored: a row may have any
+            columns.
 
-    Raises SettingError for an unknown name or mode, and what the reward raises for a solution that it cannot score.
+    SettingError for an unknown name or mode; a reward raises ValueError for a solution that it cannot score.
     """
+    mode = current_value("reward_mode", mode)
     if mode not in MODES:
         raise SettingError(f"reward_mode is {mode!r}: one of {', '.join(MODES)}")
     if reward not in SCORERS[mode]:
@@ -42,9 +44,9 @@ def score(reward: str, content: str, solution: str, *, mode: str = "strict", **k
 
 
 def judged(rows: list[tuple[str, str]], judge: Any, *, mode: str) -> list[float]:
-    """The judge's scores of (completion, solution) rows; in mode strict one without an answer scores 0 unasked.
+    """Return the judge's scores of (completion, solution) rows; in mode strict a completion without an answer scores 0.
 
-    Raises SettingError without a judge, JudgeError where it fails.
+    SettingError without a judge, JudgeError where it fails.
     """
     if judge is None:
         raise SettingError("accu_reward_method llm needs a judge: set judge_url and judge_model")

@@ -1,4 +1,4 @@
-"""What runs in a process of the reward pool: one completion at a time."""
+"""The main function of a worker of the reward pool: score one completion at a time."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from typing import Any
 from vlmr1.lifecycle.processes import ignore_stop_signals, kill_with_parent
 from vlmr1.rewards.registry import resolve
 
-WATCH = 1.0  # seconds between looks at the parent
+WATCH = 1.0  # seconds between checks of the parent process
 
 function_of = cache(resolve)
 
 
 def main(descriptor: int, of_main_thread: bool) -> None:
-    """Serve (spec, arguments) from the socket until it closes: "ready", then for each "started" and its outcome."""
+    """Serve (spec, arguments) from the socket until it closes: send "ready", then "started" and its outcome."""
     ignore_stop_signals()
-    if of_main_thread:  # which lasts as long as the process
+    if of_main_thread:  # the parent thread lasts as long as its process
         kill_with_parent()
     threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
-    import math_verify  # noqa: F401  # a second of import belongs to the start, not to a completion
+    import math_verify  # noqa: F401  # its import of a second must not count against a completion
 
     connection = Connection(descriptor)
     connection.send(("ready", None))
@@ -41,12 +41,12 @@ def _outcome(connection: Connection, spec: str, arguments: dict[str, Any]) -> tu
         function = function_of(spec)
         connection.send(("started", None))
         return "value", _plain(function(**arguments))
-    except Exception as error:  # the user's code: anything can come out of it
+    except Exception as error:  # user code may raise anything
         return "error", _portable(error)
 
 
 def _plain(values: Any) -> Any:
-    """Tensors and arrays as lists: a tensor would travel through shared memory."""
+    """Convert tensors and arrays to lists: a tensor would be sent through shared memory."""
     return values.tolist() if hasattr(values, "tolist") else _portable_values(values)
 
 
@@ -57,16 +57,16 @@ def _portable_values(values: Any) -> Any:
 
 
 def _portable(error: Exception) -> Exception:
-    """The exception, or one with its text where it cannot be pickled and read back."""
+    """Return the exception, or a RuntimeError with its text where it cannot be pickled."""
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception:  # whatever its class does there
+    except Exception:  # its class may raise anything
         return RuntimeError(repr(error))
     return error
 
 
 def _watch(parent: int) -> None:
-    """End with the parent, even in the midst of a reward."""
+    """Exit when the parent has ended, even during a reward."""
     while os.getppid() == parent:
         time.sleep(WATCH)
     os._exit(1)

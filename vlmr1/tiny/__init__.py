@@ -3,7 +3,7 @@
 from pathlib import Path
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
-TINY = "tiny"  # the embedded model's name
+TINY, DIGITS = "tiny", "digits"  # the names of the embedded model and data set
 
 
 def model_path(name: str) -> str:

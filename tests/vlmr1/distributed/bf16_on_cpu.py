@@ -21,15 +21,14 @@ from tests.vlmr1.distributed import fsdp_on_cpu
 from tests.vlmr1.distributed.forced import repeating
 from vlmr1.cli import main
 from vlmr1.commands import train as run
-from vlmr1.grpo import pack_runner as passes
 from vlmr1.grpo import policy, reference, trainer
 from vlmr1.lifecycle.processes import exit_process
 from vlmr1.rollout import scheduler
 
 SUMS = ("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor", "reduce_scatter_single")
-NAMES = {passes: "old", reference: "reference", trainer: "policy"}
+NAMES = {reference: ("reference", "reference"), trainer: ("old", "policy")}  # without and with gradient
 added: Counter[str] = Counter()  # numbers that were added up over ranks, by dtype
-returned: dict[str, set[str]] = {name: set() for name in NAMES.values()}  # dtypes of log-probs
+returned: dict[str, set[str]] = {name: set() for name in ("old", "reference", "policy")}  # dtypes of log-probs
 weights: dict[str, set[str]] = {}  # dtypes, by trained, frozen, reference
 ahead: Counter[str] = Counter()  # weights that ZeRO-3 has fetched ahead, by a trace of an earlier pass
 now: list[str] = []  # passes up to the present one
@@ -51,10 +50,11 @@ def watched_sum(function: Callable) -> Callable:
     return call
 
 
-def watched_call(name: str) -> Callable:
-    def call(*arguments: Any) -> Any:
+def watched_call(names: tuple[str, str]) -> Callable:
+    def call(wrapped: Any, *arguments: Any) -> Any:
+        name = names[wrapped.training]
         now.append(name)
-        result = policy.call(*arguments)
+        result = policy.call(wrapped, *arguments)
         for each in (result[0], result[1]["logp"]) if isinstance(result, tuple) else (result,):
             returned[name].add(str(each.dtype))
         return result
@@ -74,13 +74,13 @@ def watched_fetch(function: Callable) -> Callable:
 
 
 class Watched(trainer.GRPOTrainer):
-    def generation(self, *arguments: Any) -> Any:
+    def generate(self, *arguments: Any) -> Any:
         parameters = list(self.model.parameters())
         of_reference = () if self.reference is None else self.reference.model.parameters()
         weights["trained"] = {str(each.dtype) for each in parameters if each.requires_grad}
         weights["frozen"] = {str(each.dtype) for each in parameters if not each.requires_grad}
         weights["reference"] = {str(each.dtype) for each in of_reference}
-        return super().generation(*arguments)
+        return super().generate(*arguments)
 
 
 def watched_main() -> int:
@@ -92,8 +92,8 @@ def watched_main() -> int:
     Coordinator.fetch_sub_module = watched_fetch(Coordinator.fetch_sub_module)  # type: ignore[method-assign]
     for name in SUMS:
         setattr(dist, name, watched_sum(getattr(dist, name)))
-    for module, name in NAMES.items():
-        module.call = watched_call(name)  # type: ignore[attr-defined]
+    for module, names in NAMES.items():
+        module.call = watched_call(names)  # type: ignore[attr-defined]
     run.GRPOTrainer = Watched  # type: ignore[misc]
     code = main()
     found = {"added": added, "returned": returned, "weights": weights, "ahead": ahead}

@@ -12,9 +12,9 @@ from PIL import Image
 
 from tests.vlmr1.distributed.two_ranks import ROOT, ROWS, words
 from vlmr1.commands.arguments import parse_config
+from vlmr1.data.loader import as_list
 from vlmr1.grpo.trainer import GRPOTrainer
 from vlmr1.models import load_model, load_processor
-from vlmr1.training.hf_trainer import as_list
 
 REWARD = """
 import zlib

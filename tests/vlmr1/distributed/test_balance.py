@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.vlmr1.conftest import Maker
-from vlmr1.distributed.balance import EVEN, Place, exchange, shared_out
+from vlmr1.distributed.balance import EVEN, Place, balance_over_ranks, exchange
 from vlmr1.distributed.metrics import over_ranks
 from vlmr1.distributed.ranks import Ranks, interleaved
 from vlmr1.grpo.advantages import with_advantages
@@ -73,13 +73,13 @@ def test_interleaved_is_the_order_of_the_batch():
     ],
     ids=["even", "even-enough", "one-moves", "single", "no-tokens", "empty-rank"],
 )
-def test_shared_out(tokens, expected):
-    assert names(shared_out(places(*tokens), len(tokens))) == expected
+def test_balance_over_ranks(tokens, expected):
+    assert names(balance_over_ranks(places(*tokens), len(tokens))) == expected
 
 
 def test_four_ranks_of_long_and_short_groups_end_within_the_bound():
     tokens = [[900, 40, 40, 40], [100] * 4, [30] * 4, [300, 300, 20, 20]]
-    ranks = shared_out(places(*tokens), 4)
+    ranks = balance_over_ranks(places(*tokens), 4)
     loads = [sum(place.tokens for place in own) for own in ranks]
     assert sorted(place for own in names(ranks) for place in own) == [(r, i) for r in range(4) for i in range(4)]
     # The longest group alone is more than a fourth of the tokens, and its rank has nothing else.

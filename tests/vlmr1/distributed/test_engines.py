@@ -23,10 +23,11 @@ from tests.vlmr1.distributed.two_ranks import (
     words,
 )
 from vlmr1.commands.arguments import parse_config
-from vlmr1.commands.train import check_settings, train
+from vlmr1.commands.train import train
 from vlmr1.distributed.launch import LAUNCHES, launch_command
 from vlmr1.errors import SettingError
 from vlmr1.lifecycle.checkpoint import last_complete
+from vlmr1.lifecycle.run_settings import check_settings
 from vlmr1.models import load_model
 
 

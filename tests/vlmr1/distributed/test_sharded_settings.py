@@ -18,6 +18,7 @@ from tests.vlmr1.distributed.two_ranks import assert_same, computed, metrics, re
 from vlmr1.commands.arguments import parse_config
 from vlmr1.commands.train import train
 from vlmr1.grpo import trainer
+from vlmr1.grpo.pack_runner import PackRunner
 from vlmr1.grpo.reference import REFERENCE
 from vlmr1.models import load_model
 from vlmr1.tiny import TINY, model_path
@@ -41,20 +42,25 @@ class Counting:
     folder: Path
 
     def __call__(self) -> None:
-        plans, passes = [], []
-        judge, compute = trainer.with_kl, trainer.GRPOTrainer.with_logprobs
+        plans, passes, of_kl = [], [], []  # the last: whether packs are made for a KL
+        make, add = PackRunner.make_packs, trainer.GRPOTrainer.add_logprobs
 
-        def with_kl(groups: Any, plan: Any, packs: Any, estimator: str) -> Any:
-            plans.append(len(plan))
-            rank = os.environ["RANK"]
-            (self.folder / f"counted-{rank}.json").write_text(json.dumps([plans, passes]), encoding="utf-8")
-            return judge(groups, plan, packs, estimator)
+        def make_packs(runner: Any, plan: Any, **options: Any) -> Any:
+            packs = make(runner, plan, **options)
+            if of_kl == [True]:  # of the reference: those of the old policy are as many
+                of_kl.append(False)
+                plans.append(len(plan))
+                passes.append(len(packs))
+                counted = self.folder / f"counted-{os.environ['RANK']}.json"
+                counted.write_text(json.dumps([plans, passes]), encoding="utf-8")
+            return packs
 
-        def with_logprobs(self: Any, model: Any, packs: Any, phases: Any) -> Any:
-            passes.append(len(packs))
-            return compute(self, model, packs, phases)
+        def add_logprobs(self: Any, model: Any, groups: Any, *, every: bool = False) -> None:
+            of_kl[:] = [every]
+            add(self, model, groups, every=every)
+            of_kl.clear()
 
-        trainer.with_kl, trainer.GRPOTrainer.with_logprobs = with_kl, with_logprobs
+        PackRunner.make_packs, trainer.GRPOTrainer.add_logprobs = make_packs, add_logprobs  # type: ignore[assignment]
 
     def counted(self) -> tuple[set[tuple[int, ...]], set[tuple[int, ...]]]:
         """(packs, passes) by generation, of both ranks."""

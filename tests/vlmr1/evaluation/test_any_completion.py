@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vlmr1.evaluation.records import Record
-from vlmr1.evaluation.scoring import score_task
+from vlmr1.evaluation.tasks import score_task
 from vlmr1.report.cases import write_cases
 from vlmr1.types import Sample
 

@@ -9,7 +9,7 @@ import pytest
 from vlmr1.cli import main
 from vlmr1.errors import SettingError
 from vlmr1.evaluation.arguments import Compare, Evaluate, parse
-from vlmr1.evaluation.job import slug, slugs
+from vlmr1.evaluation.outputs import slug, slugs
 
 GIVEN = ["--model", "a", "b", "--data", "x.jsonl", "--output_dir", "out"]
 

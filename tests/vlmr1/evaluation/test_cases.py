@@ -73,9 +73,9 @@ def test_boxes_are_in_pixels_of_the_file_and_the_image_is_smaller(image, tmp_pat
 def test_small_images_keep_every_pixel(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "small.png")
-    uri, size = picture(tmp_path / "small.png", "a:1")
-    assert uri.startswith("data:image/png;base64,") and size == (60, 40)
-    with Image.open(io.BytesIO(b64decode(uri.partition(",")[2]))) as shown:
+    small = picture(tmp_path / "small.png", "a:1")
+    assert small.uri.startswith("data:image/png;base64,") and small.size == (60, 40) and small.crisp
+    with Image.open(io.BytesIO(b64decode(small.uri.partition(",")[2]))) as shown:
         np.testing.assert_array_equal(np.asarray(shown), pixels)
 
 

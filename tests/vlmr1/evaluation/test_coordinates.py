@@ -16,7 +16,7 @@ from vlmr1.data.images import upright_size
 from vlmr1.errors import DataError, SettingError
 from vlmr1.evaluation.decode import Decoder
 from vlmr1.evaluation.records import Record
-from vlmr1.evaluation.scoring import score_task
+from vlmr1.evaluation.tasks import score_task
 from vlmr1.models import load_model, load_processor
 from vlmr1.types import Completion, Group, ImageBytes, Sample
 

@@ -269,7 +269,7 @@ def test_answers_in_words(data, tmp_path, capsys):
 
 
 def test_faults_are_found_before_a_model_is_loaded(data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("vlmr1.evaluation.job.load_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("vlmr1.evaluation.loading.load_model", lambda *_, **__: pytest.fail("loaded"))
     (tmp_path / "data.jsonl").write_text((data / "held_out.jsonl").read_text().replace("held_out-00003.png", "no.png"))
     words = command(data, tmp_path / "out")
     words[words.index("--data") + 1] = str(tmp_path / "data.jsonl")

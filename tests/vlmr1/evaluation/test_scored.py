@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vlmr1.evaluation.records import Record
-from vlmr1.evaluation.scoring import score_task
+from vlmr1.evaluation.tasks import score_task
 from vlmr1.rewards.settings import RewardSettings
 from vlmr1.types import Sample
 

@@ -15,10 +15,11 @@ from torch.utils.data import SequentialSampler
 from tests.vlmr1.grpo.test_trainer import trainer_of
 from tests.vlmr1.lifecycle.test_resume import command, weights
 from vlmr1.cli import main
-from vlmr1.commands.train import arithmetic
+from vlmr1.commands.schedule import describe_schedule
 from vlmr1.config import GRPOConfig
+from vlmr1.distributed.balance import parts_of
 from vlmr1.errors import SettingError
-from vlmr1.grpo.buffer import Buffer, BufferSampler, Part, parts_of
+from vlmr1.grpo.buffer import Buffer, BufferSampler, Minibatch
 from vlmr1.report.progress import read_metrics
 from vlmr1.tiny import digits
 
@@ -38,13 +39,13 @@ def test_sampler(rows, settings, expected):
     assert list(sampler) == expected and len(sampler) == len(expected)
 
 
-def test_parts_are_taken_once_an_iteration():
-    parts = [Part([], [], {"part": float(i)}) for i in range(3)]
+def test_minibatches_are_taken_once_an_iteration():
+    minibatches = [Minibatch([], {"number": float(i)}) for i in range(3)]
     buffer = Buffer(iterations=2)
     assert buffer.spent
-    buffer.fill(parts)
-    assert [buffer.take().counts["part"] for _ in range(5)] == [0, 1, 2, 0, 1] and not buffer.spent
-    assert buffer.take().counts["part"] == 2 and buffer.spent
+    buffer.fill(minibatches)
+    assert [buffer.take().metrics["number"] for _ in range(5)] == [0, 1, 2, 0, 1] and not buffer.spent
+    assert buffer.take().metrics["number"] == 2 and buffer.spent
 
 
 def test_parts_of():
@@ -65,7 +66,7 @@ def test_one_generation_serves_its_updates(model, processor, tmp_path, monkeypat
     drawn, trained = [], []
     generate, backward = trainer.engine.generate, trainer.backward
     monkeypatch.setattr(trainer.engine, "generate", lambda p, *a, **k: drawn.append(p) or generate(p, *a, **k))
-    monkeypatch.setattr(trainer, "backward", lambda m, p, groups: trained.append(groups) or backward(m, p, groups))
+    monkeypatch.setattr(trainer, "backward", lambda m, groups: trained.append(groups) or backward(m, groups))
     rows = logged(trainer)
     assert [len(prompts) for prompts in drawn] == [4, 4]
     assert [[g.prompt for g in groups] for groups in trained[:2]] == [drawn[0][:2], drawn[0][2:]]
@@ -105,11 +106,11 @@ def test_too_few_rows_for_a_generation(model, processor, tmp_path):
         trainer_of(model, processor, tmp_path, steps_per_generation=5).train()
 
 
-def test_arithmetic(tmp_path):
+def test_schedule(tmp_path):
     """17 rows, 8 a generation: two generations of four updates twice, and one row that is left out."""
     settings = {"prompts_per_device": 2, "steps_per_generation": 4, "num_iterations": 2}
     config = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
-    assert "a generation serves 8 updates; 16 updates an epoch, 48 in all (3.0 epochs)" in arithmetic(config, 17)
+    assert "a generation serves 8 updates; 16 updates an epoch, 48 in all (3.0 epochs)" in describe_schedule(config, 17)
 
 
 def test_a_checkpoint_of_other_settings_is_not_gone_on_from(data, tmp_path, capsys):

@@ -14,7 +14,7 @@ import torch
 from tests.vlmr1.grpo.test_trainer import trainer_of
 from tests.vlmr1.lifecycle.test_resume import command, weights
 from vlmr1.cli import main
-from vlmr1.grpo.dynamic_sampling import RESERVE, Reserve, is_flat, resample
+from vlmr1.grpo.dynamic_sampling import RESERVOIR, PromptReservoir, has_equal_rewards, resample
 from vlmr1.grpo.reference import REFERENCE
 from vlmr1.report.progress import read_metrics
 from vlmr1.rewards.registry import get_reward
@@ -24,49 +24,49 @@ from vlmr1.types import Completion, Group, Prompt, Sample
 # The order of further prompts
 
 
-def test_reserve_takes_every_row_once_a_turn():
-    reserve = Reserve(range(7), seed=3)
-    turns = [reserve.take(7, ()) for _ in range(3)]
+def test_reservoir_takes_every_row_once_a_turn():
+    reservoir = PromptReservoir(range(7), seed=3)
+    turns = [reservoir.take(7, ()) for _ in range(3)]
     assert all(sorted(turn) == list(range(7)) for turn in turns) and len({tuple(turn) for turn in turns}) == 3
-    assert reserve.position == 21
-    again = Reserve(range(7), seed=3)
+    assert reservoir.position == 21
+    again = PromptReservoir(range(7), seed=3)
     assert [again.take(1, ())[0] for _ in range(7)] == turns[0]
-    assert Reserve(range(7), seed=4).take(7, ()) != turns[0]
+    assert PromptReservoir(range(7), seed=4).take(7, ()) != turns[0]
 
 
-def test_reserve_passes_over_held_samples():
+def test_reservoir_passes_over_held_samples():
     """Samples 10, 20, ... of places 0, 1, ...; those that are held have had their turn."""
-    reserve = Reserve(range(10, 80, 10), seed=0)
-    order = Reserve(range(7), seed=0).take(7, ())
+    reservoir = PromptReservoir(range(10, 80, 10), seed=0)
+    order = PromptReservoir(range(7), seed=0).take(7, ())
     held = {10 * (order[0] + 1), 10 * (order[2] + 1)}
-    assert reserve.take(2, held) == [order[1], order[3]] and reserve.position == 4
-    assert reserve.take(1, ()) == [order[4]]
+    assert reservoir.take(2, held) == [order[1], order[3]] and reservoir.position == 4
+    assert reservoir.take(1, ()) == [order[4]]
 
 
-def test_reserve_gives_what_there_is():
-    reserve = Reserve(range(4), seed=0)
-    assert sorted(reserve.take(9, {1, 2})) == [0, 3] and reserve.position == 4
-    assert reserve.take(3, {0, 1, 2, 3}) == [] and Reserve([], seed=0).take(1, ()) == []
+def test_reservoir_gives_what_there_is():
+    reservoir = PromptReservoir(range(4), seed=0)
+    assert sorted(reservoir.take(9, {1, 2})) == [0, 3] and reservoir.position == 4
+    assert reservoir.take(3, {0, 1, 2, 3}) == [] and PromptReservoir([], seed=0).take(1, ()) == []
 
 
-def test_reserve_gives_no_row_twice_at_once():
+def test_reservoir_gives_no_row_twice_at_once():
     """Where one permutation ends and the next begins, a row may come up again."""
     counts = []
     for seed in range(8):
-        reserve = Reserve(range(4), seed)
-        reserve.take(2, ())
-        taken = reserve.take(4, ())
+        reservoir = PromptReservoir(range(4), seed)
+        reservoir.take(2, ())
+        taken = reservoir.take(4, ())
         assert len(set(taken)) == len(taken)
         counts.append(len(taken))
-    assert min(counts) < 4 and reserve.position == 6
+    assert min(counts) < 4 and reservoir.position == 6
 
 
-def test_reserve_goes_on_from_a_checkpoint(tmp_path):
-    whole, reserve = Reserve(range(5), seed=1), Reserve(range(5), seed=1)
+def test_reservoir_goes_on_from_a_checkpoint(tmp_path):
+    whole, reservoir = PromptReservoir(range(5), seed=1), PromptReservoir(range(5), seed=1)
     every = [whole.take(3, ()) for _ in range(4)]
-    assert [reserve.take(3, ()) for _ in range(2)] == every[:2]
-    reserve.save(tmp_path)
-    again = Reserve(range(5), seed=1)
+    assert [reservoir.take(3, ()) for _ in range(2)] == every[:2]
+    reservoir.save(tmp_path)
+    again = PromptReservoir(range(5), seed=1)
     again.load(tmp_path)
     assert [again.take(3, ()) for _ in range(2)] == every[2:]
 
@@ -96,9 +96,9 @@ FIRST = [group(0, 0.0, 1.0), group(1, 1.0, 1.0), group(2, 0.5, 0.0), group(3, 0.
 
 
 def test_rounds_go_on_until_every_group_has_signal():
-    reserve, order = Reserve(range(12), seed=0), Reserve(range(12), seed=0).take(12, {0, 1, 2, 3})
+    reservoir, order = PromptReservoir(range(12), seed=0), PromptReservoir(range(12), seed=0).take(12, {0, 1, 2, 3})
     draw = Draws({order[1], order[4]})
-    kept, metrics = resample(FIRST, draw, reserve, [1.0, 1.0], rounds=9)
+    kept, metrics = resample(FIRST, draw, reservoir, [1.0, 1.0], rounds=9)
     assert draw.asked == [(1, order[:2]), (2, order[2:3]), (3, order[3:4]), (4, order[4:5])]
     assert kept[0] is FIRST[0] and kept[2] is FIRST[2]
     assert [g.prompt.sample.index for g in kept] == [0, order[1], 2, order[4]]
@@ -117,7 +117,7 @@ def test_rounds_go_on_until_every_group_has_signal():
 
 def test_what_is_missing_after_the_last_round_is_kept():
     draw = Draws(set())
-    kept, metrics = resample(FIRST, draw, Reserve(range(12), seed=0), [1.0, 1.0], rounds=2)
+    kept, metrics = resample(FIRST, draw, PromptReservoir(range(12), seed=0), [1.0, 1.0], rounds=2)
     assert [number for number, _ in draw.asked] == [1, 2] and [len(places) for _, places in draw.asked] == [2, 2]
     assert all(a is b for a, b in zip(kept, FIRST, strict=True))
     assert metrics["dynamic_sampling/groups_left_flat"] == 2 and metrics["dynamic_sampling/groups_discarded"] == 4
@@ -125,15 +125,15 @@ def test_what_is_missing_after_the_last_round_is_kept():
 
 def test_no_prompt_is_drawn_twice_for_one_generation():
     draw = Draws(set())
-    _, metrics = resample(FIRST, draw, Reserve(range(7), seed=0), [1.0, 1.0], rounds=9)
+    _, metrics = resample(FIRST, draw, PromptReservoir(range(7), seed=0), [1.0, 1.0], rounds=9)
     assert sorted(place for _, places in draw.asked for place in places) == [4, 5, 6]
     assert metrics["dynamic_sampling/rounds"] == 2  # nothing is left for a third
 
 
 def test_nothing_is_drawn_where_all_groups_have_signal():
-    reserve, draw = Reserve(range(7), seed=0), Draws(set())
-    kept, metrics = resample([FIRST[0], FIRST[2]], draw, reserve, [1.0, 1.0], rounds=9)
-    assert len(kept) == 2 and draw.asked == [] and reserve.position == 0
+    reservoir, draw = PromptReservoir(range(7), seed=0), Draws(set())
+    kept, metrics = resample([FIRST[0], FIRST[2]], draw, reservoir, [1.0, 1.0], rounds=9)
+    assert len(kept) == 2 and draw.asked == [] and reservoir.position == 0
     assert metrics["dynamic_sampling/rounds"] == metrics["dynamic_sampling/groups_discarded"] == 0
 
 
@@ -147,7 +147,7 @@ def test_nothing_is_drawn_where_all_groups_have_signal():
     ids=["equal sums", "other weights", "a reward that does not count"],
 )
 def test_signal_is_of_the_weighted_sum(rewards, weights, expected):
-    assert is_flat(replace(FIRST[0], rewards=torch.tensor(rewards)), weights) == expected
+    assert has_equal_rewards(replace(FIRST[0], rewards=torch.tensor(rewards)), weights) == expected
 
 
 class Ranks:
@@ -165,16 +165,17 @@ class Ranks:
         return joined
 
 
-def test_ranks_agree_on_rounds_and_share_the_reserve():
-    """The second rank has signal everywhere: it joins each round, and its reserve moves as the first one's does."""
+def test_ranks_agree_on_rounds_and_share_the_reservoir():
+    """The second rank has signal everywhere: it joins each round, and its reservoir moves as the first one's does."""
     ranks = Ranks(2)
     firsts = [[FIRST[1], FIRST[3]], [FIRST[0], FIRST[2]]]
-    order = Reserve(range(12), seed=0).take(12, {0, 1, 2, 3})
-    draws, reserves, found = [Draws({order[2]}), Draws(set())], [Reserve(range(12), seed=0) for _ in range(2)], {}
+    order = PromptReservoir(range(12), seed=0).take(12, {0, 1, 2, 3})
+    draws, reservoirs = [Draws({order[2]}), Draws(set())], [PromptReservoir(range(12), seed=0) for _ in range(2)]
+    found = {}
 
     def run(rank: int) -> None:
-        options: Any = {"rank": rank, "gather": lambda values: ranks.all_gather(rank, values)}
-        found[rank] = resample(firsts[rank], draws[rank], reserves[rank], [1.0, 1.0], rounds=2, **options)
+        options: Any = {"rank": rank, "gather": lambda values: ranks.gather(rank, values)}
+        found[rank] = resample(firsts[rank], draws[rank], reservoirs[rank], [1.0, 1.0], rounds=2, **options)
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
     for thread in threads:
@@ -184,7 +185,7 @@ def test_ranks_agree_on_rounds_and_share_the_reserve():
     assert draws[0].asked == [(1, order[:2]), (2, order[2:4])] and draws[1].asked == [(1, []), (2, [])]
     assert [g.prompt.sample.index for g in found[0][0]] == [order[2], 3]
     assert [found[rank][1]["dynamic_sampling/rounds"] for rank in range(2)] == [2, 2]
-    assert reserves[0].position == reserves[1].position > 4
+    assert reservoirs[0].position == reservoirs[1].position > 4
 
 
 # In the trainer
@@ -238,7 +239,7 @@ def test_a_run_trains_on_groups_with_signal(model, processor, tmp_path, monkeypa
     assert row["dynamic_sampling/groups_drawn"] == len(indices)
     for one, other in zip(plain.last_groups, trainer.last_groups, strict=True):
         same = [torch.equal(a.token_ids, b.token_ids) for a, b in zip(one.completions, other.completions, strict=True)]
-        assert (all(same) and one.prompt.sample.index == other.prompt.sample.index) or is_flat(one, [1.0])
+        assert (all(same) and one.prompt.sample.index == other.prompt.sample.index) or has_equal_rewards(one, [1.0])
     drawn = trainer.engine.stats
     assert (
         drawn.tokens
@@ -263,7 +264,7 @@ RESUMED = {
 @pytest.mark.slow
 @pytest.mark.parametrize("more", RESUMED.values(), ids=RESUMED.keys())
 def test_a_run_goes_on_bit_equal(more, tmp_path):
-    """From checkpoint 2 of 6, which is within the third round of the reserve or of a buffer."""
+    """From checkpoint 2 of 6, which is within the third round of the reservoir or of a buffer."""
     digits.write(tmp_path, "train", 12, seed=3)
     (tmp_path / "mine.py").write_text(REWARD)
     words = [word.format(folder=tmp_path) for word in more] + ["--save_total_limit", "5", "--temperature", "1.5"]
@@ -272,7 +273,7 @@ def test_a_run_goes_on_bit_equal(more, tmp_path):
     again.mkdir()
     shutil.copy(whole / "settings.json", again)
     shutil.copytree(whole / "checkpoint-2", again / "checkpoint-2")
-    kept = RESERVE if "--dynamic_sampling" in more else REFERENCE
+    kept = RESERVOIR if "--dynamic_sampling" in more else REFERENCE
     assert (whole / "checkpoint-2" / kept).exists()
     assert main(command(tmp_path, again, *words)) == 0
     expected, found, before = weights(whole), weights(again), weights(whole, 2)
@@ -282,7 +283,7 @@ def test_a_run_goes_on_bit_equal(more, tmp_path):
     assert histories[1] == histories[0][2:]
     last = [(run / "checkpoint-6" / kept).read_bytes() for run in (whole, again)]
     assert last[0] == last[1] != (whole / "checkpoint-2" / kept).read_bytes()
-    if kept == RESERVE:
+    if kept == RESERVOIR:
         assert sum(row["dynamic_sampling/groups_replaced"] for row in histories[0]) > 0
 
 

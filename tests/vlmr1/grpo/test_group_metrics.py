@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from vlmr1.commands.demo import bootstrap, summary
+from vlmr1.distributed.metrics import combine
 from vlmr1.evaluation.evaluate import Evaluation
 from vlmr1.evaluation.rec import RecResult
 from vlmr1.grpo.group_metrics import group_statistics
-from vlmr1.grpo.loss import combine, normalizer
+from vlmr1.grpo.loss import normalizer
 from vlmr1.types import Completion, Group, Prompt, Sample
 from vlmr1_kernels import GRPOSettings
 

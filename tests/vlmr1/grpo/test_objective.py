@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.helpers.updates import as_drawn
 from tests.vlmr1.conftest import Maker
 from tests.vlmr1.grpo.test_packing import group, prompt
 from tests.vlmr1.grpo.test_step_oracle import near_the_policy
 from tests.vlmr1.grpo.test_trainer import relative, trainer_of
+from vlmr1.distributed.ranks import ALONE
 from vlmr1.errors import SettingError
 from vlmr1.grpo.advantages import with_advantages
-from vlmr1.grpo.buffer import Buffer, Part
-from vlmr1.grpo.importance_sampling import with_correction
-from vlmr1.grpo.kl_penalty import unjudged, with_kl
+from vlmr1.grpo.buffer import ROLLOUTS, Buffer, Minibatch
+from vlmr1.grpo.importance_sampling import set_importance_denominators
+from vlmr1.grpo.kl_penalty import with_kl
 from vlmr1.grpo.naive import NaivePolicy
+from vlmr1.grpo.pack_runner import PackRunner
 from vlmr1.grpo.packing import make_pack, plan_packs
-from vlmr1.telemetry.phases import Phases
 from vlmr1.types import Group, Pack
 
 CAP = 1.2
@@ -102,18 +105,18 @@ SETTINGS = {
 SETTINGS_DAPO = {each: {**SETTINGS[each], "loss_type": "dapo"} for each in (sequence, bonus, sequence_mask)}
 
 
-def generated(trainer: Any, groups: list[Group]) -> Part:
+def generated(trainer: Any, groups: list[Group]) -> Minibatch:
     """One generation of the trainer from these completions and rewards on."""
-    trainer.rollout = lambda prompts, number=0: groups
-    trainer.scored = lambda groups, phases: groups
-    (part,) = trainer.generation(trainer.model, [], Phases())
-    return part
+    trainer.rollout = lambda prompts, number=0: as_drawn(groups)
+    trainer.score = lambda groups: groups
+    (minibatch,) = trainer.generate(trainer.model, [])
+    return minibatch
 
 
 def of_the_trainer(trainer: Any, groups: list[Group]) -> tuple[float, dict[str, Tensor]]:
-    part = generated(trainer, groups)
+    minibatch = generated(trainer, groups)
     trainer.model.zero_grad()
-    loss, _ = trainer.backward(trainer.model, part.packs, part.groups)
+    loss, _ = trainer.backward(trainer.model, minibatch.groups)
     return float(loss), {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
 
 
@@ -162,10 +165,11 @@ def test_the_step_is_the_one_written_out(objective, settings, dapo, model, proce
 
 def packed(*differences: list[float]) -> Pack:
     """Sequences whose old log-probs are these above the engine's."""
-    pack = make_pack([group(prompt(3), *(len(each) for each in differences))])
-    given = torch.tensor([value for each in differences for value in each])
-    rollout = -1 - torch.arange(len(given)) / 10
-    return replace(pack, rollout_logp=rollout, old_logp=rollout + given)
+    made = group(prompt(3), *(len(each) for each in differences))
+    for completion, given in zip(made.completions, differences, strict=True):
+        completion.logp = -1 - torch.arange(len(given)) / 10
+        completion.old_logp = completion.logp + torch.tensor(given)
+    return make_pack([made])
 
 
 LOG2 = math.log(2)
@@ -180,9 +184,10 @@ WEIGHTS = {
 @pytest.mark.parametrize(("mode", "expected"), WEIGHTS.items(), ids=WEIGHTS.keys())
 def test_weights(mode, expected):
     pack = packed([0, LOG2, 2 * LOG2], [-LOG2, 0], [2 * LOG2, LOG2])
-    (found,), metrics = with_correction([pack], mode, 3.0)
-    assert found.old_logp is not None and found.trust_logp is not None
-    weights = (found.old_logp - found.trust_logp).exp().clamp(max=3.0)
+    metrics = set_importance_denominators([pack], mode, 3.0)
+    found = make_pack(pack.groups)
+    assert found.old_logp is not None and found.importance_denominator is not None
+    weights = (found.old_logp - found.importance_denominator).exp().clamp(max=3.0)
     assert weights.tolist() == pytest.approx(expected, rel=1e-6)
     ratios = [8, 0.5, 8] if mode.startswith("sequence") else [1, 2, 4, 0.5, 1, 4, 2]
     assert metrics == pytest.approx(
@@ -195,18 +200,19 @@ def test_weights(mode, expected):
     )
 
 
-def test_metrics_are_of_all_packs_and_none_corrects_nothing():
-    packs = [packed([0.0], [0.0]), packed([LOG2, 3 * LOG2, 3 * LOG2])]
-    _, metrics = with_correction(packs, "token_mask", 3.0)
+def test_metrics_are_of_all_packs_but_dummies_and_none_corrects_nothing():
+    packs = [packed([0.0], [0.0]), packed([LOG2, 3 * LOG2, 3 * LOG2]), replace(packed([9.0]), weight=0.0)]
+    assert set_importance_denominators(packs, "none", 3.0) == {}
+    assert all(make_pack(pack.groups).importance_denominator is None for pack in packs)
+    metrics = set_importance_denominators(packs, "token_mask", 3.0)
+    assert all(make_pack(pack.groups).importance_denominator is not None for pack in packs)
     assert metrics["rollout/importance_ratio"] == pytest.approx((1 + 1 + 2 + 8 + 8) / 5)
     assert metrics["rollout/importance_cut"] == pytest.approx(0.4)
-    same, metrics = with_correction(packs, "none", 3.0)
-    assert metrics == {} and [a is b for a, b in zip(same, packs, strict=True)] == [True, True]
 
 
 def test_an_engine_without_logprobs_cannot_be_corrected():
     with pytest.raises(SettingError, match="importance_sampling_correction: the rollout engine reports no log-probs"):
-        with_correction([replace(packed([0.0]), rollout_logp=None)], "token_mask", 3.0)
+        set_importance_denominators([replace(packed([0.0]), rollout_logp=None)], "token_mask", 3.0)
 
 
 def test_the_ratio_is_of_the_full_distribution(model, processor, tmp_path):
@@ -235,10 +241,13 @@ ESTIMATORS = {
 
 def judged(groups: list[Group], old: Tensor, ref: Tensor, estimator: str, split: int) -> list[Group]:
     """The groups with their KL; log-probs by token id, packs under a budget of `split` tokens."""
-    plan = plan_packs(unjudged(groups), tokens_per_pack=split, share_prompt=True, pack=True)
-    packs = [make_pack(row) for row in plan]
-    packs = [replace(pack, old_logp=old[pack.targets], ref_logp=ref[pack.targets]) for pack in packs]
-    return with_kl(groups, plan, packs, estimator)
+    switches = {"share_vision": True, "share_prompt": True, "pack": True, "tokens_per_pack": split}
+    alone: Any = SimpleNamespace(ranks=ALONE, sharding=None)
+    runner = PackRunner(None, SimpleNamespace(**switches), alone)  # type: ignore[arg-type]
+    unscored = [replace(each, advantages=None) for each in groups]
+    for values, into in ((old, "old_logp"), (ref, "ref_logp")):
+        runner.map(unscored, lambda pack, values=values: values[pack.targets], into=into, every=True)
+    return with_kl(groups, estimator)
 
 
 @pytest.mark.parametrize("split", [1000, 12])
@@ -279,10 +288,10 @@ def test_kl_in_reward_of_a_run(old, model, processor, make, tmp_path):
     for parameter in trainer.reference.model.parameters():
         parameter.mul_(1.05)
     groups = groups_of(make, model)
-    part = generated(trainer, groups)
+    minibatch = generated(trainer, groups)
     assert trainer.settings.beta == 0
     policy, reference = NaivePolicy(trainer.model, trainer.family, temperature=1.0), trainer.reference.model
-    for before, after in zip(groups, part.groups, strict=True):
+    for before, after in zip(groups, minibatch.groups, strict=True):
         adjusted = []
         for completion in before.completions:
             alone = make_pack([replace(before, completions=(completion,), advantages=torch.zeros(1))])
@@ -292,9 +301,9 @@ def test_kl_in_reward_of_a_run(old, model, processor, make, tmp_path):
         rewards = torch.tensor(adjusted)
         expected = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
         assert torch.allclose(after.advantages, expected, rtol=1e-4, atol=1e-5)
-    rows = sum(len(pack.targets) for pack in part.packs)
+    rows = sum(len(pack.targets) for pack in trainer.runner.packs(minibatch.groups))
     assert rows == sum(len(c.token_ids) for g in groups for c in g.completions if c.finish_reason == "stop")
-    _, metrics = trainer.backward(trainer.model, part.packs, part.groups)
+    _, metrics = trainer.backward(trainer.model, minibatch.groups)
     assert metrics["kl"] != 0  # measured still
 
 
@@ -303,16 +312,33 @@ def test_a_buffer_keeps_what_it_needs(model, processor, make, tmp_path):
     settings = {"beta": 0.5, "kl_in_reward": True, "num_iterations": 2, **correction("sequence_mask")}
     trainer = trainer_of(model, processor, tmp_path, **settings)
     trainer.reward_weights = [1.0]
-    part = generated(trainer, groups_of(make, model))
-    buffer, again = Buffer(2), Buffer(2)
-    buffer.fill([part])
+    minibatch = generated(trainer, groups_of(make, model))
+    prompts = {group.prompt.sample.index: group.prompt for group in minibatch.groups}
+    buffer, again = (Buffer(2, prompts.__getitem__) for _ in range(2))
+    buffer.fill([minibatch])
     buffer.take()
-    prompts = {g.prompt.sample.index: g.prompt for g in part.groups}
-    again.load(buffer.state(), prompts.__getitem__, trainer.pack)
-    (found,) = again.parts
-    assert found.counts == part.counts and "rollout/importance_ratio" in found.counts
-    for one, other in zip(found.groups, part.groups, strict=True):
+    buffer.save(tmp_path)
+    again.load(tmp_path)
+    (found,) = again.minibatches
+    assert found.metrics == minibatch.metrics and "rollout/importance_ratio" in found.metrics and again.used == 1
+    for one, other in zip(found.groups, minibatch.groups, strict=True):
         assert torch.equal(one.kl, other.kl) and torch.equal(one.advantages, other.advantages)
-    for one, other in zip(found.packs, part.packs, strict=True):
-        for name in ("old_logp", "ref_logp", "trust_logp", "rollout_logp"):
-            assert torch.equal(getattr(one, name), getattr(other, name)), name
+        for mine, kept in zip(one.completions, other.completions, strict=True):
+            for name in ("logp", "sampling_logp", "old_logp", "ref_logp", "importance_denominator"):
+                assert torch.equal(getattr(mine, name), getattr(kept, name)), name
+
+
+def test_a_buffer_of_an_old_checkpoint(tmp_path):
+    """Log-probs stood apart from their completions, by place, where a completion contributed to the loss."""
+    drawn, counted = ({"token_ids": torch.arange(3), "text": "", "finish_reason": "stop"} for _ in range(2))
+    for each in (drawn, counted):
+        each |= {name: -torch.ones(3) for name in ("logp", "sampling_logp")} | {"old_logp": None, "ref_logp": None}
+    facts = {"old_logp": torch.zeros(3), "ref_logp": None, "trust_logp": 2 * torch.ones(3)}
+    groups = [{"sample": 7, "rewards": None, "advantages": None, "completions": [drawn, counted]}]
+    state = {"used": 1, "parts": [{"groups": groups, "log_probs": {1: facts}, "counts": {"packs": 2.0}}]}
+    torch.save(state, tmp_path / ROLLOUTS)
+    buffer = Buffer(2, {7: prompt(3)}.__getitem__)
+    buffer.load(tmp_path)
+    first, second = buffer.groups[0].completions
+    assert (first.old_logp, first.importance_denominator, buffer.used) == (None, None, 1)
+    assert second.old_logp.tolist() == [0, 0, 0] and second.importance_denominator.tolist() == [2, 2, 2]

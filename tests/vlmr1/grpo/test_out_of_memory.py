@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers.updates import as_drawn
 from tests.vlmr1.conftest import Maker
 from tests.vlmr1.grpo.test_step_oracle import assert_equal_steps
 from tests.vlmr1.grpo.test_trainer import trainer_of
 from vlmr1.config import GRPOConfig
 from vlmr1.errors import SettingError
-from vlmr1.grpo.pack_budget import PackBudget, PackTooLarge, guarded
+from vlmr1.grpo.pack_budget import BUDGET, PackBudget, PackTooLarge, catch_oom
 from vlmr1.grpo.packing import make_pack, tokens_of
 from vlmr1.grpo.trainer import GRPOTrainer
 from vlmr1.models import load_model
@@ -101,10 +102,10 @@ class Failures:
 
 def step(trainer: GRPOTrainer, groups: list[Group]) -> tuple[float, dict, dict]:
     """Loss, metrics and gradients of one training step on these completions."""
-    trainer.rollout = lambda prompts: [replace(group, rewards=None, advantages=None) for group in groups]
+    trainer.rollout = lambda prompts: [replace(each, rewards=None, advantages=None) for each in as_drawn(groups)]
     trainer.engine.stats.seconds = 1.0
     loss = trainer.training_step(trainer.model, [group.prompt for group in groups])
-    values = trainer.unlogged[-1].values
+    values = trainer.pending.steps[-1].values
     values = {k: v for k, v in values.items() if k not in OF_PACKS and not k.startswith("rollout/")}
     return float(loss), values, {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
 
@@ -136,8 +137,8 @@ def test_the_step_is_the_undisturbed_one(settings, where, shipped, groups, proce
     failures = Failures(trainer, where)
     found = step(trainer, groups)
     assert_equal_steps(found, expected, tolerance=1e-6)
-    assert trainer.budget.out_of_memory == sum(len(calls) for calls in where.values())
-    counts = [each.unlogged[-1].values for each in (undisturbed, trainer)]
+    assert trainer.runner.budget.out_of_memory == sum(len(calls) for calls in where.values())
+    counts = [each.pending.steps[-1].values for each in (undisturbed, trainer)]
     assert counts[1]["packs"] > counts[0]["packs"]
     assert counts[1]["tokens_per_pack"] < counts[0]["tokens_per_pack"] or settings is NAIVE
     assert all(failures.passes[phase] > max(calls) for phase, calls in where.items())
@@ -150,12 +151,13 @@ def test_packs_stay_smaller(shipped, groups, processor, tmp_path):
     trainer = make_trainer(shipped, processor, tmp_path)
     Failures(trainer, {"forward": {1}})
     step(trainer, groups)
-    budget = trainer.budget.tokens
+    budget = trainer.runner.budget.tokens
     assert max(map(tokens_of, groups)) <= budget < sum(map(tokens_of, groups))
     trainer.model.zero_grad()
     step(trainer, groups)
-    assert (trainer.budget.tokens, trainer.budget.out_of_memory) == (budget, 1)
-    assert trainer.unlogged[-1].values["packs"] == 2 and trainer.unlogged[-1].values["tokens_per_pack"] == budget
+    assert (trainer.runner.budget.tokens, trainer.runner.budget.out_of_memory) == (budget, 1)
+    values = trainer.pending.steps[-1].values
+    assert values["packs"] == 2 and values["tokens_per_pack"] == budget
 
 
 @pytest.mark.parametrize("settings", [{}, NAIVE], ids=["shared", "naive"])
@@ -181,7 +183,7 @@ def test_other_errors_are_not_caught(phase, shipped, groups, processor, tmp_path
     failures = Failures(trainer, {phase: {1}}, broken)
     with pytest.raises(RuntimeError, match="device-side assert"):
         step(trainer, groups)
-    assert failures.passes[phase] == 1 and trainer.budget.out_of_memory == 0
+    assert failures.passes[phase] == 1 and trainer.runner.budget.out_of_memory == 0
 
 
 def test_nothing_of_the_failed_pass_is_kept(shipped, groups, processor, tmp_path, monkeypatch):
@@ -203,10 +205,10 @@ def test_nothing_of_the_failed_pass_is_kept(shipped, groups, processor, tmp_path
     trainer.policy.loss = failing
     monkeypatch.setattr("vlmr1.grpo.pack_budget.gc.collect", lambda: order.append("collect"))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: order.append("empty"))
-    trainer.rollout = lambda prompts: groups
-    part = trainer.generation(trainer.model, [], trainer.phases)[0]
+    trainer.rollout = lambda prompts: as_drawn(groups)
+    (minibatch,) = trainer.generate(trainer.model, [])
     monkeypatch.setattr("vlmr1.grpo.pack_budget.torch.cuda.is_initialized", lambda: bool(alive) and len(order) == 2)
-    trainer.fitting(part, lambda packs: trainer.backward(trainer.model, packs, groups))
+    trainer.backward(trainer.model, minibatch.groups)
     assert order == ["failed", "collect", "empty", "retried", "retried"]
 
 
@@ -223,14 +225,14 @@ def test_the_budget_is_halved_by_what_failed(groups):
     assert small.tokens == 5 and small.limit == budget.tokens
 
 
-def test_guarded_takes_out_of_memory_only(groups):
+def test_catch_oom_takes_out_of_memory_only(groups):
     pack = make_pack(groups)
-    assert guarded(pack, lambda pack: len(pack.groups)) == 3
+    assert catch_oom(pack, lambda pack: len(pack.groups)) == 3
     with pytest.raises(PackTooLarge, match="Tried to allocate") as error:
-        guarded(pack, full)
+        catch_oom(pack, full)
     assert error.value.pack is pack and error.value.__context__ is None
     with pytest.raises(MemoryError):
-        guarded(pack, lambda pack: bytearray(2**62))
+        catch_oom(pack, lambda pack: bytearray(2**62))
 
 
 def test_a_run_goes_on_with_the_packs_that_it_had(model, processor, tmp_path):
@@ -242,27 +244,27 @@ def test_a_run_goes_on_with_the_packs_that_it_had(model, processor, tmp_path):
     failures = Failures(whole, {"forward": {2}})
     whole.train()
     limits = json.loads((tmp_path / "checkpoint-2" / "pack_budget.json").read_text())
-    assert limits == {"tokens": whole.budget.tokens, "limit": whole.budget.limit, "times": 1}
+    assert limits == {"tokens": whole.runner.budget.tokens, "limit": whole.runner.budget.limit, "times": 1}
     again = trainer_of(model, processor, tmp_path, **settings)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert again.budget.tokens == whole.budget.tokens and failures.passes["forward"] > 5
+    assert again.runner.budget.tokens == whole.runner.budget.tokens and failures.passes["forward"] > 5
     for (name, one), other in zip(whole.model.named_parameters(), again.model.parameters(), strict=True):
         assert torch.equal(one, other), name
     rows = [[row for row in each.state.log_history if "kl" in row] for each in (whole, again)]
     assert [row["out_of_memory"] for row in rows[0]] == [0, 1, 1, 1]
     assert [row["packs"] for row in rows[0]] == [1, 2, 2, 2]
-    assert [row["tokens_per_pack"] for row in rows[0]] == [16384] + 3 * [whole.budget.tokens]
+    assert [row["tokens_per_pack"] for row in rows[0]] == [16384] + 3 * [whole.runner.budget.tokens]
     assert rows[1][-1]["loss"] == rows[0][-1]["loss"] and rows[1][-1]["packs"] == 2
 
 
 def test_a_budget_is_saved_where_memory_ran_out(groups, tmp_path):
-    budget, path = PackBudget(10_000), tmp_path / "budget.json"
-    budget.save(path)
-    assert not path.exists()
-    budget.load(path)
+    budget = PackBudget(10_000)
+    budget.save(tmp_path)
+    assert not (tmp_path / BUDGET).exists()
+    budget.load(tmp_path)
     assert (budget.tokens, budget.limit, budget.out_of_memory) == (10_000, None, 0)
     budget.shrink(PackTooLarge(make_pack(groups), ""))
-    budget.save(path)
+    budget.save(tmp_path)
     other = PackBudget(10_000)
-    other.load(path)
+    other.load(tmp_path)
     assert vars(other) == vars(budget) and other.tokens < 10_000

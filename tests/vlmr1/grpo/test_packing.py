@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vlmr1.grpo.naive import padded
-from vlmr1.grpo.packing import make_pack, plan_packs, repeated_prompt_tokens, with_signal, without_weight
+from vlmr1.grpo.packing import dummy_pack, make_pack, plan_packs, repeated_prompt_tokens, with_signal
 from vlmr1.models.features import unique_images
 from vlmr1.types import Completion, Group, Pack, Prompt, Sample
 from vlmr1_kernels import PrefixLayout
@@ -54,9 +54,8 @@ def test_pack_by_hand():
     assert pack.targets.tolist() == [20, 21, 22, 120, 50, 51, 150, 151, 152]
     assert pack.seq_ids.tolist() == [0, 0, 0, 1, 2, 2, 3, 3, 3]
     assert pack.advantages.tolist() == [0, 10, 0, 10]
-    assert pack.old_logp is not None and pack.old_logp.tolist() == (-pack.targets).tolist()
-    assert pack.sampling_logp is not None and pack.sampling_logp.tolist() == (-2 * pack.targets).tolist()
-    assert pack.ref_logp is None
+    assert pack.rollout_logp is not None and pack.rollout_logp.tolist() == (-pack.targets).tolist()
+    assert pack.old_logp is None and pack.ref_logp is None and pack.importance_denominator is None
     assert (pack.image_ids, pack.image_refs, pixels(pack)) == ((0,), (Path("a"),), [10])
 
 
@@ -71,7 +70,20 @@ def test_logprobs_are_absent_where_a_completion_has_none():
     one = group(prompt(3), 2, 2)
     unknown = Completion(torch.tensor([1]), None, None, "", "stop")
     pack = make_pack([Group(one.prompt, (*one.completions, unknown), None, torch.zeros(3))])
-    assert pack.old_logp is None and pack.sampling_logp is None
+    assert pack.rollout_logp is None and len(pack.targets) == 5
+
+
+def test_a_pack_is_a_view_of_what_its_completions_know():
+    """Values [N] that are set piece by piece stand in the next pack, whatever is packed in which order."""
+    one, two = group(prompt(3), 2, 4), group(prompt(5, start=200), 3, start=5000)
+    pack = make_pack([one, two])
+    values = -pack.targets.float()
+    for completion, piece in zip(pack.completions, pack.split(values), strict=True):
+        completion.ref_logp = piece
+        assert piece.untyped_storage().data_ptr() == values.untyped_storage().data_ptr()
+    again = make_pack([two, one])
+    assert again.ref_logp is not None and again.ref_logp.tolist() == (-again.targets).tolist()
+    assert make_pack([replace(one, advantages=None)]).advantages is None
 
 
 # Prompts of 10 tokens; a completion of C tokens takes C - 1 rows.
@@ -209,7 +221,7 @@ def test_with_signal(settings, of_three, of_one):
     assert found[0].advantages.tolist() == [10.0 * int(text) for text in of_three]
 
 
-def test_a_pass_without_weight_is_of_one_completion():
-    pack = without_weight([group(prompt(10), 6, 5), group(prompt(7), 3)])
+def test_a_dummy_pack_is_of_one_completion():
+    pack = dummy_pack([group(prompt(10), 6, 5), group(prompt(7), 3)])
     assert pack.weight == 0 and pack.targets.tolist() == [1000, 1001, 1002, 1003, 1004, 1005]
     assert make_pack([group(prompt(10), 6)]).weight == 1

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers.updates import as_drawn, update
 from tests.vlmr1.conftest import Maker
 from vlmr1.config import GRPOConfig
 from vlmr1.grpo.packing import make_pack
 from vlmr1.grpo.policy import PackedPolicy
 from vlmr1.grpo.trainer import GRPOTrainer
 from vlmr1.models import load_model
-from vlmr1.telemetry.phases import Phases
 from vlmr1.tiny import CHECKPOINT
 from vlmr1.types import Group
 
@@ -143,8 +143,7 @@ def step(model: Any, processor: Any, groups: list[Group], output: Path, **settin
     for parameter in trainer.reference.model.parameters():
         parameter.add_(0.02 * torch.randn_like(parameter))
     trainer.accelerator.prepare(trainer.model)
-    packs = [trainer.with_reference(pack) for pack in trainer.pack(groups)[0]]
-    loss, metrics = trainer.backward(trainer.model, packs, groups)
+    loss, metrics = update(trainer, groups)
     gradients = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
     return float(loss), metrics, gradients
 
@@ -158,14 +157,13 @@ def whole_step(model: Any, processor: Any, groups: list[Group], output: Path, **
         torch.manual_seed(1)
         for parameter in trainer.reference.model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    trainer.rollout = lambda prompts, number=0: groups
-    trainer.scored = lambda groups, phases: groups
+    trainer.rollout = lambda prompts, number=0: as_drawn(groups)
+    trainer.score = lambda groups: groups
     trainer.accelerator.prepare(trainer.model)
-    (part,) = trainer.generation(trainer.model, [], Phases())
-    loss, metrics = trainer.backward(trainer.model, part.packs, part.groups)
-    ratios = {name: value for name, value in part.counts.items() if "ratio" in name or "cut" in name}
+    (minibatch,) = trainer.generate(trainer.model, [])
+    loss, metrics = trainer.backward(trainer.model, minibatch.groups)
     gradients = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
-    return float(loss), metrics | ratios, gradients
+    return float(loss), metrics | minibatch.metrics, gradients
 
 
 def near_the_policy(make: Maker, model: Any, groups: list[Group], noise: float = 0.3) -> list[Group]:

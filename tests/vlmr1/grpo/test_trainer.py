@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import vlmr1_kernels
+from tests.helpers.updates import update
 from tests.vlmr1.conftest import Maker
 from vlmr1.config import GRPOConfig
 from vlmr1.data.samples import load_samples
@@ -50,8 +51,7 @@ def gradients(trainer: GRPOTrainer, make: Maker) -> tuple[float, dict[str, torch
         make.group(make.prompt("Locate the digit 3.", (112,)), (4, 2, 6)),
     ]
     with vlmr1_kernels.use(trainer.args.kernels):
-        packs = [trainer.with_reference(pack) for pack in trainer.pack(groups)[0]]
-        loss, _ = trainer.backward(trainer.model, packs, groups)
+        loss, _ = update(trainer, groups)
     return float(loss), {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
 
 
@@ -215,7 +215,7 @@ def test_log_completions(count, model, processor, tmp_path):
 def test_a_reward_that_overruns_scores_0_and_is_recorded(model, processor, tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(
-        "import time\n\n\ndef slow(prompts, completions, **columns):\n    time.sleep(60)\n\n\nslow.one_by_one = True\n"
+        "import time\n\n\ndef slow(prompts, completions, **columns):\n    time.sleep(60)\n\n\nslow.isolated = True\n"
     )
     trainer = trainer_of(model, processor, tmp_path, prompts_per_device=1, reward_workers=1, reward_timeout=0.3)
     trainer.rewards = [get_reward(f"{path}:slow"), trainer.rewards[0]]

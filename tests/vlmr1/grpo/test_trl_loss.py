@@ -99,9 +99,8 @@ def our_loss(logp: Tensor, ref: Tensor, groups: list[Group], config: GRPOConfig,
     total = torch.zeros(())
     for row in rows:
         pack = make_pack(row)
-        if config.beta > 0:
-            pack = replace(pack, ref_logp=ref[pack.targets])
-        total = total + objective.of_logprobs(logp[pack.targets], pack)[0]
+        pack = replace(pack, old_logp=pack.rollout_logp, ref_logp=ref[pack.targets] if config.beta > 0 else None)
+        total = total + objective.from_logprobs(logp[pack.targets], pack)[0]
     return total
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers.updates import update
 from tests.vlmr1.conftest import Maker
 from tests.vlmr1.grpo.test_trainer import trainer_of
 from vlmr1.grpo.packing import make_pack
@@ -22,8 +23,7 @@ def groups_of(make: Maker) -> list[Group]:
 
 
 def backward(trainer: Any, groups: list[Group]) -> tuple[float, dict[str, float], list[torch.Tensor]]:
-    packs = [trainer.with_reference(pack) for pack in trainer.pack(groups)[0]]
-    loss, metrics = trainer.backward(trainer.model, packs, groups)
+    loss, metrics = update(trainer, groups)
     return float(loss), metrics, [p.grad for p in trainer.model.parameters()]
 
 

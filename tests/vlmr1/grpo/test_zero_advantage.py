@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers.updates import update
 from tests.vlmr1.conftest import Maker
 from tests.vlmr1.grpo.test_step_oracle import TOLERANCE
 from tests.vlmr1.grpo.test_trainer import relative, trainer_of
@@ -37,10 +38,9 @@ def step(
 ) -> tuple[float, dict[str, float], dict[str, torch.Tensor], int]:
     """Loss, metrics, gradients and the rows of the packs."""
     trainer = trainer_of(model, processor, output, beta=0.0, **settings)
-    packs, _ = trainer.pack(groups)
-    loss, metrics = trainer.backward(trainer.model, packs, groups)
+    loss, metrics = update(trainer, groups)
     gradients = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
-    return float(loss), metrics, gradients, sum(len(pack.targets) for pack in packs)
+    return float(loss), metrics, gradients, sum(len(pack.targets) for pack in trainer.runner.packs(groups))
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dapo", "dr_grpo", "cispo", "gspo"])

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from tests.vlmr1.forked import call, finish, start
 from tests.vlmr1.plants import At, kill
 from tests.vlmr1.tiny_runs import assert_same, assert_whole, command, during, write_data
+from vlmr1.grpo.buffer import ROLLOUTS
 from vlmr1.lifecycle.checkpoint import STAGING, last_complete
-from vlmr1.training.hf_trainer import ROLLOUTS
 
 pytestmark = pytest.mark.slow  # seconds each
 SELF = "os.kill(os.getpid(), signal.{})".format

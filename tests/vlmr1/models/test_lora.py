@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.helpers.updates import update
 from tests.vlmr1.conftest import Maker
 from tests.vlmr1.families import FAMILIES, build
 from tests.vlmr1.grpo.test_step_oracle import NAIVE, assert_equal_steps
@@ -23,6 +24,7 @@ from vlmr1.grpo.policy import PackedPolicy
 from vlmr1.grpo.trainer import GRPOTrainer
 from vlmr1.models import family_of, load_model, load_processor
 from vlmr1.models.lora import base_of, merged, with_lora
+from vlmr1.models.settings import ParameterSettings
 from vlmr1.rollout import NativeEngine, SamplingSettings, TransformersEngine
 from vlmr1.types import Group
 
@@ -86,8 +88,7 @@ def trainer_of(model: Any, processor: Any, output: Path, **settings: Any) -> GRP
 
 def step(trainer: GRPOTrainer, groups: list[Group]) -> tuple[float, dict, dict]:
     """Loss, metrics and gradients by name of one update."""
-    packs = [trainer.with_reference(pack) for pack in trainer.pack(groups)[0]]
-    loss, metrics = trainer.backward(trainer.model, packs, groups)
+    loss, metrics = update(trainer, groups)
     return float(loss), metrics, {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
 
 
@@ -158,7 +159,7 @@ def test_activation_checkpointing(reentrant, make, model, processor, tmp_path):
     decoder = trainer.policy.model.get_decoder()
     decoder.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     assert_equal_steps(step(trainer, groups), kept)
-    packs = len(trainer.pack(groups)[0])
+    packs = len(trainer.runner.packs(groups))
     assert len(calls) == 3 * packs  # reference, policy, policy again
 
 
@@ -261,7 +262,7 @@ def test_first_weights_follow_from_the_seed(model, tmp_path):
     def first(seed: int) -> torch.Tensor:
         config = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, seed=seed, **LORA)
         torch.manual_seed(torch.seed() % 1000)  # has no part
-        lora = with_lora(copy.deepcopy(model), family_of(model), config)
+        lora = with_lora(copy.deepcopy(model), family_of(model), ParameterSettings.of(config))
         return next(p.detach() for n, p in lora.named_parameters() if "lora_A" in n)
 
     assert torch.equal(first(1), first(1)) and not torch.equal(first(1), first(2))

@@ -17,6 +17,7 @@ from vlmr1.errors import SettingError
 from vlmr1.grpo.trainer import GRPOTrainer
 from vlmr1.models import load_model
 from vlmr1.models.precision import prepare_trained
+from vlmr1.models.settings import ParameterSettings
 from vlmr1.tiny import CHECKPOINT
 
 STEPS = 100
@@ -114,20 +115,23 @@ def test_gradients_accumulate_in_float32(make: Maker, processor: Any, tmp_path: 
     """Over packs: the float64 sum of the gradients of each, to the rounding of float32; bfloat16 sums are 1e-3 off."""
     groups = [make.group(make.prompt("Locate the digit 7.", (84,)), (5, 9, 3)) for _ in range(6)]
     trainer = bfloat16_trainer(processor, tmp_path, tokens_per_pack=64)
-    packs = [trainer.with_reference(pack) for pack in trainer.pack(groups)[0]]
+    trainer.add_logprobs(trainer.model, groups)
+    packs = trainer.runner.packs(groups)
     assert len(packs) > 5
     parameters = {name: parameter for name, parameter in trainer.model.named_parameters() if "layers.0.mlp" in name}
     exact = {name: torch.zeros(parameter.shape, dtype=torch.float64) for name, parameter in parameters.items()}
     rounded = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     for pack in packs:
         trainer.model.zero_grad(set_to_none=True)
-        trainer.backward(trainer.model, [pack], groups)
+        trainer.runner.packs = lambda groups, pack=pack: [pack]
+        trainer.backward(trainer.model, groups)
         for name, parameter in parameters.items():
             assert parameter.grad is not None and parameter.grad.dtype == torch.float32
             exact[name] += parameter.grad.double()
             rounded[name] += parameter.grad.to(rounded[name].dtype)
     trainer.model.zero_grad(set_to_none=True)
-    trainer.backward(trainer.model, packs, groups)
+    trainer.runner.packs = lambda groups: packs
+    trainer.backward(trainer.model, groups)
     for name, parameter in parameters.items():
         assert parameter.grad is not None
         scale = exact[name].norm()
@@ -145,4 +149,4 @@ def test_a_trained_tower_without_images_has_zeros_in_float32(make, processor, tm
 def test_nothing_to_train(tmp_path):
     model = nn.Linear(2, 2).requires_grad_(False)
     with pytest.raises(SettingError, match="nothing is trained"):
-        prepare_trained(model, config_of(tmp_path))
+        prepare_trained(model, ParameterSettings.of(config_of(tmp_path)))

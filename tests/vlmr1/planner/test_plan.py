@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from tests.vlmr1.families import FAMILIES, tokenizer
-from vlmr1.config import GRPOConfig
+from tests.vlmr1.planner.jobs import CONFIG, args_of, job
 from vlmr1.errors import SettingError
-from vlmr1.planner.inputs import PlanInputs, inputs_of
-from vlmr1.planner.models import built, config_named
+from vlmr1.models.trainable import planned_model
+from vlmr1.planner import peak_bytes
 from vlmr1.planner.plan import CAUSES, Plan, Planner
 from vlmr1.rollout.kv_cache import block_bytes, num_blocks
-from vlmr1.tiny import CHECKPOINT
 
-CONFIG = config_named(str(CHECKPOINT))
 PLANNER = Planner()
-SMALL: dict[str, Any] = {"image_tokens": 16, "text_tokens": 40, "num_generations": 3, "max_completion_length": 33}
-SMALL |= {"prompts_per_device": 4, "tokens_per_pack": 512}  # two packs
+MODEL = planned_model(CONFIG, args_of())
 PARTS = {
     "tower": lambda name: "visual" in name and "merger" not in name,
     "merger": lambda name: "merger" in name,
@@ -28,17 +24,17 @@ PARTS = {
 }
 
 
-def planned(**settings: Any) -> Plan:
-    return PLANNER.plan(PlanInputs(CONFIG, **{**SMALL, **settings}))
+def planned(**given: Any) -> Plan:
+    return PLANNER.plan(job(**given))
 
 
 def numbers(*parts: str) -> int:
     """Of parameters."""
-    return sum(p.numel() for n, p in built(CONFIG).named_parameters() if any(PARTS[part](n) for part in parts))
+    return sum(p.numel() for n, p in MODEL.named_parameters() if any(PARTS[part](n) for part in parts))
 
 
 ALL = numbers("tower", "merger", "decoder")
-BUFFERS = sum(b.numel() * b.itemsize for b in built(CONFIG).buffers())
+BUFFERS = sum(b.numel() * b.itemsize for b in MODEL.buffers())
 
 
 def changed(one: Plan, other: Plan, phase: str) -> set[str]:
@@ -85,11 +81,14 @@ def test_a_kv_budget_is_kept():
 UPDATE = {
     "optim": ({"optim": "adamw_bnb_8bit"}, {"optimizer"}),
     "freeze_vision": ({"freeze_vision": True}, {"gradients", "optimizer", "reference model"}),
-    "bfloat16 weights": ({"model_dtype": "bfloat16"}, {"weights", "optimizer", "reference model"}),
+    "bfloat16 weights": (
+        {"model_dtype": "bfloat16", "stochastic_rounding": True, "optim": "adamw_torch_8bit"},
+        {"weights", "optimizer", "reference model"},
+    ),
     "bf16 compute": ({"bf16": True}, set()),
-    "no reference": ({"reference": "none"}, {"reference model"}),
+    "no reference": ({"beta": 0.0}, {"reference model"}),
     "reference in host memory": ({"reference": "offload"}, {"reference model"}),
-    "gradient_checkpointing": ({"gradient_checkpointing": True}, set()),
+    "activation_checkpointing": ({"activation_checkpointing": True}, set()),
     "tokens_per_pack": ({"tokens_per_pack": 256}, set()),
     "completions": ({"max_completion_length": 65}, set()),
     "rollout_kv_mib": ({"rollout_kv_mib": 0.1}, set()),
@@ -105,9 +104,9 @@ def test_what_a_setting_changes_outside_of_the_passes(settings, expected):
 # Setting -> the causes that differ in the rollout and in the policy pass, and by how much activations must fall there.
 PASSES = {
     "optim": ({"optim": "sgd"}, {"optimizer"}, {"optimizer"}),
-    "no reference": ({"reference": "none"}, {"reference model"}, {"reference model"}),
+    "no reference": ({"beta": 0.0}, {"reference model"}, {"reference model"}),
     "rollout_kv_mib": ({"rollout_kv_mib": 0.1}, {"kv cache", "activations", "vision tower", "logits"}, set()),
-    "gradient_checkpointing": ({"gradient_checkpointing": True}, set(), {"activations", "vision tower", "logits"}),
+    "activation_checkpointing": ({"activation_checkpointing": True}, set(), {"activations", "vision tower", "logits"}),
     "tokens_per_pack": ({"tokens_per_pack": 256}, set(), {"activations", "vision tower", "logits"}),
 }
 
@@ -128,7 +127,7 @@ def test_checkpointing_and_smaller_packs_take_less(device):
         for name, more in {
             "all": {"tokens_per_pack": 4096},
             "a group": {"tokens_per_pack": 512},
-            "kept": {"tokens_per_pack": 4096, "gradient_checkpointing": True},
+            "kept": {"tokens_per_pack": 4096, "activation_checkpointing": True},
         }.items()
     }
     assert policy["a group"] < 0.4 * policy["all"]  # 440 tokens of 1,760
@@ -162,23 +161,26 @@ def test_adamw_over_lists_needs_one_copy_more_while_it_steps():
     assert plan.phases["update"]["optimizer"] == 12 * ALL
 
 
+def in_8_bits(name: str, count: int) -> int:
+    """Bytes of a parameter's moment: embeddings and small tensors stay float32, blocks of 256 share a scale."""
+    return 4 * count if count < 4096 or "embed_tokens" in name else count + 4 * -(-count // 256)
+
+
 def test_8_bit_states_leave_embeddings_and_small_tensors_wide():
-    shapes = {name: p.numel() for name, p in built(CONFIG).named_parameters()}
-    wide = {n for n, count in shapes.items() if count < 4096 or "embed_tokens" in n}
-    expected = sum(count * (8 if name in wide else 2 * (1 + 4 / 256)) for name, count in shapes.items())
-    assert planned(optim="adamw_bnb_8bit").phases["policy"]["optimizer"] == round(expected)
+    expected = sum(2 * in_8_bits(name, p.numel()) for name, p in MODEL.named_parameters())
+    assert planned(optim="adamw_bnb_8bit").phases["policy"]["optimizer"] == expected
 
 
 def test_paged_states_are_on_the_device_only_while_it_steps():
-    plan, flat = planned(optim="paged_adamw_8bit"), planned(optim="adamw_bnb_8bit")
-    states = flat.phases["update"]["optimizer"]
-    assert (plan.phases["policy"]["optimizer"], plan.phases["update"]["optimizer"]) == (0, states)
-    assert plan.host["optimizer"] == states
-
-
-def test_an_unknown_optimizer_is_refused():
-    with pytest.raises(SettingError, match=r"optim=lomo: .* does not know.*adamw_torch"):
-        planned(optim="lomo")
+    """Pages hold the states of parameters from 100,000 numbers on; scales are no part of them."""
+    plan, flat = planned(optim="paged_adamw_32bit"), planned(optim="adamw_torch_fused")
+    large = sum(8 * p.numel() for p in MODEL.parameters() if p.numel() >= 1e5)
+    assert 0 < large < 8 * ALL
+    assert plan.host["optimizer"] == large
+    assert plan.phases["policy"]["optimizer"] == 8 * ALL - large
+    assert plan.phases["update"]["optimizer"] == flat.phases["update"]["optimizer"] == 8 * ALL
+    cpu = planned(optim="paged_adamw_32bit", device="cpu")
+    assert (cpu.host["optimizer"], cpu.phases["policy"]["optimizer"]) == (0, 8 * ALL)
 
 
 def test_a_reference_in_host_memory_is_on_the_device_for_its_pass():
@@ -207,8 +209,8 @@ def test_every_family_is_planned(family, device):
     """In the rollout keys and values to the byte, in the policy pass a gradient for every trained parameter, and
     activations that grow with the completions."""
     config = FAMILIES[family].config(tokenizer(FAMILIES[family]).get_vocab())
-    settings = SMALL | {"device": device, "tokens_per_pack": 4096}
-    one, longer = (Planner().plan(PlanInputs(config, **{**settings, "max_completion_length": c})) for c in (33, 65))
+    settings: dict[str, Any] = {"device": device, "tokens_per_pack": 4096}
+    one, longer = (Planner().plan(job(config, max_completion_length=length, **settings)) for length in (33, 65))
     assert one.phases["update"]["gradients"] == 4 * one.parameters == 4 * one.trained
     assert one.phases["rollout"]["kv cache"] > 0 and one.phases["policy"]["vision tower"] > 0
     more = longer.phases["policy"]["activations"] - one.phases["policy"]["activations"]
@@ -231,17 +233,17 @@ def test_what_is_not_shared_takes_more(settings):
 
 
 def test_without_a_reference_there_is_no_pass_of_it():
-    assert "reference" not in planned(reference="none").phases
+    assert "reference" not in planned(beta=0.0).phases
 
 
 def test_checkpoints_in_host_memory():
     """Of each layer its input, [tokens, D] float32, and the three that the norm behind them keeps."""
-    plan = planned(gradient_checkpointing=True, activation_offload=True)
+    plan = planned(activation_checkpointing=True, activation_offload=True)
     text = CONFIG.get_text_config()
     tokens = 3 * (56 + 3 * 32)  # a pack of three of the four groups
     each = 4 * tokens * text.hidden_size
     assert plan.host["activations"] == each * (text.num_hidden_layers + 3)
-    kept = planned(gradient_checkpointing=True)
+    kept = planned(activation_checkpointing=True)
     assert plan.phases["policy"]["activations"] < kept.phases["policy"]["activations"]
 
 
@@ -261,43 +263,72 @@ def test_zero_divides_by_the_number_of_gpus(stage, shared):
         assert four.phases["update"][cause] == -(-one.phases["update"][cause] // 4)
 
 
-# From settings to inputs
+# Adapters
 
 
-def config_of(tmp_path: Any, **settings: Any) -> GRPOConfig:
-    return GRPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", **settings)
-
-
-def test_inputs_come_from_the_settings(tmp_path):
-    config = config_of(tmp_path, bf16=True, num_generations=4, optim="adamw_torch", beta=0.0, freeze_vision=True)
-    inputs = inputs_of(config, CONFIG, gpus=2, image_tokens=64, text_tokens=7)
-    assert (inputs.bf16, inputs.num_generations, inputs.optim, inputs.freeze_vision) == (True, 4, "adamw_torch", True)
-    assert (inputs.gpus, inputs.prompt_tokens, inputs.reference) == (2, 71, "none")
-
-
-def test_settings_of_other_versions_have_their_part(tmp_path):
-    config: Any = config_of(tmp_path)
-    config.use_peft, config.lora_r, config.lora_target_modules, config.reference = True, 4, ["q_proj"], "auto"
-    inputs = inputs_of(config, CONFIG)
-    assert (inputs.use_peft, inputs.lora_r, inputs.lora_target_modules) == (True, 4, ("q_proj",))
-    assert inputs.reference == "adapter"
-    plan = PLANNER.plan(replace(inputs, **SMALL))
+def test_lora_trains_its_matrices_alone():
+    plan = planned(use_peft=True, lora_r=4, lora_target_modules=["q_proj"])
     text = CONFIG.get_text_config()
     assert plan.trained == 4 * text.num_hidden_layers * 2 * text.hidden_size
     assert plan.phases["update"]["gradients"] == 4 * plan.trained
+    assert plan.phases["reference"]["reference model"] == 0  # the adapter switched off
+    assert planned(use_peft=True, reference="copy").phases["policy"]["reference model"] > 0
 
 
-REFUSED = {
-    "4-bit without adapters": ({"load_in_4bit": True}, "load_in_4bit needs use_peft"),
-    "offload without checkpointing": ({"activation_offload": True}, "activation_offload needs gradient_checkpointing"),
-    "adapter without adapters": ({"reference": "adapter"}, "reference=adapter needs use_peft"),
-}
+DECODER_LINEAR = sum(p.numel() for n, p in MODEL.named_parameters() if "language_model.layers" in n and p.dim() == 2)
+WIDTHS = sum(p.shape[0] for n, p in MODEL.named_parameters() if "language_model.layers" in n and p.dim() == 2)
 
 
-@pytest.mark.parametrize(("settings", "message"), REFUSED.values(), ids=REFUSED.keys())
-def test_settings_that_exclude_one_another(settings, message, tmp_path):
-    config = config_of(tmp_path)
-    for name, value in settings.items():
-        setattr(config, name, value)
-    with pytest.raises(SettingError, match=message):
-        inputs_of(config, CONFIG)
+def test_dora_trains_a_magnitude_a_row_and_computes_norms():
+    plain, dora = planned(use_peft=True), planned(use_peft=True, use_dora=True)
+    assert dora.trained - plain.trained == WIDTHS
+    for phase in ("rollout", "reference", "policy"):
+        assert dora.phases[phase]["activations"] > plain.phases[phase]["activations"]
+
+
+def test_modules_to_save_are_trained_beside_their_frozen_originals():
+    plain, saved = planned(use_peft=True), planned(use_peft=True, lora_modules_to_save=["merger"])
+    assert saved.trained - plain.trained == numbers("merger")
+    assert saved.phases["update"]["weights"] - plain.phases["update"]["weights"] == 4 * numbers("merger")
+
+
+def test_a_merged_adapter_costs_a_copy_of_its_layers_in_the_rollout():
+    plain, merged = planned(use_peft=True), planned(use_peft=True, lora_merge_rollout=True)
+    assert merged.phases["rollout"]["weights"] - plain.phases["rollout"]["weights"] == 4 * DECODER_LINEAR
+    assert changed(plain, merged, "policy") == changed(plain, merged, "update") == set()
+
+
+QLORA: dict[str, Any] = {"use_peft": True, "load_in_4bit": True, "model_dtype": "bfloat16", "bf16": True}
+
+
+def test_parameters_in_4_bits_are_counted_as_numbers():
+    four, plain = planned(**QLORA), planned(use_peft=True)
+    assert (four.parameters, four.trained) == (plain.parameters, plain.trained)
+
+
+def test_dora_over_4_bits_is_planned():
+    assert planned(**QLORA, use_dora=True).trained - planned(**QLORA).trained == WIDTHS
+
+
+# On a CPU the implementations that run are counted
+
+
+def test_reference_attention_on_a_cpu_has_the_scores_of_the_whole_pack():
+    """Scores, and their softmax, [heads, L, L] float32, are alive in each layer's backward."""
+    given: dict[str, Any] = {"device": "cpu", "max_completion_length": 129, "tokens_per_pack": 4096}
+    auto = planned(**given)
+    dense = planned(**given, kernels="shared_prefix_attention=reference")
+    text = CONFIG.get_text_config()
+    scores = 4 * text.num_attention_heads * (4 * (56 + 3 * 128)) ** 2
+    assert dense.peak - auto.peak > 1.5 * scores
+    fields = {"device": "cpu", "image_tokens": 16, "text_tokens": 40}
+    assert peak_bytes(auto.job.args, CONFIG, **fields) == auto.peak
+
+
+WRONG = {"gpus": 0, "text_tokens": 0, "image_tokens": -1, "zero": 4}
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG.items())
+def test_what_is_no_job(name, value):
+    with pytest.raises(SettingError, match=f"{name} is {value}"):
+        job(**{name: value})

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
 from tests.vlmr1.families import FAMILIES, tokenizer
+from tests.vlmr1.planner.jobs import args_of, job
 from vlmr1.errors import SettingError
+from vlmr1.models import load_model
+from vlmr1.models.lora import base_of
+from vlmr1.models.quantization import scales_of
+from vlmr1.models.trainable import planned_model
 from vlmr1.planner.dry_run import DryRun
-from vlmr1.planner.inputs import PlanInputs
-from vlmr1.planner.models import built, config_named, known_models
-from vlmr1.planner.variant import variant
+from vlmr1.planner.known_models import config_named, known_models
+from vlmr1.planner.plan import model_without_data
 from vlmr1.tiny import CHECKPOINT
+
+
+def without_data(config: Any, **settings: Any) -> Any:
+    return base_of(model_without_data(job(config, **settings), DryRun("a")))
+
 
 # Published totals, in billions.
 TOTALS = {
@@ -37,7 +47,7 @@ def test_every_known_model_has_a_total():
 
 @pytest.mark.parametrize(("name", "billions"), TOTALS.items(), ids=TOTALS.keys())
 def test_totals_are_the_published_ones(name, billions):
-    model = built(config_named(name))
+    model = planned_model(config_named(name), args_of())
     assert round(sum(p.numel() for p in model.parameters()) / 1e9, 2) == billions
 
 
@@ -45,14 +55,14 @@ def test_totals_are_the_published_ones(name, billions):
 def test_parameters_equal_those_of_the_real_model(family):
     config = FAMILIES[family].config(tokenizer(FAMILIES[family]).get_vocab())
     real = AutoModelForImageTextToText.from_config(config)
-    planned = variant(PlanInputs(config), DryRun("a"))
+    planned = without_data(config)
     expected = {name: (p.shape, p.dtype, p.requires_grad) for name, p in real.named_parameters()}
     assert {name: (p.shape, p.dtype, p.requires_grad) for name, p in planned.named_parameters()} == expected
     assert sum(p.numel() for p in planned.parameters()) == sum(p.numel() for p in real.parameters())
 
 
 def test_tied_weights_are_tied():
-    planned = variant(PlanInputs(config_named("Qwen2.5-VL-3B-Instruct")), DryRun("a"))
+    planned = without_data(config_named("Qwen2.5-VL-3B-Instruct"))
     assert planned.lm_head.weight is planned.get_input_embeddings().weight
 
 
@@ -88,7 +98,7 @@ PARTS = {
 @pytest.mark.parametrize(("settings", "expected"), PARTS.values(), ids=PARTS.keys())
 def test_what_is_frozen(settings, expected, family):
     config = FAMILIES[family].config(tokenizer(FAMILIES[family]).get_vocab())
-    model = variant(PlanInputs(config, **settings), DryRun("a"))
+    model = without_data(config, **settings)
     frozen = set()
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -99,7 +109,7 @@ def test_what_is_frozen(settings, expected, family):
 
 def test_lora_has_two_matrices_a_linear_layer_of_the_decoder():
     config = config_named(str(CHECKPOINT))
-    model = variant(PlanInputs(config, use_peft=True, lora_r=8, model_dtype="bfloat16"), DryRun("a"))
+    model = without_data(config, use_peft=True, lora_r=8, model_dtype="bfloat16")
     text = config.get_text_config()
     width, heads = text.hidden_size, text.hidden_size * text.num_key_value_heads // text.num_attention_heads
     ends = 2 * [(width, width)] + 2 * [(width, heads)] + 3 * [(width, text.intermediate_size)]
@@ -109,12 +119,21 @@ def test_lora_has_two_matrices_a_linear_layer_of_the_decoder():
     assert all("language_model" in name for name, p in model.named_parameters() if p.requires_grad)
 
 
-def test_four_bits_hold_the_linear_layers_of_the_decoder():
-    config = config_named(str(CHECKPOINT))
-    plain = variant(PlanInputs(config, model_dtype="bfloat16"), DryRun("a"))
-    four = variant(PlanInputs(config, model_dtype="bfloat16", use_peft=True, load_in_4bit=True), DryRun("a"))
-    linear = [m for n, m in plain.named_modules() if isinstance(m, torch.nn.Linear) and "language_model" in n]
-    packed = [p for p in four.parameters() if p.dtype == torch.uint8]
-    assert len(packed) == len(linear) == 7 * config.get_text_config().num_hidden_layers
-    bits = 8 * sum(p.numel() for p in packed) / sum(m.weight.numel() for m in linear)
-    assert bits == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), rel=1e-3)
+def test_four_bit_weights_are_those_of_a_model_that_is_loaded():
+    """Packed weights, scales and the rest: the same tensors, byte for byte, and the same layers."""
+
+    def described(model: Any) -> dict[str, tuple[Any, ...]]:
+        found: dict[str, Any] = {}
+        for name, parameter in model.named_parameters():
+            if "lora_" not in name:
+                parts = {"": parameter, **scales_of(parameter)}
+                found[name.replace(".base_layer", "")] = [(k, tuple(t.shape), t.dtype) for k, t in parts.items()]
+        return found
+
+    real = load_model(CHECKPOINT, dtype=torch.bfloat16, compute_dtype=torch.bfloat16)
+    settings = {"use_peft": True, "load_in_4bit": True, "model_dtype": "bfloat16", "bf16": True}
+    planned = without_data(config_named(str(CHECKPOINT)), **settings)
+    assert described(planned) == described(real)
+    packed = [name for name, parameter in planned.named_parameters() if scales_of(parameter)]
+    assert len(packed) == 7 * real.config.get_text_config().num_hidden_layers
+    assert all("language_model" in name for name in packed)

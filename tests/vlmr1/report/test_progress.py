@@ -9,7 +9,7 @@ import pytest
 
 from tests.vlmr1.grpo.test_trainer import trainer_of
 from vlmr1.config import GRPOConfig
-from vlmr1.grpo.no_signal_warning import STEPS, FlatRewards
+from vlmr1.grpo.no_signal_warning import STEPS, NoSignalWarning
 from vlmr1.report.progress import WIDTH, read_lines, step_line
 
 LOGS = {
@@ -88,8 +88,8 @@ REASONS = {
 }
 
 
-def watch(logs: list[dict[str, float]]) -> FlatRewards:
-    watcher = FlatRewards()
+def watch(logs: list[dict[str, float]]) -> NoSignalWarning:
+    watcher = NoSignalWarning()
     for step, each in enumerate(logs, 1):
         watcher.on_log(None, SimpleNamespace(global_step=step), None, logs=each)
     return watcher

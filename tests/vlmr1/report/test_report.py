@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlmr1.report import Example, reward_curve, write_report
-from vlmr1.report.curves import running_mean
+from vlmr1.report.curves import reward_curve, running_mean
+from vlmr1.report.demo import Example, write_report
 
 HISTORY = [{"step": 10 * i, "reward": i / 10, "kl": 0.01 * i, "completion_length": 20.0} for i in range(1, 21)]
 

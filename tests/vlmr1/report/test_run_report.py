@@ -16,7 +16,7 @@ from PIL import Image
 from tests.vlmr1.grpo.test_trainer import trainer_of
 from tests.vlmr1.report.test_report import Page, Recorder
 from vlmr1.cli import main
-from vlmr1.commands.train import report_of_run
+from vlmr1.commands.report import report_of_run
 from vlmr1.errors import OutputError
 from vlmr1.report.panels import run_curves
 from vlmr1.report.pictures import keep_picture, read_picture

@@ -46,7 +46,7 @@ MINE = """
     def whole(prompts, completions, **columns):
         return count(prompts, completions)
 
-    mine.one_by_one = process.one_by_one = count.one_by_one = True
+    mine.isolated = process.isolated = count.one_by_one = True
 """
 
 
@@ -129,6 +129,12 @@ def test_which_process_a_function_runs_in(pool, mine, monkeypatch):
     for pids in columns[1:3]:
         assert len(set(pids)) == 2 and os.getpid() not in pids
     assert set(columns[3]) == {1} and set(columns[4]) == {8}  # one completion a call; the whole batch
+
+
+def test_the_former_name_of_the_attribute_is_noted(mine, caplog):
+    for name in ("count", "process"):
+        get_reward(f"{mine}:{name}")
+    assert caplog.text.count("isolated") == 1 and f"{mine}:count" in caplog.text
 
 
 def test_our_rewards_are_the_same_in_it(pool):

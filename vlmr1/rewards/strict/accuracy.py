@@ -1,4 +1,4 @@
-"""The strict accuracy reward: one of several methods, by name; an unknown one is refused."""
+"""The strict accuracy reward: a table of methods by name."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 from vlmr1.errors import SettingError
 from vlmr1.rewards.coco import AP50
-from vlmr1.rewards.strict.boxes import mean_ap, weighted_sum
 from vlmr1.rewards.strict.counting import counting
+from vlmr1.rewards.strict.detection import mean_ap, weighted_sum
 from vlmr1.rewards.strict.iou import plain_iou, rec_iou, scaled_iou
 from vlmr1.rewards.strict.point import point_in_box
 from vlmr1.rewards.strict.text import all_match, default, math, mcq, yes_no
@@ -33,7 +33,7 @@ METHODS = {
 
 
 def accuracy(content: str, solution: str, *, accu_reward_method: str, **options: Any) -> float:
-    """The method's score. Raises SettingError for an unknown method, ValueError for a solution that it cannot score."""
+    """Return the method's score. SettingError for an unknown method, ValueError for a solution that it cannot score."""
     if accu_reward_method not in METHODS:
         raise SettingError(f"accu_reward_method {accu_reward_method!r} is unknown; known: {', '.join(METHODS)}, llm")
     return float(METHODS[accu_reward_method](content, solution, **options))

@@ -1,4 +1,4 @@
-"""Counting: how near a number is to the right one."""
+"""Counting: the relative error of a number, cut at 0."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ INTEGER = re.compile(r"(?<![\d.,])\d+(?![\d]|[.,]\d)")
 
 
 def counting(content: str, solution: str, **options: Any) -> float:
-    """max(0, 1 - |m - n| / max(n, 1)) for m counted and n true: 1 for the right number, 0 from an error of n on.
+    """Return max(0, 1 - |m - n| / max(n, 1)) for m counted and n true. The definition is this project's.
 
-    The answer is a whole number, the only one in a sentence, or a list with one entry for each thing. A definition of
-    this project: the relative error, cut at 0.
+    The answer is a whole number, the only one in a sentence, or a list with one entry for each thing.
     """
     right, answer = count(true_text(solution)), find_answer(content)
     if right is None:
@@ -25,7 +24,7 @@ def counting(content: str, solution: str, **options: Any) -> float:
 
 
 def count(text: str) -> int | None:
-    """The number that a text states, or the length of the list that it is; None for none or several."""
+    """Return the number in a text, or the length of a list; None for no number or several."""
     boxes = labelled_boxes(text)
     if boxes is not None and text.strip()[:1] in ("[", "`", "{"):
         return len(boxes)

@@ -1,4 +1,4 @@
-"""GUI grounding: does a click land in the right element?"""
+"""GUI grounding: whether a click is inside the right element."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ POINT = re.compile(rf"\({NUMBER},{NUMBER}\)|\[{NUMBER},{NUMBER}\]|{NUMBER},{NUMB
 
 
 def point_in_box(content: str, solution: str, *, box_scale: Scale | None = None, **options: Any) -> float:
-    """1 where the answer's point, in px of the file by `box_scale`, lies in the solution's box, edges included, else 0.
+    """Return 1 where the answer's point, converted by `box_scale`, is in the solution's box, edges included, else 0.
 
     Click accuracy, as in ScreenSpot (SeeClick, arXiv:2401.10935) and GUI-R1 (arXiv:2504.10458).
     """
@@ -30,7 +30,7 @@ def point_in_box(content: str, solution: str, *, box_scale: Scale | None = None,
 
 
 def parse_point(text: str) -> tuple[float, float] | None:
-    """The point of `{"point_2d": [x, y]}`, `[x, y]`, `(x, y)` or `x, y`; of a box its centre; else None."""
+    """Parse `{"point_2d": [x, y]}`, `[x, y]`, `(x, y)` or `x, y`; the point of a box is its center."""
     box = parse_box(text)
     if box is not None:
         return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2

@@ -27,7 +27,7 @@ WORD = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
 
 
 def mcq(content: str, solution: str, **options: Any) -> float:
-    """1 where the answer chooses the letter of the solution, else 0."""
+    """Return 1 where the answer chooses the letter of the solution, else 0."""
     right, answer = choice(true_text(solution)), find_answer(content)
     if right is None:
         raise ValueError(f"the solution is no choice: {solution[:120]!r}")
@@ -35,7 +35,7 @@ def mcq(content: str, solution: str, **options: Any) -> float:
 
 
 def choice(text: str) -> str | None:
-    """The letter that a text chooses: alone, in front, after the last cue (as "answer"), or the only one."""
+    """Return the letter that a text chooses: alone, in front, after the last cue such as "answer", or the only one."""
     text = text.strip()
     if found := ALONE.fullmatch(text) or LEADING.match(text):
         return found[1].upper()
@@ -47,7 +47,7 @@ def choice(text: str) -> str | None:
 
 
 def yes_no(content: str, solution: str, **options: Any) -> float:
-    """1 where answer and solution are the same of yes and no, as words of their own."""
+    """Return 1 where answer and solution have the same word, yes or no, else 0."""
     right, answer = decision(true_text(solution)), find_answer(content)
     if right is None:
         raise ValueError(f"the solution is neither yes nor no: {solution[:120]!r}")
@@ -55,7 +55,7 @@ def yes_no(content: str, solution: str, **options: Any) -> float:
 
 
 def decision(text: str) -> str | None:
-    """The word, yes or no, that a text begins with, or the only one of them in it; else None."""
+    """Return the word, yes or no, that a text begins with, or the only one of them in it; else None."""
     words = [word.lower() for word in WORD.findall(text)]
     start = WORD.match(text.lstrip())
     if start is not None:
@@ -64,18 +64,18 @@ def decision(text: str) -> str | None:
 
 
 def all_match(content: str, solution: str, **options: Any) -> float:
-    """1 where the answer is the solution, but for case, width, white space and a full stop."""
+    """Return 1 where the answer is the solution, except for case, width, white space and a full stop."""
     answer = find_answer(content)
     return float(answer is not None and plain(answer) == plain(true_text(solution)))
 
 
 def plain(text: str) -> str:
-    """A text in one case, one width, with single spaces, without a full stop at its end."""
+    """Normalize case, width and white space, and remove a full stop at the end."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).rstrip(".。").rstrip()
 
 
 def math(content: str, solution: str, **options: Any) -> float:
-    """1 where answer and solution are equal texts, symbolically equal, or equal in their normal form."""
+    """Return 1 where answer and solution are equal as texts, symbolically, or in their normal form."""
     answer, right = find_answer(content), true_text(solution)
     if not answer:
         return 0.0
@@ -88,7 +88,7 @@ def math(content: str, solution: str, **options: Any) -> float:
 
 
 def _bare(text: str) -> str:
-    """A text out of its box, where it has a whole one."""
+    """Return the content of a \\boxed{...}, where the text has a whole one, else the text."""
     try:
         return unboxed(text)
     except ValueError:
@@ -96,8 +96,10 @@ def _bare(text: str) -> str:
 
 
 def default(content: str, solution: str, **options: Any) -> float:
-    """By what the solution is: a choice is compared as one; a number or anything with digits by value or as text,
-    without credit for being near; other text by its similarity (0..1), and by value."""
+    """Compare by the kind of the solution.
+
+    A choice is compared as a letter. A text with digits is compared by value or as text, all or nothing. Other text is
+    compared by value, else by its similarity, 0 to 1."""
     answer, right = find_answer(content), true_text(solution)
     if not answer:
         return 0.0

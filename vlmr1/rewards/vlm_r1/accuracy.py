@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vlmr1.rewards.coco import AP50
-from vlmr1.rewards.vlm_r1.boxes import answer_ap, mean_ap, weighted_sum
+from vlmr1.rewards.vlm_r1.detection import answer_ap, mean_ap, weighted_sum
 from vlmr1.rewards.vlm_r1.iou import box_iou
 from vlmr1.rewards.vlm_r1.text import all_match, default, math, mcq, yes_no
 

@@ -1,4 +1,4 @@
-"""Published IoU of one box: whole numbers only, and for Qwen and InternVL pixels that count inclusively."""
+"""Published IoU of one box: whole numbers only; for Qwen and InternVL with inclusive pixel edges."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PATCH = 14  # px of a patch in `image_grid_thw`
 
 
 def box_iou(family: Family) -> Callable[..., float]:
-    """The reward of a model family: IoU of the first box in the first answer, 0 where that cannot be computed."""
+    """Return the reward of a family: IoU of the first box in the first answer, 0 where it cannot be computed."""
     measure = continuous_iou if family == "glm" else inclusive_iou
 
     def score(
@@ -45,13 +45,13 @@ def box_iou(family: Family) -> Callable[..., float]:
 
 
 def scaled(box: Sequence[float], grid: Any, size: Any) -> list[float]:
-    """A box in px of the model's input, of `grid` (time, rows, columns of patches), in px of the image."""
+    """Convert a box from px of the model's input, of `grid` (time, rows, columns of patches), to px of the image."""
     sides = int(grid[2] * PATCH), int(grid[1] * PATCH)
     return [number / sides[i % 2] * size[i % 2] for i, number in enumerate(box)]
 
 
 def inclusive_iou(box: Any, other: Any) -> float:
-    """IoU where the right and lower edges are pixels of the box; an overlap of one pixel counts as none."""
+    """Intersection over union with inclusive right and lower edges; an overlap of one pixel counts as none."""
     left, top = max(box[0], other[0]), max(box[1], other[1])
     right, bottom = min(box[2] - 1, other[2] - 1), min(box[3] - 1, other[3] - 1)
     overlap = (right - left + 1) * (bottom - top + 1) if left < right and top < bottom else 0

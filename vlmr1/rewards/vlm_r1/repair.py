@@ -1,4 +1,4 @@
-"""Broken JSON, read as far as it goes: what the published repetition reward takes from a cut-off answer."""
+"""A lenient JSON parser, for truncated answers in the published repetition reward."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ WORDS = {"true": True, "false": False, "null": None}
 
 
 def repair(text: str) -> Any:
-    """The lists and objects of a text, closed where they are cut off: one alone, several as a list, None if none.
+    """Return the lists and objects of a text, closed where truncated: one itself, several as a list, else None.
 
-    One of the shape of the one before, and one behind an empty one, takes its place. Commas may be missing or
-    left over, quotes single or absent, and text may stand around. Nested too deep: None.
+    A value replaces the previous one if that is empty or has the same shape. Commas may be missing or doubled, quotes
+    single or absent, and other text is skipped. Too deep nesting gives None.
     """
     reader, values = _Reader(text), []
     try:
@@ -81,7 +81,7 @@ class _Reader:
         return result
 
     def _closed(self, bracket: str, closing: str) -> bool:
-        """Whether the container ends here: at its bracket, which is taken, at one of those around, or at the end."""
+        """Whether the container ends here: at its bracket, which is consumed, at an outer one, or at the end."""
         self._skip()
         while self._next() and self._next() in "]}:" and self._next() not in closing:  # it closes nothing
             self.place += 1

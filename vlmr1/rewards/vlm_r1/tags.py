@@ -1,11 +1,11 @@
-"""Which part of a text the published rewards read: it differs from reward to reward."""
+"""The parts of a text that the published rewards read, which differ between rewards."""
 
 from __future__ import annotations
 
 import re
 
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-ANSWER_OF_ONE_LINE = re.compile(r"<answer>(.*?)</answer>")  # an answer over several lines is not seen
+ANSWER_OF_ONE_LINE = re.compile(r"<answer>(.*?)</answer>")  # does not match an answer over several lines
 FENCE = re.compile(r"```json(.*?)```", re.DOTALL)
 
 
@@ -22,7 +22,7 @@ def last_answer(text: str) -> str:
 
 
 def true_answer(solution: str) -> str:
-    """The answer of a solution, if it stands on one line; else the whole solution, tags included."""
+    """The answer of a solution, if it is on one line, else the whole solution with its tags."""
     match = ANSWER_OF_ONE_LINE.search(solution)
     return (match[1] if match else solution).strip()
 

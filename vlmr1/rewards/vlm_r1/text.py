@@ -10,18 +10,18 @@ from vlmr1.rewards.vlm_r1.tags import clean, first_answer, last_answer, true_ans
 CHOICE = re.compile(r"(?<![A-Z])[A-Z](?=[.,?!:;]|$)")
 CUES = """答案 选择 正确 是 对 ANSWER CORRECT CHOOSE SELECT RIGHT 认为 应该 觉得 THINK BELIEVE SHOULD""".split()  # noqa: SIM905
 AFTER = "。.!！,，"  # noqa: RUF001
-NEAR = 20  # characters around a letter in which a cue counts
-LATE = 0.7  # from this share of the text on, a letter is near its end
+NEAR = 20  # characters around a letter that are searched for cues
+LATE = 0.7  # share of the text from which a letter counts as near the end
 
 
 def mcq(content: str, solution: str) -> float:
-    """1 for the letter of the solution, else 0."""
+    """Return 1 for the letter of the solution, else 0."""
     right = choice(true_answer(solution)) or solution.strip()
     return float(choice(first_answer(content)) == right)
 
 
 def choice(text: str) -> str | None:
-    """The letter that a text chooses; of several the one with most cues, where its letter first stands."""
+    """Return the letter that a text chooses; of several the one with most cues at its first occurrence."""
     text = re.sub(r"\s+", " ", text.upper())
     letters = dict.fromkeys(CHOICE.findall(text))
     return max(letters, key=lambda letter: _cues(letter, text)) if letters else None
@@ -36,7 +36,7 @@ def _cues(letter: str, text: str) -> int:
 
 
 def yes_no(content: str, solution: str) -> float:
-    """1 where the first "yes" or "no" within both texts is the same, in whatever word, or both have none."""
+    """Return 1 where the first "yes" or "no" of both texts is the same, also within words, or both have none."""
     said, right = first_answer(content.lower()), true_answer(solution.lower())
     found = [re.search("yes|no", text) for text in (said, right)]
     one, other = (match and match[0] for match in found)
@@ -44,23 +44,23 @@ def yes_no(content: str, solution: str) -> float:
 
 
 def all_match(content: str, solution: str) -> float:
-    """1 where the cleaned texts are equal."""
+    """Return 1 where the cleaned texts are equal, else 0."""
     return float(clean(content) == clean(solution))
 
 
 def math(content: str, solution: str) -> float:
-    """1 where the cleaned texts are equal, symbolically equal, or equal in their normal form."""
+    """Return 1 where the cleaned texts are equal, symbolically equal, or equal in their normal form."""
     said, right = clean(content), clean(solution)
     if said == right or symbolic_equal(said, right):
         return 1.0
     try:
         return float(normal_form(unboxed(said)) == normal_form(right))
-    except ValueError:  # one that has no normal form equals nothing
+    except ValueError:  # no normal form: not equal
         return 0.0
 
 
 def default(content: str, solution: str) -> float:
-    """Symbolic check; then numbers, a choice, or fuzzy text, by what the solution looks like."""
+    """Compare symbolically, then as numbers, a choice, or fuzzy text, by the form of the solution."""
     said, right = last_answer(content), true_answer(solution)
     if _same_value(said, right):
         return 1.0
@@ -75,7 +75,7 @@ def default(content: str, solution: str) -> float:
 def _same_value(said: str, right: str) -> bool:
     try:
         return symbolic_equal(said, right)
-    except Exception:  # whatever the symbolic check raises, the next method follows
+    except Exception:  # as published: on any error the next method follows
         return False
 
 

@@ -1,4 +1,4 @@
-"""Published rewards of form: tags, length, repetition."""
+"""Published rewards of format, length and repetition."""
 
 from __future__ import annotations
 
@@ -8,36 +8,37 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from vlmr1.rewards.length import cosine, count_tokens
-from vlmr1.rewards.vlm_r1.boxes import detection_score
+from vlmr1.rewards.vlm_r1.detection import detection_score
 from vlmr1.rewards.vlm_r1.iou import Family
 from vlmr1.rewards.vlm_r1.repair import repair
 from vlmr1.rewards.vlm_r1.tags import FENCE, clean
 
-FORM = re.compile(r"<think>.*?</think>\s*<answer>.*?</answer>", re.DOTALL)
+FORMAT = re.compile(r"<think>.*?</think>\s*<answer>.*?</answer>", re.DOTALL)
 NUMBERS = r"\[\d+,\s*\d+,\s*\d+,\s*\d+\]"
-REC_FORMS = {
+REC_FORMATS = {
     "qwen": re.compile(rf"<think>.*?</think>\s*<answer>.*?\{{.*{NUMBERS}.*\}}.*?</answer>", re.DOTALL),
     "internvl": re.compile(rf"<think>.*?</think>\s*<answer>.*?{NUMBERS}.*?</answer>", re.DOTALL),
     "glm": re.compile(r"<think>.*?<answer>.*?</answer>", re.DOTALL),
 }
 ANY_FENCE = re.compile(r"```(.*?)```", re.DOTALL)
 BARE_BOXES = re.compile(r'\[\s*{.*?"bbox_2d".*?"label".*?}\s*\]', re.DOTALL)
-WORDS = 6  # of an n-gram
+WORDS = 6  # words of an n-gram
 
 
-def form(content: str, solution: str, **options: Any) -> float:
-    """1 where the whole completion is a thought and an answer, which may be empty."""
-    return float(FORM.fullmatch(content) is not None)
+def answer_format(content: str, solution: str, **options: Any) -> float:
+    """Return 1 where the whole completion is `<think>` and `<answer>`, which may be empty, else 0."""
+    return float(FORMAT.fullmatch(content) is not None)
 
 
-def rec_form(family: Family) -> Callable[..., float]:
-    """1 where the completion holds, for Qwen, thought and answer with a box in an object; for InternVL with a box;
-    for GLM an opened thought and an answer."""
-    return lambda content, solution, **options: float(REC_FORMS[family].search(content) is not None)
+def rec_format(family: Family) -> Callable[..., float]:
+    """Return the format reward of a family: 1 where the completion matches its pattern, else 0.
+
+    Qwen needs a box in an object, InternVL a box, GLM an opened `<think>` and an answer."""
+    return lambda content, solution, **options: float(REC_FORMATS[family].search(content) is not None)
 
 
 def length(content: str, solution: str, *, tokenizer: Any, **options: Any) -> float:
-    """The cosine of the length in tokens, as if every answer were right, and periodic beyond the longest."""
+    """Return the cosine of the length in tokens for a correct answer, whatever the answer; it is periodic."""
     said, right = clean(content), clean(solution)
     if right != "none":
         detection_score(said, right)  # its value has no effect, but what it raises has
@@ -45,7 +46,7 @@ def length(content: str, solution: str, *, tokenizer: Any, **options: Any) -> fl
 
 
 def repetition(content: str, solution: str, **options: Any) -> float:
-    """-(1 - distinct / all) boxes, or of the n-grams of words where there is no JSON."""
+    """Return -(1 - distinct / all) over boxes, or over n-grams of words where there is no JSON."""
     boxes = _boxes(content)
     if boxes is not None:
         return _repeated(boxes) if boxes else 0.0
@@ -60,7 +61,7 @@ def _repeated(parts: Sequence[Any]) -> float:
 
 
 def _boxes(content: str) -> list[str] | None:
-    """Texts of the boxes in the first JSON; None where no list of anything can be read."""
+    """Texts of the boxes in the first JSON; None where no list can be read."""
     found = FENCE.search(content) or ANY_FENCE.search(content)
     text = found[1].strip() if found else ""
     if not text and (found is None or found.re is ANY_FENCE):

@@ -1,15 +1,12 @@
-"""Models as the planner knows them: configurations, from a shipped file or a local directory."""
+"""Configurations of models, from a shipped file or a local directory."""
 
 from __future__ import annotations
 
 import json
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig
 
 from vlmr1.errors import SettingError
 from vlmr1.models import family_for
@@ -42,19 +39,3 @@ def config_named(name: str) -> Any:
         )
     family_for(config)
     return config
-
-
-def built(config: Any) -> nn.Module:
-    """The model of a configuration on the meta device."""
-    with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config)
-
-
-def merger_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Of what maps the tower's rows to the decoder's: the later vision paths, or the tower's own mergers."""
-    family = family_for(model.config)
-    tower, *others = (attrgetter(path)(model) for path in family.vision_paths)
-    found = [p for module in others for p in module.parameters()]
-    if not others:
-        found = [p for name, p in tower.named_parameters() if "merger" in name]
-    return found

@@ -1,4 +1,4 @@
-"""Strict detection rewards: every predicted box counts, in whatever order; a box too many is a fault."""
+"""Strict detection rewards: every predicted box counts, in any order; a surplus box lowers the score."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def mean_ap(
     box_scale: Scale | None = None,
     **options: Any,
 ) -> float:
-    """Mean over IoU thresholds and labels of average precision, where all boxes of a label are one operating point.
+    """Return the mean average precision over IoU thresholds and labels; all boxes of a label are one operating point.
 
-    With TP the most pairs of boxes that can be matched, precision P = TP / predicted, recall R = TP / true, it is P
-    times the share of COCO's 101 recall levels up to R; so the order of the boxes has no part in it. Labels are those
-    of solution and answer together: one that is not in the solution has 0. Without true boxes it is 1 for an answer
-    that says so ("None" or an empty list), else 0. With `by_count` times min(1, true / predicted). `box_scale` brings
-    the answer's boxes to px of the file.
+    TP is the size of a maximum matching, precision P = TP / predicted, recall R = TP / true. The value is P times the
+    share of COCO's 101 recall levels up to R, so the order of the boxes does not matter. Labels are those of solution
+    and answer together; one that is not in the solution has 0. Without true boxes the value is 1 for "None" or an empty
+    list, else 0. `by_count` multiplies it by min(1, true / predicted). `box_scale` converts the answer's boxes to px of
+    the file.
     """
     truths, predictions = true_boxes(solution), _predicted(content, box_scale)
     if predictions is None:
@@ -48,9 +48,9 @@ def mean_ap(
 
 
 def weighted_sum(content: str, solution: str, *, box_scale: Scale | None = None, **options: Any) -> float:
-    """0.7 * sum of IoU of matched boxes / true + 0.3 * (1 - (missed / true + false / predicted) / 2).
+    """Return 0.7 * sum of IoU of matched boxes / true + 0.3 * (1 - (missed / true + false / predicted) / 2).
 
-    Boxes of one label match, those of most IoU first, from an IoU of 0.5 on. Without true boxes as in `mean_ap`.
+    Boxes of one label match from an IoU of 0.5 on, those of highest IoU first. Without true boxes: see `mean_ap`.
     """
     truths, predictions = true_boxes(solution), _predicted(content, box_scale)
     if predictions is None:
@@ -65,7 +65,7 @@ def weighted_sum(content: str, solution: str, *, box_scale: Scale | None = None,
 
 
 def true_boxes(solution: str) -> list[LabelledBox]:
-    """The boxes of a solution. Raises ValueError where it is not a list of boxes with labels and areas, nor "None"."""
+    """Return a solution's boxes. ValueError where it is neither "None" nor a list of boxes with labels and areas."""
     boxes = labelled_boxes(true_text(solution))
     if boxes is None or any(label is None or box is None or area(box) == 0 for label, box in boxes):
         raise ValueError(
@@ -89,7 +89,7 @@ def _by_label(boxes: Sequence[LabelledBox]) -> dict[str | None, list[Box | None]
 
 
 def _precisions(said: Sequence[Box | None], right: Sequence[Box | None], thresholds: Sequence[float]) -> list[float]:
-    """Precision times the share of recall levels reached, at each IoU threshold; none for a label of one side."""
+    """Precision times the share of recall levels reached, at each IoU threshold; [] for a label of one side only."""
     if not said or not right:
         return []
     ious = _ious(said, right)  # [D, G]
@@ -99,7 +99,7 @@ def _precisions(said: Sequence[Box | None], right: Sequence[Box | None], thresho
 
 
 def _matched(near: np.ndarray) -> int:
-    """The most pairs in a bipartite graph [D, G], by augmenting paths."""
+    """Size of a maximum matching of a bipartite graph [D, G], by augmenting paths."""
     owner: dict[int, int] = {}
 
     def place(row: int, tried: set[int]) -> bool:
@@ -115,7 +115,7 @@ def _matched(near: np.ndarray) -> int:
 
 
 def _greedy(said: Sequence[Box | None], right: Sequence[Box | None]) -> list[float]:
-    """IoUs of the matched pairs; equal ones in the order of their coordinates, so that a list's order has no part."""
+    """IoUs of the matched pairs; ties are broken by coordinates, so that the order of a list does not matter."""
     if not said or not right:
         return []
     ious = _ious(said, right)
@@ -135,7 +135,7 @@ def _ious(said: Sequence[Box | None], right: Sequence[Box | None]) -> np.ndarray
 
 
 def _size(box: Box | None) -> list[float]:
-    """x, y, width, height; a box without area far away."""
+    """x, y, width, height; a box without area becomes one that overlaps nothing."""
     if box is None or area(box) == 0:
         return [-1.0, -1.0, 0.0, 0.0]
     return to_xywh(box)

@@ -1,9 +1,9 @@
-"""The trainer's policies in a dry run, and what of it is the vision tower's and the head's."""
+"""The passes of a step as dry runs: the trainer's own policy, rollout scheduler and loss on a model without data."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from operator import attrgetter
 from typing import Any
 
@@ -12,16 +12,80 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from vlmr1.grpo.loss import Objective
+from vlmr1.grpo.naive import NaivePolicy
 from vlmr1.grpo.policy import PackedPolicy
+from vlmr1.models import family_for
 from vlmr1.models.attention import attending_by, autocast
 from vlmr1.models.family import ModelFamily
+from vlmr1.models.features import FeatureCache
+from vlmr1.models.lora import base_of, merged
 from vlmr1.planner.cuda_ops import NAME, FlashPacked, head_logprobs, head_loss
-from vlmr1.planner.dry_run import HOST, DryRun
+from vlmr1.planner.dry_run import ACTIVATIONS, GRADIENTS, HOST, LOGITS, VISION, WEIGHTS, DryRun
+from vlmr1.planner.job import Job, largest_pack, prompts_of
+from vlmr1.planner.rollout import generate, rollout
 from vlmr1.types import Pack
-from vlmr1_kernels import registry
+from vlmr1_kernels import GRPOSettings, registry, use
 from vlmr1_kernels.native import library
 
-ACTIVATIONS, VISION, LOGITS, KV, GRADIENTS = "activations", "vision tower", "logits", "kv cache", "gradients"
+Bytes = dict[str, int]  # by cause
+
+
+def dry_passes(job: Job, trained: Any, dry: DryRun) -> Mapping[str, Bytes]:
+    """Phase -> bytes by cause at its peak, beyond what is there all along: weights, optimizer and reference model.
+    HOST -> bytes in host memory. `trained` is the model without data, or the `peft.PeftModel` around it."""
+    args, model = job.args, base_of(trained)
+    family = family_for(model.config)
+    frozen = not any(parameter.requires_grad for parameter in family.vision_parameters(model))
+    cache = FeatureCache() if frozen and args.share_vision else None
+    prompts = prompts_of(job, family, model)
+    options = {"temperature": args.temperature, "dtype": torch.bfloat16 if args.bf16 else None, "features": cache}
+    policy: PackedPolicy
+    if args.share_prompt or args.pack:
+        policy = (DryOnCuda if job.device == "cuda" else DryPacked)(dry, model, family, **options)
+    else:
+        policy = NaivePolicy(model, family, **options)
+    pack, several = largest_pack(job, prompts[: args.prompts_per_device])
+    draw: Callable[..., None] = rollout if args.rollout_engine == "native" else generate
+    found: dict[str, Bytes] = {}
+    with vision_counted(family, model, dry), use(args.kernels if job.device == "cpu" else ""), dry:
+        with ExitStack() as stack:
+            if args.lora_merge_rollout:
+                with dry.of(WEIGHTS):
+                    stack.enter_context(merged(trained))
+            draw(job, policy, prompts, dry)
+        found["rollout"] = dict(dry.at_peak)
+        if job.reference != "none":
+            dry.restart()
+            with dry.of(ACTIVATIONS):
+                policy.logprobs(pack)
+            found["reference"] = dict(dry.at_peak)
+        dry.restart()
+        with dry.of(ACTIVATIONS):
+            _update(job, model, policy, pack, dry, several=several)
+        found["policy"] = dict(dry.at_peak)
+        found[HOST] = {ACTIVATIONS: dry.most_on_host}
+    return found
+
+
+def _update(job: Job, model: Any, policy: PackedPolicy, pack: Pack, dry: DryRun, *, several: bool) -> None:
+    """Forward and backward of one pack; with several, the gradients of those before it are there."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    model.train()
+    if several:
+        with dry.of(GRADIENTS):
+            for parameter in parameters:
+                parameter.grad = torch.empty_like(parameter, dtype=torch.float32)
+    hooks = [p.register_post_accumulate_grad_hook(lambda p: dry.is_of(p.grad, GRADIENTS)) for p in parameters]
+    width = model.config.get_text_config(decoder=True).hidden_size
+    kept = checkpoints_on_host(dry, len(pack.input_ids), width) if job.offloads else nullcontext()
+    with policy.attention():
+        with kept:
+            loss, _ = policy.loss(pack, Objective(GRPOSettings(beta=0.0), 1.0))
+        loss.backward()
+    for hook in hooks:
+        hook.remove()
+    for parameter in parameters:
+        parameter.grad = None
 
 
 class DryPacked(PackedPolicy):

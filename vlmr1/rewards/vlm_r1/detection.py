@@ -1,4 +1,4 @@
-"""Published detection rewards: average precision of COCO, and a weighted sum of overlap and completeness."""
+"""Published detection rewards: COCO average precision, and a weighted sum of overlap and completeness."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ POSITION, COMPLETENESS = 0.7, 0.3  # weights of the weighted sum
 
 
 def mean_ap(content: str, solution: str, thresholds: slice = AP, *, by_count: bool = False) -> float:
-    """Average precision of the boxes in the last JSON fences; 1 where neither has a box, readable or not."""
+    """Average precision of the boxes in the last JSON fences; 1 where neither text has a box."""
     right = _last(solution)
     truths = _boxes(right) if right else []
     predictions = _readable(_last(content))
@@ -62,8 +62,8 @@ def detection_score(content: str, solution: str) -> float:
         pairs = [(i, j) for i in free for j in missed if ious[i][j] >= THRESHOLD]
         if not pairs:
             break
-        i, j = max(pairs, key=lambda pair: ious[pair[0]][pair[1]])  # the first of equal ones
-        label = _label(predictions[i], label)  # one without a label has that of the match before it
+        i, j = max(pairs, key=lambda pair: ious[pair[0]][pair[1]])  # the first of equal pairs
+        label = _label(predictions[i], label)  # a box without a label has that of the previous match
         if label is None:
             raise UnboundLocalError("the first match has no label")
         position += ious[i][j] if label == _label(truths[j], "") else 0
@@ -74,7 +74,7 @@ def detection_score(content: str, solution: str) -> float:
 
 
 def _precision(predictions: Sequence[Any], truths: Sequence[Any], thresholds: slice) -> float:
-    """Average precision; boxes of labels that the solution has not are left out, and so are faulty ones."""
+    """Average precision; faulty boxes and those of labels that the solution lacks are left out."""
     categories: dict[Any, Category] = {}
     for truth in truths:
         category = categories.setdefault(truth["label"], Category())
@@ -93,7 +93,7 @@ def _precision(predictions: Sequence[Any], truths: Sequence[Any], thresholds: sl
 def _size(box: Any) -> list[Any]:
     """x1, y1, x2, y2 -> x, y, width, height"""
     width, height = box[2] - box[0], box[3] - box[1]
-    _ = width * height  # what has no area is faulty
+    _ = width * height  # raises for values that are no numbers
     return [box[0], box[1], width, height]
 
 

@@ -1,4 +1,4 @@
-"""Strict rewards of form: tags, length, repetition."""
+"""Strict rewards of format, length and repetition."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from vlmr1.rewards.length import COSINE_MAX, cosine, count_tokens
 from vlmr1.rewards.strict.accuracy import accuracy
 
 TOKEN = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\s\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
-WORDS = 6  # of an n-gram
-CORRECT = 0.7  # accuracy from which an answer is right
+WORDS = 6  # words of an n-gram
+CORRECT = 0.7  # accuracy from which an answer is correct
 
 
-def form(content: str, solution: str, **options: Any) -> float:
-    """1 where the whole completion is `<think>..</think><answer>..</answer>`, neither empty; else 0."""
+def answer_format(content: str, solution: str, **options: Any) -> float:
+    """Return 1 where the completion is `<think>..</think><answer>..</answer>` with neither part empty, else 0."""
     return float(has_format(content))
 
 
-def rec_form(content: str, solution: str, **options: Any) -> float:
-    """1 where the completion has the format and its answer is one box; else 0."""
+def rec_format(content: str, solution: str, **options: Any) -> float:
+    """Return 1 where the completion has the format and its answer is one box, else 0."""
     return float(has_format(content) and predicted_box(content) is not None)
 
 
@@ -35,9 +35,9 @@ def length(
     accu_reward_method: str = "weighted_sum",
     **options: Any,
 ) -> float:
-    """The cosine of the length in tokens, by the accuracy of the answer; from `longest` on it stays as it is there.
+    """Return the cosine of the length in tokens, for a correct or a wrong answer; it is constant beyond `longest`.
 
-    The length is `num_tokens`, or what `tokenizer` makes of the completion.
+    The length is `num_tokens`, or the number of tokens that `tokenizer` gives.
     """
     tokens = count_tokens(content, tokenizer) if num_tokens is None else num_tokens
     score = accuracy(content, solution, accu_reward_method=accu_reward_method, **options)
@@ -45,7 +45,7 @@ def length(
 
 
 def repetition(content: str, solution: str, **options: Any) -> float:
-    """The lower of -(1 - distinct / all) of the answer's boxes and of the n-grams of six words of the text around.
+    """Return the lower of -(1 - distinct / all) over the answer's boxes, and over 6-grams of the other words.
 
     A Chinese, Japanese or Korean character is a word.
     """

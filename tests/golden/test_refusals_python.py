@@ -1,0 +1,199 @@
+"""Refusals of `refusals.jsonl` that no command line shows: of calls from Python, of engines, of packages that are not
+installed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import Trainer
+from vlmr1.settings import _check_steps
+
+from tests.golden.test_refusals import REFUSALS
+from vlmr1.commands.train import read_settings
+from vlmr1.data.sources import open_sources
+from vlmr1.distributed.launch import check_launched
+from vlmr1.distributed.sharded import check_sharded
+from vlmr1.evaluation.compare import comparison
+from vlmr1.evaluation.options import Options
+from vlmr1.grpo.pack_budget import PackTooLarge
+from vlmr1.grpo.pack_runner import PassesTrainer
+from vlmr1.models.lora import read_adapter, restore_adapter, with_lora
+from vlmr1.models.precision import prepare_trained
+from vlmr1.planner.inputs import PlanInputs, checked
+from vlmr1.planner.rollout import _decode
+from vlmr1.planner.variant import _add_adapters
+from vlmr1.rewards import pool
+from vlmr1.rewards.settings import RewardSettings
+from vlmr1.training.hf_trainer import BaseTrainer
+from vlmr1_kernels import linear_grpo_loss, registry
+from vlmr1_kernels.native import library
+
+Patch = pytest.MonkeyPatch
+anything: Any = SimpleNamespace
+REWARD = ("format", {"prompts": [[]], "completions": [[{"content": ""}]], "solution": [""]})
+
+
+def without_peft(patch: Patch) -> None:
+    patch.setitem(sys.modules, "peft", None)
+
+
+def diverged(patch: Patch) -> None:
+    """The gradient norm of an update that DeepSpeed has made, with a loss that is not finite."""
+    patch.setattr(Trainer, "_get_grad_norm", lambda *_: 1.0)
+    trainer = object.__new__(BaseTrainer)
+    trainer.last_loss, trainer.is_deepspeed_enabled = float("nan"), True
+    trainer.state = anything(global_step=0)
+    trainer._get_grad_norm(None)
+
+
+def another_adapter(folder: Path) -> None:
+    """An adapter that has other weights than the checkpoint."""
+    from peft import LoraConfig, get_peft_model
+
+    save_file({"other": torch.zeros(1)}, folder / "adapter_model.safetensors")
+    layers: Any = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    restore_adapter(get_peft_model(layers, LoraConfig(target_modules=["0"])), folder)
+
+
+def launched(patch: Patch) -> None:
+    patch.setenv("ACCELERATE_USE_FSDP", "true")
+    check_launched(1, anything(distributed_type=anything(value="NO")))
+
+
+def dead_worker() -> None:
+    """A task for a process that has ended."""
+    worker = pool._Worker()
+    worker.stop = worker.connection.close
+    worker.process.kill()
+    worker.process.wait()
+    for _ in range(2):  # the first may still find room in the socket
+        worker.send(0, REWARD)
+
+
+def slow_worker(patch: Patch) -> None:
+    patch.setattr(pool, "START_LIMIT", 0)
+    pool.RewardPool(1, 10.0).run([REWARD])
+
+
+def old_library(patch: Patch) -> None:
+    patch.setattr(library, "_INTERFACE", -1)
+    library.library.__wrapped__()
+
+
+def unreadable_settings(folder: Path) -> None:
+    (folder / "settings.json").write_text("{", encoding="utf-8")
+    read_settings(folder / "settings.json")
+
+
+def compared_tasks() -> None:
+    """Results of two tasks over the same rows."""
+    both = [{"rows": {}, "bootstrap": {}, "options": {"task": task}} for task in ("rec", "vqa")]
+    comparison([anything(content=content, model="m", metrics={}) for content in both])
+
+
+def shrink() -> None:
+    PassesTrainer.shrink(anything(joins_tower=True), PackTooLarge(anything(), "out of memory"))
+
+
+def on_gpu() -> None:
+    device = anything(type="cuda")
+    _check_steps(
+        anything(save_strategy="no", steps_per_generation=1, num_iterations=1, full_determinism=True, device=device)
+    )
+
+
+def bfloat16_beside_adapter() -> None:
+    model = torch.nn.Linear(2, 2, dtype=torch.bfloat16)
+    prepare_trained(model, anything(bf16=False, stochastic_rounding=False, use_peft=True))
+
+
+def liger_with_reference() -> None:
+    names = ("stochastic_rounding", "load_in_4bit", "use_dora", "sync_ref_model", "use_peft")
+    args = anything(**dict.fromkeys(names, False), reference="auto", use_liger_kernel=True, beta=0.04)
+    check_sharded(args, "zero3", engine=True)
+
+
+def no_peft_plan(patch: Patch) -> None:
+    without_peft(patch)
+    _add_adapters(anything(), anything(), anything())
+
+
+def no_peft_training(patch: Patch) -> None:
+    without_peft(patch)
+    with_lora(None, anything(), anything())
+
+
+def no_peft_adapter(patch: Patch) -> None:
+    without_peft(patch)
+    read_adapter(None, "adapter")
+
+
+def other_rows() -> None:
+    done = {0: anything(source="a:1")}
+    _decode(anything(), [anything(source="b:1")], anything(path="records"), done, anything())
+
+
+def rows_of_two_dimensions() -> None:
+    rows = torch.zeros(1, 1, dtype=torch.long)
+    ids = torch.zeros(2, dtype=torch.long)
+    linear_grpo_loss(torch.zeros(2, 3), torch.zeros(4, 3), ids, ids, torch.zeros(1), active_rows=rows)
+
+
+def no_implementation(patch: Patch) -> None:
+    patch.setattr(registry, "implementations", lambda op: {})
+    registry._choose("grpo_loss", anything())
+
+
+# By the condition in the list; a function is given what its arguments are named after.
+CASES: dict[str, Callable[..., Any]] = {
+    "An evaluation has an unknown task (from Python)": lambda: Options("none", ("a",)),  # type: ignore[arg-type]
+    "An evaluation names no data file (from Python)": lambda: Options("rec", ()),
+    "An evaluation has an unknown dtype, rollout engine or kind of box coordinates (from Python)": lambda: Options(
+        "rec", ("a",), dtype="float16"
+    ),
+    "A list of data files is empty (from Python)": lambda: open_sources([], []),
+    "A plan has an unknown model_dtype (from Python)": lambda: checked(PlanInputs(None, model_dtype="float16"), "none"),
+    "Reward settings have an unknown reward_mode (from Python)": lambda: RewardSettings(mode="none"),  # type: ignore[arg-type]
+    "vlmr1 evaluate compare: the results are of different tasks": compared_tasks,
+    "A saved record of an evaluation is of another row than the data has there": other_rows,
+    "vlmr1 plan: use_peft is set and peft is not installed": no_peft_plan,
+    "use_peft is set and peft is not installed": no_peft_training,
+    "A directory holds an adapter and peft is not installed": no_peft_adapter,
+    "lora_modules_to_save trains a module whose weights are bfloat16": bfloat16_beside_adapter,
+    "The adapter of a checkpoint is not the one of the run that resumes it": another_adapter,
+    "The environment asks for FSDP or DeepSpeed and accelerate uses another engine": launched,
+    "use_liger_kernel is set with a reference and ZeRO-3": liger_with_reference,
+    "Memory runs out in a pass of a run of several ranks, which cannot repack alone": shrink,
+    "DeepSpeed has applied an update whose loss is not finite": diverged,
+    "The process of a reward died before it took a completion": dead_worker,
+    "The process of a reward did not start in time": slow_worker,
+    "The native library was built from other sources than the installed ones": old_library,
+    "active_rows does not have one dimension": rows_of_two_dimensions,
+    "No implementation of an op serves the given device, dtype or shape": no_implementation,
+    "full_determinism is set on a GPU": on_gpu,
+    "settings.json of a run that is resumed cannot be read": unreadable_settings,
+}
+LISTED = {e["condition"]: e for e in REFUSALS if e.get("test", "").endswith("::test_refused_in_python")}
+
+
+@pytest.mark.parametrize("condition", list(CASES))
+def test_refused_in_python(condition: str, tmp_path: Path, monkeypatch: Patch):
+    if condition.startswith("The native library") and library.problem() is not None:
+        pytest.skip(str(library.problem()))
+    call = CASES[condition]
+    names = call.__code__.co_varnames[: call.__code__.co_argcount]
+    given = {"patch": monkeypatch, "folder": tmp_path}
+    with pytest.raises(Exception) as caught:
+        call(**{name: given[name] for name in names})
+    assert [word for word in LISTED[condition]["words"] if word not in str(caught.value)] == [], caught.value
+
+
+def test_every_case_is_listed():
+    assert set(LISTED) == set(CASES)

@@ -1,0 +1,103 @@
+"""Parts of the trainer from its settings: data set, trained model, rewards, policy, rollout engine, reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from vlmr1.data.prompts import PromptBuilder, PromptDataset, without_overlong
+from vlmr1.errors import SettingError
+from vlmr1.grpo.naive import NaivePolicy
+from vlmr1.grpo.policy import PackedPolicy
+from vlmr1.grpo.reference import Reference, make_reference
+from vlmr1.models import check_dropout, family_of
+from vlmr1.models.features import FeatureCache
+from vlmr1.models.settings import ParameterSettings
+from vlmr1.models.trainable import apply_liger, choose_trained
+from vlmr1.rewards.pool import RewardPool
+from vlmr1.rewards.registry import Reward, get_reward
+from vlmr1.rollout import ENGINES
+from vlmr1.types import Sample
+
+
+def make_rewards(
+    args: Any, model: Any, processor: Any, reward_funcs: Sequence[str | Reward | Callable] | None
+) -> tuple[list[Reward], list[float]]:
+    """The rewards and the weight of each."""
+    settings = args.rewards().with_boxes(args.box_coordinates, model.config.model_type, processor.image_processor)
+    rewards = [get_reward(reward, settings) for reward in (reward_funcs or args.reward_funcs)]
+    weights = args.reward_weights or [1.0] * len(rewards)
+    if len(weights) != len(rewards):
+        raise SettingError(f"reward_weights has {len(weights)} values for {len(rewards)} rewards")
+    return rewards, weights
+
+
+def make_reward_pool(args: Any) -> RewardPool | None:
+    """Processes for rewards that may hang."""
+    return RewardPool(args.reward_workers, args.reward_timeout) if args.reward_workers else None
+
+
+def prepare_model(model: Any, args: Any) -> tuple[Any, Any]:
+    """The model's family, and what is trained: the model, frozen in part, or a `peft.PeftModel` around it."""
+    family = family_of(model)
+    if args.share_prompt or args.pack:
+        check_dropout(model.config)
+    args.check_device()
+    if args.use_liger_kernel:
+        args.liger_kernel_config = apply_liger(model)
+    return family, choose_trained(model, family, ParameterSettings.of(args))
+
+
+def make_dataset(model: Any, family: Any, processor: Any, samples: Sequence[Sample], args: Any) -> PromptDataset:
+    """The prompts of the samples, without those that `overlong_prompts` filters."""
+    if args.overlong_prompts == "filter" and args.max_prompt_length is not None:
+        samples = without_overlong(samples, PromptBuilder(model, family, processor), args.max_prompt_length)
+    return PromptDataset(samples, PromptBuilder(model, family, processor, max_prompt_length=args.max_prompt_length))
+
+
+def make_features(model: Any, family: Any, args: Any) -> FeatureCache | None:
+    """A cache where the tower is frozen: its features are those of every pass of a step."""
+    frozen = not any(parameter.requires_grad for parameter in family.vision_parameters(model))
+    return FeatureCache() if frozen and args.share_vision else None
+
+
+def make_policy(trainer: Any, model: Any) -> PackedPolicy:
+    """The forward of a model, packed or naive as the settings say."""
+    args = trainer.args
+    kind = PackedPolicy if args.share_prompt or args.pack else NaivePolicy
+    return kind(model, trainer.family, temperature=args.temperature, dtype=trainer.dtype, features=trainer.features)
+
+
+def make_engine(trainer: Any, model: Any) -> Any:
+    """The rollout engine."""
+    return ENGINES[trainer.args.rollout_engine](
+        model,
+        trainer.family,
+        trainer.processor.tokenizer,
+        dtype=trainer.dtype,
+        features=trainer.features,
+        kv_mib=trainer.args.rollout_kv_mib,
+        cuda_graphs=trainer.args.cuda_graphs,
+    )
+
+
+def make_dummy_image(trainer: Any, model: Any) -> Any:
+    """The image of passes that have none, where every rank has to call the tower in each; None where not."""
+    if not trainer.parallel.in_lockstep or trainer.features is not None:
+        return None
+    return PromptBuilder(model, trainer.family, trainer.processor).dummy_image()
+
+
+def make_reference_model(trainer: Any, model: Any, trained: Any) -> Reference | None:
+    """The reference of the KL; None with beta 0."""
+    args = trainer.args
+    if args.beta <= 0:
+        return None
+    return make_reference(
+        args.reference,
+        make_policy(trainer, model),
+        trained,
+        accelerator=trainer.accelerator,
+        sharding=trainer.sharding,
+        source={"revision": args.model_revision, "trust_remote_code": args.trust_remote_code},
+    )
