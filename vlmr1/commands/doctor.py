@@ -1,4 +1,4 @@
-"""What this machine has, and which implementation each op would pick on it."""
+"""`vlmr1 doctor`: machine, packages, and the implementation that each op selects."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ABSENT = "not installed"
 
 
 def doctor() -> str:
-    """The report of `vlmr1 doctor`, as text: machine, packages, and the choice of every op."""
+    """Return the report as text: machine, packages, and the selected implementation of every op."""
     sections = {
         "Machine": _machine(),
         "Packages": [(name, installed(name)) for name in REQUIRED],
@@ -42,7 +42,7 @@ def doctor() -> str:
 
 
 def installed(distribution: str) -> str:
-    """The version of an installed distribution, or "not installed"; nothing is imported."""
+    """Return the version of an installed distribution, or "not installed", without importing it."""
     try:
         return version(distribution)
     except PackageNotFoundError:

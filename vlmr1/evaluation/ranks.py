@@ -1,4 +1,4 @@
-"""Several processes of one evaluation: who they are, how they wait for each other, how one's failure ends all."""
+"""Processes of one evaluation: rank, barrier, and failure of one as the end of all."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FAILED = "failed"
 
 
 class Ranks:
-    """One of `count` processes; alone, nothing here does anything."""
+    """One of `count` processes; all methods are no-ops with one process."""
 
     def __init__(self, rank: int = 0, count: int = 1, store: Any = None, timeout: timedelta = timedelta(seconds=1800)):
         self.rank, self.count = rank, count
@@ -31,35 +31,36 @@ class Ranks:
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Until all are here. UserError with the message of a rank that failed, or did not come in time."""
+        """Wait for all ranks. UserError with the message of a rank that failed, or after the timeout."""
         if self.count == 1:
             return
         try:
             dist.monitored_barrier(timeout=self.timeout)
         except RuntimeError as error:
-            raise UserError(self._failure() or f"another process is gone, or did not come: {error}") from error
+            reason = self._failure() or f"another process has ended, or did not reach the barrier: {error}"
+            raise UserError(reason) from error
         self.look()
 
     def look(self) -> None:
-        """Raises the failure of another rank, where there is one."""
+        """Raise the failure of another rank, if any."""
         if self.count > 1 and (message := self._failure()):
             raise UserError(message)
 
     def fail(self, error: BaseException) -> None:
-        """Tell the others why this rank ends."""
+        """Publish why this rank ends."""
         if self.count > 1 and not self._failure():
             self.store.set(FAILED, f"rank {self.rank}: {error}")
 
     def _failure(self) -> str | None:
         try:
             return self.store.get(FAILED).decode() if self.store.check([FAILED]) else None
-        except RuntimeError:  # the process that held the store is gone
+        except RuntimeError:  # the process with the store has ended
             return "another process has ended: see what it wrote"
 
 
 @contextmanager
 def joined(timeout_s: float) -> Iterator[Ranks]:
-    """The process among those that torchrun or accelerate started, or alone; joined by gloo while the block lasts."""
+    """Connect the processes of torchrun or accelerate by gloo while the block lasts; no-op for a single process."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         yield Ranks()
@@ -82,8 +83,7 @@ def joined(timeout_s: float) -> Iterator[Ranks]:
 
 
 def device(use_cpu: bool) -> torch.device:
-    """The GPU of this process, where there is one and it is wanted; it becomes the current one, which CUDA graphs and
-    kernels without a device of their own use."""
+    """Return the device of this process. A GPU becomes the current device, which CUDA graphs and kernels use."""
     if use_cpu or not torch.cuda.is_available():
         return torch.device("cpu")
     found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())

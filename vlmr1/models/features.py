@@ -1,4 +1,4 @@
-"""Features of a step's images from a frozen tower: made once, read by rollout, reference and policy."""
+"""Cache of image features of a frozen tower, computed once a step for rollout, reference and policy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vlmr1.models.family import ImageFeatures, ImageInputs, ModelFamily
 
 
 class FeatureCache:
-    """Encoded images by where they are from, until `clear`. Policy and reference have the same frozen tower."""
+    """Encoded images by image reference, until `clear`. Policy and reference share the frozen tower."""
 
     def __init__(self) -> None:
         self.kept: dict[ImageRef, ImageFeatures] = {}
@@ -24,7 +24,7 @@ class FeatureCache:
 def encode(
     family: ModelFamily, model: Any, refs: Sequence[ImageRef], images: Sequence[ImageInputs], cache: FeatureCache | None
 ) -> list[ImageFeatures]:
-    """The features of these images. With a cache, those that it lacks are encoded together, without gradient."""
+    """Return the features of these images. With a cache, missing ones are encoded together, without gradient."""
     if cache is None:
         return family.encode_images(model, images)
     missing = {ref: image for ref, image in zip(refs, images, strict=True) if ref not in cache.kept}

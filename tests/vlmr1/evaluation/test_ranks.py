@@ -56,8 +56,8 @@ def pair(mode: str, timeout: float) -> list[subprocess.Popen]:
 MODES = {
     "works": (300, "together 2\n", 0),
     "fails": (300, "rank 1: no disk left\n", 2),
-    "is killed": (300, "another process is gone, or did not come: ", 2),
-    "is slow": (3, "another process is gone, or did not come: ", 2),
+    "is killed": (300, "another process has ended, or did not reach the barrier: ", 2),
+    "is slow": (3, "another process has ended, or did not reach the barrier: ", 2),
 }
 
 
