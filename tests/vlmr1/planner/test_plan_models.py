@@ -82,7 +82,7 @@ def test_an_unknown_name_lists_the_known_ones():
 
 def test_a_family_without_an_adapter(tmp_path: Path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(SettingError, match="no adapter for llama"):
+    with pytest.raises(SettingError, match="model_name_or_path: llama"):
         config_named(str(tmp_path))
 
 
