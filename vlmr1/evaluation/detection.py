@@ -73,7 +73,8 @@ def predicted(text: str, extent: Size, original: Size) -> tuple[ScoredBox, ...] 
 def best_of_each(boxes: ImageBoxes) -> ImageBoxes:
     """Keep the predictions that NMS-AP counts (OVDEval, arXiv:2308.13177), whatever their label.
 
-    Of the predictions whose IoU with a true box is above 0.5, only the one with the highest score is kept. A prediction that is the best of another true box is kept, and so is one that is near none."""
+    Of the predictions whose IoU with a true box is above 0.5, only the one with the highest score is kept. A prediction
+    that is the best of another true box is kept, and so is one that is near none."""
     near: set[int] = set()
     best: set[int] = set()
     for true in boxes.truths:
