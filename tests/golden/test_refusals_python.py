@@ -24,6 +24,8 @@ from vlmr1.memory.budget import PackTooLarge
 from vlmr1.memory.plan_inputs import PlanInputs, checked
 from vlmr1.memory.plan_variant import _add_adapters
 from vlmr1.memory.precision import prepare_trained
+from vlmr1.models import attention
+from vlmr1.models.image_limits import limit_images
 from vlmr1.models.lora import read_adapter, restore_adapter, with_lora
 from vlmr1.passes import PassesTrainer
 from vlmr1.rewards import pool
@@ -151,6 +153,15 @@ def no_implementation(patch: Patch) -> None:
     registry._choose("grpo_loss", anything())
 
 
+def sliding_window() -> None:
+    q = torch.zeros(1, 1, 1, 8)
+    attention._forward(anything(layer_idx=0), q, q, q, None, shared=anything(), sliding_window=4)
+
+
+def few_tiles() -> None:
+    limit_images(anything(image_processor=anything(min_patches=2, max_patches=6)), "internvl", max_anyres_num=1)
+
+
 # By the condition in the list; a function is given what its arguments are named after.
 CASES: dict[str, Callable[..., Any]] = {
     "An evaluation has an unknown task (from Python)": lambda: Options("none", ("a",)),  # type: ignore[arg-type]
@@ -177,6 +188,8 @@ CASES: dict[str, Callable[..., Any]] = {
     "The native library was built from other sources than the installed ones": old_library,
     "active_rows does not have one dimension": rows_of_two_dimensions,
     "No implementation of an op serves the given device, dtype or shape": no_implementation,
+    "The model's attention has a sliding window or a softcap, which shared prompts cannot serve": sliding_window,
+    "max_anyres_num is below the number of tiles that the processor makes at least": few_tiles,
     "full_determinism is set on a GPU": on_gpu,
     "settings.json of a run that is resumed cannot be read": unreadable_settings,
 }
