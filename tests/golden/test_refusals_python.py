@@ -16,6 +16,7 @@ from transformers import Trainer
 
 from tests.golden.test_refusals import REFUSALS
 from vlmr1.base_trainer import BaseTrainer
+from vlmr1.config import GRPOConfig
 from vlmr1.data.sources import open_sources
 from vlmr1.evaluation.compare import comparison
 from vlmr1.evaluation.job import _decode
@@ -190,6 +191,7 @@ CASES: dict[str, Callable[..., Any]] = {
     "No implementation of an op serves the given device, dtype or shape": no_implementation,
     "The model's attention has a sliding window or a softcap, which shared prompts cannot serve": sliding_window,
     "max_anyres_num is below the number of tiles that the processor makes at least": few_tiles,
+    "accu_reward_method is an empty list (from Python)": lambda: GRPOConfig(use_cpu=True, accu_reward_method=[]),
     "full_determinism is set on a GPU": on_gpu,
     "settings.json of a run that is resumed cannot be read": unreadable_settings,
 }
