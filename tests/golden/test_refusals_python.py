@@ -30,6 +30,7 @@ from vlmr1.models.image_limits import limit_images
 from vlmr1.models.lora import read_adapter, restore_adapter, with_lora
 from vlmr1.passes import PassesTrainer
 from vlmr1.rewards import pool
+from vlmr1.rewards.score import score
 from vlmr1.rewards.settings import RewardSettings
 from vlmr1.run import read_settings
 from vlmr1.scale.launch import check_launched
@@ -163,6 +164,10 @@ def few_tiles() -> None:
     limit_images(anything(image_processor=anything(min_patches=2, max_patches=6)), "internvl", max_anyres_num=1)
 
 
+def published_iou_without_columns() -> None:
+    score("iou_qwen", "<answer>[0, 0, 9, 9]</answer>", "<answer>[0, 0, 9, 9]</answer>", mode="vlmr1")
+
+
 # By the condition in the list; a function is given what its arguments are named after.
 CASES: dict[str, Callable[..., Any]] = {
     "An evaluation has an unknown task (from Python)": lambda: Options("none", ("a",)),  # type: ignore[arg-type]
@@ -192,6 +197,7 @@ CASES: dict[str, Callable[..., Any]] = {
     "The model's attention has a sliding window or a softcap, which shared prompts cannot serve": sliding_window,
     "max_anyres_num is below the number of tiles that the processor makes at least": few_tiles,
     "accu_reward_method is an empty list (from Python)": lambda: GRPOConfig(use_cpu=True, accu_reward_method=[]),
+    "Mode vlmr1: iou_qwen is used without the columns image_grid_thw and image_size": published_iou_without_columns,
     "full_determinism is set on a GPU": on_gpu,
     "settings.json of a run that is resumed cannot be read": unreadable_settings,
 }
