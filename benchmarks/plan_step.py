@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
+from vlmr1.planner.inputs import inputs_of
 
 from benchmarks import model as bench_model
 from benchmarks.harness import PeakMemory
@@ -18,7 +19,6 @@ from benchmarks.model import BENCH_TEXT, BENCH_VISION, TEXT_3B, TEXT_7B, VISION_
 from vlmr1.config import GRPOConfig
 from vlmr1.grpo.trainer import GRPOTrainer
 from vlmr1.models import load_model
-from vlmr1.planner.inputs import inputs_of
 from vlmr1.planner.plan import Plan, Planner
 from vlmr1.types import Sample
 

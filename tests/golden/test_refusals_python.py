@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import Trainer
+from vlmr1.planner.inputs import PlanInputs, checked
+from vlmr1.planner.variant import _add_adapters
 from vlmr1.settings import _check_steps
 
 from tests.golden.test_refusals import REFUSALS
@@ -26,9 +28,7 @@ from vlmr1.grpo.pack_budget import PackTooLarge
 from vlmr1.grpo.pack_runner import PassesTrainer
 from vlmr1.models.lora import read_adapter, restore_adapter, with_lora
 from vlmr1.models.precision import prepare_trained
-from vlmr1.planner.inputs import PlanInputs, checked
 from vlmr1.planner.rollout import _decode
-from vlmr1.planner.variant import _add_adapters
 from vlmr1.rewards import pool
 from vlmr1.rewards.settings import RewardSettings
 from vlmr1.training.hf_trainer import BaseTrainer
@@ -185,8 +185,8 @@ LISTED = {e["condition"]: e for e in REFUSALS if e.get("test", "").endswith("::t
 
 @pytest.mark.parametrize("condition", list(CASES))
 def test_refused_in_python(condition: str, tmp_path: Path, monkeypatch: Patch):
-    if condition.startswith("The native library") and library.problem() is not None:
-        pytest.skip(str(library.problem()))
+    if condition.startswith("The native library") and library.unavailable_reason() is not None:
+        pytest.skip(str(library.unavailable_reason()))
     call = CASES[condition]
     names = call.__code__.co_varnames[: call.__code__.co_argcount]
     given = {"patch": monkeypatch, "folder": tmp_path}
