@@ -206,8 +206,8 @@ LISTED = {e["condition"]: e for e in REFUSALS if e.get("test", "").endswith("::t
 
 @pytest.mark.parametrize("condition", list(CASES))
 def test_refused_in_python(condition: str, tmp_path: Path, monkeypatch: Patch):
-    if condition.startswith("The native library") and library.problem() is not None:
-        pytest.skip(str(library.problem()))
+    if condition.startswith("The native library") and library.unavailable_reason() is not None:
+        pytest.skip(str(library.unavailable_reason()))
     call = CASES[condition]
     names = call.__code__.co_varnames[: call.__code__.co_argcount]
     given = {"patch": monkeypatch, "folder": tmp_path}
