@@ -13,7 +13,7 @@ import pytest
 from benchmarks import gpu, gpu_parts
 from benchmarks import model as bench_model
 from benchmarks.ops import CASES
-from tests.benchmarks.small import SMALL
+from tests.helpers.small_bench import SMALL
 
 WRITE = 'import pathlib; pathlib.Path({!r}).write_text(\'{{"found": 7}}\\n{{"half\')'
 

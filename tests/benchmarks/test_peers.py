@@ -20,7 +20,7 @@ from benchmarks.harness import require_equal
 from benchmarks.peers import client, worker
 from benchmarks.peers.client import PEERS, Worker
 from benchmarks.trainer_arm import Bed, TrainerArm
-from tests.benchmarks.small import SMALL
+from tests.helpers.small_bench import SMALL
 
 HERE = ("vlm-r1", "trl")
 

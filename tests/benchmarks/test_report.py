@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import mannwhitneyu
 
 from benchmarks import compare, readme, report
-from tests.benchmarks.small import result, row
+from tests.helpers.small_bench import result, row
 from vlmr1.errors import UserError
 
 ARMS = {

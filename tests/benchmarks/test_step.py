@@ -18,7 +18,7 @@ from benchmarks.arms import NAIVE, REFERENCES, arms_of, settings_of
 from benchmarks.harness import CheckFailed, require_equal
 from benchmarks.planned import beyond_held, peak_bytes, planned_phases
 from benchmarks.trainer_arm import Bed, TrainerArm
-from tests.benchmarks.small import SMALL
+from tests.helpers.small_bench import SMALL
 from vlmr1_kernels import registry
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="expects a CPU's arms")

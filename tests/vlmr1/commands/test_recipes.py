@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from tests.data.standins import make
-from tests.vlmr1.families import build
-from tests.vlmr1.rewards.helpers import answered, group, values
+from tests.helpers.families import build
+from tests.helpers.rewards import answered, group, values
 from vlmr1.cli import main
 from vlmr1.commands.arguments import parse_config
 from vlmr1.commands.prepare import prepare

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import TrainerCallback
 
-from tests.vlmr1.planner.jobs import CONFIG, Allocated
+from tests.helpers.jobs import CONFIG, Allocated
 from vlmr1.config import GRPOConfig
 from vlmr1.data.samples import load_samples
 from vlmr1.grpo.trainer import GRPOTrainer

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from tests.vlmr1.families import FAMILIES, tokenizer
-from tests.vlmr1.planner.jobs import args_of, job
+from tests.helpers.families import FAMILIES, tokenizer
+from tests.helpers.jobs import args_of, job
 from vlmr1.errors import SettingError
 from vlmr1.models import load_model
 from vlmr1.models.lora import base_of

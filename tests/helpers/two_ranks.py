@@ -15,7 +15,7 @@ import pytest
 from vlmr1.distributed.launch import FSDP2, launch_command
 
 ENGINES = ("ddp", "zero2", "zero3", "fsdp2")
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 ROWS = 8
 UPDATES = 4
 SETTINGS = {

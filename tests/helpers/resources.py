@@ -1,4 +1,4 @@
-"""Registers, memory and vector widths of the compiled kernels: python -m tests.kernels.resources
+"""Registers, memory and vector widths of the compiled kernels: python -m tests.helpers.resources
 
 Needs no GPU: the ops run on meta tensors of training size, and launches are compiled but not run.
 """

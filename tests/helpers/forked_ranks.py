@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.vlmr1.distributed.two_ranks import metrics, words
-from tests.vlmr1.forked import Run, call
+from tests.helpers.forked import Run, call
+from tests.helpers.two_ranks import metrics, words
 from vlmr1.distributed.launch import FSDP2, launch_command
 
 
@@ -45,7 +45,7 @@ def run_forked(
 def one_rank(arguments: list[str], variables: dict[str, str], prepare: Callable[[], None] | None) -> int:
     os.environ.update(variables)
     if "ACCELERATE_USE_FSDP" in variables:
-        from tests.vlmr1.distributed import fsdp_on_cpu
+        from tests.helpers import fsdp_on_cpu
 
         fsdp_on_cpu.allow()
     if prepare is not None:

@@ -17,8 +17,8 @@ import transformers.training_args
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
 
-from tests.vlmr1.distributed import fsdp_on_cpu
-from tests.vlmr1.distributed.forced import repeating
+from tests.helpers import fsdp_on_cpu
+from tests.helpers.forced import repeating
 from vlmr1.cli import main
 from vlmr1.commands import train as run
 from vlmr1.grpo import policy, reference, trainer
