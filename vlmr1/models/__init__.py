@@ -22,7 +22,7 @@ from vlmr1.models.quantization import check_layers, four_bit, quantization_of
 
 FAMILIES: tuple[type[ModelFamily], ...] = (QwenVLFamily, Qwen3VLFamily, InternVLFamily, Glm4vFamily, Idefics3Family)
 BY_TYPE: dict[str, type[ModelFamily]] = {model_type: family for family in FAMILIES for model_type in family.model_types}
-HOW_TO_ADD = "vlmr1/models/README.md shows how to add one"
+HOW_TO_ADD = "docs/models.md shows how to add one"
 
 __all__ = [
     "BY_TYPE",

@@ -24,7 +24,7 @@ from vlmr1.report.progress import read_metrics
 from vlmr1.rewards import get_reward, score_groups
 from vlmr1.rewards.answer import find_answer
 
-STANDINS = Path(__file__).parents[1] / "data" / "standins"
+STANDINS = Path(__file__).parents[2] / "data" / "standins"
 WRONG = {
     "rec-3b": '{"bbox_2d": [0, 0, 3, 3]}',
     "ovd-3b": '[{"bbox_2d": [0, 0, 3, 3], "label": "red rectangle"}]',

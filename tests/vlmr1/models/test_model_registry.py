@@ -65,7 +65,7 @@ def test_refused(model_type, decoder, message):
         family_for(config(model_type, decoder))
     text = str(refusal.value)
     assert text.startswith(f"model_name_or_path: {message}") and text.endswith(HOW_TO_ADD)
-    assert (Path(__file__).parents[2] / HOW_TO_ADD.split()[0]).is_file()
+    assert (Path(__file__).parents[3] / HOW_TO_ADD.split()[0]).is_file()
 
 
 def test_path_has_no_part_in_the_choice(tmp_path):
