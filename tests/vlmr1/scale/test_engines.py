@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.vlmr1.scale.forked_ranks import run_forked
 from tests.vlmr1.scale.two_ranks import (
     ENGINES,
     ROOT,
@@ -18,7 +19,7 @@ from tests.vlmr1.scale.two_ranks import (
     evaluations,
     metrics,
     resumable,
-    run_two,
+    run_launched,
     two_ranks,
     words,
 )
@@ -44,13 +45,15 @@ def alone(folder: Path) -> dict[float, list[dict[str, float]]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", [*ENGINES, "zero3-offload"])
 def test_two_ranks_do_what_one_process_does_and_resume_exactly(engine, folder, alone, tmp_path):
-    """With a reference model. The checkpoint lies between two updates of one generation."""
-    found = run_two(engine, folder, tmp_path / "run", beta=0.04)
+    """With a reference model. The checkpoint lies between two updates of one generation. One run is started by
+    `--launch`, the others are forked with the same variables and arguments."""
+    run = run_launched if engine == "zero3-offload" else run_forked
+    found = run(engine, folder, tmp_path / "run", beta=0.04)
     assert_same(found, alone[0.04])
     assert found[1]["kl"] > 0
 
     resumed = resumable(tmp_path / "run", tmp_path / "resumed")
-    again = run_two(engine, folder, resumed, beta=0.04)
+    again = run_forked(engine, folder, resumed, beta=0.04)
     assert [computed(step) for step in again] == [computed(step) for step in found]
 
     exported = [load_file(path / "checkpoint-4" / "model.safetensors") for path in (tmp_path / "run", resumed)]
@@ -72,13 +75,13 @@ def test_a_frozen_tower_that_is_sharded(engine, folder, tmp_path):
     more = {"beta": 0.04, "freeze_vision": "true", "eval_steps": 2}
     more |= {"eval_data_file_paths": folder / "data.jsonl", "eval_image_folders": folder}
     train(parse_config(words(folder, tmp_path / "alone", prompts_per_device=2, use_cpu="true", **more)))
-    found = run_two(engine, folder, tmp_path / "run", **more)
+    found = run_forked(engine, folder, tmp_path / "run", **more)
     assert_same(found, metrics(tmp_path / "alone"))
     one, other = evaluations(tmp_path / "run"), evaluations(tmp_path / "alone")
     assert [row["step"] for row in one] == [2, 4] and [row["rows"] for row in one] == [ROWS, ROWS]
     for row, expected in zip(one, other, strict=True):
         assert row == pytest.approx(expected, rel=1e-5)
-    again = run_two(engine, folder, resumable(tmp_path / "run", tmp_path / "resumed"), **more)
+    again = run_forked(engine, folder, resumable(tmp_path / "run", tmp_path / "resumed"), **more)
     assert [computed(step) for step in again] == [computed(step) for step in found]
 
 
@@ -86,7 +89,7 @@ def test_a_frozen_tower_that_is_sharded(engine, folder, tmp_path):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_rank_without_signal_joins_every_pass(engine, folder, alone, tmp_path):
     """Without a KL, groups of equal rewards have no part in the passes: one rank has nothing else in an update."""
-    assert_same(run_two(engine, folder, tmp_path, beta=0.0, save_strategy="no"), alone[0.0])
+    assert_same(run_forked(engine, folder, tmp_path, beta=0.0, save_strategy="no"), alone[0.0])
     assert alone[0.0][1]["dropped_rows"] > 0
 
 
