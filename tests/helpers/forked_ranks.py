@@ -14,9 +14,15 @@ from vlmr1.distributed.launch import FSDP2, launch_command
 
 
 def run_forked(
-    engine: str, folder: Path, output: Path, prepare: Callable[[], None] | None = None, **more: Any
+    engine: str,
+    folder: Path,
+    output: Path,
+    prepare: Callable[[], None] | None = None,
+    environment: dict[str, str] | None = None,
+    **more: Any,
 ) -> list[dict[str, float]]:
-    """The metrics of a run on two ranks; each has a prompt an update, and calls `prepare` first."""
+    """The metrics of a run on two ranks; each has a prompt an update, and calls `prepare` first. `environment` has
+    variables that differ from those of the engine's launch."""
     arguments = words(folder, output, prompts_per_device=1, ddp_timeout=200, **more)  # who waits in vain fails
     if engine == "fsdp2":
         variables, arguments = FSDP2 | {"ACCELERATE_TORCH_DEVICE": "cpu"}, ["train", *arguments]
@@ -26,7 +32,7 @@ def run_forked(
     with socket.socket() as free:
         free.bind(("localhost", 0))
         meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
-    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"} | meeting | variables
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"} | meeting | variables | (environment or {})
     logs = [output.with_name(f"{output.name}-{rank}.log") for rank in range(2)]
     own = [world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
     runs: list[Run] = []

@@ -6,13 +6,12 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vlmr1.distributed.launch import FSDP2, launch_command
+from vlmr1.distributed.launch import launch_command
 
 ENGINES = ("ddp", "zero2", "zero3", "fsdp2")
 ROOT = Path(__file__).parents[2]
@@ -57,21 +56,11 @@ def computed(step: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in step.items() if not any(word in name for word in measured)}
 
 
-def two_ranks(engine: str, arguments: list[str], **variables: Any) -> subprocess.CompletedProcess:
-    """As `vlmr1 train --launch` runs it, with further environment variables; FSDP with the CPU in the place of a GPU,
-    bfloat16 too where SEEN is among the variables."""
-    worker = "bf16_on_cpu.py" if "SEEN" in variables else "fsdp_on_cpu.py"
-    script = str(Path(__file__).parent / worker)
-    if engine == "fsdp2":
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        environment, command = FSDP2 | {"ACCELERATE_TORCH_DEVICE": "cpu"}, [*torchrun, script, "train", *arguments]
-    else:
-        environment, command = launch_command(engine, 2, arguments)
-        if "SEEN" in variables:
-            at = command.index("vlmr1.cli")
-            command[at - 1 : at + 1] = [script]
+def two_ranks(engine: str, arguments: list[str]) -> subprocess.CompletedProcess:
+    """As `vlmr1 train --launch` runs it."""
+    environment, command = launch_command(engine, 2, arguments)
     paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
-    environment = {**os.environ, **environment, **paths, **{name: str(value) for name, value in variables.items()}}
+    environment = {**os.environ, **environment, **paths}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=ROOT)
 
 
@@ -83,7 +72,7 @@ def resumable(run: Path, copy: Path, update: int = 3) -> Path:
     return copy
 
 
-def run_two(engine: str, folder: Path, output: Path, **more: Any) -> list[dict[str, float]]:
+def run_launched(engine: str, folder: Path, output: Path, **more: Any) -> list[dict[str, float]]:
     done = two_ranks(engine, words(folder, output, prompts_per_device=1, **more))
     assert done.returncode == 0, done.stderr[-3000:]
     return metrics(output)

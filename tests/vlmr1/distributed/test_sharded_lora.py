@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +16,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from tests.helpers.forked_ranks import run_forked
 from tests.helpers.two_ranks import (
     ENGINES,
     ROOT,
@@ -20,8 +25,6 @@ from tests.helpers.two_ranks import (
     evaluations,
     metrics,
     resumable,
-    run_two,
-    two_ranks,
     words,
 )
 from vlmr1.cli import main
@@ -30,6 +33,7 @@ from vlmr1.commands.train import train
 from vlmr1.distributed.launch import LAUNCHES
 from vlmr1.distributed.sharded import check_sharded
 from vlmr1.errors import SettingError
+from vlmr1.grpo import policy, reference, trainer
 from vlmr1.models import load_model
 
 LORA = {"use_peft": "true", "lora_r": 4, "lora_alpha": 8, "learning_rate": 1e-3, "beta": 0.04}
@@ -60,10 +64,10 @@ def run_alone(folder: Path, output: Path, **more: Any) -> list[dict[str, float]]
 def test_lora_on_two_ranks(engine, folder, tmp_path):
     """The checkpoint lies between two updates of one generation; it is an ordinary directory of an adapter."""
     expected = run_alone(folder, tmp_path / "alone", **LORA)
-    found = run_two(engine, folder, tmp_path / "run", **LORA)
+    found = run_forked(engine, folder, tmp_path / "run", **LORA)
     assert_same(found, expected)
     assert found[-1]["kl"] > 0
-    again = run_two(engine, folder, resumable(tmp_path / "run", tmp_path / "resumed"), **LORA)
+    again = run_forked(engine, folder, resumable(tmp_path / "run", tmp_path / "resumed"), **LORA)
     assert [computed(step) for step in again] == [computed(step) for step in found]
     exported, resumed = family_of(tmp_path / "run"), family_of(tmp_path / "resumed")
     assert exported.keys() == resumed.keys()
@@ -116,10 +120,8 @@ def test_settings_of_lora_where_parameters_are_sharded(engine, settings, folder,
     if "eval_steps" in settings:
         more |= {"eval_data_file_paths": folder / "data.jsonl", "eval_image_folders": folder}
     expected = run_alone(folder, tmp_path / "alone", **more)
-    variables = eager if engine == "zero3" else {}
-    done = two_ranks(engine, words(folder, tmp_path / "run", prompts_per_device=1, **more), **variables)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = metrics(tmp_path / "run")
+    environment = eager if engine == "zero3" else None
+    found = run_forked(engine, folder, tmp_path / "run", environment=environment, **more)
     assert_same(found, expected)
     assert found[-1]["kl"] > 0
     exported, single = family_of(tmp_path / "run"), family_of(tmp_path / "alone")
@@ -132,6 +134,37 @@ def test_settings_of_lora_where_parameters_are_sharded(engine, settings, folder,
             assert row == pytest.approx(other, rel=1e-5)
 
 
+@dataclass(frozen=True)
+class CountingFetches:
+    """In a rank: how many weights ZeRO-3 has fetched ahead, by a trace of an earlier pass, for each kind of pass."""
+
+    folder: Path
+
+    def __call__(self) -> None:
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+        from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
+
+        ahead, now, fetch = Counter[str](), ["policy"], Coordinator.fetch_sub_module
+
+        def fetch_counted(coordinator: Any, module: Any, forward: bool) -> None:
+            if coordinator.is_complete_trace():
+                own = module.parameters(recurse=False)
+                ahead[now[0]] += sum(each.ds_status == ZeroParamStatus.INFLIGHT for each in own)
+                path = self.folder / f"ahead-{os.environ['RANK']}.json"
+                path.write_text(json.dumps(ahead), encoding="utf-8")
+            fetch(coordinator, module, forward)
+
+        def named(name: str) -> Callable:
+            def call(*arguments: Any) -> Any:
+                now[0] = name
+                return policy.call(*arguments)
+
+            return call
+
+        Coordinator.fetch_sub_module = fetch_counted
+        reference.call, trainer.call = named("reference"), named("policy")
+
+
 @pytest.mark.slow
 def test_weights_that_are_fetched_ahead(folder, eager, tmp_path):
     """ZeRO-3 follows a pass by the trace of an earlier one; the reference's has no adapter in it, the policy's has."""
@@ -141,12 +174,10 @@ def test_weights_that_are_fetched_ahead(folder, eager, tmp_path):
     path.write_text(json.dumps(config), encoding="utf-8")
     more = LORA | {"adam_epsilon": 1e-5}
     expected = run_alone(folder, tmp_path / "alone", **more)
-    arguments = words(folder, tmp_path / "run", prompts_per_device=1, **more)
-    done = two_ranks("zero3", arguments, **eager, SEEN=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert_same(metrics(tmp_path / "run"), expected)
+    found = run_forked("zero3", folder, tmp_path / "run", CountingFetches(tmp_path), eager, **more)
+    assert_same(found, expected)
     for rank in range(2):
-        ahead = json.loads((tmp_path / f"seen-{rank}.json").read_text(encoding="utf-8"))["ahead"]
+        ahead = json.loads((tmp_path / f"ahead-{rank}.json").read_text(encoding="utf-8"))
         assert ahead["reference"] > 0 and ahead["policy"] > 0
 
 
