@@ -1,4 +1,4 @@
-"""The planned peak beside the bytes that operators of a real run allocate. No constant of the plan was fitted to one."""
+"""The planned peak beside the bytes that operators of a real run allocate; no constant is fitted to them."""
 
 from __future__ import annotations
 
