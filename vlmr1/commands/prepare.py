@@ -20,7 +20,6 @@ from vlmr1.evaluation.settings import EvaluationSettings
 from vlmr1.lifecycle.checkpoint import is_adapter
 from vlmr1.lifecycle.disk import checkpoint_bytes, warn_if_low_space
 from vlmr1.models import load_model, load_processor, model_type_of
-from vlmr1.models.precision import optimizer_name
 from vlmr1.models.quantization import compute_dtype
 from vlmr1.models.settings import ParameterSettings
 from vlmr1.models.trainable import planned_model
@@ -63,7 +62,7 @@ def prepare(config: GRPOConfig, *, finished: bool = False) -> Prepared:
         train, validation = validation_split(train, config.val_split_ratio, seed)
     if config.should_save and config.save_strategy != SaveStrategy.NO and not finished:
         planned = planned_model(name, settings)
-        size = checkpoint_bytes(planned, optimizer_name(config.optim), weights_only=config.save_only_model)
+        size = checkpoint_bytes(planned, settings.optimizer, weights_only=config.save_only_model)
         warn_if_low_space(output_dir, size)
     model = load_model(
         name,

@@ -111,6 +111,11 @@ class ParameterSettings(LoraSettings, ModelSettings, _Shared):
     )
     activation_offload: bool = setting(False, "hold in host memory what gradient_checkpointing keeps")
 
+    @property
+    def optimizer(self) -> str:
+        """The optimizer's name in OPTIMIZERS."""
+        return optimizer_name(self.optim)
+
     def check(self) -> Iterator[str]:
         yield from faults_of(partial(check_optimizer, self))
         if self.use_peft:
@@ -134,8 +139,9 @@ class ParameterSettings(LoraSettings, ModelSettings, _Shared):
             yield "lora_merge_rollout cannot be used with load_in_4bit: 4-bit weights would be rounded again"
 
     def check_device(self, device: str) -> Iterator[str]:
-        if optimizer_name(self.optim).startswith("paged") and device != "cuda":
-            yield f"optim={optimizer_name(self.optim)}: paged optimizers need a GPU, this is {device}"
+        optim = self.optimizer
+        if optim.startswith("paged") and device != "cuda":
+            yield f"optim={optim}: paged optimizers need a GPU, this is {device}"
         if self.activation_offload and device != "cuda":
             yield f"activation_offload needs a GPU: on {device} it has nothing to move"
         if self.use_liger_kernel and device != "cuda":
