@@ -87,9 +87,9 @@ class EvaluationCallback(TrainerCallback):
         one and that one is due, is left to the log of the training."""
         trainer = self.trainer
         due = control.should_log
-        unlogged, trainer.unlogged = trainer.unlogged, []
+        steps, trainer.pending.steps = trainer.pending.steps, []
         trainer.log(values)
-        trainer.unlogged, control.should_log = unlogged, due
+        trainer.pending.steps, control.should_log = steps, due
 
     def _path(self, args: Any) -> Path:
         return Path(args.output_dir) / EVALUATIONS
