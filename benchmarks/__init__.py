@@ -1,1 +1,1 @@
-"""Benchmarks, run from the root of the repository; each checks that its arms agree before it times them."""
+"""Training steps (`python -m benchmarks`), kernels (`benchmarks.ops`), and all of it on a GPU (`benchmarks.gpu`)."""

@@ -1,200 +1,194 @@
-"""Arms called in turn, medians and their ratios, peak memory, and the file that keeps the figures."""
+"""The clock, alternation of arms, peak memory, and the result file.
+
+A sample on a CPU is one call by the clock of `torch.utils.benchmark`. On CUDA it is timed as
+`triton.testing.do_bench` does it: the L2 cache is overwritten, then events are recorded before and after the call.
+Figures are medians of all samples.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from statistics import median
-from time import perf_counter
 from typing import Any
 
 import torch
+from torch.utils.benchmark.utils.timer import timer
+
+from vlmr1.errors import UserError
 
 MIB = 2**20
-RESULTS = Path(__file__).parent / "results"
+LAYOUT = 2  # of result files
+FLUSH_BYTES = 256 * MIB  # several times the largest L2 cache
+PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy")
+
+Clock = Callable[[Callable[[], Any]], float]  # a function -> seconds of one call
 
 
 class CheckFailed(Exception):
-    """The arms do not compute the same thing: there is nothing to compare."""
+    """Arms compute different things, so that there is nothing to compare."""
 
 
-@dataclass(frozen=True)
-class Ratio:
-    """Median of one arm over median of another, with the lowest and highest ratio of any one round."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.2f} ({self.low:.2f}..{self.high:.2f})"
+def cpu_clock(function: Callable[[], Any]) -> float:
+    """Seconds of one call by the clock of `torch.utils.benchmark`, whose `Timer` would make two more calls."""
+    start = timer()
+    function()
+    return timer() - start
 
 
-def timed(function: Callable[[], Any]) -> Callable[[], float]:
-    """`function` as an arm: a call returns its seconds, the device's work included."""
+class CudaClock:
+    """Seconds of one call on the current CUDA device."""
 
-    def arm() -> float:
-        _synchronize()
-        start = perf_counter()
+    def __init__(self) -> None:
+        self._flushed = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+
+    def __call__(self, function: Callable[[], Any]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._flushed.zero_()
+        start.record()
         function()
-        _synchronize()
-        return perf_counter() - start
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
 
-    return arm
+
+def clock_of(device: str) -> Clock:
+    return CudaClock() if device == "cuda" else cpu_clock
 
 
-def alternate(arms: Mapping[str, Callable[[], float]], *, rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of each arm, called in turn, `warmup` rounds unmeasured.
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
-    Every second round is in reverse order, so that no arm always follows the same one."""
+
+def alternate(
+    arms: Mapping[str, Callable[[], float]],
+    *,
+    rounds: int,
+    samples: dict[str, list[float]] | None = None,
+    before: Callable[[str, int], None] = lambda name, number: None,
+) -> dict[str, list[float]]:
+    """Call the arms in turn and return the seconds of each; `samples` is filled as they come.
+
+    Every second round runs in reverse order, so that no arm always follows the same one. `before` gets the arm's name
+    and the number of the round, from 1."""
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}: it must be at least 1")
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for number in range(-warmup, rounds):
-        for name in list(arms) if number % 2 == 0 else reversed(list(arms)):
-            measured = arms[name]()
-            if number >= 0:
-                seconds[name].append(measured)
-    return seconds
+    samples = {} if samples is None else samples
+    for number in range(1, rounds + 1):
+        for name in list(arms) if number % 2 else reversed(list(arms)):
+            before(name, number)
+            samples.setdefault(name, []).append(arms[name]())
+    return samples
 
 
-def ratio(seconds: Mapping[str, Sequence[float]], numerator: str, denominator: str) -> Ratio:
-    """How many times as long one arm takes as another."""
-    above, below = seconds[numerator], seconds[denominator]
-    by_round = [a / b for a, b in zip(above, below, strict=True)]
-    return Ratio(median(above) / median(below), min(by_round), max(by_round))
+def ratio(above: Sequence[float], below: Sequence[float]) -> float:
+    """Median over median."""
+    return median(above) / median(below)
 
 
-def require_equal(figures: Mapping[str, Mapping[str, float]], tolerance: float = 1e-4) -> None:
-    """CheckFailed unless every figure of every arm is within `tolerance`, relative, of the first arm's."""
+def require_equal(
+    figures: Mapping[str, Mapping[str, float]], tolerance: float, floor: Mapping[str, float] | None = None
+) -> None:
+    """Raise CheckFailed unless every arm's figures are within a relative `tolerance` of the first arm's.
+
+    `floor`: absolute differences that are always allowed, by figure."""
     (first, expected), *others = figures.items()
     for name, values in others:
         if values.keys() != expected.keys():
             raise CheckFailed(f"{name} reports {sorted(values)}, {first} reports {sorted(expected)}")
         for figure, value in values.items():
-            wanted = expected[figure]
-            if not abs(value - wanted) <= tolerance * abs(wanted):  # a NaN fails too
-                raise CheckFailed(f"{figure} is {value!r} in {name} and {wanted!r} in {first}: nothing is timed")
+            allowed = max(tolerance * abs(expected[figure]), (floor or {}).get(figure, 0.0))
+            if not abs(value - expected[figure]) <= allowed:  # a NaN fails too
+                raise CheckFailed(f"{figure} is {value!r} in {name} and {expected[figure]!r} in {first}")
 
 
 class PeakMemory:
-    """What a process needs beyond what it held when this was made.
+    """Peak memory of this process beyond what it holds when this is made.
 
-    On a GPU: the most bytes that torch has allocated, less those allocated at the start. On Linux without
-    one: the highest resident set (VmHWM of /proc/self/status), less the resident set at the start (VmRSS).
-    The kernel's high-water mark is reset at the start through /proc/self/clear_refs; where that is not
-    allowed, the growth of the mark is taken instead, a lower bound.
-    """
+    On CUDA: bytes that torch allocates. On Linux otherwise: the resident set, after free memory was returned to the
+    system (VmHWM of /proc/self/status, set back through clear_refs). Elsewhere nothing is known."""
 
-    def __init__(self) -> None:
+    def __init__(self, status: Path = Path("/proc/self/status")) -> None:
+        gc.collect()
+        self.status = status
         self.cuda = torch.cuda.is_initialized()
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
-            self.start = torch.cuda.memory_allocated() / MIB
+            self.start: float | None = torch.cuda.memory_allocated() / MIB
             return
+        libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+        if libc is not None and hasattr(libc, "malloc_trim"):  # glibc: free memory goes back to the system
+            libc.malloc_trim(0)
         try:
-            Path("/proc/self/clear_refs").write_text("5")
-            self.reset = True
+            status.with_name("clear_refs").write_text("5")
+            self.start = status_mib(status, "VmRSS")
         except OSError:
-            self.reset = False
-        self.start = _status_mib("VmRSS" if self.reset else "VmHWM")
+            self.start = None
 
-    def mib(self) -> float:
-        """Peak since the start, above what was held then, in MiB."""
-        peak = torch.cuda.max_memory_allocated() / MIB if self.cuda else _status_mib("VmHWM")
+    def mib(self) -> float | None:
+        """MiB above the start; None where it cannot be known."""
+        if self.start is None:
+            return None
+        peak = torch.cuda.max_memory_allocated() / MIB if self.cuda else status_mib(self.status, "VmHWM")
         return peak - self.start
 
 
-def _status_mib(name: str) -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return float(line.split()[1]) / 1024  # the kernel's kB are KiB
-    raise OSError(f"/proc/self/status has no {name}")
+def status_mib(status: Path, field: str) -> float:
+    """A field of a status file of /proc; its kB are KiB."""
+    for line in status.read_text(encoding="ascii", errors="replace").splitlines():
+        if line.startswith(f"{field}:"):
+            return float(line.split()[1]) / 1024
+    raise OSError(f"{status} has no {field}")
 
 
-def _synchronize() -> None:
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+# Result files
 
 
 def machine() -> str:
-    """Name of the GPU, or of the processor with the number of its cores that this process may use."""
+    """Return the name of the GPU, or of the processor with the number of threads."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    name = platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
+    name, cpuinfo = platform.machine(), Path("/proc/cpuinfo")
     if cpuinfo.exists():
         lines = cpuinfo.read_text().splitlines()
         name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
     return f"{name}, {torch.get_num_threads()} threads"
 
 
-PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy")
-
-
-def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
-    """Installed versions of `packages`, and of CUDA; those that are absent are left out."""
+def versions() -> dict[str, str]:
+    """Return the versions of Python, of the installed `PACKAGES`, and of CUDA."""
     installed = {each.name.lower().replace("_", "-"): each.version for each in metadata.distributions() if each.name}
-    found = {name: installed[name] for name in sorted(packages) if name in installed}
+    found = {name: installed[name] for name in sorted(PACKAGES) if name in installed}
     cuda = {"cuda": str(torch.version.cuda)} if torch.cuda.is_available() else {}
     return {"python": platform.python_version()} | found | cuda
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown, its first column to the left and the others to the right."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
+def commit(within: Path = Path(__file__).parent) -> str:
+    """Return the commit that is checked out, with "+" where tracked files differ from it."""
 
-    def line(cells: Sequence[str]) -> str:
-        first, *others = zip(cells, widths, strict=True)
-        return f"| {' | '.join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)])} |"
-
-    return "\n".join(map(line, (head, rule, *rows)))
-
-
-def commit(result: Path | None = None, within: Path = Path(__file__).parent) -> str:
-    """The commit that is checked out around `within`, with "+" where files differ from it; "unknown" outside a
-    repository. What a run writes is no such file: `result` itself, and what is untracked in its folder, where that is
-    not the repository's own."""
-
-    def git(*words: str) -> str | None:
+    def git(*words: str) -> str:
         done = subprocess.run(["git", *words], cwd=within, capture_output=True, text=True, check=False)
-        return done.stdout if done.returncode == 0 else None
+        return done.stdout.strip()
 
-    head, root = git("rev-parse", "--short", "HEAD"), git("rev-parse", "--show-toplevel")
-    if head is None or root is None:
-        return "unknown"
-    top = Path(root.strip()).resolve()
-    own = result.resolve() if result is not None else None
-
-    def counts(status: str, path: Path) -> bool:
-        if own is None:
-            return True
-        beside = own.parent in path.parents and own.parent != top
-        return path != own and not (status == "??" and beside)
-
-    listed = (git("status", "--porcelain", "--no-renames", "--untracked-files=all", "-z") or "").split("\0")
-    changed = any(counts(line[:2], top / line[3:]) for line in listed if line)
-    return head.strip() + ("+" if changed else "")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/benchmarks/results")
+    head = git("rev-parse", "--short", "HEAD")
+    return head + ("+" if changed else "") if head else "unknown"
 
 
-def write_result(path: Path, figures: Mapping[str, Any]) -> Path:
+def write_result(path: Path, kind: str, figures: Mapping[str, Any]) -> Path:
     """Write figures with machine, versions, commit, command and date as JSON: the whole file, or none."""
-    result = {
-        "machine": machine(),
-        "versions": versions(),
-        "commit": commit(path),
-        "command": " ".join([Path(sys.executable).name, *sys.orig_argv[1:]]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "figures": {name: asdict(value) if isinstance(value, Ratio) else value for name, value in figures.items()},
-    }
+    about = {"kind": kind, "layout": LAYOUT, "machine": machine(), "versions": versions(), "commit": commit()}
+    about |= {"command": shlex.join(["python", *sys.orig_argv[1:]])}
+    result = about | {"date": datetime.now(UTC).isoformat(timespec="seconds"), **figures}
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_name(f".{path.name}.part")
     try:
@@ -203,3 +197,30 @@ def write_result(path: Path, figures: Mapping[str, Any]) -> Path:
     finally:
         half.unlink(missing_ok=True)
     return path
+
+
+def read_result(path: Path, kind: str) -> dict[str, Any]:
+    """Read a result file; UserError where it is none, or of another kind or layout."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except ValueError as error:  # bytes that are no text, text that is no JSON
+        raise UserError(f"{path}: not JSON: {error}") from None
+    if not isinstance(result, dict) or result.get("kind") != kind:
+        raise UserError(f"{path}: not a result of kind {kind}")
+    if result["layout"] != LAYOUT:
+        raise UserError(f"{path}: layout {result['layout']}; this version reads layout {LAYOUT}")
+    return result
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table, its first column to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *others = zip(cells, widths, strict=True)
+        return f"| {' | '.join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)])} |"
+
+    return "\n".join(map(line, (head, rule, *rows)))

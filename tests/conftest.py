@@ -2,7 +2,7 @@
 
 import signal
 
-from tests.kernels import interpreter
+from tests.helpers import interpreter
 
 if interpreter.AVAILABLE:
     interpreter.load_kernels()

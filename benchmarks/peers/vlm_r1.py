@@ -1,46 +1,19 @@
-"""VLM-R1's training step, written anew: the same work in the same order, on the model and groups of this benchmark.
+"""VLM-R1's training step, written anew from its published source: the same work in the same order.
 
-What is done here and why, by the published source (github.com/om-ai-lab/VLM-R1 at commit 0ae0aea,
-src/open-r1-multimodal/src/open_r1/trainer/grpo_trainer.py, class `VLMGRPOTrainer`, line numbers of that file):
+By `VLMGRPOTrainer` of github.com/om-ai-lab/VLM-R1 at 0ae0aea: a group is G rows of one micro-batch, and the processor
+sees prompt and image G times; one `generate` a micro-batch, with a KV cache; log-probs are a log-softmax in the dtype
+of the logits and a gather, row by row, over the logits of every position; a reference pass like it on a frozen copy;
+advantages are rewards less their group's mean over its standard deviation + 1e-4; the loss is the clipped ratio and the
+k3 estimate of the KL, mean over a sequence's tokens, mean over sequences.
 
-- A group is G rows of one micro-batch; each row opens its image, and the processor sees prompt and image G times
-  (`_generate_and_score_completions`, 525-560). All of that is inside the step, and so it is here, in the rollout.
-- One `generate` a micro-batch, on the G rows (579-583), in training mode. It samples with `GenerationConfig(
-  max_new_tokens, do_sample, temperature=1, pad_token_id)` (371-376): top_k stays at that class's default, 50.
-- Log-probs: logits of every position of prompt and completion, then row by row a log-softmax in the dtype of the
-  model and a gather (`_get_per_token_logps`, 495-505); what belongs to the prompt is cut off afterwards (631, 742).
-- A reference pass like it (619-631) on a frozen copy (293-306); none where beta is 0.
-- `num_iterations` 1 makes no pass for old log-probs (611-617) and takes the policy's own, detached (749); above 1 it
-  takes those that were stored (611-615, 749), which are the given ones of an update here.
-- Advantages: rewards less their group's mean, over its standard deviation + 1e-4 (676-682).
-- Loss: clipped ratio, the k3 estimate of the KL times beta, mean over a sequence's tokens, mean over sequences
-  (749-769); the base trainer divides it by the number of micro-batches (437-440).
-- Gradient checkpointing, reentrant, where the script asks for it (289-291, 453-483).
-
-The run scripts are not part of the source that was read. Copies of `run_scripts/run_grpo_rec.sh` in forks (LiPengze97
-and oguz-kolukisa) have gradient_checkpointing true, flash_attention_2, beta 0.04, bfloat16 and ZeRO stage 3; commands
-in its threads of February and March 2025 (77, 164) have gradient_checkpointing false. It is on in the published form
-here.
-
-The rollout has a KV cache in both forms. The source sets `use_cache` of the model's config to False where it
-checkpoints (248-251, 456), but hands `generate` a configuration of its own, whose `use_cache` is True; in transformers
-4.49.0, which its setup asks for (a fork's copy of it, and thread 300), the decoder drops the flag and not the cache
-(models/qwen2_5_vl/modeling_qwen2_5_vl.py, 1151-1156 and 1196-1206), so that each step computes one position. Run there
-on a small random model in training mode with checkpoints, `generate` computed one position a step and drew the greedy
-tokens that it drew without them. transformers 5.23 takes the cache from a layer that checkpoints while it trains, and
-feeds one position all the same: what it draws is wrong. Here `generate` runs in evaluation mode, which draws what
-4.49.0 draws: the model has no dropout.
-
-Left out, each in its favour: ZeRO's sharding and float32 masters (AdamW works on the weights as they are), its
-metrics, the search for a stop token (there is none here), the KV cache that transformers makes in a training pass
-unless told otherwise.
+In its favour: no ZeRO, no metrics, no search for a stop token, gradient checkpointing only where the other arms have
+it, `top_k` off (published: 50), `generate` in evaluation mode.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,187 +22,114 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks import model as bench_model
-from benchmarks.peers.clock import Clock, untimed
-from vlmr1.data.prompts import PromptBuilder
+from benchmarks.arms import BETA
+from benchmarks.model import Shape
 from vlmr1.models import family_of
 from vlmr1.models.family import joined
 from vlmr1.types import Group
 
-EPSILON = 0.2  # its GRPOConfig's default
-ADVANTAGE_EPSILON = 1e-4
-LEARNING_RATE = 1e-6
-
-
-@dataclass(frozen=True)
-class Form:
-    """As published, or repaired: `checkpointing` as in the arms beside it, `top_k` off, so that what is drawn follows
-    the distribution whose log-probs enter the loss."""
-
-    checkpointing: bool = True
-    top_k: int = 50
-
-
-@dataclass(frozen=True)
-class Rows:
-    """A micro-batch: the rows of one group, prompts first."""
-
-    input_ids: Tensor  # [G, P + C]
-    prompt_length: int
-    images: dict[str, Tensor]  # of all G rows: the image G times
-
-    def completion_ids(self) -> Tensor:
-        return self.input_ids[:, self.prompt_length :]  # [G, C]
+EPSILON, ADVANTAGE_EPSILON, LEARNING_RATE = 0.2, 1e-4, 1e-6
 
 
 class VLMR1:
-    """Policy, reference, and the passes over them."""
+    """Policy, reference and optimizer, updates from given groups, and steps."""
 
-    def __init__(self, model: Any, beta: float, form: Form):
-        self.model, self.beta, self.form = model, beta, form
-        self.reference = deepcopy(model).eval().requires_grad_(False) if beta else None
-        if form.checkpointing:
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
-            model.enable_input_require_grads()
-
-    def logps(self, model: Any, rows: Rows) -> Tensor:
-        """log p of each completion token, through the logits of every position: [G, C]."""
-        ids = rows.input_ids
-        types = self.token_types(ids)
-        passed = {"attention_mask": torch.ones_like(ids), "mm_token_type_ids": types, "use_cache": False}
-        logits = model(input_ids=ids, **passed, **rows.images).logits  # [G, P + C, V]
-        of_rows = []
-        for row, targets in zip(logits[:, :-1], ids[:, 1:], strict=True):
-            of_rows.append(row.log_softmax(dim=-1).gather(1, targets[:, None])[:, 0])
-        return torch.stack(of_rows)[:, rows.prompt_length - 1 :]
-
-    def reference_logps(self, rows: Rows) -> Tensor | None:
-        if self.reference is None:
-            return None
-        with torch.no_grad():
-            return self.logps(self.reference, rows)
-
-    def loss(self, rows: Rows, advantages: Tensor, old: Tensor | None, reference: Tensor | None) -> Tensor:
-        """Mean over sequences of the mean over tokens of -min(r A, clip(r) A) + beta k3; all completions full."""
-        logp = self.logps(self.model, rows)
-        ratio = (logp - (logp.detach() if old is None else old)).exp()
-        gain = advantages[:, None]
-        per_token = -torch.minimum(ratio * gain, ratio.clamp(1 - EPSILON, 1 + EPSILON) * gain)
-        if reference is not None:
-            distance = reference - logp
-            per_token = per_token + self.beta * (distance.exp() - distance - 1)
-        return per_token.mean(dim=1).mean()
-
-    def token_types(self, ids: Tensor) -> Tensor:
-        """1 at image tokens: transformers 5 needs it to place them, 4.49 found them itself."""
-        return (ids == self.model.config.image_token_id).long()
-
-
-class VLMR1Update:
-    """Gradients of one update from given groups: reference pass, policy pass and backward of each micro-batch."""
-
-    def __init__(self, model: Any, groups: Sequence[Group], beta: float, form: Form):
-        self.trainer, self.model = VLMR1(model, beta, form), model
-        if self.trainer.reference is not None:
-            bench_model.perturb(self.trainer.reference)
-        self.batches = [given(group, model.device) for group in groups]
-
-    def update(self, clock: Clock = untimed) -> Tensor:
-        """The mean loss of the micro-batches, its gradient added to the parameters'."""
-        self.model.train()
-        total = torch.zeros((), device=self.model.device)
-        for rows, advantages, old in self.batches:
-            with clock("reference"):
-                reference = self.trainer.reference_logps(rows)
-            with clock("forward"):
-                loss = self.trainer.loss(rows, advantages, old, reference) / len(self.batches)
-            with clock("backward"):
-                loss.backward()
-            total += loss.detach()
-        return total
-
-
-def given(group: Group, device: torch.device) -> tuple[Rows, Tensor, Tensor]:
-    """(rows, advantages [G], old log-probs [G, C]) of a group; completions of one length."""
-    assert group.advantages is not None
-    size = len(group.completions)
-    completions = torch.stack([each.token_ids for each in group.completions])  # [G, C]
-    old = torch.stack([each.logp for each in group.completions if each.logp is not None])
-    prompt = group.prompt.input_ids
-    images = {name: torch.cat([value] * size).to(device) for name, value in joined(group.prompt.images).items()}
-    ids = torch.cat([prompt.repeat(size, 1), completions], dim=1).to(device)
-    return Rows(ids, len(prompt), images), group.advantages.to(device), old.to(device)
-
-
-class VLMR1Step:
-    """Whole steps: images and prompts, rollout, reference pass, rewards, loss, backward, optimizer."""
-
-    def __init__(
-        self,
-        folder: Path,
-        model: Any,
-        processor: Any,
-        prompts: int,
-        beta: float,
-        reward: Callable[..., list[float]],
-        form: Form,
-        shape: bench_model.Shape,
-    ):
+    def __init__(self, model: Any, processor: Any, folder: Path, shape: Shape, dtype: str):
         from transformers import GenerationConfig
 
-        self.trainer, self.model, self.processor, self.reward = VLMR1(model, beta, form), model, processor, reward
-        model.generation_config.eos_token_id = None  # every completion meets the limit
+        self.model, self.processor, self.shape, self.dtype = model, processor, shape, dtype
+        self.reference = deepcopy(model).eval().requires_grad_(False)
+        bench_model.perturb(self.reference)
+        if shape.checkpointing:
+            bench_model.use_checkpointing(model, use_reentrant=True)
+            model.enable_input_require_grads()
         self.generation = GenerationConfig(
             max_new_tokens=shape.completion_length,
             do_sample=True,
             temperature=1.0,
-            top_k=form.top_k,
+            top_k=0,
             pad_token_id=processor.tokenizer.pad_token_id,
-            suppress_tokens=bench_model.placeholders(model),
+            suppress_tokens=family_of(model).placeholder_ids(model),
         )
-        self.size, self.length = shape.num_generations, shape.completion_length
-        builder = PromptBuilder(model, family_of(model), processor)
-        self.samples = [bench_model.prompt_of(folder, builder, shape, index).sample for index in range(prompts)]
+        self.reward = bench_model.rewards(shape.num_generations)
+        self.samples = [bench_model.sample_of(folder, shape, index) for index in range(shape.prompts)]
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
 
-    def run(self, clock: Clock = untimed) -> None:
-        """One step."""
+    def update(self, groups: Sequence[Group]) -> float:
+        self.model.train()
+        return sum(self._backward(*given(group, self.model.device), len(groups)) for group in groups)
+
+    def step(self) -> None:
         for sample in self.samples:
-            with clock("rollout"):
-                rows = self.rollout(self.inputs(sample))
-            with clock("reference"):
-                reference = self.trainer.reference_logps(rows)
-            with clock("reward"):
-                advantages = self.advantages(rows)
-            with clock("forward"):
-                loss = self.trainer.loss(rows, advantages, None, reference) / len(self.samples)
-            with clock("backward"):
-                loss.backward()
-        with clock("update"):
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            ids, width, images = self.rollout(self.inputs(sample))
+            self._backward(ids, width, images, self.advantages(ids[:, width:]), None, len(self.samples))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def inputs(self, sample: Any) -> dict[str, Tensor]:
-        """What the processor makes of the prompt and its image, G times each."""
+        """Return what the processor makes of the prompt and its image, G times each."""
+        size = self.shape.num_generations
         text = self.processor.apply_chat_template(sample.messages, tokenize=False, add_generation_prompt=True)
-        images = [Image.open(path) for _ in range(self.size) for path in sample.images]
+        images = [Image.open(path) for _ in range(size) for path in sample.images]
         options = {"return_tensors": "pt", "padding": True, "padding_side": "left", "add_special_tokens": False}
-        made = self.processor(text=[text] * self.size, images=images, **options).to(self.model.device)
-        made["mm_token_type_ids"] = self.trainer.token_types(made["input_ids"])
-        return dict(made)
+        made = self.processor(text=[text] * size, images=images, **options).to(self.model.device)
+        return {**made, "mm_token_type_ids": self._types(made["input_ids"])}
 
-    def rollout(self, inputs: dict[str, Tensor]) -> Rows:
-        """Completions of all G rows."""
+    def rollout(self, inputs: dict[str, Tensor]) -> tuple[Tensor, int, dict[str, Tensor]]:
+        """Return (rows [G, P + C], P, images)."""
         self.model.eval()
-        ids = self.model.generate(**inputs, generation_config=self.generation)  # [G, P + C]
+        with self._autocast():
+            ids = self.model.generate(**inputs, generation_config=self.generation)
         self.model.train()
         width = inputs["input_ids"].shape[1]
-        if ids.shape[1] - width != self.length:
-            raise RuntimeError(f"completions of {ids.shape[1] - width} tokens were drawn, not of {self.length}")
-        return Rows(ids, width, {name: inputs[name] for name in ("pixel_values", "image_grid_thw")})
+        if ids.shape[1] - width != self.shape.completion_length:
+            raise RuntimeError(f"VLM-R1 drew {ids.shape[1] - width} tokens")
+        return ids, width, {name: inputs[name] for name in ("pixel_values", "image_grid_thw")}
 
-    def advantages(self, rows: Rows) -> Tensor:
-        """[G]"""
-        texts = self.processor.batch_decode(rows.completion_ids(), skip_special_tokens=True)
-        completions = [[{"role": "assistant", "content": text}] for text in texts]
-        rewards = torch.tensor(self.reward(completions=completions), device=self.model.device)
+    def advantages(self, completion_ids: Tensor) -> Tensor:
+        texts = self.processor.batch_decode(completion_ids, skip_special_tokens=True)
+        rewards = torch.tensor(self.reward(completions=texts), device=self.model.device)
         return (rewards - rewards.mean()) / (rewards.std() + ADVANTAGE_EPSILON)
+
+    def _backward(
+        self, ids: Tensor, width: int, images: dict[str, Tensor], advantages: Tensor, old: Tensor | None, parts: int
+    ) -> float:
+        """Reference pass, policy pass and backward of one micro-batch; its part of the loss."""
+        with torch.no_grad():
+            reference = self._logps(self.reference, ids, width, images)
+        logp = self._logps(self.model, ids, width, images)
+        ratio = (logp - (logp.detach() if old is None else old)).exp()
+        gain = advantages[:, None]
+        per_token = -torch.minimum(ratio * gain, ratio.clamp(1 - EPSILON, 1 + EPSILON) * gain)
+        distance = reference - logp
+        per_token = per_token + BETA * (distance.exp() - distance - 1)
+        loss = per_token.mean(dim=1).mean() / parts
+        loss.backward()
+        return float(loss.detach())
+
+    def _logps(self, model: Any, ids: Tensor, width: int, images: dict[str, Tensor]) -> Tensor:
+        """Return log p of each completion token, through the logits of every position: [G, C]."""
+        passed = {"attention_mask": torch.ones_like(ids), "mm_token_type_ids": self._types(ids), "use_cache": False}
+        with self._autocast():
+            logits = model(input_ids=ids, **passed, **images).logits  # [G, P + C, V]
+            rows = zip(logits[:, :-1], ids[:, 1:], strict=True)
+            found = [row.log_softmax(dim=-1).gather(1, targets[:, None])[:, 0] for row, targets in rows]
+        return torch.stack(found)[:, width - 1 :]
+
+    def _autocast(self) -> Any:
+        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16")
+
+    def _types(self, ids: Tensor) -> Tensor:
+        """1 at image tokens: transformers 5 needs it to place them, 4.49 found them itself."""
+        return (ids == self.model.config.image_token_id).long()
+
+
+def given(group: Group, device: torch.device) -> tuple[Tensor, int, dict[str, Tensor], Tensor, Tensor]:
+    """Return (rows [G, P + C], P, images, advantages [G], old log-probs [G, C]) of a group."""
+    assert group.advantages is not None
+    size, prompt = len(group.completions), group.prompt.input_ids
+    completions = torch.stack([each.token_ids for each in group.completions])  # [G, C]
+    old = torch.stack([each.logp for each in group.completions if each.logp is not None])
+    images = {name: torch.cat([value] * size).to(device) for name, value in joined(group.prompt.images).items()}
+    ids = torch.cat([prompt.repeat(size, 1), completions], dim=1).to(device)
+    return ids, len(prompt), images, group.advantages.to(device), old.to(device)

@@ -42,4 +42,4 @@ def test_every_difference_is_reported():
         "step 2: reward: absent -> 1.0",
         f"weights: {'a' * 16} -> {'b' * 16}",
     ]
-    assert differences(old, old | {"metrics": metrics[:1]}) == ["2 steps -> 1 steps"]
+    assert differences(old, old | {"metrics": metrics[:1]}) == ["2 steps -> 1"]

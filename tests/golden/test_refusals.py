@@ -7,6 +7,7 @@ An entry: `condition` in plain words; `words` that the message must hold; `where
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,8 @@ def test_refused_on_the_command_line(entry: dict[str, Any], folder: Path, capsys
     assert main(command_line(entry)) == 2
     _, found, message = capsys.readouterr().err.rpartition("vlmr1: ")
     assert found and [word for word in entry["words"] if word not in message] == [], message
+    if re.search(r":\d+$", entry["words"][0]):  # a row is named before training, and first
+        assert message.startswith(entry["words"][0]), message
 
 
 def test_the_list_is_complete():

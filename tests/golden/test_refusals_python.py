@@ -13,10 +13,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import Trainer
+from vlmr1.planner.inputs import PlanInputs, checked
+from vlmr1.planner.variant import _add_adapters
 from vlmr1.settings import _check_steps
 
 from tests.golden.test_refusals import REFUSALS
 from vlmr1.commands.train import read_settings
+from vlmr1.config import GRPOConfig
+from vlmr1.data.image_limits import limit_images
 from vlmr1.data.sources import open_sources
 from vlmr1.distributed.launch import check_launched
 from vlmr1.distributed.sharded import check_sharded
@@ -24,12 +28,12 @@ from vlmr1.evaluation.compare import comparison
 from vlmr1.evaluation.options import Options
 from vlmr1.grpo.pack_budget import PackTooLarge
 from vlmr1.grpo.pack_runner import PassesTrainer
+from vlmr1.models import attention
 from vlmr1.models.lora import read_adapter, restore_adapter, with_lora
 from vlmr1.models.precision import prepare_trained
-from vlmr1.planner.inputs import PlanInputs, checked
 from vlmr1.planner.rollout import _decode
-from vlmr1.planner.variant import _add_adapters
 from vlmr1.rewards import pool
+from vlmr1.rewards.score import score
 from vlmr1.rewards.settings import RewardSettings
 from vlmr1.training.hf_trainer import BaseTrainer
 from vlmr1_kernels import linear_grpo_loss, registry
@@ -151,6 +155,19 @@ def no_implementation(patch: Patch) -> None:
     registry._choose("grpo_loss", anything())
 
 
+def sliding_window() -> None:
+    q = torch.zeros(1, 1, 1, 8)
+    attention._forward(anything(layer_idx=0), q, q, q, None, shared=anything(), sliding_window=4)
+
+
+def few_tiles() -> None:
+    limit_images(anything(image_processor=anything(min_patches=2, max_patches=6)), "internvl", max_anyres_num=1)
+
+
+def published_iou_without_columns() -> None:
+    score("iou_qwen", "<answer>[0, 0, 9, 9]</answer>", "<answer>[0, 0, 9, 9]</answer>", mode="vlmr1")
+
+
 # By the condition in the list; a function is given what its arguments are named after.
 CASES: dict[str, Callable[..., Any]] = {
     "An evaluation has an unknown task (from Python)": lambda: Options("none", ("a",)),  # type: ignore[arg-type]
@@ -177,6 +194,10 @@ CASES: dict[str, Callable[..., Any]] = {
     "The native library was built from other sources than the installed ones": old_library,
     "active_rows does not have one dimension": rows_of_two_dimensions,
     "No implementation of an op serves the given device, dtype or shape": no_implementation,
+    "The model's attention has a sliding window or a softcap, which shared prompts cannot serve": sliding_window,
+    "max_anyres_num is below the number of tiles that the processor makes at least": few_tiles,
+    "accu_reward_method is an empty list (from Python)": lambda: GRPOConfig(use_cpu=True, accu_reward_method=[]),
+    "Mode vlmr1: iou_qwen is used without the columns image_grid_thw and image_size": published_iou_without_columns,
     "full_determinism is set on a GPU": on_gpu,
     "settings.json of a run that is resumed cannot be read": unreadable_settings,
 }
@@ -185,8 +206,8 @@ LISTED = {e["condition"]: e for e in REFUSALS if e.get("test", "").endswith("::t
 
 @pytest.mark.parametrize("condition", list(CASES))
 def test_refused_in_python(condition: str, tmp_path: Path, monkeypatch: Patch):
-    if condition.startswith("The native library") and library.problem() is not None:
-        pytest.skip(str(library.problem()))
+    if condition.startswith("The native library") and library.unavailable_reason() is not None:
+        pytest.skip(str(library.unavailable_reason()))
     call = CASES[condition]
     names = call.__code__.co_varnames[: call.__code__.co_argcount]
     given = {"patch": monkeypatch, "folder": tmp_path}

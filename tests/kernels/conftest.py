@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import vlmr1_kernels
-from tests.kernels import interpreter
+from tests.helpers import interpreter
 from vlmr1_kernels import GRPOSettings, registry
 from vlmr1_kernels.implementations import EXAMPLE_SHAPES
 from vlmr1_kernels.testing import Inputs, Problem, assert_within_budget, cast, pooled

@@ -13,8 +13,8 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import vlmr1_kernels
-from tests.kernels import flash_kernels
-from tests.kernels.attention import CASES, FEW_KEYS, NAMES, Heads, separately, tensors, with_gradients
+from tests.helpers import flash_kernels
+from tests.helpers.attention import CASES, FEW_KEYS, NAMES, Heads, separately, tensors, with_gradients
 from tests.kernels.conftest import DEVICES
 from tests.kernels.test_varlen_attention import SEQUENCES, offsets, one_by_one
 from vlmr1_kernels import PrefixLayout

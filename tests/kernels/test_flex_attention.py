@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from torch.nn.attention import flex_attention as torch_flex
 
 import vlmr1_kernels
-from tests.kernels.attention import CASES, NAMES, separately, tensors, with_gradients
+from tests.helpers.attention import CASES, NAMES, separately, tensors, with_gradients
 from tests.kernels.conftest import DEVICES
 from vlmr1_kernels import ImplementationError, PrefixLayout
 from vlmr1_kernels.flex import shared_prefix_attention as flex

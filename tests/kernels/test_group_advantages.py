@@ -84,7 +84,7 @@ def test_strides_do_not_matter(target: Target) -> None:
 @pytest.mark.parametrize(
     ("rewards", "generations", "scale", "message"),
     [
-        (torch.ones(6), 4, "group", "num_generations is 4; rewards has 6"),
+        (torch.ones(6), 4, "group", "num_generations is 4; the 6 rewards"),
         (torch.ones(6), 0, "group", "num_generations is 0"),
         (torch.ones(2, 3), 3, "group", "rewards must be"),
         (torch.ones(6, dtype=torch.int64), 3, "group", "rewards must be float64"),

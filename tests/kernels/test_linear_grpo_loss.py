@@ -358,7 +358,7 @@ def test_gradcheck(name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"settings": GRPOSettings(beta=0.1)}, "active_rows drops rows of advantage 0, but with beta"),
+        ({"settings": GRPOSettings(beta=0.1)}, "active_rows is not supported with beta"),
         ({"settings": GRPOSettings(entropy_coef=0.1)}, "active_rows is not supported with entropy_coef"),
         ({"active_rows": torch.ones(3, dtype=torch.bool)}, r"active_rows must be bool \[9\]"),
         ({"active_rows": torch.ones(3)}, "active_rows must be bool or integer"),

@@ -168,7 +168,7 @@ def test_unsupported_dtype_is_an_error() -> None:
 def test_without_the_library_auto_takes_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "PATH", library.PATH.with_name("absent.so"))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    library._problem.cache_clear()
+    library._unavailable_reason.cache_clear()
     try:
         for op in ("linear_logprob", "grpo_loss", "linear_grpo_loss", "group_advantages"):
             found = explain(op, Request(torch.device("cpu"), torch.float32, (8, 8)))
@@ -177,7 +177,7 @@ def test_without_the_library_auto_takes_the_reference(monkeypatch: pytest.Monkey
         with use("group_advantages=native"), pytest.raises(ImplementationError, match="is not built"):
             group_advantages(torch.ones(4), 2)
     finally:
-        library._problem.cache_clear()
+        library._unavailable_reason.cache_clear()
 
 
 def test_a_workspace_that_does_not_fit_is_a_memory_error() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.attention import CASES, FEW_KEYS, NAMES, Heads, separately, tensors, with_gradients
+from tests.helpers.attention import CASES, FEW_KEYS, NAMES, Heads, separately, tensors, with_gradients
 from vlmr1_kernels import ImplementationError, PrefixLayout, registry, shared_prefix_attention
 from vlmr1_kernels.cpu import shared_prefix_attention as cpu
 from vlmr1_kernels.reference import shared_prefix_attention as reference

@@ -256,7 +256,7 @@ BAD: dict[str, tuple[Arguments, str]] = {
     "block": ({"block": 0}, "block must be at least 1, it is 0"),
     "max_group": ({"max_group": 0}, "max_group must be at least 1"),
     "max_prefix": ({"max_prefix": -1}, "max_prefix must be at least 1"),
-    "gradient": ({"q": zeros(4, 4, 8).requires_grad_()}, "a decode step has no gradient"),
+    "gradient": ({"q": zeros(4, 4, 8).requires_grad_()}, "has no gradient"),
 }
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vlmr1_kernels import GRPOSettings, group_advantages, grpo_loss, linear_grpo_loss, linear_logprob
+from vlmr1_kernels.inputs import LossInputs
 from vlmr1_kernels.testing import (
     HEAD,
     Inputs,
@@ -74,7 +75,7 @@ def count_gemms(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         calls.append(name)
         return gemm(*args, **options)
 
-    for name in ("project_into", "to_hidden", "add_to_weight"):
+    for name in ("project_into", "hidden_grad", "accumulate_weight_grad"):
         monkeypatch.setattr(head, name, partial(counted, name, getattr(head, name)))
     return calls
 
@@ -303,7 +304,8 @@ def test_table_of_many_sequences(loss_type: str) -> None:
     kept = ids[ids % 3 != 1]
     settings = GRPOSettings(loss_type=loss_type, max_completion_length=5)
     scores = torch.rand(count, device=DEVICE)
-    table = sequences.sequences(ids, kept, scores, None, 1, torch.tensor(7.0, device=DEVICE), settings)
+    inputs = LossInputs(ids, scores, None, 1, None, None, None, torch.tensor(7.0, device=DEVICE))
+    table = sequences.sequence_table(ids, kept, inputs, settings)
     expected = torch.searchsorted(kept, torch.arange(count + 1, device=DEVICE))
     assert torch.equal(table.first, expected)
     assert torch.equal(table.length.cpu(), lengths.float())

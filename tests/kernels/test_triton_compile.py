@@ -31,7 +31,7 @@ def python(*args: str) -> Any:
 
 @pytest.fixture(scope="module", params=SHARED_MEMORY, ids=lambda capability: f"sm_{capability}")
 def resources(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    found = python("-m", "tests.kernels.resources", "--capability", str(request.param))
+    found = python("-m", "tests.helpers.resources", "--capability", str(request.param))
     assert {kernel["name"] for kernel in found} == KERNELS
     return found
 
@@ -72,7 +72,7 @@ def test_the_lane_that_reads_an_element_writes_it(resources: list[dict[str, Any]
 VARIANTS = """
 import json
 from vlmr1_kernels.settings import GRPOSettings
-from tests.kernels import resources
+from tests.helpers import resources
 
 SHAPES = [(8192, 151_936, 64, 2048), (1, 1, 1, 8), (70_000, 8193, 16, 64), (4097, 151_937, 4096, 16), (1025, 16, 8, 1)]
 with resources.compiling(90) as launches:

@@ -81,7 +81,7 @@ COMPILE = """
 import json, re, sys
 import torch
 from vlmr1_kernels.inputs import DecodeTables
-from tests.kernels import resources
+from tests.helpers import resources
 from vlmr1_kernels.triton.shared_prefix_decode import shared_prefix_decode
 
 def step(dtype, head_dim, heads, kv_heads, max_group, *, groups=8, max_prefix=1024, blocks=32, rows=70_000):

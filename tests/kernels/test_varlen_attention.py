@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.attention import NAMES, attend, tensors, with_gradients
+from tests.helpers.attention import NAMES, attend, tensors, with_gradients
 from tests.kernels.conftest import Target, targets
 from vlmr1_kernels import ImplementationError, varlen_attention
 from vlmr1_kernels.batched import varlen_attention as batched

@@ -1,4 +1,4 @@
-"""`vlmr1 bench`: the benchmark suite of the checkout that this package is in."""
+"""`vlmr1 bench`: the benchmarks of the checkout that this package is in."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def run(options: argparse.Namespace, rest: list[str]) -> NoReturn:
 
 
 def bench(words: Sequence[str], root: Path = ROOT) -> NoReturn:
-    """Become `python -m benchmarks.suite` with these words, where the caller is.
+    """Become `python -m benchmarks` with these words, where the caller is.
 
     UserError where the package was installed without the checkout's `benchmarks`."""
-    if not (root / "benchmarks" / "suite").is_dir():
+    if not (root / "benchmarks").is_dir():
         raise UserError(f"bench needs a checkout of vlmr1, or an editable installation of one: no benchmarks in {root}")
     paths = [str(root), str(root / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    os.execve(sys.executable, [sys.executable, "-m", "benchmarks.suite", *words], environment)
+    os.execve(sys.executable, [sys.executable, "-m", "benchmarks", *words], environment)

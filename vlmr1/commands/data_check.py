@@ -1,4 +1,4 @@
-"""`vlmr1 data check`: every fault of some data files, each with its line, before any time is spent on them."""
+"""`vlmr1 data check`: report every fault of data files with its line, without training."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _add_check_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", help="JSON or Parquet files, directories of save_to_disk, OWNER/NAME@SPLIT")
     parser.add_argument("--images", nargs="*", default=[], help="image folders: one for each data file, or one for all")
     parser.add_argument("--question_template", default="none")
-    parser.add_argument("--reward_funcs", nargs="*", default=[], help="rewards that have to be able to score each row")
+    parser.add_argument("--reward_funcs", nargs="*", default=[], help="rewards that must be able to score each row")
     parser.add_argument("--accu_reward_method", nargs="+", default=[DEFAULT_METHOD], help="one, or one for each file")
     parser.add_argument("--reward_mode", type=_mode, choices=MODES, default="strict", help="as in training")
     parser.add_argument("--model", help="count the tokens of each prompt with this model's processor")
@@ -49,7 +49,7 @@ def _add_check_arguments(parser: argparse.ArgumentParser) -> None:
         "--box_coordinates",
         choices=get_args(Setting),
         default="auto",
-        help="with --model: whether boxes of a row can be brought to pixels of its image",
+        help="with --model: whether boxes of a row can be converted to pixels of its image",
     )
     parser.add_argument("--prompt_column", default=Columns.prompt)
     parser.add_argument("--solution_column", default=Columns.solution)
@@ -64,7 +64,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     given = [name for name in ("max_prompt_length", *LIMITS) if getattr(options, name) is not None]
     given += ["box_coordinates"] * (options.box_coordinates != "auto")
     if given and options.model is None:
-        raise SettingError(f"--{given[0]} needs --model: it is about what a model's processor makes of a row")
+        raise SettingError(f"--{given[0]} needs --model: it concerns the model's processor")
     methods = [name for joint in options.accu_reward_method for name in joint.split(":")]
     settings = RewardSettings(mode=options.reward_mode, accu_reward_method=methods[0], judge=UNASKED)
     measure, family = None, None
@@ -98,11 +98,10 @@ def check_data(
     columns: Columns | None = None,
     defaults: Sequence[Mapping[str, Any]] = (),
 ) -> Findings:
-    """Reads every row, decodes each distinct image once, runs the rewards' checks, and measures the prompts.
+    """Read every row, decode each distinct image once, run the rewards' checks, and measure the prompts.
 
-    `defaults` are columns of the rows of each file that lack them. An image that several rows name is reported for the
-    first of them. Raises SettingError for files, folders and
-    rewards that do not exist; faults of rows do not stop it."""
+    `defaults` are columns for the rows of each file that lack them. A fault of an image is reported for the first row
+    that names it. SettingError for files, folders and rewards that do not exist; faults of rows do not."""
     checks = [reward.check for reward in map(get_reward, rewards) if reward.check]
     sources = open_sources(data_file_paths, image_folders)
     filled = [source for source in sources if len(source[0])]
@@ -117,7 +116,7 @@ def check_data(
 
 
 def processor_of(model: str, limits: dict[str, int | None]) -> tuple[Any, str]:
-    """A model's processor with these limits of its images, and the model's type."""
+    """Return a model's processor with these limits on images, and the model type."""
     from transformers import AutoConfig
 
     from vlmr1.data.image_limits import limit_images
@@ -134,7 +133,7 @@ def processor_of(model: str, limits: dict[str, int | None]) -> tuple[Any, str]:
 
 
 def prompt_measure(processor: Any) -> Measure:
-    """Counts the tokens of a prompt, those of its images included, as the trainer makes it."""
+    """Return a function that counts the tokens of a prompt as the trainer does, image tokens included."""
 
     def measure(sample: Sample) -> int:
         text = processor.apply_chat_template(sample.messages, tokenize=False, add_generation_prompt=True)
@@ -148,7 +147,7 @@ def prompt_measure(processor: Any) -> Measure:
 
 
 class _Checker:
-    """One pass over the rows; images are decoded in threads while the next rows are read."""
+    """A pass over the rows; images are decoded in threads while the next rows are read."""
 
     def __init__(
         self,
@@ -174,7 +173,7 @@ class _Checker:
         return self.findings
 
     def _images(self) -> Iterator[tuple[ImageRef, str]]:
-        """The images of all rows; what else is wrong with the rows is found on the way."""
+        """Yield the images of all rows, and collect the other faults of the rows."""
         for index in tqdm(self.samples.indices, desc="checking rows", delay=1, disable=None):
             source = self.samples.source(index)
             errors: list[DataError] = []
@@ -198,9 +197,9 @@ class _Checker:
     def _length_faults(self, sample: Sample, measure: Measure) -> list[DataError]:
         try:
             length = measure(sample)
-        except DataError:  # an image, which is reported where it is decoded first
+        except DataError:  # an image, reported where it is decoded
             return []
-        except ValueError as error:  # an image that the processor does not take
+        except ValueError as error:  # an image that the processor refuses
             return [RowFault(str(error), "prompt")]
         self.findings.lengths.append(length)
         limit = self.max_prompt_length

@@ -1,4 +1,4 @@
-"""`vlmr1 demo`: GRPO on the embedded model and data, a table before and after, a picture and a report."""
+"""`vlmr1 demo`: GRPO on the embedded model and data, with a table before and after, a curve and a report."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def demo(seed: int, output_dir: Path, changes: Sequence[str] = ()) -> None:
 
 
 def held_out(config: GRPOConfig, output_dir: Path) -> Sequence[Sample]:
-    """Canvases whose scans training never shows."""
+    """Write and load canvases of held-out scans."""
     folder = output_dir / "data"
     path = digits.write(folder, "held_out", HELD_OUT_ROWS, config.seed)
     return load_samples(
@@ -106,7 +106,7 @@ def measure(config: GRPOConfig, name: str, samples: Sequence[Sample]) -> Evaluat
 
 
 def summary(before: Evaluation, after: Evaluation, history: Sequence[dict[str, float]]) -> tuple[list[Row], str]:
-    """The table, and the gain of the sampled accuracy with its interval in words."""
+    """Return the table, and a sentence on the gain in sampled accuracy with its interval."""
     tenth = max(1, len(history) // 10)
     first, last = history[:tenth], history[-tenth:]
 
@@ -139,7 +139,7 @@ def bootstrap(first: Sequence[float], last: Sequence[float], *, draws: int = 10_
 
 
 def examples(samples: Sequence[Sample], before: Evaluation, after: Evaluation) -> list[Example]:
-    """The first held-out images: not chosen by how well they came out."""
+    """Return the first held-out images, not selected by result."""
     out = []
     for i, sample in enumerate(samples[:SHOWN]):
         true_box = solution_box(sample.solution)

@@ -38,7 +38,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def doctor() -> str:
-    """The report of `vlmr1 doctor`, as text: machine, packages, and the choice of every op."""
+    """Return the report as text: machine, packages, and the selected implementation of every op."""
     sections = {
         "Machine": _machine(),
         "Packages": [(name, installed(name)) for name in REQUIRED],
@@ -51,7 +51,7 @@ def doctor() -> str:
 
 
 def installed(distribution: str) -> str:
-    """The version of an installed distribution, or "not installed"; nothing is imported."""
+    """Return the version of an installed distribution, or "not installed", without importing it."""
     try:
         return version(distribution)
     except PackageNotFoundError:

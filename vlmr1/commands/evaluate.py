@@ -1,4 +1,4 @@
-"""`vlmr1 evaluate`: each model in turn, a table on the console, and a table that compares them."""
+"""`vlmr1 evaluate`: evaluate each model, print its table, and compare the models."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def _evaluate(asked: Evaluate) -> None:
             text = comparison(found)
             _write(asked.output.output_dir / COMPARISON, text)
             print(f"\n{text}", end="")
-        ranks.barrier()  # so that a failure of the first ends all
+        ranks.barrier()  # a failure of the first rank ends all
 
 
 def table(results: Results) -> str:
-    """What the console shows of one model."""
+    """Return the table of one model for the console."""
     rows = [("metric", "value", "95% interval"), *results.table()]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     head = f"{results.model}: {results.content['options']['task']}, {results.content['rows']['count']} rows"

@@ -1,4 +1,4 @@
-"""`vlmr1 merge`: a checkpoint that holds an adapter becomes an ordinary model directory."""
+"""`vlmr1 merge`: merge an adapter checkpoint into an ordinary model directory."""
 
 from __future__ import annotations
 
@@ -29,10 +29,9 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def merge(checkpoint: Path, output: Path, *, dtype: str = "float32") -> None:
-    """Write safetensors, configuration and processor of the model with the adapter in its weights, in `dtype`. A base
-    that was trained in 4 bits is dequantized first: what is written is the model that was trained, unquantized.
+    """Write the merged model's weights in `dtype`, its configuration and processor; a 4-bit base is dequantized first.
 
-    SettingError: no adapter is in `checkpoint`, or `output` exists."""
+    SettingError where `checkpoint` holds no adapter, or `output` exists."""
     if not is_adapter(checkpoint):
         raise SettingError(f"--checkpoint: {checkpoint} holds no adapter")
     if output.exists():
@@ -45,7 +44,7 @@ def merge(checkpoint: Path, output: Path, *, dtype: str = "float32") -> None:
         print(f"{name} was trained in 4 bits: its layers are written as they were then, in {dtype}", flush=True)
     model = read_adapter(base, checkpoint).merge_and_unload(safe_merge=True).to(DTYPES[dtype])
     staging = output.parent / f".staging-{output.name}"
-    shutil.rmtree(staging, ignore_errors=True)  # of a merge that was killed
+    shutil.rmtree(staging, ignore_errors=True)  # left by a killed merge
     staging.mkdir(parents=True)
     model.save_pretrained(staging)
     save_processor(load_processor(checkpoint), staging)

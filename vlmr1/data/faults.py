@@ -1,4 +1,4 @@
-"""What is wrong with a row: a DataError that also says of what kind it is."""
+"""Errors of a row of data, with the kind of the fault."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ class RowFault(DataError):
     """The message starts with `source`, "file:line"; `kind` is a short name such as "markers" or "missing image"."""
 
     def __init__(self, message: str, kind: str = "row", source: str = ""):
-        super().__init__(message)  # a loader's worker makes it again from its message alone
+        super().__init__(message)  # a loader's worker rebuilds it from its message alone
         self.kind = kind
         self.source = source
 
 
 def row_fault(source: str, kind: str, what: str) -> RowFault:
-    """The fault of a row of `source`."""
+    """Return the error of the row at `source`, "file:line"."""
     return RowFault(f"{source}: {what}", kind, source)

@@ -1,4 +1,4 @@
-"""What a check of data files found, and how it is written."""
+"""The result of a check of data files, and its text."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from vlmr1.data.faults import RowFault
 from vlmr1.errors import DataError
 
-BINS, BAR = 10, 40  # of the histogram: lines at most, and characters of the longest bar
+BINS, BAR = 10, 40  # histogram: maximum number of lines, and characters of the longest bar
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong with one row."""
+    """One fault of one row."""
 
     source: str  # "file:line"
     kind: str
@@ -26,7 +26,7 @@ class Fault:
 
 @dataclass
 class Findings:
-    """Faults are in the order of the rows."""
+    """Counts, faults in the order of the rows, and prompt lengths."""
 
     rows: int = 0
     images: int = 0  # distinct ones that were decoded, or could not be
@@ -39,7 +39,7 @@ class Findings:
         return 1 if self.faults else 0
 
     def text(self) -> str:
-        """A line a fault, the histogram of the prompts' lengths, and the sums."""
+        """A line a fault, the histogram of the prompts' lengths, and the totals."""
         lines = [str(fault) for fault in self.faults]
         lines += ["tokens a prompt:", histogram(self.lengths)] if self.lengths else []
         kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(each.kind for each in self.faults).items())
@@ -48,13 +48,13 @@ class Findings:
 
 
 def as_fault(error: DataError, source: str) -> Fault:
-    """The fault that an error of the row of `source` is about; without a kind of its own it is a reward's."""
+    """Convert an error of the row at `source` to a fault; an error without a kind comes from a reward."""
     kind = error.kind if isinstance(error, RowFault) else "solution"
     return Fault(source, kind, str(error).removeprefix(f"{source}: "))
 
 
 def histogram(values: Sequence[int]) -> str:
-    """Bars over bins of equal width, one a line, with their counts."""
+    """Return a histogram with bins of equal width, one a line."""
     low, high = min(values), max(values)
     width = -(-(high - low + 1) // BINS)
     counts = Counter((value - low) // width for value in values)

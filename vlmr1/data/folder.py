@@ -1,4 +1,4 @@
-"""What a row holds of its images: names of files in a folder, encoded bytes, or open images."""
+"""The images of a row: names of files in a folder, encoded bytes, or open images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vlmr1.types import ImageBytes, ImageRef
 
 
 class ImageFolder:
-    """Finds image files by name; what leaves the folder is refused. Without a folder no name is found."""
+    """Find image files by name. A name that leaves the folder is refused, and so is any name without a folder."""
 
     def __init__(self, folder: Path | None):
         self.folder = folder
@@ -35,7 +35,7 @@ class ImageFolder:
 
 
 def image_values(row: Row, source: str) -> list[Any]:
-    """What the row holds of its images, in either of the two columns."""
+    """Return the values of the column `image` or `images`."""
     values = [row[name] for name in ("image", "images") if row.get(name) is not None]
     if len(values) > 1:
         raise row_fault(source, "image name", "there is both a column image and a column images")
@@ -48,7 +48,7 @@ def image_values(row: Row, source: str) -> list[Any]:
 
 
 def image_of(value: Any, folder: ImageFolder, name: str, source: str) -> ImageRef:
-    """The image of one such value; `name` stands for it in messages where it has none."""
+    """Convert one value to an image; `name` stands for it in messages where it has none."""
     if isinstance(value, dict):
         name = value.get("path") or name
         value = value["path"] if value["bytes"] is None else value["bytes"]

@@ -1,4 +1,4 @@
-"""Hugging Face data sets, local or from the hub, as rows. `datasets` is imported only where one is named."""
+"""Hugging Face data sets, local or from the hub, as rows. `datasets` is imported on first use."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from vlmr1.errors import SettingError, import_for
 
 
 class DatasetRows(Rows):
-    """Rows of an Arrow table that is mapped from disk; images stay as they are stored: bytes, or a path."""
+    """Rows of a memory-mapped Arrow table; images stay encoded, as bytes or a path."""
 
     def __init__(self, name: str, dataset: Any):
         self.name = name
-        self.dataset = dataset.with_format("arrow")  # whatever `datasets` would decode, it does not
+        self.dataset = dataset.with_format("arrow")  # nothing is decoded
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -28,26 +28,26 @@ class DatasetRows(Rows):
 
 
 def parquet_rows(path: Path) -> DatasetRows:
-    """Rows of a Parquet file, mapped from the Arrow copy that `datasets` keeps in its cache."""
+    """Rows of a Parquet file, mapped from the Arrow copy in the cache of `datasets`."""
     datasets = imported(str(path))
     return _made(str(path), lambda: datasets.Dataset.from_parquet(str(path)))
 
 
 def folder_rows(path: Path, split: str | None) -> DatasetRows:
-    """Rows of a directory that `save_to_disk` wrote."""
+    """Rows of a directory written by `save_to_disk`."""
     datasets = imported(str(path))
     name = str(path) if split is None else f"{path}@{split}"
     return _made(name, lambda: _split_of(datasets.load_from_disk(str(path)), split, str(path)))
 
 
 def hub_rows(name: str, split: str) -> DatasetRows:
-    """Rows of one split of a data set of the hub."""
+    """Rows of one split of a hub data set."""
     datasets = imported(name)
     return _made(f"{name}@{split}", lambda: datasets.load_dataset(name, split=split))
 
 
 def imported(name: str) -> Any:
-    """The `datasets` package; SettingError that names the extra where it is not installed."""
+    """Import the `datasets` package. SettingError names the extra where it is not installed."""
     return import_for(f"data_file_paths: {name}", "datasets", "vlmr1[data]")
 
 
@@ -63,7 +63,7 @@ def _made(name: str, load: Callable[[], Any]) -> DatasetRows:
 
 
 def _split_of(loaded: Any, split: str | None, name: str) -> Any:
-    """The one data set, or the named one of several."""
+    """Return the single data set, or the named split."""
     if not hasattr(loaded, "keys"):
         if split is not None:
             raise SettingError(f"data_file_paths: {name} is a single data set, it has no split {split!r}")

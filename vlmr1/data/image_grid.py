@@ -1,4 +1,4 @@
-"""How processors of patch grids resize an image. Without torch: rewards ask for it in processes of their own."""
+"""The size to which processors of patch grids (Qwen-VL, GLM-4V) resize an image. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from vlmr1.errors import SettingError
 
 @dataclass(frozen=True)
 class PatchGrid:
-    """Sides become multiples of `patch * merge`, the area stays between the bounds, the aspect ratio nearly the same.
+    """A resizing to sides that are multiples of `patch * merge` and an area within bounds; the aspect ratio is kept.
 
-    Bounds are in px; those of GLM-4V's processor are of an image's `frames` together."""
+    Bounds are in px. GLM-4V's processor bounds the area of an image's `frames` together."""
 
     patch: int  # px
     merge: int
@@ -23,7 +23,7 @@ class PatchGrid:
 
     @classmethod
     def of(cls, image_processor: Any) -> PatchGrid:
-        """SettingError for a processor that does not resize so."""
+        """Read the grid of an image processor. SettingError for a processor that does not resize to one."""
         name = type(image_processor).__name__
         patch, merge = (getattr(image_processor, name, None) for name in ("patch_size", "merge_size"))
         shortest, longest = (image_processor.size.get(name) for name in ("shortest_edge", "longest_edge"))
@@ -33,7 +33,7 @@ class PatchGrid:
         return cls(patch, merge, shortest, longest, frames)
 
     def resized(self, size: Size) -> Size:
-        """The size to which an image of this one is brought; ValueError for an aspect ratio above 200."""
+        """Return the resized size of an image. ValueError for an aspect ratio above 200."""
         width, height = size
         factor = self.patch * self.merge
         if self.frames is not None:

@@ -1,4 +1,4 @@
-"""How many pixels or tiles a model sees of an image: settings that go into its processor, and are saved with it."""
+"""Limits on the pixels or tiles of an image, set in the model's processor and saved with it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def limit_images(
     max_pixels: int | None = None,
     max_anyres_num: int | None = None,
 ) -> None:
-    """Change the image processor; None leaves what the checkpoint says.
+    """Change the image processor; None keeps the checkpoint's value.
 
-    `min_pixels` and `max_pixels` bound the area of an image, in px, for processors of patch grids (Qwen-VL, GLM-4V);
-    `max_anyres_num` the number of tiles, the thumbnail not counted, for InternVL's. SettingError for a processor
-    without the one that is set, or where the least is above the most."""
+    `min_pixels` and `max_pixels` bound the area of an image, in px, for processors of patch grids (Qwen-VL, GLM-4V).
+    `max_anyres_num` bounds the number of tiles without the thumbnail, for InternVL. SettingError for a processor
+    without that limit, or where the minimum is above the maximum."""
     image_processor = processor.image_processor
     if min_pixels is not None or max_pixels is not None:
         _limit_area(image_processor, model_type, min_pixels, max_pixels)
@@ -35,7 +35,7 @@ def _limit_area(image_processor: Any, model_type: str, least: int | None, most: 
     except SettingError as error:
         other = "; its tiles are bounded by max_anyres_num" if hasattr(image_processor, "max_patches") else ""
         raise SettingError(f"{name} cannot be set for {model_type}: {error}{other}") from error
-    frames = grid.frames or 1  # GLM-4V's bounds are of an image's frames together
+    frames = grid.frames or 1  # GLM-4V bounds the area of an image's frames together
     shortest = grid.shortest if least is None else least * frames
     longest = grid.longest if most is None else most * frames
     if shortest > longest:

@@ -1,4 +1,4 @@
-"""An image of a row -> RGB pixels, as the model sees them: upright, opaque, 8 bits a channel, at least 28 px a side."""
+"""Decode images to upright, opaque RGB with 8 bits a channel and at least 28 px a side."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from PIL import ExifTags, Image
 from vlmr1.data.faults import RowFault, row_fault
 from vlmr1.types import ImageBytes, ImageRef
 
-IN_FLIGHT = 64  # images that wait for a decoder
+IN_FLIGHT = 64  # images waiting for a decoder
 MIN_SIDE = 28  # px: a merged patch of Qwen's towers; VLM-R1 enlarges smaller images to it too
-MAX_PIXELS = 178_956_970  # of an enlarged image; PIL refuses files that have more
-# What PIL's decoders raise for a file that is truncated or corrupt.
+MAX_PIXELS = 178_956_970  # maximum area of an enlarged image, and of a file in PIL
+# Exceptions of PIL's decoders for a truncated or corrupt file.
 UNDECODABLE = (
     OSError,
     SyntaxError,
@@ -43,7 +43,7 @@ UPRIGHT = {  # by EXIF orientation
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-SIDEWAYS = (5, 6, 7, 8)  # of those: width and height change places
+SIDEWAYS = (5, 6, 7, 8)  # orientations that swap width and height
 
 
 def encode_image(image: Image.Image, name: str) -> ImageBytes:
@@ -54,18 +54,18 @@ def encode_image(image: Image.Image, name: str) -> ImageBytes:
 
 
 def open_image(image: ImageRef, source: str) -> Image.Image:
-    """The decoded image in RGB, by its EXIF orientation, over white where it is transparent, 16 bits scaled to 8, the
-    short side enlarged to `MIN_SIDE` where it is less.
+    """Return the decoded image in RGB: upright, over white where transparent, 16 bits scaled to 8.
 
-    Raises a DataError that begins with `source` where it cannot be decoded, or has more pixels than PIL's limit."""
+    A short side below `MIN_SIDE` is enlarged to it. DataError, beginning with `source`, for an image that cannot be
+    decoded or exceeds PIL's limit of pixels."""
     with _faults(image, source), _opened(image) as file:
         return enlarged(to_rgb(file))
 
 
 def upright_size(image: ImageRef, source: str) -> tuple[int, int]:
-    """(width, height) of the image in px, by its EXIF orientation, before it is enlarged; its pixels are not decoded.
+    """Return (width, height) of the upright image in px, before it is enlarged, without decoding its pixels.
 
-    Raises as `open_image`."""
+    DataError as in `open_image`."""
     with _faults(image, source):
         return _size_of_file(image) if isinstance(image, Path) else _size(image)
 
@@ -77,7 +77,7 @@ def _size_of_file(image: Path) -> tuple[int, int]:
 
 def _size(image: ImageRef) -> tuple[int, int]:
     with _opened(image) as file:
-        turned = file.format != "TIFF" and orientation(file) in SIDEWAYS  # a TIFF's size is that of the turned one
+        turned = file.format != "TIFF" and orientation(file) in SIDEWAYS  # PIL has turned a TIFF already
         return (file.height, file.width) if turned else file.size
 
 
@@ -87,7 +87,7 @@ def _opened(image: ImageRef) -> Image.Image:
 
 @contextmanager
 def _faults(image: ImageRef, source: str) -> Iterator[None]:
-    """What is raised in the block, because the image cannot be decoded, becomes a DataError of `source`."""
+    """Convert exceptions of decoders in the block to a DataError of `source`."""
     try:
         yield
     except Image.DecompressionBombError as error:
@@ -97,8 +97,8 @@ def _faults(image: ImageRef, source: str) -> Iterator[None]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode -> RGB, upright. ValueError where it is not known what range the values have."""
-    image.load()  # a TIFF turns itself here
+    """Convert any mode to upright RGB. ValueError where the range of the values is unknown."""
+    image.load()  # PIL turns a TIFF here
     turn = UPRIGHT.get(orientation(image))
     if image.mode.startswith(("I", "F")):
         image = from_wide(image)
@@ -111,7 +111,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def from_wide(image: Image.Image) -> Image.Image:
-    """Grey values of 0..65535, or floats of 0..1, -> 8 bits, rounded."""
+    """Convert grey values of 0..65535, or floats of 0..1, to 8 bits, rounded."""
     values = np.asarray(image).astype(np.float64)  # [H, W]
     full = 1.0 if image.mode == "F" else 65535.0
     if not (values.min() >= 0 and values.max() <= full):  # NaN compares false
@@ -120,15 +120,15 @@ def from_wide(image: Image.Image) -> Image.Image:
 
 
 def orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 where there is none that can be read."""
+    """Return the EXIF orientation, 1 where none can be read."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except UNDECODABLE:  # the pixels are there all the same
+    except UNDECODABLE:  # the pixels can be read all the same
         return 1
 
 
 def enlarged_size(size: tuple[int, int], least: int = MIN_SIDE) -> tuple[int, int]:
-    """(width, height) with the short side at least `least`, the aspect ratio kept."""
+    """Return (width, height) with the short side at least `least` and the aspect ratio kept."""
     short = min(size)
     return size if short >= least else (size[0] * least // short, size[1] * least // short)
 
@@ -142,8 +142,9 @@ def enlarged(image: Image.Image) -> Image.Image:
 
 
 def image_faults(images: Iterable[tuple[ImageRef, str]]) -> Iterator[RowFault | None]:
-    """Decodes each distinct image once, in threads (PIL decodes without the GIL): a fault or None for each of them, in
-    their order. Not more than `IN_FLIGHT` are held at a time."""
+    """Decode each distinct image once, in threads (PIL releases the GIL); yield a fault or None for each, in order.
+
+    At most `IN_FLIGHT` images are held at a time."""
     seen: set[Path | str] = set()
     waiting: deque[Future[RowFault | None]] = deque()
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:

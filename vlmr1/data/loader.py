@@ -1,7 +1,7 @@
-"""Batches from the loader's workers: they come through its pipe as bytes, and a fault of a row as what it is.
+"""Batches from the loader's workers, pickled to bytes, with a UserError passed on as itself.
 
-Tensors that workers share take a file descriptor each while they live, and room in /dev/shm; a rollout buffer holds
-many. An exception that a worker raises comes with its traceback as message; the user's mistakes are one line.
+Tensors shared by workers take a file descriptor and room in /dev/shm each; a rollout buffer holds many. An exception
+raised in a worker would arrive with its traceback as message, where a UserError has one line.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from vlmr1.types import Prompt
 
 
 @dataclass(frozen=True)
-class Parcel:
-    """A batch that a worker made, or the UserError that it met, pickled."""
+class PickledBatch:
+    """A pickled batch of a worker, or the pickled UserError that it raised."""
 
     data: bytes
 
 
 class Batches(Dataset[Prompt]):
-    """A data set whose batches are lists of its items; in a worker lists of one Parcel."""
+    """A data set whose batches are lists of items; in a worker a batch is a list of one PickledBatch."""
 
     def __init__(self, items: Any):
         self.items = items
@@ -42,14 +42,14 @@ class Batches(Dataset[Prompt]):
         if get_worker_info() is None:
             return [self.items[index] for index in indices]
         try:
-            return [Parcel(pickle.dumps([self.items[index] for index in indices]))]
+            return [PickledBatch(pickle.dumps([self.items[index] for index in indices]))]
         except UserError as error:
-            return [Parcel(pickle.dumps(error))]
+            return [PickledBatch(pickle.dumps(error))]
 
 
 def unpacked(batch: Sequence[Any]) -> Sequence[Prompt]:
-    """The items of a batch of `Batches`, wherever it was made; raises the error that a worker met."""
-    if len(batch) != 1 or not isinstance(batch[0], Parcel):
+    """Return the items of a batch of `Batches`, pickled or not; raise the error of a worker."""
+    if len(batch) != 1 or not isinstance(batch[0], PickledBatch):
         return batch
     found = pickle.loads(batch[0].data)
     if isinstance(found, UserError):

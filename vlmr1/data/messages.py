@@ -1,4 +1,4 @@
-"""Turns and prompts of a row -> chat messages whose content is a list of text and image parts."""
+"""Convert conversations and prompts of a row to chat messages with text and image parts."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def check_template(question: str, known: Iterable[str] = ()) -> None:
 
 
 def from_turns(turns: Any, num_images: int, question: str, source: str) -> tuple[list[Message], str]:
-    """VLM-R1's conversation -> the messages of its prompt, and the solution.
+    """Convert VLM-R1's conversation to the messages of its prompt and the solution.
 
-    The last turn is gpt's and the solution; all turns before it are the prompt, the last of them with the template."""
+    The last turn is by gpt and is the solution. The turns before it are the prompt; its last one gets the template."""
     if not isinstance(turns, list) or not turns:
         raise row_fault(
             source, "conversations", "no conversations: a row needs a list with a human and a gpt turn, or a prompt"
@@ -50,7 +50,7 @@ def from_turns(turns: Any, num_images: int, question: str, source: str) -> tuple
 
 
 def from_prompt(prompt: Any, num_images: int, question: str, source: str) -> list[Message]:
-    """TRL's prompt, a text or a list of messages, -> messages; the last one with the template."""
+    """Convert TRL's prompt, a text or a list of messages, to messages; the last one gets the template."""
     if isinstance(prompt, str):
         return finished([message("user", stripped(parts_of(prompt)))], num_images, question, source)
     if not isinstance(prompt, list) or not prompt:
@@ -69,9 +69,9 @@ def from_prompt(prompt: Any, num_images: int, question: str, source: str) -> lis
 
 
 def finished(messages: list[Message], num_images: int, question: str, source: str) -> list[Message]:
-    """The messages with the template in the last one, and the images at their places.
+    """Put the template into the last message, and the images at their markers.
 
-    Without markers, all images stand before the first user message."""
+    Without markers, all images precede the text of the first user message."""
     marked = sum(part["type"] == "image" for each in messages for part in each["content"])
     if marked not in (0, num_images):
         count = f"{marked} {MARKER} markers in the prompt for {num_images} image{'' if num_images == 1 else 's'}"
@@ -91,7 +91,7 @@ def message(role: str, content: list[Part]) -> Message:
 
 
 def parts_of(text: str) -> list[Part]:
-    """A text cut at its image markers."""
+    """Split a text at its image markers."""
     parts: list[Part] = []
     for place, piece in enumerate(text.split(MARKER)):
         if place:
@@ -102,7 +102,7 @@ def parts_of(text: str) -> list[Part]:
 
 
 def stripped(parts: Sequence[Part]) -> list[Part]:
-    """Without the white space around the text, and around the images that it begins with."""
+    """Strip white space around the text, and around its leading images."""
     parts = [dict(part) for part in parts]
     leading = leading_images(parts)
     images, rest = parts[:leading], parts[leading:]
@@ -114,7 +114,7 @@ def stripped(parts: Sequence[Part]) -> list[Part]:
 
 
 def with_template(parts: Sequence[Part], question: str) -> list[Part]:
-    """The template around the text; images that the text begins with stay before it."""
+    """Put the template around the text, after its leading images."""
     before, after = question.split(QUESTION)
     leading = leading_images(parts)
     images, rest = list(parts[:leading]), list(parts[leading:])
@@ -128,7 +128,7 @@ def with_template(parts: Sequence[Part], question: str) -> list[Part]:
 
 
 def leading_images(parts: Sequence[Part]) -> int:
-    """How many parts there are before the first text that is not blank, and the blanks before it."""
+    """Return the number of parts up to the last image before the first text that is not blank."""
     count = 0
     for place, part in enumerate(parts, start=1):
         if part["type"] == "image":
@@ -139,7 +139,7 @@ def leading_images(parts: Sequence[Part]) -> int:
 
 
 def as_text(value: Any) -> str:
-    """A solution as text; some files hold the bare JSON value."""
+    """Return a solution as text; some files hold a JSON value instead."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
@@ -153,7 +153,7 @@ def short(value: object) -> str:
 
 
 def _parts(content: Any, source: str) -> list[Part]:
-    """A message's list of parts; columns that a part does not use are null in some files."""
+    """Check a message's list of parts; unused keys of a part are null in some files."""
     if not isinstance(content, list):
         raise row_fault(source, "turn", f"the content of a message is neither text nor parts but {kind_of(content)}")
     parts: list[Part] = []

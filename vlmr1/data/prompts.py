@@ -1,4 +1,4 @@
-"""Samples -> prompts: the chat template, the tokens, the image tensors, the positions."""
+"""Samples -> prompts: chat template, tokens, image tensors, positions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class PromptBuilder:
-    """Tokenizes one Sample with its model's processor; every image is read and held once."""
+    """Tokenize a Sample with its model's processor; each image is read and held once."""
 
     def __init__(self, model: Any, family: ModelFamily, processor: Any, *, max_prompt_length: int | None = None):
         self.model = model
@@ -32,11 +32,11 @@ class PromptBuilder:
         text = self.processor.apply_chat_template(sample.messages, tokenize=False, add_generation_prompt=True)
         images = [open_image(path, sample.source) for path in sample.images]
         start = self.processor.tokenizer.bos_token
-        special = not (start and text.startswith(start))  # the template may have written the start token already
+        special = not (start and text.startswith(start))  # the template may contain the start token
         options = {"add_special_tokens": special, "return_tensors": "pt"}
         try:
             inputs = self.processor(text=[text], images=images or None, **options)
-        except ValueError as error:  # an image that is too long and narrow, for one
+        except ValueError as error:  # for example an extreme aspect ratio
             raise DataError(f"{sample.source}: the processor refuses the row: {error}") from error
         input_ids = inputs["input_ids"][0]
         self._check(sample, input_ids)
@@ -58,7 +58,7 @@ class PromptBuilder:
 
 
 def without_overlong(samples: Sequence[Sample], builder: PromptBuilder, limit: int) -> Sequence[Sample]:
-    """The samples whose prompts have at most `limit` tokens; each prompt is made once for it."""
+    """Return the samples whose prompts have at most `limit` tokens; each prompt is tokenized once to measure it."""
     reading = tqdm(samples, desc="measuring prompts", delay=2, disable=None)
     kept = [sample.index for sample in reading if len(builder(sample).input_ids) <= limit]
     if not kept:
@@ -73,7 +73,7 @@ def without_overlong(samples: Sequence[Sample], builder: PromptBuilder, limit: i
 
 
 class PromptDataset(Dataset[Prompt]):
-    """Prompts by index, made when they are asked for: in the loader's workers where it has some."""
+    """Prompts by index, tokenized on access, in the loader's workers where it has some."""
 
     def __init__(self, samples: Sequence[Sample], builder: PromptBuilder):
         self.samples = samples

@@ -1,4 +1,4 @@
-"""Files of rows: where each row stands, and the row itself when it is asked for."""
+"""Files of rows: an index of their positions, and a row read on access."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Row = Mapping[str, Any]
 
 
 class Rows(ABC):
-    """Rows of one file or data set. It is pickled into a loader's workers, so it holds no open file."""
+    """Rows of one file or data set. It is pickled for the loader's workers, so it holds no open file."""
 
     name: str
 
@@ -27,11 +27,11 @@ class Rows(ABC):
 
     @abstractmethod
     def line(self, index: int) -> int:
-        """The line of a row, from 1; for what has no lines the row's number."""
+        """The line of a row, from 1; the row's number where there are no lines."""
 
     @abstractmethod
     def read(self, index: int) -> Row:
-        """The row. DataError where it is none."""
+        """Read the row. DataError where it is invalid."""
 
     def source(self, index: int) -> str:
         """ "file:line" """
@@ -39,7 +39,7 @@ class Rows(ABC):
 
 
 class ListRows(Rows):
-    """Rows that are in memory already."""
+    """Rows in memory."""
 
     def __init__(self, name: str, rows: Sequence[Row]):
         self.name = name
@@ -56,11 +56,11 @@ class ListRows(Rows):
 
 
 class LineRows(Rows):
-    """JSON lines; blank lines are no rows. 16 bytes of memory a row."""
+    """JSON lines without blank lines. The index takes 16 bytes a row."""
 
     def __init__(self, path: str | Path):
         self.name = str(path)
-        self.starts = array("q")  # byte offsets; one more than rows: the end of the file
+        self.starts = array("q")  # byte offsets of the rows, and the end of the file
         self.lines = array("q")
         at = 0
         with Path(path).open("rb") as file:
@@ -94,7 +94,7 @@ class LineRows(Rows):
 
 
 class ArrayRows(Rows):
-    """A file with one JSON array of rows. Its text is held; rows are parsed when they are read."""
+    """A file with one JSON array of rows. Its text is held in memory; rows are parsed on access."""
 
     def __init__(self, path: str | Path):
         self.name = str(path)
@@ -118,7 +118,7 @@ class ArrayRows(Rows):
 
     def _index(self) -> None:
         decoder, text = json.JSONDecoder(), self.text
-        at, line, counted = _next(text, _next(text, 0) + 1), 1, 0  # behind the bracket
+        at, line, counted = _next(text, _next(text, 0) + 1), 1, 0  # after the bracket
         while text[at : at + 1] != "]" or self.starts:
             line, counted = line + text.count("\n", counted, at), at
             source = f"{self.name}:{line}"
@@ -139,7 +139,7 @@ class ArrayRows(Rows):
 
 
 def json_rows(path: Path) -> Rows:
-    """JSON lines, or an array where the file begins with a bracket and has a suffix other than .jsonl."""
+    """Open JSON lines, or an array where the file begins with a bracket and has a suffix other than .jsonl."""
     if path.suffix.lower() == ".jsonl":
         return LineRows(path)
     try:
@@ -151,7 +151,7 @@ def json_rows(path: Path) -> Rows:
 
 
 def _next(text: str, at: int) -> int:
-    """The next character that is not white space."""
+    """Return the position of the next character that is not white space."""
     while at < len(text) and text[at].isspace():
         at += 1
     return at

@@ -1,8 +1,8 @@
-"""Rows -> samples, read when they are asked for; every fault of a row is found before training time is spent.
+"""Rows -> samples, read on access; every fault of a row is found before training.
 
-A row is VLM-R1's, `{"id", "image": str | [str], "conversations": [{"from": "human", "value": "<image>Locate ..."},
-{"from": "gpt", "value": "<answer>...</answer>"}], ...}`, or TRL's, `{"prompt": text | [message], "image" or "images",
-"solution", ...}`. Without images it is text only.
+A row is in VLM-R1's format, `{"id", "image": str | [str], "conversations": [{"from": "human", "value": "<image>Locate
+..."}, {"from": "gpt", "value": "<answer>...</answer>"}], ...}`, or in TRL's, `{"prompt": text | [message], "image" or
+"images", "solution", ...}`. Without images it is text only.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ def stop(fault: DataError) -> None:
 
 @dataclass(frozen=True)
 class Columns:
-    """Where a row of TRL's format has its prompt and its solution."""
+    """The columns of prompt and solution in rows of TRL's format."""
 
     prompt: str = "prompt"
     solution: str = "solution"
 
 
 class Samples(Sequence[Sample]):
-    """The rows of some data files. A sample is made anew each time that it is asked for; no image is held."""
+    """The rows of several data files as samples, built on each access; no image is held."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class Samples(Sequence[Sample]):
         self.sources = list(sources)
         self.question = question
         self.columns = columns
-        self.defaults = list(defaults)  # one a source, or none: columns of rows that have none, or null, of that name
+        self.defaults = list(defaults)  # one a source, or none: columns for rows that lack them or have null
         self.ends = list(accumulate(len(rows) for rows, _ in sources))
         self.indices: Sequence[int] = range(self.ends[-1]) if indices is None else indices
 
@@ -75,7 +75,7 @@ class Samples(Sequence[Sample]):
         return self.sample(self.indices[index])
 
     def sample(self, index: int, on_fault: OnFault = stop) -> Sample:
-        """The sample whose `Sample.index` is this. `on_fault` gets the faults of images, which are then left out."""
+        """Return the sample with this `Sample.index`. `on_fault` gets the faults of images, which are then left out."""
         rows, folder, place = self._place(index)
         sample = self._sample(rows.read(place), rows.source(place), index, folder, on_fault)
         if self.defaults:
@@ -85,12 +85,12 @@ class Samples(Sequence[Sample]):
         return sample
 
     def source(self, index: int) -> str:
-        """ "file:line" of the sample whose `Sample.index` is this."""
+        """ "file:line" of the sample with this `Sample.index`."""
         rows, _, place = self._place(index)
         return rows.source(place)
 
     def select(self, indices: Sequence[int]) -> Samples:
-        """Those samples whose `Sample.index` is one of these, in this order."""
+        """Return the samples with these values of `Sample.index`, in this order."""
         return Samples(self.sources, self.question, self.columns, indices, self.defaults)
 
     def _place(self, index: int) -> tuple[Rows, ImageFolder, int]:
@@ -133,12 +133,11 @@ def load_samples(
     checks: Sequence[Callable[[Sample], None]] = (),
     defaults: Sequence[Mapping[str, Any]] = (),
 ) -> Samples:
-    """All rows of all files, in order; `open_sources` says what a file may be.
+    """Return all rows of all files, in order; `open_sources` lists the kinds of files.
 
-    `question` is a text with `{question}` in it; the last user turn takes that place. `defaults` are columns of the
-    rows of each file that lack them. Each row is read once here and handed to the `checks`, which raise DataError, and
-    with `check_images` each distinct image is decoded once. Raises DataError "file:line: what is wrong" for the first
-    row with a fault, or SettingError for a file or folder that does not exist.
+    `question` is a template with `{question}` for the last user turn. `defaults` are columns for the rows of each file
+    that lack them. Each row is read once and passed to the `checks`; with `check_images` each distinct image is decoded
+    once. DataError "file:line: ..." for the first row with a fault, SettingError for a missing file or folder.
     """
     check_template(question)
     sources = open_sources(data_file_paths, image_folders)
@@ -151,8 +150,9 @@ def load_samples(
 
 
 def check_rows(samples: Sequence[Sample], checks: Sequence[Callable[[Sample], None]], *, images: bool = True) -> None:
-    """Reads each row, hands it to the checks, and with `images` decodes each distinct image once. Raises the DataError
-    of the first row with a fault."""
+    """Read each row, pass it to the checks, and with `images` decode each distinct image once.
+
+    Raise the DataError of the first row with a fault."""
     faults: list[DataError] = []
     every = _checked_images(samples, checks, faults)
     for fault in image_faults(every) if images else (None for _ in every):
@@ -165,8 +165,9 @@ def check_rows(samples: Sequence[Sample], checks: Sequence[Callable[[Sample], No
 def _checked_images(
     samples: Sequence[Sample], checks: Sequence[Callable[[Sample], None]], faults: list[DataError]
 ) -> Iterator[tuple[ImageRef, str]]:
-    """The images of all rows, up to the first row with another fault, which is added to `faults`: images of rows before
-    it may still wait for their decoder, and have theirs first."""
+    """Yield the images of all rows, up to the first row with another fault, which is added to `faults`.
+
+    It is not raised at once: images of earlier rows, still waiting for a decoder, come first."""
     for place in tqdm(range(len(samples)), desc="checking rows", delay=2, disable=None):
         try:
             sample = samples[place]
@@ -179,9 +180,9 @@ def _checked_images(
 
 
 def validation_split(samples: Samples, ratio: float, seed: int) -> tuple[Samples, Samples]:
-    """(train, validation): `ratio` of the rows, at least one of each, drawn by the seed and the rows' places alone.
+    """Return (train, validation), which has `ratio` of the rows, drawn by the seed and the rows' indices.
 
-    The two are disjoint and each in the order of the files. Raises SettingError where a part would be empty."""
+    Both have at least one row and keep the order of the files. SettingError where one would be empty."""
     if not 0 < ratio < 1:
         raise SettingError(f"val_split_ratio is {ratio}: it must be above 0 and below 1")
     if len(samples) < 2:

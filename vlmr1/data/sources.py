@@ -1,4 +1,4 @@
-"""Names of data files and image folders -> rows, and where the images of each file are looked for."""
+"""Open data files by name, each with its image folder."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from vlmr1.data.rows import Rows, json_rows
 from vlmr1.errors import SettingError
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-JOINT = re.compile(r":(?![^\[\]]*\])")  # not the colon of a slice, as in train[:100]
+JOINT = re.compile(r":(?![^\[\]]*\])")  # except within a slice, as in train[:100]
 
 
 def open_sources(
     data_file_paths: Sequence[str | Path], image_folders: Sequence[str | Path]
 ) -> list[tuple[Rows, ImageFolder]]:
-    """The rows of each data file, in order, with its image folder.
+    """Return the rows of each data file, in order, with its image folder.
 
-    A data file is a JSON or Parquet file, a directory that `save_to_disk` wrote (DIRECTORY@SPLIT where it has
-    several), or a split of a hub data set (OWNER/NAME@SPLIT). Several may be joined by ':', and so may folders. One
-    folder serves all files, or there is one for each; none is needed where rows hold their images.
-    Raises SettingError for what does not exist."""
+    A data file is a JSON or Parquet file, a directory written by `save_to_disk` (DIRECTORY@SPLIT where it has several
+    splits), or a hub data set (OWNER/NAME@SPLIT). Several files or folders may be joined by ':'. There is one folder
+    for all files, one for each, or none where rows hold their images. SettingError for a file or folder that does not
+    exist.
+    """
     files, folders = split_names(data_file_paths), split_names(image_folders)
     if not files:
         raise SettingError("data_file_paths is empty: name at least one data file")
@@ -41,7 +42,7 @@ def open_sources(
 
 
 def open_rows(name: str) -> Rows:
-    """The rows of one data file, directory or hub data set."""
+    """Open one data file, directory or hub data set."""
     path = Path(name)
     base, _, split = name.partition("@")
     if path.is_file():
@@ -64,7 +65,7 @@ def is_saved(folder: Path) -> bool:
 
 
 def split_names(names: Iterable[str | Path]) -> list[str]:
-    """Names that are joined by ':', one by one; what exists under its whole name is one."""
+    """Split names joined by ':'; a name that exists as a whole is not split."""
     return [
         part
         for name in map(str, names)

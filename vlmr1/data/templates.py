@@ -1,4 +1,4 @@
-"""Question templates, by name: VLM-R1's own words for its tasks, some of them other for some families."""
+"""Question templates by name: VLM-R1's wording of its tasks, which differs for some model families."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ TEMPLATES = {
     "none": "{question}",
 }
 ONE_WORDING = {name: DEFAULT for name in ("rec", "ic", "odLength", "gui")}
-OF_FAMILY = {"internvl": ONE_WORDING, "glm4v": ONE_WORDING}  # by model type, where it is not that of TEMPLATES
+OF_FAMILY = {"internvl": ONE_WORDING, "glm4v": ONE_WORDING}  # by model type, where it differs from TEMPLATES
 
 
 def question_text(template: str, model_type: str | None = None) -> str:
-    """A template's text by its name, for a model type where that matters, or the text itself.
+    """Return a template by its name, in the wording for a model type, or the text itself.
 
-    Raises SettingError for a text that does not hold `{question}` once, an unknown name among them."""
+    SettingError for an unknown name, or a text without exactly one `{question}`."""
     text = OF_FAMILY.get(model_type or "", {}).get(template) or TEMPLATES.get(template, template)
     check_template(text, TEMPLATES)
     return text

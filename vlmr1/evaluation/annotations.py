@@ -1,4 +1,4 @@
-"""Annotation files of benchmarks as rows: RefCOCO-like JSON, and detection in COCO's format."""
+"""Annotation files of benchmarks as rows: RefCOCO-style JSON, and COCO detection."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ QUESTION = (
 
 
 class ProblemRows(Rows):
-    """Rows {"image", "problem", "solution": [x1, y1, x2, y2], ...} as rows with a prompt, under the names given."""
+    """Rows {"image", "problem", "solution": [x1, y1, x2, y2], ...} with the columns renamed to those of prompts."""
 
     def __init__(self, rows: Rows, prompt: str, solution: str):
         self.name = rows.name
@@ -48,18 +48,18 @@ class ProblemRows(Rows):
 
 
 class CocoRows(ListRows):
-    """One row an image of a COCO annotation file; its "line" is the image's number."""
+    """One row for each image of a COCO annotation file; its "line" is the image's number."""
 
     def source(self, index: int) -> str:
         return f"{self.name}:images[{index}]"
 
 
 def annotation_rows(rows: Rows, prompt: str, solution: str) -> Rows:
-    """The rows of a data file, with their prompt and solution in these columns.
+    """Return the rows of a data file, with their prompt and solution in these columns.
 
-    A JSON object with images, annotations and categories is COCO's; rows with a `problem`, a `solution`, and neither
-    conversations nor the column `prompt` are RefCOCO's; every other file is as in training.
-    DataError for a COCO file that is not whole."""
+    A JSON object with images, annotations and categories is in COCO's format. Rows with a `problem`, a `solution`, and
+    neither conversations nor the column `prompt` are in RefCOCO's. Other files are as in training. DataError for an
+    invalid COCO file."""
     coco = _coco_file(rows.name)
     if coco is not None:
         return CocoRows(rows.name, [_renamed(row, prompt, solution) for row in coco_rows(rows.name, coco)])
@@ -71,7 +71,7 @@ def annotation_rows(rows: Rows, prompt: str, solution: str) -> Rows:
 
 
 def coco_rows(name: str, coco: dict[str, Any]) -> list[Row]:
-    """Images of a COCO file as rows with `prompt`, `solution` and the labels that are asked for.
+    """Convert images of a COCO file to rows with `prompt`, `solution` and the labels that the question lists.
 
     These are an image's `text` and `neg_text` where it has them, as in OVDEval, else all categories."""
     labels = _categories(name, coco)
@@ -98,20 +98,20 @@ def coco_rows(name: str, coco: dict[str, Any]) -> list[Row]:
 
 
 def _coco_file(name: str) -> dict[str, Any] | None:
-    """The content of a COCO annotation file, or None for any other."""
+    """Read a COCO annotation file; None for any other file."""
     path = Path(name)
     if path.suffix.lower() != ".json" or not path.is_file():
         return None
     try:
         text = path.read_text(encoding="utf-8-sig")
         value = json.loads(text) if text.lstrip().startswith("{") else None
-    except (OSError, ValueError):  # JSON lines, or nothing that can be read: `json_rows` says what
+    except (OSError, ValueError):  # JSON lines, or an error that `json_rows` reports
         return None
     return value if isinstance(value, dict) and all(isinstance(value.get(key), list) for key in COCO) else None
 
 
 def _categories(name: str, coco: dict[str, Any]) -> dict[Any, str]:
-    """Names by id, in one case as answers are compared."""
+    """Category names by id."""
     labels: dict[Any, str] = {}
     for place, category in enumerate(coco["categories"]):
         source = f"{name}:categories[{place}]"
@@ -125,7 +125,7 @@ def _categories(name: str, coco: dict[str, Any]) -> dict[Any, str]:
 
 
 def _boxes(name: str, coco: dict[str, Any], labels: dict[Any, str]) -> dict[Any, list[tuple[dict[str, Any], bool]]]:
-    """Boxes by image id, each with whether it is a crowd."""
+    """Boxes by image id, each with its crowd flag."""
     boxes: dict[Any, list[tuple[dict[str, Any], bool]]] = defaultdict(list)
     empty = 0
     for place, entry in enumerate(coco["annotations"]):
@@ -149,7 +149,7 @@ def _boxes(name: str, coco: dict[str, Any], labels: dict[Any, str]) -> dict[Any,
 
 
 def _asked(image: dict[str, Any], source: str) -> list[str]:
-    """The labels that this image is asked for, each once, in an order that does not tell which are there."""
+    """Return the labels in an image's question, sorted, so that their order does not tell which are present."""
     labels: list[str] = []
     for key in ("text", "neg_text"):
         value = image.get(key) or []

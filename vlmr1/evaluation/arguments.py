@@ -40,7 +40,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(words: Sequence[str]) -> Evaluate | Compare:
-    """What the words after `vlmr1 evaluate` ask for. SettingError for what cannot be."""
+    """Parse the words after `vlmr1 evaluate`. SettingError for an invalid one."""
     if words[:1] == ["compare"]:
         options = _compare_parser().parse_args(words[1:])
         return Compare(options.folders, options.out)

@@ -1,4 +1,4 @@
-"""Bootstrap over rows: 95% intervals of any metric of a data set, and of its difference between two models."""
+"""Bootstrap over rows: 95% intervals of a metric, and of its difference between two models."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import numpy as np
 
 DRAWS = 1000
 SEED = 0
-AT_ONCE = 50  # draws whose counts are held
+AT_ONCE = 50  # resampled data sets held in memory
 LEVELS = (0.025, 0.975)
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric with its bootstrap 95% interval; None where it is not defined, as a share of no boxes.
+    """A metric with its bootstrap 95% interval; None where it is undefined, such as a share of no boxes.
 
-    `replicates` [DRAWS] are its values on the resampled data sets. Draw i takes the same rows for every metric and
-    every model, so replicates of two models pair."""
+    `replicates` [DRAWS] are its values on the resampled data sets. Data set i has the same rows for every metric and
+    model, so replicates of two models are paired."""
 
     value: float | None
     low: float | None
@@ -27,26 +27,26 @@ class Metric:
 
 
 def counts(rows: int) -> Iterator[np.ndarray]:
-    """How often each row is in each of the resampled data sets: [AT_ONCE, rows] float64, until there are DRAWS."""
+    """Yield counts of each row in DRAWS resampled data sets, as arrays [AT_ONCE, rows] float64."""
     for start in range(0, DRAWS, AT_ONCE):
         rng = np.random.default_rng([SEED, start])
         yield rng.multinomial(rows, np.full(rows, 1 / rows), size=AT_ONCE).astype(np.float64)
 
 
 def bootstrap(value: float, rows: int, statistic: Callable[[np.ndarray], np.ndarray]) -> Metric:
-    """`statistic` takes counts [d, rows] and gives the metric of each resampled data set [d], NaN where it has none."""
+    """Bootstrap a metric; `statistic` maps counts [d, rows] to its value on each resampled data set [d], or NaN."""
     replicates = np.concatenate([statistic(each) for each in counts(rows)])
     return metric(value, replicates)
 
 
 def metric(value: float, replicates: np.ndarray) -> Metric:
-    """A metric from its value on the data and on the resampled data sets."""
+    """Build a metric from its value on the data and on the resampled data sets."""
     low, high = interval(replicates)
     return Metric(None if np.isnan(value) else float(value), low, high, replicates)
 
 
 def interval(replicates: np.ndarray) -> tuple[float | None, float | None]:
-    """The 95% interval, over the draws in which there is a value."""
+    """Return the 95% interval over the resampled data sets that have a value."""
     known = replicates[~np.isnan(replicates)]
     if not len(known):
         return None, None
@@ -55,12 +55,12 @@ def interval(replicates: np.ndarray) -> tuple[float | None, float | None]:
 
 
 def ratio(parts: Sequence[float], wholes: Sequence[float] | None = None) -> Metric:
-    """sum(parts) / sum(wholes) over the rows, with one value of each a row; a mean where no `wholes` are given."""
+    """Return sum(parts) / sum(wholes) over the rows as a metric; a mean where no `wholes` are given."""
     above = np.asarray(parts, dtype=np.float64)
     below = np.ones_like(above) if wholes is None else np.asarray(wholes, dtype=np.float64)
 
     def statistic(weights: np.ndarray) -> np.ndarray:
-        # Sums, not matrix products: these round in the same way with any number of threads.
+        # Sums, not matrix products: they round equally with any number of threads.
         return _divided((weights * above).sum(-1), (weights * below).sum(-1))
 
     return bootstrap(float(_divided(above.sum(), below.sum())), len(above), statistic)

@@ -1,4 +1,4 @@
-"""Evaluation while a run trains: greedy, by the run's own rewards, without a trace in what is trained."""
+"""Evaluation during training: the callback that runs it and writes eval.jsonl."""
 
 from __future__ import annotations
 
@@ -26,11 +26,10 @@ EVALUATIONS = "eval.jsonl"
 
 
 class EvaluationCallback(TrainerCallback):
-    """Evaluates every `eval_steps` updates, and before the first with `eval_on_start`; a line each in eval.jsonl.
+    """Evaluate every `eval_steps` updates, and before the first with `eval_on_start`; each adds a line to eval.jsonl.
 
-    A resumed run drops the lines that it will write again, and makes up the one of its step where that is missing. A
-    signal does not wait for an evaluation: at the step that it ends there is none, and where `stop` is given and there
-    is one process, one that is running is given up after its batch."""
+    A resumed run drops the lines that it will write again, and adds the line of its own step where it is missing. A
+    signal ends the run without an evaluation. With `stop` and one process, an evaluation ends after its batch."""
 
     def __init__(
         self,
@@ -56,7 +55,9 @@ class EvaluationCallback(TrainerCallback):
             self._evaluate(args, state, control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        stops = control.should_training_stop and state.global_step < state.max_steps  # at the last step it always is
+        stops = (
+            control.should_training_stop and state.global_step < state.max_steps
+        )  # at the last step it is always set
         if self._is_due(args, state) and not stops:
             self._evaluate(args, state, control)
             if self._is_stopped():
@@ -83,8 +84,9 @@ class EvaluationCallback(TrainerCallback):
         self._log({name.replace("eval/", "eval_", 1): value for name, value in values.items()}, control)
 
     def _log(self, values: dict[str, float], control: Any) -> None:
-        """To trackers, which get what begins with "eval_" as "eval/...". What a log uses up, the steps since the last
-        one and that one is due, is left to the log of the training."""
+        """Send values to the trackers, which show names with "eval_" as "eval/...".
+
+        The state of training logs (pending metrics, whether a log is due) is restored."""
         trainer = self.trainer
         due = control.should_log
         steps, trainer.pending.steps = trainer.pending.steps, []

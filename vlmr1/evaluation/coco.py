@@ -1,4 +1,4 @@
-"""COCO's average precision of a whole data set by pycocotools, and of its bootstrap samples."""
+"""COCO average precision of a data set by pycocotools, and of its bootstrap samples."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vlmr1.data.boxes import Box, area, to_xywh
 from vlmr1.evaluation.bootstrap import counts
 
 ALL_SIZES = [[0.0, 1e10]]  # px^2
-THRESHOLDS = {"ap": slice(None), "ap50": slice(0, 1), "ap75": slice(5, 6)}  # of 0.50, 0.55, ..., 0.95
+THRESHOLDS = {"ap": slice(None), "ap50": slice(0, 1), "ap75": slice(5, 6)}  # slices of 0.50, 0.55, ..., 0.95
 TINY = np.spacing(1)
 
 
@@ -24,12 +24,12 @@ TINY = np.spacing(1)
 class TrueBox:
     label: str
     box: Box  # px
-    crowd: bool = False  # a region of many: it takes any number of boxes, and none is counted
+    crowd: bool = False  # a region of many objects: it matches any number of boxes, and none is counted
 
 
 @dataclass(frozen=True)
 class ScoredBox:
-    """A predicted box; None for a label or corners that could not be read."""
+    """A predicted box; a label or corners that could not be parsed are None."""
 
     label: str | None
     box: Box | None  # px
@@ -48,17 +48,17 @@ class ImageBoxes:
 class Category:
     """The matches of one label over all images: D detections by falling score, at T IoU thresholds."""
 
-    image: np.ndarray  # [D] int, which image each is on
-    right: np.ndarray  # [T, D] bool
-    wrong: np.ndarray  # [T, D] bool; neither of the two: ignored
+    image: np.ndarray  # [D] int, the image of each
+    right: np.ndarray  # [T, D] bool, true positives
+    wrong: np.ndarray  # [T, D] bool, false positives; neither: ignored
     truths: np.ndarray  # [I] true boxes by image
 
 
 class AveragePrecision:
-    """AP of all images, over labels that have a true box.
+    """AP over all images and labels that have a true box.
 
-    Boxes of other labels cannot match and have no part, as in COCO. `labels` may hold some without a true box.
-    Without any true box every value is NaN."""
+    Boxes of other labels are ignored, as in COCO. `labels` may include some without a true box. Without any true box
+    every value is NaN."""
 
     def __init__(self, images: Sequence[ImageBoxes], labels: Sequence[str]):
         self.labels = list(labels)
@@ -78,7 +78,7 @@ class AveragePrecision:
         return {label: value for label, value in values.items() if not np.isnan(value)}
 
     def replicates(self) -> dict[str, np.ndarray]:
-        """The three values on the resampled data sets, [DRAWS] each."""
+        """The three values on each resampled data set, [DRAWS]."""
         categories = [each for k in range(len(self.labels)) if (each := self._category(k)) is not None]
         drawn: dict[str, list[np.ndarray]] = {name: [] for name in THRESHOLDS}
         for weights in counts(self.images):
@@ -117,9 +117,9 @@ class AveragePrecision:
 
 
 def resampled(category: Category, weights: np.ndarray, recalls: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Whether a label is in each resampled data set [d], and its mean interpolated precision there [d, T], else 0.
+    """Return whether a label is in each resampled data set [d], and its mean interpolated precision [d, T], else 0.
 
-    `weights` [d, I] counts the images; an image that is drawn twice stands twice in a row at its place."""
+    `weights` [d, I] counts the images; an image that is drawn twice appears twice in succession."""
     total = (weights * category.truths).sum(1)  # [d]
     values = np.zeros((len(weights), len(category.right)))
     if not len(category.image):

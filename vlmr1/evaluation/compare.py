@@ -1,4 +1,4 @@
-"""Results of several models on the same rows, as a Markdown table with paired differences to the first."""
+"""Compare results of several models on the same rows: a Markdown table with paired differences to the first."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COMPARISON = "comparison.md"
 
 
 def compare(folders: Sequence[Path]) -> str:
-    """The table of the results in these directories, or one level below. SettingError where they do not compare."""
+    """Return the table of the results in these directories, or one level below. SettingError where rows differ."""
     found = [each for folder in folders for each in result_folders(folder)]
     if len(found) < 2:
         raise SettingError(f"compare: {len(found)} results.json in {', '.join(map(str, folders))}: two are needed")
@@ -24,7 +24,7 @@ def compare(folders: Sequence[Path]) -> str:
 
 
 def result_folders(folder: Path) -> list[Path]:
-    """The directory itself if it has results, else those in it that have."""
+    """Return the directory if it has results, else its subdirectories with results."""
     if (folder / RESULTS).is_file():
         return [folder]
     below = sorted(path.parent for path in folder.glob(f"*/{RESULTS}"))
@@ -34,7 +34,7 @@ def result_folders(folder: Path) -> list[Path]:
 
 
 def comparison(results: Sequence[Results]) -> str:
-    """Markdown: a row a metric, a column a model, each with its 95% interval, and the paired differences."""
+    """Return Markdown: a row a metric, a column a model, with 95% intervals, and the paired differences."""
     first, *others = results
     for other in others:
         _check(first, other)
@@ -55,14 +55,14 @@ def comparison(results: Sequence[Results]) -> str:
 
 
 def difference(first: Metric, other: Metric) -> tuple[float | None, float | None, float | None]:
-    """other - first with its 95% interval, from replicates of the same rows."""
+    """Return other - first with its 95% interval, from paired replicates."""
     if first.value is None or other.value is None:
         return None, None, None
     return other.value - first.value, *interval(np.asarray(other.replicates) - np.asarray(first.replicates))
 
 
 def _check(first: Results, other: Results) -> None:
-    """What has to agree: task and rows, as they are and as the model is asked about them."""
+    """Raise SettingError where task or rows differ."""
     for name in ("rows", "bootstrap"):
         changed = next(differences(first.content[name], other.content[name], name), None)
         if changed is not None:

@@ -1,4 +1,4 @@
-"""Greedy completions of rows, batch by batch."""
+"""Greedy decoding of rows, batch by batch."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from vlmr1.types import Group, Prompt, Sample
 
 
 class Decoder:
-    """Decodes each row greedily; the native engine gives the tokens that `generate` would.
+    """Decode each row greedily; the native engine returns the tokens of `generate`.
 
-    A completion may depend on the rows that it is decoded with, in the last bits of a float: so who decodes which
-    batch must not change what is in it."""
+    A completion may depend on its batch in the last bits of a float, so batches must be the same for any number of
+    processes."""
 
     def __init__(
         self,
@@ -47,11 +47,11 @@ class Decoder:
             self.boxes = BoxCoordinates.of(box_coordinates, model.config.model_type, processor.image_processor)
 
     def groups(self, samples: Sequence[Sample]) -> list[Group]:
-        """One group of one completion a sample, decoded together."""
+        """Decode one completion for each sample, together; return groups of one."""
         return self.engine.generate([self.builder(sample) for sample in samples], 1, self.sampling)
 
     def __call__(self, samples: Sequence[Sample], rows: Sequence[int]) -> list[Record]:
-        """The records of these samples, which are these rows of the data, decoded together."""
+        """Decode these samples together and return their records; `rows` are their places in the data."""
         return [self.record(group, row) for group, row in zip(self.groups(samples), rows, strict=True)]
 
     def record(self, group: Group, row: int) -> Record:
@@ -61,7 +61,7 @@ class Decoder:
         return Record(row, sample.source, tokens, completion.text, completion.finish_reason, size, extent)
 
     def _sizes(self, prompt: Prompt) -> tuple[Size | None, Size | None]:
-        """Of rows with one image: only there it is clear what a box is on."""
+        """Size and extent of the image; None unless the row has one image, since a box would be ambiguous."""
         images = prompt.sample.images
         if self.boxes is None or len(images) != 1:
             return None, None

@@ -20,14 +20,14 @@ from vlmr1.rewards.strict.detection import true_boxes
 from vlmr1.types import Sample
 
 NMS_IOU = 0.5
-MATCH_IOU = 0.5  # of an image's own score
-LABELS = "labels"  # column of a row: what its question asks for
-CROWD = "crowd"  # column of a row: which of its true boxes are regions of many
-SCORES = ("score", "confidence")  # of a box
+MATCH_IOU = 0.5  # for the score of one image
+LABELS = "labels"  # column of a row: the labels in its question
+CROWD = "crowd"  # column of a row: which of its true boxes are crowds
+SCORES = ("score", "confidence")  # keys of a box's score
 
 
 def check_detection(sample: Sample) -> None:
-    """A DataError by file and line for a row whose solution is no list of boxes, or whose columns do not fit it."""
+    """Raise DataError for a row whose solution is not a list of boxes, or whose columns do not match it."""
     try:
         boxes = true_boxes(sample.solution)
     except ValueError as error:
@@ -51,14 +51,14 @@ def truths_of(sample: Sample) -> tuple[TrueBox, ...]:
 
 
 def asked(sample: Sample) -> list[str]:
-    """The labels that a row asks for, in one case; empty where it does not say."""
+    """The case-folded labels in a row's question; [] where it lists none."""
     return [label.strip().casefold() for label in sample.columns.get(LABELS) or []]
 
 
 def predicted(text: str, extent: Size, original: Size) -> tuple[ScoredBox, ...] | None:
-    """The boxes that a completion answers, in px of the file; None where the answer is not a list of boxes.
+    """Return the boxes of a completion's answer in px of the file; None where it is not a list of boxes.
 
-    A box's score is its numeric `score` or `confidence`; without one 1, 1/2, 1/3, ... by its place in the list."""
+    A box's score is its numeric `score` or `confidence`, else 1, 1/2, 1/3, ... by its place in the list."""
     answer = find_answer(text)
     boxes = None if answer is None else labelled_boxes(answer)
     if answer is None or boxes is None:
@@ -71,9 +71,10 @@ def predicted(text: str, extent: Size, original: Size) -> tuple[ScoredBox, ...] 
 
 
 def best_of_each(boxes: ImageBoxes) -> ImageBoxes:
-    """What NMS-AP counts (OVDEval, arXiv:2308.13177): of all predictions, whatever their label, whose IoU with a true
-    box is above 0.5, only the one with the highest score stays, the first of equal ones; what is the best of another
-    true box stays too, and so does what is near none."""
+    """Keep the predictions that NMS-AP counts (OVDEval, arXiv:2308.13177), whatever their label.
+
+    Of the predictions whose IoU with a true box is above 0.5, only the one with the highest score is kept. A prediction
+    that is the best of another true box is kept, and so is one that is near none."""
     near: set[int] = set()
     best: set[int] = set()
     for true in boxes.truths:
@@ -88,7 +89,7 @@ def best_of_each(boxes: ImageBoxes) -> ImageBoxes:
 
 
 def image_score(boxes: ImageBoxes) -> float:
-    """2 * right / (true + predicted) of one image at IoU 0.5, labels included; 1 where there are neither."""
+    """Return the F1 score of one image at IoU 0.5 with labels, 2 * TP / (true + predicted); 1 without any boxes."""
     truths = [true for true in boxes.truths if not true.crowd]
     if not truths and not boxes.predictions:
         return 1.0
@@ -105,12 +106,14 @@ def image_score(boxes: ImageBoxes) -> float:
 
 
 def _scores(answer: str, count: int) -> list[float]:
-    """One score a box of an answer that `labelled_boxes` has read."""
+    """One score for each box of an answer that `labelled_boxes` can parse."""
     fenced = FENCE.fullmatch(answer.strip())
     by_place = [1 / (1 + place) for place in range(count)]
     if not count:
         return by_place
-    value = json.loads(fenced[1] if fenced else answer, parse_int=float)  # as `labelled_boxes`: of any length
+    value = json.loads(
+        fenced[1] if fenced else answer, parse_int=float
+    )  # as in `labelled_boxes`: integers of any length
     entries: Sequence[dict[str, Any]] = [value] if isinstance(value, dict) else value
     return [_score(entry, default) for entry, default in zip(entries, by_place, strict=True)]
 

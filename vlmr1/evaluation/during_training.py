@@ -34,13 +34,13 @@ def evaluate_during_training(
     decoder: Decoder | None = None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
-    """Greedy completions of these samples by the trainer's present weights, one each -> values by name; None where
-    `stopped`, which is asked before each batch, was true.
+    """Decode one greedy completion for each sample and return metrics by name.
 
-    `eval/rewards/NAME/mean` of each of the run's rewards; where `accuracy` scores all rows by IoU `eval/rec/...`, where
-    by boxes with labels `eval/ovd/...`; lengths. The model's mode and all random states are as before."""
+    They are `eval/rewards/NAME/mean` for each reward of the run, lengths, and `eval/rec/...` or `eval/ovd/...` where
+    `accuracy` scores all rows by IoU or by labelled boxes. The model's mode and all random states are unchanged. Return
+    None where `stopped()`, called before each batch, is true."""
     decoder = decoder or decoder_of(trainer)
-    size = trainer.args.prompts_per_device * trainer.args.num_generations  # as many as the rollout has in flight
+    size = trainer.args.prompts_per_device * trainer.args.num_generations  # as many as in a rollout
     ranks = trainer.ranks
     scored: list[tuple[int, list[float], Record]] = []  # row, rewards, what was decoded
     with untouched(), use(trainer.args.kernels), summon_full_params(trainer.model, trainer.sharding):
@@ -64,7 +64,7 @@ def evaluate_during_training(
 
 
 def decoder_of(trainer: GRPOTrainer, box_coordinates: Setting = "auto") -> Decoder:
-    """Decodes with the trainer's model and settings, by an engine of its own: the run's one keeps its statistics."""
+    """Return a decoder of the trainer's model and settings; its own engine leaves the run's statistics alone."""
     args, engine = trainer.args, trainer.engine
     own = ENGINES[args.rollout_engine](
         engine.model,
@@ -82,12 +82,12 @@ def decoder_of(trainer: GRPOTrainer, box_coordinates: Setting = "auto") -> Decod
         with_boxes=any(settings.mode == "strict" for settings in accuracy_of(trainer)),
         engine=own,
     )
-    decoder.sampling = replace(trainer.sampling, greedy=True)  # the run's stop strings and penalty
+    decoder.sampling = replace(trainer.sampling, greedy=True)  # with the run's stop strings and penalty
     return decoder
 
 
 def accuracy_of(trainer: GRPOTrainer) -> list[RewardSettings]:
-    """The settings of the run's accuracy reward; none where it has none."""
+    """Return the settings of the run's accuracy reward; [] without one."""
     return [reward.settings for reward in trainer.rewards if reward.name == "accuracy" and reward.settings is not None]
 
 
@@ -99,7 +99,7 @@ def _box_metrics(trainer: GRPOTrainer, samples: Sequence[Sample], records: Seque
 
 @contextmanager
 def untouched() -> Iterator[None]:
-    """Random states at the end as at the beginning."""
+    """Restore all random states at the end of the block."""
     states = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     try:

@@ -1,4 +1,4 @@
-"""Greedy evaluation of a model in memory on rows with a true box."""
+"""Greedy evaluation of a loaded model on rows with a true box."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vlmr1.types import Sample
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores and the completions that they are of, in the order of the rows."""
+    """Scores and completions, in the order of the rows."""
 
     result: RecResult
     texts: list[str]
@@ -29,7 +29,7 @@ def evaluate(
     batch_size: int = 32,
     box_coordinates: Setting = "auto",
 ) -> Evaluation:
-    """Decode each row greedily; predicted boxes are taken to pixels of the file before they are scored."""
+    """Decode each row greedily, convert predicted boxes to pixels of the file, and score them."""
     decoder = Decoder(model, processor, max_completion_length=max_completion_length, box_coordinates=box_coordinates)
     records = []
     for start in range(0, len(samples), batch_size):

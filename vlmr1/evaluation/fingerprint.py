@@ -1,4 +1,4 @@
-"""What a result is of: model, rows, options, versions. Two evaluations that agree in it have the same results."""
+"""Fingerprint of model, data and options. Evaluations with equal fingerprints have the same results."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from vlmr1_kernels.registry import ENVIRONMENT_VARIABLE
 BEGUN = "evaluation.json"
 SAFETENSORS = "*.safetensors"
 WHOLE_WEIGHTS = "*.bin"
-PART = 4096  # bytes of a tensor's start, middle and end
-# Files beside the weights that have a part in what a model answers.
+PART = 4096  # bytes that are hashed of a tensor's start, middle and end
+# Files beside the weights that affect a model's answers.
 READ = (
     "config.json",
     "generation_config.json",
@@ -43,12 +43,12 @@ READ = (
     "special_tokens_map.json",
     "tokenizer.model",
 )
-CODE = "*.py"  # what trust_remote_code runs
+CODE = "*.py"  # run with trust_remote_code
 PACKAGES = ("vlmr1", "torch", "transformers", "pillow", "numpy", "pycocotools")
 
 
 def fingerprint(name: str, path: str, model: Any, options: Options, data: Data) -> dict[str, Any]:
-    """Everything that one needs to repeat an evaluation of the model called `name`, which is read from `path`."""
+    """Return all that determines the results of the model called `name`, read from `path`."""
     return {
         "model": {
             "name": name,
@@ -65,9 +65,9 @@ def fingerprint(name: str, path: str, model: Any, options: Options, data: Data) 
 
 
 def begin(folder: Path, now: dict[str, Any]) -> None:
-    """Write what an evaluation is of, or hold it against what the one in this folder was begun with.
+    """Write the fingerprint, or compare it with the one that the evaluation in this folder was started with.
 
-    SettingError names the first thing that differs."""
+    SettingError names the first difference."""
     path = folder / BEGUN
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
@@ -86,7 +86,7 @@ def begin(folder: Path, now: dict[str, Any]) -> None:
 
 
 def differences(before: Any, now: Any, name: str = "") -> Any:
-    """(name, before, now) of each value that differs, names of nested values joined by dots."""
+    """Yield (name, before, now) of each difference, with names of nested values joined by dots."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in [*before, *(key for key in now if key not in before)]:
             yield from differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
@@ -105,9 +105,10 @@ def model_folder(path: str, revision: str) -> Path:
 
 
 def model_digest(folder: Path) -> str:
-    """sha256 over the files that a model is read from: names and sizes of the weights, of safetensors the header and a
-    part of each tensor, of others all; all of configuration, tokenizer, processor and code; of an adapter also the
-    digest of its base model."""
+    """Return a sha256 over the files of a model: weights, configuration, tokenizer, processor and code.
+
+    Of safetensors it covers the name, the size, the header and parts of each tensor. Of an adapter it also covers the
+    digest of the base model."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob(SAFETENSORS)):
         digest.update(f"{path.name} {path.stat().st_size}\n".encode())
@@ -125,9 +126,9 @@ def model_digest(folder: Path) -> str:
 
 
 def tensor_parts(path: Path) -> Iterator[bytes]:
-    """The header of a safetensors file, then up to `PART` bytes of each tensor's start, middle and end.
+    """Yield the header of a safetensors file, then up to `PART` bytes of each tensor's start, middle and end.
 
-    Training moves, and an adapter merged into it too, values all over a tensor. SettingError for another file."""
+    Training, or a merged adapter, changes values all over a tensor. SettingError for an invalid file."""
     with path.open("rb") as file:
         length = file.read(8)
         start = 8 + int.from_bytes(length, "little")

@@ -15,7 +15,7 @@ from vlmr1.tiny import model_path
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model is read from."""
+    """A model by name, with the options that it is read with."""
 
     name: str
     options: Options

@@ -1,4 +1,4 @@
-"""What an evaluation is asked for; everything that has a part in its result."""
+"""Options that determine the results of an evaluation."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ DTYPES = ("float32", "bfloat16")
 
 @dataclass(frozen=True)
 class Options:
-    """Options that change what is computed. SettingError for a value that cannot be."""
+    """Options that change what is computed. SettingError for an invalid value."""
 
     task: Task
     data: tuple[str, ...]
     images: tuple[str, ...] = ()
-    question_template: str = ""  # "": that of the task
-    accu_reward_method: tuple[str, ...] = ()  # of vqa; empty: default
+    question_template: str = ""  # "": the task's default
+    accu_reward_method: tuple[str, ...] = ()  # for vqa; empty: default
     judge: Judge | None = None
-    max_completion_length: int = 0  # 0: that of the task
-    batch_size: int = 32  # rows that are decoded together; where a batch begins depends on nothing else
+    max_completion_length: int = 0  # 0: the task's default
+    batch_size: int = 32  # rows that are decoded together; it alone determines the batches
     limit: int | None = None
     box_coordinates: Setting = "auto"
     prompt_column: str = "prompt"
@@ -73,20 +73,20 @@ class Options:
 
     @property
     def tokens(self) -> int:
-        """The longest completion."""
+        """Maximum length of a completion."""
         return self.max_completion_length or LENGTH_OF[self.task]
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """As in training, several may be joined by ':'."""
+        """Accuracy methods; several may be joined by ':', as in training."""
         return tuple(name for joint in self.accu_reward_method for name in joint.split(":")) or ("default",)
 
     def rewards(self) -> RewardSettings:
-        """What the accuracy reward of vqa is asked for."""
+        """Settings of the accuracy reward of vqa."""
         return RewardSettings(accu_reward_method=self.methods[0], judge=self.judge)
 
     def written(self) -> dict[str, Any]:
-        """All of them by name, as they are kept beside the results."""
+        """All options by name, as they are written beside the results."""
         judge = self.judge and {"url": self.judge.url, "model": self.judge.model}
         return {
             "task": self.task,

@@ -1,4 +1,4 @@
-"""Where an evaluation writes, what it shows and how it is run: options that do not change its results."""
+"""Options that do not change the results of an evaluation: output directory, pictures, device, workers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class OutputOptions:
 
 
 def slug(model: str) -> str:
-    """A model's name as the name of a directory."""
+    """Convert a model's name to the name of a directory."""
     name = re.sub(r"[^\w.-]+", "-", model).strip("-.") or "model"
     return (
         name
@@ -39,7 +39,7 @@ def slug(model: str) -> str:
 
 
 def slugs(models: Sequence[str]) -> list[str]:
-    """The directory of each model. SettingError where two have the same."""
+    """Return the directory name of each model. SettingError where two are equal."""
     names = [slug(model) for model in models]
     for i, name in enumerate(names):
         if name in names[:i]:

@@ -20,7 +20,7 @@ THRESHOLD = 0.5
 
 @dataclass(frozen=True)
 class RecResult:
-    """Scores of one evaluation; the shares are of all rows, in 0..1."""
+    """Scores of one evaluation; shares are over all rows, in 0..1."""
 
     ious: tuple[float, ...]  # one a row, 0 where no box could be parsed
     accuracy: float  # acc@0.5: share of rows with IoU > 0.5
@@ -30,10 +30,10 @@ class RecResult:
 
 
 def score_rec(texts: Sequence[str], solutions: Sequence[str], sizes: Sequence[tuple[Size, Size]] = ()) -> RecResult:
-    """Scores one completion a row against its solution; a row that cannot be parsed counts as IoU 0.
+    """Score one completion a row against its solution; a completion that cannot be parsed has IoU 0.
 
-    `sizes` has for each row the extent of the coordinates that its completion is in, and the size of the file in px;
-    without them boxes are compared as they are written."""
+    `sizes` has for each row the extent of the completion's coordinates, and the size of the file in px; without it
+    boxes are compared as written."""
     if len(texts) != len(solutions) or not texts:
         raise ValueError(f"{len(texts)} completions for {len(solutions)} solutions")
     boxes = [answered_box(text, *sizes[i]) if sizes else predicted_box(text) for i, text in enumerate(texts)]
@@ -50,7 +50,7 @@ def score_rec(texts: Sequence[str], solutions: Sequence[str], sizes: Sequence[tu
 
 
 def answered_box(text: str, extent: Size, original: Size) -> Box | None:
-    """The box that a completion answers in px of the file, or None."""
+    """The box in a completion's answer in px of the file, or None."""
     box = predicted_box(text)
     return None if box is None else scale_box(box, scale_between(extent, original))
 

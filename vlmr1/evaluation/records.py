@@ -1,4 +1,4 @@
-"""Completions on disk, a line a row: kept as they are made, whole batches only, in the order of the data at the end."""
+"""Completions on disk, a line a row, appended by whole batches and sorted by row at the end."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Record:
     token_ids: tuple[int, ...]
     completion: str
     finish_reason: str  # "stop" | "length"
-    image_size: Size | None = None  # width and height of the upright file in px, of rows with one image
-    box_extent: Size | None = None  # what the lower right corner of that image is, in the coordinates of the model
+    image_size: Size | None = None  # width and height of the upright file in px, for rows with one image
+    box_extent: Size | None = None  # the lower right corner of that image in the coordinates of the model
 
     @property
     def sizes(self) -> tuple[Size, Size]:
@@ -38,7 +38,7 @@ class Record:
 
 
 class RecordFiles:
-    """The files of one evaluation: `completions.jsonl`, and beside it one file a rank while several are at work."""
+    """The files of one evaluation: `completions.jsonl`, and one file a rank while several ranks decode."""
 
     def __init__(self, folder: Path, rows: int, batch_size: int):
         self.folder = folder
@@ -53,8 +53,9 @@ class RecordFiles:
         return self.path if ranks == 1 else self.folder / PARTS.replace("*", str(rank))
 
     def gather(self) -> dict[int, Record]:
-        """Bring the files of all ranks together in `completions.jsonl`, by row: records of whole batches, the rest is
-        dropped, half lines too. To be called where nobody writes."""
+        """Merge the files of all ranks into `completions.jsonl`, sorted by row; drop incomplete batches and lines.
+
+        No rank may write meanwhile."""
         kept = self.done()
         if kept or self.path.exists():
             replacement = self.path.with_suffix(".tmp")
@@ -68,12 +69,12 @@ class RecordFiles:
         return kept
 
     def done(self) -> dict[int, Record]:
-        """The records of whole batches, by row."""
+        """Return the records of complete batches, by row."""
         found = {record.row: record for path in self._paths() for record in read_records(path)}
         return {row: found[row] for batch in self.batches if all(row in found for row in batch) for row in batch}
 
     def missing(self, done: Iterable[int]) -> list[range]:
-        """The batches that are left to do."""
+        """Return the batches that are not decoded yet."""
         rows = set(done)
         return [batch for batch in self.batches if batch[0] not in rows]
 
@@ -82,7 +83,7 @@ class RecordFiles:
 
 
 def append(path: Path, records: Iterable[Record]) -> None:
-    """Add the records of a batch, and do not come back before they are on disk."""
+    """Append the records of a batch and sync them to disk."""
     with path.open("a", encoding="utf-8") as file:
         file.writelines(record.line() for record in records)
         file.flush()
@@ -90,10 +91,12 @@ def append(path: Path, records: Iterable[Record]) -> None:
 
 
 def read_records(path: Path) -> list[Record]:
-    """The records of a file; a last line that a killed process left unfinished is no record."""
+    """Read the records of a file, without an unfinished last line of a killed process."""
     lines = path.read_bytes().split(b"\n")
     records = []
-    for number, line in enumerate(lines[:-1], start=1):  # behind the last end of line there is nothing, or half a line
+    for number, line in enumerate(
+        lines[:-1], start=1
+    ):  # after the last end of line there is nothing, or an unfinished line
         try:
             record = Record(**json.loads(line))
         except (ValueError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""results.json: what was evaluated, the metrics with their intervals; beside it what pairs two results."""
+"""results.json: fingerprint and metrics with intervals; bootstrap.json: replicates, which pair two results."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Results:
-    """What results.json says, with the bootstrap replicates."""
+    """The content of results.json, with the bootstrap replicates."""
 
     content: Mapping[str, Any]
     metrics: Mapping[str, Metric]
@@ -47,12 +47,12 @@ class Results:
         return self.content["model"]["name"]
 
     def table(self) -> list[tuple[str, str, str]]:
-        """(metric, value, 95% interval) as they are shown."""
+        """Rows of (metric, value, 95% interval) as text."""
         return [(title(name), shown(name, m.value), shown_interval(name, m)) for name, m in self.metrics.items()]
 
 
 def write_results(folder: Path, what: Mapping[str, Any], scored: Scored) -> Results:
-    """Write results.json and bootstrap.json; no time, host or path of the output is in them."""
+    """Write results.json and bootstrap.json, without time, host or output path."""
     metrics = {name: {"value": m.value, "low": m.low, "high": m.high} for name, m in scored.metrics.items()}
     bootstrap = {"draws": DRAWS, "seed": SEED, "interval": 0.95, "replicates": REPLICATES}
     content = {**what, "metrics": metrics, "counts": scored.counts, "bootstrap": bootstrap}
@@ -72,7 +72,7 @@ def write_page(folder: Path, results: Results, cases: Sequence[Case], count: int
 
 
 def read_results(folder: Path) -> Results:
-    """What `write_results` wrote. SettingError where it is not there."""
+    """Read the files of `write_results`. SettingError where they are missing."""
     texts = {}
     for name in (RESULTS, REPLICATES):
         try:

@@ -1,4 +1,4 @@
-"""The rows of an evaluation, each one checked before anything is decoded."""
+"""Load the rows of an evaluation, and check each of them before decoding."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from vlmr1.types import ImageRef, Sample
 
 @dataclass(frozen=True)
 class Data:
-    """The rows of an evaluation, and the sha256 of what they say, whatever words the question template adds."""
+    """The rows of an evaluation, and the sha256 of their content, independent of the question template."""
 
     samples: Sequence[Sample]
     digest: str
 
 
 def load_rows(options: Options, model_type: str) -> Data:
-    """The samples to evaluate, in the order of the files, the first `limit` of them.
+    """Return the samples to evaluate, in the order of the files, at most `limit`.
 
-    Every row is read, checked against its task, and its images decoded once; the first fault is a DataError that
-    begins with "file:line". SettingError for files and folders that do not exist."""
+    Every row is read and checked against its task, and each image is decoded once. DataError "file:line: ..." for the
+    first fault, SettingError for files and folders that do not exist."""
     sources = open_sources(options.data, options.images)
     columns = Columns(options.prompt_column, options.solution_column)
     opened = [(annotation_rows(rows, columns.prompt, columns.solution), folder) for rows, folder in sources]
@@ -49,7 +49,7 @@ def load_rows(options: Options, model_type: str) -> Data:
 
 
 def rows_digest(files: Sequence[Rows], samples: Sequence[Sample]) -> str:
-    """sha256 over the rows of these files as far as there are samples, and over the bytes of their images."""
+    """Return the sha256 over the rows of the samples and the bytes of their images."""
     digest = hashlib.sha256()
     known: dict[ImageRef, str] = {}
     every = (rows.read(place) for rows in files for place in range(len(rows)))
@@ -69,5 +69,5 @@ def file_digests(names: Sequence[str]) -> list[dict[str, str | None]]:
 
 
 def _plain(value: Any) -> str:
-    """What JSON has no form for, encoded images above all."""
+    """A JSON form of other values, such as encoded images."""
     return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else str(value)

@@ -1,4 +1,4 @@
-"""One adapter a model family; `adapter_of` chooses it, `load_model` and `load_processor` read a checkpoint."""
+"""Model families and loading: `family_of` selects a family, `load_model` and `load_processor` read a checkpoint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vlmr1.models.quantization import check_layers, four_bit, quantization_of
 
 FAMILIES: tuple[type[ModelFamily], ...] = (QwenVLFamily, Qwen3VLFamily, InternVLFamily, Glm4vFamily, Idefics3Family)
 BY_TYPE: dict[str, type[ModelFamily]] = {model_type: family for family in FAMILIES for model_type in family.model_types}
-HOW_TO_ADD = "vlmr1/models/README.md shows how to add one"
+HOW_TO_ADD = "docs/models.md shows how to add one"
 
 __all__ = [
     "BY_TYPE",
@@ -38,25 +38,23 @@ __all__ = [
 
 
 def family_of(model: Any) -> ModelFamily:
-    """The adapter of a model's family; SettingError where there is none."""
+    """Return the family of a model. SettingError where it is not supported."""
     return family_for(model.config)
 
 
 def family_for(config: Any) -> ModelFamily:
-    """The adapter of a config's model type. SettingError: it has none, or its decoder cannot share a prompt."""
+    """Return the family of a config. SettingError: no such family, or its decoder cannot share a prompt."""
     reason = _cannot_share(config.get_text_config(decoder=True))
     if reason is not None:
         raise SettingError(f"model_name_or_path: {config.model_type} {reason}; {HOW_TO_ADD}")
     if config.model_type not in BY_TYPE:
         known = ", ".join(BY_TYPE)
-        raise SettingError(
-            f"model_name_or_path: no adapter for {config.model_type}; there is one for {known}; {HOW_TO_ADD}"
-        )
+        raise SettingError(f"model_name_or_path: {config.model_type} is not supported, only {known}; {HOW_TO_ADD}")
     return BY_TYPE[config.model_type]()
 
 
 def check_dropout(config: Any) -> None:
-    """SettingError where the decoder has dropout: branches of one prompt would share what was dropped from it."""
+    """Raise SettingError where the decoder has dropout: branches of a prompt would share its dropout mask."""
     decoder = config.get_text_config(decoder=True)
     for name, value in decoder.to_dict().items():
         if "dropout" in name and value:
@@ -67,10 +65,10 @@ def check_dropout(config: Any) -> None:
 
 
 def _cannot_share(decoder: Any) -> str | None:
-    """Why the branches of a prompt cannot be computed in one row by this decoder."""
+    """Return why this decoder cannot compute the branches of a prompt in one row, or None."""
     kinds = set(getattr(decoder, "layer_types", None) or ())
     if not kinds and getattr(decoder, "sliding_window", None):
-        kinds = {"sliding_attention"}  # such configs have one kind of layer and do not name it
+        kinds = {"sliding_attention"}  # such configs do not name their only kind of layer
     for kind in sorted(kinds - {"full_attention"}):
         if "sliding" in kind or "chunked" in kind:
             return f"has layers of {kind}, which only sees a part of a shared prompt"
@@ -90,9 +88,10 @@ def load_model(
     trust_remote_code: bool = False,
     compute_dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
-    """Read a local directory or hub id of a supported family. With `compute_dtype` the decoder's linear layers are
-    quantized to 4 bits and compute in it. A directory with an adapter only gives the model that it was trained on,
-    quantized as it was then, with the adapter at its layers."""
+    """Load a local directory or hub id of a supported family.
+
+    With `compute_dtype` the decoder's linear layers are quantized to 4 bits and compute in it. For an adapter
+    checkpoint the base model is loaded, quantized as in training, and the adapter is applied."""
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if is_adapter(name):
         options["revision"] = base_name(name)[1]
@@ -109,7 +108,7 @@ def load_model(
         )
         if compute_dtype is not None:
             check_layers(model)
-        # With ZeRO-3 the library keeps conversions that no name has needed, and would write other names than it read.
+        # With ZeRO-3 the library keeps unused conversions, and would save other names than it loaded.
         if model._weight_conversions:
             model._weight_conversions = [each for each in model._weight_conversions if each.was_used()]
         return model
@@ -135,7 +134,7 @@ def empty_model(
 
 
 def model_type_of(name: str | Path, *, revision: str = "main", trust_remote_code: bool = False) -> str:
-    """The model type of a local directory or hub id; SettingError where it has no adapter."""
+    """Return the model type of a local directory or hub id. SettingError where it is not supported."""
     try:
         config = _config(name, {"revision": revision, "trust_remote_code": trust_remote_code})
     except OSError as error:
@@ -147,6 +146,6 @@ def model_type_of(name: str | Path, *, revision: str = "main", trust_remote_code
 def _config(name: str | Path, options: dict[str, Any]) -> Any:
     try:
         return AutoConfig.from_pretrained(name, **options)
-    except ValueError as error:  # a model type that the library does not know, or none
+    except ValueError as error:  # an unknown model type, or none
         reason = str(error).splitlines()[0]
         raise SettingError(f"model_name_or_path: {reason}; {HOW_TO_ADD}") from error

@@ -1,7 +1,7 @@
-"""The attention that packed and decoding passes use, registered with transformers; no model is patched.
+"""Attention of packed and decoding passes, registered with transformers; no model is patched.
 
-Each such pass hands its own branch layout or decode state to every decoder layer as the keyword argument
-`shared`, through the model's forward.
+Each pass gives its branch layout or decode state to every decoder layer as the keyword argument `shared` of the model's
+forward.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NAME = "vlmr1_shared_prefix"
 
 
 class SharedAttention(Protocol):
-    """What a pass does at each decoder layer with that layer's queries, keys and values."""
+    """The attention of a pass at one decoder layer, from that layer's queries, keys and values."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         """q [b, H, l, Dh], k and v [b, Hkv, l, Dh] -> [b, H, l, Dh]."""
@@ -31,7 +31,7 @@ class SharedAttention(Protocol):
 
 @dataclass
 class PackedAttention:
-    """Packed row: prompts causal, each branch sees its prompt and its own past."""
+    """A packed row: prompts are causal, each branch attends to its prompt and its own past."""
 
     layout: PrefixLayout
 
@@ -59,14 +59,14 @@ def _forward(
     return shared.attend(layer, query, key, value, scaling).transpose(1, 2), None
 
 
-# It has no entry in AttentionMaskInterface: the library then makes no mask, and does not look at positions to find out
-# whether sequences were packed, which would wait for the device.
+# It has no entry in AttentionMaskInterface: the library then builds no mask, and does not search the positions for
+# packed sequences, which would wait for the device.
 AttentionInterface.register(NAME, _forward)
 
 
 @contextmanager
 def attending_by(name: str, module: nn.Module) -> Iterator[None]:
-    """In this block the module, and what shares its config, attends by the function of this name."""
+    """Use the attention function of this name for the module, and all that shares its config, within the block."""
     config: Any = module.config
     before = config._attn_implementation
     config._attn_implementation = name
@@ -77,10 +77,10 @@ def attending_by(name: str, module: nn.Module) -> Iterator[None]:
 
 
 def shared_attention(decoder: nn.Module) -> AbstractContextManager[None]:
-    """For this pass the decoder's layers call the registered function (the vision tower keeps its own)."""
+    """Use the registered function for the decoder's layers within the block; the vision tower keeps its own."""
     return attending_by(NAME, decoder)
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
-    """Autocast to `dtype` on `device`; None: off."""
+    """Autocast to `dtype` on `device`; disabled for None."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)

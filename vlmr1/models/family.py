@@ -1,4 +1,4 @@
-"""What the trainer asks of a model; one subclass a family says where its parts are and what its tower makes."""
+"""The interface between the trainer and a model; a subclass for each family locates its parts and encodes images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vlmr1.types import ImageInputs
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """One encoded image: the rows that stand at its placeholders, T of them."""
+    """One encoded image: T rows, one for each placeholder."""
 
     rows: Tensor  # [T, D]
     deepstack: tuple[Tensor, ...] = ()  # [T, D] each, added after the first decoder layers (Qwen3-VL)
@@ -30,40 +30,39 @@ class ImageFeatures:
 
 
 class ModelFamily(ABC):
-    """Images, positions, decoder, head. `model` is always the unwrapped model."""
+    """Images, positions, decoder and head of a model. `model` is always the unwrapped model."""
 
-    model_types: ClassVar[tuple[str, ...]]  # of the config
+    model_types: ClassVar[tuple[str, ...]]  # as in the config
     decoder_path: ClassVar[str] = "model.language_model"
     vision_paths: ClassVar[tuple[str, ...]] = ("model.visual",)  # tower and projector
     head_path: ClassVar[str] = "lm_head"
-    merger_paths: ClassVar[tuple[str, ...]] = ("model.visual.merger",)  # of these, the projector
-    varlen_tower: ClassVar[bool] = False  # the tower's rows are sequences in a row, with their offsets
+    merger_paths: ClassVar[tuple[str, ...]] = ("model.visual.merger",)  # the projector, a part of vision_paths
+    varlen_tower: ClassVar[bool] = False  # the tower takes concatenated sequences with offsets
 
     # Images
 
     @abstractmethod
     def split_images(self, model: Any, inputs: Mapping[str, Tensor], count: int) -> tuple[ImageInputs, ...]:
-        """What the processor made of one prompt with `count` images, image by image."""
+        """Split the processor's tensors of one prompt with `count` images by image."""
 
     @abstractmethod
     def encode_images(self, model: Any, images: Sequence[ImageInputs]) -> list[ImageFeatures]:
-        """Vision tower and projector over all of them at once."""
+        """Run vision tower and projector over all images at once."""
 
     @abstractmethod
     def encoder_output(self, features: Sequence[ImageFeatures]) -> Any:
-        """The features as the model's forward takes them, in `mm_encoder_outputs`."""
+        """Convert features to the argument `mm_encoder_outputs` of the model's forward."""
 
     @abstractmethod
     def generation_inputs(self, model: Any, input_ids: Tensor, images: Sequence[Sequence[ImageInputs]]) -> dict:
-        """What `generate` needs beside input_ids [B, L] and the mask: the images of each sequence."""
+        """Arguments of `generate` for the images of each sequence, beside input_ids [B, L] and the mask."""
 
     @abstractmethod
     def placeholder_ids(self, model: Any, tokenizer: Any = None) -> list[int]:
-        """Token ids that belong to images or videos and are never sampled: those that the model's config names, and
-        with a tokenizer also those that only it has."""
+        """Token ids of images and videos, which are never sampled: those in the config, and in a given tokenizer."""
 
     def tower_inputs(self, model: Any, images: Sequence[ImageInputs], dim: int = 0) -> dict[str, Tensor]:
-        """Inputs of several images as one batch, where the tower is."""
+        """Batch the inputs of several images on the tower's device."""
         device = next(attrgetter(self.vision_paths[0])(model).parameters()).device
         return {name: value.to(device) for name, value in joined(images, dim).items()}
 
@@ -85,7 +84,7 @@ class ModelFamily(ABC):
     ) -> Tensor:
         """[b, l] token ids, [K, b, l] positions -> last hidden states [b, l, D].
 
-        With `shared` the decoder attends by it; without, by the model's own attention and `attention_mask`."""
+        The decoder uses `shared` where given, else the model's own attention and `attention_mask`."""
         positions = positions if len(positions) > 1 else positions[0]
         inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": positions, "use_cache": False}
         if features:
@@ -97,8 +96,9 @@ class ModelFamily(ABC):
 
     @contextmanager
     def attention(self, model: Any) -> Iterator[None]:
-        """The decoder attends by `shared`, the tower without a loop over its images and windows; a backward that
-        recomputes layers has to run inside it too."""
+        """Use shared attention in the decoder, and variable-length attention in the tower, within the block.
+
+        A backward pass that recomputes layers must run inside the block."""
         tower = varlen_tower(attrgetter(self.vision_paths[0])(model)) if self.varlen_tower else nullcontext()
         with tower, shared_attention(attrgetter(self.decoder_path)(model)):
             yield
@@ -108,20 +108,20 @@ class ModelFamily(ABC):
         return attrgetter(self.head_path)(model)
 
     def vision_parameters(self, model: Any) -> list[nn.Parameter]:
-        """Of tower and projector."""
+        """Parameters of tower and projector."""
         return [p for path in self.vision_paths for p in attrgetter(path)(model).parameters()]
 
     def merger_parameters(self, model: Any) -> list[nn.Parameter]:
-        """Of the projector alone."""
+        """Parameters of the projector."""
         return [p for path in self.merger_paths for p in attrgetter(path)(model).parameters()]
 
     def fill_vision_gradients(self, model: Any) -> None:
-        """Zeros where a trained tower has no gradient yet: what is left of a step may have no image, the step has."""
+        """Set missing gradients of a trained tower to zero: the last packs of a step may have no image."""
         for parameter in self.vision_parameters(model):
             if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = zero_gradient(parameter)
 
 
 def joined(images: Sequence[ImageInputs], dim: int = 0) -> dict[str, Tensor]:
-    """Inputs of several images as one batch; empty for none."""
+    """Concatenate the inputs of several images to one batch; {} for none."""
     return {name: torch.cat([each[name] for each in images], dim) for name in images[0]} if images else {}

@@ -14,7 +14,7 @@ Images = tuple[tuple[ImageInputs, ...], tuple[ImageRef, ...], tuple[int, ...]]
 
 
 class FeatureCache:
-    """Encoded images by where they are from, until `clear`. Policy and reference have the same frozen tower."""
+    """Encoded images by image reference, until `clear`. Policy and reference share the frozen tower."""
 
     def __init__(self) -> None:
         self.kept: dict[ImageRef, ImageFeatures] = {}
@@ -26,7 +26,7 @@ class FeatureCache:
 def encode(
     family: ModelFamily, model: Any, refs: Sequence[ImageRef], images: Sequence[ImageInputs], cache: FeatureCache | None
 ) -> list[ImageFeatures]:
-    """The features of these images. With a cache, those that it lacks are encoded together, without gradient."""
+    """Return the features of these images. With a cache, missing ones are encoded together, without gradient."""
     if cache is None:
         return family.encode_images(model, images)
     missing = {ref: image for ref, image in zip(refs, images, strict=True) if ref not in cache.kept}

@@ -1,4 +1,4 @@
-"""The processor of a checkpoint: the stock one where torchvision is, an image-only one elsewhere."""
+"""Load and save processors: the stock class with torchvision, an image-only class without it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils.import_utils import is_torchvision_available
 
-# SmolVLM's own class asks its video processor at every prompt; of images it makes what Idefics3's makes.
+# SmolVLM's class calls its video processor for every prompt; for images Idefics3's class is equivalent.
 IN_PLACE_OF = {"SmolVLMProcessor": Idefics3Processor}
 
 
 @cache
 def image_only(stock: type[ProcessorMixin]) -> type[ProcessorMixin]:
-    """A stock processor class without its video processor, which needs torchvision; its name is kept."""
+    """Return a stock processor class without its video processor, which needs torchvision, under the same name."""
     base: type[ProcessorMixin] = IN_PLACE_OF.get(stock.__name__, stock)
     parameters = dict(signature(base.__init__).parameters)
     left_out = {"video_processor": None} if parameters.pop("video_processor", None) else {}
@@ -29,7 +29,7 @@ def image_only(stock: type[ProcessorMixin]) -> type[ProcessorMixin]:
     def reduce(self: Any) -> tuple:
         return _empty, (stock,), self.__dict__
 
-    # What the library loads and saves is named by the signature.
+    # The library takes the parts that it loads and saves from the signature.
     kept = signature(base.__init__).replace(parameters=list(parameters.values()))
     init.__signature__ = kept  # type: ignore[attr-defined]
     return type(stock.__name__, (base,), {"__init__": init, "__reduce__": reduce})  # type: ignore[return-value]
@@ -40,7 +40,7 @@ def _empty(stock: type[ProcessorMixin]) -> ProcessorMixin:
 
 
 def load_processor(model: str | Path, **kwargs: Any) -> ProcessorMixin:
-    """Processor of a local directory or hub id; `kwargs` (revision, trust_remote_code) reach every part."""
+    """Load the processor of a local directory or hub id; `kwargs` (revision, trust_remote_code) apply to every part."""
     if is_torchvision_available():
         return AutoProcessor.from_pretrained(model, **kwargs)
     image_class = image_only(PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(model, **kwargs))])
@@ -54,6 +54,6 @@ def load_processor(model: str | Path, **kwargs: Any) -> ProcessorMixin:
 
 
 def save_processor(processor: Any, folder: str | Path) -> None:
-    """Write what `load_processor` reads, with and without torchvision."""
+    """Save a processor for `load_processor`, with and without torchvision."""
     processor.save_pretrained(folder)
-    processor.image_processor.save_pretrained(folder)  # where no video processor is written, one is made from this
+    processor.image_processor.save_pretrained(folder)  # without a saved video processor, one is created from this

@@ -1,4 +1,4 @@
-"""Weights in 4 bits: nf4 with double quantization, through bitsandbytes; the decoder's linear layers only."""
+"""4-bit weights of the decoder's linear layers: nf4 with double quantization, by bitsandbytes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from vlmr1.errors import SettingError
 from vlmr1.models.family import ModelFamily
 from vlmr1.models.precision import PrecisionSettings
 
-BLOCK = 64  # weights that share a scale
-CONFIG = "config.json"  # of a checkpoint: of the model, with how it was quantized
+BLOCK = 64  # weights with a common scale
+CONFIG = "config.json"  # in a checkpoint; names the quantization
 
 
 def four_bit(family: ModelFamily, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
-    """Head, embeddings, vision tower and projector keep their weights: the loss reads the head's."""
+    """Return the quantization config. Head, embeddings, tower and projector are excluded: the loss reads the head."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -65,7 +65,7 @@ def numbers_of(weight: torch.Tensor) -> int:
 
 
 def quantization_of(folder: str | Path) -> torch.dtype | None:
-    """The dtype that the 4-bit layers compute in of the model that an adapter was trained on; None: not quantized."""
+    """Return the compute dtype of the 4-bit base of an adapter, or None where it is not quantized."""
     path = Path(folder) / CONFIG
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     quantization = config.get("quantization_config")
@@ -73,9 +73,11 @@ def quantization_of(folder: str | Path) -> torch.dtype | None:
 
 
 def check_layers(model: Any) -> None:
-    """What bitsandbytes 0.50 does on CPU and must not. SettingError where rows are no multiple of its blocks of 64: it
-    reads them back wrongly. And no repacking at the first forward without gradient (AVX-512 with bfloat16): that rounds
-    the scales, and rollouts would draw from another model than the one that is trained."""
+    """Work around two faults of bitsandbytes 0.50 on CPU.
+
+    It dequantizes rows wrongly whose length is not a multiple of its blocks: SettingError. With AVX-512 and bfloat16 it
+    repacks weights at the first forward without gradient, which rounds the scales. Rollouts would then sample from
+    another model than the trained one, so repacking is disabled."""
     from bitsandbytes.nn.modules import Linear4bit
 
     for name, module in model.named_modules():

@@ -1,7 +1,7 @@
-"""The attention of vision towers over images and windows, registered with transformers; no model is patched.
+"""Attention of vision towers over images and windows, registered with transformers; no model is patched.
 
-Towers that receive `cu_seqlens` (Qwen-VL, GLM-V) loop over images and windows, unless the name of their attention
-holds "flash": then they pass all rows and the offsets in one call, which is what `varlen_attention` wants.
+Towers with `cu_seqlens` (Qwen-VL, GLM-V) loop over images and windows, unless the name of their attention contains
+"flash". Then they pass all rows and offsets in one call, as `varlen_attention` needs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _forward(
 ) -> tuple[Tensor, None]:
     """q, k, v [1, H, L, Dh] -> [1, L, H, Dh]; `max_length_q` comes from the tower, once a pass."""
     if dropout:
-        raise SettingError(f"vision tower: its attention dropout ({dropout}) is not served; set it to 0 in the config")
+        raise SettingError(f"vision tower: its attention dropout ({dropout}) is not supported; set it to 0")
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast RoPE leaves them in float32
     out = varlen_attention(query, key, value, cu_seq_lens_q, max_length_q, scale=scaling)
     return out.transpose(1, 2), None
@@ -44,5 +44,5 @@ AttentionInterface.register(NAME, _forward)
 
 
 def varlen_tower(tower: nn.Module) -> AbstractContextManager[None]:
-    """In this block the tower attends by `varlen_attention`; a backward that recomputes its layers belongs inside."""
+    """Use `varlen_attention` in the tower within the block; a backward pass that recomputes layers must run inside."""
     return attending_by(NAME, tower)

@@ -65,7 +65,7 @@ def write_cases(
 
 
 def choose(cases: Sequence[Case], count: int) -> tuple[list[Case], list[Case]]:
-    """The worst and the best cases, at most `count` of each and none twice; of equal ones the first in the data."""
+    """Return the worst and the best cases, at most `count` of each and none twice; ties by order of the data."""
     order = sorted(range(len(cases)), key=lambda i: (cases[i].score, i))
     worst = order[: min(count, (len(order) + 1) // 2)]
     best = sorted(set(order) - set(worst), key=lambda i: (-cases[i].score, i))[:count]
@@ -73,7 +73,7 @@ def choose(cases: Sequence[Case], count: int) -> tuple[list[Case], list[Case]]:
 
 
 def picture(image: ImageRef, source: str) -> Picture:
-    """An image of a row, made smaller where it is large."""
+    """Return an image of a row, downscaled where it is large."""
     pixels = open_image(image, source)
     data, kind = encoded(pixels)  # makes `pixels` smaller
     return Picture(data_uri(data, f"image/{kind}"), pixels.size, max(pixels.size) < CRISP_BELOW)

@@ -1,4 +1,4 @@
-"""The reward curve: every reward, the KL and the completion length by step, as one PNG."""
+"""The reward curve: rewards, KL and completion length by step, as one PNG."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def reward_curve(
     step_key: str = "step",
     window: int | None = None,
 ) -> Path:
-    """One panel a key: the value of each step as a thin line, its running mean as a thick one.
+    """Write one panel for each key: the value of each step as a thin line, its running mean as a thick one.
 
     Args:
-        history: what was logged, one mapping a step; a key that a step lacks is left out there.
+        history: logged values, one mapping a step; a key may be missing in some steps.
         path: the PNG to write.
         reward_keys: by default "reward" and every "rewards/NAME" or "rewards/NAME/mean".
-        other_keys: further panels; those that no step holds are left out.
+        other_keys: further panels; those without values are left out.
         step_key: where a row keeps its step; rows without it are counted from 1.
         window: steps in the running mean, by default a tenth of them.
 
@@ -68,7 +68,7 @@ def reward_curve(
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean over the last `window` values of each place, fewer at the start; NaN values are left out."""
+    """Return the mean of the last `window` values at each place, fewer at the start; NaN values are skipped."""
     valid = np.isfinite(values)
     total = np.cumsum(np.concatenate([[0.0], np.where(valid, values, 0.0)]))
     count = np.cumsum(np.concatenate([[0], valid]))

@@ -1,4 +1,4 @@
-"""The curves of a training run as one picture: lines by step, and seconds by phase as areas on each other."""
+"""The curves of a training run as one picture: lines by step, and stacked seconds by phase."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vlmr1.report.curves import running_mean
 
 COLUMNS = 3
 COLORS = (*curves.COLORS, "#f0e442", "#444444")  # one for each phase, and the peak
-# Title and metrics of each panel of lines; those that a run has not got are left out.
+# Title and metrics of each panel of lines; metrics that a run does not log are left out.
 LINES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("KL to the reference, nats a token", ("kl",)),
     ("entropy, nats a token", ("entropy",)),
@@ -33,10 +33,10 @@ Rows = Sequence[Mapping[str, float]]
 
 
 def run_curves(rows: Rows) -> bytes | None:
-    """A PNG of the logged steps, each row with its "step"; None where nothing was logged.
+    """Return a PNG of the logged steps, or None where nothing was logged; each row has its "step".
 
-    Each reward has a panel with a band of one standard deviation (within groups) around its mean; then the lines of
-    `LINES`, peak memory by phase, and seconds by phase, stacked."""
+    Each reward has a panel with its mean and a band of one standard deviation within groups. Then follow the panels of
+    `LINES`, peak memory by phase, and stacked seconds by phase."""
     panels = _panels(rows)
     if not panels:
         return None
@@ -71,7 +71,7 @@ def _panels(rows: Rows) -> list[tuple[str, str, tuple[str, ...]]]:
 
 
 def _series(rows: Rows, key: str) -> np.ndarray:
-    """[T], NaN in steps that lack it."""
+    """Values by step [T], NaN where missing."""
     return np.array([row.get(key, np.nan) for row in rows], dtype=float)
 
 
@@ -92,7 +92,7 @@ def _lines(axes: Any, rows: Rows, keys: tuple[str, ...]) -> None:
 
 
 def _line(axes: Any, steps: np.ndarray, values: np.ndarray, color: str, label: str | None) -> None:
-    """Each step thin, a running mean of a tenth of the steps thick."""
+    """Draw each step as a thin line, and the running mean over a tenth of the steps as a thick one."""
     there = np.isfinite(values)
     steps, values = steps[there], values[there]
     axes.plot(steps, values, color=color, linewidth=0.7, alpha=0.35)
@@ -100,7 +100,7 @@ def _line(axes: Any, steps: np.ndarray, values: np.ndarray, color: str, label: s
 
 
 def _areas(axes: Any, rows: Rows, keys: tuple[str, ...]) -> None:
-    """A phase that a step has not got took no time in it."""
+    """Draw stacked areas; a phase that a step lacks counts as 0 seconds."""
     parts = [np.nan_to_num(_series(rows, key)) for key in keys]
     colors = [COLORS[place % len(COLORS)] for place in range(len(keys))]
     labels = [key.removeprefix("seconds/") for key in keys]

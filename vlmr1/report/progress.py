@@ -1,4 +1,4 @@
-"""What a run shows and keeps: a progress bar with ETA, a line a step, metrics.jsonl, completions.jsonl."""
+"""Progress bar, console line for each step, metrics.jsonl and completions.jsonl of a run."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from vlmr1.types import Prompt
 
 METRICS = "metrics.jsonl"
 COMPLETIONS = "completions.jsonl"
-PICTURES = "completion_images"  # of completions whose images are no files of their own
-WIDTH = 160  # columns of the line a step
+PICTURES = "completion_images"  # copies of images without a file of their own
+WIDTH = 160  # columns of the console line of a step
 
 
 def step_line(logs: dict[str, float], step: int, width: int = WIDTH) -> str:
-    """The numbers that one looks at, in one line; where it would be wider, the less important ones are left out."""
+    """Return the main metrics in one line; the least important are left out where it would exceed `width`."""
     seconds = sum(v for k, v in logs.items() if k.startswith("seconds/"))
     rewards = [(k[8:-5], v) for k, v in logs.items() if k.startswith("rewards/") and k.endswith("/mean")]
     parts = [(0, f"step {step}")]  # importance, 0 the highest, and text
@@ -38,9 +38,9 @@ def step_line(logs: dict[str, float], step: int, width: int = WIDTH) -> str:
         [(5, f"clip {logs['clip_low']:.1%}/{logs['clip_high']:.1%}".replace("%/", "/"))] if "clip_low" in logs else []
     )
     parts += [(3, f"grad {logs['grad_norm']:.2f}"), (2, f"len {logs['completion_length']:.0f}")]
-    parts += [(2, f"flat {logs['zero_variance_groups']:.0%}"), (4, f"cut {logs['truncated']:.0%}")]
+    parts += [(2, f"zero_var {logs['zero_variance_groups']:.0%}"), (4, f"truncated {logs['truncated']:.0%}")]
     if "parse_failures" in logs:
-        parts.append((3, f"unread {logs['parse_failures']:.0%}"))
+        parts.append((3, f"no_answer {logs['parse_failures']:.0%}"))
     parts += [(6, f"{logs['tokens_per_second']:.0f} t/s"), (5, f"{logs['memory/peak_mib'] / 1024:.1f} GiB")]
     parts.append((1, f"{seconds:.2f} s"))
     while len(parts) > 1 and len("  ".join(text for _, text in parts)) > width:
@@ -49,13 +49,13 @@ def step_line(logs: dict[str, float], step: int, width: int = WIDTH) -> str:
 
 
 class Progress(TrainerCallback):
-    """Console output and the two log files; a resumed run drops what it will write again."""
+    """Console output and the two log files; a resumed run drops lines that it will write again."""
 
     def __init__(self, output_dir: Path, *, console: bool = True):
         self.output_dir = output_dir
         self.console = console
         self.bar: tqdm | None = None
-        self.trainer: Any = None  # set when there is one; its last groups are what the completions are taken from
+        self.trainer: Any = None  # set later; completions are taken from its last groups
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
@@ -87,8 +87,8 @@ class Progress(TrainerCallback):
                 self.bar.close()
 
     def _completions(self, step: int, groups: Any, count: int) -> None:
-        """Append up to `count` completions of a step, each with its prompt's row, images and rewards."""
-        late = self.trainer.timed_out  # rewards that were not done in time, and are 0
+        """Append up to `count` completions of a step, with row, images and rewards."""
+        late = self.trainer.timed_out  # rewards that timed out and are 0
         rows = [(group, i) for group in groups for i in range(len(group.completions))]
         for group, i in rows[:: max(1, len(rows) // count)][:count] if count else []:
             sample, completion = group.prompt.sample, group.completions[i]
@@ -108,12 +108,12 @@ class Progress(TrainerCallback):
             self._append(COMPLETIONS, record)
 
     def _box_scale(self, prompt: Prompt) -> tuple[float, float] | None:
-        """(x, y): pixels of the image for one unit of the completion's boxes, where a reward converts them."""
+        """Factors (sx, sy) from the completion's boxes to pixels of the image, where a reward converts them."""
         known = [(reward.name, reward.settings or DEFAULTS) for reward in self.trainer.rewards]
         boxes = [each.boxes for name, each in known if converts(name, method_of(prompt.sample, each))]
         try:
             return next((each.scale(prompt) for each in boxes), None)
-        except DataError:  # images of different scales: boxes are not drawn on those anyway
+        except DataError:  # images of different scales, on which boxes are not drawn
             return None
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
@@ -125,12 +125,12 @@ class Progress(TrainerCallback):
 
 
 def read_metrics(output_dir: Path) -> list[dict[str, float]]:
-    """The metrics of every logged step, in order."""
+    """Return the metrics of every logged step, in order."""
     return read_lines(output_dir / METRICS)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSONL log, without a last line that is still being written; none where there is no file."""
+    """Read a JSONL log, without an unfinished last line; [] where there is no file."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")]

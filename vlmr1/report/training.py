@@ -18,9 +18,9 @@ from vlmr1.report.progress import COMPLETIONS, METRICS, read_lines
 from vlmr1.rewards.answer import find_answer, labelled_boxes, predicted_box, solution_box, true_text
 
 NAME = "training.html"
-STEPS = 12  # with completions, at most: the first, the last, and others at equal distances
-A_STEP = 6  # completions, at most
-IMAGES = 4  # of a completion, at most
+STEPS = 12  # maximum steps with completions: the first, the last, and others at equal distances
+A_STEP = 6  # maximum completions of a step
+IMAGES = 4  # maximum images of a completion
 LEGEND = {"true": "box of the solution", "after": "box of the completion"}
 
 
@@ -52,7 +52,7 @@ def write_run_report(run: Path, out: Path | None = None) -> Path:
 
 
 def chosen_steps(steps: Sequence[int], count: int = STEPS) -> list[int]:
-    """At most `count` of these, in order: the first, the last, and others at equal distances."""
+    """Return at most `count` steps in order: the first, the last, and others at equal distances."""
     if len(steps) <= count:
         return list(steps)
     places = [round(i * (len(steps) - 1) / (count - 1)) for i in range(count)]
@@ -87,12 +87,12 @@ def _shapes(record: Mapping[str, Any]) -> list[Shape]:
 
 
 def completion_boxes(text: str) -> list[Box]:
-    """The boxes that a completion answers: the only one, or those of a list with labels."""
+    """Return the boxes of a completion's answer: a single box, or a list with labels."""
     return _boxes(predicted_box(text), find_answer(text))
 
 
 def true_boxes(solution: str) -> list[Box]:
-    """The boxes of a solution; none where it is about something else."""
+    """Return the boxes of a solution; [] for other solutions."""
     return _boxes(solution_box(solution), true_text(solution))
 
 

@@ -1,4 +1,4 @@
-"""The tiny checkpoint before any training: configuration, tokenizer, image processor, random weights."""
+"""Build the untrained tiny checkpoint: configuration, tokenizer, image processor, random weights."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ VISION = {
     "window_size": 56,
     "fullatt_block_indexes": [1, 3],
 }
-# Numbers are words of their own, all else may grow into long tokens: completions stay short.
+# Numbers are separate words; other text may merge into long tokens, which keeps completions short.
 WORDS = r" ?\p{N}{1,3}|[^\p{N}\n]+\n?|\n"
 CHAT_TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}"
@@ -66,7 +66,7 @@ CHAT_TEMPLATE = (
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE with Qwen's special tokens and chat template, trained on the task's own texts."""
+    """Train a byte-level BPE on the task's texts, with Qwen's special tokens and chat template."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -98,7 +98,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def config(tokens: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
-    """A Qwen2.5-VL of fewer than 3M parameters: windowed tower, GQA decoder with M-RoPE."""
+    """Return a Qwen2.5-VL of fewer than 3M parameters: windowed tower, GQA decoder with M-RoPE."""
     vocabulary = tokens.get_vocab()
     ids = {token: vocabulary[token] for token in SPECIAL}
     return Qwen2_5_VLConfig(

@@ -40,7 +40,7 @@ class Canvas:
 
 @cache
 def scans(split: Split) -> dict[int, np.ndarray]:
-    """Scans by class: {label: [n, 8, 8] float in 0..1}."""
+    """Return the scans by class: {label: [n, 8, 8] float in 0..1}."""
     with np.load(SCANS) as file:
         images, labels = file["images"], file["labels"]
     out = {}
@@ -52,7 +52,7 @@ def scans(split: Split) -> dict[int, np.ndarray]:
 
 
 def draw(rng: np.random.Generator, split: Split) -> Canvas:
-    """A canvas with 2 to 4 digits of different classes that do not overlap."""
+    """Draw a canvas with 2 to 4 digits of different classes that do not overlap."""
     size = int(rng.choice(CANVAS))
     boxes = _boxes(rng, size)
     labels = tuple(int(label) for label in rng.permutation(10)[: len(boxes)])
@@ -62,7 +62,7 @@ def draw(rng: np.random.Generator, split: Split) -> Canvas:
     light[..., 1] = ramp[:, None]
     for (x1, y1, x2, y2), label in zip(boxes, labels, strict=True):
         ink = _scale(scans(split)[label], rng, x2 - x1)
-        light[y1:y2, x1:x2, 2] = ink  # ink is blue, so that the light stays readable under it
+        light[y1:y2, x1:x2, 2] = ink  # ink is blue, so that the background stays visible under it
         light[y1:y2, x1:x2, :2] *= 1 - 0.5 * ink[..., None]
     noise = rng.normal(0, 0.02, light.shape)
     pixels = (np.clip(0.1 + 0.8 * light + noise, 0, 1) * 255).astype(np.uint8)
@@ -70,7 +70,7 @@ def draw(rng: np.random.Generator, split: Split) -> Canvas:
 
 
 def _boxes(rng: np.random.Generator, size: int) -> tuple[Box, ...]:
-    """2 to 4 boxes, as many as find room."""
+    """Draw 2 to 4 boxes that do not overlap."""
     boxes: list[Box] = []
     wanted = int(rng.integers(2, 5))
     while len(boxes) < 2:
@@ -112,7 +112,7 @@ def answer(box: Box, label: int) -> str:
 
 
 def write(folder: Path, split: Split, count: int, seed: int) -> Path:
-    """`count` canvases, one question each, as `<split>.jsonl` in VLM-R1's format beside `images/`."""
+    """Write `count` canvases, one question each, as `<split>.jsonl` in VLM-R1's format beside `images/`."""
     images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng([seed, split == "held_out"])
@@ -129,5 +129,5 @@ def write(folder: Path, split: Split, count: int, seed: int) -> Path:
         ]
         lines.append(json.dumps({"id": f"{split}-{i}", "image": name, "conversations": conversations}) + "\n")
     path = folder / f"{split}.jsonl"
-    replace_text(path, "".join(lines))  # at once: a run that is killed here does not go on with a part of the rows
+    replace_text(path, "".join(lines))  # atomic: a run that is killed here does not resume with a part of the rows
     return path

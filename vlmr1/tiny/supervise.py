@@ -1,6 +1,6 @@
-"""How the shipped checkpoint was made: `python -m vlmr1.tiny.supervise --out FOLDER`, 38 minutes on one core.
+"""Supervised training of the shipped checkpoint: `python -m vlmr1.tiny.supervise --out FOLDER`, 38 minutes on one core.
 
-Supervised training on canvases drawn without end, on boxes that are jittered as annotators jitter (`texts.py`).
+Canvases are drawn at random, and their boxes are jittered as annotators do (`texts.py`).
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from vlmr1.tiny.texts import completion_text, jittered, prompt_text
 
 
 def batch_of(model: Any, processor: Any, rng: np.random.Generator, canvases: int) -> dict:
-    """Inputs of the model for one right-padded batch: every digit of each canvas asked for, each canvas encoded
-    once; labels on the completion only."""
+    """Return the model's inputs for one right-padded batch: a question for each digit, each canvas encoded once.
+
+    Labels are on the completions only."""
     drawn = [digits.draw(rng, "train") for _ in range(canvases)]
     images = processor.image_processor([canvas.pixels for canvas in drawn], return_tensors="pt")
     encoded = model.model.get_image_features(images["pixel_values"], images["image_grid_thw"])
@@ -65,7 +66,7 @@ def make_optimizers(model: torch.nn.Module, learning_rate: float) -> list[torch.
 
 
 def supervise(start: Path, out: Path, *, steps: int, canvases: int, learning_rate: float, seed: int) -> None:
-    """Muon and AdamW, linear warm-up and cosine decay; writes bfloat16 safetensors."""
+    """Train with Muon and AdamW, linear warm-up and cosine decay; write bfloat16 safetensors."""
     processor = load_processor(start)
     model: Any = load_model(start)
     model.train()
@@ -94,7 +95,7 @@ def supervise(start: Path, out: Path, *, steps: int, canvases: int, learning_rat
 def save(model: Any, processor: Any, out: Path) -> None:
     save_processor(processor, out)
     state = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
-    model.config.dtype = torch.bfloat16  # of the file; here the weights stay float32
+    model.config.dtype = torch.bfloat16  # for the file; here the weights stay float32
     model.save_pretrained(out, state_dict=state)
 
 

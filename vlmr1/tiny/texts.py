@@ -1,7 +1,7 @@
-"""What supervision says: the question, a short thought, and a box as an annotator would have drawn it.
+"""Texts of supervised training: the question, a short thought, and a box with the errors of an annotator.
 
-Every second edge of a supervised box is off by 14 px. The GRPO reward knows the exact box, so that is what the
-policy can still learn.
+Every second edge of a supervised box is off by 14 px. The GRPO reward knows the exact box, so the policy can still
+learn the difference.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ COLUMNS = ("left", "center", "right")
 
 
 def jittered(canvas: digits.Canvas, which: int, rng: np.random.Generator) -> digits.Box:
-    """The box of one digit as an annotator would have drawn it, inside the canvas."""
+    """Jitter the box of one digit, inside the canvas."""
     off = rng.choice(list(JITTER), size=4, p=list(JITTER.values())) * digits.STEP
     edges = np.clip(np.array(canvas.boxes[which]) + off, 0, canvas.pixels.shape[0])
     x1, y1, x2, y2 = (int(edge) for edge in edges)
@@ -30,7 +30,7 @@ def prompt_text(label: int) -> str:
 
 
 def completion_text(canvas: digits.Canvas, which: int, box: digits.Box) -> str:
-    """A short thought (which digits are where, in reading order), then the answer."""
+    """Return a short thought, which lists the digits in reading order, and the answer."""
     size = canvas.pixels.shape[0]
     seen = sorted((*_cell(seen_at, size), label) for seen_at, label in zip(canvas.boxes, canvas.labels, strict=True))
     thought = ", ".join(f"{ROWS[row]} {COLUMNS[column]} {label}" for row, column, label in seen)

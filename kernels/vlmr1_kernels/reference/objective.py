@@ -66,7 +66,8 @@ def make_rows(inputs: LossInputs, settings: GRPOSettings, dtype: torch.dtype) ->
     else:
         weight = ones / (max(tokens, 1) if normalizer is None else normalizer)
     advantage = advantages.detach().to(dtype)[sequence]
-    return Rows(advantage, weight, *map(cast, inputs.row_logps), sequence, length)
+    old, ref, sampling = (cast(value) for value in inputs.row_logps)
+    return Rows(advantage, weight, old, ref, sampling, sequence, length)
 
 
 def token_losses(logp: Tensor, rows: Rows, settings: GRPOSettings) -> TokenLoss:

@@ -61,8 +61,9 @@ def sequences_kernel(
 
 def sequence_table(seq_ids: Tensor, selected_ids: Tensor, inputs: LossInputs, settings: GRPOSettings) -> SequenceTable:
     """Return the table of `seq_ids` [N]; `selected_ids` [n] are those of the rows that were not dropped."""
-    assert not isinstance(inputs.normalizer, float)  # custom_ops makes it a tensor
-    advantages, rewards, normalizer = contiguous_aligned(inputs.advantages, inputs.rewards, inputs.normalizer)
+    normalizer = inputs.normalizer
+    assert normalizer is None or isinstance(normalizer, Tensor)
+    advantages, rewards, normalizer = contiguous_aligned(inputs.advantages, inputs.rewards, normalizer)
     scores = rewards if advantages is None else advantages
     assert scores is not None
     count, per_sequence = scores.numel(), settings.loss_type in ("grpo", "gspo", "dr_grpo")

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from tests.data.standins import make
-from tests.vlmr1.families import build
-from tests.vlmr1.rewards.helpers import answered, group, values
+from tests.helpers.families import build
+from tests.helpers.rewards import answered, group, values
 from vlmr1.cli import main
 from vlmr1.commands.arguments import parse_config
 from vlmr1.commands.prepare import prepare
@@ -24,7 +24,7 @@ from vlmr1.report.progress import read_metrics
 from vlmr1.rewards import get_reward, score_groups
 from vlmr1.rewards.answer import find_answer
 
-STANDINS = Path(__file__).parents[1] / "data" / "standins"
+STANDINS = Path(__file__).parents[2] / "data" / "standins"
 WRONG = {
     "rec-3b": '{"bbox_2d": [0, 0, 3, 3]}',
     "ovd-3b": '[{"bbox_2d": [0, 0, 3, 3], "label": "red rectangle"}]',

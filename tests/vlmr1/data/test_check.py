@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.vlmr1.data.pictures import png_of
+from tests.helpers.pictures import png_of
 from vlmr1.commands.data_check import add_arguments, check_data, prompt_measure
 from vlmr1.commands.data_check import run as run_command
 from vlmr1.data.findings import histogram

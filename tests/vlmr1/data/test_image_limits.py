@@ -6,7 +6,7 @@ import shutil
 import pytest
 from PIL import Image
 
-from tests.vlmr1.families import FAMILIES, build
+from tests.helpers.families import FAMILIES, build
 from vlmr1.data.image_limits import limit_images
 from vlmr1.errors import SettingError
 from vlmr1.models.processor import load_processor, save_processor

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from torch._utils import ExceptionWrapper
 
-from tests.vlmr1.data.pictures import png_of
+from tests.helpers.pictures import png_of
 from vlmr1.data.faults import RowFault
 from vlmr1.data.images import encode_image, enlarged_size, image_faults, open_image
 from vlmr1.types import ImageBytes

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.vlmr1.distributed.two_ranks import ROOT, ROWS, words
+from tests.helpers.two_ranks import ROOT, ROWS, words
 from vlmr1.commands.arguments import parse_config
 from vlmr1.data.loader import as_list
 from vlmr1.grpo.trainer import GRPOTrainer

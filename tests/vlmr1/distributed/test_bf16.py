@@ -20,8 +20,8 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import AutoModelForImageTextToText
 
-from tests.vlmr1.distributed.forced import Tokens, recording, repeating
-from tests.vlmr1.distributed.two_ranks import ROOT, computed, metrics, resumable, two_ranks, words
+from tests.helpers.forced import Tokens, recording, repeating
+from tests.helpers.two_ranks import ROOT, computed, metrics, resumable, two_ranks, words
 from vlmr1.commands.arguments import parse_config
 from vlmr1.commands.train import train
 from vlmr1.rollout import scheduler

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.vlmr1.distributed.two_ranks import (
+from tests.helpers.two_ranks import (
     ENGINES,
     ROOT,
     ROWS,

@@ -63,7 +63,7 @@ REFUSED = {
         "sync_ref_model with use_peft is not supported with zero3",
     ),
     "weights-only": ("fsdp2", {"save_only_model": "true"}, "save_only_model is not supported with fsdp2"),
-    "old-fsdp": ("fsdp1", {}, "FSDP of version 1 is not supported"),
+    "old-fsdp": ("fsdp1", {}, "fsdp_version"),
     "rounding": (
         "zero2",
         {"model_dtype": "bfloat16", "optim": "adamw_torch_8bit", "stochastic_rounding": "true"},

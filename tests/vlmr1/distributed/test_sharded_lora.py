@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from tests.vlmr1.distributed.two_ranks import (
+from tests.helpers.two_ranks import (
     ENGINES,
     ROOT,
     assert_same,

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.vlmr1.distributed.forked_ranks import run_forked
-from tests.vlmr1.distributed.two_ranks import assert_same, computed, metrics, resumable, words
+from tests.helpers.forked_ranks import run_forked
+from tests.helpers.two_ranks import assert_same, computed, metrics, resumable, words
 from vlmr1.commands.arguments import parse_config
 from vlmr1.commands.train import train
 from vlmr1.grpo import trainer

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.vlmr1.families import build
+from tests.helpers.families import build
 from vlmr1.data.image_grid import PatchGrid
 from vlmr1.data.images import upright_size
 from vlmr1.errors import DataError, SettingError

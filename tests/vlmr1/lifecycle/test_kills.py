@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.vlmr1.forked import finish, start
-from tests.vlmr1.plants import At, Grow, kill
-from tests.vlmr1.tiny_runs import STEPS, assert_same, assert_whole, command, differences, write_data
+from tests.helpers.forked import finish, start
+from tests.helpers.plants import At, Grow, kill
+from tests.helpers.tiny_runs import STEPS, assert_same, assert_whole, command, differences, write_data
 from vlmr1.lifecycle.checkpoint import last_complete
 
 pytestmark = pytest.mark.slow  # seconds each

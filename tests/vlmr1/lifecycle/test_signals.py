@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from tests.vlmr1.forked import call, finish, start
-from tests.vlmr1.plants import At, kill
-from tests.vlmr1.tiny_runs import assert_same, assert_whole, command, during, write_data
+from tests.helpers.forked import call, finish, start
+from tests.helpers.plants import At, kill
+from tests.helpers.tiny_runs import assert_same, assert_whole, command, during, write_data
 from vlmr1.grpo.buffer import ROLLOUTS
 from vlmr1.lifecycle.checkpoint import STAGING, last_complete
 

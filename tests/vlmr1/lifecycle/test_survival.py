@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.vlmr1.forked import call, finish, start
-from tests.vlmr1.plants import At, Grow
-from tests.vlmr1.tiny_runs import assert_same, command, during, write_data
+from tests.helpers.forked import call, finish, start
+from tests.helpers.plants import At, Grow
+from tests.helpers.tiny_runs import assert_same, command, during, write_data
 from vlmr1.cli import main
 from vlmr1.lifecycle.checkpoint import STAGING, last_complete
 

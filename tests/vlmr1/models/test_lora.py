@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.helpers.families import FAMILIES, build
 from tests.helpers.updates import update
 from tests.vlmr1.conftest import Maker
-from tests.vlmr1.families import FAMILIES, build
 from tests.vlmr1.grpo.test_step_oracle import NAIVE, assert_equal_steps
 from vlmr1.config import GRPOConfig
 from vlmr1.errors import SettingError

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from transformers import Idefics3Processor, SmolVLMProcessor
 
-from tests.vlmr1.families import FAMILIES, build
+from tests.helpers.families import FAMILIES, build
 from vlmr1.models import load_processor
 from vlmr1.models import processor as module
 from vlmr1.models.processor import PROCESSOR_MAPPING, save_processor

@@ -13,7 +13,7 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from torch import nn
 
-from tests.vlmr1 import families
+from tests.helpers import families
 from tests.vlmr1.conftest import Maker
 from tests.vlmr1.grpo.test_step_oracle import NAIVE, assert_equal_steps
 from tests.vlmr1.models.test_lora import LORA, step, trainer_of

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.vlmr1.families import FAMILIES, build
+from tests.helpers.families import FAMILIES, build
 from tests.vlmr1.grpo.test_trainer import gradients, relative, trainer_of
 from tests.vlmr1.models.test_lora import LORA, perturb
 from tests.vlmr1.test_config import CPU, refusal

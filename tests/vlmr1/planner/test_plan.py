@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.vlmr1.families import FAMILIES, tokenizer
-from tests.vlmr1.planner.jobs import CONFIG, args_of, job
+from tests.helpers.families import FAMILIES, tokenizer
+from tests.helpers.jobs import CONFIG, args_of, job
 from vlmr1.errors import SettingError
 from vlmr1.models.trainable import planned_model
 from vlmr1.planner import peak_bytes

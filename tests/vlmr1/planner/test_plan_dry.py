@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.vlmr1.planner.jobs import Allocated
+from tests.helpers.jobs import Allocated
 from vlmr1.planner.dry_run import HOST, DryRun, without_data
 
 KIB = 1024

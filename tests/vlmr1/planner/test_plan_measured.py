@@ -1,4 +1,4 @@
-"""The planned peak beside the bytes that operators of a real run allocate. No constant of the plan was fitted to one."""
+"""The planned peak beside the bytes that operators of a real run allocate. No constant was fitted."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import TrainerCallback
 
-from tests.vlmr1.planner.jobs import CONFIG, Allocated
+from tests.helpers.jobs import CONFIG, Allocated
 from vlmr1.config import GRPOConfig
 from vlmr1.data.samples import load_samples
 from vlmr1.grpo.trainer import GRPOTrainer

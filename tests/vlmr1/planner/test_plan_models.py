@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from tests.vlmr1.families import FAMILIES, tokenizer
-from tests.vlmr1.planner.jobs import args_of, job
+from tests.helpers.families import FAMILIES, tokenizer
+from tests.helpers.jobs import args_of, job
 from vlmr1.errors import SettingError
 from vlmr1.models import load_model
 from vlmr1.models.lora import base_of
@@ -82,7 +82,7 @@ def test_an_unknown_name_lists_the_known_ones():
 
 def test_a_family_without_an_adapter(tmp_path: Path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(SettingError, match="no adapter for llama"):
+    with pytest.raises(SettingError, match="model_name_or_path: llama"):
         config_named(str(tmp_path))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.vlmr1.planner.jobs import args_of
+from tests.helpers.jobs import args_of
 from vlmr1.errors import SettingError
 from vlmr1.planner.job import Job
 from vlmr1.planner.plan import CAUSES, GIB, Plan

@@ -36,7 +36,7 @@ LOGS = {
 def test_a_line_shows_what_one_looks_at():
     assert step_line(LOGS, 12) == (
         "step 12  accuracy 0.512±0.21  format 1.000±0.00  kl 0.0123  ent 1.46  clip 0.1/2.3%  grad 1.50  "
-        "len 45  flat 25%  cut 3%  unread 5%  1234 t/s  1.5 GiB  3.21 s"
+        "len 45  zero_var 25%  truncated 3%  no_answer 5%  1234 t/s  1.5 GiB  3.21 s"
     )
     assert len(step_line(LOGS, 12)) <= WIDTH
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from tests.vlmr1.families import FAMILIES, build
-from tests.vlmr1.rewards.helpers import answered, group, sample, values
+from tests.helpers.families import FAMILIES, build
+from tests.helpers.rewards import answered, group, sample, values
 from vlmr1.data.box_coordinates import SPACES, BoxCoordinates
 from vlmr1.data.boxes import scale_between, scale_box
 from vlmr1.data.prompts import PromptBuilder

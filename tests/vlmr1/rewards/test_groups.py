@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 import vlmr1.rewards
-from tests.vlmr1.rewards.helpers import CAT, answered, group, sample, values
+from tests.helpers.rewards import CAT, answered, group, sample, values
 from vlmr1.errors import RewardError, SettingError
 from vlmr1.rewards import RewardSettings, accuracy_reward, get_reward, score_groups
 from vlmr1.rewards.methods import columns_of_files

@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from tests.vlmr1.rewards.helpers import answered, group, sample, values
+from tests.helpers.rewards import answered, group, sample, values
 from vlmr1.errors import RewardError, SettingError
 from vlmr1.rewards import Judge, RewardSettings, get_reward, score, score_groups
 from vlmr1.rewards.judge import JudgeError

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.vlmr1.rewards.helpers import answered, group, sample, values
+from tests.helpers.rewards import answered, group, sample, values
 from vlmr1.errors import RewardError, SettingError
 from vlmr1.rewards import RewardPool, RewardSettings, get_reward, score_groups
 from vlmr1.rewards.groups import TimedOut

@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 
-import vlmr1.rewards
 from vlmr1.rewards import score
 from vlmr1.rewards.registry import REWARDS
 from vlmr1.rewards.strict.accuracy import METHODS
 
-README = (Path(vlmr1.rewards.__file__).parent / "README.md").read_text(encoding="utf-8")
+README = (Path(__file__).parents[3] / "docs" / "rewards.md").read_text(encoding="utf-8")
 TABLE = README.partition("| case |")[2].partition("\n\n")[0].splitlines()[2:]
 ROWS = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in TABLE]
 FENCED = ("map", "od_ap", "od_ap50", "odLength", "weighted_sum")

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.resident import resident
+from tests.helpers.resident import resident
 from tests.vlmr1.grpo.test_trainer import trainer_of
 from vlmr1.telemetry import peaks
 from vlmr1.telemetry.nvml import GpuMeter

@@ -1,4 +1,4 @@
-"""Idefics3 and SmolVLM: an image is split into tiles, each with a placeholder run and a tag of its own."""
+"""Idefics3 and SmolVLM: an image is split into tiles, each with its own placeholder run and tag."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vlmr1.models.families.runs import runs
 from vlmr1.models.family import ImageFeatures, ModelFamily
 from vlmr1.types import ImageInputs
 
-# Tokens that the processors of both families write around the placeholders; not every tokenizer has all of them.
+# Tokens around the placeholders in both families; not every tokenizer has all of them.
 AROUND = re.compile(r"<fake_token_around_image>|<global-img>|<row_\d+_col_\d+>|<image>|<video>")
 
 
@@ -53,7 +53,7 @@ class Idefics3Family(ModelFamily):
         return BaseModelOutputWithPooling(pooler_output=[each.rows for each in features])  # type: ignore[arg-type]
 
     def generation_inputs(self, model: Any, input_ids: Tensor, images: Sequence[Sequence[ImageInputs]]) -> dict:
-        """Sequences with fewer tiles are padded with tiles of zeros, which the model leaves out."""
+        """Pad sequences with fewer tiles with zeros, which the model ignores."""
         some = next((image for each in images for image in each), None)
         if some is None:
             return {}
@@ -71,9 +71,9 @@ class Idefics3Family(ModelFamily):
 def tiles_of_images(input_ids: Tensor, image_token: int) -> list[int]:
     """[L] token ids -> the number of tiles of each image.
 
-    Before the run of each tile stand a separator and a tag: its row and column, or, for the last tile of an image, the
-    tag of the whole image. The prompt's last run is one of the latter, and the separator follows it; so neither
-    token needs to be known, nor whether a tag is one token."""
+    A separator and a tag precede the run of each tile. The tag is the tile's row and column, or, for the last tile of
+    an image, the tag of the whole image. The prompt's last run has the latter, and the separator follows it. So neither
+    token needs to be known, nor whether a tag is a single token."""
     ids = input_ids.tolist()
     found = runs(input_ids == image_token)
     separator = ids[found[-1][1]]

@@ -1,4 +1,4 @@
-"""InternVL in the library's own classes: square tiles and a thumbnail, one placeholder run an image."""
+"""InternVL in the classes of transformers: square tiles and a thumbnail, one placeholder run an image."""
 
 from __future__ import annotations
 
@@ -24,7 +24,12 @@ class InternVLFamily(ModelFamily):
     def placeholder_ids(self, model: Any, tokenizer: Any = None) -> list[int]:
         if tokenizer is None:
             return [model.config.image_token_id]
-        names = ("start_image_token", "end_image_token", "context_image_token", "video_token")  # of the processor
+        names = (
+            "start_image_token",
+            "end_image_token",
+            "context_image_token",
+            "video_token",
+        )  # attributes that the processor reads
         return tokenizer.convert_tokens_to_ids([getattr(tokenizer, name) for name in names])
 
     def split_images(self, model: Any, inputs: Mapping[str, Tensor], count: int) -> tuple[ImageInputs, ...]:

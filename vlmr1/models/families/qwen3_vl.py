@@ -1,4 +1,4 @@
-"""Qwen3-VL: as Qwen2.5-VL, with features of several tower layers that are added after the first decoder layers."""
+"""Qwen3-VL: Qwen2.5-VL with deepstack features of the tower, added after the first decoder layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Qwen2-VL and Qwen2.5-VL, and what other families with M-RoPE and patch grids have in common with them."""
+"""Qwen2-VL and Qwen2.5-VL, and the base of other families with M-RoPE and patch grids."""
 
 from __future__ import annotations
 

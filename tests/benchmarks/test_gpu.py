@@ -1,0 +1,139 @@
+"""benchmarks/gpu.py: parts with limits of their own, results as they come; every part on a CPU at tiny size."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import gpu, gpu_parts
+from benchmarks import model as bench_model
+from benchmarks.ops import CASES
+from tests.helpers.small_bench import SMALL
+
+WRITE = 'import pathlib; pathlib.Path({!r}).write_text(\'{{"found": 7}}\\n{{"half\')'
+
+
+def run(monkeypatch: Any, out: Path, programs: dict[str, str], limit: float = 60.0, seconds: str = "300") -> int:
+    monkeypatch.setattr(gpu, "LIMITS", dict.fromkeys(programs, limit))
+    monkeypatch.setattr(gpu, "command", lambda name, options: [sys.executable, "-c", programs[name]])
+    return gpu.main(["--device", "cuda", "--out", str(out), "--seconds", seconds])
+
+
+def test_every_part_runs_although_one_fails_and_results_are_in_the_table(monkeypatch: Any, tmp_path: Path, capsys: Any):
+    programs = {
+        "first": WRITE.format(str(tmp_path / "gpu-first.jsonl")) + "; raise SystemExit(3)",
+        "second": "print('last words')",
+    }
+    assert run(monkeypatch, tmp_path, programs) == 1
+    table = capsys.readouterr().out.rsplit("\n\n", 1)[1].splitlines()
+    assert table[0].startswith("first: failed (3)") and table[1] == "    found: 7" and table[2].startswith("second: ok")
+    assert "last words" in (tmp_path / "gpu.log").read_text()
+    assert run(monkeypatch, tmp_path, {"second": ""}) == 0
+
+
+def test_a_part_is_killed_at_its_limit_with_what_it_started(monkeypatch: Any, tmp_path: Path, capsys: Any):
+    pids = tmp_path / "pids"
+    child = (
+        f"import subprocess, time; p = subprocess.Popen(['sleep', '600']); open({str(pids)!r}, 'w').write(str(p.pid))"
+    )
+    assert run(monkeypatch, tmp_path, {"hangs": child + "; time.sleep(600)", "next": ""}, limit=9.0) == 1
+    said = capsys.readouterr().out
+    assert "hangs: stopped after 9 s" in said and "next: ok" in said
+    stat = Path(f"/proc/{pids.read_text()}/stat")
+    for _ in range(100):
+        if not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+            return
+        time.sleep(0.05)
+    pytest.fail("what the part started goes on")
+
+
+def test_parts_that_no_time_is_left_for_are_skipped(monkeypatch: Any, tmp_path: Path, capsys: Any):
+    assert run(monkeypatch, tmp_path, {"first": "import time; time.sleep(2)", "second": ""}, seconds="2.5") == 1
+    assert "second: skipped: no time left" in capsys.readouterr().out
+
+
+def test_results_are_written_at_once_and_have_a_bound(monkeypatch: Any, tmp_path: Path):
+    monkeypatch.setattr(gpu, "RESULT_BYTES", 40)
+    results = gpu.Results(tmp_path / "gpu-ops.jsonl")
+    for value in range(9):
+        results("name", value)
+        assert json.loads((tmp_path / "gpu-ops.jsonl").read_text().splitlines()[0]) == {"name": 0}
+    assert (tmp_path / "gpu-ops.jsonl").stat().st_size <= 40
+
+
+def test_the_defaults_keep_to_what_the_machine_takes():
+    options = gpu.parse([])
+    assert options.seconds == 300 and options.parts == list(gpu.LIMITS) == list(gpu_parts.PARTS)
+    assert len(gpu.LIMITS) + 1 <= 8 and len(gpu.LIMITS) * (gpu.RESULT_BYTES + gpu.LOG_BYTES) <= 2**24
+    assert sum(limit for limit in gpu.LIMITS.values()) < 2 * options.seconds
+    with pytest.raises(SystemExit):
+        gpu.parse(["nothing"])
+
+
+@pytest.fixture
+def notes(monkeypatch: Any) -> dict[str, Any]:
+    """Where a part's results go; the tiny shape is very small."""
+    monkeypatch.setitem(bench_model.SHAPES, "tiny", SMALL)
+    return {}
+
+
+def part(name: str, notes: dict[str, Any]) -> dict[str, Any]:
+    note = gpu_parts.Note(notes.__setitem__)
+    gpu_parts.PARTS[name](note, "cpu", True)
+    assert not note.failed, notes
+    return notes
+
+
+def test_imports(notes: dict[str, Any]):
+    assert part("imports", notes)["versions"].keys() >= {"python", "torch", "transformers"}
+    assert notes["auto torch.float32"].keys() == notes["auto torch.bfloat16"].keys()
+
+
+def test_ops_and_attention(notes: dict[str, Any]):
+    part("ops", notes)
+    part("attention", notes)
+    for case in CASES["tiny"]:
+        assert len(notes[f"{case} floor"]["seconds"]) == len(notes[f"{case} reference"]["seconds"]) == 3
+    assert notes["GEMM TFLOP/s (128, 64, 512), chunks of 64"].keys() == {"logits", "d_hidden", "d_weight"}
+    assert notes["linear_grpo_loss (128, 64, 512), chunks of 128, ms"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["step3b", "cap7b"])
+def test_updates(name: str, notes: dict[str, Any]):
+    part(name, notes)
+    logs = [notes[f"update {step}"] for step in (1, 2, 3)]
+    assert all(log["grad_norm"] > 0 and log["seconds/rollout"] > 0 for log in logs)
+    assert notes["planned MiB by phase"].keys() == {"rollout", "reference", "policy", "update"}
+    if name == "step3b":
+        assert notes["decode 1 groups x 3, graphs False"]["ms a decode step"] > 0
+
+
+@pytest.mark.slow
+def test_device_tests(notes: dict[str, Any]):
+    (found,) = part("tests", notes).values()
+    assert " passed" in found["summary"] and found["bad"] == []
+
+
+def test_what_fails_is_noted_and_the_next_measurement_runs(notes: dict[str, Any]):
+    note = gpu_parts.Note(notes.__setitem__)
+    with note.attempt("first"):
+        raise RuntimeError("CUDA error: no kernel image\nmore")
+    with note.attempt("second"):
+        note("second", 1)
+    assert note.failed == ["first"]
+    assert notes == {"first FAILED": "RuntimeError: CUDA error: no kernel image", "second": 1}
+    with pytest.raises(KeyboardInterrupt), note.attempt("third"):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+def test_the_command_runs_a_part_in_a_process_of_its_own(tmp_path: Path, capsys: Any):
+    assert gpu.main(["--device", "cpu", "--tiny", "--out", str(tmp_path), "attention"]) == 0
+    assert "attention: ok" in capsys.readouterr().out
+    assert (tmp_path / "gpu-attention.jsonl").stat().st_size > 0

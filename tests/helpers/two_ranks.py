@@ -1,0 +1,96 @@
+"""Runs of two processes (gloo, CPU) as `vlmr1 train --launch` starts them, and what they are compared by."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vlmr1.distributed.launch import FSDP2, launch_command
+
+ENGINES = ("ddp", "zero2", "zero3", "fsdp2")
+ROOT = Path(__file__).parents[2]
+ROWS = 8
+UPDATES = 4
+SETTINGS = {
+    "model_name_or_path": "tiny",
+    "accu_reward_method": "default",
+    "num_generations": 3,
+    "max_completion_length": 8,
+    "max_steps": UPDATES,
+    "steps_per_generation": 2,
+    "save_steps": 3,  # in the middle of a generation
+    "learning_rate": 1e-4,
+    "reward_workers": 0,
+    "question_template": "none",
+    "disable_tqdm": "true",
+}
+
+
+def words(folder: Path, output: Path, **more: Any) -> list[str]:
+    settings = SETTINGS | {
+        "data_file_paths": folder / "data.jsonl",
+        "image_folders": folder,
+        "reward_funcs": f"{folder / 'reward.py'}:noise",
+        "output_dir": output,
+    }
+    return [word for name, value in (settings | more).items() for word in (f"--{name}", str(value))]
+
+
+def metrics(output: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def evaluations(output: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (output / "eval.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def computed(step: dict[str, float]) -> dict[str, float]:
+    """What of a step's metrics was not measured."""
+    measured = ("second", "memory", "runtime")
+    return {name: value for name, value in step.items() if not any(word in name for word in measured)}
+
+
+def two_ranks(engine: str, arguments: list[str], **variables: Any) -> subprocess.CompletedProcess:
+    """As `vlmr1 train --launch` runs it, with further environment variables; FSDP with the CPU in the place of a GPU,
+    bfloat16 too where SEEN is among the variables."""
+    worker = "bf16_on_cpu.py" if "SEEN" in variables else "fsdp_on_cpu.py"
+    script = str(Path(__file__).parent / worker)
+    if engine == "fsdp2":
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        environment, command = FSDP2 | {"ACCELERATE_TORCH_DEVICE": "cpu"}, [*torchrun, script, "train", *arguments]
+    else:
+        environment, command = launch_command(engine, 2, arguments)
+        if "SEEN" in variables:
+            at = command.index("vlmr1.cli")
+            command[at - 1 : at + 1] = [script]
+    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **environment, **paths, **{name: str(value) for name, value in variables.items()}}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=ROOT)
+
+
+def resumable(run: Path, copy: Path, update: int = 3) -> Path:
+    """What is left of a run that was killed behind this update."""
+    shutil.copytree(run / f"checkpoint-{update}", copy / f"checkpoint-{update}")
+    for name in ("settings.json", "metrics.jsonl", "completions.jsonl"):
+        shutil.copy(run / name, copy / name)
+    return copy
+
+
+def run_two(engine: str, folder: Path, output: Path, **more: Any) -> list[dict[str, float]]:
+    done = two_ranks(engine, words(folder, output, prompts_per_device=1, **more))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return metrics(output)
+
+
+def assert_same(found: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
+    names = ("loss", "grad_norm", "reward", "kl", "entropy", "tokens", "completion_length", "zero_variance_groups")
+    for one, other in zip(found, expected, strict=True):
+        for name in names:
+            assert one[name] == pytest.approx(other[name], rel=1e-5, abs=1e-6), (name, one["step"])
