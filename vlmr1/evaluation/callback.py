@@ -89,9 +89,9 @@ class EvaluationCallback(TrainerCallback):
         The state of training logs (pending metrics, whether a log is due) is restored."""
         trainer = self.trainer
         due = control.should_log
-        pending, trainer.pending.steps = trainer.pending.steps, []
+        steps, trainer.pending.steps = trainer.pending.steps, []
         trainer.log(values)
-        trainer.pending.steps, control.should_log = pending, due
+        trainer.pending.steps, control.should_log = steps, due
 
     def _path(self, args: Any) -> Path:
         return Path(args.output_dir) / EVALUATIONS

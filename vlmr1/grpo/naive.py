@@ -7,6 +7,7 @@ uses the model's own attention over a padded batch, full logits, and plain log-s
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch.nn.functional import pad
 from vlmr1.grpo.loss import Objective
 from vlmr1.grpo.policy import PackedPolicy
 from vlmr1.models.attention import autocast
+from vlmr1.models.family import ModelFamily
 from vlmr1.types import Pack
 
 
@@ -49,6 +51,12 @@ class NaivePolicy(PackedPolicy):
         logp = logits.gather(-1, targets[..., None])[..., 0] - logits.logsumexp(-1)
         real = torch.arange(columns, device=device) < lengths[:, None]
         return logp[real], _entropy(logits if with_bonus else logits.detach())[real]
+
+
+def policy_for(model: Any, family: ModelFamily, args: Any, **options: Any) -> PackedPolicy:
+    """The packed forward of a model, or with neither share_prompt nor pack the naive one."""
+    kind = PackedPolicy if args.share_prompt or args.pack else NaivePolicy
+    return kind(model, family, temperature=args.temperature, **options)
 
 
 def _entropy(logits: Tensor) -> Tensor:

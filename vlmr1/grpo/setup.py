@@ -7,8 +7,7 @@ from typing import Any
 
 from vlmr1.data.prompts import PromptBuilder, PromptDataset, without_overlong
 from vlmr1.errors import SettingError
-from vlmr1.grpo.naive import NaivePolicy
-from vlmr1.grpo.policy import PackedPolicy
+from vlmr1.grpo.naive import policy_for
 from vlmr1.grpo.reference import Reference, make_reference
 from vlmr1.models import check_dropout, family_of
 from vlmr1.models.features import FeatureCache
@@ -61,11 +60,9 @@ def make_features(model: Any, family: Any, args: Any) -> FeatureCache | None:
     return FeatureCache() if frozen and args.share_vision else None
 
 
-def make_policy(trainer: Any, model: Any) -> PackedPolicy:
+def make_policy(trainer: Any, model: Any) -> Any:
     """The forward of a model, packed or naive as the settings say."""
-    args = trainer.args
-    kind = PackedPolicy if args.share_prompt or args.pack else NaivePolicy
-    return kind(model, trainer.family, temperature=args.temperature, dtype=trainer.dtype, features=trainer.features)
+    return policy_for(model, trainer.family, trainer.args, dtype=trainer.dtype, features=trainer.features)
 
 
 def make_engine(trainer: Any, model: Any) -> Any:

@@ -27,7 +27,7 @@ from vlmr1.grpo.importance_sampling import set_importance_denominators
 from vlmr1.grpo.kl_penalty import with_kl
 from vlmr1.grpo.loss import Objective, logp_difference, normalizer
 from vlmr1.grpo.pack_runner import PackRunner
-from vlmr1.grpo.policy import call, weights_for_rollout
+from vlmr1.grpo.policy import PackedPolicy, call, weights_for_rollout
 from vlmr1.grpo.reference import SyncReference
 from vlmr1.rewards.groups import TimedOut, score_groups
 from vlmr1.training.hf_trainer import HFTrainer
@@ -64,7 +64,7 @@ class GRPOTrainer(HFTrainer):
             callbacks=list(callbacks),
         )
         self.features = setup.make_features(model, self.family, args)
-        self.policy = setup.make_policy(self, model)
+        self.policy: PackedPolicy = setup.make_policy(self, model)
         self.runner = PackRunner(self.policy, args, self.parallel, setup.make_dummy_image(self, model))
         self.engine = setup.make_engine(self, model)
         self.buffer = Buffer(args.num_iterations, dataset.of_sample, self.ranks)
