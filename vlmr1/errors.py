@@ -1,5 +1,7 @@
 """What goes wrong because of the user's input: one clear message, exit status 2, no traceback."""
 
+from collections.abc import Callable, Iterator
+
 
 class UserError(Exception):
     """Something the user can mend; the message names the file and line, or the setting."""
@@ -7,6 +9,14 @@ class UserError(Exception):
 
 class SettingError(UserError):
     """A setting that is unknown, out of range, or that cannot be honoured with the others."""
+
+
+def faults_of(check: Callable[[], object]) -> Iterator[str]:
+    """The message of the error that a check of settings raises, if it raises one."""
+    try:
+        check()
+    except (SettingError, ValueError, ImportError) as error:
+        yield str(error)
 
 
 class MemoryShort(SettingError):

@@ -1,4 +1,4 @@
-"""The dataclasses that the parts of the trainer hand to each other.
+"""The dataclasses that the parts of the trainer hand to each other, and the base of their settings.
 
 Shapes: P prompts, G generations a prompt, B = P*G sequences, N completion rows, L packed tokens,
 L_p tokens of one prompt, C tokens of one completion, K rows of positions, D hidden, V vocabulary, R reward functions.
@@ -6,15 +6,38 @@ L_p tokens of one prompt, C tokens of one completion, K rows of positions, D hid
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+import hashlib
+from collections.abc import Iterator
+from copy import copy
+from dataclasses import FrozenInstanceError, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vlmr1.data.images import ImageRef
-    from vlmr1.models.family import ImageInputs
     from vlmr1_kernels import PrefixLayout
+
+ImageInputs = dict[str, "Tensor"]  # what the processor made of one image
+
+
+@dataclass(frozen=True)
+class ImageBytes:
+    """An encoded image without a file of its own. Two with the same bytes are equal."""
+
+    key: str  # digest of the bytes
+    name: str = field(compare=False)  # for messages
+    data: bytes = field(compare=False, repr=False)
+
+    def __str__(self) -> str:
+        return self.name
+
+    @classmethod
+    def of(cls, data: bytes, name: str) -> ImageBytes:
+        return cls(hashlib.blake2b(data, digest_size=16).hexdigest(), name, data)
+
+
+ImageRef = Path | ImageBytes  # an image of a Sample; equal ones are the same image, for caches too
 
 
 @dataclass(frozen=True)
@@ -99,3 +122,60 @@ class StepMetrics:
     values: dict[str, float]
     seconds: dict[str, float]  # by phase: rollout, reward, reference, old, forward, backward, update
     memory: dict[str, float] = field(default_factory=dict)  # MiB by phase, where it is measured
+
+
+def setting(default: Any, help: str) -> Any:
+    """A dataclass field with a default and a help text."""
+    metadata = {"help": help}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+class Settings:
+    """Base of the dataclasses of settings. Each package declares the settings that it reads.
+
+    `GRPOConfig` inherits all of them: one flat command line. A package receives `SomeSettings.of(config)`."""
+
+    group: ClassVar[str]  # heading in `vlmr1 train --help`
+    shared: ClassVar[tuple[str, ...]] = ()  # settings declared elsewhere that the package reads too
+
+    @classmethod
+    def of(cls, config: Any) -> Self:
+        """Read-only copy of these settings from an object that has all of them."""
+        made = object.__new__(cls)
+        for name in (*(each.name for each in fields(cls)), *cls.shared):  # type: ignore[arg-type]
+            made.__dict__[name] = copy(getattr(config, name))
+        made.__dict__["_read_only"] = True
+        return made
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "_read_only" in self.__dict__:
+            raise FrozenInstanceError(f"cannot set {name}: {type(self).__name__} is read-only")
+        super().__setattr__(name, value)
+
+    def check(self) -> Iterator[str]:
+        """What is wrong with these settings; fills in values that follow from others."""
+        return iter(())
+
+    def check_device(self, device: str) -> Iterator[str]:
+        """What this machine and type of device cannot do."""
+        return iter(())
+
+    def at_least(self, least: int, *names: str) -> Iterator[str]:
+        """Faults of settings that are below `least`; None is allowed."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < least:
+                yield f"{name} is {value}: it must {f'be at least {least}' if least else 'not be negative'}"
+
+    def above_zero(self, *names: str) -> Iterator[str]:
+        """Faults of settings that are not above 0; None is allowed."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                yield f"{name} is {value}: it must be above 0"
+
+    def is_default(self, name: str) -> bool:
+        """Whether a setting has its default value, or is an empty list."""
+        return getattr(self, name) in (type(self).__dataclass_fields__[name].default, [])  # type: ignore[attr-defined]

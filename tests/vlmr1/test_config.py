@@ -10,8 +10,8 @@ import yaml
 
 from vlmr1.cli import main
 from vlmr1.commands.arguments import RECIPES, parse_config, recipe_names
-from vlmr1.commands.train import arithmetic
-from vlmr1.config import REPLACED, GRPOConfig
+from vlmr1.commands.schedule import describe_schedule
+from vlmr1.config import RENAMED_ARGS, GRPOConfig
 from vlmr1.data.templates import TEMPLATES, question_text
 from vlmr1.errors import SettingError
 from vlmr1_kernels import GRPOSettings
@@ -27,7 +27,7 @@ def yaml_file(folder: Path, text: str) -> Path:
 
 def refusal(*arguments: str, **options: Any) -> str:
     with pytest.raises(SettingError) as caught:
-        parse_config([*CPU, *arguments], **options)
+        parse_config([*CPU, *arguments], **options).check_device()
     return str(caught.value)
 
 
@@ -42,7 +42,7 @@ def test_precedence(tmp_path):
     assert config.model_name_or_path == "Qwen/Qwen2.5-VL-3B-Instruct" and config.num_train_epochs == 2
     assert (config.learning_rate, config.reward_funcs, config.pack) == (2e-6, ["format"], False)
     assert (config.beta, config.max_steps) == (0.5, 7)
-    assert (config.seed, config.kl, config.share_prompt) == (42, "k3", True)
+    assert (config.seed, config.kl_estimator, config.share_prompt) == (42, "k3", True)
     assert question_text(config.question_template) == TEMPLATES["none"] == "{question}"
 
 
@@ -72,7 +72,7 @@ def test_published_settings():
         "max_completion_length": 2048,
         "bf16": True,
         "loss_type": "grpo",
-        "kl": "k3",
+        "kl_estimator": "k3",
         "reward_funcs": ["accuracy", "format"],
         "question_template": "rec",
     }
@@ -118,11 +118,11 @@ REFUSED = {
     "max_anyres_num": (["--max_anyres_num", "0"], "max_anyres_num is 0: it must be at least 1"),
     "min_pixels above max_pixels": (["--min_pixels", "9", "--max_pixels", "8"], "min_pixels is 9: it is above max_pix"),
     "box_coordinates": (["--box_coordinates", "pixels"], "--box_coordinates"),
-    "box_coordinates with vlmr1": (
-        ["--box_coordinates", "original", "--reward_mode", "vlmr1"],
-        "box_coordinates is 'original' with reward_mode vlmr1",
+    "box_coordinates with vlm_r1": (
+        ["--box_coordinates", "original", "--reward_mode", "vlm_r1"],
+        "box_coordinates is 'original' with reward_mode vlm_r1",
     ),
-    "rollout_logp_alarm": (["--rollout_logp_alarm", "0"], "rollout_logp_alarm is 0.0"),
+    "rollout_logp_warn_threshold": (["--rollout_logp_warn_threshold", "0"], "rollout_logp_warn_threshold is 0.0"),
     "skip_zero_advantage": (["--skip_zero_advantage", "true"], "skip_zero_advantage needs beta 0"),
     "prompts_per_device": (["--prompts_per_device", "0"], "prompts_per_device is 0"),
     "max_completion_length": (["--max_completion_length", "0"], "max_completion_length is 0"),
@@ -192,8 +192,14 @@ REFUSED = {
     "bf16 and fp16": (["--bf16", "true", "--fp16", "true"], "fp16"),
     "save_strategy best": (["--save_strategy", "best"], "save_strategy"),
     # Settings of TrainingArguments that have no effect on GRPO
-    "gradient_accumulation_steps": (["--gradient_accumulation_steps", "2"], REPLACED["gradient_accumulation_steps"]),
-    "per_device_train_batch_size": (["--per_device_train_batch_size", "2"], REPLACED["per_device_train_batch_size"]),
+    "gradient_accumulation_steps": (
+        ["--gradient_accumulation_steps", "2"],
+        RENAMED_ARGS["gradient_accumulation_steps"],
+    ),
+    "per_device_train_batch_size": (
+        ["--per_device_train_batch_size", "2"],
+        RENAMED_ARGS["per_device_train_batch_size"],
+    ),
     "fp16": (["--fp16", "true"], "fp16 cannot be set"),
     "neftune_noise_alpha": (["--neftune_noise_alpha", "5"], "neftune_noise_alpha cannot be set"),
     "torch_compile": (["--torch_compile", "true"], "torch_compile cannot be set"),
@@ -280,7 +286,7 @@ def test_grpo_settings_of_the_defaults():
     [
         *(({"loss_type": name}, {"loss_type": name}) for name in ("bnpo", "dapo", "dr_grpo", "gspo")),
         ({"loss_type": "cispo", "epsilon_high": 5.0}, {"loss_type": "cispo", "epsilon_high": 5.0}),
-        *(({"kl": name}, {"kl": name}) for name in ("k1", "k2")),
+        *(({"kl_estimator": name}, {"kl": name}) for name in ("k1", "k2")),
         ({"beta": 0.0}, {"beta": 0.0}),
         ({"epsilon": 0.1}, {"epsilon_low": 0.1, "epsilon_high": 0.1}),
         ({"epsilon": 0.1, "epsilon_high": 0.28}, {"epsilon_low": 0.1, "epsilon_high": 0.28}),
@@ -345,8 +351,8 @@ def test_flags(name, value):
         ),
     ],
 )
-def test_arithmetic(settings, rows, expected):
-    assert expected in arithmetic(parse_config([*CPU, *settings]), rows)
+def test_schedule(settings, rows, expected):
+    assert expected in describe_schedule(parse_config([*CPU, *settings]), rows)
 
 
 def test_several_ranks(monkeypatch):
@@ -354,4 +360,4 @@ def test_several_ranks(monkeypatch):
     config = parse_config([*CPU, "--prompts_per_device", "2"])
     monkeypatch.setattr(GRPOConfig, "world_size", 4)
     expected = "8 prompts x 8 generations = 64 sequences on 4 devices; 4 updates an epoch, 12 in all"
-    assert expected in arithmetic(config, 30)
+    assert expected in describe_schedule(config, 30)

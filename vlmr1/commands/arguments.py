@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -11,19 +12,39 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
+from vlmr1.commands.settings_help import every_setting, one_setting
 from vlmr1.config import GRPOConfig
 from vlmr1.errors import SettingError
+from vlmr1.lifecycle.console import surviving
+from vlmr1.lifecycle.renamed import RENAMED, current_name, current_value
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 
-class _Parser(HfArgumentParser):
-    def __init__(self, **kwargs: Any):
+class SettingsParser(HfArgumentParser):
+    """The command line of GRPOConfig. Values that are refused are collected, and their settings left out."""
+
+    def __init__(self) -> None:
         settings: Any = GRPOConfig
-        super().__init__(settings, allow_abbrev=False, **kwargs)
+        super().__init__(settings, allow_abbrev=False, add_help=False)
+        self.faults: list[str] = []
 
     def error(self, message: str) -> NoReturn:
-        raise SettingError(message)
+        raise SettingError("\n".join([*self.faults, message]))
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        given = [current_value(action.dest, each) for each in arg_strings]
+        try:
+            return super()._get_values(action, given)
+        except argparse.ArgumentError as error:
+            self.faults.append(str(error))
+            return action.default
+
+
+def add_sources(parser: argparse.ArgumentParser) -> None:
+    """The options that name the sources of settings beside the command line."""
+    parser.add_argument("--recipe", help="a recipe shipped with the package")
+    parser.add_argument("--config", type=Path, help="a YAML file of settings")
 
 
 def recipe_names() -> list[str]:
@@ -31,29 +52,42 @@ def recipe_names() -> list[str]:
 
 
 def parse_config(arguments: Sequence[str], *, recipe: str | None = None, config: Path | None = None) -> GRPOConfig:
-    """Settings of a run: the recipe's, then the config file's, then `--name value` of the command line."""
+    """Settings of a run: the recipe's, then the config file's, then `--name value` of the command line.
+
+    Raises one SettingError with everything that is wrong, a line each."""
+    faults: list[str] = []
     words: list[str] = []
     if recipe is not None:
         path = RECIPES / f"{recipe}.yaml"
         if recipe not in recipe_names():
             raise SettingError(f"--recipe: unknown recipe {recipe!r}; known: {', '.join(recipe_names())}")
-        words += _words(path)
+        words += _words(path, faults)
     if config is not None:
-        words += _words(config)
-    parser = _Parser()
-    namespace, unknown = parser.parse_known_args([*words, *arguments])
-    if unknown:
-        raise SettingError(_unknown(unknown[0].split("=")[0], "on the command line"))
-    return GRPOConfig(**vars(namespace))
+        words += _words(config, faults)
+    parser = SettingsParser()
+    namespace, unknown = parser.parse_known_args([*words, *map(_with_current_name, arguments)])
+    faults += [*parser.faults, *_unknown_words(unknown)]
+    try:
+        made = GRPOConfig(**vars(namespace))
+    except SettingError as error:
+        faults += str(error).splitlines()
+    if faults:
+        raise SettingError("\n".join(faults))
+    return made
 
 
-def help_text() -> str:
-    """Every setting of a run with its default."""
-    return _Parser(prog="vlmr1 train --recipe NAME | --config FILE").format_help()
+def show_help(name: str = "") -> None:
+    """Print every setting of a run, or one in full; SettingError where there is none of this name."""
+    name = current_name(name.lstrip("-").replace("-", "_"))
+    if name and name not in GRPOConfig.__dataclass_fields__:
+        raise SettingError(_unknown(name, "in --help"))
+    text = one_setting(name) if name else every_setting()
+    with surviving():
+        print(text)
 
 
-def _words(path: Path) -> list[str]:
-    """A YAML mapping of settings as command-line words, each name checked."""
+def _words(path: Path, faults: list[str]) -> list[str]:
+    """A YAML mapping of settings as command-line words; unknown names are faults."""
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
@@ -64,9 +98,11 @@ def _words(path: Path) -> list[str]:
         raise SettingError(f"{path}: a mapping of settings is expected")
     words = []
     for name, value in settings.items():
-        if name not in GRPOConfig.__dataclass_fields__:
-            raise SettingError(_unknown(str(name), f"in {path}"))
-        words += _word(str(name), value)
+        name = current_name(str(name))
+        if name in GRPOConfig.__dataclass_fields__:
+            words += _word(name, value)
+        else:
+            faults.append(_unknown(name, f"in {path}"))
     return words
 
 
@@ -76,6 +112,19 @@ def _word(name: str, value: Any) -> list[str]:
     if isinstance(value, list):
         return [f"--{name}", *map(str, value)]
     return [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
+
+
+def _with_current_name(word: str) -> str:
+    """A word of the command line, with today's name where it is `--name` or `--name=value`."""
+    name, equals, value = word.partition("=")
+    plain = name[2:].replace("-", "_")
+    return f"--{current_name(plain)}{equals}{value}" if name.startswith("--") and plain in RENAMED else word
+
+
+def _unknown_words(words: Sequence[str]) -> list[str]:
+    """Faults of the words that the parser did not know. Those behind an unknown setting are its values."""
+    names = [word.split("=")[0] for word in words if word.startswith("--")] or words[:1]
+    return [_unknown(name, "on the command line") for name in names]
 
 
 def _unknown(word: str, where: str) -> str:

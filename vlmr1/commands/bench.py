@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,14 @@ from typing import NoReturn
 from vlmr1.errors import UserError
 
 ROOT = Path(__file__).parents[2]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The suite parses its own arguments."""
+
+
+def run(options: argparse.Namespace, rest: list[str]) -> NoReturn:
+    bench(rest)
 
 
 def bench(words: Sequence[str], root: Path = ROOT) -> NoReturn:

@@ -11,31 +11,36 @@ from tqdm import tqdm
 
 from vlmr1.data.faults import RowFault
 from vlmr1.data.findings import Fault, Findings, as_fault
-from vlmr1.data.images import ImageRef, image_faults, open_image
+from vlmr1.data.images import image_faults, open_image
 from vlmr1.data.samples import Columns, Samples
 from vlmr1.data.sources import open_sources, split_names
 from vlmr1.data.templates import question_text
 from vlmr1.errors import DataError, SettingError
+from vlmr1.lifecycle.renamed import current_value
 from vlmr1.models.boxes import Setting
+from vlmr1.models.settings import LIMITS
 from vlmr1.rewards.judge import Judge
 from vlmr1.rewards.methods import columns_of_files
 from vlmr1.rewards.registry import Reward, get_reward
 from vlmr1.rewards.settings import DEFAULT_METHOD, MODES, RewardSettings
-from vlmr1.types import Sample
+from vlmr1.types import ImageRef, Sample
 
 Measure = Callable[[Sample], int]  # tokens of a sample's prompt
 UNASKED = Judge("http://localhost", "none")  # rows of the method llm need one; a check asks it nothing
-LIMITS = ("min_pixels", "max_pixels", "max_anyres_num")  # of images
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments; `check_command` reads them."""
+    actions = parser.add_subparsers(dest="action", required=True)
+    _add_check_arguments(actions.add_parser("check", help="every fault, by file and line"))
+
+
+def _add_check_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", help="JSON or Parquet files, directories of save_to_disk, OWNER/NAME@SPLIT")
     parser.add_argument("--images", nargs="*", default=[], help="image folders: one for each data file, or one for all")
     parser.add_argument("--question_template", default="none")
     parser.add_argument("--reward_funcs", nargs="*", default=[], help="rewards that have to be able to score each row")
     parser.add_argument("--accu_reward_method", nargs="+", default=[DEFAULT_METHOD], help="one, or one for each file")
-    parser.add_argument("--reward_mode", choices=MODES, default="strict", help="as in training")
+    parser.add_argument("--reward_mode", type=_mode, choices=MODES, default="strict", help="as in training")
     parser.add_argument("--model", help="count the tokens of each prompt with this model's processor")
     parser.add_argument("--max_prompt_length", type=int, help="with --model: a longer prompt is a fault")
     for name in LIMITS:
@@ -50,7 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--solution_column", default=Columns.solution)
 
 
-def check_command(options: argparse.Namespace) -> int:
+def _mode(value: str) -> str:
+    return current_value("reward_mode", value)
+
+
+def run(options: argparse.Namespace, rest: list[str]) -> int:
     """Print what is wrong and how long the prompts are; the exit status: 1 where there is a fault."""
     given = [name for name in ("max_prompt_length", *LIMITS) if getattr(options, name) is not None]
     given += ["box_coordinates"] * (options.box_coordinates != "auto")
@@ -111,9 +120,9 @@ def processor_of(model: str, limits: dict[str, int | None]) -> tuple[Any, str]:
     """A model's processor with these limits of its images, and the model's type."""
     from transformers import AutoConfig
 
-    from vlmr1.commands.train import model_path
     from vlmr1.models.image_limits import limit_images
     from vlmr1.models.processor import load_processor
+    from vlmr1.tiny import model_path
 
     try:
         name = model_path(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from vlmr1.commands.arguments import parse_config
-from vlmr1.commands.train import DIGITS, model_path, train
+from vlmr1.commands.train import train
 from vlmr1.config import GRPOConfig
 from vlmr1.data.samples import load_samples
 from vlmr1.data.templates import question_text
@@ -21,7 +22,7 @@ from vlmr1.report.curves import reward_curve
 from vlmr1.report.html import Example, write_report
 from vlmr1.report.progress import read_metrics
 from vlmr1.rewards.answer import predicted_box, solution_box
-from vlmr1.tiny import digits
+from vlmr1.tiny import DIGITS, digits, model_path
 from vlmr1.types import Sample
 
 HELD_OUT_ROWS = 400
@@ -38,6 +39,15 @@ SETTINGS = [
     "seed",
 ]
 Row = tuple[str, str, str]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output_dir", type=Path, help="default: output/demo-SEED")
+
+
+def run(options: argparse.Namespace, rest: list[str]) -> None:
+    demo(options.seed, options.output_dir or Path("output") / f"demo-{options.seed}", rest)
 
 
 def demo(seed: int, output_dir: Path, changes: Sequence[str] = ()) -> None:

@@ -1,7 +1,8 @@
-"""What this machine has, and which implementation each op would pick on it."""
+"""`vlmr1 doctor`: what this machine has, and which implementation each op would pick on it."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -26,6 +27,14 @@ OPTIONAL = (
     "nvidia-ml-py",
 )
 ABSENT = "not installed"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command has no arguments."""
+
+
+def run(options: argparse.Namespace, rest: list[str]) -> None:
+    print(doctor())
 
 
 def doctor() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,9 +13,12 @@ from vlmr1.evaluation.ranks import joined
 from vlmr1.evaluation.results import RESULTS, Results
 
 
-def evaluate_command(words: Sequence[str]) -> None:
-    """The command with its words after `vlmr1 evaluate`."""
-    asked = parse(words)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command parses its own arguments."""
+
+
+def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    asked = parse(rest)
     if isinstance(asked, Compare):
         text = compare(asked.folders)
         _write(asked.out or asked.folders[0] / COMPARISON, text)

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import argparse
 import shutil
 from pathlib import Path
 
 import torch
 
 from vlmr1.errors import SettingError
-from vlmr1.lifecycle.checkpoint import publish
+from vlmr1.lifecycle.checkpoint import is_adapter, publish
 from vlmr1.models import load_model, load_processor
-from vlmr1.models.lora import base_name, is_adapter, read_adapter
+from vlmr1.models.lora import base_name, read_adapter
 from vlmr1.models.processor import save_processor
 from vlmr1.models.quantization import quantization_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", required=True, type=Path)
+    parser.add_argument("--output", required=True, type=Path, help="a directory that does not exist")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the weights")
+
+
+def run(options: argparse.Namespace, rest: list[str]) -> None:
+    merge(options.checkpoint, options.output, dtype=options.dtype)
 
 
 def merge(checkpoint: Path, output: Path, *, dtype: str = "float32") -> None:

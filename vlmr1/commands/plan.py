@@ -9,9 +9,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlmr1.commands.arguments import add_sources, parse_config
+from vlmr1.errors import SettingError
+from vlmr1.planner.job import Job
+from vlmr1.planner.known_models import config_named
+from vlmr1.planner.plan import Planner
+from vlmr1.planner.remedies import advise, gpus_needed
+from vlmr1.planner.report import as_json, bytes_of, report
+from vlmr1.tiny import model_path
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `vlmr1 plan` beside the settings of `vlmr1 train`."""
     parser.add_argument("--model", help="hub id of a known model, or a local directory (model_name_or_path)")
     parser.add_argument("--gpu", default="80GiB", help="memory of one GPU")
     parser.add_argument("--gpus", type=int, default=1, help="GPUs that share the job")
@@ -19,22 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="whose kernels are counted")
     parser.add_argument("--image_tokens", type=int, default=1024, help="tokens of a prompt's image; 0: no image")
     parser.add_argument("--text_tokens", type=int, default=128, help="tokens of a prompt beside its image")
-    parser.add_argument("--recipe", help="a recipe shipped with the package")
-    parser.add_argument("--config", type=Path, help="a YAML file of settings")
+    add_sources(parser)
     parser.add_argument("--json", type=Path, help="write the figures to this file, in bytes")
 
 
-def plan_command(options: argparse.Namespace, settings: Sequence[str]) -> None:
+def run(options: argparse.Namespace, settings: Sequence[str]) -> None:
     """Print the plan; `settings` are those of `vlmr1 train`."""
-    from vlmr1.commands.arguments import parse_config
-    from vlmr1.commands.train import model_path
-    from vlmr1.errors import SettingError
-    from vlmr1.planner.job import Job
-    from vlmr1.planner.known_models import config_named
-    from vlmr1.planner.plan import Planner
-    from vlmr1.planner.remedies import advise, gpus_needed
-    from vlmr1.planner.report import as_json, bytes_of, report
-
     room = bytes_of(options.gpu)
     words = [*settings, "--use_cpu", "true"]  # the planning machine need not have the job's device
     if options.model is not None:

@@ -9,8 +9,9 @@ from typing import Any
 from PIL import Image
 
 from vlmr1.data.faults import row_fault
-from vlmr1.data.images import ImageBytes, ImageRef
+from vlmr1.data.images import encode_image
 from vlmr1.data.rows import Row
+from vlmr1.types import ImageBytes, ImageRef
 
 
 class ImageFolder:
@@ -56,7 +57,7 @@ def image_of(value: Any, folder: ImageFolder, name: str, source: str) -> ImageRe
     if isinstance(value, bytes):
         return ImageBytes.of(value, name)
     try:
-        return ImageBytes.of_image(value, name)
+        return encode_image(value, name)
     except (OSError, ValueError) as error:
         raise row_fault(source, "image undecodable", f"image {name} cannot be read: {error}") from error
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import struct
@@ -11,7 +10,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,6 +17,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from vlmr1.data.faults import RowFault, row_fault
+from vlmr1.types import ImageBytes, ImageRef
 
 IN_FLIGHT = 64  # images that wait for a decoder
 MIN_SIDE = 28  # px: a merged patch of Qwen's towers; VLM-R1 enlarges smaller images to it too
@@ -47,30 +46,11 @@ UPRIGHT = {  # by EXIF orientation
 SIDEWAYS = (5, 6, 7, 8)  # of those: width and height change places
 
 
-@dataclass(frozen=True)
-class ImageBytes:
-    """An encoded image that has no file of its own. It is equal to any other of the same bytes."""
-
-    key: str  # digest of the bytes
-    name: str = field(compare=False)  # for messages
-    data: bytes = field(compare=False, repr=False)
-
-    def __str__(self) -> str:
-        return self.name
-
-    @classmethod
-    def of(cls, data: bytes, name: str) -> ImageBytes:
-        return cls(hashlib.blake2b(data, digest_size=16).hexdigest(), name, data)
-
-    @classmethod
-    def of_image(cls, image: Image.Image, name: str) -> ImageBytes:
-        """An image that is open already; what `open_image` would make of it is kept without loss."""
-        buffer = io.BytesIO()
-        to_rgb(image).save(buffer, "PNG", compress_level=1)
-        return cls.of(buffer.getvalue(), name)
-
-
-ImageRef = Path | ImageBytes  # what a Sample holds of an image; equal ones are one image, to caches too
+def encode_image(image: Image.Image, name: str) -> ImageBytes:
+    """Lossless bytes of an open image, as `open_image` would return it."""
+    buffer = io.BytesIO()
+    to_rgb(image).save(buffer, "PNG", compress_level=1)
+    return ImageBytes.of(buffer.getvalue(), name)
 
 
 def open_image(image: ImageRef, source: str) -> Image.Image:

@@ -10,11 +10,11 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from vlmr1.data.images import MIN_SIDE, ImageBytes, ImageRef, open_image
+from vlmr1.data.images import MIN_SIDE, encode_image, open_image
 from vlmr1.data.samples import Samples
 from vlmr1.errors import DataError, SettingError
-from vlmr1.models.family import ImageInputs, ModelFamily
-from vlmr1.types import Prompt, Sample
+from vlmr1.models.family import ModelFamily
+from vlmr1.types import ImageInputs, ImageRef, Prompt, Sample
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class PromptBuilder:
 
     def blank(self) -> tuple[ImageRef, ImageInputs]:
         """A small black image, and what the processor makes of it: for passes that have none and call the tower."""
-        image = ImageBytes.of_image(Image.new("RGB", (2 * MIN_SIDE, 2 * MIN_SIDE)), "blank image")
+        image = encode_image(Image.new("RGB", (2 * MIN_SIDE, 2 * MIN_SIDE)), "blank image")
         message = {"role": "user", "content": [{"type": "image"}]}
         builder = PromptBuilder(self.model, self.family, self.processor)  # without a limit of length
         prompt = builder(Sample([message], (image,), "", "blank image", -1))

@@ -19,12 +19,12 @@ from tqdm import tqdm
 
 from vlmr1.data.faults import row_fault
 from vlmr1.data.folder import ImageFolder, image_of, image_values
-from vlmr1.data.images import ImageRef, image_faults
+from vlmr1.data.images import image_faults
 from vlmr1.data.messages import as_text, check_template, from_prompt, from_turns
 from vlmr1.data.rows import Row, Rows
 from vlmr1.data.sources import open_sources
 from vlmr1.errors import DataError, SettingError
-from vlmr1.types import Sample
+from vlmr1.types import ImageRef, Sample
 
 RESERVED = ("solution", "prompts", "completions", "completion_ids")  # arguments of a reward function
 

@@ -6,37 +6,35 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from transformers import TrainingArguments
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from vlmr1.distributed.launch import check_processes, launched_as
 from vlmr1.distributed.sharded import Sharding, check_fsdp, check_sharded
 from vlmr1.errors import SettingError
 
-if TYPE_CHECKING:
-    from vlmr1.config import GRPOConfig
 
-
-def check_scale(config: GRPOConfig) -> None:
+def check_scale(args: TrainingArguments) -> None:
     """SettingError where the processes do not see each other, or the engine cannot honour a setting."""
-    check_processes(config.world_size)
-    check_saving(config)
-    sharding = planned_sharding(config)
-    engine = config.world_size > 1 or config.deepspeed_plugin is not None or launched_as() == "fsdp2"
-    check_sharded(config, sharding, engine=engine)
+    check_processes(args.world_size)
+    check_saving(args)
+    sharding = planned_sharding(args)
+    engine = args.world_size > 1 or args.deepspeed_plugin is not None or launched_as() == "fsdp2"
+    check_sharded(args, sharding, engine=engine)
 
 
-def check_saving(config: GRPOConfig) -> None:
+def check_saving(args: TrainingArguments) -> None:
     """SettingError where a checkpoint without optimizer would hold shards."""
-    if config.save_only_model and launched_as() == "fsdp2":
+    if args.save_only_model and launched_as() == "fsdp2":
         raise SettingError("save_only_model is not supported with fsdp2, whose checkpoints are in shards")
 
 
-def planned_sharding(config: GRPOConfig) -> Sharding | None:
+def planned_sharding(args: TrainingArguments) -> Sharding | None:
     """As `sharding_of` the accelerator that these settings and this environment will make."""
-    if config.deepspeed_plugin is not None:
-        return "zero3" if config.deepspeed_plugin.zero_stage == 3 else None
+    if args.deepspeed_plugin is not None:
+        return "zero3" if args.deepspeed_plugin.zero_stage == 3 else None
     if launched_as() != "fsdp2":
         return None
     check_fsdp(int(os.environ.get("FSDP_VERSION", 1)))

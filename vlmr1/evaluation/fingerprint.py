@@ -17,7 +17,8 @@ from vlmr1.data.sources import split_names
 from vlmr1.errors import SettingError
 from vlmr1.evaluation.options import Options
 from vlmr1.evaluation.rows import Data, file_digests, sha256
-from vlmr1.models.lora import base_name, is_adapter
+from vlmr1.lifecycle.checkpoint import is_adapter
+from vlmr1.models.lora import base_name
 from vlmr1_kernels.registry import ENVIRONMENT_VARIABLE
 
 BEGUN = "evaluation.json"

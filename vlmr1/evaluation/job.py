@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from vlmr1.commands.train import model_path
 from vlmr1.errors import SettingError, UserError
 from vlmr1.evaluation.decode import Decoder
 from vlmr1.evaluation.fingerprint import begin, identity
@@ -31,6 +30,7 @@ from vlmr1.evaluation.vqa import CLICK, method_of
 from vlmr1.models import load_model, load_processor, model_type_of
 from vlmr1.report.cases import write_cases
 from vlmr1.rewards.pool import RewardPool
+from vlmr1.tiny import model_path
 from vlmr1.types import Sample
 from vlmr1_kernels import use
 

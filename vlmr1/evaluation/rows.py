@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from vlmr1.data.faults import row_fault
-from vlmr1.data.images import ImageRef
 from vlmr1.data.rows import Rows
 from vlmr1.data.samples import Columns, Samples, check_rows
 from vlmr1.data.sources import open_sources, split_names
@@ -24,7 +23,7 @@ from vlmr1.evaluation.vqa import check_answer
 from vlmr1.rewards.methods import columns_of_files
 from vlmr1.rewards.settings import RewardSettings
 from vlmr1.rewards.strict.iou import true_box
-from vlmr1.types import Sample
+from vlmr1.types import ImageRef, Sample
 
 Check = Callable[[Sample], None]
 

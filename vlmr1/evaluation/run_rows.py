@@ -3,62 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
-from vlmr1.data.samples import Samples, load_samples
+from vlmr1.data.samples import Samples
 from vlmr1.data.sources import split_names
-from vlmr1.data.templates import question_text
 from vlmr1.errors import DataError, SettingError
 from vlmr1.evaluation.detection import check_detection
-from vlmr1.rewards.methods import columns_of_files
-from vlmr1.rewards.registry import checks_of, get_reward
+from vlmr1.evaluation.settings import EvaluationSettings
+from vlmr1.rewards.registry import get_reward
+from vlmr1.rewards.rows import RowReader
 from vlmr1.rewards.score import METHOD
 from vlmr1.rewards.settings import RewardSettings
 from vlmr1.types import Sample
-
-if TYPE_CHECKING:
-    from vlmr1.config import GRPOConfig
 
 OF_BOXES = ("map", "od_ap", "od_ap50", "odLength", "weighted_sum")
 
 
 def evaluation_samples(
-    config: GRPOConfig, model_type: str, processor: Any, validation: Sequence[Sample] | None = None
+    settings: EvaluationSettings, reader: RowReader, validation: Sequence[Sample] | None = None
 ) -> Sequence[Sample] | None:
-    """The rows that a run evaluates, each checked against its rewards, and against the box metrics where it has them:
-    of `eval_data_file_paths`, else `validation`, the part of the data that was kept from training. None where the
-    settings ask for no evaluation."""
-    if config.eval_steps is None and not config.eval_on_start:
+    """The rows that a run evaluates: those of `eval_data_file_paths`, else `validation`, the part of the data that was
+    kept from training. None where the settings ask for no evaluation.
+
+    Each row is checked against its rewards, and against the box metrics where it has them."""
+    if settings.eval_steps is None and not settings.eval_on_start:
         return None
-    rewards = config.rewards().with_boxes(config.box_coordinates, model_type, processor.image_processor)
-    if config.eval_data_file_paths:
-        files, methods = split_names(config.eval_data_file_paths), config.accu_reward_method
-        own = len(methods) not in (1, len(files))  # the methods are of the training files: each row has its own
-        samples: Sequence[Sample] = load_samples(
-            files,
-            config.eval_image_folders,
-            question=question_text(config.question_template, model_type),
-            check_images=config.check_images,
-            prompt_column=config.prompt_column,
-            solution_column=config.solution_column,
-            checks=[*([_OwnMethod(len(methods), len(files))] if own else []), *checks_of(config.reward_funcs, rewards)],
-            defaults=[] if own else columns_of_files(len(files), methods),
-        )
+    if settings.eval_data_file_paths:
+        samples: Sequence[Sample] = _read(settings, reader)
     elif validation is not None:
         samples = validation
     else:
-        name = "eval_on_start" if config.eval_steps is None else "eval_steps"
+        name = "eval_on_start" if settings.eval_steps is None else "eval_steps"
         raise SettingError(f"{name} needs data to evaluate on: set eval_data_file_paths, or val_split_ratio")
-    if config.eval_limit is not None:
-        samples = _first(samples, config.eval_limit)
-    if any(get_reward(each, rewards).name == "accuracy" for each in config.reward_funcs):
-        _check_boxes(samples, rewards)
+    if settings.eval_limit is not None:
+        samples = _first(samples, settings.eval_limit)
+    if any(get_reward(each, reader.rewards).name == "accuracy" for each in reader.options.reward_funcs):
+        _check_boxes(samples, reader.rewards)
     return samples
+
+
+def _read(settings: EvaluationSettings, reader: RowReader) -> Samples:
+    """The rows of `eval_data_file_paths`. Several accuracy methods that are not one for each of these files belong to
+    the training files: then each row needs its own."""
+    files, folders = settings.eval_data_file_paths, settings.eval_image_folders
+    methods, count = len(reader.options.accu_reward_method), len(split_names(files))
+    if methods in (1, count):
+        return reader.read(files, folders)
+    return reader.read(files, folders, checks=[_OwnMethod(methods, count)], defaults=[])
 
 
 def kind_of_boxes(samples: Sequence[Sample], settings: RewardSettings) -> str | None:
     """rec or ovd, where the accuracy method of every row is of that kind and every row has one image; else None, as
-    with reward_mode vlmr1, whose code has solutions that these metrics cannot read."""
+    with reward_mode vlm_r1, whose code has solutions that these metrics cannot read."""
     if settings.mode != "strict":
         return None
     kinds: set[str | None] = set()

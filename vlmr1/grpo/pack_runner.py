@@ -17,7 +17,6 @@ from vlmr1.grpo.packing import (
     make_pack,
     plan_packs,
     repeated_prompt_tokens,
-    unique_images,
     with_image,
     with_signal,
     without_weight,
@@ -25,7 +24,7 @@ from vlmr1.grpo.packing import (
 from vlmr1.grpo.policy import PackedPolicy, call
 from vlmr1.grpo.reference import Reference
 from vlmr1.models.attention import autocast
-from vlmr1.models.features import FeatureCache, encode
+from vlmr1.models.features import FeatureCache, encode, unique_images
 from vlmr1.telemetry.phases import Phases
 from vlmr1.training.hf_trainer import BaseTrainer
 from vlmr1.types import Group, Pack

@@ -8,17 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from vlmr1.types import Group, Pack, Prompt
+from vlmr1.models.features import all_images, unique_images
+from vlmr1.types import Group, ImageInputs, ImageRef, Pack
 from vlmr1_kernels import PrefixLayout
-
-if TYPE_CHECKING:
-    from vlmr1.data.images import ImageRef
-    from vlmr1.models.family import ImageInputs
 
 
 def plan_packs(
@@ -88,7 +84,7 @@ def make_pack(groups: Sequence[Group], *, share_vision: bool = True) -> Pack:
     first = torch.tensor([group.prompt.next_position for group in groups for _ in group.completions])
     kinds = len(prompts[0].positions)
     branch_positions = [start + torch.arange(len(b)) for start, b in zip(first, branches, strict=True)]
-    images, refs, image_ids = unique_images(prompts) if share_vision else _all_images(prompts)
+    images, refs, image_ids = unique_images(prompts) if share_vision else all_images(prompts)
     layout = PrefixLayout(
         tuple(len(p.input_ids) for p in prompts),
         tuple(tuple(len(c.token_ids) - 1 for c in group.completions) for group in groups),
@@ -123,25 +119,6 @@ def _predicting_rows(layout: PrefixLayout) -> Tensor:
             rows += [torch.tensor([prompt_end - 1]), torch.arange(branch, branch + length)]
             branch += length
     return torch.cat(rows)
-
-
-Images = tuple[tuple["ImageInputs", ...], tuple["ImageRef", ...], tuple[int, ...]]
-
-
-def _all_images(prompts: Sequence[Prompt]) -> Images:
-    images = tuple(image for prompt in prompts for image in prompt.images)
-    refs = tuple(ref for prompt in prompts for ref in prompt.sample.images)
-    return images, refs, tuple(range(len(images)))
-
-
-def unique_images(prompts: Sequence[Prompt]) -> Images:
-    """The images to encode, each once, where they are from, and which of them stands at each placeholder run."""
-    images: dict[ImageRef, ImageInputs] = {}
-    every, refs, _ = _all_images(prompts)
-    for ref, image in zip(refs, every, strict=True):
-        images.setdefault(ref, image)
-    place = {ref: i for i, ref in enumerate(images)}
-    return tuple(images.values()), tuple(images), tuple(place[ref] for ref in refs)
 
 
 def with_image(pack: Pack, ref: ImageRef, image: ImageInputs) -> Pack:

@@ -39,7 +39,8 @@ from vlmr1.grpo.reference import SyncReference, make_reference
 from vlmr1.models import check_dropout, family_of
 from vlmr1.models.features import FeatureCache
 from vlmr1.models.lora import merged
-from vlmr1.models.trainable import choose_trained
+from vlmr1.models.settings import ParameterSettings
+from vlmr1.models.trainable import apply_liger, choose_trained
 from vlmr1.rewards.failures import unreadable
 from vlmr1.rewards.groups import TimedOut, score_groups
 from vlmr1.rewards.pool import RewardPool
@@ -62,6 +63,7 @@ class GRPOTrainer(PassesTrainer):
         reward_funcs: Sequence[str | Reward | Callable] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ):
+        args.check_device()
         self.family = family_of(model)
         if args.share_prompt or args.pack:
             check_dropout(model.config)
@@ -75,7 +77,9 @@ class GRPOTrainer(PassesTrainer):
             raise SettingError(f"reward_weights has {len(self.reward_weights)} values for {len(self.rewards)} rewards")
         self.settings = args.objective()
         self.dtype = torch.bfloat16 if args.bf16 else None
-        trained = choose_trained(model, self.family, args)
+        if args.use_liger_kernel:
+            args.liger_kernel_config = apply_liger(model)
+        trained = choose_trained(model, self.family, ParameterSettings.of(args))
         if args.overlong_prompts == "filter" and args.max_prompt_length is not None:
             samples = without_overlong(samples, PromptBuilder(model, self.family, processor), args.max_prompt_length)
         builder = PromptBuilder(model, self.family, processor, max_prompt_length=args.max_prompt_length)
@@ -228,7 +232,7 @@ class GRPOTrainer(PassesTrainer):
             packs = self.made_alone(plan) if self.sharding is None else self.made(plan, unjudged(groups))
             try:
                 packs = self.with_logprobs(model, packs, phases)
-                return with_kl(groups, plan, packs[: len(plan)], self.args.kl)
+                return with_kl(groups, plan, packs[: len(plan)], self.args.kl_estimator)
             except PackTooLarge as error:
                 self.shrink(error)
 

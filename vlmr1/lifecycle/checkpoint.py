@@ -7,39 +7,40 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-from vlmr1.distributed.ranks import ALONE, Ranks
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 STAGING = ".staging-"
 PREFIX = "checkpoint-"
+ADAPTER_CONFIG = "adapter_config.json"  # of a checkpoint that holds an adapter only
 HASHED_MIB = 16  # larger files (weights, optimizers) are known by their size alone: reading them takes long
 
 
 @contextmanager
-def staged(output_dir: Path, name: str, ranks: Ranks = ALONE) -> Iterator[Path]:
-    """Yields an empty directory; what all ranks have put into its folder `name` becomes `output_dir/name`, or nothing
-    does."""
+def staged(
+    output_dir: Path, name: str, *, first: bool = True, barrier: Callable[[], None] = lambda: None
+) -> Iterator[Path]:
+    """Yield an empty directory. What all ranks put into its folder `name` becomes `output_dir/name`, or nothing does.
+
+    The `first` rank creates and publishes it; `barrier` returns when every rank has called it."""
     staging = output_dir / f"{STAGING}{name}"
-    first = ranks.rank == 0
     if first:
         if staging.exists():
             shutil.rmtree(staging)
         staging.mkdir(parents=True)
-    ranks.barrier()
+    barrier()
     try:
         yield staging
-        ranks.barrier()
+        barrier()
         if first:
             publish(staging / name, output_dir / name)
     finally:
         if first:
             shutil.rmtree(staging, ignore_errors=True)
-    ranks.barrier()
+    barrier()
 
 
 def publish(source: Path, target: Path) -> None:
@@ -154,6 +155,11 @@ def truncate_after(path: Path, step: int) -> None:
         if line.endswith("\n") and json.loads(line)["step"] <= step:
             kept.append(line)
     replace_text(path, "".join(kept))
+
+
+def is_adapter(folder: str | Path) -> bool:
+    """Whether a directory holds an adapter only."""
+    return (Path(folder) / ADAPTER_CONFIG).is_file()
 
 
 def _by_step(output_dir: Path) -> list[Path]:

@@ -13,8 +13,18 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from vlmr1.errors import CheckpointError, SettingError
-from vlmr1.lifecycle.checkpoint import fault_of
-from vlmr1.models.lora import is_adapter
+from vlmr1.lifecycle.checkpoint import fault_of, is_adapter, last_complete
+
+
+def find_checkpoint(output_dir: Path, named: str | None) -> Path | None:
+    """The checkpoint to continue from: `named` (resume_from_checkpoint), or the last complete one of the output
+    directory."""
+    if named is None:
+        return last_complete(output_dir)
+    fault = fault_of(Path(named))
+    if fault:
+        raise SettingError(f"resume_from_checkpoint: {named} is not a complete checkpoint: {fault}")
+    return Path(named)
 
 
 def is_last(checkpoint: Path) -> bool:
@@ -31,8 +41,8 @@ def check_resumable(checkpoint: Path) -> None:
         return
     merge = ", once `vlmr1 merge` has made a model of it" if is_adapter(checkpoint) else ""
     raise SettingError(
-        f"{checkpoint} was written with save_only_model, without the optimizer: no run goes on from it. Start another "
-        f"from its weights, with another output_dir and model_name_or_path={checkpoint}{merge}"
+        f"{checkpoint} has no optimizer state (save_only_model) and cannot be resumed. Start another run from its "
+        f"weights, with another output_dir and model_name_or_path={checkpoint}{merge}"
     )
 
 

@@ -9,13 +9,14 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from vlmr1.errors import SettingError
+from vlmr1.lifecycle.checkpoint import is_adapter
 from vlmr1.models.families.glm4v import Glm4vFamily
 from vlmr1.models.families.idefics3 import Idefics3Family
 from vlmr1.models.families.internvl import InternVLFamily
 from vlmr1.models.families.qwen3_vl import Qwen3VLFamily
 from vlmr1.models.families.qwen_vl import QwenVLFamily
 from vlmr1.models.family import ModelFamily
-from vlmr1.models.lora import base_name, base_of, is_adapter, read_adapter
+from vlmr1.models.lora import base_name, base_of, read_adapter
 from vlmr1.models.processor import load_processor
 from vlmr1.models.quantization import check_layers, four_bit, quantization_of
 

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from vlmr1.models.attention import SharedAttention, shared_attention
 from vlmr1.models.precision import zero_gradient
 from vlmr1.models.tower import varlen_tower
-
-ImageInputs = dict[str, Tensor]  # what the processor made of one image
+from vlmr1.types import ImageInputs
 
 
 @dataclass(frozen=True)

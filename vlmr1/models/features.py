@@ -1,4 +1,4 @@
-"""Features of a step's images from a frozen tower: made once, read by rollout, reference and policy."""
+"""Images of several prompts, and the cache of a frozen tower's features for rollout, reference and policy."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
-from vlmr1.data.images import ImageRef
-from vlmr1.models.family import ImageFeatures, ImageInputs, ModelFamily
+from vlmr1.models.family import ImageFeatures, ModelFamily
+from vlmr1.types import ImageInputs, ImageRef, Prompt
+
+Images = tuple[tuple[ImageInputs, ...], tuple[ImageRef, ...], tuple[int, ...]]
 
 
 class FeatureCache:
@@ -31,3 +33,20 @@ def encode(
     with torch.no_grad():
         cache.kept |= zip(missing, family.encode_images(model, list(missing.values())), strict=True)
     return [cache.kept[ref] for ref in refs]
+
+
+def all_images(prompts: Sequence[Prompt]) -> Images:
+    """As `unique_images`, each image as often as it stands in a prompt."""
+    images = tuple(image for prompt in prompts for image in prompt.images)
+    refs = tuple(ref for prompt in prompts for ref in prompt.sample.images)
+    return images, refs, tuple(range(len(images)))
+
+
+def unique_images(prompts: Sequence[Prompt]) -> Images:
+    """The images to encode, each once, their references, and the index of the image at each placeholder run."""
+    images: dict[ImageRef, ImageInputs] = {}
+    every, refs, _ = all_images(prompts)
+    for ref, image in zip(refs, every, strict=True):
+        images.setdefault(ref, image)
+    place = {ref: i for i, ref in enumerate(images)}
+    return tuple(images.values()), tuple(images), tuple(place[ref] for ref in refs)

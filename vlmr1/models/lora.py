@@ -7,23 +7,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from vlmr1.errors import SettingError
+from vlmr1.lifecycle.checkpoint import ADAPTER_CONFIG
 from vlmr1.models.family import ModelFamily
-
-if TYPE_CHECKING:
-    from vlmr1.config import GRPOConfig
-
-ADAPTER_CONFIG = "adapter_config.json"  # of a checkpoint that holds an adapter only
+from vlmr1.models.settings import ParameterSettings
 
 
-def with_lora(model: Any, family: ModelFamily, args: GRPOConfig) -> Any:
+def with_lora(model: Any, family: ModelFamily, settings: ParameterSettings) -> Any:
     """The model with an adapter at its linear layers, as a `peft.PeftModel`: the adapter is trained, in float32
-    whatever the dtype of the weights, and the rest is frozen. The adapter's first weights follow from `args.seed`.
+    whatever the dtype of the weights, and the rest is frozen. The adapter's first weights follow from `seed`.
 
     SettingError: peft is not installed, or `lora_target_modules` or `lora_modules_to_save` name what cannot be."""
     try:
@@ -31,17 +28,17 @@ def with_lora(model: Any, family: ModelFamily, args: GRPOConfig) -> Any:
     except ImportError as error:
         raise SettingError("use_peft needs peft: pip install 'vlmr1[quant]'") from error
     config = LoraConfig(
-        r=args.lora_r,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
-        target_modules=target_modules(model, family, args.lora_target_modules, vision=args.lora_vision),
-        modules_to_save=_kept_modules(model, family, args.lora_modules_to_save) or None,
-        use_rslora=args.use_rslora,
-        use_dora=args.use_dora,
-        revision=None if args.model_revision == "main" else args.model_revision,
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=target_modules(model, family, settings.lora_target_modules, vision=settings.lora_vision),
+        modules_to_save=_kept_modules(model, family, settings.lora_modules_to_save) or None,
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+        revision=None if settings.model_revision == "main" else settings.model_revision,
     )
     with torch.random.fork_rng():
-        torch.manual_seed(args.seed)
+        torch.manual_seed(settings.seed)
         return get_peft_model(model, config)
 
 
@@ -105,11 +102,6 @@ def merged(model: Any) -> Iterator[None]:
             if layer.merged:
                 layer.unmerge()
             layer.get_base_layer().weight.data = weight
-
-
-def is_adapter(folder: str | Path) -> bool:
-    """Whether a directory holds an adapter only."""
-    return (Path(folder) / ADAPTER_CONFIG).is_file()
 
 
 def base_name(folder: str | Path) -> tuple[str, str]:

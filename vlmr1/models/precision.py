@@ -7,7 +7,7 @@ therefore float32 (masters, with `bf16` for the computation), or bfloat16 with s
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -15,9 +15,6 @@ from torch import nn
 from vlmr1.distributed.sharded import is_partitioned
 from vlmr1.errors import SettingError
 from vlmr1.models.optimizers import OPTIMIZERS
-
-if TYPE_CHECKING:
-    from vlmr1.config import GRPOConfig
 
 # The one whose bfloat16 weights go where float32 weights would, in expectation.
 STOCHASTIC = "adamw_torch_8bit"
@@ -31,40 +28,57 @@ BFLOAT16 = (
 )
 
 
-def check_optimizer(args: GRPOConfig) -> None:
-    """SettingError where `optim` is not one of OPTIMIZERS, or cannot do here what it says."""
-    name = str(getattr(args.optim, "value", args.optim))
+class PrecisionSettings(Protocol):
+    """The settings that this module reads: those of `ParameterSettings`."""
+
+    optim: Any
+    optim_args: str | None
+    bf16: bool
+    model_dtype: Literal["float32", "bfloat16"]
+    stochastic_rounding: bool
+    use_peft: bool
+
+
+def optimizer_name(optim: Any) -> str:
+    """The name of a value of `optim`, which transformers makes an enumeration."""
+    return str(getattr(optim, "value", optim))
+
+
+def check_optimizer(settings: PrecisionSettings) -> None:
+    """SettingError where `optim` is not one of OPTIMIZERS or contradicts the dtype of the weights. Adds
+    `stochastic_rounding` to `optim_args`. The device is checked by `ParameterSettings.check_device`."""
+    name = optimizer_name(settings.optim)
     if name not in OPTIMIZERS:
         raise SettingError(f"optim is {name!r}: {REFUSED.get(name, f'it was not tested here; use {_names()}')}")
-    if name.startswith("paged") and args.device.type != "cuda":
-        raise SettingError(f"optim={name} needs a CUDA device: pages of {args.device.type} memory have nowhere to go")
-    given = [each for each in (args.optim_args or "").replace(" ", "").split(",") if each]
+    given = [each for each in (settings.optim_args or "").replace(" ", "").split(",") if each]
     for each in given:
-        if each.startswith("bf16_stochastic_round") and not (args.stochastic_rounding and each == ROUND):
+        if each.startswith("bf16_stochastic_round") and not (settings.stochastic_rounding and each == ROUND):
             raise SettingError(f"optim_args: {each} is the setting stochastic_rounding here")
-    if args.stochastic_rounding:
+    if settings.stochastic_rounding:
         if name != STOCHASTIC:
             raise SettingError(f"stochastic_rounding needs optim={STOCHASTIC}: {name} rounds to the nearest number")
-        if args.model_dtype != "bfloat16" or args.use_peft:
-            what = "use_peft trains float32 weights" if args.use_peft else "model_dtype is float32"
+        if settings.model_dtype != "bfloat16" or settings.use_peft:
+            what = "use_peft trains float32 weights" if settings.use_peft else "model_dtype is float32"
             raise SettingError(f"stochastic_rounding has no effect: {what}")
-        args.optim_args = ",".join([*(each for each in given if each != ROUND), ROUND])
-    elif args.model_dtype == "bfloat16" and not args.use_peft:
+        settings.optim_args = ",".join([*(each for each in given if each != ROUND), ROUND])
+    elif settings.model_dtype == "bfloat16" and not settings.use_peft:
         raise SettingError(f"model_dtype=bfloat16 with optim={name}: {BFLOAT16}")
 
 
-def prepare_trained(model: nn.Module, args: GRPOConfig) -> None:
+def prepare_trained(model: nn.Module, settings: PrecisionSettings) -> None:
     """Gradients of trained bfloat16 weights are float32, and accumulate as such over packs: 4 bytes a weight, not 2.
     SettingError where such weights would be rounded to the nearest, or nothing is trained."""
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not trained:
         raise SettingError("nothing is trained: every weight is frozen")
-    masters = args.bf16 and is_partitioned(model)  # ZeRO-3 reads bfloat16 weights, and keeps float32 ones beside them
+    masters = settings.bf16 and is_partitioned(
+        model
+    )  # ZeRO-3 reads bfloat16 weights, and keeps float32 ones beside them
     for name, parameter in trained:
         if parameter.dtype.itemsize < 4 and not masters:
-            if not args.stochastic_rounding:
+            if not settings.stochastic_rounding:
                 dtype = str(parameter.dtype).removeprefix("torch.")
-                if args.use_peft:
+                if settings.use_peft:
                     raise SettingError(f"{name} is trained in {dtype}: lora_modules_to_save needs model_dtype=float32")
                 raise SettingError(f"{name} is trained in {dtype}: {BFLOAT16}")
             parameter.grad_dtype = torch.float32  # type: ignore[attr-defined]

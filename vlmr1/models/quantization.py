@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import BitsAndBytesConfig
 
 from vlmr1.errors import SettingError
 from vlmr1.models.family import ModelFamily
-
-if TYPE_CHECKING:
-    from vlmr1.config import GRPOConfig
 
 BLOCK = 64  # weights that share a scale
 CONFIG = "config.json"  # of a checkpoint: of the model, with how it was quantized
@@ -29,11 +26,6 @@ def four_bit(family: ModelFamily, compute_dtype: torch.dtype) -> BitsAndBytesCon
         bnb_4bit_compute_dtype=compute_dtype,
         llm_int8_skip_modules=[*family.vision_paths, family.head_path],
     )
-
-
-def compute_dtype(args: GRPOConfig) -> torch.dtype:
-    """The dtype that layers with 4-bit weights compute in."""
-    return torch.bfloat16 if args.bf16 else getattr(torch, args.model_dtype)
 
 
 def quantize_empty(model: Any, family: ModelFamily, dtype: torch.dtype) -> None:

@@ -1,89 +1,157 @@
-"""What the settings of parameters, precision and memory can be together; each contradiction is refused by name."""
+"""Settings of the model: which one, what of it is trained, with which precision and memory."""
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from vlmr1.errors import SettingError
-from vlmr1.models.precision import check_optimizer
+import torch
 
-if TYPE_CHECKING:
-    from vlmr1.config import GRPOConfig
+from vlmr1.errors import faults_of
+from vlmr1.models.precision import check_optimizer, optimizer_name
+from vlmr1.types import Settings, setting
 
-OF_LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_vision", "lora_modules_to_save")
-OF_LORA += ("use_rslora", "use_dora", "lora_merge_rollout")
-
-
-def check_parameters(args: GRPOConfig) -> None:
-    """SettingError where these settings contradict each other; fills in what follows from them."""
-    check_optimizer(args)
-    if args.use_peft:
-        _check_lora(args)
-    else:
-        _check_no_lora(args)
-    _check_reference(args)
-    if args.activation_offload:
-        if not args.activation_checkpointing:
-            raise SettingError("activation_offload needs gradient_checkpointing: it moves what that keeps")
-        if not on_gpu(args):
-            raise SettingError(f"activation_offload needs a GPU: on {args.device.type} it has nothing to move")
-        kwargs: Any = args.activation_checkpointing_kwargs or {}
-        args.activation_checkpointing_kwargs = {**kwargs, "offload": True}
-    if args.use_liger_kernel:
-        if not on_gpu(args):
-            raise SettingError(f"use_liger_kernel needs a GPU: its kernels do not run on {args.device.type}")
-        _installed("use_liger_kernel", "liger_kernel", "gpu")
+LIMITS = ("min_pixels", "max_pixels", "max_anyres_num")  # of images
 
 
-def on_gpu(args: GRPOConfig) -> bool:
-    return args.device.type == "cuda"
+@dataclass
+class ModelSettings(Settings):
+    """Which model a run loads."""
+
+    group = "Model"
+
+    model_name_or_path: str | None = setting(None, "local directory or hub id")
+    model_revision: str = setting("main", "revision of a hub model")
+    trust_remote_code: bool = setting(False, "run code that a hub model ships")
+    attn_implementation: str = setting("sdpa", "attention of the vision tower and of unpacked passes")
+    model_dtype: Literal["float32", "bfloat16"] = setting(
+        "float32", "dtype of the weights; with bf16, float32 weights are masters"
+    )
+    load_in_4bit: bool = setting(False, "the decoder's linear layers in 4 bits (nf4), with use_peft")
+    min_pixels: int | None = setting(None, "area to which smaller images are enlarged; models with patch grids")
+    max_pixels: int | None = setting(None, "area to which larger images are reduced; models with patch grids")
+    max_anyres_num: int | None = setting(None, "tiles of an image, at most; InternVL")
+
+    def check(self) -> Iterator[str]:
+        yield from self.at_least(1, *LIMITS)
+        if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
+            yield f"min_pixels is {self.min_pixels}: it is above max_pixels, {self.max_pixels}"
+        if self.load_in_4bit:
+            yield from missing_package("load_in_4bit", "bitsandbytes", "quant")
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Options of every read of the model."""
+        return {"revision": self.model_revision, "trust_remote_code": self.trust_remote_code}
+
+    @property
+    def image_limits(self) -> dict[str, int | None]:
+        return {name: getattr(self, name) for name in LIMITS}
 
 
-def _check_lora(args: GRPOConfig) -> None:
-    if args.lora_r < 1:
-        raise SettingError(f"lora_r is {args.lora_r}: it must be at least 1")
-    if args.lora_alpha < 1:
-        raise SettingError(f"lora_alpha is {args.lora_alpha}: it must be at least 1")
-    if not 0 <= args.lora_dropout < 1:
-        raise SettingError(f"lora_dropout is {args.lora_dropout}: it must be at least 0 and below 1")
-    if args.lora_dropout and (args.share_prompt or args.pack):
-        raise SettingError(
-            f"lora_dropout is {args.lora_dropout}, which needs share_prompt=false pack=false: branches of a prompt "
-            "would share what was dropped from it"
-        )
-    if args.freeze_vision and args.lora_vision:
-        raise SettingError("lora_vision and freeze_vision contradict each other: adapters in the tower train it")
-    if args.freeze_merger is not None:
-        raise SettingError(
-            "freeze_merger has no effect with use_peft, which freezes all but the adapter; to train the projector name "
-            "it in lora_modules_to_save"
-        )
-    if args.lora_merge_rollout and args.load_in_4bit:
-        raise SettingError("lora_merge_rollout cannot be with load_in_4bit: 4-bit weights would be rounded anew")
-    _installed("use_peft", "peft", "quant")
-    if args.load_in_4bit:
-        _installed("load_in_4bit", "bitsandbytes", "quant")
+@dataclass
+class LoraSettings(Settings):
+    """A LoRA adapter in place of the weights."""
+
+    group = "LoRA"
+
+    use_peft: bool = setting(False, "train a LoRA adapter; everything else is frozen")
+    lora_r: int = setting(64, "rank")
+    lora_alpha: int = setting(128, "scale of the adapter is alpha / r")
+    lora_dropout: float = setting(0.0, "above 0 without share_prompt and pack only")
+    lora_target_modules: list[str] = setting([], "names of linear layers; default: all of the decoder")
+    lora_vision: bool = setting(False, "adapters in the vision tower and projector too")
+    lora_modules_to_save: list[str] = setting([], "modules that are trained whole beside the adapter")
+    use_rslora: bool = setting(False, "scale by alpha / sqrt(r), not alpha / r")
+    use_dora: bool = setting(False, "adapters of the direction, and a trained magnitude")
+    lora_merge_rollout: bool = setting(False, "merge the adapter for the rollout; costs a copy of its layers' weights")
+
+    def check(self) -> Iterator[str]:
+        if not self.use_peft:
+            for name in LoraSettings.__annotations__:
+                if name != "use_peft" and not self.is_default(name):
+                    yield f"{name} needs use_peft: there is no adapter without it"
+            return
+        yield from self.at_least(1, "lora_r", "lora_alpha")
+        if not 0 <= self.lora_dropout < 1:
+            yield f"lora_dropout is {self.lora_dropout}: it must be at least 0 and below 1"
+        yield from missing_package("use_peft", "peft", "quant")
 
 
-def _check_no_lora(args: GRPOConfig) -> None:
-    if args.load_in_4bit:
-        raise SettingError("load_in_4bit needs use_peft: 4-bit weights cannot be trained")
-    for field in fields(args):
-        if field.name in OF_LORA and getattr(args, field.name) not in (field.default, []):
-            raise SettingError(f"{field.name} needs use_peft: there is no adapter without it")
+class _Shared(Settings):
+    shared = ("seed", "bf16", "optim", "optim_args", "gradient_checkpointing", "activation_checkpointing")
+    shared += ("activation_checkpointing_kwargs", "use_liger_kernel", "deepspeed_plugin")
+    if TYPE_CHECKING:
+        seed: int
+        bf16: bool
+        optim: Any
+        optim_args: str | None
+        gradient_checkpointing: bool
+        activation_checkpointing: bool
+        activation_checkpointing_kwargs: Any
+        use_liger_kernel: bool
+
+        @property
+        def deepspeed_plugin(self) -> Any: ...
 
 
-def _check_reference(args: GRPOConfig) -> None:
-    if args.reference == "auto":
-        return
-    if args.beta == 0:
-        raise SettingError(f"reference={args.reference} needs beta above 0: with beta 0 there is no reference")
-    if args.reference == "adapter" and not args.use_peft:
-        raise SettingError("reference=adapter needs use_peft: it is the policy with its adapter switched off")
+@dataclass
+class ParameterSettings(ModelSettings, LoraSettings, _Shared):
+    """What of the model is trained, with which precision and memory."""
+
+    group = "Trained parameters, precision and memory"
+
+    freeze_vision: bool = setting(False, "train the decoder only")
+    freeze_merger: bool | None = setting(
+        None, "freeze the projector behind the vision tower; default: as freeze_vision"
+    )
+    stochastic_rounding: bool = setting(
+        False, "round bfloat16 weights stochastically after an update, with optim adamw_torch_8bit"
+    )
+    activation_offload: bool = setting(False, "hold in host memory what gradient_checkpointing keeps")
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype in which layers with 4-bit weights compute."""
+        return torch.bfloat16 if self.bf16 else getattr(torch, self.model_dtype)
+
+    def check(self) -> Iterator[str]:
+        yield from faults_of(partial(check_optimizer, self))
+        if self.use_peft:
+            yield from self._check_lora()
+        elif self.load_in_4bit:
+            yield "load_in_4bit needs use_peft: 4-bit weights cannot be trained"
+        if self.activation_offload:
+            if not (self.activation_checkpointing or self.gradient_checkpointing):
+                yield "activation_offload needs gradient_checkpointing: it moves what that keeps"
+            self.activation_checkpointing_kwargs = {**(self.activation_checkpointing_kwargs or {}), "offload": True}
+
+    def _check_lora(self) -> Iterator[str]:
+        if self.freeze_vision and self.lora_vision:
+            yield "lora_vision and freeze_vision contradict each other: adapters in the tower train it"
+        if self.freeze_merger is not None:
+            yield (
+                "freeze_merger has no effect with use_peft, which freezes all but the adapter; to train the projector "
+                "name it in lora_modules_to_save"
+            )
+        if self.lora_merge_rollout and self.load_in_4bit:
+            yield "lora_merge_rollout cannot be used with load_in_4bit: 4-bit weights would be rounded again"
+
+    def check_device(self, device: str) -> Iterator[str]:
+        if optimizer_name(self.optim).startswith("paged") and device != "cuda":
+            yield f"optim={optimizer_name(self.optim)}: paged optimizers need a GPU, this is {device}"
+        if self.activation_offload and device != "cuda":
+            yield f"activation_offload needs a GPU: on {device} it has nothing to move"
+        if self.use_liger_kernel and device != "cuda":
+            yield f"use_liger_kernel needs a GPU: its kernels do not run on {device}"
+        elif self.use_liger_kernel:
+            yield from missing_package("use_liger_kernel", "liger_kernel", "gpu")
 
 
-def _installed(setting: str, module: str, extra: str) -> None:
+def missing_package(name: str, module: str, extra: str) -> Iterator[str]:
+    """The fault of a setting whose package is not installed."""
     if find_spec(module) is None:
-        raise SettingError(f"{setting} needs {module.replace('_', '-')}: pip install 'vlmr1[{extra}]'")
+        yield f"{name} needs {module.replace('_', '-')}: pip install 'vlmr1[{extra}]'"

@@ -9,50 +9,47 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.integrations.liger import apply_liger_kernel
 
-from vlmr1.config import GRPOConfig
 from vlmr1.distributed.preflight import undivided
 from vlmr1.errors import SettingError
 from vlmr1.models import empty_model, family_of
 from vlmr1.models.family import ModelFamily
 from vlmr1.models.lora import with_lora
 from vlmr1.models.precision import prepare_trained
-from vlmr1.models.quantization import compute_dtype, quantize_empty
+from vlmr1.models.quantization import quantize_empty
+from vlmr1.models.settings import ParameterSettings
 
 COMPOSED = ("internvl", "smolvlm")  # whose decoder Liger looks up by its own type
 # Liger has no rotary kernel for GLM-4V, and of Qwen2-VL it replaces a function that transformers 5 does not have.
 OWN_ROPE = ("qwen2_vl", "qwen2_5_vl", "glm4v")
 
 
-def choose_trained(model: Any, family: ModelFamily, args: GRPOConfig) -> Any:
-    """The model that is trained: the given one with what `args` freezes frozen, or the `peft.PeftModel` around it."""
-    if args.load_in_4bit != bool(getattr(model, "is_loaded_in_4bit", False)):
-        state = "not quantized" if args.load_in_4bit else "quantized to 4 bits"
-        raise SettingError(f"load_in_4bit is {args.load_in_4bit}, and the model is {state}")
-    if args.use_liger_kernel:
-        _apply_liger(model, args)
-    model = with_frozen(model, family, args)
-    prepare_trained(model, args)
+def choose_trained(model: Any, family: ModelFamily, settings: ParameterSettings) -> Any:
+    """The model that is trained: the given one, partly frozen as `settings` say, or the `peft.PeftModel` around it."""
+    if settings.load_in_4bit != bool(getattr(model, "is_loaded_in_4bit", False)):
+        state = "not quantized" if settings.load_in_4bit else "quantized to 4 bits"
+        raise SettingError(f"load_in_4bit is {settings.load_in_4bit}, and the model is {state}")
+    model = with_frozen(model, family, settings)
+    prepare_trained(model, settings)
     return model
 
 
-def planned_model(source: str | PreTrainedConfig, args: GRPOConfig) -> Any:
+def planned_model(source: str | PreTrainedConfig, settings: ParameterSettings) -> Any:
     """The model that a run from this local directory, hub id or configuration trains, on the meta device. Only the
     configuration is read."""
-    options = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
-    options |= {"dtype": getattr(torch, args.model_dtype), "attn_implementation": args.attn_implementation}
-    with undivided(args.deepspeed_plugin):
-        model: Any = empty_model(source, **options)
+    dtype, attention = getattr(torch, settings.model_dtype), settings.attn_implementation
+    with undivided(settings.deepspeed_plugin):
+        model: Any = empty_model(source, dtype=dtype, attn_implementation=attention, **settings.source)
         family = family_of(model)
-        if args.load_in_4bit:
-            quantize_empty(model, family, compute_dtype(args))
-        return with_frozen(model, family, args)
+        if settings.load_in_4bit:
+            quantize_empty(model, family, settings.compute_dtype)
+        return with_frozen(model, family, settings)
 
 
-def with_frozen(model: Any, family: ModelFamily, args: GRPOConfig) -> Any:
+def with_frozen(model: Any, family: ModelFamily, settings: ParameterSettings) -> Any:
     """The same, whatever its weights are."""
-    if args.use_peft:
-        return with_lora(model, family, args)
-    _freeze(model, family, tower=args.freeze_vision, merger=args.freeze_merger)
+    if settings.use_peft:
+        return with_lora(model, family, settings)
+    _freeze(model, family, tower=settings.freeze_vision, merger=settings.freeze_merger)
     return model
 
 
@@ -65,9 +62,11 @@ def _freeze(model: Any, family: ModelFamily, *, tower: bool, merger: bool | None
             parameter.requires_grad_(False)
 
 
-def _apply_liger(model: Any, args: GRPOConfig) -> None:
-    """Liger's kernels of layers, as `transformers.Trainer` applies them, but before the reference is copied. In the
-    place of Liger's losses and forwards the packed forward has its own."""
+def apply_liger(model: Any) -> dict[str, bool]:
+    """Patch the model with Liger's kernels of layers and return the `liger_kernel_config`.
+
+    `transformers.Trainer` does the same, but after the reference is copied. Liger's losses and forwards stay off: the
+    packed forward has its own."""
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as KNOWN
 
     kind = model.config.model_type
@@ -75,9 +74,10 @@ def _apply_liger(model: Any, args: GRPOConfig) -> None:
         if needed not in KNOWN:
             raise SettingError(f"use_liger_kernel: Liger has no kernels for {needed}")
     layers = dict.fromkeys(("rms_norm", "layer_norm", "swiglu"), True) | {"rope": kind not in OWN_ROPE}
-    args.liger_kernel_config = layers | dict.fromkeys(("cross_entropy", "fused_linear_cross_entropy"), False)
+    config = layers | dict.fromkeys(("cross_entropy", "fused_linear_cross_entropy"), False)
     try:
-        apply_liger_kernel(model, args.liger_kernel_config)
+        apply_liger_kernel(model, config)
     except ImportError as error:
         versions = f"Liger {version('liger_kernel')}, transformers {version('transformers')}"
         raise SettingError(f"use_liger_kernel: Liger's kernels do not fit {kind} here ({versions}): {error}") from error
+    return config

@@ -31,8 +31,8 @@ Bytes = dict[str, int]  # by cause
 
 
 def dry_passes(job: Job, trained: Any, dry: DryRun) -> Mapping[str, Bytes]:
-    """Phase -> bytes by cause at its peak, beyond what is there all along: weights, optimizer and reference model.
-    HOST -> bytes in host memory. `trained` is the model without data, or the `peft.PeftModel` around it."""
+    """Bytes by cause at the peak of each phase, without weights, optimizer states and reference model. Under HOST are
+    the bytes in host memory. `trained` is the model without data, or the `peft.PeftModel` around it."""
     args, model = job.args, base_of(trained)
     family = family_for(model.config)
     frozen = not any(parameter.requires_grad for parameter in family.vision_parameters(model))
@@ -68,7 +68,7 @@ def dry_passes(job: Job, trained: Any, dry: DryRun) -> Mapping[str, Bytes]:
 
 
 def _update(job: Job, model: Any, policy: PackedPolicy, pack: Pack, dry: DryRun, *, several: bool) -> None:
-    """Forward and backward of one pack; with several, the gradients of those before it are there."""
+    """Run forward and backward of one pack; with several, gradients of earlier packs exist already."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     model.train()
     if several:
@@ -89,7 +89,7 @@ def _update(job: Job, model: Any, policy: PackedPolicy, pack: Pack, dry: DryRun,
 
 
 class DryPacked(PackedPolicy):
-    """What the head makes is of cause "logits"."""
+    """A packed policy whose head's allocations are counted as logits."""
 
     def __init__(self, dry: DryRun, *args: Any, **options: Any):
         super().__init__(*args, **options)
@@ -103,7 +103,7 @@ class DryPacked(PackedPolicy):
 
 
 class DryOnCuda(DryPacked):
-    """With the allocations of the CUDA implementations."""
+    """A packed policy with the allocations of the CUDA implementations."""
 
     @contextmanager
     def attention(self) -> Iterator[None]:
@@ -132,8 +132,9 @@ class DryOnCuda(DryPacked):
 
 
 def native_workspace(hidden: Tensor, weight: Tensor) -> int:
-    """Bytes that the native `linear_grpo_loss` takes beside its results, where `auto` chooses it: logits of a chunk
-    beyond those that live where the weight's gradient will be, and float32 sums over chunks in half precision."""
+    """Bytes that the native `linear_grpo_loss` allocates beside its results; 0 where another implementation is chosen.
+    They are the part of a chunk's logits that does not fit in the weight's gradient, and in half precision the float32
+    sums over chunks."""
     rows, (vocabulary, width) = len(hidden), weight.shape
     call = registry.Request(hidden.device, hidden.dtype, (rows, width, vocabulary))
     if registry.chosen("linear_grpo_loss", call).name != "native":
@@ -149,7 +150,7 @@ def native_workspace(hidden: Tensor, weight: Tensor) -> int:
 
 @contextmanager
 def vision_counted(family: ModelFamily, model: Any, dry: DryRun) -> Iterator[None]:
-    """In this block what tower and projector allocate, backward included, is of cause "vision tower"."""
+    """Count what tower and projector allocate in this block, backward included, as vision tower."""
 
     def before(*_: Any) -> None:
         causes.append(dry.cause)
@@ -175,8 +176,8 @@ def vision_counted(family: ModelFamily, model: Any, dry: DryRun) -> Iterator[Non
 
 @contextmanager
 def checkpoints_on_host(dry: DryRun, rows: int, width: int) -> Iterator[None]:
-    """In this block what forward keeps of shape [.., rows, width] is in host memory: with checkpointing, the inputs of
-    the decoder's layers, and what the norm behind them keeps."""
+    """Count tensors [.., rows, width] that forward saves in this block as host memory. With checkpointing these are the
+    inputs of the decoder's layers, and what the final norm saves."""
 
     def pack(tensor: Tensor) -> Tensor:
         if tensor.shape[-2:] != (rows, width) or not tensor.is_floating_point():

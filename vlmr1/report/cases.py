@@ -9,10 +9,10 @@ from html import escape
 from math import isfinite
 from pathlib import Path
 
-from vlmr1.data.images import ImageRef, open_image, upright_size
+from vlmr1.data.images import open_image, upright_size
 from vlmr1.report.html import CRISP_BELOW, Box, box_svg, document
 from vlmr1.report.pictures import encoded
-from vlmr1.types import Sample
+from vlmr1.types import ImageRef, Sample
 
 LEGEND = {"true": "true box", "after": "predicted box"}
 

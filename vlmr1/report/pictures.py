@@ -10,10 +10,11 @@ from typing import Any
 
 from PIL import Image
 
-from vlmr1.data.images import UNDECODABLE, ImageBytes, ImageRef, to_rgb
+from vlmr1.data.images import UNDECODABLE, to_rgb
 from vlmr1.lifecycle.checkpoint import replace_bytes
 from vlmr1.lifecycle.disk import writing
 from vlmr1.report.html import CRISP_BELOW
+from vlmr1.types import ImageBytes, ImageRef
 
 LARGEST = 448  # px of a side; larger images are shown smaller
 QUALITY = 85  # of JPEG

@@ -20,7 +20,7 @@ SYMBOLIC = ("default", "math")  # methods that may take seconds
 
 
 def _is_slow(settings: RewardSettings, method: str) -> bool:
-    return method != "llm" and (settings.mode == "vlmr1" or method in SYMBOLIC)  # the judge has limits of its own
+    return method != "llm" and (settings.mode == "vlm_r1" or method in SYMBOLIC)  # the judge has limits of its own
 
 
 @register("accuracy", check=check_accuracy, with_settings=True, slow=_is_slow, images=True)

@@ -41,7 +41,7 @@ def check_accuracy(sample: Sample, settings: RewardSettings = DEFAULTS) -> None:
 
 def check_length(sample: Sample, settings: RewardSettings = DEFAULTS) -> None:
     """As `check_accuracy`, which `length` depends on in mode strict; the judge is too dear for it."""
-    if settings.mode == "vlmr1":
+    if settings.mode == "vlm_r1":
         _probe("length", sample, settings, "")
         return
     if (sample.columns.get(METHOD) or settings.accu_reward_method) == "llm":

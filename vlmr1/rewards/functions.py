@@ -17,7 +17,7 @@ Completions = list[list[dict[str, str]]]
 
 
 def _is_slow(settings: RewardSettings, method: str) -> bool:
-    return settings.mode == "vlmr1"  # its regular expressions backtrack
+    return settings.mode == "vlm_r1"  # its regular expressions backtrack
 
 
 def _never(settings: RewardSettings, method: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vlmr1.errors import SettingError
+from vlmr1.lifecycle.renamed import current_value
 from vlmr1.rewards.answer import find_answer, true_text
 from vlmr1.rewards.judge import JudgeError
 from vlmr1.rewards.settings import MODES
@@ -12,7 +13,7 @@ from vlmr1.rewards.strict import SCORERS as STRICT
 from vlmr1.rewards.vlm_r1 import SCORERS as PUBLISHED
 from vlmr1.rewards.vlm_r1.tags import last_answer, true_answer
 
-SCORERS = {"strict": STRICT, "vlmr1": STRICT | PUBLISHED}  # the published code has not all of ours
+SCORERS = {"strict": STRICT, "vlm_r1": STRICT | PUBLISHED}  # the published code has not all of ours
 METHOD = "accu_reward_method"
 
 
@@ -22,7 +23,7 @@ def score(reward: str, content: str, solution: str, *, mode: str = "strict", **k
     Args:
         reward: accuracy, format, format_rec_{qwen,internvl,glm}, iou, iou_{qwen,internvl,glm}, length, repetition,
             counting, point_in_box.
-        mode: "vlmr1" for what VLM-R1 published, faults and exceptions included, "strict" for the same without them.
+        mode: "vlm_r1" for what VLM-R1 published, faults and exceptions included, "strict" for the same without them.
         kwargs: `accu_reward_method` (accuracy; default "iou"), `image_grid_thw` and `image_size` (iou_qwen),
             `tokenizer` (length), `judge` (the method llm), `box_scale` (mode strict; (sx, sy), px of the image file for
             one unit of the completion's boxes and points, which without it count as they stand). Others are not
@@ -30,6 +31,7 @@ def score(reward: str, content: str, solution: str, *, mode: str = "strict", **k
 
     Raises SettingError for an unknown name or mode, and what the reward raises for a solution that it cannot score.
     """
+    mode = current_value("reward_mode", mode)
     if mode not in MODES:
         raise SettingError(f"reward_mode is {mode!r}: one of {', '.join(MODES)}")
     if reward not in SCORERS[mode]:
@@ -48,7 +50,7 @@ def judged(rows: list[tuple[str, str]], judge: Any, *, mode: str) -> list[float]
     """
     if judge is None:
         raise SettingError("accu_reward_method llm needs a judge: set judge_url and judge_model")
-    if mode == "vlmr1":
+    if mode == "vlm_r1":
         return judge.scores([(last_answer(content), true_answer(solution)) for content, solution in rows])
     asked = {i: (find_answer(content), true_text(solution)) for i, (content, solution) in enumerate(rows)}
     asked = {i: pair for i, pair in asked.items() if pair[0]}

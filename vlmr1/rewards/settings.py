@@ -1,20 +1,23 @@
-"""What the rewards of a run are asked for; made from the settings of the run."""
+"""Settings of rewards: those of a run, and what all its reward functions share."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from vlmr1.errors import SettingError
+from vlmr1.errors import SettingError, faults_of
+from vlmr1.lifecycle.renamed import current_value
 from vlmr1.rewards.coordinates import BoxCoordinates
 from vlmr1.rewards.judge import Judge
 from vlmr1.rewards.length import COSINE_MAX
+from vlmr1.types import Settings, setting
 
 if TYPE_CHECKING:
     from vlmr1.models.boxes import Setting
 
-Mode = Literal["strict", "vlmr1"]
-MODES = ("strict", "vlmr1")
+Mode = Literal["strict", "vlm_r1"]
+MODES = ("strict", "vlm_r1")
 DEFAULT_METHOD = "iou"
 AS_THEY_STAND = BoxCoordinates()
 
@@ -37,17 +40,18 @@ class RewardSettings:
     boxes: BoxCoordinates = AS_THEY_STAND
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "mode", current_value("reward_mode", self.mode))
         if self.mode not in MODES:
             raise SettingError(f"reward_mode is {self.mode!r}: one of {', '.join(MODES)}")
         if self.length_reward_max < 1:
             raise SettingError(f"length_reward_max is {self.length_reward_max}: it must be at least 1")
-        if self.mode == "vlmr1" and self.length_reward_max != COSINE_MAX:
+        if self.mode == "vlm_r1" and self.length_reward_max != COSINE_MAX:
             raise SettingError(
-                f"length_reward_max is {COSINE_MAX} with reward_mode vlmr1, not {self.length_reward_max}"
+                f"length_reward_max is {COSINE_MAX} with reward_mode vlm_r1, not {self.length_reward_max}"
             )
-        if self.mode == "vlmr1" and self.boxes != AS_THEY_STAND:
+        if self.mode == "vlm_r1" and self.boxes != AS_THEY_STAND:
             raise SettingError(
-                f"boxes are {self.boxes.space} with reward_mode vlmr1: the published code converts its own"
+                f"boxes are {self.boxes.space} with reward_mode vlm_r1: the published code converts its own"
             )
         cache, longest = self.overlong_cache_length, self.max_completion_length
         if cache is not None and (longest is None or not 1 <= cache < longest):
@@ -59,9 +63,85 @@ class RewardSettings:
         """With the coordinates that the setting box_coordinates says for a model; the published code converts its own.
 
         SettingError where the model cannot have them."""
-        if self.mode == "vlmr1":
+        if self.mode == "vlm_r1":
             return self
         return replace(self, boxes=BoxCoordinates.of(setting, model_type, image_processor))
 
 
 DEFAULTS = RewardSettings()
+
+
+class _Shared(Settings):
+    shared = ("max_completion_length",)
+    if TYPE_CHECKING:
+        max_completion_length: int
+
+
+@dataclass
+class RewardOptions(_Shared):
+    """The reward functions of a run and their options."""
+
+    group = "Rewards"
+
+    reward_funcs: list[str] = setting(["accuracy", "format"], "names of reward functions")
+    reward_weights: list[float] | None = setting(None, "one for each reward; default: 1 each")
+    reward_mode: Literal["strict", "vlm_r1"] = setting(
+        "strict", "vlm_r1 scores as VLM-R1's published code does, its faults included"
+    )
+    box_coordinates: Literal["auto", "original", "resized", "thousand"] = setting(
+        "auto",
+        "units of the boxes in completions: pixels of the file, pixels of the resized image, or thousandths; auto: by "
+        "the model type. Boxes are scored in pixels of the file",
+    )
+    accu_reward_method: list[str] = setting(
+        [DEFAULT_METHOD], "method of the accuracy reward: one for all data files, or one for each; a row's column wins"
+    )
+    judge_url: str | None = setting(None, "OpenAI-compatible API of accu_reward_method llm")
+    judge_model: str | None = setting(None, "model that judge_url serves")
+    judge_timeout: float = setting(60.0, "seconds a request")
+    judge_retries: int = setting(3, "further attempts after a request that failed")
+    judge_concurrency: int = setting(8, "requests at the same time")
+    overlong_cache_length: int | None = setting(None, "tokens over which the `overlong` reward falls")
+    length_reward_max: int = setting(COSINE_MAX, "tokens from which the `length` reward is constant")
+    reward_workers: int = setting(
+        2, "processes for rewards that may hang, started when needed; 0: no processes and no time limit"
+    )
+    reward_timeout: float = setting(10.0, "seconds a completion, in those processes")
+
+    def check(self) -> Iterator[str]:
+        if self.reward_mode == "vlm_r1" and self.box_coordinates != "auto":
+            yield (
+                f"box_coordinates is {self.box_coordinates!r} with reward_mode vlm_r1, whose code converts boxes or "
+                "not by the reward's name: leave it at auto"
+            )
+        self.accu_reward_method = [name for joint in self.accu_reward_method for name in joint.split(":")]
+        if self.accu_reward_method:
+            yield from faults_of(self.rewards)
+        else:
+            yield "accu_reward_method is empty: name one method, or one for each data file"
+        if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
+            yield f"reward_weights has {len(self.reward_weights)} values for {len(self.reward_funcs)} reward_funcs"
+        yield from self.at_least(0, "reward_workers")
+        yield from self.above_zero("reward_timeout")
+
+    def rewards(self) -> RewardSettings:
+        """What the rewards of a run share; SettingError where a setting is out of range."""
+        judge = None
+        if self.judge_url is not None:
+            judge = Judge(
+                self.judge_url,
+                self.judge_model or "",
+                timeout=self.judge_timeout,
+                retries=self.judge_retries,
+                concurrency=self.judge_concurrency,
+            )
+        elif self.judge_model is not None:
+            raise SettingError("judge_model needs judge_url")
+        return RewardSettings(
+            mode=self.reward_mode,
+            accu_reward_method=self.accu_reward_method[0],
+            judge=judge,
+            max_completion_length=self.max_completion_length,
+            overlong_cache_length=self.overlong_cache_length,
+            length_reward_max=self.length_reward_max,
+        )

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmr1.grpo.packing import unique_images
-from vlmr1.models.features import encode
+from vlmr1.models.features import encode, unique_images
 from vlmr1.rollout.engine import Drawn, Request, RolloutEngine, Stops
 from vlmr1.rollout.graphs import Columns, Graph, Step, rung
 from vlmr1.rollout.kv_cache import BLOCK, Pool, blocks_of, prefill_attention

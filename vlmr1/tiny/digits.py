@@ -9,6 +9,7 @@ gets redder to the right and greener to the bottom, which tells so small a visio
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,11 +19,13 @@ import numpy as np
 from PIL import Image
 
 from vlmr1.lifecycle.checkpoint import replace_text
+from vlmr1.lifecycle.disk import writing
 
 STEP = 14  # px; all coordinates are multiples of it
 CANVAS = (112, 140, 168)  # px, multiples of 28: one merged image token
 DIGIT = (42, 56)  # px
 QUESTION = "Locate the digit {label}."
+TRAIN_ROWS = 4000
 
 Split = Literal["train", "held_out"]
 Box = tuple[int, int, int, int]  # x1, y1, x2, y2 in px
@@ -86,6 +89,19 @@ def _boxes(rng: np.random.Generator, size: int) -> tuple[Box, ...]:
 def _scale(of_class: np.ndarray, rng: np.random.Generator, side: int) -> np.ndarray:
     scan = of_class[rng.integers(len(of_class))]
     return np.asarray(Image.fromarray(scan.astype(np.float32)).resize((side, side), Image.Resampling.BILINEAR))
+
+
+def training_files(
+    output_dir: Path, seed: int, *, first: bool = True, barrier: Callable[[], None] = lambda: None
+) -> tuple[list[str], list[str]]:
+    """Data file and image folder of the embedded data set, which the `first` rank writes below the output directory."""
+    folder = output_dir / "data"
+    path = folder / "train.jsonl"
+    if first and not path.exists():
+        with writing("the embedded data set", output_dir):
+            write(folder, "train", count=TRAIN_ROWS, seed=seed)
+    barrier()
+    return [str(path)], [str(folder / "images")]
 
 
 def question(label: int) -> str:

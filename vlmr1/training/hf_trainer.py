@@ -25,12 +25,12 @@ from vlmr1.distributed.sharded import Sharding, check_sharded, gathered_state, k
 from vlmr1.errors import DivergedError, SettingError
 from vlmr1.grpo.buffer import Buffer, BufferSampler
 from vlmr1.grpo.pack_budget import PackBudget
-from vlmr1.lifecycle.checkpoint import rotate, staged
+from vlmr1.lifecycle.checkpoint import is_adapter, rotate, staged
 from vlmr1.lifecycle.disk import writing
 from vlmr1.lifecycle.processes import serve_run
 from vlmr1.lifecycle.resume import is_last
 from vlmr1.models import load_model
-from vlmr1.models.lora import base_of, is_adapter, restore_adapter
+from vlmr1.models.lora import base_of, restore_adapter
 from vlmr1.models.processor import save_processor
 from vlmr1.telemetry.nvml import GpuMeter
 from vlmr1.telemetry.phases import Phases, peak_memory_mib
@@ -183,13 +183,13 @@ class BaseTrainer(Trainer):
     def check_logp(self, values: dict[str, float]) -> None:
         """Warn: the engine's log-probs become the ratio's denominator: they should be the policy's."""
         difference = values.get("rollout/logp_difference", 0.0)
-        if difference > self.args.rollout_logp_alarm:
+        if difference > self.args.rollout_logp_warn_threshold:
             logger.warning(
                 "step %d: the log-probs of the rollout engine and of the policy differ by %.3f nats a token "
-                "(rollout_logp_alarm is %g); old_logprobs=recompute keeps them out of the ratio",
+                "(rollout_logp_warn_threshold is %g); old_logprobs=recompute keeps them out of the ratio",
                 self.state.global_step + 1,
                 difference,
-                self.args.rollout_logp_alarm,
+                self.args.rollout_logp_warn_threshold,
             )
 
     # Logs and checkpoints
@@ -221,7 +221,8 @@ class BaseTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         output_dir = Path(self.args.output_dir or ".")
         name = f"checkpoint-{self.state.global_step}"
-        with writing(name, output_dir), staged(output_dir, name, self.ranks) as self._staging:
+        together = {"first": self.ranks.rank == 0, "barrier": self.ranks.barrier}
+        with writing(name, output_dir), staged(output_dir, name, **together) as self._staging:
             super()._save_checkpoint(model, trial)
             checkpoint = self._staging / name
             for each in self.kept:

@@ -15,7 +15,7 @@ from vlmr1.report.progress import read_metrics
 @pytest.mark.slow
 def test_demo_and_evaluate(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "HELD_OUT_ROWS", 20)
-    monkeypatch.setattr("vlmr1.commands.train.TRAIN_ROWS", 16)
+    monkeypatch.setattr("vlmr1.tiny.digits.TRAIN_ROWS", 16)
     out = tmp_path / "out"
     changes = ["--max_steps", "3", "--prompts_per_device", "4", "--save_steps", "2", "--use_cpu", "true"]
     assert main(["demo", "--seed", "2", "--output_dir", str(out), *changes]) == 0

@@ -9,7 +9,8 @@ from PIL import Image
 
 from vlmr1.cli import main
 from vlmr1.commands.arguments import parse_config
-from vlmr1.commands.train import prepare, train
+from vlmr1.commands.prepare import prepare
+from vlmr1.commands.train import train
 from vlmr1.data.rows import LineRows
 from vlmr1.errors import DataError, SettingError
 from vlmr1.models import load_processor

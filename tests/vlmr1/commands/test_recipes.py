@@ -14,7 +14,7 @@ from tests.vlmr1.families import build
 from tests.vlmr1.rewards.helpers import answered, group, values
 from vlmr1.cli import main
 from vlmr1.commands.arguments import parse_config
-from vlmr1.commands.train import prepare
+from vlmr1.commands.prepare import prepare
 from vlmr1.data.prompts import PromptBuilder
 from vlmr1.data.templates import question_text
 from vlmr1.models import family_of

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from tests.vlmr1.data.pictures import png_of
-from vlmr1.commands.data_check import add_arguments, check_command, check_data, prompt_measure
+from vlmr1.commands.data_check import add_arguments, check_data, prompt_measure
+from vlmr1.commands.data_check import run as run_command
 from vlmr1.data.findings import histogram
 from vlmr1.data.samples import load_samples
 from vlmr1.errors import SettingError
@@ -144,7 +145,7 @@ def test_lengths_are_those_of_the_trainer(folder, measure, make):
 def run(*words):
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    return check_command(parser.parse_args([str(word) for word in words]))
+    return run_command(parser.parse_args(["check", *map(str, words)]), [])
 
 
 def test_the_command_prints_each_fault(folder, capsys):

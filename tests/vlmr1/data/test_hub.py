@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlmr1.data.images import ImageBytes, open_image
+from vlmr1.data.images import open_image
 from vlmr1.data.samples import load_samples, validation_split
 from vlmr1.data.sources import open_rows
 from vlmr1.errors import DataError, SettingError
+from vlmr1.types import ImageBytes
 
 COLOURS = [(10, 20, 30), (40, 50, 60), (70, 80, 90)]
 

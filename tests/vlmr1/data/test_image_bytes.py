@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from vlmr1.data.folder import ImageFolder
-from vlmr1.data.images import ImageBytes
 from vlmr1.data.rows import ListRows
 from vlmr1.data.samples import Samples
-from vlmr1.grpo.packing import make_pack, unique_images
-from vlmr1.models.features import FeatureCache, encode
+from vlmr1.grpo.packing import make_pack
+from vlmr1.models.features import FeatureCache, encode, unique_images
+from vlmr1.types import ImageBytes
 
 
 @pytest.fixture

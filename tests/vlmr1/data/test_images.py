@@ -10,7 +10,8 @@ from torch._utils import ExceptionWrapper
 
 from tests.vlmr1.data.pictures import png_of
 from vlmr1.data.faults import RowFault
-from vlmr1.data.images import ImageBytes, enlarged_size, image_faults, open_image
+from vlmr1.data.images import encode_image, enlarged_size, image_faults, open_image
+from vlmr1.types import ImageBytes
 
 SIZE = (40, 30)
 
@@ -193,7 +194,7 @@ def test_bytes_and_open_images_are_what_a_file_is(tmp_path, mode):
     path = tmp_path / "a.tiff" if mode in ("CMYK", "F") else tmp_path / "a.png"
     image.save(path)
     encoded = ImageBytes.of(path.read_bytes(), "a")
-    kept = ImageBytes.of_image(image, "a")
+    kept = encode_image(image, "a")
     expected = np.asarray(open_image(path, "x:1"))
     assert expected.std() > 50
     assert np.array_equal(np.asarray(open_image(encoded, "x:1")), expected)
@@ -204,7 +205,7 @@ def test_an_open_image_is_turned():
     buffer, exif = io.BytesIO(), Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", SIZE).save(buffer, "JPEG", exif=exif)
-    assert open_image(ImageBytes.of_image(Image.open(buffer), "a"), "x:1").size == (30, 40)
+    assert open_image(encode_image(Image.open(buffer), "a"), "x:1").size == (30, 40)
 
 
 def test_a_fault_leaves_a_loaders_worker(tmp_path):

@@ -8,10 +8,11 @@ import pytest
 from PIL import Image
 
 from vlmr1.data.folder import ImageFolder
-from vlmr1.data.images import ImageBytes, open_image
+from vlmr1.data.images import open_image
 from vlmr1.data.rows import ListRows
 from vlmr1.data.samples import Columns, Samples
 from vlmr1.errors import DataError
+from vlmr1.types import ImageBytes
 
 IMAGE = {"type": "image"}
 TEMPLATE = "Look. {question} Answer."

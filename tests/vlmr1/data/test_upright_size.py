@@ -5,8 +5,9 @@ import io
 import pytest
 from PIL import ExifTags, Image
 
-from vlmr1.data.images import ImageBytes, to_rgb, upright_size
+from vlmr1.data.images import encode_image, to_rgb, upright_size
 from vlmr1.errors import DataError
+from vlmr1.types import ImageBytes
 
 
 def encoded(kind, orientation, mode="RGB"):
@@ -30,7 +31,7 @@ def test_by_format_and_orientation(kind, orientation, tmp_path):
 
 
 def test_small_images_have_their_own_size():
-    assert upright_size(ImageBytes.of(encoded("PNG", 1), "x").of_image(Image.new("L", (3, 5)), "x"), "here:1") == (3, 5)
+    assert upright_size(encode_image(Image.new("L", (3, 5)), "x"), "here:1") == (3, 5)
 
 
 def test_a_file_that_is_no_image(tmp_path):

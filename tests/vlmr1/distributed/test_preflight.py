@@ -19,6 +19,7 @@ from vlmr1.errors import SettingError
 from vlmr1.lifecycle.checkpoint import STAGING, publish
 from vlmr1.lifecycle.disk import checkpoint_bytes
 from vlmr1.models import family_of, load_model
+from vlmr1.models.settings import ParameterSettings
 from vlmr1.models.trainable import choose_trained, planned_model
 from vlmr1.tiny import CHECKPOINT, digits
 
@@ -35,7 +36,7 @@ def begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def read(*_: Any, **__: Any) -> None:
         raise Loaded
 
-    monkeypatch.setattr("vlmr1.commands.train.load_model", read)
+    monkeypatch.setattr("vlmr1.commands.prepare.load_model", read)
 
     def begin(engine: str = "", **more: Any) -> None:
         settings = {"data_file_paths": tmp_path / "train.jsonl", "image_folders": tmp_path / "images"}
@@ -156,8 +157,8 @@ def test_a_full_disk(engine, begin, tmp_path, monkeypatch, caplog):
 def test_what_a_checkpoint_takes_is_known_without_weights(more):
     config = parse_config(["--use_cpu", "true", *(w for name, value in more.items() for w in (f"--{name}", value))])
     model = load_model(CHECKPOINT, dtype=getattr(torch, config.model_dtype))
-    read = choose_trained(model, family_of(model), config)
-    planned = planned_model(str(CHECKPOINT), config)
+    read = choose_trained(model, family_of(model), ParameterSettings.of(config))
+    planned = planned_model(str(CHECKPOINT), ParameterSettings.of(config))
     assert {parameter.device.type for parameter in planned.parameters()} == {"meta"}
     for only in (True, False):
         sizes = [checkpoint_bytes(each, "adamw_torch_fused", weights_only=only) for each in (planned, read)]
@@ -175,5 +176,5 @@ def test_a_model_is_planned_as_it_is_read(tmp_path, monkeypatch):
     written |= {"attn_implementation": "flash_attention_2", "auto_map": {"AutoModelForImageTextToText": "own.Own"}}
     (tmp_path / "model" / "config.json").write_text(json.dumps(written), encoding="utf-8")
     config = parse_config(["--use_cpu", "true", "--trust_remote_code", "true"])
-    planned = planned_model(str(tmp_path / "model"), config)
+    planned = planned_model(str(tmp_path / "model"), ParameterSettings.of(config))
     assert type(planned).__name__ == "Own" and planned.config._attn_implementation == config.attn_implementation

@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 from tests.vlmr1.distributed.forked_ranks import run_forked
 from tests.vlmr1.distributed.two_ranks import assert_same, computed, metrics, resumable, words
 from vlmr1.commands.arguments import parse_config
-from vlmr1.commands.train import TINY, model_path, train
+from vlmr1.commands.train import train
 from vlmr1.grpo import trainer
 from vlmr1.grpo.reference import REFERENCE
 from vlmr1.models import load_model
+from vlmr1.tiny import TINY, model_path
 
 pytestmark = pytest.mark.slow
 SHARDED = ("zero3", "fsdp2")

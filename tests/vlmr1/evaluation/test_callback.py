@@ -17,10 +17,12 @@ from vlmr1.errors import DataError, OutputError, SettingError
 from vlmr1.evaluation.callback import EVALUATIONS, EvaluationCallback, evaluate_during_training
 from vlmr1.evaluation.evaluate import evaluate
 from vlmr1.evaluation.run_rows import evaluation_samples
+from vlmr1.evaluation.settings import EvaluationSettings
 from vlmr1.grpo.trainer import GRPOTrainer
 from vlmr1.lifecycle.signals import StopSignals
 from vlmr1.models import load_model
 from vlmr1.report.progress import Progress, read_metrics
+from vlmr1.rewards.rows import RowReader
 from vlmr1.tiny import CHECKPOINT, digits
 
 ROWS = 5
@@ -49,6 +51,12 @@ def settings_of(data: Path, output: Path, **more: Any) -> GRPOConfig:
     return GRPOConfig(**given)
 
 
+def evaluated(config: GRPOConfig, processor: Any, validation: Any = None) -> Any:
+    """The rows that a run with these settings evaluates."""
+    reader = RowReader.of(config, "qwen2_5_vl", processor.image_processor)
+    return evaluation_samples(EvaluationSettings.of(config), reader, validation)
+
+
 def trainer_of(data: Path, output: Path, processor: Any, **more: Any) -> GRPOTrainer:
     """As `vlmr1 train` puts it together."""
     output.mkdir(exist_ok=True)
@@ -57,9 +65,9 @@ def trainer_of(data: Path, output: Path, processor: Any, **more: Any) -> GRPOTra
     progress = Progress(output, console=False)
     trainer = GRPOTrainer(load_model(CHECKPOINT), config, samples, processor, callbacks=[progress])
     progress.trainer = trainer
-    evaluated = evaluation_samples(config, "qwen2_5_vl", processor)
-    if evaluated is not None:
-        trainer.add_callback(EvaluationCallback(trainer, evaluated))
+    rows = evaluated(config, processor)
+    if rows is not None:
+        trainer.add_callback(EvaluationCallback(trainer, rows))
     return trainer
 
 
@@ -152,21 +160,18 @@ def test_detection_metrics(data, tmp_path, processor):
 
 def test_rows_are_checked_and_limited(data, tmp_path, processor):
     config = settings_of(data, tmp_path, eval_steps=1, eval_limit=2)
-    samples = evaluation_samples(config, "qwen2_5_vl", processor)
+    samples = evaluated(config, processor)
     assert samples is not None and [sample.index for sample in samples] == [0, 1]
     (tmp_path / "bad.jsonl").write_text((data / "held_out.jsonl").read_text().replace("bbox_2d", "box"))
     with pytest.raises(DataError, match=r"bad\.jsonl:1: the solution has no box"):
-        evaluation_samples(
-            settings_of(data, tmp_path, eval_steps=1, eval_data_file_paths=[str(tmp_path / "bad.jsonl")]),
-            "qwen2_5_vl",
-            processor,
-        )
-    assert evaluation_samples(settings_of(data, tmp_path), "qwen2_5_vl", processor) is None
+        bad = settings_of(data, tmp_path, eval_steps=1, eval_data_file_paths=[str(tmp_path / "bad.jsonl")])
+        evaluated(bad, processor)
+    assert evaluated(settings_of(data, tmp_path), processor) is None
     validation = samples[:1]
     without = settings_of(data, tmp_path, eval_steps=1, eval_data_file_paths=[], eval_image_folders=[])
-    assert evaluation_samples(without, "qwen2_5_vl", processor, validation) == validation
+    assert evaluated(without, processor, validation) == validation
     with pytest.raises(SettingError, match="eval_steps needs data to evaluate on: set eval_data_file_paths"):
-        evaluation_samples(without, "qwen2_5_vl", processor)
+        evaluated(without, processor)
 
 
 REFUSED = {
@@ -197,7 +202,7 @@ def test_a_solution_that_only_the_published_code_reads(data, tmp_path, processor
         tmp_path / "out",
         processor,
         eval_steps=1,
-        reward_mode="vlmr1",
+        reward_mode="vlm_r1",
         eval_data_file_paths=[str(tmp_path / "rows.jsonl")],
     )
     values = evaluate_during_training(trainer, trainer.callback_handler.callbacks[-1].samples)

@@ -11,14 +11,14 @@ import pytest
 from PIL import Image
 
 from tests.vlmr1.families import build
-from vlmr1.data.images import ImageBytes, upright_size
+from vlmr1.data.images import upright_size
 from vlmr1.errors import DataError, SettingError
 from vlmr1.evaluation.decode import Decoder
 from vlmr1.evaluation.records import Record
 from vlmr1.evaluation.scoring import score_task
 from vlmr1.models import load_model, load_processor
 from vlmr1.models.image_grid import PatchGrid
-from vlmr1.types import Completion, Group, Sample
+from vlmr1.types import Completion, Group, ImageBytes, Sample
 
 TRUE = (10.0, 20.0, 90.0, 60.0)
 

@@ -12,6 +12,8 @@ from PIL import Image
 from vlmr1.config import GRPOConfig
 from vlmr1.errors import DataError, SettingError
 from vlmr1.evaluation.run_rows import evaluation_samples, kind_of_boxes
+from vlmr1.evaluation.settings import EvaluationSettings
+from vlmr1.rewards.rows import RowReader
 from vlmr1.rewards.settings import RewardSettings
 from vlmr1.types import Sample
 
@@ -27,12 +29,18 @@ def write(folder: Path, *rows: dict[str, Any]) -> Path:
     return path
 
 
+def evaluated(config: GRPOConfig, processor: Any, validation: Any = None) -> Any:
+    """The rows that a run with these settings evaluates."""
+    reader = RowReader.of(config, "qwen2_5_vl", processor.image_processor)
+    return evaluation_samples(EvaluationSettings.of(config), reader, validation)
+
+
 def samples_of(path: Path, processor: Any, *methods: str, **more: Any) -> Any:
     settings = {"eval_steps": 1, "eval_data_file_paths": [str(path)], "eval_image_folders": [str(path.parent)]}
     config = GRPOConfig(
         output_dir=str(path.parent / "out"), use_cpu=True, accu_reward_method=list(methods), **settings | more
     )
-    return evaluation_samples(config, "qwen2_5_vl", processor)
+    return evaluated(config, processor)
 
 
 FAULTS = {
@@ -57,7 +65,7 @@ def test_a_validation_part_is_checked_too(tmp_path, processor):
     none = {"eval_data_file_paths": [], "eval_image_folders": []}
     config = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, accu_reward_method=["od_ap"], eval_steps=1, **none)
     with pytest.raises(DataError, match=r"data\.jsonl:3: the column labels"):
-        evaluation_samples(config, "qwen2_5_vl", processor, [sample])
+        evaluated(config, processor, [sample])
 
 
 def test_methods_of_several_training_files(tmp_path, processor):
@@ -78,7 +86,7 @@ KINDS = {
     "both": ("strict", ["iou", "map"], 1, None),
     "words": ("strict", ["iou", "mcq"], 1, None),
     "two images": ("strict", ["iou", "iou"], 2, None),
-    "published": ("vlmr1", ["iou", "iou"], 1, None),
+    "published": ("vlm_r1", ["iou", "iou"], 1, None),
 }
 
 

@@ -15,7 +15,7 @@ from torch.utils.data import SequentialSampler
 from tests.vlmr1.grpo.test_trainer import trainer_of
 from tests.vlmr1.lifecycle.test_resume import command, weights
 from vlmr1.cli import main
-from vlmr1.commands.train import arithmetic
+from vlmr1.commands.schedule import describe_schedule
 from vlmr1.config import GRPOConfig
 from vlmr1.errors import SettingError
 from vlmr1.grpo.buffer import Buffer, BufferSampler, Part, parts_of
@@ -105,11 +105,11 @@ def test_too_few_rows_for_a_generation(model, processor, tmp_path):
         trainer_of(model, processor, tmp_path, steps_per_generation=5).train()
 
 
-def test_arithmetic(tmp_path):
+def test_schedule(tmp_path):
     """17 rows, 8 a generation: two generations of four updates twice, and one row that is left out."""
     settings = {"prompts_per_device": 2, "steps_per_generation": 4, "num_iterations": 2}
     config = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
-    assert "a generation serves 8 updates; 16 updates an epoch, 48 in all (3.0 epochs)" in arithmetic(config, 17)
+    assert "a generation serves 8 updates; 16 updates an epoch, 48 in all (3.0 epochs)" in describe_schedule(config, 17)
 
 
 def test_a_checkpoint_of_other_settings_is_not_gone_on_from(data, tmp_path, capsys):

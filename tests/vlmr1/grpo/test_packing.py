@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from vlmr1.grpo.naive import padded
-from vlmr1.grpo.packing import make_pack, plan_packs, repeated_prompt_tokens, unique_images, with_signal, without_weight
+from vlmr1.grpo.packing import make_pack, plan_packs, repeated_prompt_tokens, with_signal, without_weight
+from vlmr1.models.features import unique_images
 from vlmr1.types import Completion, Group, Pack, Prompt, Sample
 from vlmr1_kernels import PrefixLayout
 

@@ -23,6 +23,7 @@ from vlmr1.grpo.policy import PackedPolicy
 from vlmr1.grpo.trainer import GRPOTrainer
 from vlmr1.models import family_of, load_model, load_processor
 from vlmr1.models.lora import base_of, merged, with_lora
+from vlmr1.models.settings import ParameterSettings
 from vlmr1.rollout import NativeEngine, SamplingSettings, TransformersEngine
 from vlmr1.types import Group
 
@@ -261,7 +262,7 @@ def test_first_weights_follow_from_the_seed(model, tmp_path):
     def first(seed: int) -> torch.Tensor:
         config = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, seed=seed, **LORA)
         torch.manual_seed(torch.seed() % 1000)  # has no part
-        lora = with_lora(copy.deepcopy(model), family_of(model), config)
+        lora = with_lora(copy.deepcopy(model), family_of(model), ParameterSettings.of(config))
         return next(p.detach() for n, p in lora.named_parameters() if "lora_A" in n)
 
     assert torch.equal(first(1), first(1)) and not torch.equal(first(1), first(2))

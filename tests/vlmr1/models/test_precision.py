@@ -17,6 +17,7 @@ from vlmr1.errors import SettingError
 from vlmr1.grpo.trainer import GRPOTrainer
 from vlmr1.models import load_model
 from vlmr1.models.precision import prepare_trained
+from vlmr1.models.settings import ParameterSettings
 from vlmr1.tiny import CHECKPOINT
 
 STEPS = 100
@@ -145,4 +146,4 @@ def test_a_trained_tower_without_images_has_zeros_in_float32(make, processor, tm
 def test_nothing_to_train(tmp_path):
     model = nn.Linear(2, 2).requires_grad_(False)
     with pytest.raises(SettingError, match="nothing is trained"):
-        prepare_trained(model, config_of(tmp_path))
+        prepare_trained(model, ParameterSettings.of(config_of(tmp_path)))

@@ -14,6 +14,7 @@ from tests.vlmr1.grpo.test_trainer import gradients, relative, trainer_of
 from tests.vlmr1.models.test_lora import LORA, perturb
 from tests.vlmr1.test_config import CPU, refusal
 from vlmr1.commands.arguments import parse_config
+from vlmr1.config import GRPOConfig
 from vlmr1.errors import SettingError
 from vlmr1.grpo.packing import make_pack
 from vlmr1.grpo.policy import PackedPolicy
@@ -38,7 +39,7 @@ REFUSED = {
     "freeze_merger": ([*PEFT, "--freeze_merger", "false"], "freeze_merger has no effect with use_peft"),
     "merged in 4 bits": (
         [*PEFT, "--load_in_4bit", "true", "--lora_merge_rollout", "true"],
-        "lora_merge_rollout cannot be with load_in_4bit",
+        "lora_merge_rollout cannot be used with load_in_4bit",
     ),
     "reference without beta": (["--reference", "copy", "--beta", "0"], "reference=copy needs beta above 0"),
     "reference without adapter": (["--reference", "adapter"], "reference=adapter needs use_peft"),
@@ -50,7 +51,7 @@ REFUSED = {
     "use_liger_kernel": (["--use_liger_kernel", "true"], "use_liger_kernel needs a GPU"),
     "optim": (["--optim", "galore_adamw"], "optim is 'galore_adamw': it was not tested here; use adamw_torch, "),
     "4-bit moments": (["--optim", "adamw_torch_4bit"], "move weights 8 to 11% less"),
-    "paged": (["--optim", "paged_adamw_8bit"], "optim=paged_adamw_8bit needs a CUDA device"),
+    "paged": (["--optim", "paged_adamw_8bit"], "optim=paged_adamw_8bit: paged optimizers need a GPU"),
     "optim_target_modules": (["--optim_target_modules", "mlp"], "optim_target_modules cannot be set"),
     "stochastic_rounding": (
         ["--stochastic_rounding", "true", "--model_dtype", "bfloat16"],
@@ -214,7 +215,7 @@ def test_a_run_with_an_adapter(model, processor, tmp_path):
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """What Liger patches for the whole process is put back."""
-    monkeypatch.setattr("vlmr1.models.settings.on_gpu", lambda args: True)
+    monkeypatch.setattr(GRPOConfig, "check_device", lambda self: None)
     names = [name for name in sys.modules if name.startswith("transformers.models.") and ".modeling_" in name]
     before = {name: dict(vars(sys.modules[name])) for name in names}
     yield

@@ -81,7 +81,7 @@ def planner() -> Planner:
 @pytest.fixture
 def planned(wide: Path, planner: Planner, tmp_path: Path, capsys: Any, monkeypatch: Any) -> Any:
     """Runs `vlmr1 plan` on the wide model: what it prints, and its figures."""
-    monkeypatch.setattr("vlmr1.planner.plan.Planner", lambda: planner)
+    monkeypatch.setattr("vlmr1.commands.plan.Planner", lambda: planner)
     small = ["--image_tokens", "64", "--text_tokens", "1500", "--num_generations", "2", "--prompts_per_device", "2"]
     small += ["--max_completion_length", "600"]
 

@@ -1,4 +1,4 @@
-"""The planned peak beside the bytes that operators of a real run allocate. No constant of the plan was fitted to one."""
+"""The planned peak beside the bytes that a real run allocates. No constant of the plan was fitted to a run."""
 
 from __future__ import annotations
 

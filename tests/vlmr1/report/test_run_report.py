@@ -16,14 +16,14 @@ from PIL import Image
 from tests.vlmr1.grpo.test_trainer import trainer_of
 from tests.vlmr1.report.test_report import Page, Recorder
 from vlmr1.cli import main
-from vlmr1.commands.train import report_of_run
-from vlmr1.data.images import ImageBytes
+from vlmr1.commands.report import report_of_run
 from vlmr1.errors import OutputError
 from vlmr1.report.panels import run_curves
 from vlmr1.report.pictures import keep_picture, read_picture
 from vlmr1.report.progress import METRICS, Progress
 from vlmr1.report.training import chosen_steps, completion_boxes, true_boxes, write_run_report
 from vlmr1.tiny import digits
+from vlmr1.types import ImageBytes
 
 BOX = '<answer>{"bbox_2d": [10, 20, 30, 50]}</answer>'
 ROWS = [

@@ -60,7 +60,7 @@ def test_a_solution_that_can_be_scored_passes(method, solution):
 
 
 def test_a_solution_that_the_published_code_cannot_score():
-    settings = RewardSettings(mode="vlmr1", accu_reward_method="iou")
+    settings = RewardSettings(mode="vlm_r1", accu_reward_method="iou")
     with pytest.raises(DataError, match=r"data.jsonl:7: JSONDecodeError: Expecting value"):
         check_samples(["accuracy"], [row("seven")], settings)
     check_samples(["accuracy"], [row("seven", accu_reward_method="mcp")], settings)
@@ -69,9 +69,9 @@ def test_a_solution_that_the_published_code_cannot_score():
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"mode": "loose"}, "reward_mode is 'loose': one of strict, vlmr1"),
+        ({"mode": "loose"}, "reward_mode is 'loose': one of strict, vlm_r1"),
         ({"length_reward_max": 0}, "length_reward_max is 0"),
-        ({"mode": "vlmr1", "length_reward_max": 9}, "length_reward_max is 1024 with reward_mode vlmr1, not 9"),
+        ({"mode": "vlm_r1", "length_reward_max": 9}, "length_reward_max is 1024 with reward_mode vlm_r1, not 9"),
         ({"overlong_cache_length": 9}, "overlong_cache_length is 9: it must be at least 1 and below"),
         ({"overlong_cache_length": 9, "max_completion_length": 9}, "overlong_cache_length is 9"),
     ],
@@ -84,7 +84,7 @@ def test_settings_out_of_range(values, message):
 
 def test_the_published_length_needs_no_method():
     """It reads a fence of the solution, and has no use for the method."""
-    settings = RewardSettings(mode="vlmr1")
+    settings = RewardSettings(mode="vlm_r1")
     check_samples(["length"], [row("seven")], settings)
     with pytest.raises(DataError, match=r"data.jsonl:7: JSONDecodeError"):
         check_samples(["length"], [row("```json\n[{\n```")], settings)

@@ -15,7 +15,6 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from tests.vlmr1.families import FAMILIES, build
 from tests.vlmr1.rewards.helpers import answered, group, sample, values
-from vlmr1.data.images import ImageBytes
 from vlmr1.data.prompts import PromptBuilder
 from vlmr1.errors import DataError, RewardError, SettingError
 from vlmr1.models import family_of, load_model, load_processor
@@ -23,6 +22,7 @@ from vlmr1.models.boxes import SPACES, extent, from_original, grid_size
 from vlmr1.rewards import RewardSettings, check_samples, get_reward, score, score_groups
 from vlmr1.rewards.coordinates import CONVERTED, BoxCoordinates
 from vlmr1.tiny import CHECKPOINT, digits
+from vlmr1.types import ImageBytes
 
 IMAGE = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Where?"}]}]
 LABELLED = ("map", "od_ap", "od_ap50", "odLength", "weighted_sum")
@@ -158,11 +158,11 @@ def test_a_column_of_the_rows_own_is_not_taken_for_the_scale():
 
 
 def test_the_published_mode_converts_nothing():
-    assert boxes_of("qwen2_5_vl", QWEN, mode="vlmr1") == RewardSettings(mode="vlmr1")
-    with pytest.raises(SettingError, match="boxes are thousand with reward_mode vlmr1"):
-        RewardSettings(mode="vlmr1", boxes=BoxCoordinates("thousand"))
+    assert boxes_of("qwen2_5_vl", QWEN, mode="vlm_r1") == RewardSettings(mode="vlm_r1")
+    with pytest.raises(SettingError, match="boxes are thousand with reward_mode vlm_r1"):
+        RewardSettings(mode="vlm_r1", boxes=BoxCoordinates("thousand"))
     solution = "<answer>[0, 0, 320, 480]</answer>"
-    value = score("iou", answered("[0, 0, 320, 480]"), solution, mode="vlmr1", box_scale=(9.0, 9.0))
+    value = score("iou", answered("[0, 0, 320, 480]"), solution, mode="vlm_r1", box_scale=(9.0, 9.0))
     assert value == 1
 
 

@@ -34,7 +34,7 @@ def test_the_methods_of_data_files():
 
 def test_the_mode_changes_the_score():
     groups = [group(sample(1, "no", accu_reward_method="yes_no"), answered("I do not know"))]
-    for mode, expected in (("strict", 0), ("vlmr1", 1)):
+    for mode, expected in (("strict", 0), ("vlm_r1", 1)):
         assert values(score_groups(groups, [get_reward("accuracy", RewardSettings(mode=mode))])) == [[[expected]]]
 
 
@@ -73,7 +73,7 @@ def test_boxes_are_scaled_by_the_grid_and_the_size_of_the_image(tmp_path):
     Image.new("RGB", (10, 20)).save(path)
     row = sample(1, "<answer>[0, 0, 10, 20]</answer>", [path], accu_reward_method="iou_qwen")
     images = [{"image_grid_thw": torch.tensor([[1, 4, 2]])}]
-    for mode in ("strict", "vlmr1"):
+    for mode in ("strict", "vlm_r1"):
         settings = RewardSettings(mode=mode)
         groups = [group(row, answered("[0, 0, 14, 56]"), answered("[0, 0, 28, 56]"), images=images)]
         rewards = [get_reward(name, settings) for name in ("accuracy", "iou_qwen")]

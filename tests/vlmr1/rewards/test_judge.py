@@ -76,7 +76,7 @@ def test_replies_and_request(monkeypatch):
 def test_one_completion_without_a_key(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with serving(knows) as (url, requests):
-        for mode in ("strict", "vlmr1"):
+        for mode in ("strict", "vlm_r1"):
             options = {"accu_reward_method": "llm", "judge": judge_at(url), "mode": mode}
             assert score("accuracy", answered("a cat"), "cat", **options) == 1
     assert [key for _, key, _ in requests] == [None, None]

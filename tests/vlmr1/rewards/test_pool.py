@@ -138,7 +138,7 @@ def test_our_rewards_are_the_same_in_it(pool):
         (sample(3), [answered("[0, 0, 5, 10]"), answered("[0, 0, 10, 10]"), "x"]),
     ]
     groups = [group(row, *texts) for row, texts in rows]
-    for mode in ("strict", "vlmr1"):
+    for mode in ("strict", "vlm_r1"):
         settings = RewardSettings(mode=mode)
         rewards = [get_reward(name, settings) for name in ("accuracy", "format", "repetition")]
         assert values(score_groups(groups, rewards, pool=pool)) == values(score_groups(groups, rewards))

@@ -30,10 +30,10 @@ def test_recorded(case):
     arguments = (case["reward"], case["content"], case["solution"])
     if isinstance(expected, dict):
         with pytest.raises(Exception) as caught:
-            score(*arguments, mode="vlmr1", **case["kwargs"])
+            score(*arguments, mode="vlm_r1", **case["kwargs"])
         assert type(caught.value).__name__ == expected["raises"]
     else:
-        assert score(*arguments, mode="vlmr1", **case["kwargs"]) == pytest.approx(expected, abs=1e-9)
+        assert score(*arguments, mode="vlm_r1", **case["kwargs"]) == pytest.approx(expected, abs=1e-9)
 
 
 def fenced(*boxes):
@@ -69,7 +69,7 @@ def box(*numbers, label="a"):
 )
 def test_what_the_published_code_raises(reward, content, solution, error, kwargs):
     with pytest.raises(Exception) as caught:
-        score(reward, content, solution, mode="vlmr1", **kwargs)
+        score(reward, content, solution, mode="vlm_r1", **kwargs)
     assert type(caught.value) is error
 
 
@@ -91,7 +91,7 @@ def test_what_the_published_code_raises(reward, content, solution, error, kwargs
     ],
 )
 def test_more_of_the_published_oddities(method, content, solution, expected):
-    value = score("accuracy", content, solution, mode="vlmr1", accu_reward_method=method)
+    value = score("accuracy", content, solution, mode="vlm_r1", accu_reward_method=method)
     assert value == pytest.approx(expected, abs=1e-9)
 
 

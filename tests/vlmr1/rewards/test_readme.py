@@ -36,7 +36,7 @@ def test_table(row):
     truth = f"<answer>{spelled(solution, reward)}</answer>"
     options = OPTIONS if reward in REWARDS else OPTIONS | {"accu_reward_method": reward}
     name = reward if reward in REWARDS else "accuracy"
-    for mode, figure in zip(("vlmr1", "strict"), figures, strict=True):
+    for mode, figure in zip(("vlm_r1", "strict"), figures, strict=True):
         assert score(name, content, truth, mode=mode, **options) == pytest.approx(float(figure), abs=5e-5), mode
 
 

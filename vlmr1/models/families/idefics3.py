@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlmr1.models.families.runs import runs
-from vlmr1.models.family import ImageFeatures, ImageInputs, ModelFamily
+from vlmr1.models.family import ImageFeatures, ModelFamily
+from vlmr1.types import ImageInputs
 
 # Tokens that the processors of both families write around the placeholders; not every tokenizer has all of them.
 AROUND = re.compile(r"<fake_token_around_image>|<global-img>|<row_\d+_col_\d+>|<image>|<video>")

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlmr1.models.families.runs import runs
-from vlmr1.models.family import ImageFeatures, ImageInputs, ModelFamily, joined
+from vlmr1.models.family import ImageFeatures, ModelFamily, joined
+from vlmr1.types import ImageInputs
 
 
 class InternVLFamily(ModelFamily):

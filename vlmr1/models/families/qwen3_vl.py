@@ -8,7 +8,8 @@ from typing import Any
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 from vlmr1.models.families.qwen_vl import QwenVLFamily
-from vlmr1.models.family import ImageFeatures, ImageInputs
+from vlmr1.models.family import ImageFeatures
+from vlmr1.types import ImageInputs
 
 
 class Qwen3VLFamily(QwenVLFamily):

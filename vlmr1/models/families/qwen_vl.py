@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vlmr1.models.family import ImageFeatures, ImageInputs, ModelFamily, joined
+from vlmr1.models.family import ImageFeatures, ModelFamily, joined
+from vlmr1.types import ImageInputs
 
 
 class QwenVLFamily(ModelFamily):

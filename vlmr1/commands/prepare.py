@@ -1,0 +1,83 @@
+"""What a training job starts from: model, processor and rows, each checked before the next one is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.trainer_utils import SaveStrategy
+
+from vlmr1.config import GRPOConfig
+from vlmr1.data.samples import validation_split
+from vlmr1.distributed.ranks import Ranks
+from vlmr1.errors import SettingError
+from vlmr1.evaluation.run_rows import evaluation_samples
+from vlmr1.evaluation.settings import EvaluationSettings
+from vlmr1.lifecycle.checkpoint import is_adapter
+from vlmr1.lifecycle.disk import checkpoint_bytes, warn_of_space
+from vlmr1.models import load_model, load_processor, model_type_of
+from vlmr1.models.image_limits import limit_images
+from vlmr1.models.precision import optimizer_name
+from vlmr1.models.settings import ParameterSettings
+from vlmr1.models.trainable import planned_model
+from vlmr1.rewards.rows import RowReader
+from vlmr1.tiny import DIGITS, TINY, digits, model_path
+from vlmr1.types import Sample
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run starts from."""
+
+    model: Any
+    processor: Any
+    train: Sequence[Sample]
+    validation: Sequence[Sample] | None  # val_split_ratio of the rows
+    evaluated: Sequence[Sample] | None  # during training
+
+
+def prepare(config: GRPOConfig, *, finished: bool = False) -> Prepared:
+    """Model, processor and samples of a run, each row checked against the rewards that will score it. A `finished` run
+    saves nothing more."""
+    output_dir = Path(config.output_dir or "output")
+    settings = ParameterSettings.of(config)
+    if not settings.model_name_or_path:
+        raise SettingError(f"model_name_or_path is not set: a local directory, a hub id, or {TINY!r}")
+    if not config.data_file_paths:
+        raise SettingError(f"data_file_paths is not set: JSONL files, or {DIGITS!r}")
+    name = model_path(settings.model_name_or_path)
+    if is_adapter(name):
+        raise SettingError(f"model_name_or_path: {name} holds an adapter only; `vlmr1 merge` makes a model of it")
+    model_type = model_type_of(name, **settings.source)
+    processor = load_processor(name, **settings.source)
+    limit_images(processor, model_type, **settings.image_limits)
+    reader = RowReader.of(config, model_type, processor.image_processor)
+    train: Sequence[Sample] = reader.read(*_data_files(config, output_dir))
+    validation = None
+    if config.val_split_ratio > 0:
+        seed = config.seed if config.data_seed is None else config.data_seed
+        train, validation = validation_split(train, config.val_split_ratio, seed)
+    if config.should_save and config.save_strategy != SaveStrategy.NO and not finished:
+        planned = planned_model(name, settings)
+        size = checkpoint_bytes(planned, optimizer_name(config.optim), weights_only=config.save_only_model)
+        warn_of_space(output_dir, size)
+    model = load_model(
+        name,
+        dtype=getattr(torch, settings.model_dtype),
+        attn_implementation=settings.attn_implementation,
+        compute_dtype=settings.compute_dtype if settings.load_in_4bit else None,
+        **settings.source,
+    )
+    evaluated = evaluation_samples(EvaluationSettings.of(config), reader, validation)
+    return Prepared(model, processor, train, validation, evaluated)
+
+
+def _data_files(config: GRPOConfig, output_dir: Path) -> tuple[list[str], list[str]]:
+    """Data files and image folders; the embedded data set is written below the output directory first."""
+    if config.data_file_paths != [DIGITS]:
+        return config.data_file_paths, config.image_folders
+    ranks = Ranks(config.process_index, config.world_size)
+    return digits.training_files(output_dir, config.seed, first=ranks.rank == 0, barrier=ranks.barrier)

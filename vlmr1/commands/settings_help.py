@@ -1,0 +1,83 @@
+"""`vlmr1 train --help`: the settings of a run in groups, and one setting in full."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from dataclasses import MISSING, Field, fields
+from functools import cache
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from transformers import TrainingArguments
+
+from vlmr1.config import GRPOConfig, groups
+
+WIDTH = 40  # of name and default
+
+
+def every_setting() -> str:
+    """All settings that a run may have, a line each, as wide as the terminal."""
+    width = shutil.get_terminal_size().columns
+    lines = [
+        "vlmr1 train [--recipe NAME] [--config FILE] [--launch NAME] [--processes N] [--SETTING VALUE ...]",
+        "`vlmr1 train --help SETTING` shows one setting in full.",
+    ]
+    for group, names in groups().items():
+        lines += ["", group]
+        for name in names:
+            head = f"  {name} = {_text(_default(_field(name)))}"
+            lines.append(f"{head:<{WIDTH}}  {_help(name)}".rstrip())
+    return "\n".join(line if len(line) <= width else f"{line[: width - 3].rstrip()}..." for line in lines)
+
+
+def one_setting(name: str) -> str:
+    """Name, type, choices, default and help of a setting, and TRL's or transformers' default where it differs."""
+    group = next((group for group, names in groups().items() if name in names), None)
+    rows = [("type", _type(_hints()[name])), ("default", _text(_default(_field(name))))]
+    inherited = {each.name: each for each in fields(TrainingArguments)}.get(name)
+    if inherited is not None and _default(inherited) != _default(_field(name)):
+        rows.append(("transformers", f"{_text(_default(inherited))} is the default of TrainingArguments"))
+    rows.append(("group", group or "not supported: a run that sets it is refused"))
+    lines = [f"--{name}", *(f"  {key + ':':<14}{value}" for key, value in rows), ""]
+    width = max(20, shutil.get_terminal_size().columns - 2)
+    return "\n".join([*lines, textwrap.fill(_help(name), width, initial_indent="  ", subsequent_indent="  ")])
+
+
+def _field(name: str) -> Field:
+    return GRPOConfig.__dataclass_fields__[name]
+
+
+@cache
+def _hints() -> dict[str, Any]:
+    return get_type_hints(GRPOConfig)
+
+
+def _help(name: str) -> str:
+    """Help of a setting in one line; of an inherited one that is declared again, the inherited help."""
+    inherited = TrainingArguments.__dataclass_fields__.get(name)
+    found = [each.metadata.get("help") for each in (_field(name), inherited) if each is not None]
+    return " ".join(next(filter(None, found), "").split())
+
+
+def _default(setting: Field) -> Any:
+    if setting.default_factory is not MISSING:
+        return setting.default_factory()
+    return None if setting.default is MISSING else setting.default
+
+
+def _text(value: Any) -> str:
+    """A default as it is written on the command line."""
+    if isinstance(value, list):
+        return " ".join(map(str, value)) or "(none)"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "(none)" if value is None or value == "" else str(getattr(value, "value", value))
+
+
+def _type(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return " | ".join(map(str, get_args(hint)))
+    if get_args(hint) and get_origin(hint) is not list:
+        parts = [_type(each) for each in get_args(hint) if each is not type(None)]
+        return " or ".join(dict.fromkeys(parts)) if get_origin(hint) in (Union, type(int | str)) else str(hint)
+    return str(hint) if get_args(hint) else getattr(hint, "__name__", str(hint))

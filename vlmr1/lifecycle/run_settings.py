@@ -1,0 +1,88 @@
+"""settings.json: the settings that a run was started with, which a resumed run must have too."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any
+
+from vlmr1.errors import SettingError
+from vlmr1.lifecycle.checkpoint import replace_text
+from vlmr1.lifecycle.disk import writing
+from vlmr1.lifecycle.renamed import current
+
+SETTINGS = "settings.json"
+# Settings that a resumed run may change: they have no effect on what is computed.
+RESUMABLE_CHANGES = {
+    "output_dir",
+    "resume_from_checkpoint",
+    "save_steps",
+    "save_strategy",
+    "save_total_limit",
+    "logging_steps",
+    "log_completions",
+    "memory_by_phase",
+    "write_report",
+    "log_level",
+    "rollout_logp_warn_threshold",
+    "disable_tqdm",
+    "report_to",
+    "run_name",
+    "check_images",
+    "dataloader_num_workers",
+    "dataloader_prefetch_factor",
+    "dataloader_persistent_workers",
+    "dataloader_pin_memory",
+    "ddp_timeout",
+    "local_rank",
+    "eval_steps",
+    "eval_on_start",
+    "eval_limit",
+    "eval_data_file_paths",
+    "eval_image_folders",
+}
+LAUNCH = {"processes": 1, "launch": "ddp"}  # how a run is spread over processes, where its settings do not say
+
+
+def keep_settings(config: Any, launch: Mapping[str, Any], output_dir: Path) -> None:
+    """Write the settings beside the checkpoints."""
+    with writing(SETTINGS, output_dir):
+        replace_text(output_dir / SETTINGS, json.dumps(_settings_of(config, launch), indent=1))
+
+
+def check_settings(config: Any, launch: Mapping[str, Any], resume: Path | None) -> None:
+    """SettingError where the run that wrote a checkpoint had other settings, or was spread over processes in another
+    way. A setting that it did not know yet had its default."""
+    written = resume.parent / SETTINGS if resume is not None else None
+    if written is None or not written.exists():
+        return
+    now = _settings_of(config, launch)
+    before = {each.name: _default(each) for each in fields(config)} | LAUNCH | _read(written)
+    changed = [name for name in now if name not in RESUMABLE_CHANGES and before[name] != now[name]]
+    if changed:
+        lines = (
+            f"{name} is {now[name]!r}, but the run in {written.parent} was started with {before[name]!r}: "
+            "give another output_dir, or the same settings"
+            for name in changed
+        )
+        raise SettingError("\n".join(lines))
+
+
+def _settings_of(config: Any, launch: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings, and how the run is spread over processes."""
+    now = json.loads(config.to_json_string())
+    return {each.name: now.get(each.name) for each in fields(config)} | dict(launch)
+
+
+def _default(setting: Field) -> Any:
+    return setting.default if setting.default_factory is MISSING else setting.default_factory()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The settings that a run has written, with today's names."""
+    try:
+        return current(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise SettingError(f"{path} cannot be read ({error}): without it, settings are not compared") from error

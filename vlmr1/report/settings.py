@@ -1,0 +1,21 @@
+"""Settings of a run's logs and report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from vlmr1.types import Settings, setting
+
+
+@dataclass
+class ReportSettings(Settings):
+    """What a run writes for people to read."""
+
+    group = "Reports"
+
+    log_completions: int = setting(4, "completions a step written to completions.jsonl")
+    write_report: bool = setting(True, "write training.html into output_dir when the run ends")
+
+    def check(self) -> Iterator[str]:
+        yield from self.at_least(0, "log_completions")

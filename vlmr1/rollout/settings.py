@@ -1,0 +1,75 @@
+"""Settings of rollouts: how completions are sampled, and by which engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from vlmr1.rollout.sampling import SamplingSettings
+from vlmr1.types import Settings, setting
+
+
+class _Shared(Settings):
+    shared = ("seed",)
+    if TYPE_CHECKING:
+        seed: int
+
+
+@dataclass
+class RolloutSettings(_Shared):
+    """How completions are generated."""
+
+    group = "Rollout"
+
+    num_generations: int = setting(8, "completions of a prompt (G), at least 2")
+    max_completion_length: int = setting(256, "tokens of a completion, at most")
+    temperature: float = setting(1.0, "temperature of sampling and of the policy's log-probs")
+    top_k: int = setting(0, "sample from the k most probable tokens; 0: from all")
+    top_p: float = setting(1.0, "sample from the most probable tokens that together have this probability")
+    min_p: float = setting(0.0, "sample from tokens with at least this share of the greatest probability")
+    repetition_penalty: float = setting(1.0, "penalty of tokens that are in prompt or completion already")
+    stop_strings: list[str] = setting([], "texts that end a completion")
+    rollout_engine: Literal["native", "transformers"] = setting(
+        "native", "native shares the prompt's KV; transformers calls `generate`"
+    )
+    rollout_kv_mib: float | None = setting(
+        None, "MiB of keys and values; default: what is needed, on a GPU up to half of the free memory"
+    )
+    cuda_graphs: bool | None = setting(None, "decode steps as CUDA graphs; default: on a GPU, with the native engine")
+
+    def check(self) -> Iterator[str]:
+        if self.num_generations < 2:
+            yield f"num_generations is {self.num_generations}: a group needs at least 2 completions to compare"
+        yield from self.at_least(1, "max_completion_length")
+        yield from self.above_zero("temperature", "repetition_penalty", "rollout_kv_mib")
+        if self.top_k < 0:
+            yield f"top_k is {self.top_k}: it must not be negative; 0 turns it off"
+        if not 0 < self.top_p <= 1:
+            yield f"top_p is {self.top_p}: it must be above 0 and at most 1"
+        if not 0 <= self.min_p <= 1:
+            yield f"min_p is {self.min_p}: it must be between 0 and 1"
+        if "" in self.stop_strings:
+            yield "stop_strings holds an empty text: it would end every completion"
+        if self.rollout_engine != "native":
+            if self.cuda_graphs:
+                yield f"cuda_graphs needs rollout_engine native, it is {self.rollout_engine}"
+            if self.rollout_kv_mib is not None:
+                yield f"rollout_kv_mib needs rollout_engine native, it is {self.rollout_engine}"
+
+    def check_device(self, device: str) -> Iterator[str]:
+        if self.cuda_graphs and device != "cuda":
+            yield f"cuda_graphs needs a GPU: this is {device}"
+
+    def sampling(self) -> SamplingSettings:
+        """How the rollouts of a run sample."""
+        return SamplingSettings(
+            self.max_completion_length,
+            self.temperature,
+            seed=self.seed,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            stop=tuple(self.stop_strings),
+        )

@@ -1,0 +1,25 @@
+"""Settings of what is checked and measured while a run trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from vlmr1.types import Settings, setting
+
+
+@dataclass
+class TrainerSettings(Settings):
+    """When a run warns or stops, and what it measures."""
+
+    group = "Checks and measurements"
+
+    max_nonfinite: int = setting(5, "stop after this many updates in a row that were not finite")
+    rollout_logp_warn_threshold: float = setting(
+        0.1, "warn where rollout and policy log-probs differ by more, mean over tokens in nats"
+    )
+    memory_by_phase: bool = setting(True, "measure each phase's peak memory; resets the process's peak counters")
+
+    def check(self) -> Iterator[str]:
+        yield from self.at_least(1, "max_nonfinite")
+        yield from self.above_zero("rollout_logp_warn_threshold")
