@@ -41,7 +41,8 @@ def quantize_empty(model: Any, family: ModelFamily, dtype: torch.dtype) -> None:
     model.is_loaded_in_4bit = True
     for module in model.modules():
         if isinstance(module, Linear4bit):
-            module.weight._quantize("meta")
+            weight: Any = module.weight
+            weight._quantize("meta")
     check_layers(model)
 
 

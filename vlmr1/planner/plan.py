@@ -8,6 +8,7 @@ and the layers that ZeRO-3 gathers.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -131,7 +132,7 @@ def peak_bytes(args: Any, config: Any, **job: Any) -> int:
 def model_without_data(job: Job, dry: DryRun) -> Any:
     """The model that the job trains, or the `peft.PeftModel` around it, as the trainer makes it, without data."""
     args = job.args
-    trained = without_data(lambda: planned_model(job.config, args), dry.fake)
+    trained = without_data(lambda: planned_model(deepcopy(job.config), args), dry.fake)  # it notes a dtype there
     model = base_of(trained)
     model.tie_weights()
     prepare_trained(trained, args)
