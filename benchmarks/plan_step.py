@@ -18,7 +18,8 @@ from benchmarks.model import BENCH_TEXT, BENCH_VISION, TEXT_3B, TEXT_7B, VISION_
 from vlmr1.config import GRPOConfig
 from vlmr1.grpo.trainer import GRPOTrainer
 from vlmr1.models import load_model
-from vlmr1.planner.plan import Plan, Planner, inputs_of
+from vlmr1.planner.job import Job
+from vlmr1.planner.plan import Plan, Planner
 from vlmr1.types import Pack, Sample
 
 
@@ -192,4 +193,4 @@ def planned(of: Case, prompt_tokens: int, folder: Path, device: str) -> Plan:
     config = config_of(of.settings, folder, "cpu")  # a GPU setting is no matter of the machine that plans
     model = bench_model.config_of(of.shape, bench_model.write_processor(folder))
     job = {"device": device, "image_tokens": image_tokens, "text_tokens": prompt_tokens - image_tokens}
-    return Planner().plan(inputs_of(config, model, **job))
+    return Planner().plan(Job(config, model, **job))
