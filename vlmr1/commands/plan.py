@@ -20,7 +20,6 @@ from vlmr1.tiny import model_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `vlmr1 plan` beside the settings of `vlmr1 train`."""
     parser.add_argument("--model", help="hub id of a known model, or a local directory (model_name_or_path)")
     parser.add_argument("--gpu", default="80GiB", help="memory of one GPU")
     parser.add_argument("--gpus", type=int, default=1, help="GPUs that share the job")

@@ -20,7 +20,6 @@ from vlmr1.evaluation.settings import EvaluationSettings
 from vlmr1.lifecycle.checkpoint import is_adapter
 from vlmr1.lifecycle.disk import checkpoint_bytes, warn_if_low_space
 from vlmr1.models import load_model, load_processor, model_type_of
-from vlmr1.models.quantization import compute_dtype
 from vlmr1.models.settings import ParameterSettings
 from vlmr1.models.trainable import planned_model
 from vlmr1.rewards.rows import RowReader
@@ -68,7 +67,7 @@ def prepare(config: GRPOConfig, *, finished: bool = False) -> Prepared:
         name,
         dtype=getattr(torch, settings.model_dtype),
         attn_implementation=settings.attn_implementation,
-        compute_dtype=compute_dtype(settings) if settings.load_in_4bit else None,
+        compute_dtype=settings.compute_dtype if settings.load_in_4bit else None,
         **settings.source,
     )
     evaluated = evaluation_samples(EvaluationSettings.of(config), reader, validation)

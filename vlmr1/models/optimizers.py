@@ -79,8 +79,8 @@ class Optimizer:
         return 4 * -(-numbers // BLOCK)
 
 
-def _torch(help: str, moments: int, **temporary: int) -> Optimizer:
-    return Optimizer(help, "torch", moments, **temporary)
+def _torch(help: str, moments: int, *, foreach: int = 0, single: int = 0) -> Optimizer:
+    return Optimizer(help, "torch", moments, foreach=foreach, single=single)
 
 
 def _bnb(help: str, moments: int, bits: Literal[8, 32] = 32, *, paged: bool = False) -> Optimizer:
@@ -123,6 +123,9 @@ MORE_MOMENTS = {"sgd": ("momentum",), "rmsprop": ("momentum", "centered")}
 def optimizer_of(args: Any) -> Optimizer:
     """The optimizer that the settings `optim` and `optim_args` ask for."""
     name = str(getattr(args.optim, "value", args.optim))
-    given = dict(each.split("=") for each in (args.optim_args or "").replace(" ", "").split(",") if each)
+    given: dict[str, str] = {}
+    for each in filter(None, str(args.optim_args or "").replace(" ", "").split(",")):
+        key, _, value = each.partition("=")
+        given[key] = value
     more = sum(given.get(each, "0").lower() not in ("0", "0.0", "false", "no") for each in MORE_MOMENTS.get(name, ()))
     return replace(OPTIMIZERS[name], moments=OPTIMIZERS[name].moments + more)

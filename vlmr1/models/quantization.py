@@ -12,10 +12,9 @@ from transformers import BitsAndBytesConfig
 
 from vlmr1.errors import SettingError
 from vlmr1.models.family import ModelFamily
-from vlmr1.models.precision import PrecisionSettings
 
-BLOCK = 64  # weights with a common scale
-CONFIG = "config.json"  # in a checkpoint; names the quantization
+BLOCK = 64  # weights that share a scale
+CONFIG = "config.json"  # of a checkpoint: of the model, with how it was quantized
 
 
 def four_bit(family: ModelFamily, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -27,11 +26,6 @@ def four_bit(family: ModelFamily, compute_dtype: torch.dtype) -> BitsAndBytesCon
         bnb_4bit_compute_dtype=compute_dtype,
         llm_int8_skip_modules=[*family.vision_paths, family.head_path],
     )
-
-
-def compute_dtype(args: PrecisionSettings) -> torch.dtype:
-    """The dtype that layers with 4-bit weights compute in."""
-    return torch.bfloat16 if args.bf16 else getattr(torch, args.model_dtype)
 
 
 def quantize_empty(model: Any, family: ModelFamily, dtype: torch.dtype) -> None:
@@ -47,7 +41,8 @@ def quantize_empty(model: Any, family: ModelFamily, dtype: torch.dtype) -> None:
     model.is_loaded_in_4bit = True
     for module in model.modules():
         if isinstance(module, Linear4bit):
-            module.weight._quantize("meta")
+            weight: Any = module.weight
+            weight._quantize("meta")
     check_layers(model)
 
 

@@ -8,6 +8,8 @@ from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+
 from vlmr1.errors import faults_of
 from vlmr1.models.precision import check_optimizer, optimizer_name
 from vlmr1.types import Settings, setting
@@ -115,6 +117,11 @@ class ParameterSettings(LoraSettings, ModelSettings, _Shared):
     def optimizer(self) -> str:
         """The optimizer's name in OPTIMIZERS."""
         return optimizer_name(self.optim)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype in which layers with 4-bit weights compute."""
+        return torch.bfloat16 if self.bf16 else getattr(torch, self.model_dtype)
 
     def check(self) -> Iterator[str]:
         yield from faults_of(partial(check_optimizer, self))

@@ -15,7 +15,7 @@ from vlmr1.models import empty_model, family_of
 from vlmr1.models.family import ModelFamily
 from vlmr1.models.lora import with_lora
 from vlmr1.models.precision import prepare_trained
-from vlmr1.models.quantization import compute_dtype, quantize_empty
+from vlmr1.models.quantization import quantize_empty
 from vlmr1.models.settings import ParameterSettings
 
 COMPOSED = ("internvl", "smolvlm")  # whose decoder Liger looks up by its own type
@@ -34,14 +34,14 @@ def choose_trained(model: Any, family: ModelFamily, settings: ParameterSettings)
 
 
 def planned_model(source: str | PreTrainedConfig, settings: ParameterSettings) -> Any:
-    """Return the model that a run from this local directory, hub id or configuration trains, on the meta device. Only
-    the configuration is read."""
+    """The model that a run from this local directory, hub id or configuration trains, on the meta device. Only the
+    configuration is read."""
     dtype, attention = getattr(torch, settings.model_dtype), settings.attn_implementation
     with undivided(settings.deepspeed_plugin):
         model: Any = empty_model(source, dtype=dtype, attn_implementation=attention, **settings.source)
         family = family_of(model)
         if settings.load_in_4bit:
-            quantize_empty(model, family, compute_dtype(settings))
+            quantize_empty(model, family, settings.compute_dtype)
         return with_frozen(model, family, settings)
 
 

@@ -1,5 +1,7 @@
-"""What the CUDA implementations of the ops allocate, for dry runs on a machine that has none: the tensors of
-`vlmr1_kernels.flash` and `vlmr1_kernels.triton`, in the order in which they make them, and no arithmetic."""
+"""Allocations of the CUDA implementations of the ops, for dry runs on a machine without a GPU.
+
+They make the tensors of `vlmr1_kernels.flash` and `vlmr1_kernels.triton`, in the same order, and compute nothing.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ NAME = "vlmr1_plan_as_flash"
 
 
 class _Flash(torch.autograd.Function):
-    """q [b, H, L, Dh] -> out of the same shape; kept for backward: q, k, v, out and the log-sum-exps."""
+    """q [b, H, L, Dh] -> out of the same shape; saves q, k, v, out and the log-sum-exps for backward."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, calls: int) -> Tensor:
@@ -59,7 +61,7 @@ class FlashPacked:
 
 
 class Streaming:
-    """A decode step reads keys and values where they are."""
+    """The attention of a decode step, which copies no keys and values."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         return torch.empty_like(q)
@@ -76,7 +78,7 @@ AttentionInterface.register(NAME, _tower)
 
 
 class _Head(torch.autograd.Function):
-    """hidden [N, D], weight [V, D] -> loss []; the logits of a chunk, their gradient, and both gradients made."""
+    """hidden [N, D], weight [V, D] -> loss []; allocates a chunk's logits, their gradient, and both gradients."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
@@ -97,17 +99,17 @@ class _Head(torch.autograd.Function):
 
 
 def head_loss(hidden: Tensor, weight: Tensor) -> Tensor:
-    """In place of `linear_grpo_loss`."""
+    """Allocate what `linear_grpo_loss` does."""
     return _Head.apply(hidden, weight)  # type: ignore[return-value]
 
 
 def head_logprobs(hidden: Tensor, weight: Tensor) -> Tensor:
-    """In place of `linear_logprob` without gradient: [N]."""
+    """Allocate what `linear_logprob` does without gradient: [N]."""
     hidden.new_empty(chunk_of(len(hidden), weight), len(weight), dtype=torch.float32)
     return hidden.new_empty(len(hidden), dtype=torch.float32)
 
 
 def chunk_of(rows: int, weight: Tensor) -> int:
-    """Rows that are projected at once on a GPU."""
+    """Number of rows that one chunk projects on a GPU."""
     on_gpu: Any = SimpleNamespace(shape=weight.shape, dtype=weight.dtype, device=torch.device("cuda"))
     return min(rows, chunk_rows(rows, on_gpu, None))

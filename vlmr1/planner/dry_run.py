@@ -1,4 +1,4 @@
-"""Dry runs: model code on tensors that have shapes and no data, the bytes that they would hold counted by cause.
+"""Dry runs: model code on tensors with shapes and no data, whose bytes are counted by cause.
 
 The code that trains is the code that is counted, autograd included. Floating-point tensors are torch's fake tensors;
 integers and booleans stay real, because models look at token ids, grids and offsets. What an operator allocates within
@@ -33,9 +33,10 @@ _INDEXED = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch
 
 
 class DryRun(TorchDispatchMode):
-    """Within it nothing is computed; `peak` is the most bytes that were alive at a time, `at_peak` by cause.
+    """A mode in which nothing is computed. `peak` is the largest number of bytes alive at a time, `at_peak` the same by
+    cause.
 
-    What was alive before it began counts for nothing, nor does what is of an uncounted cause."""
+    Tensors from before the run and tensors of an uncounted cause are left out."""
 
     def __init__(self, cause: str, uncounted: Iterable[str] = ()):
         super().__init__()
@@ -100,13 +101,13 @@ class DryRun(TorchDispatchMode):
         self.at_peak = {cause: held for cause, held in self.live.items() if cause not in self.uncounted}
 
     def leave_out(self, tensors: Iterable[Tensor]) -> None:
-        """These were there before, and they and views of them count for nothing."""
+        """Leave out these tensors and views of them: they were there before the run."""
         for tensor in tensors:
             self._known[tensor.untyped_storage()._cdata] = [HELD, 0]
 
     @contextmanager
     def of(self, cause: str) -> Iterator[None]:
-        """What is allocated in this block is of this cause."""
+        """Count what is allocated in this block under this cause."""
         before, self.cause = self.cause, cause
         try:
             yield
@@ -114,12 +115,12 @@ class DryRun(TorchDispatchMode):
             self.cause = before
 
     def transient(self, cause: str, size: int) -> None:
-        """An operator takes so many bytes for as long as it runs."""
+        """Count bytes that an operator holds while it runs."""
         self._add(cause, size)
         self._add(cause, -size)
 
     def is_of(self, tensor: Tensor, cause: str) -> None:
-        """This tensor is of another cause from now on."""
+        """Count this tensor under another cause from now on."""
         known = self._known.get(tensor.untyped_storage()._cdata)
         if known is not None and known[0] != cause:
             self._add(known[0], -known[1])
@@ -127,7 +128,7 @@ class DryRun(TorchDispatchMode):
             known[0] = cause
 
     def cause_of(self, tensor: Tensor) -> str | None:
-        """None: it was never counted."""
+        """The cause that a tensor is counted under; None where it is not counted."""
         known = self._known.get(tensor.untyped_storage()._cdata)
         return None if known is None else known[0]
 
@@ -137,7 +138,7 @@ class DryRun(TorchDispatchMode):
 
 
 def _positions(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Masks as the places where they are true, which are known: masks are real."""
+    """Replace boolean masks by the positions where they are true: masks are real tensors, so these are known."""
     out: list[Tensor | None] = []
     for index in indices:
         if index is not None and index.dtype == torch.bool and not isinstance(index, FakeTensor):
@@ -148,7 +149,7 @@ def _positions(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 def without_data(make: Callable[[], Any], mode: FakeTensorMode) -> Any:
-    """A module that `make` builds on the meta device, its tensors fake ones on the CPU."""
+    """Return the module that `make` builds on the meta device, with fake CPU tensors in place of its own."""
     from transformers.initialization import no_init_weights
 
     with torch.device("meta"), no_init_weights():
@@ -162,8 +163,7 @@ def without_data(make: Callable[[], Any], mode: FakeTensorMode) -> Any:
 
 
 def _pack(fake: Any, weight: Any) -> None:
-    """Give a fake weight the scales of the 4-bit weight that it stands for, fake too, and the name of its class, by
-    which peft knows that it has to be unpacked."""
+    """Give a fake weight the scales of a 4-bit weight, fake too, and its class name, by which peft recognizes it."""
     fake.__class__ = Params4bit
     fake.quant_state = copy(weight.quant_state)
     fake.quant_state.state2 = copy(weight.quant_state.state2)
@@ -174,4 +174,4 @@ def _pack(fake: Any, weight: Any) -> None:
 
 
 class Params4bit(FakeTensor):
-    """A packed weight without data."""
+    """A 4-bit weight without data, under the class name that bitsandbytes has for it."""

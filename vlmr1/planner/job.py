@@ -21,7 +21,7 @@ NOT_RUN = {"output_dir", "run_name", "optim", "optim_args", "beta", "reference"}
 
 @dataclass(frozen=True)
 class Job:
-    """Settings, a model configuration, and what no setting says. Lengths are the longest that may occur."""
+    """Settings, a model configuration, and what no setting says. Lengths are upper limits."""
 
     args: Any = field(repr=False)  # the settings of a run
     config: Any = field(repr=False)
@@ -51,7 +51,7 @@ class Job:
 
     @property
     def reference(self) -> Literal["none", "copy", "adapter", "offload"]:
-        """The reference model that `reference.make_reference` makes."""
+        """The kind of reference model that the run has."""
         if self.args.beta == 0:
             return "none"
         if self.args.reference == "auto":
@@ -69,15 +69,15 @@ class Job:
         return self.zero >= 2 and self.gpus > 1
 
     def run_key(self) -> tuple[Any, ...]:
-        """Equal for jobs whose dry runs are equal."""
+        """A key that two jobs share if their dry runs are equal."""
         settings = [(f.name, str(getattr(self.args, f.name))) for f in fields(self.args) if f.name not in NOT_RUN]
         shape = self.device, self.image_tokens, self.text_tokens
         return self.config.to_json_string(), *shape, self.shards_gradients, self.reference == "none", *settings
 
 
 def image_of(config: Any, tokens: int) -> tuple[ImageInputs, int]:
-    """What a processor makes of an image of about so many tokens, and the tokens that it has: a nearly square grid of
-    patches, or as many tiles as it takes."""
+    """A processor's output for an image of about so many tokens, and its exact number of tokens. The image is a nearly
+    square grid of patches, or several tiles."""
     vision = config.vision_config
     patch = _side(vision.patch_size)
     if config.model_type in ("internvl", "idefics3", "smolvlm"):
@@ -102,7 +102,7 @@ def image_of(config: Any, tokens: int) -> tuple[ImageInputs, int]:
 
 
 def image_bytes(job: Job) -> int:
-    """Bytes that the processor makes of the image of a prompt."""
+    """Bytes of the processor's output for the image of one prompt."""
     if not job.image_tokens:
         return 0
     tensors, _ = image_of(job.config, job.image_tokens)
@@ -134,8 +134,7 @@ def prompts_of(job: Job, family: ModelFamily, model: Any) -> list[Prompt]:
 
 
 def largest_pack(job: Job, prompts: Sequence[Prompt]) -> tuple[Pack, bool]:
-    """The pack of the most tokens of an update whose completions all meet the length limit, and whether the update has
-    other packs."""
+    """The largest pack of an update whose completions all reach the length limit, and whether it has other packs."""
     args = job.args
     ids, logp = torch.zeros(args.max_completion_length, dtype=torch.long), torch.zeros(args.max_completion_length)
     completions = tuple(Completion(ids, logp, logp, "", "length") for _ in range(args.num_generations))

@@ -15,14 +15,14 @@ CONFIGS = Path(__file__).parent / "configs"
 
 
 def known_models() -> list[str]:
-    """Hub ids whose configuration is shipped."""
+    """Hub ids of the models whose configuration is shipped."""
     return sorted(path.stem.replace("__", "/") for path in CONFIGS.glob("*.json"))
 
 
 def config_named(name: str) -> Any:
     """The configuration of a shipped model, by hub id or its last part, or of a local directory; nothing is fetched.
 
-    SettingError: the name is neither, or its family has no adapter."""
+    SettingError: the name is neither, or its family is not supported."""
     shipped = {id_.split("/")[-1]: id_ for id_ in known_models()} | {id_: id_ for id_ in known_models()}
     if name in shipped:
         values = json.loads((CONFIGS / f"{shipped[name].replace('/', '__')}.json").read_text(encoding="utf-8"))

@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
-from operator import attrgetter
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from vlmr1.grpo.loss import Objective
 from vlmr1.grpo.naive import NaivePolicy
 from vlmr1.grpo.policy import PackedPolicy
 from vlmr1.models import family_for
-from vlmr1.models.attention import attending_by, autocast
-from vlmr1.models.family import ModelFamily
 from vlmr1.models.features import FeatureCache
 from vlmr1.models.lora import base_of, merged
-from vlmr1.planner.cuda_ops import NAME, FlashPacked, head_logprobs, head_loss
-from vlmr1.planner.dry_run import ACTIVATIONS, GRADIENTS, HOST, LOGITS, VISION, WEIGHTS, DryRun
+from vlmr1.planner.dry_run import ACTIVATIONS, GRADIENTS, HOST, WEIGHTS, DryRun
 from vlmr1.planner.job import Job, largest_pack, prompts_of
+from vlmr1.planner.policy import DryOnCuda, DryPacked, checkpoints_on_host, vision_counted
 from vlmr1.planner.rollout import generate, rollout
-from vlmr1.types import Pack
-from vlmr1_kernels import GRPOSettings, registry, use
-from vlmr1_kernels.native import library
+from vlmr1_kernels import GRPOSettings, use
 
 Bytes = dict[str, int]  # by cause
 
 
 def dry_passes(job: Job, trained: Any, dry: DryRun) -> Mapping[str, Bytes]:
-    """Phase -> bytes by cause at its peak, beyond what is there all along: weights, optimizer and reference model.
-    HOST -> bytes in host memory. `trained` is the model without data, or the `peft.PeftModel` around it."""
+    """Bytes by cause at the peak of each phase, without weights, optimizer states and reference model. Under HOST are
+    the bytes in host memory. `trained` is the model without data, or the `peft.PeftModel` around it."""
     args, model = job.args, base_of(trained)
     family = family_for(model.config)
     frozen = not any(parameter.requires_grad for parameter in family.vision_parameters(model))
@@ -67,8 +60,8 @@ def dry_passes(job: Job, trained: Any, dry: DryRun) -> Mapping[str, Bytes]:
     return found
 
 
-def _update(job: Job, model: Any, policy: PackedPolicy, pack: Pack, dry: DryRun, *, several: bool) -> None:
-    """Forward and backward of one pack; with several, the gradients of those before it are there."""
+def _update(job: Job, model: Any, policy: PackedPolicy, pack: Any, dry: DryRun, *, several: bool) -> None:
+    """Run forward and backward of one pack; with several, gradients of earlier packs exist already."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     model.train()
     if several:
@@ -86,106 +79,3 @@ def _update(job: Job, model: Any, policy: PackedPolicy, pack: Pack, dry: DryRun,
         hook.remove()
     for parameter in parameters:
         parameter.grad = None
-
-
-class DryPacked(PackedPolicy):
-    """What the head makes is of cause "logits"."""
-
-    def __init__(self, dry: DryRun, *args: Any, **options: Any):
-        super().__init__(*args, **options)
-        self.dry = dry
-
-    def loss(self, pack: Pack, objective: Objective) -> tuple[Tensor, dict[str, Tensor]]:
-        hidden, head = self.hidden_rows(pack), self.family.head(self.model)
-        with self.dry.of(LOGITS):
-            self.dry.transient(LOGITS, native_workspace(hidden, head.weight))
-            return objective.fused(hidden, head, pack)
-
-
-class DryOnCuda(DryPacked):
-    """With the allocations of the CUDA implementations."""
-
-    @contextmanager
-    def attention(self) -> Iterator[None]:
-        tower = attrgetter(self.family.vision_paths[0])(self.model)
-        with self.family.attention(self.model), attending_by(NAME, tower):
-            yield
-
-    def hidden_rows(self, pack: Pack) -> Tensor:
-        ids, positions = pack.input_ids[None], pack.positions[:, None]
-        shared: Any = FlashPacked(any(map(any, pack.layout.branch_lengths)))
-        with autocast(self.model.device, self.dtype), self.attention():
-            features, _ = self.image_features(pack)
-            hidden = self.family.hidden(self.model, ids, positions, features, shared=shared)
-        return hidden[0].index_select(0, pack.rows).to(self.dtype or hidden.dtype)
-
-    def logprobs(self, pack: Pack) -> Tensor:
-        with torch.no_grad():
-            hidden = self.hidden_rows(pack)
-            with self.dry.of(LOGITS):
-                return head_logprobs(hidden, self.family.head(self.model).weight.to(hidden.dtype))
-
-    def loss(self, pack: Pack, objective: Objective) -> tuple[Tensor, dict[str, Tensor]]:
-        hidden = self.hidden_rows(pack)
-        with self.dry.of(LOGITS):
-            return head_loss(hidden, self.family.head(self.model).weight.to(hidden.dtype)), {}
-
-
-def native_workspace(hidden: Tensor, weight: Tensor) -> int:
-    """Bytes that the native `linear_grpo_loss` takes beside its results, where `auto` chooses it: logits of a chunk
-    beyond those that live where the weight's gradient will be, and float32 sums over chunks in half precision."""
-    rows, (vocabulary, width) = len(hidden), weight.shape
-    call = registry.Request(hidden.device, hidden.dtype, (rows, width, vocabulary))
-    if registry.select("linear_grpo_loss", call).name != "native":
-        return 0
-    trained = weight.requires_grad
-    meant = torch.empty(weight.shape, dtype=hidden.dtype, device="meta", requires_grad=trained)
-    chunk, each = min(rows, library.chunk_rows(rows, meant, None)), library.logit_bytes(hidden.dtype)
-    several = rows > chunk
-    borrowed = width * hidden.dtype.itemsize // each if trained and not several else 0
-    sums = vocabulary * width * 4 if trained and several and hidden.dtype.itemsize < 4 else 0
-    return max(0, chunk - borrowed) * vocabulary * each + sums
-
-
-@contextmanager
-def vision_counted(family: ModelFamily, model: Any, dry: DryRun) -> Iterator[None]:
-    """In this block what tower and projector allocate, backward included, is of cause "vision tower"."""
-
-    def before(*_: Any) -> None:
-        causes.append(dry.cause)
-        dry.cause = VISION
-
-    def after(module: Any, inputs: Any, output: Any) -> None:
-        dry.cause = causes.pop()
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, Tensor) and tensor.requires_grad:
-                tensor.register_hook(at_backward)
-
-    def at_backward(gradient: Tensor) -> None:
-        dry.cause = VISION
-
-    causes: list[str] = []
-    with ExitStack() as stack:
-        for path in family.vision_paths:
-            module = attrgetter(path)(model)
-            for handle in (module.register_forward_pre_hook(before), module.register_forward_hook(after)):
-                stack.callback(handle.remove)
-        yield
-
-
-@contextmanager
-def checkpoints_on_host(dry: DryRun, rows: int, width: int) -> Iterator[None]:
-    """In this block what forward keeps of shape [.., rows, width] is in host memory: with checkpointing, the inputs of
-    the decoder's layers, and what the norm behind them keeps."""
-
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.shape[-2:] != (rows, width) or not tensor.is_floating_point():
-            return tensor
-        with dry.of(HOST):
-            return tensor.detach().clone()
-
-    def unpack(tensor: Tensor) -> Tensor:
-        return tensor.clone() if dry.cause_of(tensor) == HOST else tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield

@@ -8,6 +8,7 @@ and the layers that ZeRO-3 gathers.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -57,25 +58,25 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Counted:
-    """What was counted on one model and its dry runs; bytes."""
+    """Bytes counted on one model and in its dry runs."""
 
     numbers: int
     weights: int
     buffers: int
     trained: tuple[Parameter, ...]
-    gathered: int  # what ZeRO-3 has in whole at a time
+    gathered: int  # parameters that ZeRO-3 has gathered at a time
     images: int
     dry: Mapping[str, Bytes]
 
 
 class Planner:
-    """Plans jobs; what two of them have in common is counted once."""
+    """Plans jobs, and counts once what several of them have in common."""
 
     def __init__(self) -> None:
         self._counted: dict[tuple[Any, ...], _Counted] = {}
 
     def plan(self, job: Job) -> Plan:
-        """SettingError where the model cannot be trained with the settings."""
+        """Return the plan of a job; SettingError where the model cannot be trained with its settings."""
         counted = self._count(job)
         optimizer, trained = optimizer_of(job.args), counted.trained
         # One of so many devices has its share of weights, gradients and optimizer states.
@@ -131,7 +132,7 @@ def peak_bytes(args: Any, config: Any, **job: Any) -> int:
 def model_without_data(job: Job, dry: DryRun) -> Any:
     """The model that the job trains, or the `peft.PeftModel` around it, as the trainer makes it, without data."""
     args = job.args
-    trained = without_data(lambda: planned_model(job.config, args), dry.fake)
+    trained = without_data(lambda: planned_model(deepcopy(job.config), args), dry.fake)  # it notes a dtype there
     model = base_of(trained)
     model.tie_weights()
     prepare_trained(trained, args)

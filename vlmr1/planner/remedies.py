@@ -31,7 +31,7 @@ class Remedy:
 
 @dataclass(frozen=True)
 class Applied:
-    """A remedy, and the bytes by which it lowers the peak after those before it."""
+    """A remedy, and the bytes that it saves when those before it are applied."""
 
     remedy: Remedy
     saved: int
@@ -39,7 +39,7 @@ class Applied:
 
 @dataclass(frozen=True)
 class Advice:
-    """Remedies in order, and the plan with all of them; `missing` is by how many bytes it does not fit, or 0."""
+    """Remedies in order, the plan with all of them, and the number of bytes by which it does not fit, or 0."""
 
     applied: Sequence[Applied]
     plan: Plan
@@ -142,7 +142,7 @@ REMEDIES: Sequence[tuple[str, Callable[[Job], Settings | None]]] = (
 
 
 def remedies(job: Job) -> Iterator[Remedy]:
-    """Every remedy that this job has not got yet, without the settings that it has."""
+    """Every remedy that changes this job, without settings that the job has already."""
     for cost, settings in REMEDIES:
         found = remedy_for(job, settings(job), cost)
         if found is not None:
@@ -150,14 +150,16 @@ def remedies(job: Job) -> Iterator[Remedy]:
 
 
 def remedy_for(job: Job, settings: Settings | None, cost: str) -> Remedy | None:
-    """The remedy with those settings that the job does not have; None where it has them all."""
+    """Return a remedy of the settings that the job does not have; None where it has them all."""
     missing = {name: value for name, value in (settings or {}).items() if _value(job, name) != value}
     return Remedy(missing, cost) if missing else None
 
 
 def advise(planner: Planner, job: Job, room: int, change: Change) -> Advice:
-    """The cheapest remedies with which the job fits in `room` bytes: applied in order until it does, then those left
-    out without which it still does, the dearest first. What `change` refuses is not offered."""
+    """Return the cheapest remedies with which the job fits in `room` bytes.
+
+    They are applied in order until it fits. Then those that are not needed are left out, the most expensive first.
+    Settings that `change` refuses are not offered."""
 
     def planned(chosen: Sequence[Remedy]) -> Plan | None:
         changed = {name: value for remedy in chosen for name, value in remedy.settings.items()}
@@ -187,7 +189,7 @@ def advise(planner: Planner, job: Job, room: int, change: Change) -> Advice:
 def _one_by_one(
     plan: Plan, kept: Sequence[Remedy], planned: Callable[[Sequence[Remedy]], Plan | None]
 ) -> list[Applied]:
-    """What each saves after those before it, without settings that the job has by then."""
+    """Bytes that each remedy saves when those before it are applied, without settings that the job has by then."""
     applied = []
     for count, remedy in enumerate(kept, 1):
         after, needed = planned(kept[:count]), remedy_for(plan.job, remedy.settings, remedy.cost)
@@ -198,7 +200,7 @@ def _one_by_one(
 
 
 def gpus_needed(planner: Planner, job: Job, room: int, most: int = 1024) -> int | None:
-    """The fewest devices on which the job fits with ZeRO-3, at the same prompts a device; None: not on `most`."""
+    """Smallest number of devices on which the job fits with ZeRO-3, at the same prompts a device; None above `most`."""
 
     def fits(count: int) -> bool:
         return planner.plan(replace(job, gpus=count, zero=3)).peak <= room

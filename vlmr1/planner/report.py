@@ -37,7 +37,7 @@ def bytes_of(text: str) -> int:
 
 
 def table(plan: Plan) -> str:
-    """GiB by cause and phase; the phase of the peak is marked."""
+    """A table of GiB by cause and phase, with the phase of the peak marked."""
     causes = [cause for cause in CAUSES if any(plan.phases[phase][cause] for phase in plan.phases)]
     head = ["GiB", *(f"{phase}{' *' if phase == plan.peak_phase else ''}" for phase in plan.phases)]
     rows = [[cause, *(gib(plan.phases[phase][cause]) for phase in plan.phases)] for cause in causes]
@@ -56,7 +56,7 @@ def gib(size: int) -> str:
 
 
 def report(plan: Plan, advice: Advice, name: str, room: int, needed: int | None) -> str:
-    """All that `vlmr1 plan` prints."""
+    """The text that `vlmr1 plan` prints."""
     job, args = plan.job, plan.job.args
     lines = [
         f"{name}: {plan.parameters / 1e9:.2f} billion parameters, {plan.trained / 1e9:.2f} trained",
@@ -100,7 +100,7 @@ def _verdict(plan: Plan, advice: Advice, room: int) -> Sequence[str]:
 
 
 def as_json(plan: Plan, advice: Advice, name: str, room: int, needed: int | None) -> dict[str, Any]:
-    """The same figures in bytes."""
+    """The figures of the report in bytes."""
     job = {field.name: getattr(plan.job, field.name) for field in fields(plan.job) if field.repr}
     settings = {name: getattr(plan.job.args, name) for name in SETTINGS} | {"reference": plan.job.reference}
     settings["optim"] = getattr(settings["optim"], "value", settings["optim"])

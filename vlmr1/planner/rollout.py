@@ -1,4 +1,4 @@
-"""Rollouts as dry runs."""
+"""Dry runs of a rollout."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ COPIES = 5  # of all logits, in float32, that the transformers engine has at its
 
 
 class _OnCuda(Scheduler):
-    """There the head's weight stays as narrow as it is cast, and the GEMM writes float32."""
+    """A scheduler whose head keeps its weight in the compute dtype and writes float32, as on a GPU."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         return hidden.new_empty(len(hidden), self.vocabulary, dtype=torch.float32)
 
 
 def pool_blocks(job: Job, prompts: Sequence[Prompt], dtype: torch.dtype) -> int:
-    """Blocks of the KV pool: for all groups at once, or what `rollout_kv_mib` allows; at least one group's."""
+    """Number of KV blocks: enough for all groups, or what `rollout_kv_mib` allows; at least those of one group."""
     args = job.args
     group = num_blocks(len(prompts[0].input_ids)) + args.num_generations * num_blocks(args.max_completion_length - 1)
     wanted = group * len(prompts)
@@ -45,7 +45,7 @@ def pool_blocks(job: Job, prompts: Sequence[Prompt], dtype: torch.dtype) -> int:
 
 @torch.no_grad()
 def rollout(job: Job, policy: PackedPolicy, prompts: Sequence[Prompt], dry: DryRun) -> None:
-    """The native engine's: the prompts into the pool, and one step of all branches, at their full length."""
+    """Run the native engine's prefill, and one decoding step of all sequences at their full length."""
     model, config, size = policy.model, job.config.get_text_config(decoder=True), job.args.num_generations
     dtype = policy.dtype or model.dtype
     settings = job.args.sampling()
@@ -77,7 +77,7 @@ def rollout(job: Job, policy: PackedPolicy, prompts: Sequence[Prompt], dry: DryR
 def _decode(
     job: Job, policy: PackedPolicy, schedule: Scheduler, flights: Sequence[RunningGroup], draws: Tensor, dry: DryRun
 ) -> None:
-    """The last step of all branches."""
+    """Run the last decoding step of all sequences."""
     length = max(1, job.args.max_completion_length - 1)
     blocks = list(range(max(1, num_blocks(length))))
     size = job.args.num_generations
@@ -95,7 +95,7 @@ def _decode(
 
 @torch.no_grad()
 def generate(job: Job, policy: PackedPolicy, prompts: Sequence[Prompt], dry: DryRun) -> None:
-    """The transformers engine's: a forward over the repeated prompts, their cache, and the logits that it keeps."""
+    """Run the transformers engine's forward over the repeated prompts, with its cache and the logits that it keeps."""
     model, family, config = policy.model, policy.family, job.config.get_text_config(decoder=True)
     dtype, vocabulary = policy.dtype or model.dtype, len(family.head(model).weight)
     rows = [prompt for prompt in prompts for _ in range(job.args.num_generations)]
