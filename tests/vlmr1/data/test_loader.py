@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from vlmr1.cli import main
 from vlmr1.config import GRPOConfig
 from vlmr1.data.faults import RowFault
-from vlmr1.data.loader import Parcel, unpacked
+from vlmr1.data.loader import PickledBatch, unpacked
 from vlmr1.data.samples import load_samples
 from vlmr1.grpo.trainer import GRPOTrainer
 from vlmr1.tiny import digits
@@ -33,7 +33,7 @@ def batches(data, model, processor, workers):
     torch.manual_seed(0)
     loader = trainer.get_train_dataloader()
     raw = [*loader]
-    assert all(isinstance(batch[0], Parcel) is (workers > 0) for batch in raw)
+    assert all(isinstance(batch[0], PickledBatch) is (workers > 0) for batch in raw)
     return [unpacked(batch) for batch in raw], torch.rand(1).item()
 
 
@@ -95,7 +95,7 @@ def test_a_fault_of_a_row_is_one_line(workers, data, tmp_path, capsys):
 def test_a_fault_keeps_its_kind():
     fault = RowFault("rows.jsonl:5: gone", "missing image", "rows.jsonl:5")
     with pytest.raises(RowFault) as caught:
-        unpacked([Parcel(pickle.dumps(fault))])
+        unpacked([PickledBatch(pickle.dumps(fault))])
     assert (
         str(caught.value) == str(fault) and caught.value.kind == "missing image" and caught.value.source == fault.source
     )
