@@ -12,7 +12,7 @@ from vlmr1.cli import main
 from vlmr1.tiny import digits
 
 STANDINS = Path(__file__).parents[2] / "data" / "standins"
-RECIPES = Path(__file__).parents[3] / "vlm_r1" / "recipes"
+RECIPES = Path(__file__).parents[3] / "vlmr1" / "recipes"
 
 
 def test_a_whole_file(tmp_path, capsys):
