@@ -81,7 +81,7 @@ def decode_missing(
     shown = tqdm(total=rows, desc="decoding", unit="row", file=sys.stderr, disable=None if ranks.is_first else True)
     with shown as bar:
         for batch in mine:
-            ranks.check_failure()
+            ranks.look()
             append(files.part(ranks.rank, ranks.count), decoder([samples[row] for row in batch], batch))
             bar.update(len(batch))
     return rows

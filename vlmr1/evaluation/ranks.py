@@ -39,9 +39,9 @@ class Ranks:
         except RuntimeError as error:
             reason = self._failure() or f"another process has ended, or did not reach the barrier: {error}"
             raise UserError(reason) from error
-        self.check_failure()
+        self.look()
 
-    def check_failure(self) -> None:
+    def look(self) -> None:
         """Raise the failure of another rank, if any."""
         if self.count > 1 and (message := self._failure()):
             raise UserError(message)

@@ -31,7 +31,7 @@ try:
             time.sleep(60)
         if rank == 0 and mode == "fails":
             while True:
-                ranks.check_failure()  # as between two batches
+                ranks.look()  # as between two batches
                 time.sleep(0.05)
         ranks.barrier()
         print("together", ranks.count, flush=True)
@@ -78,7 +78,7 @@ def test_alone():
     with joined(1.0) as ranks:
         assert (ranks.rank, ranks.count, ranks.is_first) == (0, 1, True)
         ranks.barrier()
-        ranks.check_failure()
+        ranks.look()
 
 
 def test_without_the_others_address(monkeypatch):
