@@ -141,8 +141,8 @@ def _boxes(name: str, coco: dict[str, Any], labels: dict[Any, str]) -> dict[Any,
         if width <= 0 or height <= 0:
             empty += 1
             continue
-        said = {"bbox_2d": [x, y, x + width, y + height], "label": labels[entry["category_id"]]}
-        boxes[entry["image_id"]].append((said, bool(entry.get("iscrowd"))))
+        labelled = {"bbox_2d": [x, y, x + width, y + height], "label": labels[entry["category_id"]]}
+        boxes[entry["image_id"]].append((labelled, bool(entry.get("iscrowd"))))
     if empty:
         logger.warning("%s: %d boxes without an area are left out", name, empty)
     return boxes

@@ -143,10 +143,10 @@ def _evaluated(images: Sequence[ImageBoxes], labels: Sequence[str]) -> Any:
         for true in boxes.truths:
             entry = _entry(len(truths) + 1, image, ids[true.label], true.box)
             truths.append(entry | {"iscrowd": int(true.crowd)})
-        for said in boxes.predictions:
-            if said.box is not None and said.label in ids:
-                entry = _entry(len(predictions) + 1, image, ids[said.label], said.box)
-                predictions.append(entry | {"iscrowd": 0, "score": said.score})
+        for prediction in boxes.predictions:
+            if prediction.box is not None and prediction.label in ids:
+                entry = _entry(len(predictions) + 1, image, ids[prediction.label], prediction.box)
+                predictions.append(entry | {"iscrowd": 0, "score": prediction.score})
     evaluation = COCOeval(_coco(len(images), labels, truths), _coco(len(images), labels, predictions), "bbox")
     evaluation.params.areaRng, evaluation.params.areaRngLbl = ALL_SIZES, ["all"]
     evaluation.evaluate()

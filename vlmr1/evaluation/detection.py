@@ -39,7 +39,7 @@ def check_detection(sample: Sample) -> None:
         raise row_fault(sample.source, "column", f"the column {CROWD} has not one value for each box")
 
 
-def truths_of(sample: Sample) -> tuple[TrueBox, ...]:
+def true_boxes_of(sample: Sample) -> tuple[TrueBox, ...]:
     """The true boxes of a row that `check_detection` passed."""
     boxes = labelled_boxes(true_text(sample.solution)) or []
     crowd = sample.columns.get(CROWD) or [False] * len(boxes)
@@ -50,12 +50,12 @@ def truths_of(sample: Sample) -> tuple[TrueBox, ...]:
     )
 
 
-def asked(sample: Sample) -> list[str]:
+def asked_labels(sample: Sample) -> list[str]:
     """The case-folded labels in a row's question; [] where it lists none."""
     return [label.strip().casefold() for label in sample.columns.get(LABELS) or []]
 
 
-def predicted(text: str, extent: Size, original: Size) -> tuple[ScoredBox, ...] | None:
+def predicted_boxes(text: str, extent: Size, original: Size) -> tuple[ScoredBox, ...] | None:
     """Return the boxes of a completion's answer in px of the file; None where it is not a list of boxes.
 
     A box's score is its numeric `score` or `confidence`, else 1, 1/2, 1/3, ... by its place in the list."""
@@ -70,7 +70,7 @@ def predicted(text: str, extent: Size, original: Size) -> tuple[ScoredBox, ...] 
     )
 
 
-def best_of_each(boxes: ImageBoxes) -> ImageBoxes:
+def keep_best(boxes: ImageBoxes) -> ImageBoxes:
     """Keep the predictions that NMS-AP counts (OVDEval, arXiv:2308.13177), whatever their label.
 
     Of the predictions whose IoU with a true box is above 0.5, only the one with the highest score is kept. A prediction
@@ -80,29 +80,28 @@ def best_of_each(boxes: ImageBoxes) -> ImageBoxes:
     for true in boxes.truths:
         if true.crowd:
             continue
-        on_it = [i for i, said in enumerate(boxes.predictions) if said.box and iou(said.box, true.box) > NMS_IOU]
+        on_it = [i for i, each in enumerate(boxes.predictions) if each.box and iou(each.box, true.box) > NMS_IOU]
         if on_it:
             near |= set(on_it)
             best.add(max(on_it, key=lambda i: (boxes.predictions[i].score, -i)))
-    kept = (said for i, said in enumerate(boxes.predictions) if i in best or i not in near)
+    kept = (prediction for i, prediction in enumerate(boxes.predictions) if i in best or i not in near)
     return ImageBoxes(boxes.truths, tuple(kept))
 
 
-def image_score(boxes: ImageBoxes) -> float:
+def image_f1(boxes: ImageBoxes) -> float:
     """Return the F1 score of one image at IoU 0.5 with labels, 2 * TP / (true + predicted); 1 without any boxes."""
     truths = [true for true in boxes.truths if not true.crowd]
     if not truths and not boxes.predictions:
         return 1.0
-    free, right = set(range(len(truths))), 0
-    for said in sorted(boxes.predictions, key=lambda box: -box.score):
-        fits = [
-            (iou(said.box, truths[i].box), -i) for i in free if said.box is not None and said.label == truths[i].label
-        ]
+    free, matched = set(range(len(truths))), 0
+    for each in sorted(boxes.predictions, key=lambda box: -box.score):
+        same = [i for i in free if each.label == truths[i].label]
+        fits = [] if each.box is None else [(iou(each.box, truths[i].box), -i) for i in same]
         overlap, place = max(fits, default=(0.0, 0))
         if overlap >= MATCH_IOU:
             free.remove(-place)
-            right += 1
-    return 2 * right / (len(truths) + len(boxes.predictions))
+            matched += 1
+    return 2 * matched / (len(truths) + len(boxes.predictions))
 
 
 def _scores(answer: str, count: int) -> list[float]:
@@ -138,13 +137,11 @@ class DetectionScores:
 
 def detection_scores(samples: Sequence[Sample], records: Sequence[Record]) -> DetectionScores:
     """Match the boxes of one completion a row with the true ones."""
-    answers = [predicted(record.completion, *record.sizes) for record in records]
-    images = [ImageBoxes(truths_of(sample), boxes or ()) for sample, boxes in zip(samples, answers, strict=True)]
-    labels = {label for sample in samples for label in asked(sample)}
+    answers = [predicted_boxes(record.completion, *record.sizes) for record in records]
+    images = [ImageBoxes(true_boxes_of(sample), boxes or ()) for sample, boxes in zip(samples, answers, strict=True)]
+    labels = {label for sample in samples for label in asked_labels(sample)}
     labels |= {true.label for image in images for true in image.truths}
-    plain, best = (
-        AveragePrecision(each, sorted(labels)) for each in (images, [best_of_each(boxes) for boxes in images])
-    )
+    plain, best = (AveragePrecision(each, sorted(labels)) for each in (images, [keep_best(boxes) for boxes in images]))
     return DetectionScores(images, [boxes is None for boxes in answers], plain, best)
 
 
@@ -172,7 +169,7 @@ def score_ovd_rows(samples: Sequence[Sample], records: Sequence[Record]) -> Scor
         Case(
             sample=sample,
             completion=record.completion,
-            score=image_score(image),
+            score=image_f1(image),
             true=tuple(LabelledBox(true.label, true.box) for true in image.truths),
             predicted=tuple(LabelledBox(box.label or "", box.box) for box in image.predictions if box.box is not None),
         )

@@ -6,6 +6,7 @@ import json
 import socket
 import sys
 import time
+from contextlib import closing, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from vlmr1.evaluation.outputs import OutputOptions
 from vlmr1.evaluation.records import RecordFiles
 from vlmr1.evaluation.results import RESULTS, Results, write_page, write_results
 from vlmr1.evaluation.rows import load_rows
-from vlmr1.evaluation.tasks import score_with_workers, writes_boxes
+from vlmr1.evaluation.tasks import score_task, writes_boxes
+from vlmr1.rewards.pool import RewardPool
 from vlmr1_kernels import use
 
 RUN = "run.json"
@@ -52,8 +54,10 @@ def evaluate_model(name: str, options: Options, output: OutputOptions, ranks: Ra
     ranks.barrier()  # for the last batch of each rank
     if not ranks.is_first:
         return None
-    workers = {"workers": output.reward_workers, "timeout": output.reward_timeout}
-    scored = score_with_workers(options.task, samples, list(files.gather().values()), options.rewards(), **workers)
+    records = list(files.gather().values())
+    workers = output.reward_workers
+    with closing(RewardPool(workers, output.reward_timeout)) if workers else nullcontext() as pool:
+        scored = score_task(options.task, samples, records, rewards=options.rewards(), pool=pool)
     results = write_results(folder, inputs, scored)
     write_page(folder, results, scored.cases, output.pictures)
     _write_run(folder, start, decoded, ranks)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from vlmr1.data.box_coordinates import Setting
@@ -87,23 +87,13 @@ class Options:
 
     def written(self) -> dict[str, Any]:
         """All options by name, as they are written beside the results."""
-        judge = self.judge and {"url": self.judge.url, "model": self.judge.model}
-        return {
-            "task": self.task,
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        values |= {
             "data": list(self.data),
             "images": list(self.images),
             "question_template": self.template,
             "accu_reward_method": list(self.methods) if self.task == "vqa" else None,
-            "judge": judge,
+            "judge": self.judge and {"url": self.judge.url, "model": self.judge.model},
             "max_completion_length": self.tokens,
-            "batch_size": self.batch_size,
-            "limit": self.limit,
-            "box_coordinates": self.box_coordinates,
-            "prompt_column": self.prompt_column,
-            "solution_column": self.solution_column,
-            "revision": self.revision,
-            "trust_remote_code": self.trust_remote_code,
-            "dtype": self.dtype,
-            "rollout_engine": self.rollout_engine,
-            "kernels": self.kernels,
         }
+        return values

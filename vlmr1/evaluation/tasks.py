@@ -45,25 +45,6 @@ def score_task(
     return score_vqa_rows(samples, records, rewards or RewardSettings(accu_reward_method="default"), pool)
 
 
-def score_with_workers(
-    task: str,
-    samples: Sequence[Sample],
-    records: Sequence[Record],
-    rewards: RewardSettings,
-    *,
-    workers: int,
-    timeout: float,
-) -> Scored:
-    """Score as `score_task` does, answers of vqa in `workers` processes with a time limit each."""
-    if task != "vqa" or not workers:
-        return score_task(task, samples, records, rewards=rewards)
-    pool = RewardPool(workers, timeout)
-    try:
-        return score_task(task, samples, records, rewards=rewards, pool=pool)
-    finally:
-        pool.close()
-
-
 def box_metrics(task: str, samples: Sequence[Sample], records: Sequence[Record]) -> dict[str, float]:
     """Metrics of rec or ovd as numbers by name, without intervals."""
     if task == "rec":

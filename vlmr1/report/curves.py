@@ -17,33 +17,21 @@ LABELS = {
 }
 
 
-def reward_curve(
-    history: Sequence[Mapping[str, float]],
-    path: Path,
-    *,
-    reward_keys: Sequence[str] | None = None,
-    other_keys: Sequence[str] = ("kl", "completion_length"),
-    step_key: str = "step",
-    window: int | None = None,
-) -> Path:
-    """Write one panel for each key: the value of each step as a thin line, its running mean as a thick one.
+def reward_curve(history: Sequence[Mapping[str, float]], path: Path, *, window: int | None = None) -> Path:
+    """Write one panel each for the rewards, the KL and the completion length: each step thin, a running mean thick.
 
     Args:
-        history: logged values, one mapping a step; a key may be missing in some steps.
+        history: logged values, one mapping a step with its "step"; a key may be missing in some steps.
         path: the PNG to write.
-        reward_keys: by default "reward" and every "rewards/NAME" or "rewards/NAME/mean".
-        other_keys: further panels; those without values are left out.
-        step_key: where a row keeps its step; rows without it are counted from 1.
         window: steps in the running mean, by default a tenth of them.
 
     Raises:
         ValueError: no step holds any of the keys.
     """
-    keys = list(_reward_keys(history) if reward_keys is None else reward_keys)
-    panels = {key: _series(history, key, step_key) for key in (*keys, *other_keys)}
-    panels = {key: series for key, series in panels.items() if len(series[0])}
+    keys = [*_reward_keys(history), "kl", "completion_length"]
+    panels = {key: series for key in keys if len((series := _series(history, key))[0])}
     if not panels:
-        raise ValueError(f"nothing to draw: no step of the history holds any of {[*keys, *other_keys]}")
+        raise ValueError(f"nothing to draw: no step of the history holds any of {keys}")
 
     columns = min(2 if len(panels) <= 4 else 3, len(panels))
     rows = -(-len(panels) // columns)
@@ -89,7 +77,7 @@ def _label(key: str) -> str:
     return LABELS.get(key, key)
 
 
-def _series(history: Sequence[Mapping[str, float]], key: str, step_key: str) -> tuple[np.ndarray, np.ndarray]:
-    points = [(row.get(step_key, place), row[key]) for place, row in enumerate(history, 1) if key in row]
+def _series(history: Sequence[Mapping[str, float]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    points = [(row["step"], row[key]) for row in history if key in row]
     array = np.array(points, dtype=float).reshape(-1, 2)
     return array[:, 0], array[:, 1]

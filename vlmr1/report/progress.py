@@ -22,7 +22,7 @@ from vlmr1.types import Prompt
 METRICS = "metrics.jsonl"
 COMPLETIONS = "completions.jsonl"
 PICTURES = "completion_images"  # copies of images without a file of their own
-WIDTH = 160  # columns of the console line of a step
+WIDTH = 176  # columns of the console line of a step
 
 
 def step_line(logs: dict[str, float], step: int, width: int = WIDTH) -> str:

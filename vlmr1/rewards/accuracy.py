@@ -68,21 +68,10 @@ def length_reward(
             text_of(completions[i]),
             truth,
             mode=settings.mode,
-            **row_options(columns, i)
-            | {METHOD: methods[i], "tokenizer": _Counted(len(ids)), "num_tokens": len(ids), "longest": longest},
+            **row_options(columns, i) | {METHOD: methods[i], "tokenizer": len(ids), "longest": longest},
         )
         for i, (truth, ids) in enumerate(zip(solution, completion_ids, strict=True))
     ]
-
-
-class _Counted:
-    """A tokenizer stand-in for a text whose number of tokens is known."""
-
-    def __init__(self, count: int):
-        self.count = count
-
-    def encode(self, text: str) -> range:
-        return range(self.count)
 
 
 def _judged(asked: Sequence[int], texts: Sequence[str], solution: Sequence[str], settings: RewardSettings) -> dict:

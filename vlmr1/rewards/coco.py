@@ -92,9 +92,9 @@ def match(overlaps: list[list[float]], ignored: list[bool], outside: list[bool],
 
 def _interpolated(outcome: np.ndarray, count: int) -> np.ndarray:
     """Outcomes [D] -> for each recall level the highest precision at that recall or above."""
-    right, wrong = np.cumsum(outcome == 1).astype(float), np.cumsum(outcome == 0).astype(float)
-    envelope = np.maximum.accumulate((right / (wrong + right + TINY))[::-1])[::-1]
-    places = np.searchsorted(right / count, RECALLS, side="left")
+    hits, misses = np.cumsum(outcome == 1).astype(float), np.cumsum(outcome == 0).astype(float)
+    envelope = np.maximum.accumulate((hits / (misses + hits + TINY))[::-1])[::-1]
+    places = np.searchsorted(hits / count, RECALLS, side="left")
     return np.append(envelope, 0.0)[places]
 
 

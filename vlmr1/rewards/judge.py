@@ -91,10 +91,10 @@ class Judge:
         raise AssertionError("unreachable")
 
     def _ask(self, pair: tuple[str, str]) -> float:
-        answer, right = pair
+        answer, expected = pair
         messages = [
             {"role": "system", "content": TASK},
-            {"role": "user", "content": f"Correct answer: {right}\nStudent's response: {answer}"},
+            {"role": "user", "content": f"Correct answer: {expected}\nStudent's response: {answer}"},
         ]
         body = json.dumps({"model": self.model, "messages": messages, "temperature": 0}).encode()
         headers = {"Content-Type": "application/json"}

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 COSINE_MAX = 1024  # tokens of the longest completion
-RIGHT = 1.0, 0.5  # a correct answer of no tokens, and of the most
+CORRECT = 1.0, 0.5  # a correct answer of no tokens, and of the most
 WRONG = -0.5, 0.0
 
 
@@ -16,7 +16,7 @@ def cosine(length: int, *, correct: bool, longest: int = COSINE_MAX) -> float:
     (s, e) is (1, 0.5) for a correct answer and (-0.5, 0) for a wrong one. Short correct answers and long wrong answers
     score higher. Source: Yeo et al. 2025, arXiv:2502.03373, section 4.
     """
-    start, end = RIGHT if correct else WRONG
+    start, end = CORRECT if correct else WRONG
     return start - (start - end) * (1 - math.cos(length * math.pi / longest)) / 2
 
 
@@ -29,7 +29,9 @@ def overlong(length: int, max_length: int, cache: int) -> float:
 
 
 def count_tokens(text: str, tokenizer: Any) -> int:
-    """Count the tokens of a text; `tokenizer` has `encode`, or is "whitespace" to count words."""
+    """Count the tokens of a text; `tokenizer` has `encode`, is "whitespace" to count words, or is the known number."""
+    if isinstance(tokenizer, int):
+        return tokenizer
     if tokenizer == "whitespace":
         return len(text.split())
     if not hasattr(tokenizer, "encode"):

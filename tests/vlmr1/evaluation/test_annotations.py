@@ -10,7 +10,7 @@ from PIL import Image
 
 from vlmr1.errors import DataError
 from vlmr1.evaluation.coco import TrueBox
-from vlmr1.evaluation.detection import asked, truths_of
+from vlmr1.evaluation.detection import asked_labels, true_boxes_of
 from vlmr1.evaluation.options import Options
 from vlmr1.evaluation.rows import load_rows
 from vlmr1.rewards.answer import solution_box
@@ -110,12 +110,12 @@ COCO = {
 
 def test_coco(folder):
     one, two = load(folder, COCO, "ovd").samples
-    assert truths_of(one) == (
+    assert true_boxes_of(one) == (
         TrueBox("traffic light", (1.5, 2.0, 11.5, 7.0)),
         TrueBox("cat", (0.0, 0.0, 40.0, 30.0), True),
     )
-    assert truths_of(two) == () and two.solution == "None"
-    assert asked(one) == asked(two) == ["cat", "traffic light"]
+    assert true_boxes_of(two) == () and two.solution == "None"
+    assert asked_labels(one) == asked_labels(two) == ["cat", "traffic light"]
     assert words(one) == words(two) and '["Cat", "traffic light"]' in words(one)
     assert '```json\n[{"bbox_2d": [x1, y1, x2, y2], "label": "one of these names"}]\n```' in words(one)
     assert [sample.source for sample in (one, two)] == [f"{folder}/data.json:images[{i}]" for i in (0, 1)]
@@ -125,8 +125,8 @@ def test_coco_with_labels_of_each_image(folder):
     """OVDEval: an image is asked for what it has and for what it has not."""
     images = [COCO["images"][0] | {"text": ["traffic light"], "neg_text": ["red light"]}, COCO["images"][1]]
     one, two = load(folder, COCO | {"images": images}, "ovd").samples
-    assert asked(one) == ["red light", "traffic light"] and '["red light", "traffic light"]' in words(one)
-    assert asked(two) == ["cat", "traffic light"]
+    assert asked_labels(one) == ["red light", "traffic light"] and '["red light", "traffic light"]' in words(one)
+    assert asked_labels(two) == ["cat", "traffic light"]
 
 
 @pytest.mark.parametrize(

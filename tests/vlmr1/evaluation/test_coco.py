@@ -13,7 +13,7 @@ from pycocotools.cocoeval import COCOeval
 
 from vlmr1.evaluation.bootstrap import counts
 from vlmr1.evaluation.coco import AveragePrecision, ImageBoxes, ScoredBox, TrueBox
-from vlmr1.evaluation.detection import best_of_each
+from vlmr1.evaluation.detection import keep_best
 
 A, B, C = (0.0, 0.0, 10.0, 10.0), (20.0, 0.0, 30.0, 10.0), (50.0, 50.0, 60.0, 60.0)
 
@@ -158,7 +158,7 @@ def test_replicates_are_those_of_the_repeated_images(seed):
 
 
 def kept(boxes):
-    return [(box.label, box.score) for box in best_of_each(boxes).predictions]
+    return [(box.label, box.score) for box in keep_best(boxes).predictions]
 
 
 def test_a_wrong_label_on_the_same_object_raises_ap_but_not_nms_ap():
@@ -173,7 +173,7 @@ def test_a_wrong_label_on_the_same_object_raises_ap_but_not_nms_ap():
     assert ap(one, labels) == pytest.approx((0 + 0.5) / 2)
     # cat: of two boxes of equal score the first is right.
     assert ap(both, labels) == pytest.approx((1 + 0.5) / 2)
-    assert ap([best_of_each(each) for each in both], labels) == ap([best_of_each(each) for each in one], labels)
+    assert ap([keep_best(each) for each in both], labels) == ap([keep_best(each) for each in one], labels)
     assert kept(both[0]) == [("dog", 1.0)]
 
 

@@ -6,14 +6,14 @@ import pytest
 
 from vlmr1.errors import DataError
 from vlmr1.evaluation.coco import ImageBoxes, ScoredBox, TrueBox
-from vlmr1.evaluation.detection import check_detection, image_score, predicted, truths_of
+from vlmr1.evaluation.detection import check_detection, image_f1, predicted_boxes, true_boxes_of
 from vlmr1.types import Sample
 
 SIZE = (100, 100)
 
 
 def said(answer, extent=SIZE):
-    boxes = predicted(f"<think>a</think><answer>{answer}</answer>", extent, SIZE)
+    boxes = predicted_boxes(f"<think>a</think><answer>{answer}</answer>", extent, SIZE)
     return None if boxes is None else [(box.label, box.box, box.score) for box in boxes]
 
 
@@ -49,7 +49,7 @@ def test_predicted(answer, expected):
 
 
 def test_without_an_answer_there_is_no_list():
-    assert predicted('[{"bbox_2d": [1, 2, 3, 4], "label": "a"}]', SIZE, SIZE) is None
+    assert predicted_boxes('[{"bbox_2d": [1, 2, 3, 4], "label": "a"}]', SIZE, SIZE) is None
 
 
 def test_boxes_go_to_pixels():
@@ -76,8 +76,8 @@ def test_truths():
     solution = f"<answer>```json\n{boxes}\n```</answer>"
     row = sample(solution, crowd=[False, True])
     check_detection(row)
-    assert truths_of(row) == (TrueBox("cat", BOX), TrueBox("b", (0.0, 0.0, 9.0, 9.0), True))
-    assert truths_of(sample("None")) == ()
+    assert true_boxes_of(row) == (TrueBox("cat", BOX), TrueBox("b", (0.0, 0.0, 9.0, 9.0), True))
+    assert true_boxes_of(sample("None")) == ()
 
 
 A, B = (0.0, 0.0, 10.0, 10.0), (20.0, 0.0, 30.0, 10.0)
@@ -97,4 +97,4 @@ IMAGES = {
 @pytest.mark.parametrize("truths, boxes, expected", IMAGES.values(), ids=IMAGES)
 def test_score_of_an_image(truths, boxes, expected):
     predictions = tuple(ScoredBox(*each, 1 / (1 + i)) for i, each in enumerate(boxes))
-    assert image_score(ImageBoxes(tuple(TrueBox(*each) for each in truths), predictions)) == pytest.approx(expected)
+    assert image_f1(ImageBoxes(tuple(TrueBox(*each) for each in truths), predictions)) == pytest.approx(expected)

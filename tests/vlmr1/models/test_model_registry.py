@@ -31,9 +31,9 @@ def written(folder: Path, settings: dict[str, Any]) -> Path:
 
 def test_families():
     assert set(BY_TYPE) == SUPPORTED
-    for model_type, family in BY_TYPE.items():
+    for model_type, expected in BY_TYPE.items():
         family = family_for(config(model_type))
-        assert type(family) is family and model_type in family.model_types
+        assert type(family) is expected and model_type in family.model_types
 
 
 REFUSED = {

@@ -234,7 +234,7 @@ def test_iou_of_boxes_in_px_of_the_model_input():
     ],
 )
 def test_length(words, said, expected):
-    value = score("length", answered(said), "<answer>None</answer>", num_tokens=words)
+    value = score("length", answered(said), "<answer>None</answer>", tokenizer=words)
     assert value == pytest.approx(expected, abs=1e-12)
 
 

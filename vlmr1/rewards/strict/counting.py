@@ -16,11 +16,11 @@ def counting(content: str, solution: str, **options: Any) -> float:
 
     The answer is a whole number, the only one in a sentence, or a list with one entry for each thing.
     """
-    right, answer = count(true_text(solution)), find_answer(content)
-    if right is None:
+    expected, answer = count(true_text(solution)), find_answer(content)
+    if expected is None:
         raise ValueError(f"the solution is no count: {solution[:120]!r}")
-    said = None if answer is None else count(answer)
-    return 0.0 if said is None else max(0.0, 1.0 - abs(said - right) / max(right, 1))
+    counted = None if answer is None else count(answer)
+    return 0.0 if counted is None else max(0.0, 1.0 - abs(counted - expected) / max(expected, 1))
 
 
 def count(text: str) -> int | None:

@@ -39,10 +39,10 @@ def mean_ap(
         return 0.0
     if not truths or not predictions:
         return float(not truths and not predictions)
-    right, said = _by_label(truths), _by_label(predictions)
+    expected, predicted = _by_label(truths), _by_label(predictions)
     levels = IOU_THRESHOLDS[thresholds].tolist()
-    labels = {*right, *said}
-    values = [value for label in labels for value in _precisions(said[label], right[label], levels)]
+    labels = {*expected, *predicted}
+    values = [value for label in labels for value in _precisions(predicted[label], expected[label], levels)]
     result = math.fsum(values) / (len(labels) * len(levels))
     return result * min(1.0, len(truths) / len(predictions)) if by_count else result
 
@@ -57,8 +57,8 @@ def weighted_sum(content: str, solution: str, *, box_scale: Scale | None = None,
         return 0.0
     if not truths or not predictions:
         return float(not truths and not predictions)
-    right, said = _by_label(truths), _by_label(predictions)
-    overlaps = [iou for label in right for iou in _greedy(said[label], right[label])]
+    expected, predicted = _by_label(truths), _by_label(predictions)
+    overlaps = [iou for label in expected for iou in _greedy(predicted[label], expected[label])]
     missed, false = len(truths) - len(overlaps), len(predictions) - len(overlaps)
     complete = 1.0 - (missed / len(truths) + false / len(predictions)) / 2.0
     return POSITION * math.fsum(overlaps) / len(truths) + COMPLETENESS * complete
@@ -88,14 +88,16 @@ def _by_label(boxes: Sequence[LabelledBox]) -> dict[str | None, list[Box | None]
     return result
 
 
-def _precisions(said: Sequence[Box | None], right: Sequence[Box | None], thresholds: Sequence[float]) -> list[float]:
+def _precisions(
+    predicted: Sequence[Box | None], expected: Sequence[Box | None], thresholds: Sequence[float]
+) -> list[float]:
     """Precision times the share of recall levels reached, at each IoU threshold; [] for a label of one side only."""
-    if not said or not right:
+    if not predicted or not expected:
         return []
-    ious = _ious(said, right)  # [D, G]
+    ious = _ious(predicted, expected)  # [D, G]
     pairs = np.array([_matched(ious >= threshold) for threshold in thresholds])
-    reached = np.searchsorted(RECALLS, pairs / len(right), side="right") / len(RECALLS)
-    return (pairs / len(said) * reached).tolist()
+    reached = np.searchsorted(RECALLS, pairs / len(expected), side="right") / len(RECALLS)
+    return (pairs / len(predicted) * reached).tolist()
 
 
 def _matched(near: np.ndarray) -> int:
@@ -114,12 +116,12 @@ def _matched(near: np.ndarray) -> int:
     return sum(place(row, set()) for row in range(len(near)) if near[row].any())
 
 
-def _greedy(said: Sequence[Box | None], right: Sequence[Box | None]) -> list[float]:
+def _greedy(predicted: Sequence[Box | None], expected: Sequence[Box | None]) -> list[float]:
     """IoUs of the matched pairs; ties are broken by coordinates, so that the order of a list does not matter."""
-    if not said or not right:
+    if not predicted or not expected:
         return []
-    ious = _ious(said, right)
-    pairs = [(-ious[i, j], said[i], right[j], i, j) for i, j in np.argwhere(ious >= THRESHOLD).tolist()]
+    ious = _ious(predicted, expected)
+    pairs = [(-ious[i, j], predicted[i], expected[j], i, j) for i, j in np.argwhere(ious >= THRESHOLD).tolist()]
     rows, columns, result = set(), set(), []
     for negative, _, _, i, j in sorted(pairs, key=lambda pair: pair[:3]):
         if i not in rows and j not in columns:
@@ -129,9 +131,9 @@ def _greedy(said: Sequence[Box | None], right: Sequence[Box | None]) -> list[flo
     return result
 
 
-def _ious(said: Sequence[Box | None], right: Sequence[Box | None]) -> np.ndarray:
+def _ious(predicted: Sequence[Box | None], expected: Sequence[Box | None]) -> np.ndarray:
     """IoU [D, G]; 0 for a box that could not be read or has no area."""
-    return box_ious([_size(box) for box in said], [_size(box) for box in right])
+    return box_ious([_size(box) for box in predicted], [_size(box) for box in expected])
 
 
 def _size(box: Box | None) -> list[float]:

@@ -30,16 +30,12 @@ def length(
     solution: str,
     *,
     tokenizer: Any = None,
-    num_tokens: int | None = None,
     longest: int = COSINE_MAX,
     accu_reward_method: str = "weighted_sum",
     **options: Any,
 ) -> float:
-    """Return the cosine of the length in tokens, for a correct or a wrong answer; it is constant beyond `longest`.
-
-    The length is `num_tokens`, or the number of tokens that `tokenizer` gives.
-    """
-    tokens = count_tokens(content, tokenizer) if num_tokens is None else num_tokens
+    """Return the cosine of the length in tokens, for a correct or a wrong answer; it is constant beyond `longest`."""
+    tokens = count_tokens(content, tokenizer)
     score = accuracy(content, solution, accu_reward_method=accu_reward_method, **options)
     return cosine(min(tokens, longest), correct=score >= CORRECT, longest=longest)
 

@@ -28,10 +28,10 @@ WORD = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
 
 def mcq(content: str, solution: str, **options: Any) -> float:
     """Return 1 where the answer chooses the letter of the solution, else 0."""
-    right, answer = choice(true_text(solution)), find_answer(content)
-    if right is None:
+    expected, answer = choice(true_text(solution)), find_answer(content)
+    if expected is None:
         raise ValueError(f"the solution is no choice: {solution[:120]!r}")
-    return float(answer is not None and choice(answer) == right)
+    return float(answer is not None and choice(answer) == expected)
 
 
 def choice(text: str) -> str | None:
@@ -48,10 +48,10 @@ def choice(text: str) -> str | None:
 
 def yes_no(content: str, solution: str, **options: Any) -> float:
     """Return 1 where answer and solution have the same word, yes or no, else 0."""
-    right, answer = decision(true_text(solution)), find_answer(content)
-    if right is None:
+    expected, answer = decision(true_text(solution)), find_answer(content)
+    if expected is None:
         raise ValueError(f"the solution is neither yes nor no: {solution[:120]!r}")
-    return float(answer is not None and decision(answer) == right)
+    return float(answer is not None and decision(answer) == expected)
 
 
 def decision(text: str) -> str | None:
@@ -76,13 +76,13 @@ def plain(text: str) -> str:
 
 def math(content: str, solution: str, **options: Any) -> float:
     """Return 1 where answer and solution are equal as texts, symbolically, or in their normal form."""
-    answer, right = find_answer(content), true_text(solution)
+    answer, expected = find_answer(content), true_text(solution)
     if not answer:
         return 0.0
-    if plain(_bare(answer)) == plain(_bare(right)) or symbolic_equal(right, answer):
+    if plain(_bare(answer)) == plain(_bare(expected)) or symbolic_equal(expected, answer):
         return 1.0
     try:
-        return float(normal_form(_bare(answer)) == normal_form(_bare(right)))
+        return float(normal_form(_bare(answer)) == normal_form(_bare(expected)))
     except ValueError:
         return 0.0
 
@@ -100,22 +100,22 @@ def default(content: str, solution: str, **options: Any) -> float:
 
     A choice is compared as a letter. A text with digits is compared by value or as text, all or nothing. Other text is
     compared by value, else by its similarity, 0 to 1."""
-    answer, right = find_answer(content), true_text(solution)
+    answer, expected = find_answer(content), true_text(solution)
     if not answer:
         return 0.0
-    if plain(_bare(answer)) == plain(_bare(right)):
+    if plain(_bare(answer)) == plain(_bare(expected)):
         return 1.0
-    if ALONE.fullmatch(right):
-        return float(choice(answer) == choice(right))
-    if _same_number(answer, right) or (not PROSE.search(right) and symbolic_equal(right, answer)):
+    if ALONE.fullmatch(expected):
+        return float(choice(answer) == choice(expected))
+    if _same_number(answer, expected) or (not PROSE.search(expected) and symbolic_equal(expected, answer)):
         return 1.0
-    if re.search(r"\d", right):
+    if re.search(r"\d", expected):
         return 0.0
-    return text_similarity(plain(answer), plain(right))
+    return text_similarity(plain(answer), plain(expected))
 
 
-def _same_number(answer: str, right: str) -> bool:
+def _same_number(answer: str, expected: str) -> bool:
     try:
-        return float(plain(answer)) == float(plain(right))
+        return float(plain(answer)) == float(plain(expected))
     except ValueError:
         return False

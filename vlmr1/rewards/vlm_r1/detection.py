@@ -16,8 +16,8 @@ POSITION, COMPLETENESS = 0.7, 0.3  # weights of the weighted sum
 
 def mean_ap(content: str, solution: str, thresholds: slice = AP, *, by_count: bool = False) -> float:
     """Average precision of the boxes in the last JSON fences; 1 where neither text has a box."""
-    right = _last(solution)
-    truths = _boxes(right) if right else []
+    expected = _last(solution)
+    truths = _boxes(expected) if expected else []
     predictions = _readable(_last(content))
     if predictions and truths:
         result = _precision(predictions, truths, thresholds)
@@ -30,29 +30,29 @@ def mean_ap(content: str, solution: str, thresholds: slice = AP, *, by_count: bo
 def answer_ap(content: str, solution: str, thresholds: slice = AP, *, by_count: bool = False) -> float:
     """`mean_ap` of the last answer; 0 without one, 1 where answer and solution both are "None"."""
     match = ANSWER.search(solution)
-    right = match[1].strip() if match else None
+    expected = match[1].strip() if match else None
     answers = ANSWER.findall(content)
     if not answers:
         return 0.0
-    said = answers[-1].strip()
-    if said == right == "None":
+    answer = answers[-1].strip()
+    if answer == expected == "None":
         return 1.0
-    if right is None:
+    if expected is None:
         raise TypeError("the solution has no <answer>")
-    return mean_ap(said, right, thresholds, by_count=by_count)
+    return mean_ap(answer, expected, thresholds, by_count=by_count)
 
 
 def weighted_sum(content: str, solution: str) -> float:
     """0.7 * mean IoU of matched boxes of one label + 0.3 * (1 - (missed share + false share) / 2)."""
-    said, right = clean(content), clean(solution)
-    return float(said == "none") if right == "none" else detection_score(said, right)
+    answer, expected = clean(content), clean(solution)
+    return float(answer == "none") if expected == "none" else detection_score(answer, expected)
 
 
 def detection_score(content: str, solution: str) -> float:
     """The weighted sum for the first JSON fences of two cleaned texts. Raises for a solution that is not a list."""
     predictions = _readable(_first(clean(content)))
-    right = _first(clean(solution))
-    truths = _boxes(right) if right else []
+    expected = _first(clean(solution))
+    truths = _boxes(expected) if expected else []
     if not truths or not predictions:
         return float(not truths and not predictions)
     ious = [[_iou(one, other) for other in truths] for one in predictions]

@@ -39,9 +39,9 @@ def rec_format(family: Family) -> Callable[..., float]:
 
 def length(content: str, solution: str, *, tokenizer: Any, **options: Any) -> float:
     """Return the cosine of the length in tokens for a correct answer, whatever the answer; it is periodic."""
-    said, right = clean(content), clean(solution)
-    if right != "none":
-        detection_score(said, right)  # its value has no effect, but what it raises has
+    answer, expected = clean(content), clean(solution)
+    if expected != "none":
+        detection_score(answer, expected)  # its value has no effect, but what it raises has
     return cosine(count_tokens(content, tokenizer), correct=True)
 
 

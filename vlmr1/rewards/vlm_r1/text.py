@@ -16,8 +16,8 @@ LATE = 0.7  # share of the text from which a letter counts as near the end
 
 def mcq(content: str, solution: str) -> float:
     """Return 1 for the letter of the solution, else 0."""
-    right = choice(true_answer(solution)) or solution.strip()
-    return float(choice(first_answer(content)) == right)
+    expected = choice(true_answer(solution)) or solution.strip()
+    return float(choice(first_answer(content)) == expected)
 
 
 def choice(text: str) -> str | None:
@@ -37,8 +37,8 @@ def _cues(letter: str, text: str) -> int:
 
 def yes_no(content: str, solution: str) -> float:
     """Return 1 where the first "yes" or "no" of both texts is the same, also within words, or both have none."""
-    said, right = first_answer(content.lower()), true_answer(solution.lower())
-    found = [re.search("yes|no", text) for text in (said, right)]
+    answer, expected = first_answer(content.lower()), true_answer(solution.lower())
+    found = [re.search("yes|no", text) for text in (answer, expected)]
     one, other = (match and match[0] for match in found)
     return float(one == other)
 
@@ -50,37 +50,37 @@ def all_match(content: str, solution: str) -> float:
 
 def math(content: str, solution: str) -> float:
     """Return 1 where the cleaned texts are equal, symbolically equal, or equal in their normal form."""
-    said, right = clean(content), clean(solution)
-    if said == right or symbolic_equal(said, right):
+    answer, expected = clean(content), clean(solution)
+    if answer == expected or symbolic_equal(answer, expected):
         return 1.0
     try:
-        return float(normal_form(unboxed(said)) == normal_form(right))
+        return float(normal_form(unboxed(answer)) == normal_form(expected))
     except ValueError:  # no normal form: not equal
         return 0.0
 
 
 def default(content: str, solution: str) -> float:
     """Compare symbolically, then as numbers, a choice, or fuzzy text, by the form of the solution."""
-    said, right = last_answer(content), true_answer(solution)
-    if _same_value(said, right):
+    answer, expected = last_answer(content), true_answer(solution)
+    if _same_value(answer, expected):
         return 1.0
-    if re.search(r"\d", right):
-        return _numeric(clean(said), clean(right))
-    right_choice = choice(right)
+    if re.search(r"\d", expected):
+        return _numeric(clean(answer), clean(expected))
+    right_choice = choice(expected)
     if right_choice is not None:
-        return float(choice(said) == right_choice)
-    return text_similarity(clean(said), clean(right))
+        return float(choice(answer) == right_choice)
+    return text_similarity(clean(answer), clean(expected))
 
 
-def _same_value(said: str, right: str) -> bool:
+def _same_value(answer: str, expected: str) -> bool:
     try:
-        return symbolic_equal(said, right)
+        return symbolic_equal(answer, expected)
     except Exception:  # as published: on any error the next method follows
         return False
 
 
-def _numeric(said: str, right: str) -> float:
+def _numeric(answer: str, expected: str) -> float:
     try:
-        return float(float(said) == float(right))
+        return float(float(answer) == float(expected))
     except ValueError:
-        return text_similarity(said, right)
+        return text_similarity(answer, expected)
