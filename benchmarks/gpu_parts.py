@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib import import_module, metadata
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -25,7 +26,7 @@ from benchmarks import model as bench_model
 from benchmarks.harness import MIB, CheckFailed, Clock, clock_of
 from benchmarks.model import SHAPES, Shape
 from benchmarks.op_calls import FLOOR, failures
-from benchmarks.ops import CASES, LARGE, LINEAR_GRPO, LINEAR_LOGP, measure
+from benchmarks.ops import LARGE, cases, measure
 from benchmarks.planned import planned_phases, step_settings
 from vlmr1.errors import UserError
 from vlmr1_kernels import linear_grpo_loss, registry
@@ -79,26 +80,11 @@ def ops(note: Note, device: str, tiny: bool) -> None:
     times = [clock(lambda: square @ square) for _ in range(3 if tiny else 200)]
     rates = [2 * side**3 / median(times[i : i + 20]) / 1e12 for i in range(0, len(times), 20)]
     note("sustained TFLOP/s, by 20 products", [float(f"{rate:.3g}") for rate in rates])
+    attention(note, device, tiny, linear=True)
     shapes, chunks = (((128, 64, 512),), (64, 128)) if tiny else (LARGE, (1024, 2048, 4096))
-    sweep = [(shape, chunk) for shape in shapes for chunk in chunks]
-    for shape, chunk in sweep:
-        with note.attempt(f"GEMMs {shape} {chunk}"):
-            note(f"GEMM TFLOP/s {shape}, chunks of {chunk}", gemms(chunk, *shape[1:], device, clock))
-    _cases(note, device, tiny, linear=True)
-    for shape, chunk in sweep:
+    for shape, chunk in product(shapes, chunks):
         with note.attempt(f"linear_grpo_loss {shape} {chunk}"):
             note(f"linear_grpo_loss {shape}, chunks of {chunk}, ms", by_chunk(*shape, chunk, device, clock))
-
-
-def gemms(chunk: int, dim: int, vocab: int, device: str, clock: Clock) -> dict[str, float]:
-    """TFLOP/s of the three products of a chunk of rows; sums are float32 on CUDA."""
-    wide = {"out_dtype": torch.float32} if device == "cuda" else {}
-    weight, hidden = (torch.randn(rows, dim, device=device).bfloat16() for rows in (vocab, chunk))
-    gradient = torch.randn(chunk, vocab, device=device).bfloat16()
-    pairs = {"logits": (hidden, weight.T), "d_hidden": (gradient, weight), "d_weight": (gradient.T, hidden)}
-    rate = 2 * chunk * dim * vocab / 1e12
-    seconds = {name: [clock(lambda p=pair: torch.mm(*p, **wide)) for _ in range(8)] for name, pair in pairs.items()}
-    return {name: float(f"{rate / median(each):.3g}") for name, each in seconds.items()}
 
 
 def by_chunk(rows: int, dim: int, vocab: int, chunk: int, device: str, clock: Clock) -> float:
@@ -117,14 +103,10 @@ def by_chunk(rows: int, dim: int, vocab: int, chunk: int, device: str, clock: Cl
     return round(1e3 * median(clock(call) for _ in range(8)), 3)
 
 
-def attention(note: Note, device: str, tiny: bool) -> None:
-    _cases(note, device, tiny, linear=False)
-
-
-def _cases(note: Note, device: str, tiny: bool, *, linear: bool) -> None:
-    """Note each case's arms: milliseconds, times its floor, rates, peak memory."""
-    for case in CASES["tiny" if tiny else "cuda"]:
-        if (case.op in (LINEAR_GRPO, LINEAR_LOGP)) != linear:
+def attention(note: Note, device: str, tiny: bool, *, linear: bool = False) -> None:
+    """The other ops. Of each case its arms: milliseconds, times its floor, rates, peak memory."""
+    for case in cases("tiny" if tiny else "cuda"):
+        if case.op.startswith("linear") != linear:
             continue
         names = (FLOOR, *registry.implementations(case.op), "eager") if tiny else None  # peers take long to import
         with note.attempt(str(case)):

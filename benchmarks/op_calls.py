@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
@@ -43,12 +44,8 @@ class Problem:
 
 def failures() -> tuple[type[Exception], ...]:
     """What kernels raise on a device or version that they do not know."""
-    known = (RuntimeError, ImportError, AttributeError, TypeError, ValueError, AssertionError, KeyError)
-    if find_spec("triton") is None:
-        return known
-    from triton.errors import TritonError
-
-    return (*known, TritonError)
+    triton = (import_module("triton.errors").TritonError,) if find_spec("triton") else ()
+    return (RuntimeError, ImportError, AttributeError, TypeError, ValueError, AssertionError, KeyError, *triton)
 
 
 def ours(op: str, make: Callable[[str], Call]) -> dict[str, Callable[[], Call]]:
