@@ -1,7 +1,5 @@
 """Two step results side by side: what changed, arm by arm, and whether by more than noise.
 
-    python -m benchmarks compare before.json after.json --fail-over 5
-
 A change is beyond noise where a two-sided rank test of Mann and Whitney over the rounds gives p of at most 0.01, for
 which 5 rounds a run are needed. Times are compared on one machine only; ratios to the base always.
 """

@@ -14,7 +14,6 @@ QUIET = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "TRANSFORMERS_VERBOSITY": "error",
     "PYTHONWARNINGS": "ignore",
-    "DS_SKIP_CUDA_CHECK": "1",
     "HF_HUB_OFFLINE": "1",
 }
 

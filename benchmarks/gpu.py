@@ -107,8 +107,9 @@ def run_parts(options: argparse.Namespace, command_of: Callable[[str], list[str]
 
 def run_limited(words: Sequence[str], limit: float, environment: dict[str, str]) -> tuple[int | None, bytes]:
     """Return (exit status, output); the status is None where process and children were killed at the limit."""
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "process_group": 0}
-    process, status = subprocess.Popen(words, cwd=ROOT, env=environment, **pipes), None
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "process_group": 0}
+    process: Any = subprocess.Popen(words, cwd=ROOT, env=environment, **options)
+    status = None
     try:
         output, _ = process.communicate(timeout=limit)
         status = process.returncode
@@ -135,7 +136,7 @@ def summary(out: Path, outcomes: dict[str, str]) -> str:
 
 def run_part(options: argparse.Namespace) -> int:
     """Run one part in this process."""
-    from benchmarks.gpu_parts import PARTS, Note
+    from benchmarks.gpu_training import PARTS, Note
 
     note = Note(results_in(options.out / f"gpu-{options.part}.jsonl"))
     PARTS[options.part](note, options.device, options.tiny)

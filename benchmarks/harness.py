@@ -2,7 +2,6 @@
 
 A sample on a CPU is one call by the clock of `torch.utils.benchmark`. On CUDA it is timed as
 `triton.testing.do_bench` does it: the L2 cache is overwritten, then events are recorded before and after the call.
-Figures are medians of all samples.
 """
 
 from __future__ import annotations

@@ -103,7 +103,8 @@ def build(folder: Path, shape: Shape, *, device: str, dtype: torch.dtype = torch
     config.save_pretrained(folder)
     torch.manual_seed(0)
     with torch.device(device):
-        model: Any = Qwen2_5_VLForConditionalGeneration(config).to(dtype)
+        model: Any = Qwen2_5_VLForConditionalGeneration(config)
+    model.to(dtype)
     model.generation_config.eos_token_id = None
     return model, load_processor(folder)
 

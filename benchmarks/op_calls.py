@@ -32,8 +32,8 @@ class Call:
 
 @dataclass(frozen=True)
 class Problem:
-    """One case, its inputs made: operations of the fewest products; bytes, each input read once and each result written
-    once; the oracle; and the arms. `peers` are other people's code, left out where they fail."""
+    """One case, its inputs made. `flops`: of the fewest products; `moved`: bytes, each input read once and each result
+    written once. `peers`: arms of other people's code, left out where they fail."""
 
     flops: int
     moved: int

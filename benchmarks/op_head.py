@@ -7,6 +7,7 @@ drawn from the policy, as a rollout draws them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -149,7 +150,7 @@ def linear_grpo(rows: int, dim: int, vocab: int, *, dtype: torch.dtype, device: 
 def linear_logp(rows: int, dim: int, vocab: int, *, dtype: torch.dtype, device: str, mode: str) -> Problem:
     head = Head(rows, dim, vocab, dtype, device, mode)
 
-    def on(log_probs: Callable[..., Tensor], **options: str) -> Outputs:
+    def on(log_probs: Callable[..., Any], **options: str) -> Outputs:
         value = log_probs(head.hidden, head.weight, head.targets, **options)
         return {"logp": value.detach()} | head.differentiate(value, head.upstream.to(value.dtype))
 
@@ -177,8 +178,8 @@ def grpo(rows: int, sequences: int, *, dtype: torch.dtype, device: str) -> Probl
         return {"loss": value.detach(), "d_logp": torch.autograd.grad(value, leaf)[0]}
 
     def eager(leaf: Tensor) -> Outputs:
-        wide = (each.to(leaf.dtype).view(sequences, -1) for each in (leaf, old, ref))  # [B, L]
-        return outputs(objective(*wide, gains.to(leaf.dtype)).mean(), leaf)
+        own, drawn, fixed = (each.to(leaf.dtype).view(sequences, -1) for each in (leaf, old, ref))  # [B, L]
+        return outputs(objective(own, drawn, fixed, gains.to(leaf.dtype)).mean(), leaf)
 
     def implementation(impl: str) -> Call:
         given = {"old_logp": old, "ref_logp": ref, "settings": SETTINGS, "impl": impl}

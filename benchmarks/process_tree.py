@@ -8,10 +8,8 @@ from threading import Event, Thread
 
 from benchmarks.harness import status_fields
 
-PROC = Path("/proc")
 
-
-def tree_mib(root: int, proc: Path = PROC) -> float:
+def tree_mib(root: int, proc: Path) -> float:
     """Return the sum of the resident sets of a process and its descendants; shared pages count in each of them."""
     fields = {int(folder.name): status_fields(folder / "status") for folder in proc.glob("[0-9]*")}
     tree = {root}
@@ -23,7 +21,7 @@ def tree_mib(root: int, proc: Path = PROC) -> float:
 class TreePeak:
     """The highest `tree_mib` of this process, for as long as the `with` block lasts; 0 where there is no /proc."""
 
-    def __init__(self, root: int | None = None, proc: Path = PROC, interval: float = 0.5):
+    def __init__(self, root: int | None = None, proc: Path = Path("/proc"), interval: float = 0.5):
         self.root, self.proc, self.interval = os.getpid() if root is None else root, proc, interval
         self.mib = 0.0
         self._ended = Event()

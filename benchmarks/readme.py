@@ -37,8 +37,8 @@ def main(words: Sequence[str] | None = None, root: Path = ROOT) -> int:
         print(error, file=sys.stderr)
         return 2
     if options.check and old != new:
-        lines = (text.splitlines(keepends=True) for text in (old, new))
-        sys.stdout.writelines(unified_diff(*lines, "README.md", f"README.md, from {RESULT}"))
+        before, after = (text.splitlines(keepends=True) for text in (old, new))
+        sys.stdout.writelines(unified_diff(before, after, "README.md", f"README.md, from {RESULT}"))
         return 1
     if old != new:
         path.write_text(new, encoding="utf-8")

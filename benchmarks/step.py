@@ -10,7 +10,6 @@ gradient norm of fixed groups. The result file keeps every sample.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -131,7 +130,3 @@ def run(options: argparse.Namespace, progress: Progress | None = None) -> Path:
 def _write(path: Path, figures: dict[str, Any], tree: TreePeak, start: float) -> None:
     figures |= {"wall_seconds": perf_counter() - start, "tree_peak_mib": tree.mib}
     write_result(path, "step", figures)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

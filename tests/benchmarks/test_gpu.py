@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import gpu, gpu_parts
+from benchmarks import gpu, gpu_training
 from benchmarks import model as bench_model
 from benchmarks.ops import cases
 from tests.benchmarks.small import SMALL
@@ -68,7 +68,7 @@ def test_results_are_written_at_once_and_have_a_bound(monkeypatch: Any, tmp_path
 
 def test_the_defaults_keep_to_what_the_machine_takes():
     options, parts = gpu.parse([]), len(gpu.LIMITS)
-    assert options.seconds == 300 and options.parts == list(gpu.LIMITS) == list(gpu_parts.PARTS)
+    assert options.seconds == 300 and options.parts == list(gpu.LIMITS) == list(gpu_training.PARTS)
     assert parts + 1 <= 8 and parts * (gpu.RESULT_BYTES + gpu.LOG_BYTES) <= 2**24
 
 
@@ -80,8 +80,8 @@ def notes(monkeypatch: Any) -> dict[str, Any]:
 
 
 def part(name: str, notes: dict[str, Any]) -> dict[str, Any]:
-    note = gpu_parts.Note(notes.__setitem__)
-    gpu_parts.PARTS[name](note, "cpu", True)
+    note = gpu_training.Note(notes.__setitem__)
+    gpu_training.PARTS[name](note, "cpu", True)
     assert not note.failed, notes
     return notes
 
@@ -118,7 +118,7 @@ def test_every_part_runs_on_a_cpu_at_tiny_size(tmp_path: Path, capsys: Any):
 
 
 def test_what_fails_is_noted_and_the_next_measurement_runs(notes: dict[str, Any]):
-    note = gpu_parts.Note(notes.__setitem__)
+    note = gpu_training.Note(notes.__setitem__)
     with note.attempt("first"):
         raise RuntimeError("CUDA error: no kernel image\nmore")
     with note.attempt("second"):

@@ -30,11 +30,6 @@ def test_arms_alternate_every_second_round_in_reverse_and_every_sample_is_kept()
     assert told == [(1, name) for name in "abc"] + [(2, name) for name in "cba"] + [(3, name) for name in "abc"]
 
 
-def test_rounds_must_be_positive():
-    with pytest.raises(ValueError, match="rounds"):
-        alternate({}, rounds=0)
-
-
 def test_a_cpu_sample_calls_the_function_once():
     calls: list[int] = []
     assert cpu_clock(lambda: calls.append(1)) >= 0 and calls == [1]

@@ -15,8 +15,8 @@ import torch
 from benchmarks import model as bench_model
 from benchmarks.arms import arms_of, settings_of
 from benchmarks.harness import require_equal
-from benchmarks.peers import client, worker
-from benchmarks.peers.client import PEERS, Worker
+from benchmarks.peers import worker
+from benchmarks.peers.client import Worker
 from benchmarks.trainer_arm import Bed, TrainerArm
 from tests.benchmarks.small import SMALL
 
@@ -60,17 +60,6 @@ def test_trl_sees_the_prompts_of_the_groups(trl: worker.Server):
     wanted = trl.groups[0].prompt.input_ids.repeat(SMALL.num_generations, 1)
     drawn = trl.trainer.trainer._buffered_inputs
     assert len(drawn) == 2 and all(torch.equal(batch["prompt_ids"], wanted) for batch in drawn)
-
-
-def test_a_peer_refuses_what_it_does_not_know(trl: worker.Server):
-    with pytest.raises(SystemExit, match="'tokens' is none of figures, seconds"):
-        trl.answer("tokens")
-
-
-def test_why_a_peer_cannot_run(monkeypatch: Any):
-    assert PEERS["trl"].why_not() is None
-    monkeypatch.setattr(client, "find_spec", lambda name: None if name == "datasets" else object())
-    assert PEERS["trl"].why_not() == "datasets not installed"
 
 
 # Processes
