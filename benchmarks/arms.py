@@ -15,14 +15,8 @@ from vlmr1_kernels import registry
 
 BETA = 0.04
 REFERENCES: Mapping[str, str] = {op: "reference" for op in registry.ops()}
-NAIVE: Mapping[str, Any] = {
-    "share_vision": False,
-    "share_prompt": False,
-    "pack": False,
-    "rollout_engine": "transformers",
-    "cuda_graphs": False,
-    "beta": BETA,
-    "skip_zero_advantage": False,
+NAIVE: Mapping[str, Any] = dict.fromkeys(("share_vision", "share_prompt", "pack", "cuda_graphs"), False) | {
+    **{"rollout_engine": "transformers", "beta": BETA, "skip_zero_advantage": False}
 }
 SHARING: Mapping[str, Any] = {"share_vision": True, "share_prompt": True, "pack": True, "rollout_engine": "native"}
 ATTENTION = ("shared_prefix_attention", "varlen_attention")

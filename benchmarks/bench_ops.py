@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from benchmarks.op_calls import FLOOR, Outputs, Problem, Unavailable
-from benchmarks.ops import CASES, Case, peak_mib, prepared
+from benchmarks.ops import Case, cases, peak_mib, prepared
 from vlmr1_kernels import registry
 
 PEERS = {"linear_grpo_loss": ("trl", "liger"), "linear_logprob": ("trl",)}
 ARMS = [
     (case, arm)
-    for case in CASES["cpu"]
+    for case in cases("cpu")
     for arm in (FLOOR, *registry.implementations(case.op), "eager", *PEERS.get(case.op, ()))
 ]
 ROUNDS = 7

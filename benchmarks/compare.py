@@ -1,7 +1,5 @@
 """Two step results side by side: what changed, arm by arm, and whether by more than noise.
 
-    python -m benchmarks compare before.json after.json --fail-over 5
-
 A change is beyond noise where a two-sided rank test of Mann and Whitney over the rounds gives p of at most 0.01, for
 which 5 rounds a run are needed. Times are compared on one machine only; ratios to the base always.
 """
@@ -42,13 +40,8 @@ class Change:
     def factor(self) -> float:
         return self.after / self.before
 
-    @property
-    def moved(self) -> bool:
-        """Beyond noise."""
-        return self.p is not None and self.p <= LEVEL
-
     def cells(self, scale: float) -> list[str]:
-        mark = " ?" if self.p is None else " *" if self.moved else ""
+        mark = " ?" if self.p is None else " *" if self.p <= LEVEL else ""
         return [number(scale * self.before), number(scale * self.after), f"{self.factor - 1:+.1%}{mark}"]
 
 
@@ -124,5 +117,5 @@ def slower(before: Result, after: Result, percent: float) -> list[str]:
         raise UserError("--fail-over: no arm has enough rounds in both runs to be judged (5 a run)")
     longer = {name: change.factor if what == "time" else 1 / change.factor for name, change in judged.items()}
     said = "time" if what == "time" else "time against its base"
-    worse = [name for name, change in judged.items() if change.moved and longer[name] - 1 > percent / 100]
+    worse = [name for name, change in judged.items() if (change.p or 0) <= LEVEL and longer[name] - 1 > percent / 100]
     return [f"{name}: {said} changed by {longer[name] - 1:+.1%}, p {judged[name].p:.2g}" for name in worse]

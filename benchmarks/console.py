@@ -7,14 +7,13 @@ import os
 import signal
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from statistics import mean, median
+from statistics import median
 from time import perf_counter
 
 QUIET = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "TRANSFORMERS_VERBOSITY": "error",
     "PYTHONWARNINGS": "ignore",
-    "DS_SKIP_CUDA_CHECK": "1",
     "HF_HUB_OFFLINE": "1",
 }
 
@@ -56,10 +55,7 @@ class Progress:
 def seconds_left(rounds: int, samples: Mapping[str, Sequence[float]], warm: Mapping[str, float]) -> float:
     """Return the time of the samples that are still to come, by the median of each arm's own."""
     each = {name: median(samples[name]) if samples.get(name) else seconds for name, seconds in warm.items()}
-    known = [seconds for seconds in each.values() if seconds == seconds]  # no NaN
-    usual = mean(known) if known else 0.0
-    counts = {name: rounds - len(samples.get(name, ())) for name in each}
-    return sum(count * (each[name] if each[name] == each[name] else usual) for name, count in counts.items())
+    return sum((rounds - len(samples.get(name, ()))) * seconds for name, seconds in each.items())
 
 
 def duration(seconds: float) -> str:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 from benchmarks.console import quiet
 
@@ -35,19 +36,18 @@ RESULT_BYTES = 2**20  # of a part's file of results
 WIDTH = 220  # of a line of the table
 
 
-class Results:
-    """The results of a part: one line of JSON each, written at once, so that a part that is stopped leaves them."""
+def results_in(path: Path) -> Callable[[str, object], None]:
+    """Return a function that writes a result at once, a line of JSON: a part that is stopped leaves what it found."""
+    path.write_text("", encoding="utf-8")
 
-    def __init__(self, path: Path):
-        self.path = path
-        path.write_text("", encoding="utf-8")
-
-    def __call__(self, name: str, value: object) -> None:
+    def write(name: str, value: object) -> None:
         line = json.dumps({name: value}, default=str) + "\n"
-        if self.path.stat().st_size + len(line) <= RESULT_BYTES:
-            with self.path.open("a", encoding="utf-8") as file:
+        if path.stat().st_size + len(line) <= RESULT_BYTES:
+            with path.open("a", encoding="utf-8") as file:
                 file.write(line)
         print(f"{name}: {value}"[:WIDTH], flush=True)
+
+    return write
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,9 +79,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def command(name: str, options: argparse.Namespace) -> list[str]:
-    tiny = ["--tiny"] if options.tiny else []
-    words = ["--part", name, "--device", options.device, "--out", str(options.out), *tiny]
-    return [sys.executable, "-m", "benchmarks.gpu", *words]
+    words = [sys.executable, "-m", "benchmarks.gpu", "--part", name, "--device", options.device]
+    return [*words, "--out", str(options.out), *(["--tiny"] if options.tiny else [])]
 
 
 def run_parts(options: argparse.Namespace, command_of: Callable[[str], list[str]]) -> dict[str, str]:
@@ -107,21 +106,20 @@ def run_parts(options: argparse.Namespace, command_of: Callable[[str], list[str]
 
 
 def run_limited(words: Sequence[str], limit: float, environment: dict[str, str]) -> tuple[int | None, bytes]:
-    """Return (exit status, output); the status is None where the process, and what it started, was killed at its
-    limit."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    process = subprocess.Popen(words, cwd=ROOT, env=environment, process_group=0, **pipes)  # type: ignore[call-overload]
+    """Return (exit status, output); the status is None where process and children were killed at the limit."""
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "process_group": 0}
+    process: Any = subprocess.Popen(words, cwd=ROOT, env=environment, **options)
+    status = None
     try:
         output, _ = process.communicate(timeout=limit)
-        return process.returncode, output
+        status = process.returncode
     except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+    finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        return None, process.communicate()[0]
-    except BaseException:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        raise
+    return status, output
 
 
 def summary(out: Path, outcomes: dict[str, str]) -> str:
@@ -138,9 +136,9 @@ def summary(out: Path, outcomes: dict[str, str]) -> str:
 
 def run_part(options: argparse.Namespace) -> int:
     """Run one part in this process."""
-    from benchmarks.gpu_parts import PARTS, Note
+    from benchmarks.gpu_training import PARTS, Note
 
-    note = Note(Results(options.out / f"gpu-{options.part}.jsonl"))
+    note = Note(results_in(options.out / f"gpu-{options.part}.jsonl"))
     PARTS[options.part](note, options.device, options.tiny)
     print(*(f"failed: {name}" for name in note.failed), sep="\n", file=sys.stderr)
     return 1 if note.failed else 0

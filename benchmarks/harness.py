@@ -2,7 +2,6 @@
 
 A sample on a CPU is one call by the clock of `torch.utils.benchmark`. On CUDA it is timed as
 `triton.testing.do_bench` does it: the L2 cache is overwritten, then events are recorded before and after the call.
-Figures are medians of all samples.
 """
 
 from __future__ import annotations
@@ -45,24 +44,22 @@ def cpu_clock(function: Callable[[], Any]) -> float:
     return timer() - start
 
 
-class CudaClock:
-    """Seconds of one call on the current CUDA device."""
+def clock_of(device: str) -> Clock:
+    """Return the clock of a device; that of CUDA overwrites the cache first."""
+    if device != "cuda":
+        return cpu_clock
+    flushed = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
 
-    def __init__(self) -> None:
-        self._flushed = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
-
-    def __call__(self, function: Callable[[], Any]) -> float:
+    def clock(function: Callable[[], Any]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._flushed.zero_()
+        flushed.zero_()
         start.record()
         function()
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3
 
-
-def clock_of(device: str) -> Clock:
-    return CudaClock() if device == "cuda" else cpu_clock
+    return clock
 
 
 def default_device() -> str:
@@ -70,22 +67,19 @@ def default_device() -> str:
 
 
 def alternate(
-    arms: Mapping[str, Callable[[], float]],
-    *,
-    rounds: int,
-    samples: dict[str, list[float]] | None = None,
-    before: Callable[[str, int], None] = lambda name, number: None,
+    arms: Mapping[str, Callable[[], float]], *, rounds: int, samples: Any = None, before: Any = None
 ) -> dict[str, list[float]]:
-    """Call the arms in turn and return the seconds of each; `samples` is filled as they come.
+    """Call the arms in turn and return the seconds of each; `samples`, a dict, is filled as they come.
 
-    Every second round runs in reverse order, so that no arm always follows the same one. `before` gets the arm's name
-    and the number of the round, from 1."""
+    Every second round runs in reverse order, so that no arm always follows the same one. `before` is called with the
+    arm's name and the number of the round, from 1."""
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}: it must be at least 1")
     samples = {} if samples is None else samples
     for number in range(1, rounds + 1):
         for name in list(arms) if number % 2 else reversed(list(arms)):
-            before(name, number)
+            if before is not None:
+                before(name, number)
             samples.setdefault(name, []).append(arms[name]())
     return samples
 
@@ -95,18 +89,15 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> float:
     return median(above) / median(below)
 
 
-def require_equal(
-    figures: Mapping[str, Mapping[str, float]], tolerance: float, floor: Mapping[str, float] | None = None
-) -> None:
-    """Raise CheckFailed unless every arm's figures are within a relative `tolerance` of the first arm's.
-
-    `floor`: absolute differences that are always allowed, by figure."""
+def require_equal(figures: Mapping[str, Mapping[str, float]], tolerance: float, **floor: float) -> None:
+    """Raise CheckFailed unless every arm's figures are within a relative `tolerance` of the first arm's; `floor` has
+    absolute differences that are always allowed, by figure."""
     (first, expected), *others = figures.items()
     for name, values in others:
         if values.keys() != expected.keys():
             raise CheckFailed(f"{name} reports {sorted(values)}, {first} reports {sorted(expected)}")
         for figure, value in values.items():
-            allowed = max(tolerance * abs(expected[figure]), (floor or {}).get(figure, 0.0))
+            allowed = max(tolerance * abs(expected[figure]), floor.get(figure, 0.0))
             if not abs(value - expected[figure]) <= allowed:  # a NaN fails too
                 raise CheckFailed(f"{figure} is {value!r} in {name} and {expected[figure]!r} in {first}")
 
@@ -131,7 +122,7 @@ class PeakMemory:
         try:
             status.with_name("clear_refs").write_text("5")
             self.start = status_mib(status, "VmRSS")
-        except OSError:
+        except (OSError, KeyError):
             self.start = None
 
     def mib(self) -> float | None:
@@ -142,12 +133,17 @@ class PeakMemory:
         return peak - self.start
 
 
+def status_fields(status: Path) -> dict[str, str]:
+    """Return the fields of a status file of /proc; none where the process has ended."""
+    try:
+        lines = status.read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return {}
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
 def status_mib(status: Path, field: str) -> float:
-    """A field of a status file of /proc; its kB are KiB."""
-    for line in status.read_text(encoding="ascii", errors="replace").splitlines():
-        if line.startswith(f"{field}:"):
-            return float(line.split()[1]) / 1024
-    raise OSError(f"{status} has no {field}")
+    return float(status_fields(status)[field].split()[0]) / 1024  # its kB are KiB
 
 
 # Result files
@@ -157,10 +153,7 @@ def machine() -> str:
     """Return the name of the GPU, or of the processor with the number of threads."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    name, cpuinfo = platform.machine(), Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+    name = status_fields(Path("/proc/cpuinfo")).get("model name\t", platform.machine())
     return f"{name}, {torch.get_num_threads()} threads"
 
 
@@ -203,14 +196,10 @@ def read_result(path: Path, kind: str) -> dict[str, Any]:
     """Read a result file; UserError where it is none, or of another kind or layout."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except ValueError as error:  # bytes that are no text, text that is no JSON
-        raise UserError(f"{path}: not JSON: {error}") from None
-    if not isinstance(result, dict) or result.get("kind") != kind:
-        raise UserError(f"{path}: not a result of kind {kind}")
-    if result["layout"] != LAYOUT:
-        raise UserError(f"{path}: layout {result['layout']}; this version reads layout {LAYOUT}")
+    except (OSError, ValueError) as error:  # bytes that are no text, text that is no JSON
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(result, dict) or (result.get("kind"), result.get("layout")) != (kind, LAYOUT):
+        raise UserError(f"{path}: not a result of kind {kind} in layout {LAYOUT}")
     return result
 
 

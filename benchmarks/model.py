@@ -77,16 +77,12 @@ def config_of(shape: Shape, tokens: Any) -> Any:
     from transformers import Qwen2_5_VLConfig
 
     ids: dict[str, Any] = {token: tokens.convert_tokens_to_ids(token) for token in SPECIAL}
-    ends = {"eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"]}
-    return Qwen2_5_VLConfig(
-        text_config=deepcopy({**shape.text}) | ends | {"bos_token_id": ids["<|endoftext|>"]},
-        vision_config=deepcopy({**shape.vision}),
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-        tie_word_embeddings=shape.text.get("tie_word_embeddings", False),
-    )
+    end, start = ids["<|im_end|>"], ids["<|endoftext|>"]
+    text = deepcopy({**shape.text}) | {"eos_token_id": end, "pad_token_id": start, "bos_token_id": start}
+    given = {f"{name}_token_id": ids[f"<|{name}|>"] for name in ("vision_start", "vision_end")}
+    given |= {f"{name}_token_id": ids[f"<|{name}_pad|>"] for name in ("image", "video")}
+    given |= {"tie_word_embeddings": shape.text.get("tie_word_embeddings", False)}
+    return Qwen2_5_VLConfig(text_config=text, vision_config=deepcopy({**shape.vision}), **given)
 
 
 def write_processor(folder: Path) -> Any:
@@ -106,13 +102,9 @@ def build(folder: Path, shape: Shape, *, device: str, dtype: torch.dtype = torch
     config = config_of(shape, write_processor(folder))
     config.save_pretrained(folder)
     torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            model: Any = Qwen2_5_VLForConditionalGeneration(config)
-    finally:
-        torch.set_default_dtype(before)
+    with torch.device(device):
+        model: Any = Qwen2_5_VLForConditionalGeneration(config)
+    model.to(dtype)
     model.generation_config.eos_token_id = None
     return model, load_processor(folder)
 

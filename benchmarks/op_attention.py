@@ -65,7 +65,7 @@ def shared_prefix(*sizes: int, dtype: torch.dtype, device: str) -> Problem:
         queries, keys, values = (
             x[0].index_select(1, rows).unflatten(1, (-1, prompt + length)).transpose(0, 1) for x in (q, k, v)
         )  # [B, H, prompt + branch, Dh]
-        out = sdpa(queries, keys, values, is_causal=True, enable_gqa=heads != kv_heads)
+        out = sdpa(queries, keys, values, is_causal=True, enable_gqa=True)
         return out.transpose(0, 1).flatten(1, 2).index_select(1, back)[None]
 
     pairs = prompt * (prompt + 1) // 2 + branches * (length * prompt + length * (length + 1) // 2)
@@ -93,7 +93,7 @@ def varlen(*sizes: int, dtype: torch.dtype, device: str) -> Problem:
 
     def loop(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         parts = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
-        outs = [sdpa(*part, enable_gqa=heads != kv_heads).transpose(1, 2) for part in parts]
+        outs = [sdpa(*part, enable_gqa=True).transpose(1, 2) for part in parts]
         return torch.cat(outs, dim=1).transpose(1, 2)
 
     pairs = sequences * length * length
@@ -130,23 +130,11 @@ def decode(*sizes: int, dtype: torch.dtype, device: str) -> Problem:
         return pool[:, torch.cat([prompts, suffixes], dim=1)].transpose(0, 1).contiguous()
 
     def attend(query: Tensor, own_keys: Tensor, own_values: Tensor) -> Outputs:
-        return {"out": sdpa(query[:, :, None], own_keys, own_values, enable_gqa=heads != kv_heads)[:, :, 0]}
+        return {"out": sdpa(query[:, :, None], own_keys, own_values, enable_gqa=True)[:, :, 0]}
 
     def eager() -> Call:
         cache = own(keys), own(values)
         return Call(lambda: attend(q, *cache), tolerance, "SDPA; its cache of repeated prefixes is there already")
-
-    def graph() -> Call:
-        step("triton")
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured):
-            outputs = step("triton")
-
-        def replay() -> Outputs:
-            captured.replay()
-            return outputs
-
-        return Call(replay, tolerance, "triton, launched from a CUDA graph")
 
     int32_suffix, tolerance = int32([suffix] * batch), TOLERANCE[dtype]
     row = head_dim * dtype.itemsize
@@ -155,7 +143,6 @@ def decode(*sizes: int, dtype: torch.dtype, device: str) -> Problem:
         FLOOR: copy_of(moved, device),
         **ours("shared_prefix_decode", lambda impl: Call(lambda: step(impl), tolerance)),
         "eager": eager,
-        **({"graph": graph} if device == "cuda" else {}),
     }
     flops = 2 * 2 * heads * head_dim * batch * (prefix + suffix)
     return Problem(flops, moved, lambda: attend(q.double(), own(keys.double()), own(values.double())), arms)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
@@ -31,8 +32,8 @@ class Call:
 
 @dataclass(frozen=True)
 class Problem:
-    """One case, its inputs made: operations of the fewest products; bytes, each input read once and each result written
-    once; the oracle; and the arms. `peers` are other people's code, left out where they fail."""
+    """One case, its inputs made. `flops`: of the fewest products; `moved`: bytes, each input read once and each result
+    written once. `peers`: arms of other people's code, left out where they fail."""
 
     flops: int
     moved: int
@@ -43,12 +44,8 @@ class Problem:
 
 def failures() -> tuple[type[Exception], ...]:
     """What kernels raise on a device or version that they do not know."""
-    known = (RuntimeError, ImportError, AttributeError, TypeError, ValueError, AssertionError, KeyError)
-    if find_spec("triton") is None:
-        return known
-    from triton.errors import TritonError
-
-    return (*known, TritonError)
+    triton = (import_module("triton.errors").TritonError,) if find_spec("triton") else ()
+    return (RuntimeError, ImportError, AttributeError, TypeError, ValueError, AssertionError, KeyError, *triton)
 
 
 def ours(op: str, make: Callable[[str], Call]) -> dict[str, Callable[[], Call]]:

@@ -7,6 +7,7 @@ drawn from the policy, as a rollout draws them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,29 +32,26 @@ class Head:
         self.length, self.mode, self.dtype = rows // self.sequences, mode, dtype
         generator = torch.Generator(device).manual_seed(3)
 
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, device=device, generator=generator)
-
-        def uniform(*shape: int) -> Tensor:
-            return torch.rand(*shape, device=device, generator=generator)
+        options = {"device": device, "generator": generator}
 
         def draw(hidden: Tensor) -> tuple[Tensor, Tensor]:
             log_probs = (hidden @ self.weight.T).float().log_softmax(-1)
             ids = torch.multinomial(log_probs.exp(), 1, generator=generator)  # [n, 1]
             return ids[:, 0], log_probs.gather(1, ids)[:, 0]
 
-        self.hidden = normal(rows, dim).to(dtype)  # [N, D]
-        self.weight = normal(vocab, dim).mul_(3 / dim**0.5).to(dtype)  # [V, D], logits of deviation 3
+        self.hidden = torch.randn(rows, dim, **options).to(dtype)  # [N, D]
+        self.weight = (torch.randn(vocab, dim, **options) * (3 / dim**0.5)).to(dtype)  # [V, D], logits of deviation 3
         draws = [draw(self.hidden[part]) for part in self.parts()]
         self.targets, logp = (torch.cat(each) for each in zip(*draws, strict=True))  # [N]
         self.seq_ids = torch.arange(self.sequences, device=device).repeat_interleave(self.length)
         # The mean of the advantages is not 0: else the loss would be a small difference of large numbers.
-        self.advantages = group_advantages(uniform(self.sequences), SIZE) + 0.5  # [B]
+        self.advantages = group_advantages(torch.rand(self.sequences, **options), SIZE) + 0.5  # [B]
         # No ratio near 1 +- 0.2, where the rounding of a log-prob decides whether a row has a gradient.
-        clipped, sign = uniform(rows) < 0.3, (uniform(rows) < 0.5).float() * 2 - 1
-        self.old = logp - sign * torch.where(clipped, 0.4 + 0.1 * uniform(rows), 0.1 * uniform(rows))
-        self.ref = logp + 0.2 * normal(rows)
-        self.upstream = normal(rows) / rows  # d loss / d logp for linear_logprob
+        chance = torch.rand(4, rows, **options)
+        size = 0.1 * chance[0] + 0.4 * (chance[1] < 0.3)
+        self.old = logp + torch.where(chance[2] < 0.5, size, -size)
+        self.ref = logp + 0.2 * torch.randn(rows, **options)
+        self.upstream = torch.randn(rows, **options) / rows  # d loss / d logp for linear_logprob
         self.hidden.requires_grad_(mode != "no_grad")
         self.weight.requires_grad_(mode == "trainable")
         both = {"d_hidden": self.hidden, "d_weight": self.weight}
@@ -152,7 +150,7 @@ def linear_grpo(rows: int, dim: int, vocab: int, *, dtype: torch.dtype, device: 
 def linear_logp(rows: int, dim: int, vocab: int, *, dtype: torch.dtype, device: str, mode: str) -> Problem:
     head = Head(rows, dim, vocab, dtype, device, mode)
 
-    def on(log_probs: Callable[..., Tensor], **options: str) -> Outputs:
+    def on(log_probs: Callable[..., Any], **options: str) -> Outputs:
         value = log_probs(head.hidden, head.weight, head.targets, **options)
         return {"logp": value.detach()} | head.differentiate(value, head.upstream.to(value.dtype))
 
@@ -180,8 +178,8 @@ def grpo(rows: int, sequences: int, *, dtype: torch.dtype, device: str) -> Probl
         return {"loss": value.detach(), "d_logp": torch.autograd.grad(value, leaf)[0]}
 
     def eager(leaf: Tensor) -> Outputs:
-        wide = (each.to(leaf.dtype).view(sequences, -1) for each in (leaf, old, ref))  # [B, L]
-        return outputs(objective(*wide, gains.to(leaf.dtype)).mean(), leaf)
+        own, drawn, fixed = (each.to(leaf.dtype).view(sequences, -1) for each in (leaf, old, ref))  # [B, L]
+        return outputs(objective(own, drawn, fixed, gains.to(leaf.dtype)).mean(), leaf)
 
     def implementation(impl: str) -> Call:
         given = {"old_logp": old, "ref_logp": ref, "settings": SETTINGS, "impl": impl}

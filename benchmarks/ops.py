@@ -38,6 +38,12 @@ class Case:
     dtype: str = "float32"
     mode: str = ""
 
+    @classmethod
+    def parse(cls, name: str) -> Case:
+        """Return the case of a name: op, shape, dtype and mode, joined by "-"."""
+        op, shape, *more = name.split("-")
+        return cls(op, tuple(map(int, shape.split("x"))), *more)
+
     def __str__(self) -> str:
         return "-".join(filter(None, (self.op, "x".join(map(str, self.shape)), self.dtype, self.mode)))
 
@@ -55,52 +61,38 @@ BUILDERS: Mapping[str, Callable[..., Problem]] = {
     "varlen_attention": varlen,  # sequences, length, H, Hkv, Dh
     "shared_prefix_decode": decode,  # groups, branches, prefix, suffix, H, Hkv, Dh
 }
-LINEAR_GRPO, LINEAR_LOGP = "linear_grpo_loss", "linear_logprob"
-PREFIX, VARLEN, DECODE = "shared_prefix_attention", "varlen_attention", "shared_prefix_decode"
 LARGE = ((8192, 2048, 151936), (16384, 3584, 152064))
-CASES: Mapping[str, Sequence[Case]] = {
-    "tiny": [
-        *(Case(LINEAR_GRPO, (128, 192, 490), mode=mode) for mode in ("trainable", "frozen")),
-        Case(LINEAR_LOGP, (128, 192, 490), mode="no_grad"),
-        Case("grpo_loss", (128, 8)),
-        Case("group_advantages", (8, 4)),
-        Case(PREFIX, (2, 41, 4, 16, 6, 2, 32)),
-        Case(VARLEN, (4, 16, 4, 4, 32)),
-        Case(DECODE, (2, 4, 41, 16, 6, 2, 32)),
-    ],
-    "cpu": [
-        *(
-            Case(LINEAR_GRPO, shape, dtype, mode)
-            for shape in ((512, 256, 8192), (256, 1024, 151936))
-            for dtype in ("float32", "bfloat16")
-            for mode in ("trainable", "frozen")
-        ),
-        *(Case(LINEAR_LOGP, (512, 256, 8192), dtype, "no_grad") for dtype in ("float32", "bfloat16")),
-        Case(LINEAR_LOGP, (512, 256, 8192), mode="trainable"),
-        *(Case("grpo_loss", shape) for shape in ((8192, 64), (262144, 512))),
-        *(Case("group_advantages", shape) for shape in ((64, 8), (65536, 8))),
-        Case(PREFIX, (1, 298, 8, 64, 16, 2, 64)),
-        Case(PREFIX, (2, 298, 8, 64, 16, 2, 64), "bfloat16"),
-        Case(PREFIX, (8, 64, 8, 64, 4, 4, 32)),
-        Case(VARLEN, (16, 64, 4, 4, 64)),
-        Case(VARLEN, (16, 64, 16, 16, 80), "bfloat16"),
-        Case(DECODE, (1, 8, 300, 64, 16, 2, 64)),
-        Case(DECODE, (8, 8, 300, 64, 4, 2, 64)),
-    ],
-    "cuda": [  # in the order of what decides most: `gpu.py` takes as many as its time allows
-        *(Case(LINEAR_GRPO, shape, "bfloat16", mode) for shape in LARGE for mode in ("trainable", "frozen")),
-        Case(LINEAR_LOGP, LARGE[0], "bfloat16", "no_grad"),
-        Case(DECODE, (8, 8, 1200, 256, 16, 2, 128), "bfloat16"),
-        Case(DECODE, (2, 8, 1200, 2000, 16, 2, 128), "bfloat16"),
-        Case(PREFIX, (5, 1200, 8, 255, 16, 2, 128), "bfloat16"),
-        Case(PREFIX, (8, 100, 8, 48, 6, 2, 32)),
-        Case(VARLEN, (128, 64, 16, 16, 80), "bfloat16"),
-        Case(VARLEN, (4, 4096, 16, 16, 80), "bfloat16"),
-        Case(DECODE, (8, 16, 4096, 256, 28, 4, 128), "bfloat16"),
-        Case("grpo_loss", (16384, 64)),
-        Case("group_advantages", (64, 8)),
-    ],
+# Names of cases by device; those of cuda in the order of what decides most.
+CASES = {
+    "tiny": """
+linear_grpo_loss-128x192x490-float32-trainable linear_grpo_loss-128x192x490-float32-frozen
+linear_logprob-128x192x490-float32-no_grad grpo_loss-128x8-float32 group_advantages-8x4-float32
+shared_prefix_attention-2x41x4x16x6x2x32-float32 varlen_attention-4x16x4x4x32-float32
+shared_prefix_decode-2x4x41x16x6x2x32-float32""",
+    "cpu": """
+linear_grpo_loss-512x256x8192-float32-trainable linear_grpo_loss-512x256x8192-bfloat16-trainable
+linear_grpo_loss-512x256x8192-float32-frozen linear_grpo_loss-512x256x8192-bfloat16-frozen
+linear_grpo_loss-256x1024x151936-float32-trainable linear_grpo_loss-256x1024x151936-bfloat16-trainable
+linear_grpo_loss-256x1024x151936-float32-frozen linear_grpo_loss-256x1024x151936-bfloat16-frozen
+linear_logprob-512x256x8192-float32-no_grad linear_logprob-512x256x8192-float32-trainable
+grpo_loss-8192x64-float32 grpo_loss-262144x512-float32 group_advantages-64x8-float32 group_advantages-65536x8-float32
+shared_prefix_attention-1x298x8x64x16x2x64-float32 shared_prefix_attention-2x298x8x64x16x2x64-bfloat16
+shared_prefix_attention-8x64x8x64x4x4x32-float32 varlen_attention-16x64x4x4x64-float32
+varlen_attention-16x64x16x16x80-float32 shared_prefix_decode-1x8x300x64x16x2x64-float32
+shared_prefix_decode-8x8x300x64x4x2x64-float32""",
+    "cuda": """
+linear_grpo_loss-8192x2048x151936-bfloat16-trainable linear_grpo_loss-8192x2048x151936-bfloat16-frozen
+linear_grpo_loss-16384x3584x152064-bfloat16-trainable linear_grpo_loss-16384x3584x152064-bfloat16-frozen
+linear_logprob-8192x2048x151936-bfloat16-no_grad shared_prefix_decode-8x8x1200x256x16x2x128-bfloat16
+shared_prefix_decode-2x8x1200x2000x16x2x128-bfloat16 shared_prefix_attention-5x1200x8x255x16x2x128-bfloat16
+shared_prefix_attention-8x100x8x48x6x2x32-float32 varlen_attention-128x64x16x16x80-bfloat16
+varlen_attention-4x4096x16x16x80-bfloat16 shared_prefix_decode-8x16x4096x256x28x4x128-bfloat16
+grpo_loss-16384x64-float32 group_advantages-64x8-float32""",
 }
+
+
+def cases(device: str) -> list[Case]:
+    return [Case.parse(name) for name in CASES[device].split()]
 
 
 def prepared(problem: Problem, name: str, oracle: Outputs) -> tuple[Call, dict[str, float]]:

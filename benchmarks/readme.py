@@ -37,8 +37,8 @@ def main(words: Sequence[str] | None = None, root: Path = ROOT) -> int:
         print(error, file=sys.stderr)
         return 2
     if options.check and old != new:
-        lines = (text.splitlines(keepends=True) for text in (old, new))
-        sys.stdout.writelines(unified_diff(*lines, "README.md", f"README.md, from {RESULT}"))
+        before, after = (text.splitlines(keepends=True) for text in (old, new))
+        sys.stdout.writelines(unified_diff(before, after, "README.md", f"README.md, from {RESULT}"))
         return 1
     if old != new:
         path.write_text(new, encoding="utf-8")
@@ -64,17 +64,15 @@ def quoted(result: Mapping[str, Any]) -> str:
         raise UserError(f"{RESULT}: {reason}; no README quotes it")
     ours, rows = arms["all"], []
     for name, label in LABELS.items():
-        time, peak = median(arms[name]["seconds"]), arms[name].get("peak_mib")
-        label = f"TRL {result['versions'].get('trl', '')}" if name == "trl" else label
-        memory = "-" if peak is None else f"{peak / ours['peak_mib']:.1f}x"
-        mib = "-" if peak is None else f"{peak:,.0f} MiB"
-        rows.append([label, f"{number(time)} s", f"{time / median(ours['seconds']):.1f}x", mib, memory])
+        time, peak = median(arms[name]["seconds"]), arms[name]["peak_mib"]
+        times, memory = time / median(ours["seconds"]), peak / ours["peak_mib"]
+        label = f"TRL {result['versions']['trl']}" if name == "trl" else label
+        rows.append([label, f"{number(time)} s", f"{times:.1f}x", f"{peak:,.0f} MiB", f"{memory:.1f}x"])
     head = ["one training step", "time", "of ours", "peak memory", "of ours"]
-    samples = {len(arms[name]["seconds"]) for name in LABELS}
     versions = ", ".join(f"{name} {result['versions'][name]}" for name in ("torch", "transformers"))
     work = workload(result)
     source = (
-        f"{work[0].upper()}{work[1:]}; {result['machine']}; medians of {min(samples)}; {versions}; commit "
+        f"{work[0].upper()}{work[1:]}; {result['machine']}; medians of {len(ours['seconds'])}; {versions}; commit "
         f"{result['commit']}: `{result['command']}`. Memory is above what the process holds between steps."
     )
     return f"{table(head, rows)}\n\n{source}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import io
 from base64 import b64encode
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -99,27 +99,18 @@ def parts(result: Result) -> list[Part]:
 
 def arms_part(arms: Mapping[str, Any]) -> Part:
     """Each arm against its base."""
-
-    def base_of(row: Mapping[str, Any]) -> Mapping[str, Any]:
-        return arms[row["base"]]
-
-    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
-        "base": lambda row: "-" if base_of(row) is row else row["base"],
-        "times as fast": lambda row: "1" if base_of(row) is row else speed(arms, row),
-        "ms": lambda row: number(1e3 * median(row["seconds"])),
-        "range": lambda row: f"{number(1e3 * min(row['seconds']))}..{number(1e3 * max(row['seconds']))}",
-        "tokens/s": lambda row: number(row["tokens"] / median(row["seconds"])),
-        "peak MiB": lambda row: _mib(row.get("peak_mib")),
-        "planned MiB": lambda row: _mib(max(row["planned_mib"].values()) if "planned_mib" in row else None),
-    }
-    rows = [[row["label"], *(cell(row) for cell in columns.values())] for row in arms.values()]
+    head = ["arm", "base", "times as fast", "ms", "range", "tokens/s", "peak MiB", "planned MiB"]
+    rows = []
+    for name, row in arms.items():
+        seconds, own = row["seconds"], row["base"] == name
+        value, low, high = speeds(arms, row)
+        cells = ["-", "1"] if own else [row["base"], f"{value:.2f} ({low:.2f}..{high:.2f})"]
+        cells += [number(1e3 * median(seconds)), f"{number(1e3 * min(seconds))}..{number(1e3 * max(seconds))}"]
+        planned = max(row["planned_mib"].values()) if "planned_mib" in row else None
+        cells += [number(row["tokens"] / median(seconds)), _mib(row.get("peak_mib")), _mib(planned)]
+        rows.append([row["label"], *cells])
     note = "Speed: ratio of medians, and its range over rounds. Memory: above what a process holds between steps."
-    return Part("Arms", ["arm", *columns], rows, note)
-
-
-def speed(arms: Mapping[str, Any], row: Mapping[str, Any]) -> str:
-    value, low, high = speeds(arms, row)
-    return f"{value:.2f} ({low:.2f}..{high:.2f})"
+    return Part("Arms", head, rows, note)
 
 
 def speeds(arms: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[float, float, float]:
@@ -131,41 +122,31 @@ def speeds(arms: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[float, floa
 
 def phases_part(arms: Mapping[str, Any]) -> Part:
     """Median milliseconds of each phase."""
-    timed = {name: row["phases"] for name, row in arms.items() if row.get("phases")}
-    known = list(dict.fromkeys(phase for phases in timed.values() for phase in phases))
-    rows = [
-        [arms[name]["label"], *(number(1e3 * median(phases[k])) if k in phases else "-" for k in known)]
-        for name, phases in timed.items()
-    ]
+    timed = [row for row in arms.values() if row.get("phases")]
+    known = list(dict.fromkeys(phase for row in timed for phase in row["phases"]))
+    cells = [[number(1e3 * median(row["phases"].get(phase, [0.0]))) for phase in known] for row in timed]
+    rows = [[row["label"], *of] for row, of in zip(timed, cells, strict=True)]
     return Part("A step by phase, ms", ["arm", *known], rows)
 
 
 def memory_part(arms: Mapping[str, Any]) -> Part:
     """Measured and planned peak of each phase."""
-    rows = []
-    for row in arms.values():
-        if "memory_by_phase" not in row:
-            continue
+    names, rows = ("rollout", "reference", "policy", "update"), []  # of the planner
+    for row in (row for row in arms.values() if "memory_by_phase" in row):
         measured, planned = row["memory_by_phase"], row["planned_mib"]
-        policy = max(measured.get("forward", 0.0), measured.get("backward", 0.0))
-        found = {**measured, "policy": policy}
-        rows.append([row["label"], *(f"{_mib(found.get(p))} / {_mib(planned.get(p))}" for p in PHASES)])
+        found = {**measured, "policy": max(measured.get(phase, 0.0) for phase in ("forward", "backward"))}
+        rows.append([row["label"], *(f"{_mib(found.get(name))} / {_mib(planned.get(name))}" for name in names)])
     note = "Measured / planned; MiB above what the process holds between steps."
-    return Part("Memory by phase", ["arm", *PHASES], rows, note)
-
-
-PHASES = ("rollout", "reference", "policy", "update")  # of the planner
+    return Part("Memory by phase", ["arm", *names], rows, note)
 
 
 def grid_part(cells: Sequence[Mapping[str, Any]]) -> Part:
     """Naive over all by group size and prompt length."""
-    sizes = sorted({cell["num_generations"] for cell in cells})
-    lines: dict[int, dict[int, str]] = {}
+    rows = []
     for cell in cells:
         found = ratio(cell["seconds"]["naive"], cell["seconds"]["all"])
-        lines.setdefault(cell["prompt_tokens"], {})[cell["num_generations"]] = f"{found:.2f}"
-    rows = [[str(tokens), *(of.get(size, "-") for size in sizes)] for tokens, of in lines.items()]
-    return Part("Time of naive over time of all", ["prompt tokens", *(f"G {size}" for size in sizes)], rows)
+        rows.append([str(cell["prompt_tokens"]), str(cell["num_generations"]), f"{found:.2f}"])
+    return Part("Other sizes", ["prompt tokens", "G", "time of naive over time of all"], rows)
 
 
 def number(value: float) -> str:

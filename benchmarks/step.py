@@ -10,7 +10,6 @@ gradient norm of fixed groups. The result file keeps every sample.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -89,10 +88,9 @@ def _peers(options: argparse.Namespace) -> tuple[dict[str, str], list[str]]:
     if options.rollout and options.peers not in (None, ["none"]):
         raise SettingError("--peers has no effect with --rollout: peers are timed by the step")
     names = [] if options.rollout or options.peers == ["none"] else options.peers or ["trl"]
-    for name in names:
-        if name not in PEERS:
-            raise SettingError(f"--peers: {name!r} is unknown; known: none, {', '.join(PEERS)}")
-    reasons = {name: reason for name in names if (reason := PEERS[name].why_not(options.device)) is not None}
+    if unknown := [name for name in names if name not in PEERS]:
+        raise SettingError(f"--peers: {', '.join(unknown)}: unknown; known: none, {', '.join(PEERS)}")
+    reasons = {name: reason for name in names if (reason := PEERS[name].why_not()) is not None}
     if options.peers is not None and reasons:
         raise SettingError("; ".join(f"--peers {name} cannot run here: {why}" for name, why in reasons.items()))
     return reasons, [name for name in names if name not in reasons]
@@ -132,7 +130,3 @@ def run(options: argparse.Namespace, progress: Progress | None = None) -> Path:
 def _write(path: Path, figures: dict[str, Any], tree: TreePeak, start: float) -> None:
     figures |= {"wall_seconds": perf_counter() - start, "tree_peak_mib": tree.mib}
     write_result(path, "step", figures)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

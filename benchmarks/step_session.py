@@ -153,7 +153,7 @@ class Session:
             base = self.rows[name]["base"]
             checks = {each: self.rows[each]["check"] for each in (base, name)}
             try:
-                require_equal(checks, TOLERANCE[dtype], {"loss": LOSS_FLOOR[dtype]})
+                require_equal(checks, TOLERANCE[dtype], loss=LOSS_FLOOR[dtype])
             except CheckFailed as error:
                 if isinstance(arm, TrainerArm):
                     raise

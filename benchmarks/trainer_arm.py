@@ -79,18 +79,10 @@ class TrainerArm:
         self.name, self.bed = name, bed
         self.sample = self.rollout if rollout else self.step
         bed.model.requires_grad_(True)  # an arm before may have left its tower frozen
-        config = GRPOConfig(
-            output_dir=str(bed.folder / "output" / name),
-            use_cpu=bed.device == "cpu",
-            bf16=bed.dtype == "bfloat16",
-            old_logprobs="rollout",  # so that the ratio of the fixed groups is not 1
-            reward_workers=0,
-            report_to="none",
-            memory_by_phase=False,
-            disable_tqdm=True,
-            **step_settings(bed.shape),
-            **settings,
-        )
+        given: dict[str, Any] = {"use_cpu": bed.device == "cpu", "bf16": bed.dtype == "bfloat16", "reward_workers": 0}
+        given |= {"report_to": "none", "memory_by_phase": False, "disable_tqdm": True, **step_settings(bed.shape)}
+        given |= {"old_logprobs": "rollout", **settings}  # so that the ratio of the fixed groups is not 1
+        config = GRPOConfig(output_dir=str(bed.folder / "output" / name), **given)
         rewards = bench_model.rewards(bed.shape.num_generations, flat=flat)
         self.trainer: Any = GRPOTrainer(bed.model, config, [], bed.processor, reward_funcs=[rewards])
         for callback in (PrinterCallback, ProgressCallback):
@@ -145,7 +137,7 @@ class TrainerArm:
 
     def phases(self) -> dict[str, float]:
         """Seconds of the last step by phase."""
-        return self._logged("seconds/", "")
+        return {name.removeprefix("seconds/"): self.logs[name] for name in self.logs if name.startswith("seconds/")}
 
     def memory_by_phase(self) -> dict[str, float]:
         """Peak MiB of one more step by phase, above what was held before it."""
@@ -155,7 +147,8 @@ class TrainerArm:
             self.step()
         finally:
             self.trainer.args.memory_by_phase = False
-        return {phase: mib - held for phase, mib in self._logged("memory/", "_mib").items()}
+        names = [name for name in self.logs if name.startswith("memory/") and name != "memory/peak_mib"]
+        return {name.removeprefix("memory/").removesuffix("_mib"): self.logs[name] - held for name in names}
 
     def _enter(self) -> None:
         """Make the shared model what this arm trains, without gradients."""
@@ -170,7 +163,3 @@ class TrainerArm:
         trainer.callback_handler.on_optimizer_step(trainer.args, trainer.state, trainer.control)
         trainer.log({"loss": 0.0})
         self.logs = trainer.state.log_history.pop()
-
-    def _logged(self, start: str, end: str) -> dict[str, float]:
-        names = (name for name in self.logs if name.startswith(start) and name.endswith(end) and "peak" not in name)
-        return {name.removeprefix(start).removesuffix(end): self.logs[name] for name in names}

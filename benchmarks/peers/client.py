@@ -9,23 +9,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from select import select
 from time import monotonic
-from typing import Any
+from typing import Any, NamedTuple
 
 CLOSING = 30.0  # seconds that a worker has to end by itself
-
-
-@dataclass(frozen=True)
-class Peer:
-    """A peer: its label, how it is run, and why it cannot run on a device."""
-
-    label: str
-    note: str
-    why_not: Callable[[str], str | None]
 
 
 def missing(*packages: str) -> str | None:
@@ -34,20 +24,16 @@ def missing(*packages: str) -> str | None:
     return f"{' and '.join(absent)} not installed" if absent else None
 
 
-PEERS: dict[str, Peer] = {
-    "trl": Peer(
-        "TRL",
-        "its GRPOTrainer, whole, rollouts by transformers; loss_type grpo, KL without bias correction, micro-batches "
-        "of one group, gradient checkpointing as in the other arms",
-        lambda device: missing("trl", "datasets"),
-    ),
-    "vlm-r1": Peer(
-        "VLM-R1's step, written anew",
-        "as published at 0ae0aea, but gradient checkpointing as in the other arms and top_k off, so that it draws from "
-        "the distribution whose log-probs it trains on",
-        lambda device: None,
-    ),
-}
+class Peer(NamedTuple):
+    """A peer: its label, how it is run, and why it cannot run here."""
+
+    label: str
+    note: str
+    why_not: Callable[[], str | None]
+
+
+TRL_NOTE = "its GRPOTrainer, rollouts by transformers; loss_type grpo, no bias correction of the KL"
+PEERS = {"trl": Peer("TRL", TRL_NOTE, lambda: missing("trl", "datasets"))}
 
 
 def command(name: str, *, folder: Path, shape: str, threads: int, dtype: str) -> list[str]:

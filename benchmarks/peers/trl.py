@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks import model as bench_model
 from benchmarks.arms import BETA
@@ -67,8 +66,7 @@ class TRL:
         self.model.train()
         total = 0.0
         for group in groups:
-            inputs = batch(group, self.model.config.image_token_id)
-            inputs = {k: v.to(self.model.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+            inputs = batch(group, self.model.config.image_token_id, self.model.device)
             inputs["ref_per_token_logps"] = self._reference(inputs)
             with self.trainer.compute_loss_context_manager():
                 loss = self.trainer.compute_loss(self.model, inputs)
@@ -99,25 +97,17 @@ class TRL:
         self.model.zero_grad(set_to_none=True)
 
 
-def batch(group: Group, image_token_id: int) -> dict[str, Any]:
-    """Return a micro-batch as TRL makes it of one group: the prompt and its image G times, completions padded."""
+def batch(group: Group, image_token_id: int, device: torch.device) -> dict[str, Any]:
+    """Return a micro-batch as TRL makes it of one group: prompt and image G times, completions of one length."""
     assert group.advantages is not None
     size, prompt = len(group.completions), group.prompt
     prompt_ids = prompt.input_ids.repeat(size, 1)  # [G, L_p]
-    ids = [completion.token_ids for completion in group.completions]
-    completion_ids = pad_sequence(ids, batch_first=True)  # [G, C]
-    mask = pad_sequence([torch.ones_like(each) for each in ids], batch_first=True)
-    images = {name: torch.cat([value] * size) for name, value in joined(prompt.images).items()}
+    completion_ids = torch.stack([completion.token_ids for completion in group.completions])  # [G, C]
     types = torch.cat([(prompt_ids == image_token_id).long(), torch.zeros_like(completion_ids)], dim=1)
+    tensors = {name: torch.cat([value] * size) for name, value in joined(prompt.images).items()}
+    tensors |= {"prompt_ids": prompt_ids, "prompt_mask": torch.ones_like(prompt_ids), "mm_token_type_ids": types}
+    tensors |= {"completion_ids": completion_ids, "completion_mask": torch.ones_like(completion_ids)}
+    tensors |= {"advantages": group.advantages, "num_items_in_batch": torch.tensor(completion_ids.numel())}
     old = [completion.logp for completion in group.completions if completion.logp is not None]
-    return {
-        "prompt_ids": prompt_ids,
-        "prompt_mask": torch.ones_like(prompt_ids),
-        "completion_ids": completion_ids,
-        "completion_mask": mask,
-        "advantages": group.advantages,
-        "num_items_in_batch": mask.sum(),
-        "old_per_token_logps": pad_sequence(old, batch_first=True),
-        "num_images": [len(prompt.images)] * size,
-        "mm_token_type_ids": types,
-    } | images
+    tensors |= {"old_per_token_logps": torch.stack(old)}
+    return {name: value.to(device) for name, value in tensors.items()} | {"num_images": [len(prompt.images)] * size}

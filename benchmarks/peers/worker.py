@@ -3,7 +3,6 @@
     figures    {"loss", "grad_norm"} of one update from the fixed groups
     seconds    seconds of one step
     peak_mib   peak memory during one step, above what was held before it
-    settings   {"attention", "gradient_checkpointing", "versions"}
 
 Weights, prompts and groups are those of `benchmarks.model`, made from the same seeds.
 """
@@ -18,16 +17,16 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
 from benchmarks import model as bench_model
-from benchmarks.harness import PeakMemory, clock_of, default_device, versions
+from benchmarks.harness import PeakMemory, clock_of, default_device
 from benchmarks.model import SHAPES
 from benchmarks.peers.client import PEERS
 
-REQUESTS = ("figures", "seconds", "peak_mib", "settings")
+REQUESTS = ("figures", "seconds", "peak_mib")
 
 
 class Server:
@@ -40,9 +39,8 @@ class Server:
         self.clock = clock_of(device)
         prompts = bench_model.prompts_of(folder, self.model, processor, self.shape)
         self.groups = bench_model.groups_of(prompts, self.shape)
-        module, kind = ("vlm_r1", "VLMR1") if name == "vlm-r1" else ("trl", "TRL")
-        made = getattr(import_module(f"benchmarks.peers.{module}"), kind)
-        self.trainer: Any = made(self.model, processor, folder, self.shape, dtype)
+        trainer = getattr(import_module(f"benchmarks.peers.{name}"), name.upper())
+        self.trainer: Any = trainer(self.model, processor, folder, self.shape, dtype)
 
     def figures(self) -> dict[str, float]:
         loss = self.trainer.update(self.groups)
@@ -56,10 +54,6 @@ class Server:
         self.trainer.step()
         return peak.mib()
 
-    def settings(self) -> dict[str, Any]:
-        attention = self.model.config._attn_implementation
-        return {"attention": attention, "gradient_checkpointing": self.shape.checkpointing, "versions": versions()}
-
     def answer(self, request: str) -> Any:
         """Answer one request; SystemExit for an unknown one."""
         if request not in REQUESTS:
@@ -67,12 +61,6 @@ class Server:
         self.model.zero_grad(set_to_none=True)
         gc.collect()
         return getattr(self, request)()
-
-
-def serve(server: Server, requests: TextIO, answers: TextIO) -> None:
-    """Answer each line of `requests` until they end."""
-    for line in requests:
-        print(json.dumps(server.answer(line.strip())), file=answers, flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -87,7 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.folder.mkdir(parents=True, exist_ok=True)
     answers = sys.stdout
     with redirect_stdout(sys.stderr):  # what libraries print is no answer
-        serve(Server(options.peer, options.folder, options.shape, options.dtype), sys.stdin, answers)
+        server = Server(options.peer, options.folder, options.shape, options.dtype)
+        for line in sys.stdin:
+            print(json.dumps(server.answer(line.strip())), file=answers, flush=True)
     return 0
 
 

@@ -47,7 +47,7 @@ def test_phases_memory_and_the_grid_have_tables_of_their_own():
     part = report.memory_part({"all": row([1.0], memory_by_phase=measured, planned_mib=planned)})
     assert part.rows == [["an arm", "10 / 12", "- / -", "70 / 66", "30 / 31"]]
     cell = {"num_generations": 8, "prompt_tokens": 298, "seconds": {"naive": [6.0], "all": [1.5]}}
-    assert report.grid_part([cell]).rows == [["298", "4.00"]]
+    assert report.grid_part([cell]).rows == [["298", "8", "4.00"]]
 
 
 def test_a_page_has_the_tables_the_chart_and_the_reasons(tmp_path: Path, capsys: Any):
@@ -82,16 +82,9 @@ def test_the_readme_is_renewed_and_checked(tmp_path: Path, capsys: Any):
     assert readme.main(["--check"], tmp_path) == 1
 
 
-UNQUOTED = {
-    "no TRL": ({"arms": {name: ARMS[name] for name in ("naive", "all")}}, "trl"),
-    "stopped": ({"complete": False}, "stopped"),
-    "rollouts": ({"rollout": True}, "rollouts"),
-}
-
-
-@pytest.mark.parametrize(("change", "reason"), UNQUOTED.values(), ids=UNQUOTED.keys())
-def test_a_readme_does_not_quote_half_a_run(change: dict[str, Any], reason: str):
-    with pytest.raises(UserError, match=f"step-cpu.json.*{reason}"):
+@pytest.mark.parametrize("change", [{"arms": {"naive": ARMS["naive"]}}, {"complete": False}, {"rollout": True}])
+def test_a_readme_does_not_quote_half_a_run(change: dict[str, Any]):
+    with pytest.raises(UserError, match=r"step-cpu\.json.*no README quotes it"):
         readme.quoted(result(**ARMS) | change)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from benchmarks import __main__ as command
 from benchmarks import report, step, step_session
 from benchmarks.arms import NAIVE, REFERENCES, arms_of, settings_of
-from benchmarks.harness import CheckFailed, require_equal
+from benchmarks.harness import require_equal
 from benchmarks.planned import beyond_held, peak_bytes, planned_phases
 from benchmarks.trainer_arm import Bed, TrainerArm
 from tests.helpers.small_bench import SMALL
@@ -142,17 +143,12 @@ def test_an_arm_that_memory_does_not_hold_is_left_out(fakes: Any, tmp_path: Path
 
 
 # Each arm makes a first step; then naive, all, all, naive.
-STOPPED = {"in the second round": (6, {"naive": 1, "all": 1}), "in the first": (4, {"naive": 1}), "before": (1, None)}
-
-
-@pytest.mark.parametrize(("call", "samples"), STOPPED.values(), ids=STOPPED.keys())
+@pytest.mark.parametrize(("call", "samples"), [(6, {"naive": 1, "all": 1}), (4, {"naive": 1}), (1, {})])
 def test_a_run_that_is_stopped_keeps_whole_rounds(call: int, samples: Any, fakes: Any, tmp_path: Path):
     fakes.arm.stops_at = call
     assert run(tmp_path / "run.json", "--arms", "all") == 130
-    if samples is None:
-        assert list(tmp_path.iterdir()) == []
-        return
-    result = report.read(tmp_path / "run.json")
+    assert (tmp_path / "run.json").exists() == bool(samples)
+    result = report.read(tmp_path / "run.json") if samples else {"complete": False, "arms": {}}
     assert not result["complete"]
     assert {name: len(arm["seconds"]) for name, arm in result["arms"].items()} == samples
 
@@ -185,14 +181,14 @@ def test_peers_alternate_with_our_arms_and_one_that_fails_or_disagrees_is_left_o
         + PROGRAM.format(ANSWERS).replace("print", "line == 'seconds\\n' and next(left); print"),
     }
     monkeypatch.setattr(step_session, "command", lambda name, **_: [sys.executable, "-c", programs[name]])
-    known = {name: SimpleNamespace(label=name, note="", why_not=lambda device: None) for name in programs}
+    known = {name: SimpleNamespace(label=name, note="", why_not=lambda: None) for name in programs}
     for module in (step, step_session):
         monkeypatch.setattr(module, "PEERS", known)
     assert run(tmp_path / "run.json", "--arms", "all", peers="trl vlm-r1 other") == 0
     result = report.read(tmp_path / "run.json")
     trl = result["arms"]["trl"]
     assert (trl["seconds"], trl["peak_mib"], trl["group"], trl["base"]) == ([0.5, 0.5], 7.5, "peer", "naive")
-    assert result["arms"].keys() == {"naive", "all", "trl"} and trl["settings"] == {"attention": "sdpa"}
+    assert result["arms"].keys() == {"naive", "all", "trl"}
     assert all(len(arm["seconds"]) == 2 for arm in result["arms"].values())
     assert "loss is 1.5 in vlm-r1" in result["skipped"]["vlm-r1"]
     assert result["skipped"]["other"].startswith("its process ended with status 1: StopIteration")
@@ -203,7 +199,7 @@ REFUSED = {
     "an arm of a GPU": (["--arms", "cuda_graphs"], "--arms: cuda_graphs: needs a GPU"),
     "no rounds": (["--rounds", "-1"], "--rounds is -1"),
     "peers of rollouts": (["--rollout", "--peers", "trl"], "--peers has no effect with --rollout"),
-    "unknown peer": (["--peers", "verl"], "--peers: 'verl' is unknown"),
+    "unknown peer": (["--peers", "verl"], "--peers: verl: unknown"),
 }
 
 
@@ -221,16 +217,11 @@ def test_the_default_has_naive_every_switch_everything_and_trl():
     for switch in ("share_vision", "share_prompt", "pack", "freeze_vision", "skip_zero_advantage"):
         assert any(of.get(switch) is True and not NAIVE.get(switch) for of in settings.values()), switch
     for op, chosen in CHOSEN.items():
-        names = [name for name in made if name == op or name.endswith(f"+{op}")]
-        reason = left_out.get(op) or left_out.get(f"shared+{op}")
-        assert names or reason, op
-        assert all(f"{op}={chosen}" in settings[name]["kernels"] for name in names)
+        names = [name for name in (*made, *left_out) if name == op or name.endswith(f"+{op}")]
+        assert names and all(name in left_out or f"{op}={chosen}" in settings[name]["kernels"] for name in names)
     references = ",".join(f"{op}={name}" for op, name in REFERENCES.items())
     assert settings["naive"] == {**NAIVE, "kernels": references} and settings["shared"]["kernels"] == references
-    graphs, _ = arms_of("cuda", CHOSEN | {"shared_prefix_decode": "triton"})
-    assert (
-        settings_of(graphs, "all")["cuda_graphs"] and settings_of(graphs, "cuda_graphs")["rollout_engine"] == "native"
-    )
+    assert settings_of(arms_of("cuda", CHOSEN)[0], "all")["cuda_graphs"]
 
 
 # On a real, very small model
@@ -250,34 +241,16 @@ def test_all_arms_agree_and_make_steps(tmp_path: Path):
         arm.step()
         assert {"rollout", "forward", "backward", "update"} <= arm.phases().keys()
         assert not torch.equal(weights, bed.model.lm_head.weight)
-    measured = arms["all"].memory_by_phase()
-    assert {"rollout", "forward", "backward"} <= measured.keys()
-    arms["native"].rollout()
+    assert {"rollout", "forward", "backward"} <= arms["all"].memory_by_phase().keys()
 
 
+@pytest.mark.slow
 def test_the_plan_counts_the_dense_masks_of_reference_attention():
-    shape = SMALL
+    shape = replace(SMALL, completion_length=64)
     settings = {**NAIVE, "pack": True, "share_vision": True, "share_prompt": True, "rollout_engine": "native"}
     dense = planned_phases({**settings, "kernels": "shared_prefix_attention=reference"}, shape, 20, "cpu")
     fast = planned_phases({**settings, "kernels": "shared_prefix_attention=cpu"}, shape, 20, "cpu")
     rows = shape.prompts * (20 + shape.num_generations * shape.completion_length)
     scores = 4 * shape.text["num_attention_heads"] * rows**2  # float32 scores of one layer
-    assert dense["policy"]["activations"] - fast["policy"]["activations"] >= scores
+    assert beyond_held(dense)["policy"] - beyond_held(fast)["policy"] >= scores
     assert beyond_held(dense)["policy"] < peak_bytes(dense)
-
-
-def test_completions_of_another_length_or_distribution_are_refused():
-    arm: Any = TrainerArm.__new__(TrainerArm)
-    arm.name, arm.bed = (
-        "native",
-        SimpleNamespace(dtype="float32", shape=SMALL, prompts=list, optimize=lambda: None, prepared=None),
-    )
-    arm._enter, arm._leave = lambda: None, lambda: None
-    arm.trainer = SimpleNamespace(training_step=lambda model, prompts: None)
-    for logs, message in (
-        ({"rollout/logp_difference": 0.01, "completion_length": 5.0}, "0.01 nats"),
-        ({"rollout/logp_difference": 0.0, "completion_length": 4.0}, "completions of 4 tokens"),
-    ):
-        arm.logs = logs
-        with pytest.raises(CheckFailed, match=message):
-            arm.step()
