@@ -10,7 +10,8 @@ from typing import Any, Literal
 from benchmarks import model as bench_model
 from benchmarks.model import Shape
 from vlmr1.config import GRPOConfig
-from vlmr1.planner.plan import Planner, inputs_of
+from vlmr1.planner.job import Job
+from vlmr1.planner.plan import Planner
 from vlmr1_kernels import use
 
 ALWAYS = ("weights", "optimizer", "reference model", "framework")  # causes that are there throughout a step
@@ -28,7 +29,7 @@ def planned_phases(
         config = GRPOConfig(output_dir=folder, use_cpu=True, report_to="none", **step_settings(shape), **settings)
     job = {"image_tokens": shape.image_tokens, "text_tokens": prompt_tokens - shape.image_tokens}
     with use(settings.get("kernels", "") if device == "cpu" else ""):
-        plan = Planner().plan(inputs_of(config, model, device=device, **job))
+        plan = Planner().plan(Job(config, model, device=device, **job))
     return {phase: dict(causes) for phase, causes in plan.phases.items()}
 
 

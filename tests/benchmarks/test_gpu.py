@@ -12,10 +12,8 @@ import pytest
 
 from benchmarks import gpu, gpu_training
 from benchmarks import model as bench_model
-from benchmarks.ops import CASES
-from tests.helpers.small_bench import SMALL
 from benchmarks.ops import cases
-from tests.benchmarks.small import SMALL
+from tests.helpers.small_bench import SMALL
 
 WRITE = 'import pathlib; pathlib.Path({!r}).write_text(\'{{"found": 7}}\\n{{"half\')'
 
