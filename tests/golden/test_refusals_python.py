@@ -27,7 +27,7 @@ from vlmr1.distributed.sharded import check_sharded
 from vlmr1.evaluation.compare import comparison
 from vlmr1.evaluation.options import Options
 from vlmr1.grpo.pack_budget import PackTooLarge
-from vlmr1.grpo.pack_runner import PassesTrainer
+from vlmr1.grpo.pack_runner import PackRunner
 from vlmr1.models import attention
 from vlmr1.models.lora import read_adapter, restore_adapter, with_lora
 from vlmr1.models.precision import prepare_trained
@@ -35,7 +35,7 @@ from vlmr1.planner.rollout import _decode
 from vlmr1.rewards import pool
 from vlmr1.rewards.score import score
 from vlmr1.rewards.settings import RewardSettings
-from vlmr1.training.hf_trainer import BaseTrainer
+from vlmr1.training.hf_trainer import HFTrainer
 from vlmr1_kernels import linear_grpo_loss, registry
 from vlmr1_kernels.native import library
 
@@ -51,7 +51,7 @@ def without_peft(patch: Patch) -> None:
 def diverged(patch: Patch) -> None:
     """The gradient norm of an update that DeepSpeed has made, with a loss that is not finite."""
     patch.setattr(Trainer, "_get_grad_norm", lambda *_: 1.0)
-    trainer = object.__new__(BaseTrainer)
+    trainer = object.__new__(HFTrainer)
     trainer.last_loss, trainer.is_deepspeed_enabled = float("nan"), True
     trainer.state = anything(global_step=0)
     trainer._get_grad_norm(None)
@@ -103,7 +103,10 @@ def compared_tasks() -> None:
 
 
 def shrink() -> None:
-    PassesTrainer.shrink(anything(joins_tower=True), PackTooLarge(anything(), "out of memory"))
+    def too_large() -> None:
+        raise PackTooLarge(anything(), "out of memory")
+
+    PackRunner.retry_smaller(anything(parallel=anything(in_lockstep=True)), too_large)
 
 
 def on_gpu() -> None:
