@@ -20,13 +20,12 @@ ALWAYS = ("weights", "optimizer", "reference model", "framework")  # causes that
 def planned_phases(
     settings: Mapping[str, Any], shape: Shape, prompt_tokens: int, device: Literal["cpu", "cuda"]
 ) -> dict[str, dict[str, int]]:
-    """Bytes by phase and cause that one step takes, as `vlmr1 plan` counts them.
-
-    The planner runs the trainer's passes without data, here with the kernels of the arm. So the dense masks of the
-    reference attention are counted too. On CUDA it has its own account of the kernels."""
+    """Bytes by phase and cause that one step takes, as `vlmr1 plan` counts them: it runs the trainer's passes without
+    data, here with the arm's kernels, so that dense masks of the reference attention count. CUDA has its own account."""
     with TemporaryDirectory() as folder:
         model = bench_model.config_of(shape, bench_model.write_processor(Path(folder)))
-        config = GRPOConfig(output_dir=folder, use_cpu=True, report_to="none", **step_settings(shape), **settings)
+        given: dict[str, Any] = {"use_cpu": True, "report_to": "none", **step_settings(shape), **settings}
+        config = GRPOConfig(output_dir=folder, **given)
     job = {"image_tokens": shape.image_tokens, "text_tokens": prompt_tokens - shape.image_tokens}
     with use(settings.get("kernels", "") if device == "cpu" else ""):
         plan = Planner().plan(Job(config, model, device=device, **job))
