@@ -18,12 +18,12 @@ from torch import Tensor
 
 from tests.helpers.forced import Tokens, repeating
 from vlmr1.commands import train as run
-from vlmr1.grpo import pack_runner as passes
 from vlmr1.grpo import policy, reference, trainer
 from vlmr1.rollout import scheduler
+from vlmr1.training import parallel
 
 SUMS = ("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor", "reduce_scatter_single")
-NAMES = {passes: "old", reference: "reference", trainer: "policy"}
+NAMES = {reference: "reference", trainer: "policy"}
 
 
 @dataclass
@@ -136,7 +136,7 @@ class AsEngine:
                 return output
 
         patch.setattr(run, "GRPOTrainer", Emulated)
-        patch.setattr(hf_trainer, "round_zero2_weights", self.start)
+        patch.setattr(parallel, "round_zero2_weights", self.start)
         patch.setattr(scheduler, "sample_tokens", repeating(tokens))
         if engine == "zero3":
             from deepspeed.runtime.zero.linear import zero3_linear_wrap
