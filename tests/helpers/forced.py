@@ -15,7 +15,7 @@ Tokens = dict[float, int]  # by the uniform number, of which each prompt, branch
 
 
 def recording(tokens: Tokens) -> Callable[..., Chosen]:
-    """`choose`; what it draws goes to `tokens`."""
+    """`sample_tokens`; what it draws goes to `tokens`."""
 
     def record(logits: Tensor, banned: Tensor, settings: SamplingSettings, draws: Tensor, seen: None = None) -> Chosen:
         chosen = sample_tokens(logits, banned, settings, draws, seen)
@@ -26,7 +26,7 @@ def recording(tokens: Tokens) -> Callable[..., Chosen]:
 
 
 def repeating(tokens: Tokens) -> Callable[..., Chosen]:
-    """What `choose` returns where it draws these tokens."""
+    """`sample_tokens` that draws these tokens."""
 
     def repeat(logits: Tensor, banned: Tensor, settings: SamplingSettings, draws: Tensor, seen: None = None) -> Chosen:
         chosen = torch.tensor([tokens[draw] for draw in draws.tolist()])
