@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ class Bed:
 
 
 class FixedRollout:
-    """A rollout engine that returns given groups; all else is the engine's own."""
+    """A rollout engine that returns given groups, as just drawn: passes keep their log-probs on the completions. All
+    else is the engine's own."""
 
     def __init__(self, engine: Any, groups: Sequence[Group]):
         self._engine, self._groups = engine, groups
@@ -68,7 +70,7 @@ class FixedRollout:
         return getattr(self._engine, name)
 
     def generate(self, *_: Any, **__: Any) -> list[Group]:
-        return list(self._groups)
+        return [replace(group, completions=tuple(map(replace, group.completions))) for group in self._groups]
 
 
 class TrainerArm:
