@@ -36,6 +36,8 @@ class ModelSettings(Settings):
     max_anyres_num: int | None = setting(None, "tiles of an image, at most; InternVL")
 
     def check(self) -> Iterator[str]:
+        if self.model_dtype not in ("float32", "bfloat16"):
+            yield f"model_dtype is {self.model_dtype!r}: float32 or bfloat16"
         yield from self.at_least(1, *LIMITS)
         if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
             yield f"min_pixels is {self.min_pixels}: it is above max_pixels, {self.max_pixels}"
