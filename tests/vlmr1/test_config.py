@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
+from tests.helpers.refused import CPU, refusal
 from vlmr1.cli import main
 from vlmr1.commands.arguments import RECIPES, parse_config, recipe_names
 from vlmr1.commands.schedule import describe_schedule
@@ -16,19 +16,11 @@ from vlmr1.data.templates import TEMPLATES, question_text
 from vlmr1.errors import SettingError
 from vlmr1_kernels import GRPOSettings
 
-CPU = ["--use_cpu", "true"]  # bf16 needs a GPU, or to be told that there is none
-
 
 def yaml_file(folder: Path, text: str) -> Path:
     path = folder / "run.yaml"
     path.write_text(text, encoding="utf-8")
     return path
-
-
-def refusal(*arguments: str, **options: Any) -> str:
-    with pytest.raises(SettingError) as caught:
-        parse_config([*CPU, *arguments], **options).check_device()
-    return str(caught.value)
 
 
 # Sources

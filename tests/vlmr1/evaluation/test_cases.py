@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.vlmr1.report.test_report import Page
+from tests.helpers.pages import Page
 from vlmr1.report.cases import Case, LabelledBox, choose, picture, write_cases
 from vlmr1.types import Sample
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch.utils.data import SequentialSampler
 
-from tests.vlmr1.grpo.test_trainer import trainer_of
-from tests.vlmr1.lifecycle.test_resume import command, weights
+from tests.helpers.digit_runs import command, weights
+from tests.helpers.trainers import trainer_of
 from vlmr1.cli import main
 from vlmr1.commands.schedule import describe_schedule
 from vlmr1.config import GRPOConfig

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.vlmr1.grpo.test_trainer import trainer_of
-from tests.vlmr1.lifecycle.test_resume import command, weights
+from tests.helpers.digit_runs import command, weights
+from tests.helpers.trainers import trainer_of
 from vlmr1.cli import main
 from vlmr1.grpo.dynamic_sampling import RESERVOIR, PromptReservoir, has_equal_rewards, resample
 from vlmr1.grpo.reference import REFERENCE

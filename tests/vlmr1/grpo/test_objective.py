@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.helpers.handmade import group, prompt
+from tests.helpers.maker import Maker
+from tests.helpers.steps import near_the_policy
+from tests.helpers.trainers import relative, trainer_of
 from tests.helpers.updates import as_drawn
-from tests.vlmr1.conftest import Maker
-from tests.vlmr1.grpo.test_packing import group, prompt
-from tests.vlmr1.grpo.test_step_oracle import near_the_policy
-from tests.vlmr1.grpo.test_trainer import relative, trainer_of
 from vlmr1.distributed.ranks import ALONE
 from vlmr1.errors import SettingError
 from vlmr1.grpo.advantages import with_advantages

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers.maker import Maker
+from tests.helpers.steps import TOLERANCE
+from tests.helpers.trainers import relative, trainer_of
 from tests.helpers.updates import update
-from tests.vlmr1.conftest import Maker
-from tests.vlmr1.grpo.test_step_oracle import TOLERANCE
-from tests.vlmr1.grpo.test_trainer import relative, trainer_of
 from vlmr1.config import GRPOConfig
 from vlmr1.errors import SettingError
 from vlmr1.grpo.packing import with_signal

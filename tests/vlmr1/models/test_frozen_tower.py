@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.vlmr1.grpo.test_trainer import gradients, relative, trainer_of
+from tests.helpers.trainers import gradients, relative, trainer_of
 
 ROLLOUT_REFERENCE_POLICY = 3
 

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from tests.helpers.families import FAMILIES, build
-from tests.helpers.updates import update
-from tests.vlmr1.conftest import Maker
-from tests.vlmr1.grpo.test_step_oracle import NAIVE, assert_equal_steps
+from tests.helpers.lora_steps import LORA, step, trainer_of
+from tests.helpers.maker import Maker
+from tests.helpers.steps import NAIVE, assert_equal_steps
 from vlmr1.config import GRPOConfig
 from vlmr1.errors import SettingError
 from vlmr1.grpo.packing import make_pack
@@ -27,8 +27,6 @@ from vlmr1.models.lora import base_of, merged, with_lora
 from vlmr1.models.settings import ParameterSettings
 from vlmr1.rollout import NativeEngine, SamplingSettings, TransformersEngine
 from vlmr1.types import Group
-
-LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8}
 
 
 @pytest.fixture(scope="module")
@@ -69,27 +67,6 @@ def groups_of(make: Maker) -> list[Group]:
         make.group(make.prompt("What is seven?"), (4, 9)),
         make.group(make.prompt("Locate the digit 2.", ("middle", "wide")), (5, 1, 7)),
     ]
-
-
-def perturb(model: Any, scale: float = 0.1) -> None:
-    """Adapters begin as nothing, with half of their gradients zero; these have learned something."""
-    generator = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += scale * torch.randn(parameter.shape, generator=generator)
-
-
-def trainer_of(model: Any, processor: Any, output: Path, **settings: Any) -> GRPOTrainer:
-    config = GRPOConfig(output_dir=str(output), use_cpu=True, num_generations=2, max_completion_length=12, **settings)
-    trainer = GRPOTrainer(copy.deepcopy(model), config, [], processor, reward_funcs=["format"])
-    perturb(trainer.model)
-    return trainer
-
-
-def step(trainer: GRPOTrainer, groups: list[Group]) -> tuple[float, dict, dict]:
-    """Loss, metrics and gradients by name of one update."""
-    loss, metrics = update(trainer, groups)
-    return float(loss), metrics, {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
 
 
 # The step

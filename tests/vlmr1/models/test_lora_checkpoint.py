@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.vlmr1.conftest import Maker
-from tests.vlmr1.lifecycle.test_resume import STEPS, command, start_with
+from tests.helpers.digit_runs import STEPS, command, start_with
+from tests.helpers.maker import Maker
 from vlmr1.cli import main
 from vlmr1.commands.merge import merge
 from vlmr1.errors import SettingError

@@ -14,9 +14,9 @@ from bitsandbytes.nn import Linear4bit
 from torch import nn
 
 from tests.helpers import families
-from tests.vlmr1.conftest import Maker
-from tests.vlmr1.grpo.test_step_oracle import NAIVE, assert_equal_steps
-from tests.vlmr1.models.test_lora import LORA, step, trainer_of
+from tests.helpers.lora_steps import LORA, step, trainer_of
+from tests.helpers.maker import Maker
+from tests.helpers.steps import NAIVE, assert_equal_steps
 from vlmr1.errors import SettingError
 from vlmr1.grpo.packing import make_pack
 from vlmr1.grpo.policy import PackedPolicy

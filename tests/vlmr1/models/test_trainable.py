@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from tests.helpers.families import FAMILIES, build
-from tests.vlmr1.grpo.test_trainer import gradients, relative, trainer_of
-from tests.vlmr1.models.test_lora import LORA, perturb
-from tests.vlmr1.test_config import CPU, refusal
+from tests.helpers.lora_steps import LORA, perturb
+from tests.helpers.refused import CPU, refusal
+from tests.helpers.trainers import gradients, relative, trainer_of
 from vlmr1.commands.arguments import parse_config
 from vlmr1.config import GRPOConfig
 from vlmr1.errors import SettingError

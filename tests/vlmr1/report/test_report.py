@@ -2,35 +2,16 @@
 
 from base64 import b64decode
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.helpers.pages import Page, Recorder
 from vlmr1.report.curves import reward_curve, running_mean
 from vlmr1.report.demo import Example, write_report
 
 HISTORY = [{"step": 10 * i, "reward": i / 10, "kl": 0.01 * i, "completion_length": 20.0} for i in range(1, 21)]
-
-
-class Page(HTMLParser):
-    """Tags with their attributes, and the text between them."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data):
-        self.words.append(data)
-
-    def of(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.tags if name == tag]
 
 
 @pytest.fixture
@@ -145,16 +126,6 @@ def test_running_mean():
     values = np.array([1.0, 3.0, np.nan, 5.0, 9.0])
     np.testing.assert_allclose(running_mean(values, 2), [1.0, 2.0, 3.0, 5.0, 7.0])
     np.testing.assert_allclose(running_mean(np.array([np.nan, 4.0]), 1), [np.nan, 4.0])
-
-
-class Recorder:
-    """Stands in for the canvas: keeps the figure, to be looked at."""
-
-    def __init__(self, figure):
-        Recorder.figure = figure
-
-    def print_png(self, path):
-        pass
 
 
 def test_curve_draws_each_step_and_its_running_mean(tmp_path, monkeypatch):

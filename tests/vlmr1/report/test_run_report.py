@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.vlmr1.grpo.test_trainer import trainer_of
-from tests.vlmr1.report.test_report import Page, Recorder
+from tests.helpers.pages import Page, Recorder
+from tests.helpers.trainers import trainer_of
 from vlmr1.cli import main
 from vlmr1.commands.report import report_of_run
 from vlmr1.errors import OutputError
