@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,3 +53,12 @@ def relative(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
     assert one.keys() == other.keys()
     flat = [torch.cat([each[name].flatten() for name in one]) for each in (one, other)]
     return float((flat[0] - flat[1]).norm() / flat[1].norm())
+
+
+def shift(trainer: GRPOTrainer, by: float) -> None:
+    """Let the engine report log-probs that are too low by this."""
+    drawn = trainer.rollout
+    trainer.rollout = lambda prompts: [
+        replace(group, completions=tuple(replace(c, logp=c.logp - by) for c in group.completions))
+        for group in drawn(prompts)
+    ]

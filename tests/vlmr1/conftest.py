@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.helpers.maker import Maker
 from vlmr1.models import load_model, load_processor
-from vlmr1.tiny import CHECKPOINT
+from vlmr1.tiny import CHECKPOINT, digits
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +34,14 @@ def image_files(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
         files[size] = folder / f"{size}.png"
         Image.fromarray(rng.integers(0, 255, (size, size, 3), dtype=np.uint8)).save(files[size])
     return files
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight rows of drawn digits, to be read only."""
+    folder = tmp_path_factory.mktemp("data")
+    digits.write(folder, "train", 8, seed=3)
+    return folder
 
 
 @pytest.fixture

@@ -210,13 +210,6 @@ def test_the_curves_are_those_of_the_metrics(monkeypatch):
     assert run_curves([]) is None
 
 
-def test_curves_are_a_picture():
-    png = run_curves(ROWS)
-    assert png is not None
-    with Image.open(io.BytesIO(png)) as image:
-        assert (image.format, image.size) == ("PNG", (1380, 580))  # five panels in rows of three
-
-
 def test_completions_of_a_run_are_recorded_for_the_page(model, processor, tmp_path):
     trainer = trainer_of(model, processor, tmp_path, log_completions=2)
     progress = Progress(tmp_path, console=False)
