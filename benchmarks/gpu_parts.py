@@ -60,7 +60,7 @@ def imports(note: Note, device: str, tiny: bool) -> None:
         with note.attempt(f"import {module}"):
             import_module(module)
     for dtype in (torch.bfloat16, torch.float32):
-        note(f"auto {dtype}", {each.op: each.chosen for each in registry.doctor(device, dtype)})
+        note(f"auto {dtype}", {each.op: each.chosen for each in registry.explain_all(device, dtype)})
 
 
 def ops(note: Note, device: str, tiny: bool) -> None:

@@ -13,7 +13,6 @@ from vlmr1.commands.data_check import add_arguments, check_data, prompt_measure
 from vlmr1.commands.data_check import run as run_command
 from vlmr1.data.findings import histogram
 from vlmr1.data.samples import load_samples
-from vlmr1.errors import SettingError
 from vlmr1.models import load_processor
 from vlmr1.rewards.registry import Reward
 from vlmr1.tiny import CHECKPOINT
@@ -164,24 +163,6 @@ def test_the_command_counts_tokens(folder, capsys):
     first, *bars, last = capsys.readouterr().out.splitlines()
     assert (first, last) == ("tokens a prompt:", "3 rows, 1 images: no faults")
     assert [int(bar.split()[-1]) for bar in bars if bar.split()[-1] != "0"] == [1, 2]
-
-
-@pytest.mark.parametrize(
-    "words, expected",
-    [
-        (["none.jsonl"], "data_file_paths: none.jsonl is not a file"),
-        (["{path}", "--images", "none"], "image_folders: none is not a directory"),
-        (["{path}", "--reward_funcs", "acuracy"], "reward_funcs: unknown reward 'acuracy'; did you mean 'accuracy'?"),
-        (["{path}", "--question_template", "reg"], "question_template is 'reg': one of default, rec"),
-        (["{path}", "--max_prompt_length", "9"], "--max_prompt_length needs --model"),
-        (["{path}", "--model", "{folder}/none"], "--model: "),
-    ],
-)
-def test_settings(folder, words, expected):
-    path = write(folder, [row()])
-    with pytest.raises(SettingError) as caught:
-        run(*(word.format(path=path, folder=folder) for word in words))
-    assert str(caught.value).startswith(expected)
 
 
 @pytest.mark.parametrize(

@@ -29,11 +29,6 @@ def test_mean_agrees_with_the_normal_interval():
     assert (again.low, again.high) == (found.low, found.high)
 
 
-def test_a_constant_is_a_point():
-    found = ratio([0.25] * 9)
-    assert (found.value, found.low, found.high) == (0.25, 0.25, 0.25)
-
-
 def test_a_share_is_of_what_was_drawn():
     """Two rows with 1 of 1 and 1 of 3: 2/4 over the data, 1 and 1/3 where one row is drawn twice."""
     found = ratio([1, 1], [1, 3])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 
@@ -12,13 +11,12 @@ from PIL import Image
 
 from tests.helpers.families import build
 from vlmr1.data.image_grid import PatchGrid
-from vlmr1.data.images import upright_size
-from vlmr1.errors import DataError, SettingError
+from vlmr1.errors import SettingError
 from vlmr1.evaluation.decode import Decoder
 from vlmr1.evaluation.records import Record
 from vlmr1.evaluation.tasks import score_task
 from vlmr1.models import load_model, load_processor
-from vlmr1.types import Completion, Group, ImageBytes, Sample
+from vlmr1.types import Completion, Group, Sample
 
 TRUE = (10.0, 20.0, 90.0, 60.0)
 
@@ -97,20 +95,6 @@ def test_an_enlarged_image_keeps_the_pixels_of_its_file(model, processor, tmp_pa
     record = record_of(model, processor, image)
     assert (record.image_size, record.box_extent) == ((14, 14), (56, 56))
     assert mean_iou(record, image, (8, 8, 24, 24), box=(2, 2, 6, 6)) == 1.0
-
-
-def test_image_bytes():
-    buffer = io.BytesIO()
-    Image.new("RGB", (30, 20)).save(buffer, "PNG")
-    assert upright_size(ImageBytes.of(buffer.getvalue(), "x"), "a:1") == (30, 20)
-    with pytest.raises(DataError, match=r"^a:1: image x cannot be decoded"):
-        upright_size(ImageBytes.of(b"no image", "x"), "a:1")
-
-
-def test_a_tiff_turns_itself(tmp_path):
-    pixels = Image.new("RGB", (30, 20))
-    pixels.save(tmp_path / "a.tiff", tiffinfo={274: 6})
-    assert upright_size(tmp_path / "a.tiff", "a:1") == (20, 30)
 
 
 FAMILIES = {"qwen3_vl": (1000, 1000), "glm4v": (1000, 1000), "internvl": (1000, 1000), "idefics3": (75, 133)}

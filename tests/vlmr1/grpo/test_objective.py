@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.helpers.handmade import group, prompt
+from tests.helpers.maker import Maker
+from tests.helpers.steps import near_the_policy
+from tests.helpers.trainers import relative, trainer_of
 from tests.helpers.updates import as_drawn
-from tests.vlmr1.conftest import Maker
-from tests.vlmr1.grpo.test_packing import group, prompt
-from tests.vlmr1.grpo.test_step_oracle import near_the_policy
-from tests.vlmr1.grpo.test_trainer import relative, trainer_of
 from vlmr1.distributed.ranks import ALONE
 from vlmr1.errors import SettingError
 from vlmr1.grpo.advantages import with_advantages
@@ -62,29 +62,18 @@ def bonus(logp: Tensor, entropy: Tensor, engine: Tensor, advantage: Tensor) -> T
     return plain(logp, entropy, engine, advantage) - 0.3 * entropy
 
 
-def corrected(logp: Tensor, engine: Tensor, advantage: Tensor, mode: str) -> Tensor:
+def corrected(mode: str) -> Any:
     """Recomputed old log-probs: the ratio is 1, and the weight is of policy over engine."""
-    old = logp.detach()
-    difference = old - engine
-    ratio = (difference.sum().expand(len(old)) if mode.startswith("sequence") else difference).exp()
-    weight = ratio.clamp(max=CAP) if mode.endswith("truncate") else torch.where(ratio > CAP, 0.0, ratio)
-    return weight * clipped((logp - old).exp(), advantage)
 
+    def objective(logp: Tensor, entropy: Tensor, engine: Tensor, advantage: Tensor) -> Tensor:
+        old = logp.detach()
+        difference = old - engine
+        ratio = (difference.sum().expand(len(old)) if mode.startswith("sequence") else difference).exp()
+        weight = ratio.clamp(max=CAP) if mode.endswith("truncate") else torch.where(ratio > CAP, 0.0, ratio)
+        return weight * clipped((logp - old).exp(), advantage)
 
-def token_truncate(logp: Tensor, entropy: Tensor, engine: Tensor, advantage: Tensor) -> Tensor:
-    return corrected(logp, engine, advantage, "token_truncate")
-
-
-def token_mask(logp: Tensor, entropy: Tensor, engine: Tensor, advantage: Tensor) -> Tensor:
-    return corrected(logp, engine, advantage, "token_mask")
-
-
-def sequence_truncate(logp: Tensor, entropy: Tensor, engine: Tensor, advantage: Tensor) -> Tensor:
-    return corrected(logp, engine, advantage, "sequence_truncate")
-
-
-def sequence_mask(logp: Tensor, entropy: Tensor, engine: Tensor, advantage: Tensor) -> Tensor:
-    return corrected(logp, engine, advantage, "sequence_mask")
+    objective.__name__ = mode
+    return objective
 
 
 def correction(mode: str) -> dict[str, Any]:
@@ -95,14 +84,15 @@ def correction(mode: str) -> dict[str, Any]:
     }
 
 
+CORRECTED = [corrected(mode) for mode in ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")]
 SETTINGS = {
     plain: {},
     delta: {"delta": 1.3},
     sequence: {"importance_sampling_level": "sequence"},
     bonus: {"entropy_coef": 0.3},
-    **{each: correction(each.__name__) for each in (token_truncate, token_mask, sequence_truncate, sequence_mask)},
+    **{each: correction(each.__name__) for each in CORRECTED},
 }
-SETTINGS_DAPO = {each: {**SETTINGS[each], "loss_type": "dapo"} for each in (sequence, bonus, sequence_mask)}
+SETTINGS_DAPO = {each: {**SETTINGS[each], "loss_type": "dapo"} for each in (sequence, bonus, CORRECTED[-1])}
 
 
 def generated(trainer: Any, groups: list[Group]) -> Minibatch:

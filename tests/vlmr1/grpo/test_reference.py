@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.vlmr1.grpo.test_trainer import trainer_of
+from tests.helpers.trainers import trainer_of
 from vlmr1.errors import SettingError
 from vlmr1.grpo.reference import REFERENCE, SyncReference
 

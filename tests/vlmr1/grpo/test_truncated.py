@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers.maker import Maker
+from tests.helpers.trainers import trainer_of
 from tests.helpers.updates import update
-from tests.vlmr1.conftest import Maker
-from tests.vlmr1.grpo.test_trainer import trainer_of
 from vlmr1.grpo.packing import make_pack
 from vlmr1.types import Group
 

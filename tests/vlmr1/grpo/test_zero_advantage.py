@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers.maker import Maker
+from tests.helpers.steps import TOLERANCE
+from tests.helpers.trainers import relative, trainer_of
 from tests.helpers.updates import update
-from tests.vlmr1.conftest import Maker
-from tests.vlmr1.grpo.test_step_oracle import TOLERANCE
-from tests.vlmr1.grpo.test_trainer import relative, trainer_of
 from vlmr1.config import GRPOConfig
-from vlmr1.errors import SettingError
 from vlmr1.grpo.packing import with_signal
 from vlmr1.types import Group
 
@@ -100,8 +99,3 @@ def test_a_group_without_images_can_be_what_is_left(model, processor, make, tmp_
 )
 def test_on_where_the_advantage_is_the_only_source(settings, expected, tmp_path):
     assert GRPOConfig(output_dir=str(tmp_path), use_cpu=True, **settings).skips_zero_advantage == expected
-
-
-def test_refused_with_a_kl(tmp_path):
-    with pytest.raises(SettingError, match=r"skip_zero_advantage needs beta 0, not 0\.04"):
-        GRPOConfig(output_dir=str(tmp_path), use_cpu=True, beta=0.04, skip_zero_advantage=True)

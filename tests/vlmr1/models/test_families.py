@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from tests.helpers.families import FAMILIES, GLM_IMAGES, ROWS_AND_COLUMNS, build
-from tests.vlmr1.conftest import Maker
-from tests.vlmr1.grpo.test_step_oracle import NAIVE, assert_equal_steps, step
+from tests.helpers.maker import Maker
+from tests.helpers.steps import NAIVE, assert_equal_steps, step
 from vlmr1.cli import main
 from vlmr1.config import GRPOConfig
 from vlmr1.data.images import open_image

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.vlmr1.conftest import Maker
-from tests.vlmr1.grpo.test_trainer import trainer_of
+from tests.helpers.maker import Maker
+from tests.helpers.trainers import trainer_of
 from vlmr1.config import GRPOConfig
 from vlmr1.errors import SettingError
 from vlmr1.grpo.trainer import GRPOTrainer

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.vlmr1.grpo.test_trainer import trainer_of
+from tests.helpers.trainers import trainer_of
 from vlmr1.config import GRPOConfig
 from vlmr1.grpo.no_signal_warning import STEPS, NoSignalWarning
 from vlmr1.report.progress import WIDTH, read_lines, step_line

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.vlmr1.rollout.test_rollout import (
+from tests.helpers.rollouts import (
     GREEDY,
     assert_close,
     changed_logits,

@@ -89,12 +89,6 @@ def test_the_scans_are_those_of_the_published_data_set():
     assert hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest() == SCANS_SHA256
 
 
-def test_the_scans_are_those_of_scikit_learn():
-    images, labels = pytest.importorskip("sklearn.datasets").load_digits(return_X_y=True)
-    np.testing.assert_array_equal(read_scans()[0].reshape(-1, 64), images)
-    np.testing.assert_array_equal(read_scans()[1], labels)
-
-
 def test_every_scan_is_in_exactly_one_split():
     images, labels = read_scans()
     every = Counter((int(label), (scan / 16).tobytes()) for scan, label in zip(images, labels, strict=True))
