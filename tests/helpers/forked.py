@@ -25,6 +25,8 @@ CONTEXT.set_forkserver_preload(
         "transformers.models.qwen2_5_vl.processing_qwen2_5_vl",
         "transformers.models.qwen2_vl.image_processing_qwen2_vl",
         "transformers.models.auto.processing_auto",
+        "transformers.models.qwen2_vl.image_processing_pil_qwen2_vl",
+        "deepspeed",  # accelerate imports it whatever the engine is
     ]
 )
 

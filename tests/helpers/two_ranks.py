@@ -29,6 +29,7 @@ SETTINGS = {
     "reward_workers": 0,
     "question_template": "none",
     "disable_tqdm": "true",
+    "write_report": "false",
 }
 
 
