@@ -33,7 +33,7 @@ lint: $(READY)/lint $(READY)/test $(READY)/bench
 	$(BIN)/clang-format --dry-run --Werror kernels/csrc/*
 	$(BIN)/pyright
 
-# What is gained on this machine, and by which switch. make bench BENCH=--quick
+# Training steps on this machine, switch by switch. make bench BENCH=--quick
 bench: $(READY)/bench
 	$(BIN)/vlmr1 bench $(BENCH)
 
