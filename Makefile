@@ -38,7 +38,7 @@ lint: $(READY)/lint $(READY)/test $(READY)/bench docs
 docs: $(READY)/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-# What is gained on this machine, and by which switch. make bench BENCH=--quick
+# Training steps on this machine, switch by switch. make bench BENCH=--quick
 bench: $(READY)/bench
 	$(BIN)/vlmr1 bench $(BENCH)
 
