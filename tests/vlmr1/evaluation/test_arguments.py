@@ -61,14 +61,20 @@ REFUSED = {
     "length": ([*REC, "--max_completion_length", "0"], "--max_completion_length is 0: it must be at least 1"),
     "pictures": ([*REC, "--pictures", "-1"], "--pictures is -1: it must not be negative"),
     "timeout": ([*REC, "--ddp_timeout", "0"], "--ddp_timeout is 0.0: it must be above 0"),
-    "coordinates": ([*REC, "--box_coordinates", "px"], "evaluate: argument --box_coordinates: invalid choice: 'px'"),
+    "coordinates": (
+        [*REC, "--box_coordinates", "px"],
+        "evaluate: argument --box_coordinates/--box-coordinates: invalid choice: 'px'",
+    ),
     "dtype": ([*REC, "--dtype", "int8"], "evaluate: argument --dtype: invalid choice: 'int8'"),
-    "engine": ([*REC, "--rollout_engine", "x"], "evaluate: argument --rollout_engine: invalid choice: 'x'"),
+    "engine": (
+        [*REC, "--rollout_engine", "x"],
+        "evaluate: argument --rollout_engine/--rollout-engine: invalid choice: 'x'",
+    ),
     "kernels": ([*REC, "--kernels", "grpo_loss=none"], "--kernels: grpo_loss has no implementation 'none'"),
     "template": ([*REC, "--question_template", "Where?"], "question_template is 'Where?'"),
     "method of rec": ([*REC, "--accu_reward_method", "iou"], "--accu_reward_method is for --task vqa"),
     "judge of rec": ([*REC, "--judge_url", "http://x", "--judge_model", "m"], "--judge_url is for --task vqa"),
-    "judge model": (["--task", "vqa", "--judge_model", "m"], "--judge_model needs --judge_url"),
+    "judge model": (["--task", "vqa", "--judge_model", "m"], "judge_model needs judge_url"),
     "judge url": (["--task", "vqa", "--judge_url", "x", "--judge_model", "m"], "judge_url is 'x': it must begin with"),
 }
 
