@@ -31,7 +31,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
 def _evaluate(asked: Evaluate) -> None:
     slugs(asked.models)
     found: list[Results] = []
-    with process_group(asked.ddp_timeout) as ranks:
+    with process_group(asked.output.ddp_timeout) as ranks:
         for model in asked.models:
             results = evaluate_model(model, asked.options, asked.output, ranks)
             if results is not None:

@@ -2,70 +2,74 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, Literal, get_args, get_type_hints
 
 from vlmr1.data.box_coordinates import Setting
 from vlmr1.data.templates import question_text
 from vlmr1.errors import SettingError
-from vlmr1.rewards.judge import Judge
+from vlmr1.rewards.judge import Judge, judge_of
 from vlmr1.rewards.settings import RewardSettings
-from vlmr1.rollout import ENGINES
+from vlmr1.types import Settings, setting
 from vlmr1_kernels.registry import ImplementationError, parse_choices
 
 Task = Literal["rec", "ovd", "vqa"]
-TASKS = get_args(Task)
 TEMPLATE_OF: dict[str, str] = {"rec": "rec", "ovd": "odLength", "vqa": "default"}
 LENGTH_OF: dict[str, int] = {"rec": 256, "ovd": 1024, "vqa": 1024}  # tokens
-DTYPES = ("float32", "bfloat16")
+
+
+def _by_task(values: dict) -> str:
+    return "default: " + ", ".join(f"{task}: {value}" for task, value in values.items())
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Settings):
     """Options that change what is computed. SettingError for an invalid value."""
 
-    task: Task
-    data: tuple[str, ...]
-    images: tuple[str, ...] = ()
-    question_template: str = ""  # "": the task's default
-    accu_reward_method: tuple[str, ...] = ()  # for vqa; empty: default
-    judge: Judge | None = None
-    max_completion_length: int = 0  # 0: the task's default
-    batch_size: int = 32  # rows that are decoded together; it alone determines the batches
-    limit: int | None = None
-    box_coordinates: Setting = "auto"
-    prompt_column: str = "prompt"
-    solution_column: str = "solution"
-    revision: str = "main"
-    trust_remote_code: bool = False
-    dtype: str = "float32"
-    rollout_engine: str = "native"
-    kernels: str = ""
+    task: Task = setting(MISSING, "one box; boxes with labels; answers in words")
+    data: list[str] = setting(MISSING, "data files as in training, RefCOCO JSON, COCO annotation JSON")
+    images: list[str] = setting([], "image folders: one for each data file, or one for all")
+    question_template: str = setting("", _by_task(TEMPLATE_OF))
+    accu_reward_method: list[str] = setting([], "of vqa: one, or one for each file; a row's column wins")
+    judge_url: str | None = setting(None, "OpenAI-compatible API of accu_reward_method llm")
+    judge_model: str | None = setting(None, "model that judge_url serves")
+    judge_timeout: float = setting(60.0, "seconds a request")
+    judge_retries: int = setting(3, "further attempts after a request that failed")
+    judge_concurrency: int = setting(8, "requests at the same time")
+    max_completion_length: int | None = setting(None, f"tokens; {_by_task(LENGTH_OF)}")
+    batch_size: int = setting(32, "rows that are decoded together; it alone determines the batches")
+    limit: int | None = setting(None, "evaluate the first rows only")
+    box_coordinates: Setting = setting("auto", "in which the model writes boxes")
+    prompt_column: str = setting("prompt", "of rows in TRL's format")
+    solution_column: str = setting("solution", "of rows in TRL's format")
+    revision: str = setting("main", "of a hub model")
+    trust_remote_code: bool = setting(False, "run code that a hub model ships")
+    dtype: Literal["float32", "bfloat16"] = setting("float32", "of weights and computation")
+    rollout_engine: Literal["native", "transformers"] = setting("native", "as in training")
+    kernels: str = setting("", "op=impl,... ; see `vlmr1 doctor`")
 
     def __post_init__(self) -> None:
-        if self.task not in TASKS:
-            raise SettingError(f"--task is {self.task!r}: one of {', '.join(TASKS)}")
+        for fault in self.check():
+            raise SettingError(f"--{fault}")
+        question_text(self.template)
+        judge_of(self)
+
+    def check(self) -> Iterator[str]:
         if not self.data:
-            raise SettingError("--data is not set: name at least one data file")
-        for name, least in (("batch_size", 1), ("limit", 1), ("max_completion_length", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise SettingError(f"--{name} is {value}: it must be at least 1")
-        for name, known in (
-            ("box_coordinates", get_args(Setting)),
-            ("dtype", DTYPES),
-            ("rollout_engine", tuple(ENGINES)),
-        ):
-            if getattr(self, name) not in known:
-                raise SettingError(f"--{name} is {getattr(self, name)!r}: one of {', '.join(known)}")
-        if self.task != "vqa" and (self.accu_reward_method or self.judge):
+            yield "data is not set: name at least one data file"
+        yield from self.at_least(1, "batch_size", "limit", "max_completion_length")
+        hints = get_type_hints(Options)
+        for name in ("task", "box_coordinates", "dtype", "rollout_engine"):
+            if getattr(self, name) not in get_args(hints[name]):
+                yield f"{name} is {getattr(self, name)!r}: one of {', '.join(get_args(hints[name]))}"
+        if self.task != "vqa" and (self.accu_reward_method or self.judge_url):
             name = "accu_reward_method" if self.accu_reward_method else "judge_url"
-            raise SettingError(f"--{name} is for --task vqa; {self.task} has metrics of its own")
+            yield f"{name} is for --task vqa; {self.task} has metrics of its own"
         try:
             parse_choices(self.kernels)
         except ImplementationError as error:
-            raise SettingError(f"--kernels: {error}") from error
-        question_text(self.template)
+            yield f"kernels: {error}"
 
     @property
     def template(self) -> str:
@@ -81,13 +85,18 @@ class Options:
         """Accuracy methods; several may be joined by ':', as in training."""
         return tuple(name for joint in self.accu_reward_method for name in joint.split(":")) or ("default",)
 
+    @property
+    def judge(self) -> Judge | None:
+        return judge_of(self)
+
     def rewards(self) -> RewardSettings:
         """Settings of the accuracy reward of vqa."""
         return RewardSettings(accu_reward_method=self.methods[0], judge=self.judge)
 
     def written(self) -> dict[str, Any]:
         """All options by name, as they are written beside the results."""
-        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        names = [each.name.replace("judge_url", "judge") for each in fields(self)]
+        values = {name: getattr(self, name) for name in names if not name.startswith("judge_")}
         values |= {
             "data": list(self.data),
             "images": list(self.images),

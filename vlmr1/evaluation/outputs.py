@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 
 from vlmr1.errors import SettingError
+from vlmr1.types import Settings, setting
 
 SLUG_LENGTH = 80
 
 
 @dataclass(frozen=True)
-class OutputOptions:
-    """Output directory, pictures on the page, device, and workers of slow rewards."""
+class OutputOptions(Settings):
+    """Output directory, pictures on the page, device, workers of slow rewards, and how long processes wait."""
 
-    output_dir: Path
-    pictures: int = 12
-    use_cpu: bool = False
-    reward_workers: int = 2
-    reward_timeout: float = 10.0
+    output_dir: Path = setting(MISSING, "one directory a model is written there")
+    pictures: int = setting(12, "best and worst cases on the page, as many of each")
+    use_cpu: bool = setting(False, "leave a GPU alone")
+    reward_workers: int = setting(2, "processes for scores that may hang; 0: none, no time limit")
+    reward_timeout: float = setting(10.0, "seconds a completion, in those processes")
+    ddp_timeout: float = setting(1800.0, "seconds that processes wait for each other")
+
+    def __post_init__(self) -> None:
+        faults = self.at_least(0, "pictures", "reward_workers"), self.above_zero("reward_timeout", "ddp_timeout")
+        for fault in chain(*faults):
+            raise SettingError(f"--{fault}")
 
     def folder(self, model: str) -> Path:
         """The directory of a model's results."""
@@ -31,11 +39,9 @@ class OutputOptions:
 def slug(model: str) -> str:
     """Convert a model's name to the name of a directory."""
     name = re.sub(r"[^\w.-]+", "-", model).strip("-.") or "model"
-    return (
-        name
-        if len(name) <= SLUG_LENGTH
-        else f"{name[-SLUG_LENGTH:].strip('-.')}-{sha256(name.encode()).hexdigest()[:8]}"
-    )
+    if len(name) <= SLUG_LENGTH:
+        return name
+    return f"{name[-SLUG_LENGTH:].strip('-.')}-{sha256(name.encode()).hexdigest()[:8]}"
 
 
 def slugs(models: Sequence[str]) -> list[str]:

@@ -71,7 +71,7 @@ def native_workspace(hidden: Tensor, weight: Tensor) -> int:
     sums over chunks."""
     rows, (vocabulary, width) = len(hidden), weight.shape
     call = registry.Request(hidden.device, hidden.dtype, (rows, width, vocabulary))
-    if registry.chosen("linear_grpo_loss", call).name != "native":
+    if registry.select("linear_grpo_loss", call).name != "native":
         return 0
     trained = weight.requires_grad
     meant = torch.empty(weight.shape, dtype=hidden.dtype, device="meta", requires_grad=trained)

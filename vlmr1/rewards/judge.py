@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http.client import HTTPException
+from typing import Any
 
 from vlmr1.errors import SettingError
 
@@ -120,3 +121,13 @@ class Judge:
         if math.isnan(value):
             raise _Failure(f"the judge replied {reply[:80]!r}, not 0 or 1")
         return value
+
+
+def judge_of(settings: Any) -> Judge | None:
+    """Return the judge of settings that have `judge_url`, `judge_model`, ...; SettingError for a value out of range."""
+    if settings.judge_url is not None:
+        options = {name: getattr(settings, f"judge_{name}") for name in ("timeout", "retries", "concurrency")}
+        return Judge(settings.judge_url, settings.judge_model or "", **options)
+    if settings.judge_model is not None:
+        raise SettingError("judge_model needs judge_url")
+    return None

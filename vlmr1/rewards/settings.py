@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from vlmr1.data.box_coordinates import BoxCoordinates
 from vlmr1.errors import SettingError, faults_of
 from vlmr1.lifecycle.renamed import current_value
-from vlmr1.rewards.judge import Judge
+from vlmr1.rewards.judge import Judge, judge_of
 from vlmr1.rewards.length import COSINE_MAX
 from vlmr1.types import Settings, setting
 
@@ -126,21 +126,10 @@ class RewardOptions(_Shared):
 
     def rewards(self) -> RewardSettings:
         """What the rewards of a run share; SettingError where a setting is out of range."""
-        judge = None
-        if self.judge_url is not None:
-            judge = Judge(
-                self.judge_url,
-                self.judge_model or "",
-                timeout=self.judge_timeout,
-                retries=self.judge_retries,
-                concurrency=self.judge_concurrency,
-            )
-        elif self.judge_model is not None:
-            raise SettingError("judge_model needs judge_url")
         return RewardSettings(
             mode=self.reward_mode,
             accu_reward_method=self.accu_reward_method[0],
-            judge=judge,
+            judge=judge_of(self),
             max_completion_length=self.max_completion_length,
             overlong_cache_length=self.overlong_cache_length,
             length_reward_max=self.length_reward_max,
