@@ -60,21 +60,12 @@ REFUSED = {
         "evaluate: argument --box_coordinates/--box-coordinates: invalid choice: 'px'",
     ),
     "dtype": ([*REC, "--dtype", "int8"], "evaluate: argument --dtype: invalid choice: 'int8'"),
-<<<<<<< HEAD
-    "engine": ([*REC, "--rollout_engine", "x"], "evaluate: argument --rollout_engine: invalid choice: 'x'"),
-=======
     "engine": (
         [*REC, "--rollout_engine", "x"],
         "evaluate: argument --rollout_engine/--rollout-engine: invalid choice: 'x'",
     ),
-    "kernels": ([*REC, "--kernels", "grpo_loss=none"], "--kernels: grpo_loss has no implementation 'none'"),
->>>>>>> lines
     "template": ([*REC, "--question_template", "Where?"], "question_template is 'Where?'"),
     "judge of rec": ([*REC, "--judge_url", "http://x", "--judge_model", "m"], "--judge_url is for --task vqa"),
-<<<<<<< HEAD
-=======
-    "judge model": (["--task", "vqa", "--judge_model", "m"], "judge_model needs judge_url"),
->>>>>>> lines
     "judge url": (["--task", "vqa", "--judge_url", "x", "--judge_model", "m"], "judge_url is 'x': it must begin with"),
 }
 
