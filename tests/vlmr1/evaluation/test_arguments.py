@@ -57,12 +57,12 @@ REFUSED = {
     "timeout": ([*REC, "--ddp_timeout", "0"], "--ddp_timeout is 0.0: it must be above 0"),
     "coordinates": (
         [*REC, "--box_coordinates", "px"],
-        "evaluate: argument --box_coordinates/--box-coordinates: invalid choice: 'px'",
+        "--box_coordinates",
     ),
     "dtype": ([*REC, "--dtype", "int8"], "evaluate: argument --dtype: invalid choice: 'int8'"),
     "engine": (
         [*REC, "--rollout_engine", "x"],
-        "evaluate: argument --rollout_engine/--rollout-engine: invalid choice: 'x'",
+        "--rollout_engine",
     ),
     "template": ([*REC, "--question_template", "Where?"], "question_template is 'Where?'"),
     "judge of rec": ([*REC, "--judge_url", "http://x", "--judge_model", "m"], "--judge_url is for --task vqa"),
