@@ -14,9 +14,19 @@ from torch.utils.checkpoint import checkpoint
 
 import vlmr1_kernels
 from tests.helpers import flash_kernels
-from tests.helpers.attention import CASES, FEW_KEYS, NAMES, Heads, separately, tensors, with_gradients
-from tests.kernels.conftest import DEVICES
-from tests.kernels.test_varlen_attention import SEQUENCES, offsets, one_by_one
+from tests.helpers.attention import (
+    CASES,
+    FEW_KEYS,
+    NAMES,
+    SEQUENCES,
+    Heads,
+    offsets,
+    one_by_one,
+    separately,
+    tensors,
+    with_gradients,
+)
+from tests.helpers.kernel_cases import ON_GPU
 from vlmr1_kernels import PrefixLayout
 from vlmr1_kernels.flash import kernels, sequences, shared_prefix_attention, varlen_attention
 from vlmr1_kernels.testing import assert_within_budget, pooled
@@ -236,9 +246,6 @@ def test_the_package_is_preferred(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_old_packages_are_not_used(version: str, used: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels.metadata, "version", lambda name: version)
     assert kernels._has_package.__wrapped__() is used
-
-
-ON_GPU = pytest.mark.skipif("cuda" not in DEVICES, reason="needs a GPU")
 
 
 @ON_GPU

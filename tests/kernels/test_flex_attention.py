@@ -12,8 +12,8 @@ from torch.nn.attention import flex_attention as torch_flex
 
 import vlmr1_kernels
 from tests.helpers.attention import CASES, NAMES, separately, tensors, with_gradients
-from tests.kernels.conftest import DEVICES
-from vlmr1_kernels import ImplementationError, PrefixLayout
+from tests.helpers.kernel_cases import ON_GPU
+from vlmr1_kernels import PrefixLayout
 from vlmr1_kernels.flex import shared_prefix_attention as flex
 from vlmr1_kernels.flex.mask import BLOCK, tables, visible_ranges
 from vlmr1_kernels.reference.shared_prefix_attention import visible
@@ -116,17 +116,6 @@ def test_a_new_layout_does_not_recompile() -> None:
     assert compiled_for(NEW_LAYOUTS, "cpu", torch.float32) == [1, 1, 1, 1]
     short = [PrefixLayout((13, 4), ((0, 2), (9,))), PrefixLayout((20,), ((5,),))]
     assert compiled_for(short, "cpu", torch.float32) == [2, 2], "one block only is a graph of its own"
-
-
-def test_refused_on_cpu() -> None:
-    q = torch.zeros(1, 2, 5, 16)
-    with pytest.raises(
-        ImplementationError, match="'flex' does not support this call: runs on cuda, the tensors are on cpu"
-    ):
-        vlmr1_kernels.shared_prefix_attention(q, q, q, PrefixLayout((2,), ((3,),)), impl="flex")
-
-
-ON_GPU = pytest.mark.skipif("cuda" not in DEVICES, reason="needs a GPU")
 
 
 @ON_GPU

@@ -1,10 +1,8 @@
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.conftest import Target, targets
+from tests.helpers.kernel_cases import Target, targets
 from vlmr1_kernels import group_advantages
 from vlmr1_kernels.testing import assert_within_budget
 
@@ -79,19 +77,3 @@ def test_strides_do_not_matter(target: Target) -> None:
     rewards = torch.tensor(REWARDS, device=target.device)
     run = target.run(torch.float32)
     assert torch.equal(run(rewards.repeat_interleave(2)[::2], 4), run(rewards, 4))
-
-
-@pytest.mark.parametrize(
-    ("rewards", "generations", "scale", "message"),
-    [
-        (torch.ones(6), 4, "group", "num_generations is 4; the 6 rewards"),
-        (torch.ones(6), 0, "group", "num_generations is 0"),
-        (torch.ones(2, 3), 3, "group", "rewards must be"),
-        (torch.ones(6, dtype=torch.int64), 3, "group", "rewards must be float64"),
-        (torch.ones(6), 3, "batches", "scale is 'batches'"),
-    ],
-    ids=["multiple", "none", "shape", "dtype", "scale"],
-)
-def test_bad_input_is_named(rewards: Any, generations: int, scale: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        group_advantages(rewards, generations, scale=scale)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.kernels.conftest import Target, padded_objective
+from tests.helpers.kernel_cases import Target, padded_objective
 from vlmr1_kernels import GRPOSettings, group_advantages, grpo_loss, linear_grpo_loss, linear_logprob
 from vlmr1_kernels.settings import IMPORTANCE_LEVELS, KL_ESTIMATORS, LOSS_TYPES
 from vlmr1_kernels.testing import HEAD, Inputs, Problem, gradients

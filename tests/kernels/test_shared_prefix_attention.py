@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers.attention import CASES, FEW_KEYS, NAMES, Heads, separately, tensors, with_gradients
-from vlmr1_kernels import ImplementationError, PrefixLayout, registry, shared_prefix_attention
+from vlmr1_kernels import PrefixLayout, registry, shared_prefix_attention
 from vlmr1_kernels.cpu import shared_prefix_attention as cpu
 from vlmr1_kernels.reference import shared_prefix_attention as reference
 from vlmr1_kernels.testing import assert_within_budget, pooled
@@ -104,52 +104,6 @@ def test_groups_and_branches_do_not_see_each_other(impl: str) -> None:
     after = shared_prefix_attention(q, k, v, layout, impl=impl)
     changed = (before != after).any(dim=-1).any(dim=1)[0]
     assert changed.nonzero()[:, 0].tolist() == [6]
-
-
-@pytest.mark.parametrize(
-    ("shapes", "message"),
-    [
-        (((2, 2, 5, 8), (1, 2, 5, 8), (1, 2, 5, 8)), r"q must be \[1, H, L, Dh\]"),
-        (((1, 2, 6, 8), (1, 2, 6, 8), (1, 2, 6, 8)), "q has 6 rows, the layout has 5"),
-        (((1, 2, 5, 8), (1, 2, 4, 8), (1, 2, 5, 8)), r"k must be \[1, Hkv, 5, 8\]"),
-        (((1, 2, 5, 8), (1, 2, 5, 8), (1, 1, 5, 8)), r"k is \[1, 2, 5, 8\], v is \[1, 1, 5, 8\]"),
-        (((1, 3, 5, 8), (1, 2, 5, 8), (1, 2, 5, 8)), "3 query heads are not a multiple of 2"),
-    ],
-    ids=["batch", "layout", "rows", "values", "heads"],
-)
-def test_bad_shapes_are_named(shapes: tuple[tuple[int, ...], ...], message: str) -> None:
-    q, k, v = (torch.zeros(shape) for shape in shapes)
-    with pytest.raises(ValueError, match=message):
-        shared_prefix_attention(q, k, v, PrefixLayout((2,), ((3,),)))
-
-
-def test_mixed_dtypes_are_named() -> None:
-    q = torch.zeros(1, 2, 5, 8)
-    with pytest.raises(ValueError, match=r"v is torch.bfloat16, q is torch.float32"):
-        shared_prefix_attention(q, q, q.bfloat16(), PrefixLayout((2,), ((3,),)))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"softcap": 0.0}, "softcap must be above 0"),
-        ({"softcap": -1.0}, "softcap must be above 0"),
-        ({"window": 0}, "window must be at least 1"),
-    ],
-    ids=["softcap 0", "softcap negative", "window 0"],
-)
-def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
-    q = torch.zeros(1, 2, 5, 8)
-    with pytest.raises(ValueError, match=message):
-        shared_prefix_attention(q, q, q, PrefixLayout((2,), ((3,),)), **options)
-
-
-def test_options_are_refused_by_name() -> None:
-    q = torch.zeros(1, 2, 5, 16)
-    layout = PrefixLayout((2,), ((3,),))
-    with pytest.raises(ImplementationError, match=r"'cpu' does not support this call: .* has no softcap, no window"):
-        shared_prefix_attention(q, q, q, layout, softcap=3.0, window=2, impl="cpu")
-    shared_prefix_attention(q, q, q, layout, softcap=3.0)  # auto looks further
 
 
 @pytest.mark.parametrize(
