@@ -1,4 +1,4 @@
-"""Bad input through the command line: one message that names the place, exit status 2, nothing lost."""
+"""Rewards that fail and updates that are not finite: one message that names the place, nothing lost."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers.digit_runs import command
 from vlmr1.cli import main
 from vlmr1.config import GRPOConfig
 from vlmr1.data.samples import load_samples
@@ -23,13 +24,6 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def command(data: Path, *more: str) -> list[str]:
-    words = ["train", "--recipe", "tiny-digits", "--data_file_paths", str(data / "train.jsonl")]
-    words += ["--image_folders", str(data / "images"), "--output_dir", str(data / "out"), "--use_cpu", "true"]
-    words += ["--prompts_per_device", "2", "--num_generations", "2", "--max_completion_length", "6"]
-    return [*words, "--max_steps", "4", "--save_steps", "1", *more]
-
-
 REWARDS = {"raises": "raise KeyError('gone')", "NaN": "return [float('nan')] * len(completions)"}
 
 
@@ -39,7 +33,8 @@ def test_reward_that_fails_names_the_row_and_keeps_the_checkpoint(body, data, ca
     source = "calls = []\ndef mine(prompts, completions, **columns):\n    calls.append(1)\n    if len(calls) > 2:\n"
     source += f"        {body}\n    return [float(len(calls))] * len(completions)\n"
     (data / "mine.py").write_text(source)
-    assert main(command(data, "--reward_funcs", f"{data / 'mine.py'}:mine")) == 2
+    more = ["--reward_funcs", f"{data / 'mine.py'}:mine", "--num_generations", "2", "--save_steps", "1"]
+    assert main(command(data, data / "out", *more, "--max_completion_length", "6")) == 2
     message = capsys.readouterr().err
     assert "mine" in message
     assert f"{data / 'train.jsonl'}:" in message

@@ -33,12 +33,6 @@ def test_every_op_with_its_choice_and_all_others_refused_by_name(report):
     assert said == [(name, why) for e in explanations for name, why in e.others.items()]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the choice of a machine without a GPU")
-def test_attention_on_a_cpu_is_the_cpu_kernel(report):
-    assert value(report, "shared_prefix_attention") == "cpu"
-    assert "    not reference: usable by name; auto prefers cpu" in report.splitlines()
-
-
 @pytest.mark.parametrize("name", room.OPTIONAL)
 def test_an_optional_package_there_or_not(name, monkeypatch):
     monkeypatch.setattr(room, "version", lambda distribution: {name: "9.8.7"}.get(distribution) or missing())

@@ -181,12 +181,6 @@ def test_faults_name_file_and_line(folder, line, expected):
     assert message.startswith(f"{folder}/data.jsonl:3: {expected}")
 
 
-def test_empty_question_without_template(folder):
-    assert fault(folder, row(" ", image=None), question="{question}") == (
-        f"{folder}/data.jsonl:1: a turn of user is empty"
-    )
-
-
 def test_a_symlink_may_not_leave_the_folder(folder):
     (folder / "images" / "out.png").symlink_to(folder / "outside.png")
     (folder / "images" / "in.png").symlink_to(folder / "images" / "sub" / "b.png")
@@ -216,14 +210,6 @@ def test_truncated_image(folder, extension):
     assert len(load(folder, *lines, check_images=False)) == 3
 
 
-@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"], ids=["empty", "text", "head"])
-def test_undecodable_image(folder, content):
-    path = folder / "images" / "bad.png"
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=r"^somewhere:9: image .*bad\.png cannot be decoded: "):
-        open_image(path, "somewhere:9")
-
-
 def test_each_image_is_checked_once(folder, monkeypatch):
     opened = []
     real = open_image
@@ -244,15 +230,6 @@ def test_a_name_with_a_colon_is_one_file(folder):
     (folder / "a:b.jsonl").write_text(json.dumps(row()))
     (sample,) = load_samples([folder / "a:b.jsonl"], [folder / "images"], question=QUESTION, check_images=False)
     assert sample.source == f"{folder}/a:b.jsonl:1"
-
-
-def test_text_only_rows_need_no_folder(folder):
-    (folder / "data.jsonl").write_text(json.dumps(row("1 + 1?", image=None)) + "\n" + json.dumps(row()))
-    with pytest.raises(DataError) as caught:
-        load_samples([folder / "data.jsonl"], [], question=QUESTION, check_images=False)
-    assert str(caught.value) == (
-        f"{folder}/data.jsonl:2: image a.png is a file name, and image_folders names no folder"
-    )
 
 
 @pytest.mark.parametrize(

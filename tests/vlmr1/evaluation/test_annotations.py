@@ -14,6 +14,7 @@ from vlmr1.evaluation.detection import asked_labels, true_boxes_of
 from vlmr1.evaluation.options import Options
 from vlmr1.evaluation.rows import load_rows
 from vlmr1.rewards.answer import solution_box
+from vlmr1.tiny import digits
 
 
 @pytest.fixture
@@ -169,3 +170,19 @@ VQA = {
 def test_vqa_faults(change, message, folder):
     row = {"image": "a.png", "prompt": "How many?", "solution": "some"} | change
     assert fault(folder, json.dumps(row), "vqa", name="data.jsonl").startswith(message)
+
+
+# Of several faults the first is named
+
+
+def test_an_image_before_a_solution(tmp_path):
+    """The image of the first row waits for its decoder while the second row is read."""
+    digits.write(tmp_path, "held_out", 2, seed=3)
+    path = tmp_path / "held_out.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    image = tmp_path / "images" / rows[0]["image"]
+    image.write_bytes(image.read_bytes()[:200])
+    rows[1]["conversations"][1]["value"] = "no box"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"held_out\.jsonl:1: "):
+        load_rows(Options("rec", (str(path),), (str(tmp_path / "images"),)), "qwen2_5_vl")

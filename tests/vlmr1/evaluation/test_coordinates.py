@@ -66,19 +66,6 @@ def test_a_resized_image(model, processor, tmp_path):
     assert mean_iou(as_written, image, TRUE) == 1.0 and mean_iou(as_written, image, written) < 0.8
 
 
-def test_an_image_that_keeps_its_size_is_compared_as_written(model, processor, tmp_path):
-    record = record_of(model, processor, write(tmp_path / "kept.png", (112, 84)))
-    assert record.image_size == record.box_extent == (112, 84)
-
-
-def test_thousandths(model, processor, tmp_path):
-    image = write(tmp_path / "kept.png", (112, 84))
-    record = record_of(model, processor, image, "thousand")
-    assert record.box_extent == (1000, 1000)
-    written = (TRUE[0] / 0.112, TRUE[1] / 0.084, TRUE[2] / 0.112, TRUE[3] / 0.084)
-    assert mean_iou(record, image, written) == pytest.approx(1.0, abs=1e-12)
-
-
 @pytest.mark.parametrize("orientation", [1, 3, 6])
 def test_a_turned_image_is_measured_upright(orientation, model, processor, tmp_path):
     """The file of 600 x 400 is looked at as 400 x 600 where its orientation says so."""

@@ -19,10 +19,9 @@ from tests.helpers.steps import NAIVE, assert_equal_steps
 from vlmr1.config import GRPOConfig
 from vlmr1.errors import SettingError
 from vlmr1.grpo.packing import make_pack
-from vlmr1.grpo.policy import PackedPolicy
 from vlmr1.grpo.trainer import GRPOTrainer
 from vlmr1.models import family_of, load_model, load_processor
-from vlmr1.models.lora import base_of, merged, with_lora
+from vlmr1.models.lora import merged, with_lora
 from vlmr1.models.settings import ParameterSettings
 from vlmr1.types import Group
 
@@ -227,16 +226,6 @@ def test_first_weights_follow_from_the_seed(model, tmp_path):
         return next(p.detach() for n, p in lora.named_parameters() if "lora_A" in n)
 
     assert torch.equal(first(1), first(1)) and not torch.equal(first(1), first(2))
-
-
-@one_family()
-def test_before_training_the_model_is_the_base(make, model, processor, tmp_path):
-    pack = make_pack(groups_of(make))
-    expected = PackedPolicy(model, family_of(model), temperature=1.0).logprobs(pack)
-    config = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, **LORA)
-    trainer = GRPOTrainer(model, config, [], processor, reward_funcs=["format"])
-    assert base_of(trainer.model) is model
-    assert torch.equal(trainer.policy.logprobs(pack), expected)
 
 
 NOT_MODULES = {

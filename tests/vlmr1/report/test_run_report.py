@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.helpers.digit_runs import command
 from tests.helpers.pages import Page, Recorder
 from tests.helpers.trainers import trainer_of
 from vlmr1.cli import main
@@ -22,7 +23,6 @@ from vlmr1.report.panels import run_curves
 from vlmr1.report.pictures import keep_picture, read_picture
 from vlmr1.report.progress import METRICS, Progress
 from vlmr1.report.training import chosen_steps, completion_boxes, true_boxes, write_run_report
-from vlmr1.tiny import digits
 from vlmr1.types import ImageBytes
 
 BOX = '<answer>{"bbox_2d": [10, 20, 30, 50]}</answer>'
@@ -223,11 +223,7 @@ def test_completions_of_a_run_are_recorded_for_the_page(model, processor, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("written", [True, False])
-def test_a_run_ends_with_its_report(written, tmp_path):
-    digits.write(tmp_path / "data", "train", 4, seed=3)
-    settings = {"data_file_paths": tmp_path / "data" / "train.jsonl", "image_folders": tmp_path / "data" / "images"}
-    settings |= {"output_dir": tmp_path, "max_steps": 1, "prompts_per_device": 1, "num_generations": 2}
-    settings |= {"max_completion_length": 8, "use_cpu": "true", "write_report": str(written).lower()}
-    words = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
-    assert main(["train", "--recipe", "tiny-digits", *words]) == 0
+def test_a_run_ends_with_its_report(written, data, tmp_path):
+    more = ["--max_steps", "1", "--max_completion_length", "8", "--write_report", str(written).lower()]
+    assert main(command(data, tmp_path, *more)) == 0
     assert (tmp_path / "training.html").exists() == written

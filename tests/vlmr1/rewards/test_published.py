@@ -15,8 +15,6 @@ from pycocotools.cocoeval import COCOeval
 
 from vlmr1.rewards import score
 from vlmr1.rewards.coco import AP, AP50, Category, average_precision
-from vlmr1.rewards.formula import normal_form, unboxed
-from vlmr1.rewards.vlm_r1.repair import repair
 
 DATA = Path(__file__).parents[2] / "data"
 RECORDED, CASES = (
@@ -130,65 +128,3 @@ def coco_stats(labels, truths, predictions):
         evaluation.accumulate()
         evaluation.summarize()
     return np.asarray(evaluation.stats)
-
-
-@pytest.mark.parametrize(
-    "text, expected",
-    [
-        ('[{"a": 1', [{"a": 1}]),
-        ('[{"a": [1, 2], "b": "x"}, {"a": [3', [{"a": [1, 2], "b": "x"}, {"a": [3]}]),
-        ('[{"a": 1], "b"', [[{"a": 1}]][0]),
-        ('{"a": 1}, {"b": 2}', [{"a": 1}, {"b": 2}]),
-        ('{"a": 1}, {"a": 2}', {"a": 2}),
-        ('[] {"a": 1} []', {"a": 1}),
-        ("[{'a': 'x',}, {a: true},]", [{"a": "x"}, {"a": True}]),
-        ('so: [{"a": 1.5 "b": nuLL}]', [{"a": 1.5, "b": None}]),
-        ('[{"a": "it\\"s", "b": "cut', [{"a": 'it\\"s', "b": "cut"}]),
-        ("[1}2]", [1, 2]),
-        ("[{oops", [{"oops": ""}]),
-        ("nothing", None),
-        ("[" * 100_000, None),
-    ],
-)
-def test_repair(text, expected):
-    assert repair(text) == expected
-
-
-@pytest.mark.parametrize(
-    "text, expected",
-    [
-        (r"\dfrac12", r"\frac{1}{2}"),
-        (r"\frac1{72}", r"\frac{1}{72}"),
-        ("x = 1/2", r"\frac{1}{2}"),
-        ("0.5", r"\frac{1}{2}"),
-        ("-3/4", r"\frac{-3}{4}"),
-        ("01/2", "01/2"),
-        (r"\left( .5, \sqrt2 \right)", r"(0.5,\sqrt{2})"),
-        (r"12\text{ cm}", "12"),
-        (r"90^\circ", "90"),
-        (r"50\%", "50"),
-        (r"\frac1", r"\frac1"),
-    ],
-)
-def test_normal_form(text, expected):
-    assert normal_form(text) == expected
-
-
-@pytest.mark.parametrize("text", [r"\sqrt", r"\frac", "a/b", r"1\text{ a}\text{ b}"])
-def test_no_normal_form(text):
-    with pytest.raises(ValueError):
-        normal_form(text)
-
-
-@pytest.mark.parametrize(
-    "text, expected",
-    [
-        ("5", "5"),
-        (r"so \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
-        (r"\boxed{\boxed{5}}", "5"),
-        (r"$\boxed 5$", "5"),
-        (r"\boxed{5", r"\boxed{5"),
-    ],
-)
-def test_unboxed(text, expected):
-    assert unboxed(text) == expected
