@@ -134,14 +134,25 @@ UNWRITABLE = {
 
 
 @pytest.mark.parametrize("place", UNWRITABLE.values(), ids=UNWRITABLE.keys())
-@pytest.mark.parametrize(
-    "words", [["train", "--model_name_or_path", "/no/such/model"], ["demo"]], ids=["train", "demo"]
-)
+@pytest.mark.parametrize("words", [NO_MODEL, ["demo"]], ids=["train", "demo"])
 def test_an_output_directory_that_cannot_be(words, place, tmp_path, capsys):
     """Found before the model is looked for."""
     (tmp_path / "file").write_text("")
     assert main([*words, "--output_dir", str(place(tmp_path)), "--use_cpu", "true"]) == 2
     assert f"vlmr1: output_dir {place(tmp_path)} cannot be written: " in capsys.readouterr().err
+
+
+@needs_mounts
+def test_a_read_only_file_system(tmp_path):
+    run = call(on_a_read_only_disk, tmp_path / "disk", log=tmp_path / "log")
+    assert run.status() == 2
+    assert f"output_dir {tmp_path / 'disk' / 'out'} cannot be written: Read-only file system\n" in run.output
+
+
+def on_a_read_only_disk(disk: Path) -> int:
+    disk.mkdir()
+    mount("tmpfs", disk, "tmpfs", "size=1m", flags=1)
+    return main([*NO_MODEL, "--output_dir", str(disk / "out"), "--use_cpu", "true"])
 
 
 # Files that are gone
@@ -210,7 +221,8 @@ def test_a_process_that_dies_is_named(code, reward, says, data, tmp_path):
     more = ["--reward_funcs", f"{data / 'mine.py'}:{reward}", "--dataloader_num_workers", "1"]
     status, text = finish(command(data, tmp_path / "out", *more), tmp_path / "log")
     assert status == 2 and "Traceback" not in text, text
-    assert text.splitlines()[-1].startswith("vlmr1: ") and says in text.splitlines()[-1]
+    said = [line for line in text.splitlines() if line.startswith("vlmr1: ")]
+    assert len(said) == 1 and says in said[0], text
 
 
 def test_no_process_outlives_the_run(data, tmp_path):
