@@ -111,7 +111,7 @@ def in_fork(words: list[str], log: Path) -> tuple[int, str]:
     return status, log.read_text()
 
 
-def mount(source: str, target: Path, kind: str, options: str) -> None:
+def mount(source: str, target: Path, kind: str, options: str, flags: int = 0) -> None:
     """In a mount namespace of this process's own, which is made first; as an ordinary user in one of users too."""
     libc = ctypes.CDLL(None, use_errno=True)
     users = 0 if os.geteuid() == 0 else 0x10000000
@@ -122,10 +122,11 @@ def mount(source: str, target: Path, kind: str, options: str) -> None:
         Path("/proc/self/setgroups").write_text("deny")
         Path("/proc/self/uid_map").write_text(f"0 {user} 1")
     libc.mount(None, b"/", None, 0x4000 | 0x40000, None)  # nothing of it is seen elsewhere
-    if libc.mount(source.encode(), str(target).encode(), kind.encode(), 0, options.encode()):
+    if libc.mount(source.encode(), str(target).encode(), kind.encode(), flags, options.encode()):
         raise OSError(ctypes.get_errno(), "mount")
 
 
+NO_MODEL = ["train", "--model_name_or_path", "/no/such/model"]
 UNWRITABLE = {
     "a file": lambda folder: folder / "file",
     "below a file": lambda folder: folder / "file" / "run",
