@@ -3,6 +3,7 @@ starts in a second."""
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -83,6 +84,7 @@ def _main(words: list[str], prepare: Callable[[], None] | None) -> int:
 
 
 def _call(function: Callable[..., Any], arguments: tuple[Any, ...], log: Path) -> None:
+    gc.freeze()  # a collection would look through all that was imported, and copy its pages
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
