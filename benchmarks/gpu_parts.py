@@ -30,7 +30,7 @@ MODULES = ("vlmr1_kernels", "vlmr1.grpo.trainer", "vlmr1.rollout", "benchmarks.o
 
 
 class Note:
-    """Where a part's results go; `attempt` notes what fails within it."""
+    """Writer of a part's results; `attempt` notes what fails within it."""
 
     def __init__(self, write: Callable[[str, object], object]):
         self.write = write

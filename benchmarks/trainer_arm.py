@@ -26,7 +26,7 @@ LOGP_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}  # nats a token, of a mean o
 
 
 class Bed:
-    """What all arms have in common. Weights are float32; `dtype` is what the passes compute in."""
+    """Model, reference and optimizer of all arms. Weights are float32; `dtype` is what the passes compute in."""
 
     def __init__(self, folder: Path, shape: Shape, device: str, dtype: str):
         self.folder, self.shape, self.device, self.dtype = folder, shape, device, dtype

@@ -19,7 +19,7 @@ LIMITS = ("min_pixels", "max_pixels", "max_anyres_num")  # of images
 
 @dataclass
 class ModelSettings(Settings):
-    """Which model a run loads."""
+    """The model that a run loads."""
 
     group = "Model"
 
@@ -102,7 +102,7 @@ class _Shared(Settings):
 
 @dataclass
 class ParameterSettings(LoraSettings, ModelSettings, _Shared):
-    """What of the model is trained, with which precision and memory."""
+    """Trained parameters of the model, their precision and memory."""
 
     group = "Trained parameters, precision and memory"
 

@@ -18,7 +18,7 @@ class _Shared(Settings):
 
 @dataclass
 class RolloutSettings(_Shared):
-    """How completions are generated."""
+    """Generation of completions."""
 
     group = "Rollout"
 
@@ -62,7 +62,7 @@ class RolloutSettings(_Shared):
             yield f"cuda_graphs needs a GPU: this is {device}"
 
     def sampling(self) -> SamplingSettings:
-        """How the rollouts of a run sample."""
+        """Return the sampling settings of the run's rollouts."""
         return SamplingSettings(
             self.max_completion_length,
             self.temperature,
