@@ -38,8 +38,8 @@ class Parallel:
 
 
 def make_parallel(args: Any, accelerator: Any, model: Any) -> Parallel:
-    """Return the distribution of this run. SettingError where the launch or a setting does not allow it; the model is rounded where
-    the engine would do so later."""
+    """Return the distribution of this run. SettingError where the launch or a setting does not allow it. The model
+    is rounded where the engine would do so later."""
     ranks = Ranks(args.process_index, args.world_size)
     check_launched(ranks.world_size, accelerator)
     parallel = Parallel(accelerator, ranks, sharding_of(accelerator))
