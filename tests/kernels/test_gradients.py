@@ -90,7 +90,7 @@ def test_backward_can_be_repeated_and_follows_the_factor(target: Target, case: C
 
 
 def moved(inputs: Inputs) -> Inputs:
-    """The same numbers: strided, not aligned, transposed, in another integer type."""
+    """Equal numbers: strided, not aligned, transposed, in another integer type."""
     given: Inputs = {}
     for name, value in inputs.items():
         if value.dim() == 1:

@@ -1,4 +1,4 @@
-"""What is particular to the native library: its instruction sets, its threads, its memory, and its absence."""
+"""Particulars of the native library: its instruction sets, its threads, its memory, and its absence."""
 
 import os
 import resource

@@ -114,7 +114,7 @@ class Roundings:
     def gradients(
         self, d_logp: Tensor, d_entropy: Tensor, dtype: torch.dtype, unsure: Tensor | float = 0
     ) -> list[Tensor]:
-        """Of hidden, weight and bias, from the gradients of log-probs, known up to `unsure`, and entropies."""
+        """For hidden, weight and bias, from the gradients of log-probs, known up to `unsure`, and entropies."""
         p, targets = self.log_p.exp(), self.inputs["targets"].long()[:, None]
         one_and_p = p.scatter_add(1, targets, p.new_ones(targets.shape))
         by_logp, by_entropy = d_logp.abs()[:, None], d_entropy.abs()[:, None]

@@ -1,4 +1,4 @@
-"""What is particular to the Triton implementations: blocks, buffers, dtypes, levels and grids."""
+"""Particulars of the Triton implementations: blocks, buffers, dtypes, levels and grids."""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,4 +1,4 @@
-"""What is particular to the Triton implementation of the decode step: chunks, tiles, machine code, CUDA graphs."""
+"""Particulars of the Triton implementation of the decode step: chunks, tiles, machine code, CUDA graphs."""
 
 from importlib import import_module
 from typing import Any

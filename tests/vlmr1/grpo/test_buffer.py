@@ -70,7 +70,7 @@ def test_one_generation_serves_its_updates(model, processor, tmp_path, monkeypat
 
 
 def test_recomputed_old_logprobs_are_of_the_policy_before_the_first_update(model, processor, tmp_path):
-    """Of both parts, although the second is trained on after the first; the engine's are wrong here."""
+    """For both parts, although the second is trained on after the first; the engine's are wrong here."""
     settings = {"steps_per_generation": 2, "old_logprobs": "recompute", "max_steps": 2}
     settings |= {"learning_rate": 1e-4, "temperature": 3.0}
     trainer = trainer_of(model, processor, tmp_path, **settings)

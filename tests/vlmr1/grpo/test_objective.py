@@ -111,7 +111,7 @@ def of_the_trainer(trainer: Any, groups: list[Group]) -> tuple[float, dict[str, 
 
 
 def written_out(objective: Any, trainer: Any, groups: list[Group], dapo: bool) -> tuple[float, dict[str, Tensor]]:
-    """The same from the naive forward's log-probs and entropies, the loss in float64."""
+    """Equal from the naive forward's log-probs and entropies, the loss in float64."""
     rows = plan_packs(with_advantages(groups, [1.0], "group"), tokens_per_pack=0, share_prompt=False, pack=False)
     naive = NaivePolicy(trainer.model, trainer.family, temperature=1.0)
     trainer.model.zero_grad()

@@ -223,7 +223,7 @@ def test_logits_and_positions_equal_the_stock_forward(sizes, make, model, proces
 
 
 def test_images_alone_and_together(make, model, processor):
-    """The same rows; their numbers are those of the placeholders."""
+    """Equal rows; their numbers are those of the placeholders."""
     family = family_of(model)
     prompts = [make.prompt("Where?", tuple(SIZES)), *(make.prompt("Where?", (name,)) for name in SIZES)]
     with torch.no_grad():

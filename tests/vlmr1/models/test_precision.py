@@ -44,7 +44,7 @@ def gradients(step: int, model: Weights) -> list[Tensor]:
 
 
 def displacement(dtype: torch.dtype, config: GRPOConfig, *, rounded: bool = False) -> list[Tensor]:
-    """Of the parameters, by the optimizer that the trainer makes; `rounded`: gradients in the weights' dtype too."""
+    """For the parameters, by the optimizer that the trainer makes; `rounded`: gradients in the weights' dtype too."""
     model = Weights(dtype)
     trainer = GRPOTrainer.__new__(GRPOTrainer)  # what `create_optimizer` reads of a trainer
     trainer.args, trainer.optimizer, trainer.optimizer_cls_and_kwargs = config, None, None

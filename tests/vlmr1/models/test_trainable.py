@@ -106,7 +106,7 @@ def test_freeze(settings, tower, merger, cached, model, processor, make, tmp_pat
 
 
 def test_reference_in_host_memory(model, processor, make, tmp_path):
-    """The same log-probs and gradients as of a copy; frozen parts are the policy's own."""
+    """Equal log-probs and gradients as of a copy; frozen parts are the policy's own."""
     loss, copied = gradients(trainer_of(model, processor, tmp_path, freeze_vision=True), make)
     make.random.manual_seed(0)
     trainer = trainer_of(model, processor, tmp_path, freeze_vision=True, reference="offload")
@@ -186,7 +186,7 @@ def as_on_a_gpu(monkeypatch):
 
 
 def test_activation_offload(model, processor, make, tmp_path, monkeypatch, as_on_a_gpu):
-    """The same gradients, and what the decoder's layers keep, their inputs, goes through host memory."""
+    """Equal gradients, and what the decoder's layers keep, their inputs, goes through host memory."""
     plain, count = held(trainer_of(model, processor, tmp_path, gradient_checkpointing=True), make, monkeypatch)
     make.random.manual_seed(0)
     settings = {"gradient_checkpointing": True, "activation_offload": True}

@@ -1,4 +1,4 @@
-"""What is found before training: solutions that cannot be scored, unknown names, settings out of range."""
+"""Faults found before training: solutions that cannot be scored, unknown names, settings out of range."""
 
 import json
 

@@ -27,7 +27,7 @@ from vlmr1.types import Group
 
 
 def block_mib(model: Any) -> float:
-    """Of 16 tokens of keys and values, in float32."""
+    """For 16 tokens of keys and values, in float32."""
     text = model.config.text_config
     width = text.num_key_value_heads * text.hidden_size // text.num_attention_heads
     return 16 * 4 * 2 * text.num_hidden_layers * width / 2**20

@@ -22,7 +22,7 @@ def sample_tokens(logits, banned, settings, draws, seen=None):
 
 
 def chain(*keys: int) -> int:
-    """The same hash without numpy: SplitMix64's finalizer over (state xor key) + the golden gamma."""
+    """Equal hash without numpy: SplitMix64's finalizer over (state xor key) + the golden gamma."""
     word = 2**64
     state = 0
     for key in keys:
