@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlmr1_kernels import GRPOSettings, ImplementationError, group_advantages, linear_grpo_loss, linear_logprob, use
-from vlmr1_kernels.implementations import TABLE, Request
+from vlmr1_kernels.implementations import Request
 from vlmr1_kernels.native import library
 from vlmr1_kernels.registry import explain
 from vlmr1_kernels.testing import Inputs, Problem, assert_within_budget, cast, gradients, pooled
@@ -122,49 +122,6 @@ def test_sequence_level_over_chunks(chunk_mib: float | None, entropy_coef: float
         torch.testing.assert_close(value.double(), truth, rtol=2e-5, atol=1e-6)
 
 
-PEAK = """
-import resource, sys, torch
-from vlmr1_kernels import linear_grpo_loss
-dtype = getattr(torch, sys.argv[1])
-n, d, v = 256, int(sys.argv[2]), 65536
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-hidden = torch.randn(n, d).to(dtype).requires_grad_()
-weight = torch.randn(v, d).to(dtype).requires_grad_()
-targets, ids, advantages = torch.randint(0, v, (n,)), torch.arange(8).repeat_interleave(n // 8), torch.randn(8)
-small = weight[:64].detach().requires_grad_()
-linear_grpo_loss(hidden, small, targets % 64, ids, advantages, impl="native")[0].backward()
-before = peak()
-linear_grpo_loss(hidden, weight, targets, ids, advantages, impl="native")[0].backward()
-print((peak() - before - weight.grad.nbytes) / (n * v * 4))
-"""
-
-
-@pytest.mark.parametrize(
-    ("dtype", "dim", "share"),
-    [("float32", 256, 0), ("bfloat16", 256, 0), ("float32", 64, 96 / 256), ("bfloat16", 64, 192 / 256 / 2)],
-    ids=[
-        "float32, all in d_weight",
-        "bfloat16, all in d_weight",
-        "float32, 96 rows",
-        "bfloat16, a quarter in d_weight",
-    ],
-)
-def test_memory_beyond_the_gradient(dtype: str, dim: int, share: float) -> None:
-    """In units of one float32 [N, V], 64 MiB: the kept logits that d_weight has no room for; a tenth for the rest."""
-    command = [sys.executable, "-c", PEAK, dtype, str(dim)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert float(done.stdout) < share + 0.1
-
-
-def test_unsupported_dtype_is_an_error() -> None:
-    hidden = torch.zeros(2, 4, dtype=torch.float64)
-    with pytest.raises(
-        ImplementationError, match="'native' does not support this call: supports float32, bfloat16 and float16"
-    ):
-        linear_logprob(hidden, hidden, torch.zeros(2, dtype=torch.long), impl="native")
-
-
 def test_without_the_library_auto_takes_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "PATH", library.PATH.with_name("absent.so"))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -196,15 +153,6 @@ def test_a_workspace_that_does_not_fit_is_a_memory_error() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
     loss, _ = linear_grpo_loss(**inputs, impl="native")
     assert loss.isfinite()
-
-
-def test_every_native_op_is_in_the_table() -> None:
-    assert [op for op, found in TABLE.items() if "native" in found] == [
-        "linear_logprob",
-        "group_advantages",
-        "grpo_loss",
-        "linear_grpo_loss",
-    ]
 
 
 def test_one_openmp_runtime() -> None:
