@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vlmr1_kernels import PrefixLayout
+from vlmr1_kernels.testing import assert_within_budget, pooled
 
 
 def attend(
@@ -115,3 +116,21 @@ def offsets(lengths: tuple[int, ...]) -> Tensor:
 def one_by_one(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
     spans = [slice(*span) for span in pairwise([0, *accumulate(lengths)])]
     return torch.cat([attend(q[0, :, s], k[0, :, s], v[0, :, s], scale, causal=False) for s in spans], dim=1)[None]
+
+
+def assert_equals(ours: Callable[..., Tensor], oracle: Callable[..., Tensor], inputs: list[Tensor]) -> None:
+    """Output and gradients in float64 are those of the oracle."""
+    expected = with_gradients(oracle, inputs, torch.float64)
+    for value, truth in zip(with_gradients(ours, inputs, torch.float64), expected, strict=True):
+        torch.testing.assert_close(value, truth)
+
+
+def check_budget(
+    ours: Callable[..., Tensor], oracle: Callable[..., Tensor], sizes: tuple[int, ...], dtype: Any, device: str = "cpu"
+) -> None:
+    """Output and gradients err against the oracle in float64 at most twice as much as the oracle in `dtype`."""
+    problems = [[value.to(dtype).double() for value in tensors(*sizes)] for _ in range(4)]
+    values = [with_gradients(ours, inputs, dtype, device=device) for inputs in problems]
+    assert {value.dtype for value in values[0]} == {dtype}
+    plain, exact = (pooled(with_gradients(oracle, each, kind) for each in problems) for kind in (dtype, torch.float64))
+    assert_within_budget(NAMES, pooled(values), plain, exact)

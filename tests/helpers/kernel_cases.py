@@ -16,7 +16,7 @@ from vlmr1_kernels.testing import HEAD, Inputs, Problem, assert_within_budget, c
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 ON_GPU = pytest.mark.skipif("cuda" not in DEVICES, reason="needs a GPU")
-INTERPRETER_LIMIT = 10_000  # logits; Triton's interpreter is slow
+INTERPRETER_LIMIT, FAST_LIMIT = 5_000, 1_000  # logits; Triton's interpreter is slow
 TINY_CHUNK = 1e-6  # MiB: one row at a time
 HALVES = (torch.bfloat16, torch.float16)
 PER_ROW = ("old_logp", "ref_logp", "sampling_logp")
@@ -72,11 +72,16 @@ class Case(Problem):
 def grid(op: str, cases: Mapping[str, Case]) -> list[Any]:
     """Parameters (target, case, dtype): each case in its dtypes on every implementation."""
     return [
-        pytest.param(*target.values, case, dtype, id=f"{name}-{_short(dtype)}-{target.id}", marks=target.marks)
+        pytest.param(*target.values, case, dtype, id=f"{name}-{_short(dtype)}-{target.id}", marks=_marks(target, case))
         for name, case in cases.items()
         for dtype in case.dtypes
         for target in targets(op, slow=case.rows * case.vocab > INTERPRETER_LIMIT)
     ]
+
+
+def _marks(target: Any, case: Case) -> list[Any]:
+    interpreted = target.values[0].interpreted
+    return [*target.marks, *([pytest.mark.slow] if interpreted and case.rows * case.vocab > FAST_LIMIT else [])]
 
 
 def _short(dtype: torch.dtype) -> str:

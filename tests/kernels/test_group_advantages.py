@@ -33,11 +33,12 @@ def test_equals_the_formula(scale: str) -> None:
         (3, 4, "batch", torch.float32),
         (3, 4, "none", torch.float32),
         (1, 129, "group", torch.float32),
-        (257, 3, "batch", torch.float32),
+        (22_000, 3, "group", torch.float32),
+        (22_000, 3, "batch", torch.float32),
         (5, 8, "group", torch.bfloat16),
         (5, 8, "batch", torch.float16),
     ],
-    ids=["group", "batch", "none", "one large group", "many groups", "bfloat16", "float16"],
+    ids=["group", "batch", "none", "one large group", "many groups", "many in a batch", "bfloat16", "float16"],
 )
 def test_error_is_within_budget(target: Target, groups: int, generations: int, scale: str, dtype: torch.dtype) -> None:
     rewards = (torch.randn(groups * generations, dtype=torch.float64) + 2).to(dtype)

@@ -115,10 +115,10 @@ def test_error_is_within_budget_on_policy(target: Target, name: str) -> None:
 
 
 @pytest.mark.parametrize("target", targets("grpo_loss"))
-@pytest.mark.parametrize("name", ["grpo", "gspo, k2"])
+@pytest.mark.parametrize("name", ["grpo", "gspo, k2", "dr_grpo, k3, two-sided clip"])
 def test_more_rows_than_a_grid_dimension_holds(target: Target, name: str) -> None:
     lengths = (1, 40_000, 0, 17, 30_001)
-    check_budget(target, torch.float32, SETTINGS[name], [rows(lengths) for _ in range(4)], lengths)
+    check_budget(target, torch.float32, SETTINGS[name], [rows(lengths) for _ in range(2)], lengths)
 
 
 @pytest.mark.parametrize("target", targets("grpo_loss"))
@@ -175,12 +175,29 @@ def test_metrics_are_those_of_the_reference(target: Target, name: str) -> None:
 
 
 @pytest.mark.parametrize("target", targets("grpo_loss"))
-def test_one_token_on_policy_has_the_policy_gradient(target: Target) -> None:
-    logp = torch.tensor([-0.7], device=target.device, requires_grad=True)
-    ids, advantages = torch.tensor([0], device=target.device), torch.tensor([2.5], device=target.device)
-    loss, _ = target.run(torch.float32)(logp, ids, advantages)
+@pytest.mark.parametrize("epsilon", [(0.2, 0.2), (0.0, 0.2), (0.2, 0.0), (0.0, 0.0)], ids=str)
+@pytest.mark.parametrize("on_policy", [True, False], ids=["on-policy", "ratio 1"])
+def test_ties_of_the_clip_pass_the_whole_gradient(
+    target: Target, epsilon: tuple[float, float], on_policy: bool
+) -> None:
+    logp = torch.tensor([-1.0, -2.0, -0.5], device=target.device, requires_grad=True)
+    ids, advantages = (torch.tensor(each, device=target.device) for each in ([0, 0, 1], [2.0, -3.0]))
+    old = None if on_policy else logp.detach().clone()
+    settings = GRPOSettings(epsilon_low=epsilon[0], epsilon_high=epsilon[1])
+    loss, _ = target.run(torch.float32)(logp, ids, advantages, old_logp=old, settings=settings)
     (gradient,) = torch.autograd.grad(loss, logp)
-    assert (loss.item(), gradient.tolist()) == (-2.5, [-2.5])
+    assert (loss.item(), gradient.tolist()) == (0.5, [-0.5, -0.5, 1.5])
+
+
+@pytest.mark.parametrize("target", targets("grpo_loss", only=("native", "triton")))
+@pytest.mark.parametrize("gap", [1e-4, -3e-2, 0.3, -2.0])
+def test_kl_near_its_zero(target: Target, gap: float) -> None:
+    logp = torch.full((7,), -1.25, device=target.device)
+    ids, nothing = torch.zeros(7, dtype=torch.int32, device=target.device), torch.zeros(1, device=target.device)
+    ref, settings = logp + gap, GRPOSettings(beta=1.0)
+    _, metrics = target.run(torch.float32)(logp, ids, nothing, ref_logp=ref, settings=settings)
+    d = (ref.double() - logp.double())[0]
+    assert metrics["kl"].item() == pytest.approx((torch.expm1(d) - d).item(), rel=2e-6)
 
 
 @pytest.mark.parametrize("target", targets("grpo_loss"))

@@ -17,11 +17,14 @@ from vlmr1_kernels import GRPOSettings, group_advantages, grpo_loss, linear_grpo
 from vlmr1_kernels.settings import IMPORTANCE_LEVELS, KL_ESTIMATORS, LOSS_TYPES
 from vlmr1_kernels.testing import HEAD, Inputs, Problem, gradients
 
-pytestmark = pytest.mark.skipif(
-    Target("linear_grpo_loss", "native", "cpu").unsupported_reason(torch.float32) is not None,
-    reason="native is not available",
-)
-quick = settings(deadline=None, derandomize=True, max_examples=500)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        Target("linear_grpo_loss", "native", "cpu").unsupported_reason(torch.float32) is not None,
+        reason="native is not available",
+    ),
+]
+quick = settings(deadline=None, derandomize=True, max_examples=150)
 
 # Of a probability: a fast exp ends before the denormal numbers, kept logits of half precision at about -32.
 LEAST = {torch.float32: 1e-30, torch.bfloat16: 2e-14, torch.float16: 2e-14}

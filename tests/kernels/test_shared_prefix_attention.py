@@ -1,28 +1,48 @@
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.attention import CASES, FEW_KEYS, NAMES, Heads, separately, tensors, with_gradients
+from tests.helpers.attention import (
+    CASES,
+    FEW_KEYS,
+    Heads,
+    assert_equals,
+    check_budget,
+    separately,
+    tensors,
+    with_gradients,
+)
+from tests.helpers.kernel_cases import Target, targets
 from vlmr1_kernels import PrefixLayout, registry, shared_prefix_attention
 from vlmr1_kernels.cpu import shared_prefix_attention as cpu
 from vlmr1_kernels.reference import shared_prefix_attention as reference
-from vlmr1_kernels.testing import assert_within_budget, pooled
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "softcap": {"softcap": 0.7},
+    "window of one row": {"window": 1},
+    "window": {"window": 5},
+    "window longer than all": {"window": 1000},
+    "softcap and window": {"softcap": 1.5, "window": 9},
+}
+
+
+OP = "shared_prefix_attention"
+# flex is compiled anew for each number of heads: test_flex_attention.py has its cases.
+TARGETS = [
+    *(each for each in targets(OP, only=("reference", "cpu")) if each.values[0].device == "cpu"),
+    *(each for each in targets(OP, only=("flash",)) if each.values[0].device == "cuda"),
+]
 
 
 @pytest.mark.parametrize(("layout", "heads"), (CASES | FEW_KEYS).values(), ids=(CASES | FEW_KEYS).keys())
 @pytest.mark.parametrize("function", [reference, cpu], ids=["reference", "cpu"])
 def test_equals_separate_sequences(function: Any, layout: PrefixLayout, heads: Heads) -> None:
     """The arithmetic, in float64, which the kernels below `cpu` serve too."""
-    inputs = tensors(layout.total_length, *heads)
-
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return function.shared_prefix_attention(q, k, v, layout, scale=0.3)
-
-    expected = with_gradients(separately, inputs, torch.float64, layout, 0.3)
-    for value, truth in zip(with_gradients(attention, inputs, torch.float64), expected, strict=True):
-        torch.testing.assert_close(value, truth)
+    ours = partial(function.shared_prefix_attention, layout=layout, scale=0.3)
+    assert_equals(ours, partial(separately, layout=layout, scale=0.3), tensors(layout.total_length, *heads))
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -38,34 +58,20 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", ["ragged branches", "groups without branches", "many groups", "longer than a block"])
 def test_softcap_and_window(case: str, options: dict[str, Any]) -> None:
     layout, heads = CASES[case]
-    inputs = tensors(layout.total_length, *heads)
-
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return shared_prefix_attention(q, k, v, layout, scale=2.3, impl="reference", **options)
-
-    expected = with_gradients(separately, inputs, torch.float64, layout, 2.3, **options)
-    for value, truth in zip(with_gradients(attention, inputs, torch.float64), expected, strict=True):
-        torch.testing.assert_close(value, truth)
+    options = {"layout": layout, "scale": 2.3, **options}
+    ours = partial(shared_prefix_attention, impl="reference", **options)
+    assert_equals(ours, partial(separately, **options), tensors(layout.total_length, *heads))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("layout", "heads"), CASES.values(), ids=CASES.keys())
-@pytest.mark.parametrize("impl", ["reference", "cpu"])
-def test_error_is_within_budget(impl: str, layout: PrefixLayout, heads: Heads, dtype: torch.dtype) -> None:
-    problems = [[value.to(dtype).double() for value in tensors(layout.total_length, *heads)] for _ in range(4)]
-
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return shared_prefix_attention(q, k, v, layout, impl=impl)
-
-    scale = heads[2] ** -0.5
-    ours = [with_gradients(attention, inputs, dtype) for inputs in problems]
-    assert {value.dtype for value in ours[0]} == {dtype}
-    assert_within_budget(
-        NAMES,
-        pooled(ours),
-        pooled(with_gradients(separately, inputs, dtype, layout, scale) for inputs in problems),
-        pooled(with_gradients(separately, inputs, torch.float64, layout, scale) for inputs in problems),
-    )
+@pytest.mark.parametrize("target", TARGETS)
+def test_error_is_within_budget(target: Target, layout: PrefixLayout, heads: Heads, dtype: torch.dtype) -> None:
+    if target.impl == "flash" and heads[2] % 8:
+        pytest.skip("flash serves head dimensions that are multiples of 8")
+    ours = partial(target.run(dtype), layout=layout)
+    oracle = partial(separately, layout=layout, scale=heads[2] ** -0.5)
+    check_budget(ours, oracle, (layout.total_length, *heads), dtype, target.device)
 
 
 @pytest.mark.parametrize("function", [reference, cpu], ids=["reference", "cpu"])

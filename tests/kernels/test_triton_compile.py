@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}  # bytes a program may have
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes a program may have
 VOCABULARY_KERNELS = ("statistics_kernel", "gradient_kernel", "loss_kernel")
 DECODE_KERNELS = ("partials_kernel", "merge_kernel")
 KERNELS = {*VOCABULARY_KERNELS, *DECODE_KERNELS, "objective_kernel", "sequences_kernel", "advantages_kernel"}
