@@ -38,9 +38,7 @@ def page(folder, *cases, count=12) -> tuple[str, Page]:
 def test_everything_is_escaped_and_nothing_is_fetched(image, tmp_path):
     box = LabelledBox(EVIL, (10.0, 20.0, 300.0, 400.0))
     text, found = page(
-        tmp_path,
-        Case(sample(image), EVIL, 0.5, (box,), (box,)),
-        Case(sample(image), EVIL, 1.0, solution=EVIL),
+        tmp_path, Case(sample(image), EVIL, 0.5, (box,), (box,)), Case(sample(image), EVIL, 1.0, solution=EVIL)
     )
     assert found.of("script") == [] and "<script>alert" not in text
     said = "".join(found.words)

@@ -116,11 +116,7 @@ def trl_loss(logp: Tensor, ref: Tensor, groups: list[Group], config: GRPOConfig)
     trainer: Any = trl.GRPOTrainer.__new__(trl.GRPOTrainer)
     gspo = config.loss_type == "gspo"
     vars(trainer).update(
-        _get_per_token_logps_and_entropies=lambda *_, **__: (
-            padded(logp),
-            padded(torch.ones_like(logp)),
-            None,
-        ),
+        _get_per_token_logps_and_entropies=lambda *_, **__: (padded(logp), padded(torch.ones_like(logp)), None),
         loss_type="grpo" if gspo else config.loss_type,
         importance_sampling_level="sequence" if gspo else config.importance_sampling_level or "token",
         beta=config.beta,

@@ -311,10 +311,7 @@ PLACEHOLDERS = {
     "qwen2_vl": ({"<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"},) * 2,
     "glm4v": (set(GLM_IMAGES),) * 2,
     "internvl": ({"<IMG_CONTEXT>"}, {"<IMG_CONTEXT>", "<img>", "</img>", "<video>"}),
-    "idefics3": (
-        {"<image>"},
-        {"<image>", "<fake_token_around_image>", "<global-img>", *ROWS_AND_COLUMNS},
-    ),
+    "idefics3": ({"<image>"}, {"<image>", "<fake_token_around_image>", "<global-img>", *ROWS_AND_COLUMNS}),
 }
 PLACEHOLDERS |= {"qwen2_5_vl": PLACEHOLDERS["qwen2_vl"], "qwen3_vl": PLACEHOLDERS["qwen2_vl"]}
 PLACEHOLDERS["smolvlm"] = PLACEHOLDERS["idefics3"]

@@ -10,15 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.rollouts import (
-    GREEDY,
-    assert_close,
-    changed_logits,
-    completions,
-    engine,
-    prompts_of,
-    tokens,
-)
+from tests.helpers.rollouts import GREEDY, assert_close, changed_logits, completions, engine, prompts_of, tokens
 from vlmr1.errors import SettingError
 from vlmr1.models import family_of
 from vlmr1.rollout import NativeEngine, SamplingSettings, graphs, scheduler

@@ -77,12 +77,7 @@ def shares(logits: torch.Tensor, draws: np.ndarray, banned: torch.Tensor, settin
     return torch.bincount(tokens, minlength=len(logits)).double() / len(draws)
 
 
-BANNED = {
-    "none": NONE,
-    "first": torch.tensor([0]),
-    "last": torch.tensor([10]),
-    "runs": torch.tensor([0, 1, 5, 6, 10]),
-}
+BANNED = {"none": NONE, "first": torch.tensor([0]), "last": torch.tensor([10]), "runs": torch.tensor([0, 1, 5, 6, 10])}
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])

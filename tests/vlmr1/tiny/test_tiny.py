@@ -217,10 +217,7 @@ def test_special_tokens(shipped, built, processor):
 
 CONVERSATION = [
     {"role": "system", "content": "Be brief."},
-    {
-        "role": "user",
-        "content": [{"type": "text", "text": "See "}, {"type": "image"}, {"type": "text", "text": "?"}],
-    },
+    {"role": "user", "content": [{"type": "text", "text": "See "}, {"type": "image"}, {"type": "text", "text": "?"}]},
     {"role": "assistant", "content": "A 7."},
 ]
 RENDERED = (
