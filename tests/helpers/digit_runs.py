@@ -1,7 +1,5 @@
 """Short runs of the tiny model on eight drawn digits, in this process or in one of their own."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Settings that are refused."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Where settings come from, which are refused and in what words, and what they become."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

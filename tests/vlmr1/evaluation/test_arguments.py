@@ -1,7 +1,5 @@
 """The command line of `vlmr1 evaluate`: defaults by task, and one message for what cannot be."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """The picture page: what is chosen, what is drawn, that nothing of a model or a data set becomes markup."""
 
-from __future__ import annotations
-
 import io
 from base64 import b64decode
 from pathlib import Path

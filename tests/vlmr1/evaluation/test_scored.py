@@ -1,7 +1,5 @@
 """Records -> metrics of each task, with numbers worked out by hand."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Completions of advantage 0, and truncated ones where these are masked, leave the policy pass."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

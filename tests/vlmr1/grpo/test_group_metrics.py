@@ -1,7 +1,5 @@
 """What a step and a run report, on numbers small enough to check by hand."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The whole step against each objective written out in float64, and what enters rewards and weights."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Packs written out by hand, the plans of a token budget, and the padded batch as the pack's inverse."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Each flag of the trainer changes what it says, and nothing else."""
 
-from __future__ import annotations
-
 import json
 import math
 

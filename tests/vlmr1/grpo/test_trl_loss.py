@@ -7,8 +7,6 @@ an instance made by `__new__` with the attributes that they read. Replaced are t
 setting does here.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path

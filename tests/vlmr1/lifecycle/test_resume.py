@@ -1,7 +1,5 @@
 """Runs that are killed, and checkpoints that are whole or ignored."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

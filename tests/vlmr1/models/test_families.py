@@ -1,8 +1,6 @@
 """Every model family, in a tiny random instance: what is shared gives the same step as the naive trainer, the same
 tokens as `generate`, and the same logits as the stock forward."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

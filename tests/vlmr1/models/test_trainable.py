@@ -1,8 +1,6 @@
 """Which parameters are trained, where the reference comes from, where activations are kept, whose layers run: each
 setting changes what it says and nothing else, and what cannot be is refused by name."""
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 

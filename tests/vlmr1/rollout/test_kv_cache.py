@@ -1,7 +1,5 @@
 """The pool of keys and values, its budget, and steps on fixed tensors: none of them changes what is drawn."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar

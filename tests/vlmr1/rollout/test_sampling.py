@@ -1,7 +1,5 @@
 """Random numbers against SplitMix64 in Python's own integers, and tokens against the softmax they are drawn from."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

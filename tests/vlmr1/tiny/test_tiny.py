@@ -1,7 +1,5 @@
 """The embedded default: canvases, the data set, the built model, its tokenizer and processor, what is shipped."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import Counter
