@@ -29,10 +29,6 @@ def command(data: Path, output: Path, *more: str) -> list[str]:
     return ["train", "--recipe", "tiny-digits", *words, *more]
 
 
-def start(data: Path, output: Path) -> subprocess.Popen:
-    return start_with(command(data, output))
-
-
 def start_with(words: list[str]) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(

@@ -135,42 +135,28 @@ def test_grpo_settings(setting, expected):
     assert vars(GRPOConfig(use_cpu=True, **setting).objective()) == defaults | expected
 
 
-@pytest.mark.parametrize(
-    "settings, rows, expected",
-    [
-        pytest.param(
-            ["--prompts_per_device", "8", "--num_train_epochs", "2"],
-            100,
-            "100 rows; an update: 8 prompts x 8 generations = 64 sequences on 1 device; "
-            "13 updates an epoch, 26 in all (2.0 epochs)",
-            id="epochs",
-        ),
-        pytest.param(
-            ["--prompts_per_device", "4", "--num_generations", "6", "--max_steps", "10"],
-            80,
-            "80 rows; an update: 4 prompts x 6 generations = 24 sequences on 1 device; "
-            "20 updates an epoch, 10 in all (0.5 epochs)",
-            id="max_steps",
-        ),
-        pytest.param(
-            ["--prompts_per_device", "4", "--num_train_epochs", "1.5"], 12, "3 updates an epoch, 5 in all", id="1.5"
-        ),
-        pytest.param(  # two generations of four updates twice, and one row that is left out
-            ["--prompts_per_device", "2", "--steps_per_generation", "4", "--num_iterations", "2"],
-            17,
-            "a generation serves 8 updates; 16 updates an epoch, 48 in all (3.0 epochs)",
-            id="a buffer",
-        ),
-        pytest.param(
-            ["--prompts_per_device", "8", "--dataloader_drop_last", "true", "--num_train_epochs", "2"],
-            15,
-            "1 updates an epoch, 2 in all",
-            id="drop_last",
-        ),
-    ],
-)
-def test_schedule(settings, rows, expected):
-    assert expected in describe_schedule(parse_config([*CPU, *settings]), rows)
+# words, rows, what is said
+SCHEDULES = {
+    "epochs": ("--prompts_per_device 8 --num_train_epochs 2", 100, "13 updates an epoch, 26 in all (2.0 epochs)"),
+    "sequences": (
+        "--prompts_per_device 8",
+        100,
+        "100 rows; an update: 8 prompts x 8 generations = 64 sequences on 1 dev",
+    ),
+    "max_steps": ("--prompts_per_device 4 --max_steps 10", 80, "20 updates an epoch, 10 in all (0.5 epochs)"),
+    "1.5": ("--prompts_per_device 4 --num_train_epochs 1.5", 12, "3 updates an epoch, 5 in all"),
+    "drop_last": ("--dataloader_drop_last true --num_train_epochs 2", 15, "1 updates an epoch, 2 in all"),
+    "buffer": (  # two generations of four updates twice, and one row that is left out
+        "--prompts_per_device 2 --steps_per_generation 4 --num_iterations 2",
+        17,
+        "a generation serves 8 updates; 16 updates an epoch, 48 in all (3.0 epochs)",
+    ),
+}
+
+
+@pytest.mark.parametrize("words, rows, expected", SCHEDULES.values(), ids=SCHEDULES)
+def test_schedule(words, rows, expected):
+    assert expected in describe_schedule(parse_config([*CPU, *words.split()]), rows)
 
 
 def test_several_ranks(monkeypatch):
