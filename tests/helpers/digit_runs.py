@@ -1,7 +1,5 @@
 """Short runs of the tiny model on eight drawn digits, in this process or in one of their own."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -29,10 +27,6 @@ def command(data: Path, output: Path, *more: str) -> list[str]:
     }
     words = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
     return ["train", "--recipe", "tiny-digits", *words, *more]
-
-
-def start(data: Path, output: Path) -> subprocess.Popen:
-    return start_with(command(data, output))
 
 
 def start_with(words: list[str]) -> subprocess.Popen:

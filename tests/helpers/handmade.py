@@ -1,7 +1,5 @@
 """Prompts and groups whose token ids and images count upwards."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

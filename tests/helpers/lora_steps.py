@@ -1,7 +1,5 @@
 """Trainers with LoRA whose adapters have learned something, and one update of them."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Prompts and groups made by hand."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """HTML pages and figures, read back."""
 
-from __future__ import annotations
-
 from html.parser import HTMLParser
 
 

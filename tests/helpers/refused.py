@@ -1,6 +1,4 @@
-"""Settings that are refused. `tests/golden/refusals.jsonl` has a case of each refusal; tests add further values."""
-
-from __future__ import annotations
+"""Settings that are refused."""
 
 from typing import Any
 
@@ -16,9 +14,3 @@ def refusal(*arguments: str, **options: Any) -> str:
     with pytest.raises(SettingError) as caught:
         parse_config([*CPU, *arguments], **options).check_device()
     return str(caught.value)
-
-
-def table(text: str) -> list[Any]:
-    """Cases of a test, one in a line: the words of a command and what the message must hold, "--beta -1 | beta is"."""
-    rows = [line.split(" | ") for line in text.strip().splitlines()]
-    return [pytest.param(words.split(), message, id=words) for words, message in rows]

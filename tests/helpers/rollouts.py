@@ -1,7 +1,5 @@
 """Prompts and engines for rollouts of the tiny model."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -1,7 +1,5 @@
 """Loss, metrics and gradients of one update, and their comparison with the naive trainer's."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 from pathlib import Path

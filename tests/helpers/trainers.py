@@ -1,7 +1,5 @@
 """Trainers of the tiny model, and the gradients of one backward pass."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 from pathlib import Path

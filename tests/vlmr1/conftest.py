@@ -1,7 +1,5 @@
 """A tiny model with the shipped weights, images of three sizes, and groups made by hand."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

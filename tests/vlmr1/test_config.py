@@ -1,13 +1,11 @@
 """Where settings come from, which are refused and in what words, and what they become."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.helpers.refused import CPU, refusal, table
+from tests.helpers.refused import CPU, refusal
 from vlmr1.cli import main
 from vlmr1.commands.arguments import RECIPES, parse_config, recipe_names
 from vlmr1.commands.schedule import describe_schedule
@@ -47,53 +45,14 @@ def test_every_recipe_parses(name):
 
 # Refusals
 
-REFUSED = """
---temperature 0 | temperature is 0.0
---beta -0.1 | beta is -0.1
---top_p 1.5 | top_p is 1.5
---rollout_kv_mib 0 | rollout_kv_mib is 0.0
---steps_per_generation 0 | steps_per_generation is 0
---num_iterations 0 | num_iterations is 0
---dataloader_in_order false --steps_per_generation 2 | dataloader_in_order=False cannot be
---reward_timeout 0 | reward_timeout is 0.0
---reward_mode loose | --reward_mode
---min_pixels 0 | min_pixels is 0
---max_anyres_num 0 | max_anyres_num is 0
---box_coordinates pixels | --box_coordinates
---rollout_logp_warn_threshold 0 | rollout_logp_warn_threshold is 0.0
---max_completion_length 0 | max_completion_length is 0
---tokens_per_pack 0 | tokens_per_pack is 0
---loss_type ppo | --loss_type
-fast | unexpected argument 'fast'
---max_step 3 | unknown setting 'max_step' on the command line; did you mean 'max_steps'?
---max_completion_len=3 | 'max_completion_len' on the command line; did you mean 'max_completion_
---qqq 3 | unknown setting 'qqq' on the command line
---loss_type cispo | epsilon_high
---loss_type cispo --epsilon_high 5 --delta 2 | delta is 2.0
---importance_sampling_level word | --importance_sampling_level
---entropy_coef inf | entropy_coef is inf
---beta 0 --kl_in_reward true | kl_in_reward needs beta above 0
---sync_ref_model true --ref_model_mixup_alpha 1.5 | ref_model_mixup_alpha is 1.5
---ref_model_mixup_alpha 1 | ref_model_mixup_alpha has no effect without sync_ref_model
---dynamic_sampling_max_rounds 2 | dynamic_sampling_max_rounds has no effect without dynamic_sampling
---importance_sampling_cap 2 | importance_sampling_cap has no effect without importance_sampling_correction
---kernels grpo_loss=none | grpo_loss has no implementation 'none'
---bf16 true --fp16 true | fp16
---gradient_accumulation_steps 2 | gradient_accumulation_steps cannot be set: use prompts_per_device
---fp16 true | fp16 cannot be set
---neftune_noise_alpha 5 | neftune_noise_alpha cannot be set
---torch_compile true | torch_compile cannot be set
---eval_strategy steps | eval_strategy cannot be set: use `vlmr1 evaluate`
---push_to_hub true | push_to_hub cannot be set
---label_names labels | label_names cannot be set
---label_smoothing_factor 0.1 | label_smoothing_factor cannot be set
---average_tokens_across_devices false | average_tokens_across_devices cannot be set
-"""
+REFUSED = (Path(__file__).parents[1] / "data" / "refused_settings.txt").read_text(encoding="utf-8").splitlines()
 
 
-@pytest.mark.parametrize("arguments, message", table(REFUSED))
-def test_refused(arguments, message):
-    assert message in refusal(*arguments)
+@pytest.mark.parametrize("line", REFUSED, ids=lambda line: line.partition(" | ")[0])
+def test_refused(line):
+    """The words of a command and what the message must hold; beside the cases of `tests/golden/refusals.jsonl`."""
+    words, message = line.split(" | ")
+    assert message in refusal(*words.split())
 
 
 def test_settings_of_transformers_that_this_machine_cannot_honour(monkeypatch):
@@ -176,42 +135,28 @@ def test_grpo_settings(setting, expected):
     assert vars(GRPOConfig(use_cpu=True, **setting).objective()) == defaults | expected
 
 
-@pytest.mark.parametrize(
-    "settings, rows, expected",
-    [
-        pytest.param(
-            ["--prompts_per_device", "8", "--num_train_epochs", "2"],
-            100,
-            "100 rows; an update: 8 prompts x 8 generations = 64 sequences on 1 device; "
-            "13 updates an epoch, 26 in all (2.0 epochs)",
-            id="epochs",
-        ),
-        pytest.param(
-            ["--prompts_per_device", "4", "--num_generations", "6", "--max_steps", "10"],
-            80,
-            "80 rows; an update: 4 prompts x 6 generations = 24 sequences on 1 device; "
-            "20 updates an epoch, 10 in all (0.5 epochs)",
-            id="max_steps",
-        ),
-        pytest.param(
-            ["--prompts_per_device", "4", "--num_train_epochs", "1.5"], 12, "3 updates an epoch, 5 in all", id="1.5"
-        ),
-        pytest.param(  # two generations of four updates twice, and one row that is left out
-            ["--prompts_per_device", "2", "--steps_per_generation", "4", "--num_iterations", "2"],
-            17,
-            "a generation serves 8 updates; 16 updates an epoch, 48 in all (3.0 epochs)",
-            id="a buffer",
-        ),
-        pytest.param(
-            ["--prompts_per_device", "8", "--dataloader_drop_last", "true", "--num_train_epochs", "2"],
-            15,
-            "1 updates an epoch, 2 in all",
-            id="drop_last",
-        ),
-    ],
-)
-def test_schedule(settings, rows, expected):
-    assert expected in describe_schedule(parse_config([*CPU, *settings]), rows)
+# words, rows, what is said
+SCHEDULES = {
+    "epochs": ("--prompts_per_device 8 --num_train_epochs 2", 100, "13 updates an epoch, 26 in all (2.0 epochs)"),
+    "sequences": (
+        "--prompts_per_device 8",
+        100,
+        "100 rows; an update: 8 prompts x 8 generations = 64 sequences on 1 dev",
+    ),
+    "max_steps": ("--prompts_per_device 4 --max_steps 10", 80, "20 updates an epoch, 10 in all (0.5 epochs)"),
+    "1.5": ("--prompts_per_device 4 --num_train_epochs 1.5", 12, "3 updates an epoch, 5 in all"),
+    "drop_last": ("--dataloader_drop_last true --num_train_epochs 2", 15, "1 updates an epoch, 2 in all"),
+    "buffer": (  # two generations of four updates twice, and one row that is left out
+        "--prompts_per_device 2 --steps_per_generation 4 --num_iterations 2",
+        17,
+        "a generation serves 8 updates; 16 updates an epoch, 48 in all (3.0 epochs)",
+    ),
+}
+
+
+@pytest.mark.parametrize("words, rows, expected", SCHEDULES.values(), ids=SCHEDULES)
+def test_schedule(words, rows, expected):
+    assert expected in describe_schedule(parse_config([*CPU, *words.split()]), rows)
 
 
 def test_several_ranks(monkeypatch):

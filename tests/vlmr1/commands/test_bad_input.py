@@ -1,7 +1,5 @@
 """Rewards that fail and updates that are not finite: one message that names the place, nothing lost."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 

@@ -133,10 +133,7 @@ def test_several_files_and_folders(folder, split):
     folders = [str(folder / "images"), str(folder / "more")]
     samples = load_samples(split(files), split(folders), question=QUESTION, check_images=True)
     assert [sample.images[0].name for sample in samples] == ["a.png", "c.png"]
-    assert [(sample.source, sample.index) for sample in samples] == [
-        (f"{files[0]}:1", 0),
-        (f"{files[1]}:1", 1),
-    ]
+    assert [(sample.source, sample.index) for sample in samples] == [(f"{files[0]}:1", 0), (f"{files[1]}:1", 1)]
 
 
 @pytest.mark.parametrize(
@@ -152,11 +149,7 @@ def test_several_files_and_folders(folder, split):
             "no gpt turn at the end of conversations: it is the solution",
             id="human-last",
         ),
-        pytest.param(
-            row(conversations=[TURN, GPT, GPT]),
-            "no human turn before the last gpt turn",
-            id="gpt-twice",
-        ),
+        pytest.param(row(conversations=[TURN, GPT, GPT]), "no human turn before the last gpt turn", id="gpt-twice"),
         pytest.param(
             row(conversations=[{"from": "human", "value": " "}, GPT, TURN, GPT], image=None),
             "a turn of user is empty",
@@ -169,9 +162,7 @@ def test_several_files_and_folders(folder, split):
         pytest.param(row(image=""), "image  is missing in", id="empty-name"),
         pytest.param(row(image="sub"), "image sub is missing in", id="a-folder"),
         pytest.param(
-            row(image="../images2/a.png"),
-            "image ../images2/a.png leaves the image folder",
-            id="dots-same-prefix",
+            row(image="../images2/a.png"), "image ../images2/a.png leaves the image folder", id="dots-same-prefix"
         ),
         pytest.param(row(image="/etc/hostname"), "image /etc/hostname leaves the image folder", id="absolute"),
     ],

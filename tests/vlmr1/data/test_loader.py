@@ -55,6 +55,7 @@ def command(data, output, workers, *more):
     return digit_runs.command(data, output, *map(str, (*small, "--dataloader_num_workers", workers, *more)))
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_with_workers_ends_with_the_same_weights(data, tmp_path):
     """Two updates share a generation, so that workers make empty batches too."""
     lines = [

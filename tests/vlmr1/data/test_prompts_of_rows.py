@@ -46,44 +46,33 @@ def shown(made):
     ]
 
 
-@pytest.mark.parametrize(
-    "prompt, images, expected",
-    [
-        pytest.param("Where? ", 0, [("user", ["Look. Where? Answer."])], id="text"),
-        pytest.param("Where?", 2, [("user", ["I", "I", "Look. Where? Answer."])], id="text-and-images"),
-        pytest.param("In <image>?", 1, [("user", ["Look. In ", "I", "? Answer."])], id="marker"),
-        pytest.param("Find it in <image>", 1, [("user", ["Look. Find it in ", "I", " Answer."])], id="marker-last"),
-        pytest.param("<image>", 1, [("user", ["I", "Look.  Answer."])], id="no-text"),
-        pytest.param(
-            [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Where?"}],
-            1,
-            [("system", ["Be brief."]), ("user", ["I", "Look. Where? Answer."])],
-            id="messages",
-        ),
-        pytest.param(
-            [
-                {"role": "user", "content": [IMAGE, text("What?")]},
-                {"role": "assistant", "content": "A cat."},
-                {"role": "user", "content": [text(" And "), IMAGE]},
-            ],
-            2,
-            [("user", ["I", "What?"]), ("assistant", ["A cat."]), ("user", ["Look.  And ", "I", " Answer."])],
-            id="turns-of-parts",
-        ),
-        pytest.param(
-            [{"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "Where?"}]}],
-            1,
-            [("user", ["I", "Look. Where? Answer."])],
-            id="nulls-of-a-table",
-        ),
-        pytest.param(
-            [{"role": "user", "content": [text("Print <image> here")]}],
-            1,
-            [("user", ["I", "Look. Print <image> here Answer."])],
-            id="marker-in-a-part-is-text",
-        ),
-    ],
-)
+def user(content):
+    return {"role": "user", "content": content}
+
+
+SYSTEM, ASSISTANT = {"role": "system", "content": "Be brief."}, {"role": "assistant", "content": "A cat."}
+TURNS = [user([IMAGE, text("What?")]), ASSISTANT, user([text(" And "), IMAGE])]
+SAID = [("user", ["I", "What?"]), ("assistant", ["A cat."]), ("user", ["Look.  And ", "I", " Answer."])]
+WHERE = ("user", ["I", "Look. Where? Answer."])
+NULLS = [user([{"type": "image", "text": None}, text("Where?")])]
+PROMPTS = {
+    "text": ("Where? ", 0, [("user", ["Look. Where? Answer."])]),
+    "text and images": ("Where?", 2, [("user", ["I", "I", "Look. Where? Answer."])]),
+    "marker": ("In <image>?", 1, [("user", ["Look. In ", "I", "? Answer."])]),
+    "marker last": ("Find it in <image>", 1, [("user", ["Look. Find it in ", "I", " Answer."])]),
+    "no text": ("<image>", 1, [("user", ["I", "Look.  Answer."])]),
+    "messages": ([SYSTEM, user("Where?")], 1, [("system", ["Be brief."]), WHERE]),
+    "turns of parts": (TURNS, 2, SAID),
+    "nulls of a table": (NULLS, 1, [WHERE]),
+    "a marker in a part is text": (
+        [user([text("Print <image> here")])],
+        1,
+        [("user", ["I", "Look. Print <image> here Answer."])],
+    ),
+}
+
+
+@pytest.mark.parametrize("prompt, images, expected", PROMPTS.values(), ids=PROMPTS)
 def test_prompts(folder, prompt, images, expected):
     made = sample(folder, {"prompt": prompt, "images": ["a.png"] * images, "solution": "x"})
     assert shown(made) == expected

@@ -1,7 +1,5 @@
 """Benchmarks' annotation files as rows: RefCOCO's JSON, COCO's, OVDEval's; and faults by file and place."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The command line of `vlmr1 evaluate`: defaults by task, and one message for what cannot be."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -55,15 +53,9 @@ REFUSED = {
     "unknown": ([*REC, "--seed", "3"], "evaluate: unrecognized arguments: --seed 3"),
     "limit": ([*REC, "--limit", "0"], "--limit is 0: it must be at least 1"),
     "timeout": ([*REC, "--ddp_timeout", "0"], "--ddp_timeout is 0.0: it must be above 0"),
-    "coordinates": (
-        [*REC, "--box_coordinates", "px"],
-        "--box_coordinates",
-    ),
+    "coordinates": ([*REC, "--box_coordinates", "px"], "--box_coordinates"),
     "dtype": ([*REC, "--dtype", "int8"], "evaluate: argument --dtype: invalid choice: 'int8'"),
-    "engine": (
-        [*REC, "--rollout_engine", "x"],
-        "--rollout_engine",
-    ),
+    "engine": ([*REC, "--rollout_engine", "x"], "--rollout_engine"),
     "template": ([*REC, "--question_template", "Where?"], "question_template is 'Where?'"),
     "judge of rec": ([*REC, "--judge_url", "http://x", "--judge_model", "m"], "--judge_url is for --task vqa"),
     "judge url": (["--task", "vqa", "--judge_url", "x", "--judge_model", "m"], "judge_url is 'x': it must begin with"),

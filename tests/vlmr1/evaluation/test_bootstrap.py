@@ -1,7 +1,5 @@
 """Intervals over rows: against the normal one, shares of what may be absent, pairs."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

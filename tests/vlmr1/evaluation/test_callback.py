@@ -1,7 +1,5 @@
 """Evaluation during training: what it reports, when, and that training does not notice it."""
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path

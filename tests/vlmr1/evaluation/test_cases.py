@@ -1,7 +1,5 @@
 """The picture page: what is chosen, what is drawn, that nothing of a model or a data set becomes markup."""
 
-from __future__ import annotations
-
 import io
 from base64 import b64decode
 from pathlib import Path
@@ -38,9 +36,7 @@ def page(folder, *cases, count=12) -> tuple[str, Page]:
 def test_everything_is_escaped_and_nothing_is_fetched(image, tmp_path):
     box = LabelledBox(EVIL, (10.0, 20.0, 300.0, 400.0))
     text, found = page(
-        tmp_path,
-        Case(sample(image), EVIL, 0.5, (box,), (box,)),
-        Case(sample(image), EVIL, 1.0, solution=EVIL),
+        tmp_path, Case(sample(image), EVIL, 0.5, (box,), (box,)), Case(sample(image), EVIL, 1.0, solution=EVIL)
     )
     assert found.of("script") == [] and "<script>alert" not in text
     said = "".join(found.words)

@@ -1,7 +1,5 @@
 """Average precision of a data set: by hand, against pycocotools called on files, and its bootstrap samples."""
 
-from __future__ import annotations
-
 import io
 import json
 from contextlib import redirect_stdout

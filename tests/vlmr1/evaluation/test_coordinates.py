@@ -1,7 +1,5 @@
 """Predicted boxes in pixels of the upright file, whatever a family writes and its processor makes of the image."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Completions -> boxes with scores; rows whose boxes cannot be read; the score of one image."""
 
-from __future__ import annotations
-
 import pytest
 
 from vlmr1.evaluation.coco import ImageBoxes, ScoredBox, TrueBox

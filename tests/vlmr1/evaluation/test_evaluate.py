@@ -1,7 +1,5 @@
 """`vlmr1 evaluate` from end to end on the embedded model: the same bytes elsewhere, interrupted, by two ranks."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

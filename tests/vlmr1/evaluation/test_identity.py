@@ -1,7 +1,5 @@
 """What a model's digest covers."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Records -> metrics of each task, with numbers worked out by hand."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -61,10 +59,7 @@ A, B = (0, 0, 10, 10), (20, 0, 30, 10)
 def test_ovd():
     """Labels a and b have true boxes; c is asked for and has none; zebra is not known."""
     samples = [sample(boxes(("a", A), ("b", B)), labels=["A", "b", "c"]), sample("None", labels=["A", "b", "c"])]
-    records = [
-        record(0, boxes(("b", A), ("a", A), ("b", B), ("zebra", A))),
-        record(1, boxes(("c", A))),
-    ]
+    records = [record(0, boxes(("b", A), ("a", A), ("b", B), ("zebra", A))), record(1, boxes(("c", A)))]
     scored = score_task("ovd", samples, records)
     found = values(scored)
     # AP: a is right, of b the first box is false; NMS-AP: the first box on A is b's, so a's is removed.

@@ -1,7 +1,5 @@
 """One generation serves several updates: which rows, in which order, with which log-probs, and after a resume."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

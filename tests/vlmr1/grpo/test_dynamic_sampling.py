@@ -1,7 +1,5 @@
 """Groups without signal give way to groups of other prompts: which, in which order, how often, and after a resume."""
 
-from __future__ import annotations
-
 import shutil
 import threading
 from dataclasses import replace

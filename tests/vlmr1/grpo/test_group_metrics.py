@@ -1,7 +1,5 @@
 """What a step and a run report, on numbers small enough to check by hand."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -13,9 +11,7 @@ from vlmr1.distributed.metrics import combine
 from vlmr1.evaluation.evaluate import Evaluation
 from vlmr1.evaluation.rec import RecResult
 from vlmr1.grpo.group_metrics import group_statistics
-from vlmr1.grpo.loss import normalizer
 from vlmr1.types import Completion, Group, Prompt, Sample
-from vlmr1_kernels import GRPOSettings
 
 PROMPT = Prompt(Sample([], (), "", "", 0), torch.zeros(3, dtype=torch.int64), torch.zeros(3, 3))
 
@@ -62,25 +58,6 @@ def test_group_statistics():
 def test_a_group_is_flat_by_its_weighted_sum(weights, flat):
     """1 + 0 and 0 + 1 are the same reward, but 0.5 + 1 is not."""
     assert group_statistics(GROUPS, ["a", "b"], weights)["zero_variance_groups"] == flat
-
-
-SEQUENCES, TOKENS = 6.0, 30.0
-
-
-@pytest.mark.parametrize(
-    "loss_type, expected",
-    [
-        ("grpo", SEQUENCES),
-        ("gspo", SEQUENCES),
-        ("dr_grpo", SEQUENCES),
-        ("bnpo", TOKENS),
-        ("dapo", TOKENS),
-        ("cispo", TOKENS),
-    ],
-)
-def test_normalizer(loss_type, expected):
-    settings = GRPOSettings(loss_type=loss_type, max_completion_length=6, epsilon_high=5.0)
-    assert normalizer(GROUPS, settings) == expected
 
 
 def test_combine_packs():
@@ -132,12 +109,7 @@ def evaluation(accuracy: float, mean_iou: float) -> Evaluation:
 def history(steps: int) -> list[dict[str, float]]:
     """Accuracy i / 100, format 1, length 40 - i, KL i / 1000 at step i."""
     return [
-        {
-            "rewards/accuracy/mean": i / 100,
-            "rewards/format/mean": 1.0,
-            "completion_length": 40.0 - i,
-            "kl": i / 1000,
-        }
+        {"rewards/accuracy/mean": i / 100, "rewards/format/mean": 1.0, "completion_length": 40.0 - i, "kl": i / 1000}
         for i in range(steps)
     ]
 

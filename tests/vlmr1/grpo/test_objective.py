@@ -1,7 +1,5 @@
 """The whole step against each objective written out in float64, and what enters rewards and weights."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -77,11 +75,7 @@ def corrected(mode: str) -> Any:
 
 
 def correction(mode: str) -> dict[str, Any]:
-    return {
-        "importance_sampling_correction": mode,
-        "importance_sampling_cap": CAP,
-        "old_logprobs": "recompute",
-    }
+    return {"importance_sampling_correction": mode, "importance_sampling_cap": CAP, "old_logprobs": "recompute"}
 
 
 CORRECTED = [corrected(mode) for mode in ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")]
@@ -222,11 +216,7 @@ def test_the_ratio_is_of_the_full_distribution(model, processor, tmp_path):
 
 # The KL in the reward
 
-ESTIMATORS = {
-    "k1": lambda d: -d,
-    "k2": lambda d: d**2 / 2,
-    "k3": lambda d: d.exp() - d - 1,
-}
+ESTIMATORS = {"k1": lambda d: -d, "k2": lambda d: d**2 / 2, "k3": lambda d: d.exp() - d - 1}
 
 
 def judged(groups: list[Group], old: Tensor, ref: Tensor, estimator: str, split: int) -> list[Group]:

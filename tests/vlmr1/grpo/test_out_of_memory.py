@@ -1,7 +1,5 @@
 """Memory that runs out in a pass: the step is made again in smaller packs, and is the same step."""
 
-from __future__ import annotations
-
 import copy
 import json
 import weakref

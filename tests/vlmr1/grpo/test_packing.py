@@ -1,7 +1,5 @@
 """Packs written out by hand, the plans of a token budget, and the padded batch as the pack's inverse."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,12 +82,7 @@ PLANS = {
     "no pack": ([(2, 2), (2, 2)], 99, {"pack": False}, [["100:01"], ["200:01"]]),
     "no pack, split": ([(6, 6, 6)], 22, {"pack": False}, [["100:01"], ["100:2"]]),
     "no shared prompt": ([(3, 3), (3,)], 24, {"share_prompt": False}, [["100:0", "100:1"], ["200:0"]]),
-    "naive": (
-        [(3, 1), (9, 4)],
-        24,
-        {"share_prompt": False, "pack": False},
-        [["100:0", "100:1"], ["200:0", "200:1"]],
-    ),
+    "naive": ([(3, 1), (9, 4)], 24, {"share_prompt": False, "pack": False}, [["100:0", "100:1"], ["200:0", "200:1"]]),
 }
 
 

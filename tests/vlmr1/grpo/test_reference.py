@@ -1,7 +1,5 @@
 """The reference model: what it owns, how it follows the policy, and what a checkpoint holds of it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,8 +1,6 @@
 """The whole step against its oracle: the naive trainer (padded sequences, image repeated) gives the same loss, the
 same metrics and the same gradient of every parameter as the shared one, in float32, to 1e-5 relative."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 from pathlib import Path

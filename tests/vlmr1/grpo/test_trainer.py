@@ -1,7 +1,5 @@
 """Each flag of the trainer changes what it says, and nothing else."""
 
-from __future__ import annotations
-
 import json
 import math
 
@@ -16,10 +14,7 @@ from vlmr1.grpo.trainer import GRPOTrainer
 from vlmr1.report.progress import Progress
 from vlmr1.rewards.registry import get_reward
 
-SAME = {
-    "reference attention": ({"kernels": "shared_prefix_attention=reference"}, 1e-5),
-    "bf16": ({"bf16": True}, 5e-2),
-}
+SAME = {"reference attention": ({"kernels": "shared_prefix_attention=reference"}, 1e-5), "bf16": ({"bf16": True}, 5e-2)}
 
 
 @pytest.mark.parametrize(("settings", "tolerance"), SAME.values(), ids=SAME.keys())
@@ -96,7 +91,7 @@ def test_an_engine_whose_logprobs_are_not_the_policys_is_noticed(model, processo
         row = trainer.state.log_history[0]
         assert row["rollout/logp_difference"] == pytest.approx(off, abs=1e-4)
         assert off - 1e-4 < row["rollout/logp_difference_max"] < off + 1e-3
-        assert ("rollout_logp_alarm is 0.1" in caplog.text) == alarm
+        assert ("rollout_logp_warn_threshold is 0.1" in caplog.text) == alarm
 
 
 @pytest.mark.parametrize("engine", ["native", "transformers"])

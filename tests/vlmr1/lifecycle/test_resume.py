@@ -1,7 +1,5 @@
 """Runs that are killed, and checkpoints that are whole or ignored."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
@@ -9,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.digit_runs import STEPS, command, start, weights
+from tests.helpers.digit_runs import STEPS, command, weights
 from vlmr1.cli import main
 from vlmr1.lifecycle.checkpoint import MANIFEST, integrity_error, last_complete, publish, rotate, staged, truncate_after
 from vlmr1.lifecycle.disk import checkpoint_bytes, warn_if_low_space
@@ -19,9 +17,7 @@ from vlmr1.report.progress import read_metrics
 @pytest.fixture(scope="module")
 def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
-    run = start(data, folder)
-    output, _ = run.communicate()
-    assert run.returncode == 0, output
+    assert main(command(data, folder)) == 0
     before, after = weights(folder, 4), weights(folder)  # what a run that forgets its weights would not show
     assert all(not torch.equal(before[name], after[name]) for name in after)
     return folder

@@ -1,7 +1,5 @@
 """SIGTERM, SIGUSR1, Ctrl-C: a checkpoint at the end of the step, a message, the exit status that shells expect."""
 
-from __future__ import annotations
-
 import os
 import signal
 from functools import partial

@@ -1,8 +1,6 @@
 """What interrupts a run from outside: disks that are full or cannot be written, files that are gone, processes that
 die."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import shutil

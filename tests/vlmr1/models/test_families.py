@@ -1,8 +1,6 @@
 """Every model family, in a tiny random instance: what is shared gives the same step as the naive trainer, the same
 tokens as `generate`, and the same logits as the stock forward."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -311,10 +309,7 @@ PLACEHOLDERS = {
     "qwen2_vl": ({"<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"},) * 2,
     "glm4v": (set(GLM_IMAGES),) * 2,
     "internvl": ({"<IMG_CONTEXT>"}, {"<IMG_CONTEXT>", "<img>", "</img>", "<video>"}),
-    "idefics3": (
-        {"<image>"},
-        {"<image>", "<fake_token_around_image>", "<global-img>", *ROWS_AND_COLUMNS},
-    ),
+    "idefics3": ({"<image>"}, {"<image>", "<fake_token_around_image>", "<global-img>", *ROWS_AND_COLUMNS}),
 }
 PLACEHOLDERS |= {"qwen2_5_vl": PLACEHOLDERS["qwen2_vl"], "qwen3_vl": PLACEHOLDERS["qwen2_vl"]}
 PLACEHOLDERS["smolvlm"] = PLACEHOLDERS["idefics3"]

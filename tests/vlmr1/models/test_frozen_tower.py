@@ -1,7 +1,5 @@
 """A frozen tower encodes an image once a step, for rollout, reference and policy; a trained one does not share."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,8 +1,6 @@
 """LoRA in every model family: the shared step is the naive step, rollouts draw from the adapted model, and the
 reference is the model without its adapter."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any

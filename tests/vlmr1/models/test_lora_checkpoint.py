@@ -1,7 +1,5 @@
 """Checkpoints that hold an adapter: small, resumed bit for bit, evaluated and merged."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import signal

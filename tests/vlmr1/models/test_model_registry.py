@@ -1,7 +1,5 @@
 """Which family a checkpoint gets, and what is refused: by the configuration alone."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

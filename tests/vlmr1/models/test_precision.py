@@ -1,8 +1,6 @@
 """Weights move as far as in float32: displacements after 100 updates at a learning rate of 1e-6 on the same gradients,
 projected on those of float32 weights, by the optimizers that the trainer makes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

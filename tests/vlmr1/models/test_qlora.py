@@ -1,8 +1,6 @@
 """Weights in 4 bits with an adapter: the decoder's linear layers only, the same step as the naive trainer, and rollouts
 from the very model that is trained."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The line of a step, and the warning that rewards are flat."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from types import SimpleNamespace

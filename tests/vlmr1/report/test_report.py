@@ -58,10 +58,7 @@ def test_images_are_inside_byte_for_byte(write, example, curve):
     prefix = "data:image/png;base64,"
     sources = [image["src"] for image in page.of("img")]
     assert [source[: len(prefix)] for source in sources] == [prefix, prefix]
-    assert [b64decode(source[len(prefix) :]) for source in sources] == [
-        curve.read_bytes(),
-        example.image.read_bytes(),
-    ]
+    assert [b64decode(source[len(prefix) :]) for source in sources] == [curve.read_bytes(), example.image.read_bytes()]
 
 
 def test_boxes_in_pixels_of_the_image(write, example):

@@ -1,7 +1,5 @@
 """The page of a training run, read back: curves, completions with images and boxes, also of a run that goes on."""
 
-from __future__ import annotations
-
 import errno
 import io
 import json

@@ -1,7 +1,5 @@
 """Shares of completions that a reward cannot read, on texts written out."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -59,6 +59,7 @@ NUMBERS = st.lists(SIDES, min_size=4, max_size=4)
 BOXES = st.lists(st.tuples(st.sampled_from("abc"), NUMBERS), max_size=8)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(truths=BOXES.filter(bool), predictions=BOXES, repeats=st.sampled_from([1, 1, 40]))
 def test_average_precision_is_that_of_cocoeval(truths, predictions, repeats):

@@ -8,14 +8,7 @@ import torch
 from tests.helpers.rewards import answered, group, sample
 from vlmr1.data.boxes import iou
 from vlmr1.errors import DataError, RewardError, SettingError
-from vlmr1.rewards import (
-    Reward,
-    accuracy_reward,
-    check_samples,
-    get_reward,
-    register,
-    score_groups,
-)
+from vlmr1.rewards import Reward, accuracy_reward, check_samples, get_reward, register, score_groups
 from vlmr1.rewards.answer import has_format
 from vlmr1.rewards.registry import REWARDS
 
@@ -56,12 +49,7 @@ def test_accuracy():
 
 def test_parsing_is_linear():
     """200,000 characters of tags take milliseconds; a backtracking parser would take minutes."""
-    for text in (
-        "<answer>" * 25_000,
-        "</think><answer>" * 12_500,
-        "</answer>" * 22_000,
-        "<think>" + " " * 200_000,
-    ):
+    for text in ("<answer>" * 25_000, "</think><answer>" * 12_500, "</answer>" * 22_000, "<think>" + " " * 200_000):
         assert score_one("accuracy", text).item() == 0
         assert not has_format(text)
 

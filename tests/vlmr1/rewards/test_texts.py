@@ -1,7 +1,5 @@
 """What each function reads from a completion or a solution; the cases are in `reward_texts.jsonl`."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

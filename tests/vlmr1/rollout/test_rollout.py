@@ -1,7 +1,5 @@
 """The native engine against `model.generate`, and its log-probs against the training forward's."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Random numbers against SplitMix64 in Python's own integers, and tokens against the softmax they are drawn from."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -77,12 +75,7 @@ def shares(logits: torch.Tensor, draws: np.ndarray, banned: torch.Tensor, settin
     return torch.bincount(tokens, minlength=len(logits)).double() / len(draws)
 
 
-BANNED = {
-    "none": NONE,
-    "first": torch.tensor([0]),
-    "last": torch.tensor([10]),
-    "runs": torch.tensor([0, 1, 5, 6, 10]),
-}
+BANNED = {"none": NONE, "first": torch.tensor([0]), "last": torch.tensor([10]), "runs": torch.tensor([0, 1, 5, 6, 10])}
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])

@@ -1,7 +1,5 @@
 """The embedded default: canvases, the data set, the built model, its tokenizer and processor, what is shipped."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import Counter
@@ -217,10 +215,7 @@ def test_special_tokens(shipped, built, processor):
 
 CONVERSATION = [
     {"role": "system", "content": "Be brief."},
-    {
-        "role": "user",
-        "content": [{"type": "text", "text": "See "}, {"type": "image"}, {"type": "text", "text": "?"}],
-    },
+    {"role": "user", "content": [{"type": "text", "text": "See "}, {"type": "image"}, {"type": "text", "text": "?"}]},
     {"role": "assistant", "content": "A 7."},
 ]
 RENDERED = (
