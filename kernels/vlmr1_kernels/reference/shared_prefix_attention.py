@@ -35,12 +35,8 @@ def visible(layout: PrefixLayout, window: int | None = None) -> Tensor:
     """Return the mask [L, L] bool: True if row i attends to row j."""
     prompts, branches = layout.prompt_lengths, layout.branch_lengths
     groups = torch.arange(layout.num_groups)
-    group = torch.cat(
-        [
-            groups.repeat_interleave(torch.tensor(prompts)),
-            groups.repeat_interleave(torch.tensor([sum(lengths) for lengths in branches])),
-        ]
-    )  # [L]
+    sizes = prompts, [sum(lengths) for lengths in branches]
+    group = torch.cat([groups.repeat_interleave(torch.tensor(each)) for each in sizes])  # [L]
     flat = torch.tensor([0, *(length for lengths in branches for length in lengths)])
     branch = torch.arange(len(flat)).repeat_interleave(flat)
     branch = torch.cat([torch.zeros(layout.prompt_total, dtype=torch.long), branch])  # [L], 0: prompt
