@@ -14,18 +14,8 @@ from vlmr1_kernels import registry
 from vlmr1_kernels.native import library
 
 REQUIRED = ("torch", "transformers", "accelerate", "safetensors", "pillow", "numpy")
-OPTIONAL = (
-    "torchvision",
-    "triton",
-    "flash-attn",
-    "liger-kernel",
-    "bitsandbytes",
-    "peft",
-    "deepspeed",
-    "vllm",
-    "trl",
-    "nvidia-ml-py",
-)
+OPTIONAL = ("torchvision", "triton", "flash-attn", "liger-kernel", "bitsandbytes", "peft", "deepspeed", "vllm", "trl")
+OPTIONAL += ("nvidia-ml-py",)
 ABSENT = "not installed"
 
 
