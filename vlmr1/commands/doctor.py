@@ -19,10 +19,6 @@ OPTIONAL += ("nvidia-ml-py",)
 ABSENT = "not installed"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command has no arguments."""
-
-
 def run(options: argparse.Namespace, rest: list[str]) -> None:
     print(doctor())
 

@@ -49,7 +49,7 @@ class Advice:
 def offers(job: Job) -> dict[str, Any]:
     """What each remedy costs, and its settings, nothing where it cannot be offered; of a setting that comes twice the
     later value goes further."""
-    args, on_gpu, optim = job.args, job.device == "cuda", _optim(job)
+    args, on_gpu, optim = job.args, job.device == "cuda", str(_value(job, "optim"))
     group, packs = -(-_group_tokens(job) // 256) * 256, args.share_prompt and args.pack
     limits_kv = args.rollout_engine == "native" and args.rollout_kv_mib is None
     smaller = packs and group < args.tokens_per_pack
@@ -154,10 +154,6 @@ def gpus_needed(planner: Planner, job: Job, room: int, most: int = 1024) -> int 
 
 def _group_tokens(job: Job) -> int:
     return job.prompt_tokens + job.args.num_generations * (job.args.max_completion_length - 1)
-
-
-def _optim(job: Job) -> str:
-    return str(_value(job, "optim"))
 
 
 def _value(job: Job, name: str) -> Any:

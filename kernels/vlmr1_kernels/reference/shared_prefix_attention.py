@@ -10,15 +10,9 @@ from vlmr1_kernels.linear import accumulation_dtype
 
 
 def shared_prefix_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: PrefixLayout,
-    *,
-    scale: float,
-    softcap: float | None = None,
-    window: int | None = None,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, *,
+    scale: float, softcap: float | None = None, window: int | None = None,
+) -> Tensor:  # fmt: skip
     _, heads, length, head_dim = q.shape
     kv_heads = k.shape[1]
     wide = accumulation_dtype(q.dtype)
