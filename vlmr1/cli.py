@@ -69,7 +69,8 @@ def _parse(arguments: Sequence[str] | None) -> tuple[ModuleType, argparse.Namesp
         each = commands.add_parser(name, help=text, add_help=name not in OWN_HELP, allow_abbrev=name != "train")
         if words[:1] == [name]:
             module = import_module(f"vlmr1.commands.{file}")
-            module.add_arguments(each)
+            if hasattr(module, "add_arguments"):  # else it has none, or parses its own
+                module.add_arguments(each)
     try:
         options, rest = parser.parse_known_args(words)
         if rest and options.command not in TAKE_MORE:

@@ -5,7 +5,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from vlmr1_kernels.inputs import DecodeTables, LossInputs
+from vlmr1_kernels.inputs import DecodeTables, HeadInputs, LossInputs
 from vlmr1_kernels.layout import PrefixLayout
 from vlmr1_kernels.settings import GRPOSettings
 
@@ -14,15 +14,8 @@ INTEGERS = (torch.int64, torch.int32)
 ROW_LOGPS = ("old_logp", "ref_logp", "sampling_logp")
 
 
-def head(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    chunk_mib: float | None,
-) -> None:
+def head(inputs: HeadInputs, chunk_mib: float | None) -> None:
+    hidden, weight, bias, targets, temperature, softcap = inputs
     _floating("hidden", hidden)
     if hidden.dim() != 2:
         raise ValueError(f"hidden must be [N, D], it is {_shape(hidden)}")
@@ -36,10 +29,8 @@ def head(
     _integer("targets", targets, hidden.shape[0], hidden)
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, it is {temperature}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be above 0, or None, it is {softcap}")
-    if chunk_mib is not None and not chunk_mib > 0:
-        raise ValueError(f"chunk_mib must be above 0, or None, it is {chunk_mib}")
+    _above_zero("softcap", softcap)
+    _above_zero("chunk_mib", chunk_mib)
 
 
 def scores(inputs: LossInputs) -> tuple[str, Tensor]:
@@ -140,8 +131,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, softcap: fl
     _packed_attention(q, k, v)
     if q.shape[2] != layout.total_length:
         raise ValueError(f"q has {q.shape[2]} rows, the layout has {layout.total_length}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be above 0, or None, it is {softcap}")
+    _above_zero("softcap", softcap)
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, or None, it is {window}")
 
@@ -228,6 +218,11 @@ def row_vector(name: str, value: Tensor, count: int | None, like: Tensor | None)
 def _grouped_heads(heads: int, kv_heads: int) -> None:
     if kv_heads < 1 or heads % kv_heads:
         raise ValueError(f"{heads} query heads are not a multiple of {kv_heads} key and value heads")
+
+
+def _above_zero(name: str, value: float | None) -> None:
+    if value is not None and not value > 0:
+        raise ValueError(f"{name} must be above 0, or None, it is {value}")
 
 
 def _floating(name: str, value: Tensor) -> None:

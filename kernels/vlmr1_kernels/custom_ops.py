@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vlmr1_kernels.inputs import LossInputs
+from vlmr1_kernels.inputs import HeadInputs, LossInputs
 from vlmr1_kernels.linear import accumulation_dtype, chunk_rows
 from vlmr1_kernels.settings import GRPOSettings
 
 _LIBRARY = torch.library.Library("vlmr1_kernels", "FRAGMENT")
 _METRICS = ("kl", "clip_low", "clip_high", "ratio_max")
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets"
+_OPTIONS = "float temperature, float? softcap"  # with _HEAD the fields of HeadInputs
+_HEAD_COUNT = len(HeadInputs._fields)
 _NEEDS = "bool needs_hidden, bool needs_weight, bool needs_bias"
 _INPUTS = (  # fields of LossInputs
     "Tensor seq_ids, Tensor? advantages, Tensor? rewards, int num_generations, "
@@ -73,14 +75,20 @@ def linear_logprob(
 ) -> Callable[..., Any]:
     """Return the op from two functions.
 
-    forward(hidden [N, D], weight [V, D], bias [V] | None, targets [N], temperature, softcap, entropy, chunk)
+    forward(head, entropy, chunk)
         -> logp [N], entropy [N] or [0], lse [N] of the logits after softcap and temperature
-    backward(hidden, weight, bias, targets, lse, entropy, d_logp [N], d_entropy [N] or [0], temperature, softcap,
-        needs_hidden, needs_weight, needs_bias, chunk)
+    backward(head, lse, entropy, d_logp [N], d_entropy [N] or [0], needs, chunk)
         -> d_hidden [N, D], d_weight [V, D], d_bias [V], in the dtype of the input; [0] if not needed
 
-    `chunk` is the number of rows to project at once.
+    `chunk` is the number of rows to project at once. `needs` says which of the gradients of hidden, weight and bias to
+    compute.
     """
+
+    def call_forward(*values: Any) -> Any:
+        return forward(HeadInputs(*values[:_HEAD_COUNT]), *values[_HEAD_COUNT:])
+
+    def call_backward(*values: Any) -> Any:
+        return backward(HeadInputs(*values[:_HEAD_COUNT]), *values[_HEAD_COUNT:-4], values[-4:-1], values[-1])
 
     def fake_forward(hidden: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
         logp = hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype))
@@ -89,18 +97,11 @@ def linear_logprob(
     def fake_backward(hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
         return _gradients_like(hidden, weight, *others[-4:-1])
 
-    options = "float temperature, float? softcap"
+    arguments = f"{_HEAD}, {_OPTIONS}, bool with_entropy, int chunk"
+    run_forward = _register(f"linear_logprob_{name}", arguments, 3, call_forward, fake_forward)
     upstream = "Tensor lse, Tensor entropy, Tensor d_logp, Tensor d_entropy"
-    run_forward = _register(
-        f"linear_logprob_{name}", f"{_HEAD}, {options}, bool with_entropy, int chunk", 3, forward, fake_forward
-    )
-    run_backward = _register(
-        f"linear_logprob_{name}_backward",
-        f"{_HEAD}, {upstream}, {options}, {_NEEDS}, int chunk",
-        3,
-        backward,
-        fake_backward,
-    )
+    arguments = f"{_HEAD}, {_OPTIONS}, {upstream}, {_NEEDS}, int chunk"
+    run_backward = _register(f"linear_logprob_{name}_backward", arguments, 3, call_backward, fake_backward)
 
     class LinearLogprob(torch.autograd.Function):
         @staticmethod
@@ -115,23 +116,13 @@ def linear_logprob(
         def backward(ctx: Any, d_logp: Tensor, d_entropy: Tensor) -> tuple[Tensor | None, ...]:
             temperature, softcap, _, chunk = ctx.options
             needs = ctx.needs_input_grad[:3]
-            upstream = d_logp.contiguous(), d_entropy.contiguous()
-            gradients = run_backward(*ctx.saved_tensors, *upstream, temperature, softcap, *needs, chunk)
+            *head, lse, entropy = ctx.saved_tensors
+            upstream = lse, entropy, d_logp.contiguous(), d_entropy.contiguous()
+            gradients = run_backward(*head, temperature, softcap, *upstream, *needs, chunk)
             return *_needed(gradients, needs), None, None, None, None, None
 
-    def run(
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        *,
-        bias: Tensor | None,
-        temperature: float,
-        softcap: float | None,
-        entropy: bool,
-        chunk_mib: float | None,
-    ) -> tuple[Tensor, Tensor]:
-        chunk = chunk_rows(hidden.shape[0], weight, chunk_mib)
-        return LinearLogprob.apply(hidden, weight, bias, targets, temperature, softcap, entropy, chunk)
+    def run(head: HeadInputs, *, entropy: bool, chunk_mib: float | None) -> tuple[Tensor, Tensor]:
+        return LinearLogprob.apply(*head, entropy, chunk_rows(head.hidden.shape[0], head.weight, chunk_mib))
 
     return run
 
@@ -178,21 +169,19 @@ def grpo_loss(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
 def linear_grpo_loss(name: str, forward: Callable[..., Any], chunk_rows: ChunkRows = chunk_rows) -> Callable[..., Any]:
     """Return the op from one function.
 
-    forward(hidden [n, D], weight [V, D], bias [V] | None, targets [n], rows [n] | None, inputs, softcap, chunk, scale,
-        needs, settings)
+    forward(head, rows [n] | None, inputs, chunk, scale, needs, settings)
         -> loss [], d_hidden [n, D], d_weight [V, D], d_bias [V] (times `scale`, in the dtype of the input; [0] if not
         needed), logp [n], entropy [], kl [], clip_low [], clip_high [], ratio_max []
 
-    `rows` are the n projected of the N rows, None: all. `inputs` has log-probs [n], but `seq_ids` [N], since sequence
-    lengths count all rows. `chunk` is the number of rows to project at once. `needs` says which of the gradients of
-    hidden, weight and bias to compute.
+    `rows` are the n projected of the N rows, None: all; `head` has these only. `inputs` has log-probs [n], but
+    `seq_ids` [N], since sequence lengths count all rows. `chunk` and `needs` are as in `linear_logprob`.
     """
 
     def run_forward(hidden: Tensor, weight: Tensor, bias: Any, targets: Tensor, rows: Any, *values: Any) -> Any:
         settings = GRPOSettings(*values[-_SETTINGS_COUNT:])
         softcap, chunk, scale, *needs = values[_INPUTS_COUNT:-_SETTINGS_COUNT]
-        inputs = LossInputs(*values[:_INPUTS_COUNT])
-        return forward(hidden, weight, bias, targets, rows, inputs, softcap, chunk, scale, tuple(needs), settings)
+        head = HeadInputs(hidden, weight, bias, targets, settings.temperature, softcap)
+        return forward(head, rows, LossInputs(*values[:_INPUTS_COUNT]), chunk, scale, tuple(needs), settings)
 
     def fake(hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, ...]:
         needs = others[-_SETTINGS_COUNT - 3 : -_SETTINGS_COUNT]
@@ -225,17 +214,14 @@ def linear_grpo_loss(name: str, forward: Callable[..., Any], chunk_rows: ChunkRo
             return *scaled, *([None] * ctx.others)
 
     def run(
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
+        head: HeadInputs,
         inputs: LossInputs,
         *,
         settings: GRPOSettings,
-        bias: Tensor | None,
-        softcap: float | None,
         chunk_mib: float | None,
         active_rows: Tensor | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        hidden, weight, bias, targets, _, softcap = head
         total = hidden.shape[0]
         if active_rows is not None:
             hidden, targets = hidden.index_select(0, active_rows), targets[active_rows]

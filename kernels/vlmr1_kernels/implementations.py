@@ -48,15 +48,22 @@ class Implementation:
     explicit_only: Reason = _none
 
 
+def _place_reason(request: Request, place: str) -> str | None:
+    kind = request.device.type
+    return None if kind == place else f"runs on {place}, the tensors are on {kind}"
+
+
 def _cpu_attention(request: Request) -> str | None:
-    if request.device.type != "cpu":
-        return f"runs on cpu, the tensors are on {request.device.type}"
-    return _dtype_reason(request) or _options_reason(request, "torch's flash kernel for CPUs")
+    return (
+        _place_reason(request, "cpu")
+        or _dtype_reason(request)
+        or _options_reason(request, "torch's flash kernel for CPUs")
+    )
 
 
 def _flash(request: Request) -> str | None:
-    if request.device.type != "cuda":
-        return f"runs on cuda, the tensors are on {request.device.type}"
+    if reason := _place_reason(request, "cuda"):
+        return reason
     if request.dtype not in _HALF:
         return f"supports bfloat16 and float16, not {request.dtype}"
     head_dim = request.shape[-1]
@@ -74,8 +81,8 @@ def _device_reason(device: torch.device) -> str | None:
 
 
 def _flex(request: Request) -> str | None:
-    if request.device.type != "cuda":
-        return f"runs on cuda, the tensors are on {request.device.type}; FlexAttention has no backward there"
+    if reason := _place_reason(request, "cuda"):
+        return f"{reason}; FlexAttention has no backward there"
     if find_spec("triton") is None:
         return "triton is not installed"
     if request.shape[-1] < 16:
@@ -113,9 +120,7 @@ def _interpreted(request: Request) -> str | None:
 
 
 def _native(request: Request) -> str | None:
-    if request.device.type != "cpu":
-        return f"runs on cpu, the tensors are on {request.device.type}"
-    if reason := _dtype_reason(request):
+    if reason := _place_reason(request, "cpu") or _dtype_reason(request):
         return reason
     from vlmr1_kernels.native.library import unavailable_reason  # imports torch._dynamo
 

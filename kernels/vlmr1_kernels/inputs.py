@@ -4,6 +4,19 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+Needs = tuple[bool, bool, bool]  # which of the gradients of hidden, weight and bias to compute
+
+
+class HeadInputs(NamedTuple):
+    """Rows to project, their output head, and how it makes logits; see `linear_logprob`."""
+
+    hidden: Tensor  # [N, D]
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    targets: Tensor  # [N] integer
+    temperature: float
+    softcap: float | None
+
 
 class LossInputs(NamedTuple):
     """Rows and sequences of the GRPO objective, beside the log-probs; all tensors are constants of the loss."""

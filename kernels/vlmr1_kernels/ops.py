@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vlmr1_kernels import checks
 from vlmr1_kernels.implementations import Request
-from vlmr1_kernels.inputs import DecodeTables, LossInputs
+from vlmr1_kernels.inputs import DecodeTables, HeadInputs, LossInputs
 from vlmr1_kernels.layout import PrefixLayout
 from vlmr1_kernels.registry import resolve
 from vlmr1_kernels.settings import GRPOSettings
@@ -55,10 +55,10 @@ def linear_logprob(
         ValueError: an argument has the wrong shape, dtype or device.
         ImplementationError: the implementation does not exist or does not support the call.
     """
-    checks.head(hidden, weight, targets, bias, temperature, softcap, chunk_mib)
+    head = HeadInputs(hidden, weight, bias, targets, temperature, softcap)
+    checks.head(head, chunk_mib)
     run = _implementation("linear_logprob", impl, hidden, hidden.shape[0], *reversed(weight.shape))
-    options = {"temperature": temperature, "softcap": softcap, "entropy": entropy, "chunk_mib": chunk_mib}
-    logp, token_entropy = run(hidden, weight, targets, bias=bias, **options)
+    logp, token_entropy = run(head, entropy=entropy, chunk_mib=chunk_mib)
     return (logp, token_entropy) if entropy else logp
 
 
@@ -177,7 +177,8 @@ def linear_grpo_loss(
         ValueError: a wrong argument.
         ImplementationError: the implementation does not exist or does not support the call.
     """
-    checks.head(hidden, weight, targets, bias, settings.temperature, softcap, chunk_mib)
+    head = HeadInputs(hidden, weight, bias, targets, settings.temperature, softcap)
+    checks.head(head, chunk_mib)
     row_logps = (old_logp, ref_logp, sampling_logp)
     inputs = LossInputs(seq_ids, advantages, rewards, num_generations, *row_logps, normalizer)
     checks.objective(targets, inputs, settings)
@@ -187,8 +188,7 @@ def linear_grpo_loss(
         checks.token_ids(targets, weight.shape[0])
         checks.objective_values(inputs, active_rows)
     run = _implementation("linear_grpo_loss", impl, hidden, hidden.shape[0], *reversed(weight.shape))
-    options = {"bias": bias, "softcap": softcap, "chunk_mib": chunk_mib, "active_rows": active_rows}
-    return run(hidden, weight, targets, inputs, settings=settings, **options)
+    return run(head, inputs, settings=settings, chunk_mib=chunk_mib, active_rows=active_rows)
 
 
 def shared_prefix_attention(

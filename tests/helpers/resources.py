@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from vlmr1_kernels.inputs import DecodeTables, LossInputs
+from vlmr1_kernels.inputs import DecodeTables, HeadInputs, LossInputs
 from vlmr1_kernels.settings import GRPOSettings
 from vlmr1_kernels.triton import (
     group_advantages,
@@ -118,19 +118,19 @@ def loss_step(
     old, ref, sampling = (meta(rows) if given else None for given in (off_policy, settings.beta, settings.tis_cap))
     scores = (None, meta(sequences), 8) if rewards else (meta(sequences), None, 8)
     inputs = LossInputs(ids, *scores, old, ref, sampling, None)
-    linear_grpo_loss._forward(
-        meta(rows, dim, dtype=dtype), meta(vocabulary, dim, dtype=dtype),
-        meta(vocabulary, dtype=dtype) if bias else None, ids, None, inputs, softcap, 1024, 1.0, needs, settings,
-    )  # fmt: skip
+    hidden, weight = meta(rows, dim, dtype=dtype), meta(vocabulary, dim, dtype=dtype)
+    bias_values = meta(vocabulary, dtype=dtype) if bias else None
+    head = HeadInputs(hidden, weight, bias_values, ids, settings.temperature, softcap)
+    linear_grpo_loss._forward(head, None, inputs, 1024, 1.0, needs, settings)
 
 
 def logprob_step(*, rows: int = 8192, dim: int = 2048, vocabulary: int = 151_936, entropy: bool = True) -> None:
     """Run forward and backward of linear_logprob on meta tensors."""
     hidden, weight = meta(rows, dim, dtype=torch.bfloat16), meta(vocabulary, dim, dtype=torch.bfloat16)
     targets = meta(rows, dtype=torch.int64)
-    logp, token_entropy, lse = linear_logprob._forward(hidden, weight, None, targets, 1.0, None, entropy, 1024)
-    row = (lse, token_entropy, logp, token_entropy)
-    linear_logprob._backward(hidden, weight, None, targets, *row, 1.0, None, True, True, False, 1024)
+    head = HeadInputs(hidden, weight, None, targets, 1.0, None)
+    logp, token_entropy, lse = linear_logprob._forward(head, entropy, 1024)
+    linear_logprob._backward(head, lse, token_entropy, logp, token_entropy, (True, True, False), 1024)
 
 
 def decode_step(

@@ -14,10 +14,6 @@ from vlmr1.errors import UserError
 ROOT = Path(__file__).parents[2]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The suite parses its own arguments."""
-
-
 def run(options: argparse.Namespace, rest: list[str]) -> NoReturn:
     bench(rest)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -31,16 +33,14 @@ UNASKED = Judge("http://localhost", "none")  # rows of the method llm need one; 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True)
-    _add_check_arguments(actions.add_parser("check", help="every fault, by file and line"))
-
-
-def _add_check_arguments(parser: argparse.ArgumentParser) -> None:
+    parser = actions.add_parser("check", help="every fault, by file and line")
     parser.add_argument("files", nargs="+", help="JSON or Parquet files, directories of save_to_disk, OWNER/NAME@SPLIT")
     parser.add_argument("--images", nargs="*", default=[], help="image folders: one for each data file, or one for all")
     parser.add_argument("--question_template", default="none")
     parser.add_argument("--reward_funcs", nargs="*", default=[], help="rewards that must be able to score each row")
     parser.add_argument("--accu_reward_method", nargs="+", default=[DEFAULT_METHOD], help="one, or one for each file")
-    parser.add_argument("--reward_mode", type=_mode, choices=MODES, default="strict", help="as in training")
+    mode = partial(current_value, "reward_mode")
+    parser.add_argument("--reward_mode", type=mode, choices=MODES, default="strict", help="as in training")
     parser.add_argument("--model", help="count the tokens of each prompt with this model's processor")
     parser.add_argument("--max_prompt_length", type=int, help="with --model: a longer prompt is a fault")
     for name in LIMITS:
@@ -53,10 +53,6 @@ def _add_check_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompt_column", default=Columns.prompt)
     parser.add_argument("--solution_column", default=Columns.solution)
-
-
-def _mode(value: str) -> str:
-    return current_value("reward_mode", value)
 
 
 def run(options: argparse.Namespace, rest: list[str]) -> int:
@@ -146,25 +142,20 @@ def prompt_measure(processor: Any) -> Measure:
     return measure
 
 
+@dataclass
 class _Checker:
     """A pass over the rows; images are decoded in threads while the next rows are read."""
 
-    def __init__(
-        self,
-        samples: Samples,
-        checks: Sequence[Callable[[Sample], None]],
-        measure: Measure | None,
-        max_prompt_length: int | None,
-    ):
-        self.samples = samples
-        self.checks = checks
-        self.measure = measure
-        self.max_prompt_length = max_prompt_length
-        self.findings = Findings(rows=len(samples))
-        self.found: list[tuple[int, Fault]] = []  # with the row's index
-        self.index_of: dict[str, int] = {}  # by "file:line", of rows with images
+    samples: Samples
+    checks: Sequence[Callable[[Sample], None]]
+    measure: Measure | None
+    max_prompt_length: int | None
+    findings: Findings = field(default_factory=Findings)
+    found: list[tuple[int, Fault]] = field(default_factory=list)  # with the row's index
+    index_of: dict[str, int] = field(default_factory=dict)  # by "file:line", of rows with images
 
     def run(self) -> Findings:
+        self.findings.rows = len(self.samples)
         for fault in image_faults(self._images()):
             self.findings.images += 1
             if fault is not None:

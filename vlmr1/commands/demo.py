@@ -27,17 +27,8 @@ from vlmr1.types import Sample
 
 HELD_OUT_ROWS = 400
 SHOWN = 12  # held-out images in the report
-SETTINGS = [
-    "learning_rate",
-    "beta",
-    "epsilon",
-    "num_generations",
-    "prompts_per_device",
-    "max_steps",
-    "temperature",
-    "loss_type",
-    "seed",
-]
+SETTINGS = ("learning_rate", "beta", "epsilon", "num_generations", "prompts_per_device", "max_steps")
+SETTINGS += ("temperature", "loss_type", "seed")
 Row = tuple[str, str, str]
 
 

@@ -14,23 +14,9 @@ from vlmr1_kernels import registry
 from vlmr1_kernels.native import library
 
 REQUIRED = ("torch", "transformers", "accelerate", "safetensors", "pillow", "numpy")
-OPTIONAL = (
-    "torchvision",
-    "triton",
-    "flash-attn",
-    "liger-kernel",
-    "bitsandbytes",
-    "peft",
-    "deepspeed",
-    "vllm",
-    "trl",
-    "nvidia-ml-py",
-)
+OPTIONAL = ("torchvision", "triton", "flash-attn", "liger-kernel", "bitsandbytes", "peft", "deepspeed", "vllm", "trl")
+OPTIONAL += ("nvidia-ml-py",)
 ABSENT = "not installed"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command has no arguments."""
 
 
 def run(options: argparse.Namespace, rest: list[str]) -> None:

@@ -14,10 +14,6 @@ from vlmr1.evaluation.outputs import slugs
 from vlmr1.evaluation.results import PAGE, RESULTS, Results
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command parses its own arguments."""
-
-
 def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     asked = parse(rest)
     if isinstance(asked, Compare):

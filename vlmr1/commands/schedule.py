@@ -14,15 +14,7 @@ def describe_schedule(config: GRPOConfig, rows: int) -> str:
     ranks = config.world_size
     prompts = config.prompts_per_device * ranks
     repeats = config.steps_per_generation * config.num_iterations
-    counted = BufferSampler(
-        range(rows),  # type: ignore[arg-type]
-        prompts=config.prompts_per_device,
-        parts=config.steps_per_generation,
-        iterations=config.num_iterations,
-        drop_last=config.dataloader_drop_last,
-        ranks=Ranks(config.process_index, ranks),
-    )
-    epoch = max(1, len(counted))
+    epoch = len(BufferSampler.of(config, range(rows), Ranks(config.process_index, ranks)))
     updates = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * epoch)
     return (
         f"{rows} rows; an update: {prompts} prompts x {config.num_generations} generations = "

@@ -23,17 +23,8 @@ IN_FLIGHT = 64  # images waiting for a decoder
 MIN_SIDE = 28  # px: a merged patch of Qwen's towers; VLM-R1 enlarges smaller images to it too
 MAX_PIXELS = 178_956_970  # maximum area of an enlarged image, and of a file in PIL
 # Exceptions of PIL's decoders for a truncated or corrupt file.
-UNDECODABLE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    TypeError,
-    RuntimeError,
-    struct.error,
-    zlib.error,
-)
+UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, RuntimeError)
+UNDECODABLE += (struct.error, zlib.error)
 UPRIGHT = {  # by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,

@@ -59,16 +59,11 @@ def unpacked(batch: Sequence[Any]) -> Sequence[Prompt]:
 
 def prompt_loader(dataset: Any, sampler: BatchSampler, args: Any, accelerator: Any) -> DataLoader:
     """A loader of the batches that `sampler` names, by the dataloader settings of `args`."""
-    workers = {
-        "num_workers": args.dataloader_num_workers,
-        "pin_memory": args.dataloader_pin_memory,
-        "persistent_workers": args.dataloader_persistent_workers,
-        "prefetch_factor": args.dataloader_prefetch_factor,
-        "multiprocessing_context": args.dataloader_multiprocessing_context or None,
-        "in_order": args.dataloader_in_order,
-        "worker_init_fn": init_worker,
-    }
-    loader = DataLoader(Batches(dataset), batch_sampler=sampler, collate_fn=as_list, **workers)
+    names = ("num_workers", "pin_memory", "persistent_workers", "prefetch_factor", "in_order")
+    workers = {name: getattr(args, f"dataloader_{name}") for name in names}
+    workers["multiprocessing_context"] = args.dataloader_multiprocessing_context or None
+    batches: dict[str, Any] = {"batch_sampler": sampler, "collate_fn": as_list, "worker_init_fn": init_worker}
+    loader = DataLoader(Batches(dataset), **batches, **workers)
     config = accelerator.dataloader_config
     return prepare_data_loader(  # not the accelerator's: it would deal out batches that are dealt out already
         loader,

@@ -10,29 +10,13 @@ from torch import Tensor
 from vlmr1.distributed.ranks import Ranks
 
 # Metrics that combine over packs, ranks and steps by their maximum or minimum, not by their mean.
-MAXIMA = (
-    "ratio_max",
-    "rollout/logp_difference_max",
-    "rollout/importance_ratio_max",
-    "completion_length_max",
-    "gpu/memory_used_mib",
-    "gpu/process_memory_mib",
-)
+MAXIMA = ("ratio_max", "rollout/logp_difference_max", "rollout/importance_ratio_max", "completion_length_max")
+MAXIMA += ("gpu/memory_used_mib", "gpu/process_memory_mib")
 MINIMA = ("rollout/importance_ratio_min",)
 # What is counted adds up; what is measured in seconds or MiB is as long, or as much, as on the slowest or fullest rank.
-COUNTS = (
-    "packs",
-    "packed_tokens",
-    "repeated_prompt_tokens",
-    "rollout/tokens_per_second",
-    "rollout/preemptions",
-    "rollout/out_of_memory",
-    "dynamic_sampling/groups_drawn",
-    "dynamic_sampling/groups_replaced",
-    "dynamic_sampling/groups_discarded",
-    "dynamic_sampling/groups_left_flat",
-    "dynamic_sampling/tokens_discarded",
-)
+COUNTS = ("packs", "packed_tokens", "repeated_prompt_tokens", "dynamic_sampling/tokens_discarded")
+COUNTS += ("rollout/tokens_per_second", "rollout/preemptions", "rollout/out_of_memory")
+COUNTS += tuple(f"dynamic_sampling/groups_{what}" for what in ("drawn", "replaced", "discarded", "left_flat"))
 LONGEST = ("dynamic_sampling/rounds", "rollout/prefill_seconds", "rollout/decode_seconds", "rollout/kv_peak_mib")
 
 

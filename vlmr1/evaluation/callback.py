@@ -55,9 +55,8 @@ class EvaluationCallback(TrainerCallback):
             self._evaluate(args, state, control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        stops = (
-            control.should_training_stop and state.global_step < state.max_steps
-        )  # at the last step it is always set
+        # At the last step it is always set.
+        stops = control.should_training_stop and state.global_step < state.max_steps
         if self._is_due(args, state) and not stops:
             self._evaluate(args, state, control)
             if self._is_stopped():

@@ -110,9 +110,8 @@ def _scores(answer: str, count: int) -> list[float]:
     by_place = [1 / (1 + place) for place in range(count)]
     if not count:
         return by_place
-    value = json.loads(
-        fenced[1] if fenced else answer, parse_int=float
-    )  # as in `labelled_boxes`: integers of any length
+    # As in `labelled_boxes`: integers of any length.
+    value = json.loads(fenced[1] if fenced else answer, parse_int=float)
     entries: Sequence[dict[str, Any]] = [value] if isinstance(value, dict) else value
     return [_score(entry, default) for entry, default in zip(entries, by_place, strict=True)]
 

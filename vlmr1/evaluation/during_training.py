@@ -18,9 +18,9 @@ from vlmr1.evaluation.decode import Decoder
 from vlmr1.evaluation.records import Record
 from vlmr1.evaluation.run_rows import kind_of_boxes
 from vlmr1.evaluation.tasks import box_metrics
+from vlmr1.grpo.setup import make_engine
 from vlmr1.rewards.groups import score_groups
 from vlmr1.rewards.settings import RewardSettings
-from vlmr1.rollout import ENGINES
 from vlmr1.types import Sample
 from vlmr1_kernels import use
 
@@ -65,22 +65,14 @@ def evaluate_during_training(
 
 def decoder_of(trainer: GRPOTrainer, box_coordinates: Setting = "auto") -> Decoder:
     """Return a decoder of the trainer's model and settings; its own engine leaves the run's statistics alone."""
-    args, engine = trainer.args, trainer.engine
-    own = ENGINES[args.rollout_engine](
-        engine.model,
-        trainer.family,
-        trainer.processor.tokenizer,
-        dtype=trainer.dtype,
-        kv_mib=args.rollout_kv_mib,
-        cuda_graphs=args.cuda_graphs,
-    )
+    model = trainer.engine.model
     decoder = Decoder(
-        engine.model,
+        model,
         trainer.processor,
-        max_completion_length=args.max_completion_length,
+        max_completion_length=trainer.args.max_completion_length,
         box_coordinates=box_coordinates,
         with_boxes=any(settings.mode == "strict" for settings in accuracy_of(trainer)),
-        engine=own,
+        engine=make_engine(trainer, model),
     )
     decoder.sampling = replace(trainer.sampling, greedy=True)  # with the run's stop strings and penalty
     return decoder

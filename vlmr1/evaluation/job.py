@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import sys
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from vlmr1.distributed.ranks import Ranks
 from vlmr1.evaluation.decode import Decoder, decode_missing
-from vlmr1.evaluation.fingerprint import begin, fingerprint
+from vlmr1.evaluation.fingerprint import as_json, begin, fingerprint
 from vlmr1.evaluation.loading import Source
 from vlmr1.evaluation.options import Options
 from vlmr1.evaluation.outputs import OutputOptions
@@ -76,4 +75,4 @@ def _write_run(folder: Path, start: float, decoded: int, ranks: Ranks) -> None:
         "folder": str(folder.absolute()),
         "results": RESULTS,
     }
-    (folder / RUN).write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+    (folder / RUN).write_text(as_json(run), encoding="utf-8")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from vlmr1.data.boxes import Size
 from vlmr1.errors import UserError
+from vlmr1.lifecycle.checkpoint import replace_text
 
 COMPLETIONS = "completions.jsonl"
 PARTS = "completions.rank-*.jsonl"
@@ -58,12 +59,7 @@ class RecordFiles:
         No rank may write meanwhile."""
         kept = self.done()
         if kept or self.path.exists():
-            replacement = self.path.with_suffix(".tmp")
-            with replacement.open("w", encoding="utf-8") as file:
-                file.writelines(kept[row].line() for row in sorted(kept))
-                file.flush()
-                os.fsync(file.fileno())
-            replacement.replace(self.path)
+            replace_text(self.path, "".join(kept[row].line() for row in sorted(kept)))
         for path in self.folder.glob(PARTS):
             path.unlink()
         return kept
@@ -94,19 +90,12 @@ def read_records(path: Path) -> list[Record]:
     """Read the records of a file, without an unfinished last line of a killed process."""
     lines = path.read_bytes().split(b"\n")
     records = []
-    for number, line in enumerate(
-        lines[:-1], start=1
-    ):  # after the last end of line there is nothing, or an unfinished line
+    # After the last end of line there is nothing, or an unfinished line.
+    for number, line in enumerate(lines[:-1], start=1):
         try:
             record = Record(**json.loads(line))
         except (ValueError, TypeError) as error:
             raise UserError(f"{path}:{number}: not a record of an evaluation: {error}") from error
-        records.append(_with_tuples(record))
+        size, extent = (pair and (pair[0], pair[1]) for pair in (record.image_size, record.box_extent))
+        records.append(replace(record, token_ids=tuple(record.token_ids), image_size=size, box_extent=extent))
     return records
-
-
-def _with_tuples(record: Record) -> Record:
-    size, extent = (None if pair is None else (pair[0], pair[1]) for pair in (record.image_size, record.box_extent))
-    return Record(
-        record.row, record.source, tuple(record.token_ids), record.completion, record.finish_reason, size, extent
-    )

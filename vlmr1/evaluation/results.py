@@ -14,6 +14,7 @@ from vlmr1.errors import SettingError
 from vlmr1.evaluation.bootstrap import DRAWS, SEED, Metric
 from vlmr1.evaluation.fingerprint import as_json
 from vlmr1.evaluation.scoring import Scored
+from vlmr1.lifecycle.checkpoint import replace_text
 from vlmr1.report.cases import Case, write_cases
 
 RESULTS = "results.json"
@@ -58,9 +59,7 @@ def write_results(folder: Path, what: Mapping[str, Any], scored: Scored) -> Resu
     content = {**what, "metrics": metrics, "counts": scored.counts, "bootstrap": bootstrap}
     replicates = {name: _numbers(m.replicates) for name, m in scored.metrics.items()}
     for name, text in ((REPLICATES, json.dumps(replicates) + "\n"), (RESULTS, as_json(content))):
-        replacement = (folder / name).with_suffix(".tmp")
-        replacement.write_text(text, encoding="utf-8")
-        replacement.replace(folder / name)
+        replace_text(folder / name, text)
     return Results(content, scored.metrics)
 
 

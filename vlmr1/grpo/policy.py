@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -49,23 +50,16 @@ def weights_for_rollout(
         yield
 
 
+@dataclass(eq=False, repr=False)
 class PackedPolicy:
     """The shared-prefix forward of one model: a pack's log-probs, or its loss."""
 
-    def __init__(
-        self,
-        model: Any,
-        family: ModelFamily,
-        *,
-        temperature: float,
-        dtype: torch.dtype | None = None,
-        features: FeatureCache | None = None,
-    ):
-        self.model = model
-        self.family = family
-        self.temperature = temperature
-        self.dtype = dtype  # of autocast
-        self.features = features  # of a frozen tower
+    model: Any
+    family: ModelFamily
+    _: KW_ONLY
+    temperature: float
+    dtype: torch.dtype | None = None  # of autocast
+    features: FeatureCache | None = None  # of a frozen tower
 
     def attention(self) -> AbstractContextManager[None]:
         """Encloses forward and backward: activation checkpointing calls the layers again in backward."""

@@ -65,14 +65,14 @@ def make_policy(trainer: Any, model: Any) -> Any:
     return policy_for(model, trainer.family, trainer.args, dtype=trainer.dtype, features=trainer.features)
 
 
-def make_engine(trainer: Any, model: Any) -> Any:
-    """The rollout engine."""
+def make_engine(trainer: Any, model: Any, features: FeatureCache | None = None) -> Any:
+    """The rollout engine of the settings."""
     return ENGINES[trainer.args.rollout_engine](
         model,
         trainer.family,
         trainer.processor.tokenizer,
         dtype=trainer.dtype,
-        features=trainer.features,
+        features=features,
         kv_mib=trainer.args.rollout_kv_mib,
         cuda_graphs=trainer.args.cuda_graphs,
     )

@@ -66,7 +66,7 @@ class GRPOTrainer(HFTrainer):
         self.features = setup.make_features(model, self.family, args)
         self.policy: PackedPolicy = setup.make_policy(self, model)
         self.runner = PackRunner(self.policy, args, self.parallel, setup.make_dummy_image(self, model))
-        self.engine = setup.make_engine(self, model)
+        self.engine = setup.make_engine(self, model, self.features)
         self.buffer = Buffer(args.num_iterations, dataset.of_sample, self.ranks)
         self.reference = setup.make_reference_model(self, model, trained)
         self.reservoir = None

@@ -154,11 +154,8 @@ def truncate_after(path: Path, step: int) -> None:
     """Drop the lines of a JSONL log that a resumed run writes again: those of later steps and incomplete ones."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n") and json.loads(line)["step"] <= step:
-            kept.append(line)
-    replace_text(path, "".join(kept))
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    replace_text(path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
 
 
 def is_adapter(folder: str | Path) -> bool:

@@ -18,13 +18,8 @@ from vlmr1.lifecycle.checkpoint import last_complete
 
 logger = logging.getLogger(__name__)
 GIB = 2**30
-MOMENTS = {
-    "ademamix": 3,
-    "adam": 2,
-    "lion": 1,
-    "rmsprop": 1,
-    "adagrad": 1,
-}  # optimizer states per parameter, by a part of the optimizer's name
+# Optimizer states per parameter, by a part of the optimizer's name.
+MOMENTS = {"ademamix": 3, "adam": 2, "lion": 1, "rmsprop": 1, "adagrad": 1}
 TORCH_WRITER = "inline_container"  # source file named in torch.save's errors, which are RuntimeErrors
 
 

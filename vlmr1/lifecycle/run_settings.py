@@ -16,32 +16,11 @@ from vlmr1.lifecycle.renamed import current
 SETTINGS = "settings.json"
 # Settings that a resumed run may change: they have no effect on what is computed.
 RESUMABLE_CHANGES = {
-    "output_dir",
-    "resume_from_checkpoint",
-    "save_steps",
-    "save_strategy",
-    "save_total_limit",
-    "logging_steps",
-    "log_completions",
-    "memory_by_phase",
-    "write_report",
-    "log_level",
-    "rollout_logp_warn_threshold",
-    "disable_tqdm",
-    "report_to",
-    "run_name",
-    "check_images",
-    "dataloader_num_workers",
-    "dataloader_prefetch_factor",
-    "dataloader_persistent_workers",
-    "dataloader_pin_memory",
-    "ddp_timeout",
-    "local_rank",
-    "eval_steps",
-    "eval_on_start",
-    "eval_limit",
-    "eval_data_file_paths",
-    "eval_image_folders",
+    *("output_dir", "resume_from_checkpoint", "save_steps", "save_strategy", "save_total_limit", "run_name"),
+    *("logging_steps", "log_completions", "memory_by_phase", "write_report", "log_level", "report_to", "disable_tqdm"),
+    *("rollout_logp_warn_threshold", "check_images", "ddp_timeout", "local_rank"),
+    *(f"dataloader_{name}" for name in ("num_workers", "prefetch_factor", "persistent_workers", "pin_memory")),
+    *(f"eval_{name}" for name in ("steps", "on_start", "limit", "data_file_paths", "image_folders")),
 }
 LAUNCH = {"processes": 1, "launch": "ddp"}  # how a run is spread over processes, where its settings do not say
 

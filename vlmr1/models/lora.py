@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlmr1.errors import SettingError
+from vlmr1.errors import SettingError, import_for
 from vlmr1.lifecycle.checkpoint import ADAPTER_CONFIG
 from vlmr1.models.family import ModelFamily
 from vlmr1.models.settings import ParameterSettings
@@ -23,11 +23,8 @@ def with_lora(model: Any, family: ModelFamily, settings: ParameterSettings) -> A
     whatever the dtype of the weights, and the rest is frozen. The adapter's first weights follow from `seed`.
 
     SettingError: peft is not installed, or `lora_target_modules` or `lora_modules_to_save` name what cannot be."""
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise SettingError("use_peft needs peft: pip install 'vlmr1[quant]'") from error
-    config = LoraConfig(
+    peft = import_for("use_peft", "peft", "vlmr1[quant]")
+    config = peft.LoraConfig(
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
@@ -39,7 +36,7 @@ def with_lora(model: Any, family: ModelFamily, settings: ParameterSettings) -> A
     )
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
-        return get_peft_model(model, config)
+        return peft.get_peft_model(model, config)
 
 
 def base_of(model: Any) -> Any:
@@ -115,11 +112,8 @@ def base_name(folder: str | Path) -> tuple[str, str]:
 
 def read_adapter(model: Any, folder: str | Path) -> Any:
     """The `peft.PeftModel` of a base model and the adapter in a directory."""
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise SettingError(f"{folder} holds an adapter, which needs peft: pip install 'vlmr1[quant]'") from error
-    return PeftModel.from_pretrained(model, str(folder))
+    peft = import_for(f"{folder} holds an adapter, which", "peft", "vlmr1[quant]")
+    return peft.PeftModel.from_pretrained(model, str(folder))
 
 
 def restore_adapter(model: Any, folder: str | Path) -> None:

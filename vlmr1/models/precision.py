@@ -49,7 +49,8 @@ def check_optimizer(settings: PrecisionSettings) -> None:
     `stochastic_rounding` to `optim_args`. The device is checked by `ParameterSettings.check_device`."""
     name = optimizer_name(settings.optim)
     if name not in OPTIMIZERS:
-        raise SettingError(f"optim is {name!r}: {REFUSED.get(name, f'it was not tested here; use {_names()}')}")
+        reason = REFUSED.get(name, f"it was not tested here; use {', '.join(OPTIMIZERS)}")
+        raise SettingError(f"optim is {name!r}: {reason}")
     given = [each for each in (settings.optim_args or "").replace(" ", "").split(",") if each]
     for each in given:
         if each.startswith("bf16_stochastic_round") and not (settings.stochastic_rounding and each == ROUND):
@@ -71,9 +72,8 @@ def prepare_trained(model: nn.Module, settings: PrecisionSettings) -> None:
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not trained:
         raise SettingError("nothing is trained: every weight is frozen")
-    masters = settings.bf16 and is_partitioned(
-        model
-    )  # ZeRO-3 reads bfloat16 weights, and keeps float32 ones beside them
+    # ZeRO-3 reads bfloat16 weights, and keeps float32 ones beside them.
+    masters = settings.bf16 and is_partitioned(model)
     for name, parameter in trained:
         if parameter.dtype.itemsize < 4 and not masters:
             if not settings.stochastic_rounding:
@@ -88,7 +88,3 @@ def zero_gradient(parameter: nn.Parameter) -> torch.Tensor:
     """Zeros in the dtype that the parameter's gradient has."""
     dtype: Any = getattr(parameter, "grad_dtype", None) or parameter.dtype
     return torch.zeros_like(parameter, dtype=dtype)
-
-
-def _names() -> str:
-    return ", ".join(OPTIMIZERS)

@@ -40,9 +40,8 @@ class _Flash(torch.autograd.Function):
         made = None
         for _ in range(ctx.calls):
             sums = torch.empty_like(q, dtype=torch.float32), torch.empty_like(lse)  # of d_q, and of d_out * out
-            heads = (
-                [torch.empty_like(q) for _ in range(2)] if q.shape[1] != k.shape[1] else []
-            )  # d_k, d_v by query head
+            by_query_head = 2 if q.shape[1] != k.shape[1] else 0
+            heads = [torch.empty_like(q) for _ in range(by_query_head)]  # d_k, d_v
             again = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
             made = made or again
             del sums, heads, again

@@ -46,105 +46,47 @@ class Advice:
     missing: int
 
 
-def _one_group_a_pack(job: Job) -> Settings | None:
-    args, tokens = job.args, -(-_group_tokens(job) // 256) * 256
-    return {"tokens_per_pack": tokens} if args.share_prompt and args.pack and tokens < args.tokens_per_pack else None
-
-
-def _kv_budget(job: Job) -> Settings | None:
-    limited = job.args.rollout_engine != "native" or job.args.rollout_kv_mib is not None
-    return None if limited else {"rollout_kv_mib": 2048}
-
-
-def _8bit_states(job: Job) -> Settings | None:
-    return {"optim": "adamw_bnb_8bit"} if job.device == "cuda" and _optim(job) in ADAMW else None
-
-
-def _paged_states(job: Job) -> Settings | None:
-    known = {*ADAMW, *ADAMW_8BIT, "paged_adamw_32bit"}
-    return {"optim": "paged_adamw_8bit"} if job.device == "cuda" and _optim(job) in known else None
-
-
-def _reference_on_host(job: Job) -> Settings | None:
-    return {"reference": "offload"} if job.device == "cuda" and job.reference == "copy" else None
-
-
-def _checkpointing(job: Job) -> Settings | None:
-    return None if job.args.activation_checkpointing else {"activation_checkpointing": True}
-
-
-def _checkpoints_on_host(job: Job) -> Settings | None:
-    if job.device != "cuda" or job.offloads:
-        return None
-    return {"activation_checkpointing": True, "activation_offload": True}
-
-
-def _bfloat16_weights(job: Job) -> Settings | None:
-    adamw = _optim(job).removeprefix("paged_") in {*ADAMW, *ADAMW_8BIT, "adamw_32bit"}
-    if job.device != "cuda" or job.args.use_peft or job.args.model_dtype != "float32" or not adamw:
-        return None
-    narrow = {"model_dtype": "bfloat16", "stochastic_rounding": True, "optim": STOCHASTIC}
-    return {**narrow, **(_reference_on_host(job) or {})}
-
-
-def _frozen_vision(job: Job) -> Settings | None:
-    return None if job.args.freeze_vision or job.args.use_peft else {"freeze_vision": True}
-
-
-def _no_reference(job: Job) -> Settings | None:
-    return None if job.reference == "none" else {"beta": 0, "reference": "auto"}
-
-
-def _lora(job: Job) -> Settings | None:
-    if job.args.use_peft:
-        return None
-    return {"use_peft": True, "stochastic_rounding": False, "reference": "auto"}
-
-
-def _narrow_lora(job: Job) -> Settings | None:
-    known = job.args.use_peft and job.args.model_dtype != "float32"
-    return None if known else {**(_lora(job) or {}), "model_dtype": "bfloat16"}
-
-
-def _qlora(job: Job) -> Settings | None:
-    return None if job.args.load_in_4bit else {**(_lora(job) or {}), "model_dtype": "bfloat16", "load_in_4bit": True}
-
-
-def _split_groups(job: Job) -> Settings | None:
-    args = job.args
-    splits = job.prompt_tokens < 2048 < min(_group_tokens(job), args.tokens_per_pack)
-    return {"tokens_per_pack": 2048} if args.share_prompt and args.pack and splits else None
-
-
-def _one_prompt(job: Job) -> Settings | None:
-    return {"prompts_per_device": 1} if job.args.prompts_per_device > 1 else None
-
-
-# What a remedy costs, and its settings for a job that has not got it; of a setting that comes twice the later value
-# goes further.
-REMEDIES: Sequence[tuple[str, Callable[[Job], Settings | None]]] = (
-    ("a group a pass: more passes, smaller ones", _one_group_a_pack),
-    ("in the rollout groups wait for free KV blocks", _kv_budget),
-    ("optimizer states are rounded to 8 bits", _8bit_states),
-    ("optimizer states are rounded to 8 bits and are in host memory between steps", _paged_states),
-    ("the reference model is copied to the GPU in each step", _reference_on_host),
-    ("backward computes the forward again", _checkpointing),
-    ("layer inputs are copied to host memory and back", _checkpoints_on_host),
-    ("weights are bfloat16, and updates are rounded stochastically", _bfloat16_weights),
-    ("the vision tower does not learn", _frozen_vision),
-    ("nothing keeps the policy near the reference", _no_reference),
-    ("only adapters learn (LoRA)", _lora),
-    ("only adapters learn, the frozen weights are rounded to bfloat16", _narrow_lora),
-    ("only adapters learn, the frozen weights are rounded to 4 bits (QLoRA)", _qlora),
-    ("groups are split, their prompts computed again", _split_groups),
-    ("a smaller batch", _one_prompt),
-)
+def offers(job: Job) -> dict[str, Any]:
+    """What each remedy costs, and its settings, nothing where it cannot be offered; of a setting that comes twice the
+    later value goes further."""
+    args, on_gpu, optim = job.args, job.device == "cuda", str(_value(job, "optim"))
+    group, packs = -(-_group_tokens(job) // 256) * 256, args.share_prompt and args.pack
+    limits_kv = args.rollout_engine == "native" and args.rollout_kv_mib is None
+    smaller = packs and group < args.tokens_per_pack
+    pages = on_gpu and optim in {*ADAMW, *ADAMW_8BIT, "paged_adamw_32bit"}
+    paged = pages and {"optim": "paged_adamw_8bit"}
+    on_host = {"reference": "offload"} if on_gpu and job.reference == "copy" else {}
+    rounds = optim.removeprefix("paged_") in {*ADAMW, *ADAMW_8BIT, "adamw_32bit"}
+    rounds = rounds and on_gpu and not args.use_peft and args.model_dtype == "float32"
+    stochastic = {"model_dtype": "bfloat16", "stochastic_rounding": True, "optim": STOCHASTIC, **on_host}
+    lora = {} if args.use_peft else {"use_peft": True, "stochastic_rounding": False, "reference": "auto"}
+    narrow = {**lora, "model_dtype": "bfloat16"}
+    splits = packs and job.prompt_tokens < 2048 < min(_group_tokens(job), args.tokens_per_pack)
+    offloads = on_gpu and not job.offloads and {"activation_checkpointing": True, "activation_offload": True}
+    four_bit = not args.load_in_4bit and {**narrow, "load_in_4bit": True}
+    return {
+        "a group a pass: more passes, smaller ones": smaller and {"tokens_per_pack": group},
+        "in the rollout groups wait for free KV blocks": limits_kv and {"rollout_kv_mib": 2048},
+        "optimizer states are rounded to 8 bits": on_gpu and optim in ADAMW and {"optim": "adamw_bnb_8bit"},
+        "optimizer states are rounded to 8 bits and are in host memory between steps": paged,
+        "the reference model is copied to the GPU in each step": on_host,
+        "backward computes the forward again": {"activation_checkpointing": True},
+        "layer inputs are copied to host memory and back": offloads,
+        "weights are bfloat16, and updates are rounded stochastically": rounds and stochastic,
+        "the vision tower does not learn": not args.use_peft and {"freeze_vision": True},
+        "nothing keeps the policy near the reference": job.reference != "none" and {"beta": 0, "reference": "auto"},
+        "only adapters learn (LoRA)": lora,
+        "only adapters learn, the frozen weights are rounded to bfloat16": narrow,
+        "only adapters learn, the frozen weights are rounded to 4 bits (QLoRA)": four_bit,
+        "groups are split, their prompts computed again": splits and {"tokens_per_pack": 2048},
+        "a smaller batch": {"prompts_per_device": 1},
+    }
 
 
 def remedies(job: Job) -> Iterator[Remedy]:
     """Every remedy that changes this job, without settings that the job has already."""
-    for cost, settings in REMEDIES:
-        found = remedy_for(job, settings(job), cost)
+    for cost, settings in offers(job).items():
+        found = remedy_for(job, settings, cost)
         if found is not None:
             yield found
 
@@ -170,10 +112,10 @@ def advise(planner: Planner, job: Job, room: int, change: Change) -> Advice:
 
     plan = planner.plan(job)
     kept: list[Remedy] = []
-    for cost, settings in REMEDIES:
+    for cost in offers(job):
         if plan.peak <= room:
             break
-        remedy = remedy_for(plan.job, settings(plan.job), cost)
+        remedy = remedy_for(plan.job, offers(plan.job)[cost], cost)
         better = planned([*kept, remedy]) if remedy else None
         if remedy and better and better.peak < (1 - WORTH) * plan.peak:
             kept, plan = [*kept, remedy], better
@@ -212,10 +154,6 @@ def gpus_needed(planner: Planner, job: Job, room: int, most: int = 1024) -> int 
 
 def _group_tokens(job: Job) -> int:
     return job.prompt_tokens + job.args.num_generations * (job.args.max_completion_length - 1)
-
-
-def _optim(job: Job) -> str:
-    return str(_value(job, "optim"))
 
 
 def _value(job: Job, name: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from math import isfinite
@@ -43,11 +43,6 @@ def render(template: str, **values: Any) -> str:
     """Fill in a template of this package."""
     text = _environment().get_template(template).render(values)
     return text.encode(errors="replace").decode()  # half of a surrogate pair, which JSON may hold, has no bytes
-
-
-def document(title: str, body: Sequence[str]) -> str:
-    """Return a whole page; `body` is HTML, `title` text."""
-    return render("page.html", title=title, body=Markup("\n".join(body)))
 
 
 @cache

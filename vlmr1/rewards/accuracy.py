@@ -21,9 +21,8 @@ SYMBOLIC = ("default", "math")  # methods that call math-verify, which may take 
 
 
 def _is_isolated(settings: RewardSettings, method: str) -> bool:
-    return method != "llm" and (
-        settings.mode == "vlm_r1" or method in SYMBOLIC
-    )  # the judge has a time limit of its own
+    # The judge has a time limit of its own.
+    return method != "llm" and (settings.mode == "vlm_r1" or method in SYMBOLIC)
 
 
 @register("accuracy", check=check_accuracy, with_settings=True, isolated=_is_isolated, images=True)

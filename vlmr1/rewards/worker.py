@@ -46,14 +46,10 @@ def _outcome(connection: Connection, spec: str, arguments: dict[str, Any]) -> tu
 
 
 def _plain(values: Any) -> Any:
-    """Convert tensors and arrays to lists: a tensor would be sent through shared memory."""
-    return values.tolist() if hasattr(values, "tolist") else _portable_values(values)
-
-
-def _portable_values(values: Any) -> Any:
+    """Convert tensors and arrays, also those in a list, to lists: a tensor would be sent through shared memory."""
     if isinstance(values, list | tuple):
-        return [_plain(value) if hasattr(value, "tolist") else value for value in values]
-    return values
+        return [_plain(value) for value in values]
+    return values.tolist() if hasattr(values, "tolist") else values
 
 
 def _portable(error: Exception) -> Exception:

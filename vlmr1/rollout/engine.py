@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass, field
 from time import perf_counter
 from typing import Any
 
@@ -60,14 +60,9 @@ class RolloutStats:
 
     def values(self) -> dict[str, float]:
         """Return the metrics of a training step by name."""
-        return {
-            "rollout/tokens_per_second": self.tokens / self.seconds,
-            "rollout/prefill_seconds": self.prefill_seconds,
-            "rollout/decode_seconds": self.decode_seconds,
-            "rollout/kv_peak_mib": self.kv_peak_mib,
-            "rollout/preemptions": float(self.preemptions),
-            "rollout/out_of_memory": float(self.out_of_memory),
-        }
+        names = ("prefill_seconds", "decode_seconds", "kv_peak_mib", "preemptions", "out_of_memory")
+        values = {f"rollout/{name}": float(getattr(self, name)) for name in names}
+        return {"rollout/tokens_per_second": self.tokens / self.seconds, **values}
 
 
 class StopCriteria:
@@ -90,38 +85,19 @@ class StopCriteria:
         return None
 
 
+@dataclass(eq=False, repr=False)
 class RolloutEngine(ABC):
-    """Samples completions from the model's current weights.
+    """Samples completions from the model's current weights."""
 
-    Args:
-        model: transformers model; it is in eval mode while it generates.
-        family: how to run models of this family.
-        tokenizer: decodes completions and stop texts.
-        dtype: of autocast; None: off.
-        features: cached image features of a frozen vision tower.
-        kv_mib: budget of the KV cache in MiB; None: as much as the prompts need, on CUDA at most half the free memory.
-        cuda_graphs: capture decode steps; None: where supported.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        family: ModelFamily,
-        tokenizer: Any,
-        *,
-        dtype: torch.dtype | None = None,
-        features: FeatureCache | None = None,
-        kv_mib: float | None = None,
-        cuda_graphs: bool | None = None,
-    ):
-        self.model = model
-        self.family = family
-        self.tokenizer = tokenizer
-        self.dtype = dtype
-        self.features = features
-        self.kv_mib = kv_mib
-        self.cuda_graphs = cuda_graphs
-        self.stats = RolloutStats()
+    model: Any  # of transformers; in eval mode while it generates
+    family: ModelFamily
+    tokenizer: Any  # decodes completions and stop texts
+    _: KW_ONLY
+    dtype: torch.dtype | None = None  # of autocast; None: off
+    features: FeatureCache | None = None  # of a frozen vision tower
+    kv_mib: float | None = None  # of the KV cache; None: as the prompts need, on CUDA at most half the free memory
+    cuda_graphs: bool | None = None  # capture decode steps; None: where supported
+    stats: RolloutStats = field(default_factory=RolloutStats, init=False)
 
     @torch.no_grad()
     def generate(

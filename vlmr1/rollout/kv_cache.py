@@ -133,20 +133,9 @@ class DecodeAttention:
         keys, values = self.cache.layer(layer)
         keys.index_copy_(1, rows, k[:, :, 0].transpose(0, 1))
         values.index_copy_(1, rows, v[:, :, 0].transpose(0, 1))
-        out = shared_prefix_decode(
-            q[:, :, 0],
-            keys,
-            values,
-            self.group_offsets,
-            self.prefix_starts,
-            self.prefix_lengths,
-            self.suffix_blocks,
-            lengths,
-            block=BLOCK_SIZE,
-            max_group=self.max_group,
-            max_prefix=self.max_prefix,
-            scale=scale,
-        )
+        tables = self.group_offsets, self.prefix_starts, self.prefix_lengths, self.suffix_blocks, lengths
+        sizes = {"block": BLOCK_SIZE, "max_group": self.max_group, "max_prefix": self.max_prefix}
+        out = shared_prefix_decode(q[:, :, 0], keys, values, *tables, **sizes, scale=scale)
         return out[:, :, None]
 
     def end_step(self) -> None:

@@ -69,10 +69,11 @@ class Batch:
         groups: int,
         columns: int,
         position_dims: int,
-        max_group: int,
-        max_prefix: int,
         vocabulary: int | None = None,
+        **bounds: int,
     ):
+        """`vocabulary`: V, with a repetition penalty; `bounds`: `max_group` and `max_prefix` of `DecodeAttention`."""
+
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=cache.data.device)
 
@@ -88,8 +89,7 @@ class Batch:
             prefix_lengths=zeros(groups),
             suffix_blocks=zeros(rows, columns),
             suffix_lengths=zeros(rows),
-            max_group=max_group,
-            max_prefix=max_prefix,
+            **bounds,
         )
         # Keys of the random numbers [S]: sample, sequence, and index of the next token in the completion.
         self.prompt_keys, self.sequence_keys, self.token_indices = (np.zeros(rows, dtype=np.int64) for _ in range(3))

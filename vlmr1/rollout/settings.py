@@ -63,13 +63,5 @@ class RolloutSettings(_Shared):
 
     def sampling(self) -> SamplingSettings:
         """Return the sampling settings of the run's rollouts."""
-        return SamplingSettings(
-            self.max_completion_length,
-            self.temperature,
-            seed=self.seed,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            stop=tuple(self.stop_strings),
-        )
+        shared = ("max_completion_length", "temperature", "seed", "top_k", "top_p", "min_p", "repetition_penalty")
+        return SamplingSettings(**{name: getattr(self, name) for name in shared}, stop=tuple(self.stop_strings))

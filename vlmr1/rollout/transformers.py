@@ -74,12 +74,8 @@ class TransformersEngine(RolloutEngine):
 def _truncation(settings: SamplingSettings) -> dict[str, Any]:
     if settings.greedy:
         return dict.fromkeys(("temperature", "top_k", "top_p", "min_p"))
-    return {
-        "temperature": settings.temperature,
-        "top_k": settings.top_k,
-        "top_p": settings.top_p,
-        "min_p": settings.min_p or None,
-    }
+    options = {name: getattr(settings, name) for name in ("temperature", "top_k", "top_p")}
+    return {**options, "min_p": settings.min_p or None}
 
 
 def _cut(tokens: list[int], logp: list[float], sampling_logp: list[float], stops: StopCriteria) -> SampledCompletion:

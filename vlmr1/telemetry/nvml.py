@@ -55,19 +55,16 @@ class GpuMeter:
         readings = {
             "gpu/memory_used_mib": self._read("memory in use", self._memory_used),
             "gpu/process_memory_mib": self._read("memory by process", self._process_memory),
-            "gpu/power_watts": self._read(
-                "power",
-                lambda: self._nvml.nvmlDeviceGetPowerUsage(self._handle) / 1000,  # mW
-            ),
+            "gpu/power_watts": self._read("power", self._watts),
             "gpu/energy_joules": None if joules is None or self._energy is None else joules - self._energy,
         }
         return {name: value for name, value in readings.items() if value is not None}
 
     def _joules(self) -> float | None:
-        return self._read(
-            "energy",
-            lambda: self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1000,  # mJ
-        )
+        return self._read("energy", lambda: self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1e3)  # mJ
+
+    def _watts(self) -> float:
+        return self._nvml.nvmlDeviceGetPowerUsage(self._handle) / 1000  # mW
 
     def _memory_used(self) -> float:
         return float(self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used) / MIB

@@ -15,22 +15,9 @@ from vlmr1.tiny import digits
 from vlmr1.tiny.texts import completion_text, jittered, prompt_text
 
 VOCABULARY = 768
-SPECIAL = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|object_ref_start|>",
-    "<|object_ref_end|>",
-    "<|box_start|>",
-    "<|box_end|>",
-    "<|quad_start|>",
-    "<|quad_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
+MARKS = ("object_ref_start", "object_ref_end", "box_start", "box_end", "quad_start", "quad_end")
+VISION_MARKS = ("vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
+SPECIAL = tuple(f"<|{name}|>" for name in ("endoftext", "im_start", "im_end", *MARKS, *VISION_MARKS))
 # Layers and widths, without the tokenizer's part; the benchmarks' shape "tiny" has them too.
 TEXT = {
     "hidden_size": 192,

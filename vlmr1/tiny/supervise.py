@@ -108,15 +108,8 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    start = args.start or build(args.out, args.seed)
-    supervise(
-        start,
-        args.out,
-        steps=args.steps,
-        canvases=args.canvases,
-        learning_rate=args.learning_rate,
-        seed=args.seed,
-    )
+    options = {name: getattr(args, name) for name in ("steps", "canvases", "learning_rate", "seed")}
+    supervise(args.start or build(args.out, args.seed), args.out, **options)
 
 
 if __name__ == "__main__":

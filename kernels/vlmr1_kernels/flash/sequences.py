@@ -18,6 +18,10 @@ class Sequences:
     cu_seqlens: Tensor  # [S + 1] int32, on the device
     max_length: int
 
+    def spans(self, keys: "Sequences") -> tuple[Tensor, Tensor, int, int]:
+        """Return the arguments of a flash call whose queries are these sequences."""
+        return self.cu_seqlens, keys.cu_seqlens, self.max_length, keys.max_length
+
 
 @dataclass(frozen=True)
 class PrefixCall:

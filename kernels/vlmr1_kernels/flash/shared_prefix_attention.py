@@ -26,12 +26,12 @@ class _SharedPrefixAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, parts: Plan, scale: float) -> Tensor:
         q, k, v = to_varlen_row_major(q), to_varlen(k), to_varlen(v)  # the output has the memory order of q
         causal, prefix, first = parts.causal, parts.prefix, parts.prompt_rows
-        out, lse = kernels.varlen_forward(
-            q, k, v, causal.cu_seqlens, causal.cu_seqlens, causal.max_length, causal.max_length, True, scale
-        )  # [L, H, Dh], [H, L]
+        out, lse = kernels.varlen_forward(q, k, v, *causal.spans(causal), True, scale)  # [L, H, Dh], [H, L]
         if prefix is not None:
             keys, values = _prompts(k, first, prefix), _prompts(v, first, prefix)
-            more, more_lse = kernels.varlen_forward(q[first:], keys, values, *_spans(prefix), False, scale)
+            more, more_lse = kernels.varlen_forward(
+                q[first:], keys, values, *prefix.queries.spans(prefix.keys), False, scale
+            )
             own_lse = lse[:, first:]  # [H, R]
             share = torch.sigmoid(more_lse - own_lse).T[..., None]  # [R, H, 1]
             merged = torch.lerp(out[first:].to(share.dtype), more.to(share.dtype), share)
@@ -47,25 +47,12 @@ class _SharedPrefixAttention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         causal, prefix, first = ctx.parts.causal, ctx.parts.prefix, ctx.parts.prompt_rows
         d_out = to_varlen_row_major(d_out)
-        d_q, d_k, d_v = kernels.varlen_backward(
-            d_out,
-            q,
-            k,
-            v,
-            out,
-            lse,
-            causal.cu_seqlens,
-            causal.cu_seqlens,
-            causal.max_length,
-            causal.max_length,
-            True,
-            ctx.scale,
-        )
+        d_q, d_k, d_v = kernels.varlen_backward(d_out, q, k, v, out, lse, *causal.spans(causal), True, ctx.scale)
         if prefix is not None:
             keys, values = _prompts(k, first, prefix), _prompts(v, first, prefix)
             more = kernels.varlen_backward(
                 d_out[first:], q[first:], keys, values, out[first:], lse[:, first:].contiguous(),
-                *_spans(prefix), False, ctx.scale,
+                *prefix.queries.spans(prefix.keys), False, ctx.scale,
             )  # fmt: skip
             d_q[first:] += more[0]
             for gradient, rest in zip((d_k, d_v), more[1:], strict=True):
@@ -79,7 +66,3 @@ class _SharedPrefixAttention(torch.autograd.Function):
 def _prompts(x: Tensor, first: int, prefix: PrefixCall) -> Tensor:
     """Return the rows of the prompts that have branches."""
     return x[:first] if prefix.prompts is None else x.index_select(0, prefix.prompts)
-
-
-def _spans(prefix: PrefixCall) -> tuple[Tensor, Tensor, int, int]:
-    return prefix.queries.cu_seqlens, prefix.keys.cu_seqlens, prefix.queries.max_length, prefix.keys.max_length

@@ -27,18 +27,7 @@ class _VarlenAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
-        gradients = kernels.varlen_backward(
-            to_varlen_row_major(d_out),
-            q,
-            k,
-            v,
-            out,
-            lse,
-            cu_seqlens,
-            cu_seqlens,
-            ctx.max_length,
-            ctx.max_length,
-            False,
-            ctx.scale,
-        )
+        spans = cu_seqlens, cu_seqlens, ctx.max_length, ctx.max_length
+        d_out = to_varlen_row_major(d_out)
+        gradients = kernels.varlen_backward(d_out, q, k, v, out, lse, *spans, False, ctx.scale)
         return *(gradient.transpose(0, 1)[None] for gradient in gradients), None, None, None

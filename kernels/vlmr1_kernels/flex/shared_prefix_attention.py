@@ -13,15 +13,9 @@ from vlmr1_kernels.layout import PrefixLayout
 
 
 def shared_prefix_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: PrefixLayout,
-    *,
-    scale: float,
-    softcap: float | None = None,
-    window: int | None = None,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, *,
+    scale: float, softcap: float | None = None, window: int | None = None,
+) -> Tensor:  # fmt: skip
     for x in (q, k, v):  # else a size and an equal number of blocks could share one symbol
         torch._dynamo.mark_static(x, [0, 1, 3])
     # As strings: floats would become symbols, which the kernels do not support.

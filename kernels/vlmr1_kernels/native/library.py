@@ -5,10 +5,12 @@ import math
 from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from vlmr1_kernels.inputs import HeadInputs
 from vlmr1_kernels.settings import KL_ESTIMATORS, LOSS_TYPES, GRPOSettings
 
 PATH = Path(__file__).with_name("libvlmr1_kernels.so")
@@ -18,60 +20,40 @@ _LEAST_ROWS = 96
 _LARGEST_CHUNK_MIB = 512.0
 
 
+def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
+    return [(name, kind) for name in names.split()]
+
+
 class Head(Structure):
     _fields_ = [
-        ("weight", c_void_p),
-        ("bias", c_void_p),
-        ("weight_stride", c_int64),
-        ("vocab", c_int64),
-        ("dim", c_int64),
-        ("dtype", c_int32),
-        ("temperature", c_float),
-        ("softcap", c_float),
+        *_fields(c_void_p, "weight bias"),
+        *_fields(c_int64, "weight_stride vocab dim"),
+        *_fields(c_int32, "dtype"),
+        *_fields(c_float, "temperature softcap"),
     ]
 
 
 class HiddenRows(Structure):
-    _fields_ = [("hidden", c_void_p), ("targets", c_void_p), ("hidden_stride", c_int64), ("rows", c_int64)]
+    _fields_ = [*_fields(c_void_p, "hidden targets"), *_fields(c_int64, "hidden_stride rows")]
 
 
 class Settings(Structure):
     _fields_ = [
-        ("loss_type", c_int32),
-        ("kl", c_int32),
-        ("sequence_level", c_int32),
-        ("has_delta", c_int32),
-        ("has_tis_cap", c_int32),
-        ("reserved", c_int32),
-        ("epsilon_low", c_double),
-        ("epsilon_high", c_double),
-        ("delta", c_double),
-        ("beta", c_double),
-        ("tis_cap", c_double),
-        ("entropy_coef", c_double),
-        ("max_completion_length", c_double),
+        *_fields(c_int32, "loss_type kl sequence_level has_delta has_tis_cap reserved"),
+        *_fields(c_double, "epsilon_low epsilon_high delta beta tis_cap entropy_coef max_completion_length"),
     ]
 
 
 class ObjectiveRows(Structure):
     _fields_ = [
-        ("total", c_int64),
-        ("count", c_int64),
-        ("sequences", c_int64),
-        ("num_generations", c_int64),
-        ("seq_ids", c_void_p),
-        ("selected", c_void_p),
-        ("advantages", c_void_p),
-        ("rewards", c_void_p),
-        ("old", c_void_p),
-        ("ref", c_void_p),
-        ("sampling", c_void_p),
-        ("normalizer", c_double),
+        *_fields(c_int64, "total count sequences num_generations"),
+        *_fields(c_void_p, "seq_ids selected advantages rewards old ref sampling"),
+        *_fields(c_double, "normalizer"),
     ]
 
 
 class Summary(Structure):
-    _fields_ = [(name, c_double) for name in ("loss", "kl", "entropy", "clip_low", "clip_high", "ratio_max")]
+    _fields_ = _fields(c_double, "loss kl entropy clip_low clip_high ratio_max")
 
 
 _HEAD_ROWS = (POINTER(Head), POINTER(HiddenRows))
@@ -135,43 +117,23 @@ def call(name: str, *arguments: object) -> None:
         raise ValueError("seq_ids must be in 0..B-1 (the number of sequences)")
 
 
-def head(weight: Tensor, bias: Tensor | None, temperature: float, softcap: float | None) -> Head:
+def head(of: HeadInputs) -> Head:
     """Return the structure of an output head; its tensors must outlive it."""
-    vocab, dim = weight.shape
-    return Head(
-        weight.data_ptr(),
-        pointer(bias),
-        weight.stride(0),
-        vocab,
-        dim,
-        DTYPES[weight.dtype],
-        temperature,
-        softcap or 0.0,
-    )
+    sizes = of.weight.stride(0), *of.weight.shape, DTYPES[of.weight.dtype]
+    return Head(of.weight.data_ptr(), pointer(of.bias), *sizes, of.temperature, of.softcap or 0.0)
 
 
-def hidden_rows(hidden: Tensor, targets: Tensor) -> HiddenRows:
+def hidden_rows(of: HeadInputs) -> HiddenRows:
     """Return the structure of the rows to project; its tensors must outlive it."""
-    return HiddenRows(hidden.data_ptr(), targets.data_ptr(), hidden.stride(0), hidden.shape[0])
+    return HiddenRows(of.hidden.data_ptr(), of.targets.data_ptr(), of.hidden.stride(0), of.hidden.shape[0])
 
 
 def settings(of: GRPOSettings) -> Settings:
     """Return the settings as a structure."""
-    return Settings(
-        LOSS_TYPES.index(of.loss_type),
-        1 + KL_ESTIMATORS.index(of.kl),
-        of.sequence_level,
-        of.delta is not None,
-        of.tis_cap is not None,
-        0,
-        of.epsilon_low,
-        of.epsilon_high,
-        of.delta or 0.0,
-        of.beta,
-        of.tis_cap or 0.0,
-        of.entropy_coef,
-        of.max_completion_length or 0,
-    )
+    loss_type, kl = LOSS_TYPES.index(of.loss_type), 1 + KL_ESTIMATORS.index(of.kl)
+    flags = of.sequence_level, of.delta is not None, of.tis_cap is not None, 0
+    numbers = of.delta or 0.0, of.beta, of.tis_cap or 0.0, of.entropy_coef, of.max_completion_length or 0
+    return Settings(loss_type, kl, *flags, of.epsilon_low, of.epsilon_high, *numbers)
 
 
 def pointer(tensor: Tensor | None) -> int | None:
@@ -179,12 +141,11 @@ def pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
 
 
-def prepare_inputs(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+def prepare_inputs(of: HeadInputs) -> HeadInputs:
     """Return tensors as the library reads them: matrices with contiguous rows, contiguous bias, int64 targets."""
+    hidden, weight, bias, targets, *options = of
     hidden, weight = (m if m.stride(1) == 1 and m.stride(0) >= m.shape[1] else m.contiguous() for m in (hidden, weight))
-    return hidden, weight, None if bias is None else bias.contiguous(), to_int64(targets)
+    return HeadInputs(hidden, weight, None if bias is None else bias.contiguous(), to_int64(targets), *options)
 
 
 def to_double(*tensors: Tensor | None) -> list[Tensor | None]:

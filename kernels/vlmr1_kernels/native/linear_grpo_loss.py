@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlmr1_kernels import custom_ops
-from vlmr1_kernels.inputs import LossInputs
+from vlmr1_kernels.inputs import HeadInputs, LossInputs, Needs
 from vlmr1_kernels.native import library
 from vlmr1_kernels.native.grpo_loss import Objective
 from vlmr1_kernels.native.linear_logprob import gradients
@@ -18,38 +18,22 @@ from vlmr1_kernels.settings import GRPOSettings
 
 
 def _forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    rows: Tensor | None,
-    inputs: LossInputs,
-    softcap: float | None,
-    chunk: int,
-    scale: float,
-    needs: tuple[bool, bool, bool],
+    head: HeadInputs, rows: Tensor | None, inputs: LossInputs, chunk: int, scale: float, needs: Needs,
     settings: GRPOSettings,
-) -> tuple[Tensor, ...]:
-    hidden, weight, bias, targets = library.prepare_inputs(hidden, weight, bias, targets)
-    objective = Objective(hidden.shape[0], inputs, rows, settings)
-    logp = torch.empty(hidden.shape[0])
-    d_hidden, d_weight, d_bias = gradients(hidden, weight, *needs)
+) -> tuple[Tensor, ...]:  # fmt: skip
+    head = library.prepare_inputs(head)
+    objective = Objective(head.hidden.shape[0], inputs, rows, settings)
+    logp = torch.empty(head.hidden.shape[0])
+    d_hidden, d_weight, d_bias = gradients(head.hidden, head.weight, needs)
+    structures = library.head(head), library.hidden_rows(head), objective.rows, objective.settings
     library.call(
-        "vlmr1_linear_grpo_loss",
-        byref(library.head(weight, bias, settings.temperature, softcap)),
-        byref(library.hidden_rows(hidden, targets)),
-        byref(objective.rows),
-        byref(objective.settings),
-        max(chunk, 1),
-        scale,
-        torch.get_num_threads(),
-        *map(library.pointer, (logp, d_hidden, d_weight, d_bias)),
-        byref(objective.summary),
-    )
+        "vlmr1_linear_grpo_loss", *map(byref, structures), max(chunk, 1), scale, torch.get_num_threads(),
+        *map(library.pointer, (logp, d_hidden, d_weight, d_bias)), byref(objective.summary),
+    )  # fmt: skip
     values = objective.summary
     metrics = (values.entropy, values.kl, values.clip_low, values.clip_high, values.ratio_max)
     scalars = [torch.tensor(value, dtype=torch.float32) for value in (values.loss, *metrics)]
-    return scalars[0], d_hidden, d_weight, d_bias.to(weight.dtype), logp, *scalars[1:]
+    return scalars[0], d_hidden, d_weight, d_bias.to(head.weight.dtype), logp, *scalars[1:]
 
 
 linear_grpo_loss = custom_ops.linear_grpo_loss("native", _forward, library.chunk_rows)

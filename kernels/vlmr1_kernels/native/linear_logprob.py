@@ -6,63 +6,33 @@ import torch
 from torch import Tensor
 
 from vlmr1_kernels import custom_ops
+from vlmr1_kernels.inputs import HeadInputs, Needs
 from vlmr1_kernels.native import library
 
 
-def _forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    temperature: float,
-    softcap: float | None,
-    entropy: bool,
-    chunk: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    hidden, weight, bias, targets = library.prepare_inputs(hidden, weight, bias, targets)
-    out = torch.empty(3, hidden.shape[0])  # logp, entropy, lse
-    head, rows = library.head(weight, bias, temperature, softcap), library.hidden_rows(hidden, targets)
-    library.call(
-        "vlmr1_linear_logprob", byref(head), byref(rows), torch.get_num_threads(), *(row.data_ptr() for row in out)
-    )
+def _forward(head: HeadInputs, entropy: bool, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+    head = library.prepare_inputs(head)
+    out = torch.empty(3, head.hidden.shape[0])  # logp, entropy, lse
+    structures = byref(library.head(head)), byref(library.hidden_rows(head))
+    library.call("vlmr1_linear_logprob", *structures, torch.get_num_threads(), *(row.data_ptr() for row in out))
     logp, token_entropy, lse = (row.clone() for row in out)
     return logp, token_entropy if entropy else logp.new_empty(0), lse
 
 
 def _backward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    lse: Tensor,
-    entropy: Tensor,
-    d_logp: Tensor,
-    d_entropy: Tensor,
-    temperature: float,
-    softcap: float | None,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-    chunk: int,
+    head: HeadInputs, lse: Tensor, entropy: Tensor, d_logp: Tensor, d_entropy: Tensor, needs: Needs, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    hidden, weight, bias, targets = library.prepare_inputs(hidden, weight, bias, targets)
-    d_hidden, d_weight, d_bias = gradients(hidden, weight, needs_hidden, needs_weight, needs_bias)
-    head, rows = library.head(weight, bias, temperature, softcap), library.hidden_rows(hidden, targets)
-    library.call(
-        "vlmr1_linear_logprob_backward",
-        byref(head),
-        byref(rows),
-        max(chunk, 1),
-        torch.get_num_threads(),
-        *map(library.pointer, (d_logp, d_entropy, d_hidden, d_weight, d_bias)),
-    )
-    return d_hidden, d_weight, d_bias.to(weight.dtype)
+    head = library.prepare_inputs(head)
+    out = gradients(head.hidden, head.weight, needs)
+    structures = byref(library.head(head)), byref(library.hidden_rows(head))
+    addresses = map(library.pointer, (d_logp, d_entropy, *out))
+    library.call("vlmr1_linear_logprob_backward", *structures, max(chunk, 1), torch.get_num_threads(), *addresses)
+    return out[0], out[1], out[2].to(head.weight.dtype)
 
 
-def gradients(
-    hidden: Tensor, weight: Tensor, needs_hidden: bool, needs_weight: bool, needs_bias: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def gradients(hidden: Tensor, weight: Tensor, needs: Needs) -> tuple[Tensor, Tensor, Tensor]:
     """Return uninitialized d_hidden, d_weight and d_bias (float32); [0] if not needed."""
+    needs_hidden, needs_weight, needs_bias = needs
     return (
         torch.empty(hidden.shape if needs_hidden else (0,), dtype=hidden.dtype),
         torch.empty(weight.shape if needs_weight else (0,), dtype=weight.dtype),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vlmr1_kernels.inputs import LossInputs
+from vlmr1_kernels.inputs import HeadInputs, LossInputs
 from vlmr1_kernels.linear import accumulation_dtype, chunk_rows
 from vlmr1_kernels.reference.objective import Rows, coefficients, loss_and_metrics, make_rows
 from vlmr1_kernels.reference.softmax import Chunk, Head
@@ -15,17 +15,9 @@ from vlmr1_kernels.settings import GRPOSettings
 
 
 def linear_grpo_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    inputs: LossInputs,
-    *,
-    settings: GRPOSettings,
-    bias: Tensor | None,
-    softcap: float | None,
-    chunk_mib: float | None,
-    active_rows: Tensor | None,
+    head: HeadInputs, inputs: LossInputs, *, settings: GRPOSettings, chunk_mib: float | None, active_rows: Tensor | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
+    hidden, weight, bias, targets, _, softcap = head
     count, rows = len(hidden), make_rows(inputs, settings, accumulation_dtype(hidden.dtype))
     if active_rows is not None:
         hidden, targets, rows = hidden.index_select(0, active_rows), targets[active_rows], rows[active_rows]
@@ -54,13 +46,16 @@ class _Batch:
     softcap: float | None
     chunk: int
 
+    def head(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, *needs: bool) -> Head:
+        return Head.of(HeadInputs(hidden, weight, bias, self.targets, self.settings.temperature, self.softcap), *needs)
+
     def slices(self) -> list[slice]:
         return [slice(start, start + self.chunk) for start in range(0, len(self.targets), self.chunk)]
 
 
 def _evaluate(hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: _Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """Return loss and metrics without gradient, with one GEMM."""
-    head = Head.of(weight, bias, batch.settings.temperature, batch.softcap)
+    head = batch.head(hidden, weight, bias)
     logp, entropy = torch.empty_like(batch.rows.weight), torch.empty_like(batch.rows.weight)
     with torch.no_grad():
         for part in batch.slices():
@@ -72,9 +67,9 @@ def _evaluate(hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: _Batch
 class _LinearGRPOLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: _Batch) -> tuple[Tensor, ...]:
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        needs_hidden, *needs = ctx.needs_input_grad[:3]
         rows, settings, parts = batch.rows, batch.settings, batch.slices()
-        head = Head.of(weight, bias, settings.temperature, batch.softcap, needs_weight, needs_bias)
+        head = batch.head(hidden, weight, bias, *needs)
         logp, entropy = torch.empty_like(rows.weight), torch.empty_like(rows.weight)  # [N]
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
 
@@ -94,9 +89,7 @@ class _LinearGRPOLoss(torch.autograd.Function):
                 d_hidden[part] = gradient
 
         loss, metrics = loss_and_metrics(logp, rows, settings, entropy)
-        d_weight = None if head.d_weight is None else head.d_weight.to(weight.dtype)
-        d_bias = None if head.d_bias is None else head.d_bias.to(weight.dtype)
-        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        ctx.save_for_backward(d_hidden, *head.gradients(weight.dtype))
         values = tuple(metrics[name] for name in _METRICS)
         ctx.mark_non_differentiable(*values)
         return loss, *values

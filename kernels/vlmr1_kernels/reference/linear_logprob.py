@@ -6,40 +6,21 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vlmr1_kernels.inputs import HeadInputs
 from vlmr1_kernels.linear import accumulation_dtype, chunk_rows
 from vlmr1_kernels.reference.softmax import Chunk, Head
 
 
-def linear_logprob(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    entropy: bool,
-    chunk_mib: float | None,
-) -> tuple[Tensor, Tensor]:
+def linear_logprob(head: HeadInputs, *, entropy: bool, chunk_mib: float | None) -> tuple[Tensor, Tensor]:
     """Return (logp [N], entropy [N], or [0] if not requested)."""
-    size = chunk_rows(len(hidden), weight, chunk_mib)
-    return _LinearLogprob.apply(hidden, weight, bias, targets, temperature, softcap, entropy, size)
+    return _LinearLogprob.apply(*head, entropy, chunk_rows(len(head.hidden), head.weight, chunk_mib))
 
 
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        temperature: float,
-        softcap: float | None,
-        entropy: bool,
-        size: int,
-    ) -> tuple[Tensor, Tensor]:
-        head = Head.of(weight, bias, temperature, softcap)
+    def forward(ctx: Any, *values: Any) -> tuple[Tensor, Tensor]:
+        inputs, (entropy, size) = HeadInputs(*values[:-2]), values[-2:]
+        head, (hidden, weight, bias, targets, *_) = Head.of(inputs), inputs
         logp = hidden.new_empty(len(hidden), dtype=accumulation_dtype(hidden.dtype))  # [N]
         token_entropy = torch.empty_like(logp) if entropy else logp.new_empty(0)
         for start in range(0, len(hidden), size):
@@ -49,7 +30,7 @@ class _LinearLogprob(torch.autograd.Function):
             if entropy:
                 token_entropy[rows] = chunk.entropy()
         ctx.save_for_backward(hidden, weight, bias, targets, token_entropy)
-        ctx.options = temperature, softcap, entropy, size
+        ctx.options = values[4:]
         return logp, token_entropy
 
     @staticmethod
@@ -57,8 +38,8 @@ class _LinearLogprob(torch.autograd.Function):
     def backward(ctx: Any, d_logp: Tensor, d_entropy: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, token_entropy = ctx.saved_tensors
         temperature, softcap, entropy, size = ctx.options
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        head = Head.of(weight, bias, temperature, softcap, needs_weight, needs_bias)
+        needs_hidden, *needs = ctx.needs_input_grad[:3]
+        head = Head.of(HeadInputs(hidden, weight, bias, targets, temperature, softcap), *needs)
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
         for start in range(0, len(hidden), size):
             rows = slice(start, start + size)
@@ -67,6 +48,4 @@ class _LinearLogprob(torch.autograd.Function):
             gradient = chunk.backward(d_logp[rows], *through_entropy, needs_hidden)
             if d_hidden is not None and gradient is not None:
                 d_hidden[rows] = gradient
-        d_weight = None if head.d_weight is None else head.d_weight.to(weight.dtype)
-        d_bias = None if head.d_bias is None else head.d_bias.to(weight.dtype)
-        return d_hidden, d_weight, d_bias, None, None, None, None, None
+        return d_hidden, *head.gradients(weight.dtype), None, None, None, None, None

@@ -1,6 +1,6 @@
 """Token losses of all loss types; `GRPOSettings` has the formulas."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -24,18 +24,8 @@ class Rows:
     length: Tensor  # [B] rows of each sequence, dropped ones included
 
     def __getitem__(self, index: Tensor | slice) -> "Rows":
-        def pick(value: Tensor | None) -> Tensor | None:
-            return None if value is None else value[index]
-
-        return Rows(
-            self.advantage[index],
-            self.weight[index],
-            pick(self.old),
-            pick(self.ref),
-            pick(self.sampling),
-            self.sequence[index],
-            self.length,
-        )
+        by_row = {name: value for name, value in vars(self).items() if name != "length" and value is not None}
+        return replace(self, **{name: value[index] for name, value in by_row.items()})
 
 
 class TokenLoss(NamedTuple):
@@ -76,9 +66,8 @@ def token_losses(logp: Tensor, rows: Rows, settings: GRPOSettings) -> TokenLoss:
     log_ratio = logp - old
     if settings.sequence_level:
         # index_add sums sequentially, which in float32 is inaccurate for long sequences.
-        total = torch.zeros_like(rows.length, dtype=torch.float64).index_add(
-            0, rows.sequence, log_ratio.double()
-        )  # [B]
+        total = torch.zeros_like(rows.length, dtype=torch.float64)  # [B]
+        total = total.index_add(0, rows.sequence, log_ratio.double())
         log_ratio = (total / rows.length)[rows.sequence].to(logp.dtype)
     ratio = log_ratio.exp()
     if settings.loss_type == "cispo":

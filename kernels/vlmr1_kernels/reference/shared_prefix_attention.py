@@ -10,15 +10,9 @@ from vlmr1_kernels.linear import accumulation_dtype
 
 
 def shared_prefix_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: PrefixLayout,
-    *,
-    scale: float,
-    softcap: float | None = None,
-    window: int | None = None,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, *,
+    scale: float, softcap: float | None = None, window: int | None = None,
+) -> Tensor:  # fmt: skip
     _, heads, length, head_dim = q.shape
     kv_heads = k.shape[1]
     wide = accumulation_dtype(q.dtype)
@@ -35,12 +29,8 @@ def visible(layout: PrefixLayout, window: int | None = None) -> Tensor:
     """Return the mask [L, L] bool: True if row i attends to row j."""
     prompts, branches = layout.prompt_lengths, layout.branch_lengths
     groups = torch.arange(layout.num_groups)
-    group = torch.cat(
-        [
-            groups.repeat_interleave(torch.tensor(prompts)),
-            groups.repeat_interleave(torch.tensor([sum(lengths) for lengths in branches])),
-        ]
-    )  # [L]
+    sizes = prompts, [sum(lengths) for lengths in branches]
+    group = torch.cat([groups.repeat_interleave(torch.tensor(each)) for each in sizes])  # [L]
     flat = torch.tensor([0, *(length for lengths in branches for length in lengths)])
     branch = torch.arange(len(flat)).repeat_interleave(flat)
     branch = torch.cat([torch.zeros(layout.prompt_total, dtype=torch.long), branch])  # [L], 0: prompt

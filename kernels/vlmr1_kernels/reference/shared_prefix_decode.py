@@ -23,16 +23,9 @@ class Group(NamedTuple):
 
 
 def shared_prefix_decode(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    tables: DecodeTables,
-    *,
-    block: int,
-    max_group: int,
-    max_prefix: int,
-    scale: float,
-) -> Tensor:
+    q: Tensor, keys: Tensor, values: Tensor, tables: DecodeTables, *,
+    block: int, max_group: int, max_prefix: int, scale: float,
+) -> Tensor:  # fmt: skip
     groups = _groups(tables, max_group, max_prefix)
     if not groups:
         return torch.zeros_like(q)

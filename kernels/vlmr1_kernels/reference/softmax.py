@@ -6,6 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from vlmr1_kernels.inputs import HeadInputs
 from vlmr1_kernels.linear import accumulate_weight_grad, accumulation_dtype, gemm_operand, hidden_grad, project
 
 
@@ -21,20 +22,17 @@ class Head:
     d_bias: Tensor | None = None  # [V]
 
     @classmethod
-    def of(
-        cls,
-        weight: Tensor,
-        bias: Tensor | None,
-        temperature: float,
-        softcap: float | None,
-        needs_weight: bool = False,
-        needs_bias: bool = False,
-    ) -> "Head":
-        """Return the head of `weight`, with accumulators of the gradients that are needed."""
+    def of(cls, inputs: HeadInputs, needs_weight: bool = False, needs_bias: bool = False) -> "Head":
+        """Return the head, with accumulators of the gradients that are needed."""
+        _, weight, bias, _, temperature, softcap = inputs
         wide = accumulation_dtype(weight.dtype)
         d_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if needs_weight else None
         d_bias = torch.zeros(weight.shape[0], dtype=wide, device=weight.device) if needs_bias else None
         return cls(gemm_operand(weight), bias, temperature, softcap, d_weight, d_bias)
+
+    def gradients(self, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+        """Return d_weight and d_bias in the dtype of the weight; None if not needed."""
+        return tuple(None if gradient is None else gradient.to(dtype) for gradient in (self.d_weight, self.d_bias))
 
 
 class Chunk:

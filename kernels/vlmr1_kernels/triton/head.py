@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vlmr1_kernels.inputs import HeadInputs, Needs
 from vlmr1_kernels.linear import accumulate_weight_grad, gemm_operand, hidden_grad, project_into
 from vlmr1_kernels.triton.launch import contiguous_aligned, launch
 from vlmr1_kernels.triton.softmax import LAUNCH, ROW_ALIGNMENT, head_terms, row_statistics, write_gradient
@@ -52,17 +53,13 @@ class Head:
 
     def __init__(
         self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        temperature: float,
-        softcap: float | None,
+        inputs: HeadInputs,
         chunk: int,
-        needs: tuple[bool, bool, bool] = (False, False, False),
+        needs: Needs = (False, False, False),
         hidden_dtype: torch.dtype | None = None,
     ) -> None:
         """`needs`: gradients of hidden, weight, bias to compute; `hidden_dtype`: dtype of d_hidden, None: of hidden."""
+        hidden, weight, bias, targets, temperature, softcap = inputs
         self.hidden, self.weight = hidden, gemm_operand(weight)
         self.targets, bias = contiguous_aligned(targets, bias)
         self.dtype, self.temperature = weight.dtype, temperature

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmr1_kernels.inputs import HeadInputs
+
 
 def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
     """Launch a kernel on a grid of `programs`, in the first dimension: only that one holds 2^31 - 1."""
@@ -26,11 +28,11 @@ def contiguous_aligned(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 
 def on_tensor_device(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator that makes the device of the first argument current: Triton launches on the current device."""
+    """Decorator that makes the device of the first argument, or of its first field, current: Triton launches there."""
 
     @wraps(function)
-    def run(tensor: Tensor, *others: Any, **options: Any) -> Any:
-        with torch.cuda.device_of(tensor):
-            return function(tensor, *others, **options)
+    def run(first: Tensor | HeadInputs, *others: Any, **options: Any) -> Any:
+        with torch.cuda.device_of(first.hidden if isinstance(first, HeadInputs) else first):
+            return function(first, *others, **options)
 
     return run

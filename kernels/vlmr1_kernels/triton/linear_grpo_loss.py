@@ -12,13 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 from vlmr1_kernels import custom_ops
-from vlmr1_kernels.inputs import LossInputs
+from vlmr1_kernels.inputs import HeadInputs, LossInputs, Needs
 from vlmr1_kernels.settings import GRPOSettings
 from vlmr1_kernels.triton.grpo_loss import objective
 from vlmr1_kernels.triton.head import Head
 from vlmr1_kernels.triton.launch import contiguous_aligned, on_tensor_device
 from vlmr1_kernels.triton.objective import log_ratio_and_tis_weight, loss_constexprs, loss_scalars, token_loss
-from vlmr1_kernels.triton.sequences import SequenceTable, sequence_table
+from vlmr1_kernels.triton.sequences import sequence_table
 from vlmr1_kernels.triton.softmax import row_statistics, write_gradient
 
 
@@ -57,22 +57,13 @@ def loss_kernel(
 
 @on_tensor_device
 def _forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    rows: Tensor | None,
-    inputs: LossInputs,
-    softcap: float | None,
-    chunk: int,
-    scale: float,
-    needs: tuple[bool, bool, bool],
+    head_inputs: HeadInputs, rows: Tensor | None, inputs: LossInputs, chunk: int, scale: float, needs: Needs,
     settings: GRPOSettings,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, ...]:  # fmt: skip
+    hidden = head_inputs.hidden
     several = len(hidden) > chunk
     deferred = settings.sequence_level and needs == (True, False, False) and settings.entropy_coef == 0 and several
-    wide = torch.float32 if deferred else None
-    head = Head(hidden, weight, bias, targets, settings.temperature, softcap, chunk, needs, wide)
+    head = Head(head_inputs, chunk, needs, torch.float32 if deferred else None)
 
     seq_ids, *row_logps = contiguous_aligned(inputs.seq_ids, *inputs.row_logps)
     row_logps = tuple(row_logps)
@@ -81,10 +72,13 @@ def _forward(
     logp, entropy, lse = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(3))  # [n]
 
     in_one_pass = any(needs) and (deferred or not settings.sequence_level)
+    factor = (1 if deferred else scale) / settings.temperature
+    row = (ids, tuple(table), row_logps, loss_scalars(settings), factor, logp, entropy)
     for part in head.chunks:
         head.project(part)
         if in_one_pass:
-            _loss_and_gradient(head, part, ids, table, row_logps, logp, entropy, scale, deferred, settings)
+            constants = {"DEFERRED": deferred, **loss_constexprs(settings)}
+            head.run(loss_kernel, part, (head.logits, head.d_logits), *row, **constants)
             head.consume(part)
         else:
             head.statistics(part, logp, entropy, lse)
@@ -101,25 +95,6 @@ def _forward(
     gradients = head.gradients(d_logp[:, None] if d_logp is not None and deferred else None)
     metrics = (result.kl, result.clip_low, result.clip_high, result.ratio_max)
     return result.loss, *gradients, logp, entropy.sum() / max(len(entropy), 1), *metrics
-
-
-def _loss_and_gradient(
-    head: Head,
-    part: slice,
-    ids: Tensor,
-    table: SequenceTable,
-    row_logps: tuple[Tensor | None, ...],
-    logp: Tensor,
-    entropy: Tensor,
-    scale: float,
-    deferred: bool,
-    settings: GRPOSettings,
-) -> None:
-    factor = (1 if deferred else scale) / settings.temperature
-    head.run(
-        loss_kernel, part, (head.logits, head.d_logits), ids, tuple(table), row_logps, loss_scalars(settings), factor,
-        logp, entropy, DEFERRED=deferred, **loss_constexprs(settings),
-    )  # fmt: skip
 
 
 linear_grpo_loss = custom_ops.linear_grpo_loss("triton", _forward)

@@ -4,22 +4,14 @@ import torch
 from torch import Tensor
 
 from vlmr1_kernels import custom_ops
+from vlmr1_kernels.inputs import HeadInputs, Needs
 from vlmr1_kernels.triton.head import Head
 from vlmr1_kernels.triton.launch import on_tensor_device
 
 
 @on_tensor_device
-def _forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    temperature: float,
-    softcap: float | None,
-    entropy: bool,
-    chunk: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    head = Head(hidden, weight, bias, targets, temperature, softcap, chunk)
+def _forward(inputs: HeadInputs, entropy: bool, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+    head, hidden = Head(inputs, chunk), inputs.hidden
     logp, lse = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(2))  # [N]
     token_entropy = torch.empty_like(logp) if entropy else None
     for rows in head.chunks:
@@ -30,25 +22,10 @@ def _forward(
 
 @on_tensor_device
 def _backward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    lse: Tensor,
-    entropy: Tensor,
-    d_logp: Tensor,
-    d_entropy: Tensor,
-    temperature: float,
-    softcap: float | None,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-    chunk: int,
+    inputs: HeadInputs, lse: Tensor, entropy: Tensor, d_logp: Tensor, d_entropy: Tensor, needs: Needs, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    needs = (needs_hidden, needs_weight, needs_bias)
-    scaled = hidden.dtype == torch.float16 and len(hidden) > 0
-    wide = torch.float32 if scaled else None
-    head = Head(hidden, weight, bias, targets, temperature, softcap, chunk, needs, wide)
+    scaled = inputs.hidden.dtype == torch.float16 and len(inputs.hidden) > 0
+    head = Head(inputs, chunk, needs, torch.float32 if scaled else None)
     slopes = [d_logp, d_entropy] if len(entropy) else [d_logp]
     factor = None
     if scaled:

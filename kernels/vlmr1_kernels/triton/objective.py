@@ -45,18 +45,9 @@ def log_ratio_and_tis_weight(logp, row, mask, row_logps, loss_scalars):
 
 @triton.jit
 def token_loss(
-    logp,
-    log_ratio,
-    tis_weight,
-    mean_tis_weight,
-    advantage,
-    row,
-    mask,
-    row_logps,
-    loss_scalars,
-    CISPO: tl.constexpr,
-    KL: tl.constexpr,
-):
+    logp, log_ratio, tis_weight, mean_tis_weight, advantage, row, mask, row_logps, loss_scalars,
+    CISPO: tl.constexpr, KL: tl.constexpr,
+):  # fmt: skip
     """Return (loss, d loss / d logp, ratio, kl) of a row, before its weight and without the entropy bonus.
 
     At sequence level log_ratio and mean_tis_weight are means over the sequence, since each row changes the ratio of

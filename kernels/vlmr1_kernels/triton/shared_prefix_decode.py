@@ -160,16 +160,9 @@ def merge_kernel(
 
 @on_tensor_device
 def shared_prefix_decode(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    tables: DecodeTables,
-    *,
-    block: int,
-    max_group: int,
-    max_prefix: int,
-    scale: float,
-) -> Tensor:
+    q: Tensor, keys: Tensor, values: Tensor, tables: DecodeTables, *,
+    block: int, max_group: int, max_prefix: int, scale: float,
+) -> Tensor:  # fmt: skip
     batch, heads, head_dim = q.shape
     out = torch.empty(batch, heads, head_dim, dtype=q.dtype, device=q.device)
     if batch == 0:

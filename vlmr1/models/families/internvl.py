@@ -24,12 +24,8 @@ class InternVLFamily(ModelFamily):
     def placeholder_ids(self, model: Any, tokenizer: Any = None) -> list[int]:
         if tokenizer is None:
             return [model.config.image_token_id]
-        names = (
-            "start_image_token",
-            "end_image_token",
-            "context_image_token",
-            "video_token",
-        )  # attributes that the processor reads
+        # Attributes that the processor reads.
+        names = ("start_image_token", "end_image_token", "context_image_token", "video_token")
         return tokenizer.convert_tokens_to_ids([getattr(tokenizer, name) for name in names])
 
     def split_images(self, model: Any, inputs: Mapping[str, Tensor], count: int) -> tuple[ImageInputs, ...]:

@@ -20,13 +20,8 @@ class QwenVLFamily(ModelFamily):
     varlen_tower = True
 
     def placeholder_ids(self, model: Any, tokenizer: Any = None) -> list[int]:
-        config = model.config
-        return [
-            config.image_token_id,
-            config.video_token_id,
-            config.vision_start_token_id,
-            config.vision_end_token_id,
-        ]
+        kinds = ("image", "video", "vision_start", "vision_end")
+        return [getattr(model.config, f"{kind}_token_id") for kind in kinds]
 
     def positions(self, model: Any, input_ids: Tensor, images: Sequence[ImageInputs]) -> Tensor:
         if not images:

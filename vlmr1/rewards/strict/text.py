@@ -20,9 +20,8 @@ CUE = re.compile(
 )
 STANDALONE = re.compile(r"(?<![A-Za-z0-9'])([A-Z])(?![A-Za-z0-9'])")
 WORDS = re.compile(r"(?:^|[.!?]\s+)A\s+(?!or\b|and\b)[a-z]|\bI\s+(?!or\b|and\b)[a-z]")  # "A cat" at a start, "I am"
-PROSE = re.compile(
-    r"(?<![\\A-Za-z])(?!sqrt|sin|cos|tan|log|exp|text)[A-Za-z]{3,}"
-)  # not "12 cm"; of "route 66" 66 is a part
+# Not "12 cm"; of "route 66" 66 is a part.
+PROSE = re.compile(r"(?<![\\A-Za-z])(?!sqrt|sin|cos|tan|log|exp|text)[A-Za-z]{3,}")
 WORD = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
 
 

@@ -16,7 +16,7 @@ PATCH = 14  # px of a patch in `image_grid_thw`
 
 def box_iou(family: Family) -> Callable[..., float]:
     """Return the reward of a family: IoU of the first box in the first answer, 0 where it cannot be computed."""
-    measure = continuous_iou if family == "glm" else inclusive_iou
+    edge = 0 if family == "glm" else 1
 
     def score(
         content: str,
@@ -37,7 +37,7 @@ def box_iou(family: Family) -> Callable[..., float]:
             box = [int(number) for number in match.groups()]
             if family == "qwen":
                 box = scaled(box, image_grid_thw, image_size)
-            return measure(box, truth)
+            return inclusive_iou(box, truth, edge)
         except (ValueError, TypeError, LookupError, ArithmeticError):
             return 0.0
 
@@ -50,22 +50,11 @@ def scaled(box: Sequence[float], grid: Any, size: Any) -> list[float]:
     return [number / sides[i % 2] * size[i % 2] for i, number in enumerate(box)]
 
 
-def inclusive_iou(box: Any, other: Any) -> float:
-    """Intersection over union with inclusive right and lower edges; an overlap of one pixel counts as none."""
+def inclusive_iou(box: Any, other: Any, edge: int = 1) -> float:
+    """Intersection over union with inclusive right and lower edges; an overlap of one pixel counts as none. With an
+    `edge` of 0 boxes are continuous."""
     left, top = max(box[0], other[0]), max(box[1], other[1])
-    right, bottom = min(box[2] - 1, other[2] - 1), min(box[3] - 1, other[3] - 1)
-    overlap = (right - left + 1) * (bottom - top + 1) if left < right and top < bottom else 0
-    return _over_union(overlap, box, other)
-
-
-def continuous_iou(box: Any, other: Any) -> float:
-    """IoU of continuous boxes."""
-    left, top = max(box[0], other[0]), max(box[1], other[1])
-    right, bottom = min(box[2], other[2]), min(box[3], other[3])
-    overlap = (right - left) * (bottom - top) if left < right and top < bottom else 0
-    return _over_union(overlap, box, other)
-
-
-def _over_union(overlap: Any, box: Any, other: Any) -> float:
+    right, bottom = min(box[2] - edge, other[2] - edge), min(box[3] - edge, other[3] - edge)
+    overlap = (right - left + edge) * (bottom - top + edge) if left < right and top < bottom else 0
     areas = [(each[2] - each[0]) * (each[3] - each[1]) for each in (box, other)]
     return float(overlap) / (areas[0] + areas[1] - overlap)
