@@ -51,10 +51,7 @@ def demo(seed: int, output_dir: Path, changes: Sequence[str] = ()) -> None:
     check_output_dir(output_dir)
     samples = held_out(config, output_dir)
     before = measure(config, model_path(str(config.model_name_or_path)), samples)
-    print(
-        f"before: held-out acc@0.5 {before.result.accuracy:.3f}, mean IoU {before.result.mean_iou:.3f}",
-        flush=True,
-    )
+    print(f"before: held-out acc@0.5 {before.result.accuracy:.3f}, mean IoU {before.result.mean_iou:.3f}", flush=True)
     train(config)
     checkpoint = last_complete(output_dir)
     if checkpoint is None:
@@ -88,12 +85,7 @@ def held_out(config: GRPOConfig, output_dir: Path) -> Sequence[Sample]:
 
 
 def measure(config: GRPOConfig, name: str, samples: Sequence[Sample]) -> Evaluation:
-    return evaluate(
-        load_model(name),
-        load_processor(name),
-        samples,
-        max_completion_length=config.max_completion_length,
-    )
+    return evaluate(load_model(name), load_processor(name), samples, max_completion_length=config.max_completion_length)
 
 
 def summary(before: Evaluation, after: Evaluation, history: Sequence[dict[str, float]]) -> tuple[list[Row], str]:

@@ -63,10 +63,7 @@ def _gpus() -> list[tuple[str, str]]:
             return [("GPU", "unknown: nvidia-ml-py is not installed")]
         return [("GPU", "none: NVML finds no working NVIDIA driver")]
     rows = [
-        (
-            f"GPU {gpu.index}",
-            f"{gpu.name}, {gpu.used_mib:,.0f} of {gpu.total_mib:,.0f} MiB used, driver {gpu.driver}",
-        )
+        (f"GPU {gpu.index}", f"{gpu.name}, {gpu.used_mib:,.0f} of {gpu.total_mib:,.0f} MiB used, driver {gpu.driver}")
         for gpu in gpus
     ]
     return rows or [("GPU", "none: the NVIDIA driver runs, but has no GPU")]

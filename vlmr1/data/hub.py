@@ -20,9 +20,6 @@ class DatasetRows(Rows):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def line(self, index: int) -> int:
-        return index + 1
-
     def read(self, index: int) -> Row:
         return self.dataset[index : index + 1].to_pylist()[0]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -133,15 +133,11 @@ def _state(minibatch: Minibatch) -> dict[str, Any]:
             "rewards": group.rewards,
             "advantages": group.advantages,
             "kl": group.kl,
-            "completions": [_values(completion.on_host()) for completion in group.completions],
+            "completions": [vars(completion.on_host()) for completion in group.completions],
         }
         for group in minibatch.groups
     ]
     return {"groups": groups, "counts": minibatch.metrics}
-
-
-def _values(completion: Completion) -> dict[str, Any]:
-    return {each.name: getattr(completion, each.name) for each in fields(completion)}
 
 
 def _group(saved: dict[str, Any], prompt: Prompt) -> Group:

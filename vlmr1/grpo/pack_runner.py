@@ -12,18 +12,8 @@ from torch import Tensor
 
 from vlmr1.distributed.sharded import require_input_grads, summon_full_params
 from vlmr1.errors import MemoryShort
+from vlmr1.grpo import packing
 from vlmr1.grpo.pack_budget import PackBudget, PackTooLarge, catch_oom, free_memory
-from vlmr1.grpo.packing import (
-    dummy_pack,
-    first_completion,
-    make_pack,
-    plan_packs,
-    repeated_prompt_tokens,
-    select,
-    tokens_of,
-    with_dummy_image,
-    with_signal,
-)
 from vlmr1.grpo.policy import PackedPolicy
 from vlmr1.models.attention import autocast
 from vlmr1.models.features import encode, unique_images
@@ -54,11 +44,11 @@ class PackRunner:
     def with_signal(self, groups: Sequence[Group]) -> list[Group]:
         """The completions that contribute to the loss."""
         skip, mask = self.args.skips_zero_advantage, self.args.mask_truncated_completions
-        return with_signal(groups, skip_zero_advantage=skip, mask_truncated=mask)
+        return packing.with_signal(groups, skip_zero_advantage=skip, mask_truncated=mask)
 
     def tokens_of(self, group: Group) -> int:
         """Tokens that an update computes of a group."""
-        return sum(map(tokens_of, self.with_signal([group])))
+        return sum(map(packing.tokens_of, self.with_signal([group])))
 
     def packs(self, groups: Sequence[Group]) -> list[Pack]:
         """The packs of an update on these groups, as many on every rank and at least one."""
@@ -67,7 +57,7 @@ class PackRunner:
         self.counts = {
             "packs": float(len(packs)),
             "packed_tokens": float(sum(len(pack.input_ids) for pack in packs)),
-            "repeated_prompt_tokens": float(repeated_prompt_tokens(plan)),
+            "repeated_prompt_tokens": float(packing.repeated_prompt_tokens(plan)),
             "tokens_per_pack": float(self.budget.tokens),
         }
         return packs
@@ -77,17 +67,18 @@ class PackRunner:
     ) -> list[Pack]:
         """The packs of a plan; with `pad`, zero-weight dummy packs of one of these groups are appended so that all
         ranks run the same number of passes: engines count on it, and on every pass calling the same modules."""
-        packs = [make_pack(row, share_vision=self.args.share_vision) for row in plan]
+        packs = [packing.make_pack(row, share_vision=self.args.share_vision) for row in plan]
         if pad is None:
             return packs
         missing = self.parallel.ranks.all_reduce_max(max(len(packs), at_least)) - len(packs)
         if missing:
-            packs += [dummy_pack(pad)] * missing
-        return packs if self.dummy_image is None else [with_dummy_image(pack, *self.dummy_image) for pack in packs]
+            packs += [packing.dummy_pack(pad)] * missing
+        image = self.dummy_image
+        return packs if image is None else [packing.with_dummy_image(pack, *image) for pack in packs]
 
     def _plan(self, groups: Sequence[Group]) -> list[list[Group]]:
         switches = {"share_prompt": self.args.share_prompt, "pack": self.args.pack}
-        return plan_packs(groups, tokens_per_pack=self.budget.tokens, limit=self.budget.limit, **switches)
+        return packing.plan_packs(groups, tokens_per_pack=self.budget.tokens, limit=self.budget.limit, **switches)
 
     # Passes
 
@@ -97,8 +88,8 @@ class PackRunner:
 
         Where every rank has all weights, passes over `every` completion need not be as many on each rank. DDP sends
         its buffers in the first pass only, and each rank has a first one."""
-        seen = groups if every else self.with_signal(groups) or [first_completion(groups)]  # of the dummy pack
-        lacking = select(seen, lambda completion, _: getattr(completion, into) is None)
+        seen = groups if every else self.with_signal(groups) or [packing.first_completion(groups)]  # of the dummy pack
+        lacking = packing.select(seen, lambda completion, _: getattr(completion, into) is None)
         pad = None if every and self.parallel.sharding is None else groups
 
         def run() -> list[tuple[Pack, Tensor]]:

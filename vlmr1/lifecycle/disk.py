@@ -54,10 +54,7 @@ def warn_if_low_space(output_dir: Path, needed: int) -> None:
     free = _free(output_dir)
     if free < needed:
         logger.warning(
-            "%s has %.2f GiB free, but a checkpoint takes about %.2f GiB",
-            output_dir,
-            free / GIB,
-            needed / GIB,
+            "%s has %.2f GiB free, but a checkpoint takes about %.2f GiB", output_dir, free / GIB, needed / GIB
         )
 
 

@@ -48,7 +48,8 @@ def target_modules(model: Any, family: ModelFamily, names: Sequence[str], *, vis
     """Full names of the linear layers that get an adapter: those of the decoder, with `vision` also those of tower and
     projector; where `names` are given, those among them whose last parts are one of these."""
     places = [family.decoder_path, *(family.vision_paths if vision else ())]
-    linear = [f"{place}.{name}" for place in places for name in _linear_layers(attrgetter(place)(model))]
+    inside = [(place, *each) for place in places for each in attrgetter(place)(model).named_modules()]
+    linear = [f"{place}.{name}" for place, name, layer in inside if isinstance(layer, nn.Linear)]
     if not names:
         return linear
     for name in names:
@@ -58,10 +59,6 @@ def target_modules(model: Any, family: ModelFamily, names: Sequence[str], *, vis
             reason = "is the head, whose weights the loss reads" if of_head else f"is no linear layer of the {where}"
             raise SettingError(f"lora_target_modules: {name!r} {reason}")
     return [each for each in linear if any(_ends(each, name) for name in names)]
-
-
-def _linear_layers(module: nn.Module) -> list[str]:
-    return [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
 
 
 def _ends(full: str, name: str) -> bool:

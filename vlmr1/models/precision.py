@@ -19,9 +19,7 @@ from vlmr1.models.optimizers import OPTIMIZERS
 # The one whose bfloat16 weights go where float32 weights would, in expectation.
 STOCHASTIC = "adamw_torch_8bit"
 ROUND = "bf16_stochastic_round=True"  # what `optim_args` says to it
-REFUSED = {
-    "adamw_torch_4bit": "its 4-bit moments move weights 8 to 11% less than float32 ones; use adamw_torch_8bit",
-}
+REFUSED = {"adamw_torch_4bit": "its 4-bit moments move weights 8 to 11% less than float32 ones; use adamw_torch_8bit"}
 BFLOAT16 = (
     "updates of bfloat16 weights are rounded away at the learning rates of GRPO. Use model_dtype=float32 with bf16=true"
     f" (float32 masters), or optim={STOCHASTIC} with stochastic_rounding=true, or use_peft=true"

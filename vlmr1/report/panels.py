@@ -21,10 +21,7 @@ LINES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("entropy, nats a token", ("entropy",)),
     ("share of clipped tokens", ("clip_low", "clip_high")),
     ("completion length, tokens", ("completion_length", "completion_length_max")),
-    (
-        "shares of groups and completions",
-        ("zero_variance_groups", "truncated", "parse_failures", "box_failures"),
-    ),
+    ("shares of groups and completions", ("zero_variance_groups", "truncated", "parse_failures", "box_failures")),
     ("gradient norm", ("grad_norm",)),
     ("completion tokens a second", ("tokens_per_second", "update/tokens_per_second")),
     ("GPU power, W", ("gpu/power_watts",)),

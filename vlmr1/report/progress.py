@@ -117,10 +117,7 @@ class Progress(TrainerCallback):
             return None
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
-        with (
-            guard_writes(name, self.output_dir),
-            (self.output_dir / name).open("a", encoding="utf-8") as file,
-        ):
+        with guard_writes(name, self.output_dir), (self.output_dir / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
 

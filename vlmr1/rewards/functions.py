@@ -20,11 +20,7 @@ def _is_isolated(settings: RewardSettings, method: str) -> bool:
     return settings.mode == "vlm_r1"  # its regular expressions backtrack
 
 
-def _never(settings: RewardSettings, method: str) -> bool:
-    return False
-
-
-@register("overlong", check=check_lengths, with_settings=True, isolated=_never)
+@register("overlong", check=check_lengths, with_settings=True)
 def overlong_reward(
     prompts: Prompts,
     completions: Completions,

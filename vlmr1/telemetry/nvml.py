@@ -51,23 +51,17 @@ class GpuMeter:
 
     def end(self) -> dict[str, float]:
         """Return the current readings and the energy since `begin`, in the units of their names."""
-        joules = self._joules()
+        joules, read, handle = self._joules(), self._nvml, self._handle  # NVML has mJ and mW
         readings = {
-            "gpu/memory_used_mib": self._read("memory in use", self._memory_used),
+            "gpu/memory_used_mib": self._read("memory in use", lambda: read.nvmlDeviceGetMemoryInfo(handle).used / MIB),
             "gpu/process_memory_mib": self._read("memory by process", self._process_memory),
-            "gpu/power_watts": self._read("power", self._watts),
+            "gpu/power_watts": self._read("power", lambda: read.nvmlDeviceGetPowerUsage(handle) / 1000),
             "gpu/energy_joules": None if joules is None or self._energy is None else joules - self._energy,
         }
         return {name: value for name, value in readings.items() if value is not None}
 
     def _joules(self) -> float | None:
         return self._read("energy", lambda: self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1e3)  # mJ
-
-    def _watts(self) -> float:
-        return self._nvml.nvmlDeviceGetPowerUsage(self._handle) / 1000  # mW
-
-    def _memory_used(self) -> float:
-        return float(self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used) / MIB
 
     def _process_memory(self) -> float | None:
         """Return the memory of this process; None in a container, which has other process ids than the driver."""

@@ -47,12 +47,10 @@ def group_advantages(rewards: Tensor, num_generations: int, *, scale: str) -> Te
     (rewards,) = contiguous_aligned(rewards)
     out, count = torch.empty_like(rewards), rewards.numel()
     if count:
-        batch_std = _std(rewards.float()) if scale == "batch" else None
+        batch_std = None
+        if scale == "batch":
+            spread = rewards.float() - rewards.float().mean()
+            batch_std = spread.square().sum().div(max(count - 1, 1)).sqrt()
         grid, sizes = triton.cdiv(count, BLOCK), (count, num_generations)
         launch(advantages_kernel, grid, rewards, batch_std, out, *sizes, SCALE=scale, BLOCK=BLOCK)
     return out
-
-
-def _std(values: Tensor) -> Tensor:
-    spread = values - values.mean()
-    return spread.square().sum().div(max(values.numel() - 1, 1)).sqrt()
