@@ -157,7 +157,7 @@ def linear_grpo_loss(
     Each chunk of rows is projected to logits, which become log-probs, loss and gradient, and two GEMMs consume the
     gradient. This takes three GEMMs, two with a frozen weight, one without gradient; backward only scales. At
     importance level sequence the gradient of a row needs its whole sequence: the rows are projected twice (four
-    GEMMs) unless one chunk holds them all. `kernels/README.md` lists where an implementation avoids that.
+    GEMMs) unless one chunk holds them all. `docs/kernels.md` lists where an implementation avoids that.
 
     Args:
         hidden, weight, targets, bias, softcap, chunk_mib: as in `linear_logprob`; the temperature is
