@@ -55,9 +55,8 @@ class EvaluationCallback(TrainerCallback):
             self._evaluate(args, state, control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        stops = (
-            control.should_training_stop and state.global_step < state.max_steps
-        )  # at the last step it is always set
+        # At the last step it is always set.
+        stops = control.should_training_stop and state.global_step < state.max_steps
         if self._is_due(args, state) and not stops:
             self._evaluate(args, state, control)
             if self._is_stopped():
@@ -89,9 +88,9 @@ class EvaluationCallback(TrainerCallback):
         The state of training logs (pending metrics, whether a log is due) is restored."""
         trainer = self.trainer
         due = control.should_log
-        unlogged, trainer.unlogged = trainer.unlogged, []
+        steps, trainer.pending.steps = trainer.pending.steps, []
         trainer.log(values)
-        trainer.unlogged, control.should_log = unlogged, due
+        trainer.pending.steps, control.should_log = steps, due
 
     def _path(self, args: Any) -> Path:
         return Path(args.output_dir) / EVALUATIONS
