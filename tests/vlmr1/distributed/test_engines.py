@@ -28,7 +28,7 @@ from vlmr1.commands.train import train
 from vlmr1.distributed.launch import LAUNCHES, launch_command
 from vlmr1.errors import SettingError
 from vlmr1.lifecycle.checkpoint import last_complete
-from vlmr1.lifecycle.run_settings import check_settings
+from vlmr1.lifecycle.run_settings import LAUNCH, check_settings
 from vlmr1.models import load_model
 
 
@@ -113,7 +113,7 @@ def test_another_number_of_processes_is_refused(folder, tmp_path):
     written = json.loads(config.to_json_string()) | {"processes": 2, "launch": "ddp"}
     (tmp_path / "settings.json").write_text(json.dumps(written), encoding="utf-8")
     with pytest.raises(SettingError, match=r"processes is 1, but the run in .* was started with 2"):
-        check_settings(config, tmp_path / "checkpoint-3")
+        check_settings(config, LAUNCH, tmp_path / "checkpoint-3")
     assert last_complete(tmp_path) is None
 
 
