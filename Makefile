@@ -1,4 +1,4 @@
-# make demo | test | test-fast | soak | lint | bench: each sets up what it needs, once, in .venv
+# make demo | test | test-fast | soak | lint | docs | bench: each sets up what it needs, once, in .venv
 # On a machine with a GPU: make demo TORCH=torch
 
 PYTHON ?= python3
@@ -10,7 +10,7 @@ READY := .venv/ready
 # TORCH is named in every installation, so that no extra can replace the build that was asked for.
 INSTALL = $(BIN)/pip install -qq --disable-pip-version-check "$(TORCH)" --editable
 
-.PHONY: demo test test-fast soak lint bench bench-ops clean
+.PHONY: demo test test-fast soak lint docs bench bench-ops clean
 .NOTPARALLEL:
 
 demo: $(READY)/base
@@ -26,14 +26,19 @@ test-fast: $(READY)/test
 soak: $(READY)/test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -m soak
 
-# pyright reads the packages that the tests and benchmarks import
-lint: $(READY)/lint $(READY)/test $(READY)/bench
+# The bounds on the structure are in tests/structure.py; pyright reads the packages that tests and benchmarks import.
+lint: $(READY)/lint $(READY)/test $(READY)/bench docs
 	$(BIN)/ruff check --quiet
 	$(BIN)/ruff format --check --quiet
 	$(BIN)/clang-format --dry-run --Werror kernels/csrc/*
 	$(BIN)/pyright
+	$(BIN)/python -m tests.structure
 
-# What is gained on this machine, and by which switch. make bench BENCH=--quick
+# The manual, in build/site
+docs: $(READY)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# Training steps on this machine, switch by switch. make bench BENCH=--quick
 bench: $(READY)/bench
 	$(BIN)/vlmr1 bench $(BENCH)
 

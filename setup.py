@@ -33,13 +33,8 @@ setup(
     package_dir={"vlmr1_kernels": "kernels/vlmr1_kernels"},
     package_data={
         "vlmr1": [
-            "data/*.md",
-            "evaluation/*.md",
             "planner/configs/*.json",
-            "models/*.md",
             "recipes/*.yaml",
-            "rewards/*.md",
-            "distributed/*.md",
             "distributed/configs/*.json",
             "report/*.css",
             "report/templates/*.html",

@@ -1,4 +1,4 @@
-"""What a run shows: no messages of other people's libraries, a line of progress, and signals that end it."""
+"""Console output of a run: a progress line, no messages of third-party libraries, and signals that end the run."""
 
 from __future__ import annotations
 

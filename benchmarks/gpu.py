@@ -136,7 +136,8 @@ def summary(out: Path, outcomes: dict[str, str]) -> str:
 
 def run_part(options: argparse.Namespace) -> int:
     """Run one part in this process."""
-    from benchmarks.gpu_training import PARTS, Note
+    from benchmarks.gpu_parts import Note
+    from benchmarks.gpu_training import PARTS
 
     note = Note(results_in(options.out / f"gpu-{options.part}.jsonl"))
     PARTS[options.part](note, options.device, options.tiny)

@@ -30,7 +30,7 @@ MODULES = ("vlmr1_kernels", "vlmr1.grpo.trainer", "vlmr1.rollout", "benchmarks.o
 
 
 class Note:
-    """Where a part's results go; `attempt` notes what fails within it."""
+    """Writer of a part's results; `attempt` notes what fails within it."""
 
     def __init__(self, write: Callable[[str, object], object]):
         self.write = write
@@ -60,7 +60,7 @@ def imports(note: Note, device: str, tiny: bool) -> None:
         with note.attempt(f"import {module}"):
             import_module(module)
     for dtype in (torch.bfloat16, torch.float32):
-        note(f"auto {dtype}", {each.op: each.chosen for each in registry.doctor(device, dtype)})
+        note(f"auto {dtype}", {each.op: each.chosen for each in registry.explain_all(device, dtype)})
 
 
 def ops(note: Note, device: str, tiny: bool) -> None:

@@ -1,4 +1,4 @@
-"""What a case of an op consists of: calls that do the same work, an oracle, and what the work counts."""
+"""A case of an op: calls that do the same work, an oracle, and counts of the work."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Problem:
 
 
 def failures() -> tuple[type[Exception], ...]:
-    """What kernels raise on a device or version that they do not know."""
+    """Exceptions of kernels on a device or version that they do not support."""
     triton = (import_module("triton.errors").TritonError,) if find_spec("triton") else ()
     return (RuntimeError, ImportError, AttributeError, TypeError, ValueError, AssertionError, KeyError, *triton)
 

@@ -21,7 +21,7 @@ def planned_phases(
     settings: Mapping[str, Any], shape: Shape, prompt_tokens: int, device: Literal["cpu", "cuda"]
 ) -> dict[str, dict[str, int]]:
     """Bytes by phase and cause that one step takes, as `vlmr1 plan` counts them: it runs the trainer's passes without
-    data, here with the arm's kernels, so that dense masks of the reference attention count. CUDA has its own account."""
+    data, here with the arm's kernels, so that the reference attention's dense masks count. CUDA has its own account."""
     with TemporaryDirectory() as folder:
         model = bench_model.config_of(shape, bench_model.write_processor(Path(folder)))
         given: dict[str, Any] = {"use_cpu": True, "report_to": "none", **step_settings(shape), **settings}

@@ -75,7 +75,7 @@ class Session:
     def _build(self) -> None:
         """Make the model, plan every arm that is asked for and its bases, make the trainers of those that fit."""
         options, device = self.options, self.options.device
-        chosen = {each.op: each.chosen for each in registry.doctor(device, getattr(torch, options.dtype))}
+        chosen = {each.op: each.chosen for each in registry.explain_all(device, getattr(torch, options.dtype))}
         table, reasons = arms_of(device, chosen)
         if options.arms is None:
             self.figures["skipped"] |= reasons

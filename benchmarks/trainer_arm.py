@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ LOGP_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}  # nats a token, of a mean o
 
 
 class Bed:
-    """What all arms have in common. Weights are float32; `dtype` is what the passes compute in."""
+    """Model, reference and optimizer of all arms. Weights are float32; `dtype` is what the passes compute in."""
 
     def __init__(self, folder: Path, shape: Shape, device: str, dtype: str):
         self.folder, self.shape, self.device, self.dtype = folder, shape, device, dtype
@@ -58,7 +59,8 @@ class Bed:
 
 
 class FixedRollout:
-    """A rollout engine that returns given groups; all else is the engine's own."""
+    """A rollout engine that returns given groups, as just drawn: passes keep their log-probs on the completions. All
+    else is the engine's own."""
 
     def __init__(self, engine: Any, groups: Sequence[Group]):
         self._engine, self._groups = engine, groups
@@ -68,7 +70,7 @@ class FixedRollout:
         return getattr(self._engine, name)
 
     def generate(self, *_: Any, **__: Any) -> list[Group]:
-        return list(self._groups)
+        return [replace(group, completions=tuple(map(replace, group.completions))) for group in self._groups]
 
 
 class TrainerArm:

@@ -154,7 +154,7 @@ class GRPOConfig(
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def check(self) -> Iterator[str]:
-        """What is wrong with settings of two packages, or with those of TrainingArguments."""
+        """Yield the faults of settings of two packages, and of those of TrainingArguments."""
         if self.lora_dropout and (self.share_prompt or self.pack):
             yield (
                 f"lora_dropout is {self.lora_dropout}, which needs share_prompt=false pack=false: branches of a prompt "
@@ -205,7 +205,7 @@ def _unsupported(config: GRPOConfig) -> Iterator[str]:
 
 
 def _changed(setting: Field, value: object) -> bool:
-    """Whether a setting was given another value than its default; empty ones are all the same."""
+    """Return whether a setting was given another value than its default; empty ones are all the same."""
     default = None if setting.default is MISSING else setting.default
     one, other = (str(getattr(each, "value", each) or "no") for each in (value, default))
     return one != other and {one, other} - {"no", "False", "None", "{}", "[]"} != set()

@@ -175,11 +175,11 @@ class Settings:
         super().__setattr__(name, value)
 
     def check(self) -> Iterator[str]:
-        """What is wrong with these settings; fills in values that follow from others."""
+        """Yield the faults of these settings; fills in values that follow from others."""
         return iter(())
 
     def check_device(self, device: str) -> Iterator[str]:
-        """What this machine and type of device cannot do."""
+        """Yield the settings that this machine and type of device cannot honour."""
         return iter(())
 
     def at_least(self, least: int, *names: str) -> Iterator[str]:
@@ -197,5 +197,5 @@ class Settings:
                 yield f"{name} is {value}: it must be above 0"
 
     def is_default(self, name: str) -> bool:
-        """Whether a setting has its default value, or is an empty list."""
+        """Return whether a setting has its default value, or is an empty list."""
         return getattr(self, name) in (type(self).__dataclass_fields__[name].default, [])  # type: ignore[attr-defined]

@@ -1,1 +1,1 @@
-"""The same work done by other people's code; trainers run in a process of their own (`worker.py`)."""
+"""Equal work by third-party code; trainers run in a process of their own (`worker.py`)."""

@@ -1,4 +1,4 @@
-"""How others compute log-probs of a head and the GRPO loss on them: eager code, TRL, Liger, cut-cross-entropy."""
+"""Log-probs of a head and the GRPO loss on them by eager code, TRL, Liger and cut-cross-entropy."""
 
 from __future__ import annotations
 

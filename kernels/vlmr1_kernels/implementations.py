@@ -12,7 +12,7 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 class Request(NamedTuple):
-    """What `auto` decides from: device, dtype, shape, and options that not every implementation supports.
+    """Facts that `auto` decides from: device, dtype, shape, and options that not every implementation supports.
 
     `shape` is (N, D, V) for the linear ops, (N, B) for grpo_loss, (B, G) for group_advantages, (H, Hkv, L, Dh) for
     shared_prefix_attention and varlen_attention, and (B, P, H, Hkv, Dh) for shared_prefix_decode.

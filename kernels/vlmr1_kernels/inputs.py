@@ -37,7 +37,7 @@ class LossInputs(NamedTuple):
 
 
 class DecodeTables(NamedTuple):
-    """Where the keys and values of each group and branch are; int32, on the device of the queries."""
+    """Places of the keys and values of each group and branch; int32, on the device of the queries."""
 
     group_offsets: Tensor  # [P + 1] first branch of each group, then the number of branches that are not padding
     prefix_starts: Tensor  # [P] first row of each prefix

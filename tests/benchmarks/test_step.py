@@ -23,7 +23,7 @@ from tests.helpers.small_bench import SMALL
 from vlmr1_kernels import registry
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="expects a CPU's arms")
-CHOSEN = {each.op: each.chosen for each in registry.doctor("cpu", torch.float32)}
+CHOSEN = {each.op: each.chosen for each in registry.explain_all("cpu", torch.float32)}
 GIB = 2**30
 REAL = ("test_all_arms_agree_and_make_steps", "test_the_plan_counts_the_dense_masks_of_reference_attention")
 

@@ -15,11 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.helpers.refusals import REFUSALS
 from vlmr1.cli import main
 
-LIST = Path(__file__).with_name("refusals.jsonl")
-ROOT = LIST.parents[2]
-REFUSALS = [json.loads(line) for line in LIST.read_text(encoding="utf-8").splitlines()]
+ROOT = Path(__file__).parents[2]
 SHOWN = [entry for entry in REFUSALS if "arguments" in entry]
 DEFAULTS = {
     "train": "--model_name_or_path tiny --data_file_paths rows.jsonl --image_folders images --output_dir out "
@@ -50,6 +49,7 @@ def command_line(entry: dict[str, Any]) -> list[str]:
     return [command, *words] if words[:1] == ["compare"] else [command, *defaults, *words]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", [pytest.param(entry, id=entry["condition"]) for entry in SHOWN])
 def test_refused_on_the_command_line(entry: dict[str, Any], folder: Path, capsys: pytest.CaptureFixture[str]):
     for name, content in entry.get("files", {}).items():

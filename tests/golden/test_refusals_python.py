@@ -13,25 +13,22 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import Trainer
-from vlmr1.planner.inputs import PlanInputs, checked
-from vlmr1.planner.variant import _add_adapters
-from vlmr1.settings import _check_steps
 
-from tests.golden.test_refusals import REFUSALS
-from vlmr1.commands.train import read_settings
+from tests.helpers.refusals import REFUSALS
 from vlmr1.config import GRPOConfig
 from vlmr1.data.image_limits import limit_images
 from vlmr1.data.sources import open_sources
 from vlmr1.distributed.launch import check_launched
 from vlmr1.distributed.sharded import check_sharded
 from vlmr1.evaluation.compare import comparison
+from vlmr1.evaluation.decode import decode_missing
 from vlmr1.evaluation.options import Options
 from vlmr1.grpo.pack_budget import PackTooLarge
 from vlmr1.grpo.pack_runner import PackRunner
+from vlmr1.lifecycle.run_settings import check_settings
 from vlmr1.models import attention
 from vlmr1.models.lora import read_adapter, restore_adapter, with_lora
 from vlmr1.models.precision import prepare_trained
-from vlmr1.planner.rollout import _decode
 from vlmr1.rewards import pool
 from vlmr1.rewards.score import score
 from vlmr1.rewards.settings import RewardSettings
@@ -93,7 +90,7 @@ def old_library(patch: Patch) -> None:
 
 def unreadable_settings(folder: Path) -> None:
     (folder / "settings.json").write_text("{", encoding="utf-8")
-    read_settings(folder / "settings.json")
+    check_settings(GRPOConfig(use_cpu=True), {}, folder / "checkpoint-1")
 
 
 def compared_tasks() -> None:
@@ -103,17 +100,14 @@ def compared_tasks() -> None:
 
 
 def shrink() -> None:
-    def too_large() -> None:
+    def run() -> None:
         raise PackTooLarge(anything(), "out of memory")
 
-    PackRunner.retry_smaller(anything(parallel=anything(in_lockstep=True)), too_large)
+    PackRunner.retry_smaller(anything(parallel=anything(in_lockstep=True)), run)
 
 
 def on_gpu() -> None:
-    device = anything(type="cuda")
-    _check_steps(
-        anything(save_strategy="no", steps_per_generation=1, num_iterations=1, full_determinism=True, device=device)
-    )
+    GRPOConfig(use_cpu=True, full_determinism=True).check_device("cuda")
 
 
 def bfloat16_beside_adapter() -> None:
@@ -129,7 +123,7 @@ def liger_with_reference() -> None:
 
 def no_peft_plan(patch: Patch) -> None:
     without_peft(patch)
-    _add_adapters(anything(), anything(), anything())
+    GRPOConfig(use_cpu=True, use_peft=True)
 
 
 def no_peft_training(patch: Patch) -> None:
@@ -144,7 +138,7 @@ def no_peft_adapter(patch: Patch) -> None:
 
 def other_rows() -> None:
     done = {0: anything(source="a:1")}
-    _decode(anything(), [anything(source="b:1")], anything(path="records"), done, anything())
+    decode_missing(anything(), [anything(source="b:1")], anything(path="records"), done, anything())
 
 
 def rows_of_two_dimensions() -> None:
@@ -155,7 +149,7 @@ def rows_of_two_dimensions() -> None:
 
 def no_implementation(patch: Patch) -> None:
     patch.setattr(registry, "implementations", lambda op: {})
-    registry._choose("grpo_loss", anything())
+    registry.resolve("grpo_loss", "auto", anything())
 
 
 def sliding_window() -> None:
@@ -168,7 +162,7 @@ def few_tiles() -> None:
 
 
 def published_iou_without_columns() -> None:
-    score("iou_qwen", "<answer>[0, 0, 9, 9]</answer>", "<answer>[0, 0, 9, 9]</answer>", mode="vlmr1")
+    score("iou_qwen", "<answer>[0, 0, 9, 9]</answer>", "<answer>[0, 0, 9, 9]</answer>", mode="vlm_r1")
 
 
 # By the condition in the list; a function is given what its arguments are named after.
@@ -179,7 +173,14 @@ CASES: dict[str, Callable[..., Any]] = {
         "rec", ("a",), dtype="float16"
     ),
     "A list of data files is empty (from Python)": lambda: open_sources([], []),
-    "A plan has an unknown model_dtype (from Python)": lambda: checked(PlanInputs(None, model_dtype="float16"), "none"),
+    "A plan has reference=adapter without use_peft (from Python)": lambda: GRPOConfig(
+        use_cpu=True, reference="adapter"
+    ),
+    "A plan has load_in_4bit without use_peft (from Python)": lambda: GRPOConfig(use_cpu=True, load_in_4bit=True),
+    "A plan has activation_offload without gradient_checkpointing (from Python)": lambda: GRPOConfig(
+        use_cpu=True, activation_offload=True
+    ),
+    "A plan has an unknown model_dtype (from Python)": lambda: GRPOConfig(use_cpu=True, model_dtype="float16"),
     "Reward settings have an unknown reward_mode (from Python)": lambda: RewardSettings(mode="none"),  # type: ignore[arg-type]
     "vlmr1 evaluate compare: the results are of different tasks": compared_tasks,
     "A saved record of an evaluation is of another row than the data has there": other_rows,

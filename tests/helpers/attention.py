@@ -1,12 +1,14 @@
 """The cases of packed prefix attention, and its oracle: every branch in a sequence of its own."""
 
 from collections.abc import Callable
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlmr1_kernels import PrefixLayout
+from vlmr1_kernels.testing import assert_within_budget, pooled
 
 
 def attend(
@@ -95,3 +97,40 @@ CASES: dict[str, tuple[PrefixLayout, Heads]] = {
 # One or two keys a row. Their gradient is the small difference of numbers that flash kernels rebuild from their
 # rounded output: in float32 about 2.3 times the error of plain torch, so the budget does not hold here.
 FEW_KEYS = {"one row everywhere": (PrefixLayout((1, 1), ((1,), (1,))), (4, 2, 16))}
+
+SEQUENCES: dict[str, tuple[int, ...]] = {
+    "one": (7,),
+    "equal": (4, 4, 4),
+    "one row": (1, 1, 5, 1),
+    "empty sequences": (0, 3, 0, 5, 0),
+    "mixed": (16, 16, 9, 16, 3, 9, 16),
+    "runs": (8, 8, 3, 3, 3, 1),
+    "longer than a block": (150, 64, 33, 64),
+}
+
+
+def offsets(lengths: tuple[int, ...]) -> Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+
+
+def one_by_one(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
+    spans = [slice(*span) for span in pairwise([0, *accumulate(lengths)])]
+    return torch.cat([attend(q[0, :, s], k[0, :, s], v[0, :, s], scale, causal=False) for s in spans], dim=1)[None]
+
+
+def assert_equals(ours: Callable[..., Tensor], oracle: Callable[..., Tensor], inputs: list[Tensor]) -> None:
+    """Output and gradients in float64 are those of the oracle."""
+    expected = with_gradients(oracle, inputs, torch.float64)
+    for value, truth in zip(with_gradients(ours, inputs, torch.float64), expected, strict=True):
+        torch.testing.assert_close(value, truth)
+
+
+def check_budget(
+    ours: Callable[..., Tensor], oracle: Callable[..., Tensor], sizes: tuple[int, ...], dtype: Any, device: str = "cpu"
+) -> None:
+    """Output and gradients err against the oracle in float64 at most twice as much as the oracle in `dtype`."""
+    problems = [[value.to(dtype).double() for value in tensors(*sizes)] for _ in range(4)]
+    values = [with_gradients(ours, inputs, dtype, device=device) for inputs in problems]
+    assert {value.dtype for value in values[0]} == {dtype}
+    plain, exact = (pooled(with_gradients(oracle, each, kind) for each in problems) for kind in (dtype, torch.float64))
+    assert_within_budget(NAMES, pooled(values), plain, exact)

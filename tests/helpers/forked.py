@@ -3,6 +3,7 @@ starts in a second."""
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -25,6 +26,8 @@ CONTEXT.set_forkserver_preload(
         "transformers.models.qwen2_5_vl.processing_qwen2_5_vl",
         "transformers.models.qwen2_vl.image_processing_qwen2_vl",
         "transformers.models.auto.processing_auto",
+        "transformers.models.qwen2_vl.image_processing_pil_qwen2_vl",
+        "deepspeed",  # accelerate imports it whatever the engine is
     ]
 )
 
@@ -81,6 +84,7 @@ def _main(words: list[str], prepare: Callable[[], None] | None) -> int:
 
 
 def _call(function: Callable[..., Any], arguments: tuple[Any, ...], log: Path) -> None:
+    gc.freeze()  # a collection would look through all that was imported, and copy its pages
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(descriptor, stream)

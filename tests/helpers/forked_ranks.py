@@ -4,13 +4,41 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from tests.helpers.forked import Run, call
 from tests.helpers.two_ranks import metrics, words
 from vlmr1.distributed.launch import FSDP2, launch_command
+
+
+def start_ranks(
+    function: Callable[..., int], *arguments: Any, logs: Path, variables: Mapping[str, str] | None = None
+) -> list[Run]:
+    """Start `function(*arguments)`, which returns the exit status, on two ranks. The output of a rank goes to
+    `logs`-RANK.log; `variables` are added to its environment."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"} | meeting | dict(variables or {})
+    own = [world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    return [call(one_rank, own[rank], function, arguments, log=Path(f"{logs}-{rank}.log")) for rank in range(2)]
+
+
+def one_rank(variables: dict[str, str], function: Callable[..., int], arguments: tuple[Any, ...]) -> int:
+    os.environ.update(variables)
+    return function(*arguments)
+
+
+def finish_ranks(runs: list[Run]) -> list[int]:
+    """Wait for all ranks; return their exit statuses. None is left where one hangs."""
+    try:
+        return [run.status() for run in runs]
+    finally:
+        for run in runs:
+            run.process.kill()  # nothing where it has ended
+            run.process.join()
 
 
 def run_forked(
@@ -29,28 +57,13 @@ def run_forked(
     else:
         variables, command = launch_command(engine, 2, arguments)
         arguments = command[command.index("train") :]
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
-    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"} | meeting | variables | (environment or {})
-    logs = [output.with_name(f"{output.name}-{rank}.log") for rank in range(2)]
-    own = [world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    runs: list[Run] = []
-    try:
-        for rank in range(2):
-            runs.append(call(one_rank, arguments, own[rank], prepare, log=logs[rank]))
-        statuses = [run.status() for run in runs]
-    finally:
-        for run in runs:
-            run.process.kill()  # nothing where it has ended
-            run.process.join()
-    assert statuses == [0, 0], [run.output[-3000:] for run in runs]
+    runs = start_ranks(run_vlmr1, arguments, prepare, logs=output, variables=variables | (environment or {}))
+    assert finish_ranks(runs) == [0, 0], [run.output[-3000:] for run in runs]
     return metrics(output)
 
 
-def one_rank(arguments: list[str], variables: dict[str, str], prepare: Callable[[], None] | None) -> int:
-    os.environ.update(variables)
-    if "ACCELERATE_USE_FSDP" in variables:
+def run_vlmr1(arguments: list[str], prepare: Callable[[], None] | None) -> int:
+    if "ACCELERATE_USE_FSDP" in os.environ:
         from tests.helpers import fsdp_on_cpu
 
         fsdp_on_cpu.allow()

@@ -32,7 +32,7 @@ def job(config: Any = CONFIG, **given: Any) -> Job:
 
 
 class Allocated(DryRun):
-    """The same counter over an ordinary run: what its operators allocate."""
+    """Equal counter over an ordinary run: what its operators allocate."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None

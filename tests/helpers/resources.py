@@ -21,9 +21,16 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from vlmr1_kernels.inputs import HeadInputs, LossInputs
+from vlmr1_kernels.inputs import DecodeTables, HeadInputs, LossInputs
 from vlmr1_kernels.settings import GRPOSettings
-from vlmr1_kernels.triton import group_advantages, grpo_loss, head, linear_grpo_loss, linear_logprob
+from vlmr1_kernels.triton import (
+    group_advantages,
+    grpo_loss,
+    head,
+    linear_grpo_loss,
+    linear_logprob,
+    shared_prefix_decode,
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,9 @@ class Resources:
     loads: dict[int, int]
     stores: dict[int, int]
     conversions: int  # of layouts, which move elements between lanes
+    products: int  # instructions of tensor cores
+    half_products: int  # those of half-precision operands
+    copies: list[int]  # bytes of each asynchronous copy to shared memory
 
 
 class _Driver:
@@ -123,6 +133,27 @@ def logprob_step(*, rows: int = 8192, dim: int = 2048, vocabulary: int = 151_936
     linear_logprob._backward(head, lse, token_entropy, logp, token_entropy, (True, True, False), 1024)
 
 
+def decode_step(
+    dtype: torch.dtype,
+    head_dim: int,
+    heads: int,
+    kv_heads: int,
+    max_group: int,
+    *,
+    groups: int = 8,
+    max_prefix: int = 1024,
+    blocks: int = 32,
+    rows: int = 70_000,
+) -> None:
+    """Run shared_prefix_decode on meta tensors."""
+    batch, pool = max_group * groups, meta(kv_heads, rows, head_dim, dtype=dtype)
+    shapes = ((groups + 1,), (groups,), (groups,), (batch, blocks), (batch,))
+    tables = DecodeTables(*(meta(*shape, dtype=torch.int32) for shape in shapes))
+    bounds = {"max_group": max_group, "max_prefix": max_prefix}
+    q = meta(batch, heads, head_dim, dtype=dtype)
+    shared_prefix_decode.shared_prefix_decode(q, pool, pool, tables, block=16, scale=0.1, **bounds)
+
+
 EVERYTHING = GRPOSettings(beta=0.1, tis_cap=2.0, delta=4.0, entropy_coef=0.01, temperature=0.9)
 CASES: dict[str, Callable[[], Any]] = {
     "on-policy": lambda: loss_step(GRPOSettings(), off_policy=False),
@@ -139,7 +170,50 @@ CASES: dict[str, Callable[[], Any]] = {
         LossInputs(meta(8192, dtype=torch.int32), meta(64), None, 1, meta(8192), None, None, meta()),
         GRPOSettings(),
     ),
+    "decode, tile of 64": lambda: decode_step(torch.bfloat16, 128, 16, 2, 8),
+    "decode, tile of 16": lambda: decode_step(torch.bfloat16, 64, 16, 16, 8),
+    "decode, tile of 32, padded": lambda: decode_step(torch.float16, 80, 16, 4, 8),
+    "decode, wide": lambda: decode_step(torch.bfloat16, 256, 16, 4, 16),
+    "decode, float32": lambda: decode_step(torch.float32, 128, 16, 2, 8),
+    "decode, float32, wide": lambda: decode_step(torch.float32, 256, 16, 2, 8),
 }
+
+
+def sizes() -> None:
+    """Run the ops on meta tensors of many sizes; what would have to wait for a value raises."""
+    shapes = [
+        (8192, 151_936, 64, 2048),
+        (1, 1, 1, 8),
+        (70_000, 8193, 16, 64),
+        (4097, 151_937, 4096, 16),
+        (1025, 16, 8, 1),
+    ]
+    for rows, vocabulary, sequences, dim in shapes:
+        for loss_type in ("dapo", "gspo"):
+            settings = GRPOSettings(loss_type, beta=0.1)
+            loss_step(settings, sequences=sequences, rows=rows, vocabulary=vocabulary, dim=dim)
+        logprob_step(rows=rows, vocabulary=vocabulary, dim=dim)
+        group_advantages.group_advantages(meta(sequences * rows), rows, scale="group")
+    for max_group, shape in (
+        (8, {}),
+        (7, {"groups": 1, "rows": 16}),
+        (70, {"groups": 1, "max_prefix": 1}),
+        (5, {"groups": 300, "blocks": 1, "max_prefix": 16}),
+        (9, {"groups": 17, "blocks": 0}),
+        (6, {"groups": 2, "max_prefix": 100_000, "blocks": 3000, "rows": 999_999}),
+    ):
+        decode_step(torch.bfloat16, 128, 16, 2, max_group, **shape)
+
+
+def variants(capability: int) -> dict[str, Any]:
+    """Return how often each kernel is compiled for calls of many sizes, and the most dimensions of a grid."""
+    with compiling(capability) as launches:
+        sizes()
+    compiled: dict[str, set[str]] = {}
+    for launch in launches:
+        compiled.setdefault(launch.name, set()).add(launch.compiled.hash)
+    counts = {name: len(hashes) for name, hashes in compiled.items()}
+    return {"compiled": counts, "dimensions": max(len(launch.grid) for launch in launches)}
 
 
 def measure(capability: int) -> list[Resources]:
@@ -165,6 +239,7 @@ def _resources(case: str, launch: Launch, capability: int) -> Resources:
     def used(name: str) -> int:
         return int(re.search(rf"\b{name}:(\d+)", usage).group(1))  # pyright: ignore[reportOptionalMemberAccess]
 
+    ptx = compiled.asm["ptx"]
     return Resources(
         case=case,
         name=launch.name,
@@ -177,6 +252,9 @@ def _resources(case: str, launch: Launch, capability: int) -> Resources:
         loads=_widths("LDG", code),
         stores=_widths("STG", code),
         conversions=compiled.asm["ttgir"].count("ttg.convert_layout"),
+        products=len(re.findall(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma", ptx)),
+        half_products=len(re.findall(r"mma\S*\.(?:b?f16)\.b?f16", ptx)),
+        copies=[int(size, 16) for size in re.findall(r"cp\.async\.c[ag]\S+ [^;]*, (0x\w+),", ptx)],
     )
 
 
@@ -197,9 +275,11 @@ def _widths(instruction: str, code: str) -> dict[int, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Print the resources of the compiled kernels as JSON.")
-    parser.add_argument("--capability", type=int, nargs="+", default=[80, 90])
+    parser.add_argument("--capability", type=int, default=90)
+    parser.add_argument("--variants", action="store_true", help="compilations by kernel, over calls of many sizes")
     options = parser.parse_args()
-    print(json.dumps([asdict(resources) for capability in options.capability for resources in measure(capability)]))
+    found = variants(options.capability) if options.variants else [asdict(each) for each in measure(options.capability)]
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

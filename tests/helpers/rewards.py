@@ -8,7 +8,8 @@ CAT = '<answer>{"bbox_2d": [0, 0, 10, 10], "label": "cat"}</answer>'
 
 
 def sample(line=1, solution=CAT, images=(), **columns):
-    return Sample([{"role": "user", "content": "?"}], tuple(images), solution, f"data.jsonl:{line}", line - 1, columns)
+    message = {"role": "user", "content": f"question {line}"}
+    return Sample([message], tuple(images), solution, f"data.jsonl:{line}", line - 1, columns)
 
 
 def group(row, *texts, images=()):

@@ -86,6 +86,7 @@ def command(data: Path, output: Path, *more: str) -> list[str]:
         "temperature": 3.0,
         "learning_rate": 1e-4,
         "warmup_steps": 0,
+        "write_report": "false",
         "use_cpu": "true",
     }
     words = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]

@@ -29,6 +29,7 @@ SETTINGS = {
     "reward_workers": 0,
     "question_template": "none",
     "disable_tqdm": "true",
+    "write_report": "false",
 }
 
 
@@ -65,7 +66,7 @@ def two_ranks(engine: str, arguments: list[str]) -> subprocess.CompletedProcess:
 
 
 def resumable(run: Path, copy: Path, update: int = 3) -> Path:
-    """What is left of a run that was killed behind this update."""
+    """Files left of a run that was killed behind this update."""
     shutil.copytree(run / f"checkpoint-{update}", copy / f"checkpoint-{update}")
     for name in ("settings.json", "metrics.jsonl", "completions.jsonl"):
         shutil.copy(run / name, copy / name)

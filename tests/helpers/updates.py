@@ -1,7 +1,5 @@
 """Updates of a trainer on given groups."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any

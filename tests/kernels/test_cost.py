@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.kernels.conftest import OBJECTIVES, Case, Target, targets
+from tests.helpers.kernel_cases import OBJECTIVES, Case, Target, targets
 from vlmr1_kernels.testing import HEAD, Inputs, cast
 
 IMPLEMENTATIONS = ("reference", "triton")

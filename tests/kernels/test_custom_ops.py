@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlmr1_kernels
-from tests.kernels.conftest import OBJECTIVES, Case, Target
+from tests.helpers.kernel_cases import OBJECTIVES, Case, Target
 from vlmr1_kernels.testing import HEAD, cast
 
 NAMESPACE = "vlmr1_kernels"

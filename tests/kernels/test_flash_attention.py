@@ -9,17 +9,25 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import vlmr1_kernels
 from tests.helpers import flash_kernels
-from tests.helpers.attention import CASES, FEW_KEYS, NAMES, Heads, separately, tensors, with_gradients
-from tests.kernels.conftest import DEVICES
-from tests.kernels.test_varlen_attention import SEQUENCES, offsets, one_by_one
+from tests.helpers.attention import (
+    CASES,
+    FEW_KEYS,
+    SEQUENCES,
+    Heads,
+    assert_equals,
+    offsets,
+    one_by_one,
+    separately,
+    tensors,
+    with_gradients,
+)
+from tests.helpers.kernel_cases import ON_GPU
 from vlmr1_kernels import PrefixLayout
 from vlmr1_kernels.flash import kernels, sequences, shared_prefix_attention, varlen_attention
-from vlmr1_kernels.testing import assert_within_budget, pooled
 
 
 @pytest.fixture
@@ -42,33 +50,17 @@ SERVED = {name: case for name, case in CASES.items() if case[1][2] % 8 == 0}
 @pytest.mark.usefixtures("plain")
 @pytest.mark.parametrize(("layout", "heads"), (SERVED | FEW_KEYS).values(), ids=(SERVED | FEW_KEYS).keys())
 def test_equals_separate_sequences(layout: PrefixLayout, heads: Heads) -> None:
-    inputs = tensors(layout.total_length, *heads)
-    attention = partial(shared_prefix_attention.shared_prefix_attention, layout=layout, scale=0.3)
-    expected = with_gradients(separately, inputs, torch.float64, layout, 0.3)
-    for value, truth in zip(with_gradients(attention, inputs, torch.float64), expected, strict=True):
-        torch.testing.assert_close(value, truth)
+    ours = partial(shared_prefix_attention.shared_prefix_attention, layout=layout, scale=0.3)
+    assert_equals(ours, partial(separately, layout=layout, scale=0.3), tensors(layout.total_length, *heads))
 
 
 @pytest.mark.usefixtures("plain")
 @pytest.mark.parametrize("lengths", SEQUENCES.values(), ids=SEQUENCES.keys())
 def test_varlen_equals_one_by_one(lengths: tuple[int, ...]) -> None:
     lengths = tuple(filter(None, lengths))
-    inputs = tensors(sum(lengths), 4, 2, 16)
     options: dict[str, Any] = {"cu_seqlens": offsets(lengths), "max_length": max(lengths), "scale": 0.3}
-    attention = partial(varlen_attention.varlen_attention, **options)
-    expected = with_gradients(one_by_one, inputs, torch.float64, lengths, 0.3)
-    for value, truth in zip(with_gradients(attention, inputs, torch.float64), expected, strict=True):
-        torch.testing.assert_close(value, truth)
-
-
-@pytest.mark.parametrize(
-    ("case", "count"), [("prefill", 1), ("equal branches", 2), ("groups without branches", 2)], ids=str
-)
-def test_number_of_calls(case: str, count: int, plain: list[Any]) -> None:
-    layout, heads = CASES[case]
-    inputs = tensors(layout.total_length, *heads)
-    with_gradients(shared_prefix_attention.shared_prefix_attention, inputs, torch.float64, layout, scale=1.0)
-    assert [name for name, _ in plain] == ["varlen_forward"] * count + ["varlen_backward"] * count
+    oracle = partial(one_by_one, lengths=lengths, scale=0.3)
+    assert_equals(partial(varlen_attention.varlen_attention, **options), oracle, tensors(sum(lengths), 4, 2, 16))
 
 
 def test_inputs_are_views_and_the_output_has_rows_outermost(plain: list[Any]) -> None:
@@ -126,23 +118,6 @@ def test_checkpointing_and_no_grad() -> None:
         assert torch.equal(attention(*(each.requires_grad_() for each in inputs[:3])), expected[0])
 
 
-def test_plans_are_made_once() -> None:
-    device = torch.device("cpu")
-    first, again = (sequences.plan(PrefixLayout((3, 2), ((1,), (4, 0))), device) for _ in range(2))
-    assert first is again
-    assert first.causal.cu_seqlens.tolist() == [0, 3, 5, 6, 10]
-    assert first.causal.max_length == 4
-    assert first.prefix is not None
-    assert first.prefix.queries.cu_seqlens.tolist() == [0, 1, 5]
-    assert first.prefix.keys.cu_seqlens.tolist() == [0, 3, 5]
-    assert first.prefix.prompts is None
-    some = sequences.plan(PrefixLayout((3, 2, 2), ((1,), (0,), (4,))), device).prefix
-    assert some is not None
-    assert some.prompts is not None
-    assert some.prompts.tolist() == [0, 1, 2, 5, 6]
-    assert some.keys.cu_seqlens.tolist() == [0, 3, 5]
-
-
 LAYOUTS = {name: CASES[name][0] for name in ("many groups", "groups without branches", "prefill")}
 
 
@@ -174,17 +149,6 @@ def test_torch_accepts_the_calls(layout: PrefixLayout, monkeypatch: pytest.Monke
         assert [(each.shape, each.dtype) for each in gradients] == [(leaf.shape, leaf.dtype) for leaf in leaves]
     own, more = [(rows, 8, 64), (8, rows)], [(rows - first, 8, 64), (8, rows - first)]
     assert shapes == own + (more if rows > first else []) + own
-
-
-def test_torch_accepts_the_calls_on_cuda() -> None:
-    """The schemas alone: autograd wants a GPU."""
-    with FakeTensorMode():
-        q, k, v = (torch.empty(15, heads, 80, dtype=torch.float16, device="cuda") for heads in (8, 2, 2))
-        cu = torch.empty(4, dtype=torch.int32, device="cuda")
-        out, lse = kernels.varlen_forward(q, k, v, cu, cu, 9, 9, False, 0.3)
-        assert (out.shape, lse.shape, lse.device.type) == (q.shape, (8, 15), "cuda")
-        results = kernels.varlen_backward(out, q, k, v, out, lse, cu, cu, 9, 9, False, 0.3)
-        assert [each.shape for each in results] == [q.shape, k.shape, v.shape]
 
 
 def package() -> ModuleType:
@@ -236,43 +200,6 @@ def test_the_package_is_preferred(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_old_packages_are_not_used(version: str, used: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels.metadata, "version", lambda name: version)
     assert kernels._has_package.__wrapped__() is used
-
-
-ON_GPU = pytest.mark.skipif("cuda" not in DEVICES, reason="needs a GPU")
-
-
-@ON_GPU
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("layout", "heads"), SERVED.values(), ids=SERVED.keys())
-def test_error_is_within_budget(layout: PrefixLayout, heads: Heads, dtype: torch.dtype) -> None:
-    problems = [[value.to(dtype).double() for value in tensors(layout.total_length, *heads)] for _ in range(4)]
-    scale = heads[2] ** -0.5
-    attention = partial(vlmr1_kernels.shared_prefix_attention, layout=layout, impl="flash")
-    ours = [with_gradients(attention, inputs, dtype, device="cuda") for inputs in problems]
-    assert {value.dtype for value in ours[0]} == {dtype}
-    assert_within_budget(
-        NAMES,
-        pooled(ours),
-        pooled(with_gradients(separately, inputs, dtype, layout, scale) for inputs in problems),
-        pooled(with_gradients(separately, inputs, torch.float64, layout, scale) for inputs in problems),
-    )
-
-
-@ON_GPU
-@pytest.mark.gpu
-@pytest.mark.parametrize("lengths", SEQUENCES.values(), ids=SEQUENCES.keys())
-def test_varlen_error_is_within_budget(lengths: tuple[int, ...]) -> None:
-    dtype = torch.bfloat16
-    problems = [[value.to(dtype).double() for value in tensors(sum(lengths), 4, 2, 80)] for _ in range(4)]
-    options: dict[str, Any] = {"cu_seqlens": offsets(lengths).cuda(), "max_length": max(lengths), "impl": "flash"}
-    attention = partial(vlmr1_kernels.varlen_attention, **options)
-    assert_within_budget(
-        NAMES,
-        pooled(with_gradients(attention, inputs, dtype, device="cuda") for inputs in problems),
-        pooled(with_gradients(one_by_one, inputs, dtype, lengths, 80**-0.5) for inputs in problems),
-        pooled(with_gradients(one_by_one, inputs, torch.float64, lengths, 80**-0.5) for inputs in problems),
-    )
 
 
 @ON_GPU

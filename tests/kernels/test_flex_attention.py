@@ -11,13 +11,12 @@ from torch._dynamo.utils import counters
 from torch.nn.attention import flex_attention as torch_flex
 
 import vlmr1_kernels
-from tests.helpers.attention import CASES, NAMES, separately, tensors, with_gradients
-from tests.kernels.conftest import DEVICES
-from vlmr1_kernels import ImplementationError, PrefixLayout
+from tests.helpers.attention import CASES, check_budget, separately, tensors, with_gradients
+from tests.helpers.kernel_cases import ON_GPU
+from vlmr1_kernels import PrefixLayout
 from vlmr1_kernels.flex import shared_prefix_attention as flex
 from vlmr1_kernels.flex.mask import BLOCK, tables, visible_ranges
 from vlmr1_kernels.reference.shared_prefix_attention import visible
-from vlmr1_kernels.testing import assert_within_budget, pooled
 
 LAYOUTS = {name: layout for name, (layout, _) in CASES.items()} | {
     "whole blocks": PrefixLayout((256,), ((128, 256), (1,))[:1]),
@@ -28,18 +27,11 @@ WINDOWS = (None, 1, 5, 140, 1000)
 
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_ranges_are_what_a_row_sees(layout: PrefixLayout, window: int | None) -> None:
-    own, first, last = (each[:, None] for each in visible_ranges(layout, window))
-    row = torch.arange(layout.total_length)
-    key = row[None]
-    seen = ((key >= own) & (key <= row[:, None])) | ((key >= first) & (key < last))
-    assert torch.equal(seen, visible(layout, window))
-
-
-@pytest.mark.parametrize("window", WINDOWS, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_blocks_are_those_that_torch_finds(layout: PrefixLayout, window: int | None) -> None:
     seen, length = visible(layout, window), layout.total_length
+    own, first, last = (each[:, None] for each in visible_ranges(layout, window))
+    row, key = torch.arange(length)[:, None], torch.arange(length)[None]
+    assert torch.equal(seen, ((key >= own) & (key <= row)) | ((key >= first) & (key < last)))
 
     def mask(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
         return seen[row, key]
@@ -83,12 +75,10 @@ VALUES: dict[str, dict[str, Any]] = {
 def test_equals_separate_sequences(case: str, options: dict[str, Any]) -> None:
     layout, heads = CASES[case]
     problem = [value.float().double() for value in tensors(layout.total_length, *heads)]
-
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return flex.shared_prefix_attention(q, k, v, layout, scale=0.3, **options)
-
-    expected = with_gradients(separately, problem, torch.float64, layout, 0.3, **options)
-    for value, truth in zip(with_gradients(attention, problem, torch.float32), expected, strict=True):
+    options = {"layout": layout, "scale": 0.3, "window": None, **options}
+    expected = with_gradients(separately, problem, torch.float64, **options)
+    ours = partial(flex.shared_prefix_attention, **options)
+    for value, truth in zip(with_gradients(ours, problem, torch.float32), expected, strict=True):
         torch.testing.assert_close(value.double(), truth, rtol=1e-4, atol=1e-5)
 
 
@@ -118,17 +108,6 @@ def test_a_new_layout_does_not_recompile() -> None:
     assert compiled_for(short, "cpu", torch.float32) == [2, 2], "one block only is a graph of its own"
 
 
-def test_refused_on_cpu() -> None:
-    q = torch.zeros(1, 2, 5, 16)
-    with pytest.raises(
-        ImplementationError, match="'flex' does not support this call: runs on cuda, the tensors are on cpu"
-    ):
-        vlmr1_kernels.shared_prefix_attention(q, q, q, PrefixLayout((2,), ((3,),)), impl="flex")
-
-
-ON_GPU = pytest.mark.skipif("cuda" not in DEVICES, reason="needs a GPU")
-
-
 @ON_GPU
 @pytest.mark.gpu
 @pytest.mark.parametrize(
@@ -143,15 +122,9 @@ ON_GPU = pytest.mark.skipif("cuda" not in DEVICES, reason="needs a GPU")
 def test_error_is_within_budget(case: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
     torch._dynamo.reset()
     layout, heads = CASES[case]
-    problems = [[value.to(dtype).double() for value in tensors(layout.total_length, *heads)] for _ in range(4)]
-    scale = heads[2] ** -0.5
-    attention = partial(vlmr1_kernels.shared_prefix_attention, layout=layout, impl="flex", **options)
-    assert_within_budget(
-        NAMES,
-        pooled(with_gradients(attention, inputs, dtype, device="cuda") for inputs in problems),
-        pooled(with_gradients(separately, inputs, dtype, layout, scale, **options) for inputs in problems),
-        pooled(with_gradients(separately, inputs, torch.float64, layout, scale, **options) for inputs in problems),
-    )
+    ours = partial(vlmr1_kernels.shared_prefix_attention, layout=layout, impl="flex", **options)
+    oracle = partial(separately, layout=layout, scale=heads[2] ** -0.5, **options)
+    check_budget(ours, oracle, (layout.total_length, *heads), dtype, "cuda")
 
 
 @ON_GPU

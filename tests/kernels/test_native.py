@@ -1,6 +1,5 @@
 """What is particular to the native library: its instruction sets, its threads, its memory, and its absence."""
 
-import os
 import resource
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlmr1_kernels import GRPOSettings, ImplementationError, group_advantages, linear_grpo_loss, linear_logprob, use
-from vlmr1_kernels.implementations import TABLE, Request
+from vlmr1_kernels.implementations import Request
 from vlmr1_kernels.native import library
 from vlmr1_kernels.registry import explain
 from vlmr1_kernels.testing import Inputs, Problem, assert_within_budget, cast, gradients, pooled
@@ -123,64 +122,6 @@ def test_sequence_level_over_chunks(chunk_mib: float | None, entropy_coef: float
         torch.testing.assert_close(value.double(), truth, rtol=2e-5, atol=1e-6)
 
 
-WITHIN = """
-import resource, sys, torch
-from vlmr1_kernels import linear_grpo_loss
-n, v = 256, 65536
-unit = n * v * 4  # one float32 [N, V]
-targets, ids, advantages = torch.randint(0, v, (n,)), torch.arange(8).repeat_interleave(n // 8), torch.randn(8)
-
-def call(hidden, weight):
-    linear_grpo_loss(hidden, weight, targets % len(weight), ids, advantages, impl="native")[0].backward()
-    hidden.grad = weight.grad = None
-
-def fits(hidden, weight, room):
-    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (used + int(room), hard))
-    try:
-        call(hidden, weight)
-        return True
-    except (MemoryError, RuntimeError):  # of the library, of torch
-        return False
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-for word in sys.argv[1:]:
-    name, dim, share = word.split(":")
-    dtype, d = getattr(torch, name), int(dim)
-    hidden = torch.randn(n, d).to(dtype).requires_grad_()
-    weight = torch.randn(v, d).to(dtype).requires_grad_()
-    call(hidden, weight[:64].detach().requires_grad_())  # threads and what is made once
-    print(*(fits(hidden, weight, weight.nbytes + (float(share) + more) * unit) for more in (-0.1, 0.1)))
-"""
-# In units of one float32 [N, V]: the kept logits that d_weight has no room for.
-SHARES = {
-    "float32:256": 0,  # all in d_weight
-    "bfloat16:256": 0,
-    "float32:64": 96 / 256,  # 96 rows
-    "bfloat16:64": 192 / 256 / 2,  # a quarter in d_weight
-}
-
-
-def test_memory_beyond_the_gradient() -> None:
-    """Address space is limited to the kept logits and a tenth of a unit, more or less; every block is mapped."""
-    words = [f"{name}:{share}" for name, share in SHARES.items()]
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", WITHIN, *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["False True"] * len(SHARES)
-
-
-def test_unsupported_dtype_is_an_error() -> None:
-    hidden = torch.zeros(2, 4, dtype=torch.float64)
-    with pytest.raises(
-        ImplementationError, match="'native' does not support this call: supports float32, bfloat16 and float16"
-    ):
-        linear_logprob(hidden, hidden, torch.zeros(2, dtype=torch.long), impl="native")
-
-
 def test_without_the_library_auto_takes_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "PATH", library.PATH.with_name("absent.so"))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -212,15 +153,6 @@ def test_a_workspace_that_does_not_fit_is_a_memory_error() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
     loss, _ = linear_grpo_loss(**inputs, impl="native")
     assert loss.isfinite()
-
-
-def test_every_native_op_is_in_the_table() -> None:
-    assert [op for op, found in TABLE.items() if "native" in found] == [
-        "linear_logprob",
-        "group_advantages",
-        "grpo_loss",
-        "linear_grpo_loss",
-    ]
 
 
 def test_one_openmp_runtime() -> None:

@@ -12,16 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.kernels.conftest import Target, padded_objective
+from tests.helpers.kernel_cases import Target, padded_objective
 from vlmr1_kernels import GRPOSettings, group_advantages, grpo_loss, linear_grpo_loss, linear_logprob
 from vlmr1_kernels.settings import IMPORTANCE_LEVELS, KL_ESTIMATORS, LOSS_TYPES
 from vlmr1_kernels.testing import HEAD, Inputs, Problem, gradients
 
-pytestmark = pytest.mark.skipif(
-    Target("linear_grpo_loss", "native", "cpu").unsupported_reason(torch.float32) is not None,
-    reason="native is not available",
-)
-quick = settings(deadline=None, derandomize=True, max_examples=500)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        Target("linear_grpo_loss", "native", "cpu").unsupported_reason(torch.float32) is not None,
+        reason="native is not available",
+    ),
+]
+quick = settings(deadline=None, derandomize=True, max_examples=150)
 
 # Of a probability: a fast exp ends before the denormal numbers, kept logits of half precision at about -32.
 LEAST = {torch.float32: 1e-30, torch.bfloat16: 2e-14, torch.float16: 2e-14}
@@ -114,7 +117,7 @@ class Roundings:
     def gradients(
         self, d_logp: Tensor, d_entropy: Tensor, dtype: torch.dtype, unsure: Tensor | float = 0
     ) -> list[Tensor]:
-        """Of hidden, weight and bias, from the gradients of log-probs, known up to `unsure`, and entropies."""
+        """For hidden, weight and bias, from the gradients of log-probs, known up to `unsure`, and entropies."""
         p, targets = self.log_p.exp(), self.inputs["targets"].long()[:, None]
         one_and_p = p.scatter_add(1, targets, p.new_ones(targets.shape))
         by_logp, by_entropy = d_logp.abs()[:, None], d_entropy.abs()[:, None]

@@ -28,16 +28,3 @@ from vlmr1_kernels import GRPOSettings
 def test_bad_setting_is_named(setting: str, value: Any, others: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"^{setting} is {value!r}"):
         GRPOSettings(**{setting: value}, **others)
-
-
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        (GRPOSettings(), False),
-        (GRPOSettings(loss_type="gspo"), True),
-        (GRPOSettings(loss_type="dapo", importance_level="sequence"), True),
-    ],
-    ids=["token", "gspo", "sequence"],
-)
-def test_sequence_level(settings: GRPOSettings, expected: bool) -> None:
-    assert settings.sequence_level is expected

@@ -1,28 +1,48 @@
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.attention import CASES, FEW_KEYS, NAMES, Heads, separately, tensors, with_gradients
-from vlmr1_kernels import ImplementationError, PrefixLayout, registry, shared_prefix_attention
+from tests.helpers.attention import (
+    CASES,
+    FEW_KEYS,
+    Heads,
+    assert_equals,
+    check_budget,
+    separately,
+    tensors,
+    with_gradients,
+)
+from tests.helpers.kernel_cases import Target, targets
+from vlmr1_kernels import PrefixLayout, registry, shared_prefix_attention
 from vlmr1_kernels.cpu import shared_prefix_attention as cpu
 from vlmr1_kernels.reference import shared_prefix_attention as reference
-from vlmr1_kernels.testing import assert_within_budget, pooled
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "softcap": {"softcap": 0.7},
+    "window of one row": {"window": 1},
+    "window": {"window": 5},
+    "window longer than all": {"window": 1000},
+    "softcap and window": {"softcap": 1.5, "window": 9},
+}
+
+
+OP = "shared_prefix_attention"
+# flex is compiled anew for each number of heads: test_flex_attention.py has its cases.
+TARGETS = [
+    *(each for each in targets(OP, only=("reference", "cpu")) if each.values[0].device == "cpu"),
+    *(each for each in targets(OP, only=("flash",)) if each.values[0].device == "cuda"),
+]
 
 
 @pytest.mark.parametrize(("layout", "heads"), (CASES | FEW_KEYS).values(), ids=(CASES | FEW_KEYS).keys())
 @pytest.mark.parametrize("function", [reference, cpu], ids=["reference", "cpu"])
 def test_equals_separate_sequences(function: Any, layout: PrefixLayout, heads: Heads) -> None:
     """The arithmetic, in float64, which the kernels below `cpu` serve too."""
-    inputs = tensors(layout.total_length, *heads)
-
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return function.shared_prefix_attention(q, k, v, layout, scale=0.3)
-
-    expected = with_gradients(separately, inputs, torch.float64, layout, 0.3)
-    for value, truth in zip(with_gradients(attention, inputs, torch.float64), expected, strict=True):
-        torch.testing.assert_close(value, truth)
+    ours = partial(function.shared_prefix_attention, layout=layout, scale=0.3)
+    assert_equals(ours, partial(separately, layout=layout, scale=0.3), tensors(layout.total_length, *heads))
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -38,34 +58,20 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", ["ragged branches", "groups without branches", "many groups", "longer than a block"])
 def test_softcap_and_window(case: str, options: dict[str, Any]) -> None:
     layout, heads = CASES[case]
-    inputs = tensors(layout.total_length, *heads)
-
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return shared_prefix_attention(q, k, v, layout, scale=2.3, impl="reference", **options)
-
-    expected = with_gradients(separately, inputs, torch.float64, layout, 2.3, **options)
-    for value, truth in zip(with_gradients(attention, inputs, torch.float64), expected, strict=True):
-        torch.testing.assert_close(value, truth)
+    options = {"layout": layout, "scale": 2.3, **options}
+    ours = partial(shared_prefix_attention, impl="reference", **options)
+    assert_equals(ours, partial(separately, **options), tensors(layout.total_length, *heads))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("layout", "heads"), CASES.values(), ids=CASES.keys())
-@pytest.mark.parametrize("impl", ["reference", "cpu"])
-def test_error_is_within_budget(impl: str, layout: PrefixLayout, heads: Heads, dtype: torch.dtype) -> None:
-    problems = [[value.to(dtype).double() for value in tensors(layout.total_length, *heads)] for _ in range(4)]
-
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return shared_prefix_attention(q, k, v, layout, impl=impl)
-
-    scale = heads[2] ** -0.5
-    ours = [with_gradients(attention, inputs, dtype) for inputs in problems]
-    assert {value.dtype for value in ours[0]} == {dtype}
-    assert_within_budget(
-        NAMES,
-        pooled(ours),
-        pooled(with_gradients(separately, inputs, dtype, layout, scale) for inputs in problems),
-        pooled(with_gradients(separately, inputs, torch.float64, layout, scale) for inputs in problems),
-    )
+@pytest.mark.parametrize("target", TARGETS)
+def test_error_is_within_budget(target: Target, layout: PrefixLayout, heads: Heads, dtype: torch.dtype) -> None:
+    if target.impl == "flash" and heads[2] % 8:
+        pytest.skip("flash serves head dimensions that are multiples of 8")
+    ours = partial(target.run(dtype), layout=layout)
+    oracle = partial(separately, layout=layout, scale=heads[2] ** -0.5)
+    check_budget(ours, oracle, (layout.total_length, *heads), dtype, target.device)
 
 
 @pytest.mark.parametrize("function", [reference, cpu], ids=["reference", "cpu"])
@@ -104,52 +110,6 @@ def test_groups_and_branches_do_not_see_each_other(impl: str) -> None:
     after = shared_prefix_attention(q, k, v, layout, impl=impl)
     changed = (before != after).any(dim=-1).any(dim=1)[0]
     assert changed.nonzero()[:, 0].tolist() == [6]
-
-
-@pytest.mark.parametrize(
-    ("shapes", "message"),
-    [
-        (((2, 2, 5, 8), (1, 2, 5, 8), (1, 2, 5, 8)), r"q must be \[1, H, L, Dh\]"),
-        (((1, 2, 6, 8), (1, 2, 6, 8), (1, 2, 6, 8)), "q has 6 rows, the layout has 5"),
-        (((1, 2, 5, 8), (1, 2, 4, 8), (1, 2, 5, 8)), r"k must be \[1, Hkv, 5, 8\]"),
-        (((1, 2, 5, 8), (1, 2, 5, 8), (1, 1, 5, 8)), r"k is \[1, 2, 5, 8\], v is \[1, 1, 5, 8\]"),
-        (((1, 3, 5, 8), (1, 2, 5, 8), (1, 2, 5, 8)), "3 query heads are not a multiple of 2"),
-    ],
-    ids=["batch", "layout", "rows", "values", "heads"],
-)
-def test_bad_shapes_are_named(shapes: tuple[tuple[int, ...], ...], message: str) -> None:
-    q, k, v = (torch.zeros(shape) for shape in shapes)
-    with pytest.raises(ValueError, match=message):
-        shared_prefix_attention(q, k, v, PrefixLayout((2,), ((3,),)))
-
-
-def test_mixed_dtypes_are_named() -> None:
-    q = torch.zeros(1, 2, 5, 8)
-    with pytest.raises(ValueError, match=r"v is torch.bfloat16, q is torch.float32"):
-        shared_prefix_attention(q, q, q.bfloat16(), PrefixLayout((2,), ((3,),)))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"softcap": 0.0}, "softcap must be above 0"),
-        ({"softcap": -1.0}, "softcap must be above 0"),
-        ({"window": 0}, "window must be at least 1"),
-    ],
-    ids=["softcap 0", "softcap negative", "window 0"],
-)
-def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
-    q = torch.zeros(1, 2, 5, 8)
-    with pytest.raises(ValueError, match=message):
-        shared_prefix_attention(q, q, q, PrefixLayout((2,), ((3,),)), **options)
-
-
-def test_options_are_refused_by_name() -> None:
-    q = torch.zeros(1, 2, 5, 16)
-    layout = PrefixLayout((2,), ((3,),))
-    with pytest.raises(ImplementationError, match=r"'cpu' does not support this call: .* has no softcap, no window"):
-        shared_prefix_attention(q, q, q, layout, softcap=3.0, window=2, impl="cpu")
-    shared_prefix_attention(q, q, q, layout, softcap=3.0)  # auto looks further
 
 
 @pytest.mark.parametrize(

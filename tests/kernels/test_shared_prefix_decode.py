@@ -1,6 +1,3 @@
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -8,114 +5,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.kernels.conftest import Target, targets
+from tests.helpers.decode_cases import Arguments, Case, cast, one_by_one, suffix_rows
+from tests.helpers.kernel_cases import Target, targets
 from vlmr1_kernels import PrefixLayout, shared_prefix_attention, shared_prefix_decode
 from vlmr1_kernels.testing import assert_within_budget
 
 OP = "shared_prefix_decode"
-Arguments = dict[str, Any]
-ANYTHING = 2**30 + 7  # in the place of numbers that must not be read
-
-
-@dataclass(frozen=True)
-class Case:
-    """Groups in one pool: rows of each prefix, branches of each group, tokens of each branch's suffix."""
-
-    prefixes: tuple[int, ...]
-    sizes: tuple[int, ...]
-    suffixes: tuple[int, ...]
-    heads: int = 4
-    kv_heads: int = 2
-    head_dim: int = 16
-    block: int = 4
-    blocks: int | None = None  # M; default: what the longest suffix needs, and one
-    padding: int = 0  # branches of no group
-    scale: float | None = None
-
-    @property
-    def branches(self) -> int:
-        return sum(self.sizes)
-
-    def draw(self) -> Arguments:
-        """float64. The prefixes in reverse order and apart, then the blocks, shuffled; every other row is NaN."""
-        batch, needed = self.branches + self.padding, -(-max(self.suffixes, default=0) // self.block)
-        width = needed + 1 if self.blocks is None else self.blocks
-        starts, row = [], 1
-        for length in reversed(self.prefixes):
-            starts.insert(0, row)
-            row += length + 1
-        first_block = -(-row // self.block)
-        blocks = torch.randperm(batch * width).view(batch, width) + first_block
-        rows = self.block * (first_block + batch * width)
-        pool = torch.full((2, self.kv_heads, rows, self.head_dim), torch.nan, dtype=torch.float64)
-        for start, length, size in zip(starts, self.prefixes, self.sizes, strict=True):
-            pool[:, :, start : start + (length if size else 0)] = 0
-        for own, length in zip(blocks, self.suffixes, strict=False):
-            pool[:, :, suffix_rows(own.tolist(), length, self.block)] = 0
-            own[-(-length // self.block) :] = ANYTHING
-        blocks[self.branches :] = -ANYTHING
-        q = torch.randn(batch, self.heads, self.head_dim, dtype=torch.float64)
-        q[self.branches :] = torch.nan
-        empty = [size == 0 for size in self.sizes]
-        offsets = [sum(self.sizes[:group]) for group in range(len(self.sizes) + 1)]
-        keys, values = pool + torch.randn_like(pool)
-        return {
-            "q": q,
-            "keys": keys,
-            "values": values,
-            "group_offsets": int32(offsets),
-            "prefix_starts": int32([ANYTHING if no else start for start, no in zip(starts, empty, strict=True)]),
-            "prefix_lengths": int32([ANYTHING if no else n for n, no in zip(self.prefixes, empty, strict=True)]),
-            "suffix_blocks": blocks.int(),
-            "suffix_lengths": int32([*self.suffixes, *[ANYTHING] * self.padding]),
-            "block": self.block,
-            "scale": self.scale,
-        }
-
-
-def int32(values: Sequence[int]) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
-
-
-def suffix_rows(blocks: list[int], length: int, block: int) -> list[int]:
-    return [blocks[t // block] * block + t % block for t in range(length)]
-
-
-def cast(arguments: Arguments, dtype: torch.dtype, device: str = "cpu") -> Arguments:
-    return {
-        name: value.to(device, dtype if value.is_floating_point() else value.dtype)
-        if isinstance(value, Tensor)
-        else value
-        for name, value in arguments.items()
-    }
-
-
-def one_by_one(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    group_offsets: Tensor,
-    prefix_starts: Tensor,
-    prefix_lengths: Tensor,
-    suffix_blocks: Tensor,
-    suffix_lengths: Tensor,
-    block: int,
-    scale: float | None,
-) -> Tensor:
-    """Each branch over its own keys, gathered, heads repeated; zeros for padding."""
-    out = torch.zeros_like(q)
-    repeat = q.shape[1] // len(keys)
-    for group, (first, last) in enumerate(pairwise(group_offsets.tolist())):
-        for b in range(first, last):
-            start = int(prefix_starts[group])
-            rows = [*range(start, start + int(prefix_lengths[group]))]
-            rows += suffix_rows(suffix_blocks[b].tolist(), int(suffix_lengths[b]), block)
-            k, v = (pool[:, rows].repeat_interleave(repeat, 0) for pool in (keys, values))  # [H, n, Dh]
-            scores = (q[b, :, None] @ k.mT) * (q.shape[2] ** -0.5 if scale is None else scale)
-            out[b] = (torch.softmax(scores, -1) @ v)[:, 0]
-    return out
-
-
 CASES = {
     "one group": Case((9,), (8,), (5,) * 8, kv_heads=4),
     "one branch, one row each": Case((1,), (1,), (1,), heads=2, head_dim=64),
@@ -231,37 +126,3 @@ def test_bounds_that_the_values_break_are_named_on_a_cpu() -> None:
         with pytest.raises(ValueError, match="a group has 3 branches and 7 rows, max_group is"):
             shared_prefix_decode(**arguments, **bounds)
     shared_prefix_decode(**arguments, max_group=3, max_prefix=7)
-
-
-def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.zeros(shape, dtype=dtype)
-
-
-I32 = torch.int32
-BAD: dict[str, tuple[Arguments, str]] = {
-    "q": ({"q": zeros(4, 8)}, r"q must be \[B, H, Dh\], it is \[4, 8\]"),
-    "heads": ({"q": zeros(4, 3, 8)}, "3 query heads are not a multiple of 2"),
-    "head dimension": ({"keys": zeros(2, 9, 7)}, r"keys must be \[Hkv, R, 8\].*\[2, 9, 7\]"),
-    "last stride": ({"values": zeros(2, 8, 9).mT}, r"values must be .* contiguous last.*\[72, 1, 9\]"),
-    "pools": ({"values": zeros(2, 9, 8)}, r"keys is \[2, \d+, 8\], values is \[2, 9, 8\]"),
-    "dtype": ({"values": zeros(2, 9, 8).half()}, "values is torch.float16, q is torch.float32"),
-    "no group": ({"group_offsets": zeros(1, dtype=I32)}, r"group_offsets must be \[P \+ 1\], P at least 1"),
-    "int64": ({"group_offsets": torch.tensor([0, 2, 4])}, r"group_offsets must be int32 \[3\], it is torch.int64"),
-    "starts": ({"prefix_starts": zeros(3, dtype=I32)}, r"prefix_starts must be int32 \[2\], it is .* \[3\]"),
-    "lengths": ({"prefix_lengths": zeros(2)}, r"prefix_lengths must be int32 \[2\], it is torch.float32"),
-    "blocks": ({"suffix_blocks": zeros(4, dtype=I32)}, r"suffix_blocks must be \[4, M\]"),
-    "rows of blocks": ({"suffix_blocks": zeros(5, 2, dtype=I32)}, r"suffix_blocks must be int32 \[4, 2\], .*\[5, 2\]"),
-    "suffixes": ({"suffix_lengths": zeros(4, 1, dtype=I32)}, r"suffix_lengths must be int32 \[4\], .*\[4, 1\]"),
-    "device": ({"suffix_lengths": zeros(4, dtype=I32).to("meta")}, "suffix_lengths is on meta, q is on cpu"),
-    "block": ({"block": 0}, "block must be at least 1, it is 0"),
-    "max_group": ({"max_group": 0}, "max_group must be at least 1"),
-    "max_prefix": ({"max_prefix": -1}, "max_prefix must be at least 1"),
-    "gradient": ({"q": zeros(4, 4, 8).requires_grad_()}, "has no gradient"),
-}
-
-
-@pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD.keys())
-def test_bad_input_is_named(change: Arguments, message: str) -> None:
-    good = cast(Case((3, 2), (2, 2), (3,) * 4, head_dim=8).draw(), torch.float32)
-    with pytest.raises(ValueError, match=message):
-        shared_prefix_decode(**{**good, **change})

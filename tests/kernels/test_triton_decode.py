@@ -1,6 +1,5 @@
-"""What is particular to the Triton implementation of the decode step: chunks, tiles, machine code, CUDA graphs."""
+"""Particulars of the Triton implementation of the decode step: chunks, tiles, machine code, CUDA graphs."""
 
-import json
 from importlib import import_module
 from typing import Any
 
@@ -8,9 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.conftest import DEVICES
-from tests.kernels.test_shared_prefix_decode import Arguments, Case, cast, int32, one_by_one
-from tests.kernels.test_triton_compile import SHARED_MEMORY, python
+from tests.helpers.decode_cases import Arguments, Case, cast, int32, one_by_one
+from tests.helpers.kernel_cases import DEVICES
 from vlmr1_kernels import ImplementationError, shared_prefix_decode
 from vlmr1_kernels.testing import assert_within_budget, relative_error
 
@@ -75,94 +73,6 @@ def test_refusals_are_named() -> None:
         run(Case((3,), (1,), (1,), head_dim=264).draw(), torch.float32)
     with pytest.raises(ImplementationError, match="supports float32, bfloat16 and float16, not"):
         run(Case((3,), (1,), (1,)).draw(), torch.float64)
-
-
-COMPILE = """
-import json, re, sys
-import torch
-from vlmr1_kernels.inputs import DecodeTables
-from tests.helpers import resources
-from vlmr1_kernels.triton.shared_prefix_decode import shared_prefix_decode
-
-def step(dtype, head_dim, heads, kv_heads, max_group, *, groups=8, max_prefix=1024, blocks=32, rows=70_000):
-    integers = lambda *shape: resources.meta(*shape, dtype=torch.int32)
-    batch, pool = max_group * groups, resources.meta(kv_heads, rows, head_dim, dtype=dtype)
-    tables = DecodeTables(
-        integers(groups + 1), integers(groups), integers(groups), integers(batch, blocks), integers(batch)
-    )
-    shared_prefix_decode(
-        resources.meta(batch, heads, head_dim, dtype=dtype), pool, pool, tables, block=16, max_group=max_group,
-        max_prefix=max_prefix, scale=0.1,
-    )
-"""
-
-RESOURCES = """
-found = []
-for name, dtype, *shape in json.loads(sys.argv[1]):
-    with resources.compiling(int(sys.argv[2])) as launches:
-        step(getattr(torch, dtype), *shape)
-    for launch in launches:
-        used = resources._resources(name, launch, int(sys.argv[2]))
-        code = launch.compiled.asm["ptx"]
-        products = len(re.findall(r"mma\\.sync|wgmma\\.mma_async", code))
-        found.append({
-            "case": name, "kernel": launch.name, "stack": used.stack, "local": used.local, "shared": used.shared,
-            "products": products, "half_products": len(re.findall(r"mma\\S*\\.(?:b?f16)\\.b?f16", code)),
-            "copies": re.findall(r"cp\\.async\\.c[ag]\\S+ [^;]*, (0x\\w+),", code),
-        })
-print(json.dumps(found))
-"""  # fmt: skip
-
-SHAPES = [
-    # dtype, head dimension, H, Hkv, branches of a group
-    ("tile of 64", "bfloat16", 128, 16, 2, 8),
-    ("tile of 16", "bfloat16", 64, 16, 16, 8),
-    ("tile of 32, padded", "float16", 80, 16, 4, 8),
-    ("wide", "bfloat16", 256, 16, 4, 16),
-    ("float32", "float32", 128, 16, 2, 8),
-    ("float32, wide", "float32", 256, 16, 2, 8),
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", SHARED_MEMORY, ids=lambda capability: f"sm_{capability}")
-def test_machine_code(capability: int) -> None:
-    found = python("-c", COMPILE + RESOURCES, json.dumps(SHAPES), str(capability))
-    assert {each["kernel"] for each in found} == {"partials_kernel", "merge_kernel"}
-    for each in found:
-        assert (each["stack"], each["local"]) == (0, 0), each
-        half, wide = "float32" not in each["case"], "wide" in each["case"]
-        # Two programs share an SM, but for wide heads.
-        assert each["shared"] <= SHARED_MEMORY[capability] // (1 if wide else 2), each
-        if each["kernel"] == "partials_kernel":
-            # Keys and values arrive behind the work, 16 bytes at once; so do the entries of blocks.
-            assert set(each["copies"]) == {"0x10", "0x4"}, each
-            # Two products for the prefix, two for suffixes.
-            assert each["half_products"] == each["products"], each
-            assert each["products"] >= 4 if half else each["products"] == 0, each
-
-
-VARIANTS = """
-with resources.compiling(90) as launches:
-    for shape in (
-        {"max_group": 8}, {"max_group": 7, "groups": 1, "rows": 16}, {"max_group": 70, "groups": 1, "max_prefix": 1},
-        {"max_group": 5, "groups": 300, "blocks": 1, "max_prefix": 16}, {"max_group": 9, "groups": 17, "blocks": 0},
-        {"max_group": 6, "groups": 2, "max_prefix": 100_000, "blocks": 3000, "rows": 999_999},
-    ):
-        step(torch.bfloat16, 128, 16, 2, **shape)
-variants = {launch.name: set() for launch in launches}
-for launch in launches:
-    variants[launch.name].add(launch.compiled.hash)
-print(json.dumps([{name: len(hashes) for name, hashes in variants.items()}, max(len(l.grid) for l in launches)]))
-"""
-
-
-@pytest.mark.slow
-def test_no_shape_compiles_anew_or_waits_for_the_device() -> None:
-    # On meta tensors: whatever would have to wait for a value raises.
-    variants, dimensions = python("-c", COMPILE + VARIANTS)
-    assert variants == {"partials_kernel": 1, "merge_kernel": 1}
-    assert dimensions == 1
 
 
 @pytest.mark.gpu

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.conftest import Target, targets
+from tests.helpers.kernel_cases import Target, targets
 from vlmr1_kernels import GRPOSettings, group_advantages
 from vlmr1_kernels.settings import LOSS_TYPES
 

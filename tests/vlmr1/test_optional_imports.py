@@ -1,7 +1,5 @@
 """The trainer is imported without packages that only some rewards and reports need; a missing one is named."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

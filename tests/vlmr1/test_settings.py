@@ -1,7 +1,5 @@
 """Settings of the packages: where they are declared, what a package receives, old names, and their help."""
 
-from __future__ import annotations
-
 import logging
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""What a training job starts from: model, processor and rows, each checked before the next one is read."""
+"""Model, processor and rows of a training job, each checked before the next one is read."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from vlmr1.types import Sample
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run starts from."""
+    """Model, processor and rows of a run."""
 
     model: Any
     processor: Any

@@ -1,4 +1,4 @@
-"""How many prompts, sequences and updates a run has."""
+"""Numbers of prompts, sequences and updates of a run."""
 
 from __future__ import annotations
 

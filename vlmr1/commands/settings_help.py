@@ -36,21 +36,21 @@ def every_setting() -> str:
     for group, names in groups().items():
         lines += ["", group]
         for name in names:
-            head = f"  {name} = {_text(_default(_field(name)))}"
-            lines.append(f"{head:<{WIDTH}}  {_help(name)}".rstrip())
+            head = f"  {name} = {default_text(name)}"
+            lines.append(f"{head:<{WIDTH}}  {help_text(name)}".rstrip())
     return "\n".join(line if len(line) <= width else f"{line[: width - 3].rstrip()}..." for line in lines)
 
 
 def one_setting(name: str) -> str:
     """Type or choices, default, TRL's default where it differs, and help of a setting."""
     group = next((group for group, names in groups().items() if name in names), None)
-    rows = [("type", _type(_hints()[name])), ("default", _text(_default(_field(name))))]
+    rows = [("type", _type(_hints()[name])), ("default", default_text(name))]
     if name in TRL_DEFAULTS:
         rows.append(("TRL's default", _text(TRL_DEFAULTS[name])))
     rows.append(("group", group or "not supported: a run that sets it is refused"))
     lines = [f"--{name}", *(f"  {key + ':':<15}{value}" for key, value in rows), ""]
     width = max(20, shutil.get_terminal_size().columns - 2)
-    return "\n".join([*lines, textwrap.fill(_help(name), width, initial_indent="  ", subsequent_indent="  ")])
+    return "\n".join([*lines, textwrap.fill(help_text(name), width, initial_indent="  ", subsequent_indent="  ")])
 
 
 def _field(name: str) -> Field:
@@ -62,11 +62,16 @@ def _hints() -> dict[str, Any]:
     return get_type_hints(GRPOConfig)
 
 
-def _help(name: str) -> str:
-    """Help of a setting in one line; of an inherited one that is declared again, the inherited help."""
+def help_text(name: str) -> str:
+    """Return the help of a setting in one line; of an inherited one that is declared again, the inherited help."""
     inherited = TrainingArguments.__dataclass_fields__.get(name)
     found = [each.metadata.get("help") for each in (_field(name), inherited) if each is not None]
     return " ".join(next(filter(None, found), "").split())
+
+
+def default_text(name: str) -> str:
+    """Return the default of a setting as it is written on the command line."""
+    return _text(_default(_field(name)))
 
 
 def _default(setting: Field) -> Any:

@@ -13,7 +13,7 @@ from vlmr1.types import Settings, setting
 
 @dataclass
 class DataSettings(Settings):
-    """Which rows a run reads, and how they become prompts."""
+    """The rows that a run reads, and their conversion to prompts."""
 
     group = "Data"
     shared = ("seed", "data_seed")

@@ -60,7 +60,7 @@ def open_rows(name: str) -> Rows:
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether `save_to_disk` wrote this directory."""
+    """Return whether `save_to_disk` wrote this directory."""
     return any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
 
 

@@ -1,4 +1,4 @@
-"""Which rank trains on which group: about as many tokens on every rank, with as few groups moved as possible."""
+"""Balance of groups over ranks: about as many tokens on every rank, with as few groups moved as possible."""
 
 from __future__ import annotations
 

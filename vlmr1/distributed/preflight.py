@@ -1,4 +1,4 @@
-"""What is refused of a launch and its settings before a model is read. `sharded.py` looks again once the engine is
+"""Launch checks that need no model. `sharded.py` checks again once the engine is
 there."""
 
 from __future__ import annotations

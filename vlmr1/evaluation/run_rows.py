@@ -84,7 +84,7 @@ def _check_boxes(samples: Sequence[Sample], settings: RewardSettings) -> None:
 
 
 class _OwnMethod:
-    """Of rows that no method of the settings is for."""
+    """Check of rows that no method of the settings is for."""
 
     def __init__(self, methods: int, files: int):
         self.counts = f"accu_reward_method has {methods} methods, eval_data_file_paths {files} file{'s'[: files > 1]}"

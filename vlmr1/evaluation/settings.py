@@ -18,7 +18,7 @@ class _Shared(Settings):
 
 @dataclass
 class EvaluationSettings(_Shared):
-    """What is evaluated every `eval_steps` updates, and before the first update with `eval_on_start`."""
+    """Evaluation every `eval_steps` updates, and before the first update with `eval_on_start`."""
 
     group = "Evaluation during training"
 

@@ -25,7 +25,7 @@ def check_of(task: str, rewards: RewardSettings) -> Check:
 
 
 def writes_boxes(task: str, samples: Sequence[Sample], rewards: RewardSettings) -> bool:
-    """Whether completions hold boxes or points, so that the coordinates of the model matter."""
+    """Return whether completions hold boxes or points, so that the coordinates of the model matter."""
     return task != "vqa" or has_clicks(samples, rewards)
 
 

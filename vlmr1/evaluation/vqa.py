@@ -35,7 +35,7 @@ def check_answer(sample: Sample, settings: RewardSettings) -> None:
 
 
 def has_clicks(samples: Sequence[Sample], settings: RewardSettings) -> bool:
-    """Whether a row is about a place on its image."""
+    """Return whether a row is about a place on its image."""
     return any(method_of(sample, settings) == CLICK for sample in samples)
 
 

@@ -93,7 +93,7 @@ def resample(
 
 
 def has_equal_rewards(group: Group, weights: Sequence[float]) -> bool:
-    """Whether the weighted rewards of a group are all equal."""
+    """Return whether the weighted rewards of a group are all equal."""
     reward = _reward(group, weights)
     return bool(reward.max() == reward.min())
 
@@ -106,7 +106,7 @@ def _reward(group: Group, weights: Sequence[float]) -> torch.Tensor:
 def _metrics(
     first: Sequence[Group], kept: Sequence[Group], drawn: Sequence[Group], weights: Sequence[float], rounds: int
 ) -> dict[str, float]:
-    """Of this rank; the reward is of all groups that were drawn, as it would be without dynamic sampling."""
+    """Metrics of this rank; the reward is the mean over all groups drawn, as without dynamic sampling."""
     used = {id(group) for group in kept}
     gone = [group for group in drawn if id(group) not in used]
     return {

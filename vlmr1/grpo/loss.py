@@ -61,8 +61,8 @@ def _sequence_inputs(pack: Pack, device: torch.device) -> dict[str, Any]:
 
 
 def normalizer(groups: Sequence[Group], settings: GRPOSettings, *, mask_truncated: bool = False) -> float:
-    """What this rank's loss of a step divides by: sequences for means over sequences, tokens for means over tokens.
-    Of truncated completions that are masked the sequences count, their tokens do not, as in TRL."""
+    """Return the divisor of this rank's loss of a step: sequences for means over sequences, tokens for means over
+    tokens. Sequences of masked truncated completions count, their tokens do not, as in TRL."""
     completions = [c for group in groups for c in group.completions]
     if settings.loss_type in ("grpo", "gspo", "dr_grpo"):
         return float(len(completions))

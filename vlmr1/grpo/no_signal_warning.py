@@ -36,7 +36,7 @@ class NoSignalWarning(TrainerCallback):
 
 
 def has_no_signal(logs: Mapping[str, float]) -> bool:
-    """Whether a logged step has no advantages, or nothing that could be read and no reward."""
+    """Return whether a logged step has no advantages, or nothing that could be read and no reward."""
     if logs["zero_variance_groups"] == 1:
         return True
     unread = logs.get("parse_failures", 0.0) > MOST

@@ -1,4 +1,4 @@
-"""How many tokens a pack may have: the setting, or less where memory ran out."""
+"""Budget of tokens in a pack: the setting, or less where memory ran out."""
 
 from __future__ import annotations
 

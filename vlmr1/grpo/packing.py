@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def plan_packs(
     groups: Sequence[Group], *, tokens_per_pack: int, share_prompt: bool, pack: bool, limit: int | None = None
 ) -> list[list[Group]]:
-    """Which groups go into which row: first fit, in order; `pack=False`: one group a row.
+    """Assign groups to rows: first fit, in order; `pack=False`: one group a row.
 
     A group that exceeds the budget is split by branches, its prompt repeated; with `share_prompt=False` every
     branch is a group of its own. `limit` is the budget of rows with neither, which have none otherwise."""
@@ -142,7 +142,7 @@ def with_dummy_image(pack: Pack, ref: ImageRef, image: ImageInputs) -> Pack:
 
 
 def tokens_of(group: Group) -> int:
-    """Of a group in a pack: its prompt and its branches."""
+    """Return the tokens of a group in a pack: its prompt and its branches."""
     return len(group.prompt.input_ids) + sum(len(c.token_ids) - 1 for c in group.completions)
 
 

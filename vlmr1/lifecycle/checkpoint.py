@@ -159,7 +159,7 @@ def truncate_after(path: Path, step: int) -> None:
 
 
 def is_adapter(folder: str | Path) -> bool:
-    """Whether a directory holds an adapter only."""
+    """Return whether a directory holds an adapter only."""
     return (Path(folder) / ADAPTER_CONFIG).is_file()
 
 

@@ -32,7 +32,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """What an optimizer holds: `moments` numbers of `bits` bits for each number that it trains. While it steps it makes
+    """State of an optimizer: `moments` numbers of `bits` bits for each number that it trains. While it steps it makes
     `foreach` temporary copies of all trained parameters where torch works on lists of tensors (on a GPU), and `single`
     copies of the largest parameter elsewhere."""
 

@@ -1,4 +1,4 @@
-"""Which optimizers move which weights, and gradients that accumulate in float32.
+"""Optimizers that move weights of each dtype, and gradients that accumulate in float32.
 
 At a learning rate of 1e-6 an update is smaller than half the distance between neighbouring bfloat16 numbers: rounded to
 the nearest, nearly every weight stays where it is (1 to 2% of the float32 displacement in 100 steps). Weights are

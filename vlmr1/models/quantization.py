@@ -54,7 +54,7 @@ def scales_of(weight: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def numbers_of(weight: torch.Tensor) -> int:
-    """How many numbers a weight holds, whether in 4 bits or not."""
+    """Return the number of elements of a weight, in 4 bits or not."""
     state = getattr(weight, "quant_state", None)
     return weight.numel() if state is None else state.shape.numel()
 

@@ -19,7 +19,7 @@ LIMITS = ("min_pixels", "max_pixels", "max_anyres_num")  # of images
 
 @dataclass
 class ModelSettings(Settings):
-    """Which model a run loads."""
+    """The model that a run loads."""
 
     group = "Model"
 
@@ -36,6 +36,8 @@ class ModelSettings(Settings):
     max_anyres_num: int | None = setting(None, "tiles of an image, at most; InternVL")
 
     def check(self) -> Iterator[str]:
+        if self.model_dtype not in ("float32", "bfloat16"):
+            yield f"model_dtype is {self.model_dtype!r}: float32 or bfloat16"
         yield from self.at_least(1, *LIMITS)
         if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
             yield f"min_pixels is {self.min_pixels}: it is above max_pixels, {self.max_pixels}"
@@ -100,7 +102,7 @@ class _Shared(Settings):
 
 @dataclass
 class ParameterSettings(LoraSettings, ModelSettings, _Shared):
-    """What of the model is trained, with which precision and memory."""
+    """Trained parameters of the model, their precision and memory."""
 
     group = "Trained parameters, precision and memory"
 

@@ -1,4 +1,4 @@
-"""Which parameters a run trains, and with which precision: frozen parts, adapters, the dtype of gradients."""
+"""Parameters that a run trains, and their precision: frozen parts, adapters, the dtype of gradients."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def planned_model(source: str | PreTrainedConfig, settings: ParameterSettings) -
 
 
 def with_frozen(model: Any, family: ModelFamily, settings: ParameterSettings) -> Any:
-    """The same, whatever its weights are."""
+    """Freeze parts of a model, or wrap it with an adapter, whatever its weights are."""
     if settings.use_peft:
         return with_lora(model, family, settings)
     _freeze(model, family, tower=settings.freeze_vision, merger=settings.freeze_merger)

@@ -60,7 +60,7 @@ class Job:
 
     @property
     def offloads(self) -> bool:
-        """Whether what activation checkpointing keeps is in host memory."""
+        """Return whether what activation checkpointing keeps is in host memory."""
         kwargs = self.args.activation_checkpointing_kwargs or {}
         return self.args.activation_checkpointing and (self.args.activation_offload or bool(kwargs.get("offload")))
 

@@ -10,7 +10,7 @@ from vlmr1.types import Settings, setting
 
 @dataclass
 class ReportSettings(Settings):
-    """What a run writes for people to read."""
+    """Logs and reports that a run writes."""
 
     group = "Reports"
 

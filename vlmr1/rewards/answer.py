@@ -30,7 +30,7 @@ def find_answer(text: str) -> str | None:
 
 
 def has_format(text: str) -> bool:
-    """Whether the whole text is `<think>..</think><answer>..</answer>` with neither part empty."""
+    """Return whether the whole text is `<think>..</think><answer>..</answer>` with neither part empty."""
     if any(text.count(tag) != 1 for tag in TAGS):
         return False
     match = FORMAT.fullmatch(text)

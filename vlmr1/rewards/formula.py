@@ -19,7 +19,7 @@ UNIT = r"\text{ "  # a unit behind a number
 
 
 def symbolic_equal(gold: str, answer: str) -> bool:
-    """Whether math-verify finds both equal; `gold` may be a relation or a set that the answer solves."""
+    """Return whether math-verify finds both equal; `gold` may be a relation or a set that the answer solves."""
     library = import_for("the symbolic comparison of answers", "math_verify", "math-verify")  # a second of import
     limit = LIMIT if threading.current_thread() is threading.main_thread() else None
     parsed = [library.parse(text, parsing_timeout=limit) for text in (gold, answer)]

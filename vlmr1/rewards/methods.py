@@ -23,7 +23,7 @@ def method_of(sample: Sample, settings: RewardSettings) -> str:
 
 
 def converts(reward: str, method: str) -> bool:
-    """Whether a strict reward with this method reads boxes or points, which are converted to pixels of the file."""
+    """Return whether a strict reward with this method reads boxes or points, converted to pixels of the file."""
     return reward in BOX_REWARDS or (reward in METHOD_REWARDS and method in CONVERTED)
 
 

@@ -125,7 +125,7 @@ class RewardOptions(_Shared):
         yield from self.above_zero("reward_timeout")
 
     def rewards(self) -> RewardSettings:
-        """What the rewards of a run share; SettingError where a setting is out of range."""
+        """Return the settings that the rewards of a run share; SettingError where a setting is out of range."""
         return RewardSettings(
             mode=self.reward_mode,
             accu_reward_method=self.accu_reward_method[0],

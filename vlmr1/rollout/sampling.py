@@ -14,7 +14,7 @@ _U64 = np.uint64
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How a rollout draws: `greedy` takes the most probable token and ignores the seed.
+    """Sampling of a rollout: `greedy` takes the most probable token and ignores the seed.
 
     A token is drawn at `temperature` from what penalty, top_k, top_p and min_p leave, in this order, as `generate`
     applies them; each is off by default."""

@@ -18,7 +18,7 @@ class _Shared(Settings):
 
 @dataclass
 class RolloutSettings(_Shared):
-    """How completions are generated."""
+    """Generation of completions."""
 
     group = "Rollout"
 
@@ -62,6 +62,6 @@ class RolloutSettings(_Shared):
             yield f"cuda_graphs needs a GPU: this is {device}"
 
     def sampling(self) -> SamplingSettings:
-        """How the rollouts of a run sample."""
+        """Return the sampling settings of the run's rollouts."""
         shared = ("max_completion_length", "temperature", "seed", "top_k", "top_p", "min_p", "repetition_penalty")
         return SamplingSettings(**{name: getattr(self, name) for name in shared}, stop=tuple(self.stop_strings))

@@ -1,1 +1,1 @@
-"""What differs from `transformers.Trainer` whatever the loss is: checkpoints, logs, resume."""
+"""Differences from `transformers.Trainer` that do not depend on the loss: checkpoints, logs, resume."""

@@ -142,7 +142,7 @@ class HFTrainer(Trainer):
             rotate(output_dir, self.args.save_total_limit, output_dir / name)
 
     def is_finished(self, checkpoint: Path) -> bool:
-        """Whether this is the last checkpoint of a run; its weights and state are then loaded. `train` would go on."""
+        """Return whether this is the last checkpoint of a run, and load its weights and state. `train` would go on."""
         if not is_final(checkpoint):
             return False
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))

@@ -1,4 +1,4 @@
-"""How a run is spread over processes: ranks, the engine that shards, and what both need of settings and model."""
+"""Distribution of a run over processes: ranks, the engine that shards, and their needs of settings and model."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ class Parallel:
 
     @property
     def has_engine(self) -> bool:
-        """Whether DeepSpeed or FSDP runs the model: they synchronize gradients themselves."""
+        """Return whether DeepSpeed or FSDP runs the model: they synchronize gradients themselves."""
         state = self.accelerator.state
         return any(getattr(state, name, None) is not None for name in ("deepspeed_plugin", "fsdp_plugin"))
 
     @property
     def in_lockstep(self) -> bool:
-        """Whether every pass has to call every module on all ranks: DDP and engines count on gradients of every
+        """Return whether every pass has to call every module on all ranks: DDP and engines count on gradients of every
         parameter."""
         return self.ranks.world_size > 1 or self.has_engine
 
 
 def make_parallel(args: Any, accelerator: Any, model: Any) -> Parallel:
-    """How this run is spread. SettingError where the launch or a setting does not allow it; the model is rounded where
-    the engine would do so later."""
+    """Return the distribution of this run. SettingError where the launch or a setting does not allow it. The model
+    is rounded where the engine would do so later."""
     ranks = Ranks(args.process_index, args.world_size)
     check_launched(ranks.world_size, accelerator)
     parallel = Parallel(accelerator, ranks, sharding_of(accelerator))

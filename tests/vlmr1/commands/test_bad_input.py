@@ -1,14 +1,12 @@
-"""Bad input through the command line: one message that names the place, exit status 2, nothing lost."""
+"""Rewards that fail and updates that are not finite: one message that names the place, nothing lost."""
 
-from __future__ import annotations
-
-import json
 import logging
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.helpers.digit_runs import command
 from vlmr1.cli import main
 from vlmr1.config import GRPOConfig
 from vlmr1.data.samples import load_samples
@@ -24,73 +22,6 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def command(data: Path, *more: str) -> list[str]:
-    words = ["train", "--recipe", "tiny-digits", "--data_file_paths", str(data / "train.jsonl")]
-    words += ["--image_folders", str(data / "images"), "--output_dir", str(data / "out"), "--use_cpu", "true"]
-    words += ["--prompts_per_device", "2", "--num_generations", "2", "--max_completion_length", "6"]
-    return [*words, "--max_steps", "4", "--save_steps", "1", *more]
-
-
-def rewrite(data: Path, line: int, change) -> None:
-    """Replace one line (from 1) of the data file by what `change` makes of its row."""
-    path = data / "train.jsonl"
-    lines = path.read_text().splitlines()
-    lines[line - 1] = change(json.loads(lines[line - 1]))
-    path.write_text("\n".join(lines) + "\n")
-
-
-def with_image(name: str):
-    return lambda row: json.dumps({**row, "image": name})
-
-
-def without_conversations(row: dict) -> str:
-    return json.dumps({key: value for key, value in row.items() if key != "conversations"})
-
-
-ROWS = {
-    "missing image": (with_image("nowhere.png"), "nowhere.png"),
-    "truncated image": (with_image("cut.png"), "cut.png"),
-    "not JSON": (lambda row: '{"image": ', "JSON"),
-    "no conversations": (without_conversations, "conversations"),
-    "path leaves the folder": (with_image("../secret.png"), "secret.png"),
-}
-
-
-@pytest.mark.parametrize(("change", "says"), ROWS.values(), ids=ROWS.keys())
-def test_bad_row(change, says, data, capsys):
-    whole = next((data / "images").glob("*.png")).read_bytes()
-    (data / "images" / "cut.png").write_bytes(whole[: len(whole) // 2])
-    (data / "secret.png").write_bytes(whole)
-    rewrite(data, 3, change)
-    assert main(command(data)) == 2
-    message = capsys.readouterr().err
-    assert f"{data / 'train.jsonl'}:3: " in message
-    assert says in message
-    assert not (data / "out").exists()
-
-
-def test_empty_data_set(data, capsys):
-    (data / "train.jsonl").write_text("\n")
-    assert main(command(data)) == 2
-    assert str(data / "train.jsonl") in capsys.readouterr().err
-
-
-SETTINGS = {
-    "one generation": (["--num_generations", "1"], "num_generations is 1"),
-    "unknown setting": (["--num_generation", "4"], "unknown setting 'num_generation'"),
-    "unknown reward": (["--reward_funcs", "acuracy"], "unknown reward 'acuracy'; did you mean 'accuracy'?"),
-    "unknown model": (["--model_name_or_path", "/no/such/model"], "model_name_or_path"),
-    "sharing images without prompts": (["--share_vision", "false"], "share_vision"),
-    "unknown kernel": (["--kernels", "grpo_loss=magic"], "magic"),
-}
-
-
-@pytest.mark.parametrize(("words", "says"), SETTINGS.values(), ids=SETTINGS.keys())
-def test_bad_setting(words, says, data, capsys):
-    assert main(command(data, *words)) == 2
-    assert says in capsys.readouterr().err
-
-
 REWARDS = {"raises": "raise KeyError('gone')", "NaN": "return [float('nan')] * len(completions)"}
 
 
@@ -100,7 +31,8 @@ def test_reward_that_fails_names_the_row_and_keeps_the_checkpoint(body, data, ca
     source = "calls = []\ndef mine(prompts, completions, **columns):\n    calls.append(1)\n    if len(calls) > 2:\n"
     source += f"        {body}\n    return [float(len(calls))] * len(completions)\n"
     (data / "mine.py").write_text(source)
-    assert main(command(data, "--reward_funcs", f"{data / 'mine.py'}:mine")) == 2
+    more = ["--reward_funcs", f"{data / 'mine.py'}:mine", "--num_generations", "2", "--save_steps", "1"]
+    assert main(command(data, data / "out", *more, "--max_completion_length", "6")) == 2
     message = capsys.readouterr().err
     assert "mine" in message
     assert f"{data / 'train.jsonl'}:" in message

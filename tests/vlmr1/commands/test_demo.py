@@ -1,7 +1,5 @@
 """The demo from end to end, in a few steps; and `vlmr1 evaluate` on its checkpoint."""
 
-from __future__ import annotations
-
 import json
 import re
 

@@ -46,7 +46,7 @@ def words(recipe, model, output):
     """What a user overrides: model, data, place, sizes."""
     settings = {
         "model_name_or_path": model,
-        "data_file_paths": STANDINS / f"{recipe}.jsonl",
+        "data_file_paths": STANDINS / f"{recipe.removesuffix('-lora')}.jsonl",
         "image_folders": STANDINS / "images",
         "output_dir": output,
         "use_cpu": "true",
@@ -64,7 +64,7 @@ def model(recipe, internvl):
     return internvl if recipe == "internvl-rec" else "tiny"
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [*RECIPES, "rec-3b-lora"])
 def test_a_recipe_trains(recipe, model, tmp_path):
     assert main(["train", "--recipe", recipe, *words(recipe, model, tmp_path)]) == 0
     metrics = read_metrics(tmp_path)
@@ -73,7 +73,8 @@ def test_a_recipe_trains(recipe, model, tmp_path):
     for step in metrics:
         assert {f"rewards/{name}/mean" for name in config.reward_funcs} <= step.keys()
         assert 1 <= step["completion_length"] <= 6
-    assert (tmp_path / "checkpoint-2" / "model.safetensors").exists()
+    weights = "adapter_model" if config.use_peft else "model"
+    assert (tmp_path / "checkpoint-2" / f"{weights}.safetensors").exists()
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

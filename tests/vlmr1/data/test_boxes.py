@@ -38,26 +38,6 @@ def test_there_and_back(box, size, extent):
     assert scale_box(box, None) == box == scale_box(box, scale_between(size, size))
 
 
-@pytest.mark.parametrize(
-    "family, expected",
-    [
-        ("qwen2_vl", (10, 20, 640, 480)),
-        ("qwen2_5_vl", (10, 20, 640, 480)),
-        ("qwen3_vl", (6.4, 9.6, 409.6, 230.4)),
-        ("internvl", (6.4, 9.6, 409.6, 230.4)),
-        ("glm4v", (6.4, 9.6, 409.6, 230.4)),
-        ("idefics3", (10, 20, 640, 480)),
-        ("smolvlm", (10, 20, 640, 480)),
-    ],
-)
-def test_known_numbers(family, expected):
-    """A file of 640 x 480 that the tower sees as 320 x 960."""
-    box = {"qwen2_vl": (5, 40, 320, 960), "qwen2_5_vl": (5, 40, 320, 960)}.get(family, (10, 20, 640, 480))
-    extents = {"resized": (320, 960), "thousand": (1000, 1000), "original": (640, 480)}
-    scale = scale_between(extents[space_of("auto", family)], (640, 480))
-    assert scale_box(box, scale) == pytest.approx(expected, rel=1e-12)
-
-
 def test_unknown_families_are_refused():
     with pytest.raises(SettingError, match=r"^box_coordinates is auto, but it is not known how llava writes boxes"):
         space_of("auto", "llava")

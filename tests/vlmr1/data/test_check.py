@@ -3,24 +3,24 @@
 import argparse
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from tests.helpers.pictures import png_of
+from vlmr1.cli import main
 from vlmr1.commands.data_check import add_arguments, check_data, prompt_measure
 from vlmr1.commands.data_check import run as run_command
-from vlmr1.data.findings import histogram
 from vlmr1.data.samples import load_samples
-from vlmr1.errors import SettingError
 from vlmr1.models import load_processor
 from vlmr1.rewards.registry import Reward
 from vlmr1.tiny import CHECKPOINT
 
 BOX = '<answer>{"bbox_2d": [0, 0, 4, 4]}</answer>'
 LIMIT = 60  # tokens
-EMPTY = [(span, 0, 0) for span in ("11 to 13", "14 to 16", "20 to 22", "23 to 25")]  # bins
 
 
 @pytest.fixture(scope="module")
@@ -166,33 +166,46 @@ def test_the_command_counts_tokens(folder, capsys):
     assert [int(bar.split()[-1]) for bar in bars if bar.split()[-1] != "0"] == [1, 2]
 
 
-@pytest.mark.parametrize(
-    "words, expected",
-    [
-        (["none.jsonl"], "data_file_paths: none.jsonl is not a file"),
-        (["{path}", "--images", "none"], "image_folders: none is not a directory"),
-        (["{path}", "--reward_funcs", "acuracy"], "reward_funcs: unknown reward 'acuracy'; did you mean 'accuracy'?"),
-        (["{path}", "--question_template", "reg"], "question_template is 'reg': one of default, rec"),
-        (["{path}", "--max_prompt_length", "9"], "--max_prompt_length needs --model"),
-        (["{path}", "--model", "{folder}/none"], "--model: "),
-    ],
-)
-def test_settings(folder, words, expected):
-    path = write(folder, [row()])
-    with pytest.raises(SettingError) as caught:
-        run(*(word.format(path=path, folder=folder) for word in words))
-    assert str(caught.value).startswith(expected)
+# The rows of the recipes
 
 
-@pytest.mark.parametrize(
-    "values, expected",
-    [
-        ([5], [("5 to 5", 40, 1)]),
-        ([1, 2, 2, 4], [("1 to 1", 20, 1), ("2 to 2", 40, 2), ("3 to 3", 0, 0), ("4 to 4", 20, 1)]),
-        ([8, 8, 8, 18, 28], [(" 8 to 10", 40, 3), *EMPTY[:2], ("17 to 19", 14, 1), *EMPTY[2:], ("26 to 28", 14, 1)]),
-        (range(0, 20), [(f"{low:>2} to {low + 1:>2}", 40, 2) for low in range(0, 20, 2)]),
-    ],
-    ids=["one", "few", "bins", "all-bins"],
-)
-def test_histogram(values, expected):
-    assert histogram(values) == "\n".join(f"{span}  {'#' * bar:40}  {count}" for span, bar, count in expected)
+STANDINS = Path(__file__).parents[2] / "data" / "standins"
+RECIPES = Path(__file__).parents[3] / "vlmr1" / "recipes"
+
+
+def command(path, *more):
+    return main(["data", "check", *map(str, path), "--images", str(STANDINS / "images"), *more])
+
+
+def settings_of(recipe):
+    return yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text())
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in STANDINS.glob("*.jsonl")))
+def test_rows_of_a_recipe(recipe, capsys):
+    settings = settings_of(recipe)
+    words = ["--reward_funcs", *settings["reward_funcs"], "--question_template", settings["question_template"]]
+    words += ["--accu_reward_method", *settings.get("accu_reward_method", ["iou"])]
+    status = command([STANDINS / f"{recipe}.jsonl"], *words, "--reward_mode", settings.get("reward_mode", "strict"))
+    assert status == 0, capsys.readouterr().out
+
+
+def test_a_method_for_each_file(capsys):
+    files = [STANDINS / "rec-3b.jsonl", STANDINS / "ovd-3b.jsonl"]
+    words = ["--reward_funcs", "accuracy", "--accu_reward_method"]
+    assert command(files, *words, "iou:odLength") == command(files, *words, "iou", "odLength") == 0
+    assert command(files, *words, "odLength:iou") == command(files, *words, "iou") == 1
+    assert command(files[1:], *words, "llm") == 0  # the judge is not asked
+    capsys.readouterr()
+    assert command(files, *words, "iou", "map", "mcq") == 2
+    assert "accu_reward_method has 3 methods for 2 data files" in capsys.readouterr().err
+
+
+def test_the_mode_decides(tmp_path, capsys):
+    """The published code reads a box without area, and needs the tags."""
+    path = tmp_path / "rows.jsonl"
+    shared = {"image": sorted(path.name for path in (STANDINS / "images").iterdir())[0], "prompt": "<image>?"}
+    for solution, strict in (("<answer>[30, 40, 1, 2]</answer>", 1), ("[1, 2, 30, 40]", 0)):
+        path.write_text(json.dumps(shared | {"solution": solution}))
+        assert command([path], "--reward_funcs", "accuracy") == strict
+        assert command([path], "--reward_funcs", "accuracy", "--reward_mode", "vlm_r1") == 1 - strict

@@ -16,7 +16,7 @@ from vlmr1.types import ImageBytes
 
 @pytest.fixture
 def prompts(make, image_files):
-    """Of two rows with equal bytes, one with others, and one that names the file of the first."""
+    """For two rows with equal bytes, one with others, and one that names the file of the first."""
     data = {size: path.read_bytes() for size, path in image_files.items()}
     values = [data[56], {"bytes": data[56], "path": "b.png"}, data[84], image_files[56].name]
     rows = [{"prompt": "Where?", "image": value, "solution": "x"} for value in values]

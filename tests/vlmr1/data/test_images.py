@@ -5,12 +5,12 @@ import warnings
 
 import numpy as np
 import pytest
-from PIL import Image
-from torch._utils import ExceptionWrapper
+from PIL import ExifTags, Image
 
 from tests.helpers.pictures import png_of
 from vlmr1.data.faults import RowFault
-from vlmr1.data.images import encode_image, enlarged_size, image_faults, open_image
+from vlmr1.data.images import encode_image, enlarged_size, image_faults, open_image, to_rgb, upright_size
+from vlmr1.errors import DataError
 from vlmr1.types import ImageBytes
 
 SIZE = (40, 30)
@@ -144,12 +144,6 @@ def test_small_images_are_enlarged(tmp_path, size, expected):
     assert np.array_equal(np.unique(np.asarray(image).reshape(-1, 3), axis=0), [[4, 5, 6]])
 
 
-def test_each_image_is_enlarged_by_itself(tmp_path):
-    pictures = [Image.new("RGB", size) for size in ((10, 40), (60, 60), (56, 7))]
-    sizes = [saved(image, tmp_path / f"{i}.png").size for i, image in enumerate(pictures)]
-    assert sizes == [(28, 112), (60, 60), (224, 28)]
-
-
 def dds_of_no_format():
     buffer = io.BytesIO()
     Image.new("RGB", SIZE).save(buffer, "DDS")
@@ -208,15 +202,6 @@ def test_an_open_image_is_turned():
     assert open_image(encode_image(Image.open(buffer), "a"), "x:1").size == (30, 40)
 
 
-def test_a_fault_leaves_a_loaders_worker(tmp_path):
-    try:
-        open_image(tmp_path / "none.png", "data.jsonl:9")
-    except RowFault:
-        wrapped = ExceptionWrapper(where="in DataLoader worker process 0")
-    with pytest.raises(RowFault, match=r"data\.jsonl:9: image .*none\.png cannot be decoded: "):
-        wrapped.reraise()
-
-
 def test_equal_bytes_are_one_image():
     one, same, other = ImageBytes.of(b"abc", "1 of a:1"), ImageBytes.of(b"abc", "1 of a:2"), ImageBytes.of(b"abd", "x")
     assert {one: 1} | {same: 2} == {one: 2}
@@ -238,3 +223,38 @@ def test_faults_come_in_order_and_few_images_wait(tmp_path, monkeypatch):
     assert next(faults) is None  # the good one
     assert len(given) == 4  # 0, 1, 3 wait; 2 is the image of 0
     assert [fault.source for fault in faults if fault] == ["d:1", "d:3", "d:5", "d:7"]
+
+
+# The size by the header is that of the decoded image, before it is enlarged
+
+
+def turned(kind, orientation, mode="RGB"):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    buffer = io.BytesIO()
+    Image.new(mode, (40, 30)).save(buffer, kind, exif=exif)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
+def test_by_format_and_orientation(kind, orientation, tmp_path):
+    data = turned(kind, orientation)
+    path = tmp_path / "image"
+    path.write_bytes(data)
+    expected = (40, 30) if orientation < 5 else (30, 40)
+    with Image.open(path) as image:
+        assert to_rgb(image).size == expected
+    assert upright_size(path, "here:1") == upright_size(ImageBytes.of(data, "x"), "here:1") == expected
+
+
+def test_small_images_have_their_own_size():
+    assert upright_size(encode_image(Image.new("L", (3, 5)), "x"), "here:1") == (3, 5)
+
+
+def test_a_file_that_is_no_image(tmp_path):
+    path = tmp_path / "image.png"
+    path.write_bytes(b"no image")
+    for image in (path, ImageBytes.of(b"no image", "bytes of a row")):
+        with pytest.raises(DataError, match=r"^here:9: image .* cannot be decoded: "):
+            upright_size(image, "here:9")

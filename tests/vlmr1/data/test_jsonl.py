@@ -133,78 +133,43 @@ def test_several_files_and_folders(folder, split):
     folders = [str(folder / "images"), str(folder / "more")]
     samples = load_samples(split(files), split(folders), question=QUESTION, check_images=True)
     assert [sample.images[0].name for sample in samples] == ["a.png", "c.png"]
-    assert [(sample.source, sample.index) for sample in samples] == [
-        (f"{files[0]}:1", 0),
-        (f"{files[1]}:1", 1),
-    ]
+    assert [(sample.source, sample.index) for sample in samples] == [(f"{files[0]}:1", 0), (f"{files[1]}:1", 1)]
 
 
 @pytest.mark.parametrize(
     "line, expected",
     [
-        pytest.param('{"image": "a.png", ', "not JSON: Expecting property name", id="not-json"),
         pytest.param("[" * 100_000, "not JSON", id="nested-too-deep"),
-        pytest.param("[1]", "not a JSON object but list", id="not-an-object"),
         pytest.param("null", "not a JSON object but null", id="null"),
-        pytest.param('{"q": "é"}'.encode("latin-1"), "not UTF-8: invalid continuation byte at byte 7", id="latin-1"),
-        pytest.param({"image": "a.png"}, "no conversations", id="no-conversations"),
         pytest.param(row(conversations=[]), "no conversations", id="no-turns"),
         pytest.param(row(conversations="Locate it."), "no conversations", id="conversations-a-text"),
-        pytest.param(
-            row(conversations=[{"from": "gpt", "value": "x"}]), "no human turn before the last gpt turn", id="no-human"
-        ),
-        pytest.param(row(conversations=[TURN]), "no gpt turn at the end", id="no-gpt"),
-        pytest.param(
-            row(conversations=[{"from": "system", "value": "x"}]),
-            'a turn is {"from": "human" or "gpt", "value": ...}, not {"from": "system", "value": "x"}',
-            id="system",
-        ),
-        pytest.param(row(7), "a human turn is not text but int", id="human-a-number"),
         pytest.param(row(gpt=None), "no gpt turn at the end", id="gpt-null"),
         pytest.param(
             row(conversations=[TURN, GPT, TURN]),
             "no gpt turn at the end of conversations: it is the solution",
             id="human-last",
         ),
-        pytest.param(
-            row(conversations=[TURN, GPT, GPT]),
-            "no human turn before the last gpt turn",
-            id="gpt-twice",
-        ),
+        pytest.param(row(conversations=[TURN, GPT, GPT]), "no human turn before the last gpt turn", id="gpt-twice"),
         pytest.param(
             row(conversations=[{"from": "human", "value": " "}, GPT, TURN, GPT], image=None),
             "a turn of user is empty",
             id="empty-turn",
         ),
-        pytest.param(row("<image> and <image>"), "2 <image> markers in the prompt for 1 image", id="markers"),
         pytest.param(row(image=None), "1 <image> markers in the prompt for 0 images", id="marker-no-image"),
-        pytest.param(row(images=["a.png"]), "there is both a column image and a column images", id="image-and-images"),
         pytest.param(row(image=["a.png", 3]), "image is neither a file name nor a list of", id="image-a-number"),
         pytest.param(row(image={"path": "a.png"}), "image is neither a file name nor a list", id="image-a-dict"),
         pytest.param(row(image=0), "image is neither a file name nor a list", id="image-zero"),
-        pytest.param(row(image="b.png"), "image b.png is missing in", id="missing"),
         pytest.param(row(image=""), "image  is missing in", id="empty-name"),
         pytest.param(row(image="sub"), "image sub is missing in", id="a-folder"),
-        pytest.param(row(image="a\0.png"), "image 'a\\x00.png' is not a file name", id="nul"),
-        pytest.param(row(image="../outside.png"), "image ../outside.png leaves the image folder", id="dots"),
         pytest.param(
-            row(image="../images2/a.png"),
-            "image ../images2/a.png leaves the image folder",
-            id="dots-same-prefix",
+            row(image="../images2/a.png"), "image ../images2/a.png leaves the image folder", id="dots-same-prefix"
         ),
         pytest.param(row(image="/etc/hostname"), "image /etc/hostname leaves the image folder", id="absolute"),
-        pytest.param(row(solution="x"), "a column cannot be called 'solution'", id="reserved-column"),
     ],
 )
 def test_faults_name_file_and_line(folder, line, expected):
     message = fault(folder, row(), "", line, row())
     assert message.startswith(f"{folder}/data.jsonl:3: {expected}")
-
-
-def test_empty_question_without_template(folder):
-    assert fault(folder, row(" ", image=None), question="{question}") == (
-        f"{folder}/data.jsonl:1: a turn of user is empty"
-    )
 
 
 def test_a_symlink_may_not_leave_the_folder(folder):
@@ -236,14 +201,6 @@ def test_truncated_image(folder, extension):
     assert len(load(folder, *lines, check_images=False)) == 3
 
 
-@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"], ids=["empty", "text", "head"])
-def test_undecodable_image(folder, content):
-    path = folder / "images" / "bad.png"
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=r"^somewhere:9: image .*bad\.png cannot be decoded: "):
-        open_image(path, "somewhere:9")
-
-
 def test_each_image_is_checked_once(folder, monkeypatch):
     opened = []
     real = open_image
@@ -266,34 +223,19 @@ def test_a_name_with_a_colon_is_one_file(folder):
     assert sample.source == f"{folder}/a:b.jsonl:1"
 
 
-def test_text_only_rows_need_no_folder(folder):
-    (folder / "data.jsonl").write_text(json.dumps(row("1 + 1?", image=None)) + "\n" + json.dumps(row()))
-    with pytest.raises(DataError) as caught:
-        load_samples([folder / "data.jsonl"], [], question=QUESTION, check_images=False)
-    assert str(caught.value) == (
-        f"{folder}/data.jsonl:2: image a.png is a file name, and image_folders names no folder"
-    )
-
-
 @pytest.mark.parametrize(
-    "files, folders, question, expected",
+    "files, folders, expected",
     [
-        ([], ["images"], QUESTION, "data_file_paths is empty"),
-        (["none.jsonl"], ["images"], QUESTION, "data_file_paths: none.jsonl is not a file"),
-        (["images"], ["images"], QUESTION, "data_file_paths: images is not a file"),
-        (["data.jsonl"], ["none"], QUESTION, "image_folders: none is not a directory"),
-        (["data.jsonl:none.jsonl"], ["images"], QUESTION, "data_file_paths: none.jsonl is not a file"),
-        (["data.jsonl"], ["images:none"], QUESTION, "image_folders has 2 folders for 1 data files"),
-        (["data.jsonl"], ["images"] * 2, QUESTION, "image_folders has 2 folders for 1 data files"),
-        (["data.jsonl"] * 3, ["images"] * 2, QUESTION, "image_folders has 2 folders for 3 data files"),
-        (["data.jsonl"], ["images"], "Locate it.", "question_template is 'Locate it.'"),
-        (["data.jsonl"], ["images"], "{question} {question}", "question_template is '{question} {question}'"),
-        (["data.jsonl"], ["images"], "<image>{question}", "question_template is '<image>{question}'"),
+        ([], ["images"], "data_file_paths is empty"),
+        (["images"], ["images"], "data_file_paths: images is not a file"),
+        (["data.jsonl:none.jsonl"], ["images"], "data_file_paths: none.jsonl is not a file"),
+        (["data.jsonl"], ["images:none"], "image_folders has 2 folders for 1 data files"),
+        (["data.jsonl"] * 3, ["images"] * 2, "image_folders has 2 folders for 3 data files"),
     ],
 )
-def test_settings(folder, monkeypatch, files, folders, question, expected):
+def test_settings(folder, monkeypatch, files, folders, expected):
     monkeypatch.chdir(folder)
     (folder / "data.jsonl").write_text(json.dumps(row()))
     with pytest.raises(SettingError) as caught:
-        load_samples(files, folders, question=question, check_images=False)
+        load_samples(files, folders, question=QUESTION, check_images=False)
     assert str(caught.value).startswith(expected)

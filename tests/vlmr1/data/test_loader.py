@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.helpers import digit_runs
 from vlmr1.cli import main
 from vlmr1.config import GRPOConfig
 from vlmr1.data.faults import RowFault
@@ -50,12 +51,11 @@ def test_workers_make_the_same_prompts_in_the_same_order(data, model, processor)
 
 
 def command(data, output, workers, *more):
-    words = ["train", "--recipe", "tiny-digits", "--data_file_paths", data / "train.jsonl"]
-    words += ["--image_folders", data / "images", "--output_dir", output, "--use_cpu", "true", "--save_steps", 2]
-    words += ["--prompts_per_device", 2, "--num_generations", 2, "--max_completion_length", 8, "--max_steps", 4]
-    return [str(word) for word in (*words, "--dataloader_num_workers", workers, *more)]
+    small = ("--num_generations", 2, "--max_completion_length", 8, "--max_steps", 4)
+    return digit_runs.command(data, output, *map(str, (*small, "--dataloader_num_workers", workers, *more)))
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_with_workers_ends_with_the_same_weights(data, tmp_path):
     """Two updates share a generation, so that workers make empty batches too."""
     lines = [
@@ -64,7 +64,6 @@ def test_a_run_that_goes_on_with_workers_ends_with_the_same_weights(data, tmp_pa
     ]
     (tmp_path / "mine.py").write_text("\n".join(lines))
     more = ["--steps_per_generation", 2, "--prompts_per_device", 1, "--reward_funcs", f"{tmp_path}/mine.py:alternating"]
-    more += ["--warmup_steps", 0]
     assert main(command(data, tmp_path / "none", 0, *more)) == 0
     checkpoint = tmp_path / "none" / "checkpoint-2"
     assert main(command(data, tmp_path / "two", 2, *more, "--resume_from_checkpoint", checkpoint)) == 0

@@ -112,11 +112,6 @@ def test_ratios_that_are_refused(numbered, ratio):
         validation_split(numbered, ratio, 0)
 
 
-def test_one_row_cannot_be_split(numbered):
-    with pytest.raises(SettingError, match=r"^val_split_ratio is 0.5: 1 rows cannot be split$"):
-        validation_split(numbered.select([4]), 0.5, 0)
-
-
 @pytest.mark.parametrize("indent", [None, 1], ids=["one-line", "indented"])
 def test_a_json_array(tmp_path, indent):
     rows = [{"prompt": "a\n[", "solution": "1"}, {"prompt": "b", "solution": "2"}]
@@ -136,10 +131,7 @@ def test_json_lines_under_the_other_name(tmp_path):
 @pytest.mark.parametrize(
     "content, expected",
     [
-        pytest.param('[{"a": 1},\n {"a": }]', "2: not JSON: Expecting value", id="value"),
-        pytest.param('[{"a": 1}\n {"a": 2}]', "1: not JSON: no comma or bracket after this row", id="comma"),
         pytest.param('[{"a": 1},\n', "2: not JSON: Expecting value", id="cut"),
-        pytest.param('[{"a": 1}]\n[]', "1: not JSON: text after the array", id="more"),
         pytest.param("[", "1: not JSON: Expecting value", id="bracket"),
         pytest.param('[\n{"a": 1},\n3]', "3: not a JSON object but int", id="number"),
     ],

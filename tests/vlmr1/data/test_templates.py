@@ -58,7 +58,4 @@ def test_every_template_holds_the_question_once():
 def test_refused(text):
     with pytest.raises(SettingError) as caught:
         question_text(text)
-    assert str(caught.value) == (
-        f"question_template is {text!r}: one of default, rec, ic, odLength, gui, no-think, none, or a text that must "
-        "hold {question} once, and no <image>"
-    )
+    assert str(caught.value).startswith(f"question_template is {text!r}: ")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.vlmr1.conftest import Maker
+from tests.helpers.maker import Maker
 from vlmr1.distributed.balance import EVEN, Place, balance_over_ranks, exchange
 from vlmr1.distributed.metrics import over_ranks
 from vlmr1.distributed.ranks import Ranks, interleaved

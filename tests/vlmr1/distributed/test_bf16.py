@@ -103,7 +103,7 @@ def masters_of(engine: str, checkpoint: Path) -> dict[str, Tensor]:
 
 
 def state_dtypes(engine: str, checkpoint: Path) -> set[str]:
-    """Of all in the optimizer's state that is as large as weights: masters and moments."""
+    """For all in the optimizer's state that is as large as weights: masters and moments."""
     if engine == "fsdp2":
         kept = FileSystemReader(checkpoint / "optimizer_0").read_metadata().state_dict_metadata.values()
         large_ones = [each for each in kept if isinstance(each, TensorStorageMetadata) and each.size.numel() > 1]
@@ -133,7 +133,7 @@ def check_dtypes(engine: str, output: Path, working: str, trained: int) -> None:
 
 
 def check_same(found: list[dict[str, float]], masters: dict[str, Tensor], single: Run) -> None:
-    """What is reported, and the masters after the last update."""
+    """Reported metrics, and the masters after the last update."""
     for one, other in zip(found, single.steps, strict=True):
         for name in ("loss", "grad_norm", "kl", "entropy"):
             assert one[name] == pytest.approx(other[name], rel=1e-5, abs=1e-7), (name, one["step"])

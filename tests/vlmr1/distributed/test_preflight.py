@@ -90,7 +90,7 @@ def test_processes_that_do_not_see_each_other(begin):
 
 
 def checkpoint(folder: Path, *, step: int) -> None:
-    """Of a run of 4 steps, with weights only."""
+    """For a run of 4 steps, with weights only."""
     made = folder / "made"
     made.mkdir(parents=True)
     (made / "trainer_state.json").write_text(json.dumps({"global_step": step, "max_steps": 4}), encoding="utf-8")

@@ -4,74 +4,57 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
-import subprocess
-import sys
-from pathlib import Path
+import time
+from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 import torch
 
+from tests.helpers.forked_ranks import finish_ranks, start_ranks
 from vlmr1.distributed.ranks import local_device, process_group
-from vlmr1.errors import SettingError
+from vlmr1.errors import SettingError, UserError
 
-SCRIPT = """
-import os, signal, sys, time
-from vlmr1.errors import UserError
-from vlmr1.distributed.ranks import local_device, process_group
-mode, rank = sys.argv[1], int(os.environ["RANK"])
-try:
-    with process_group(float(sys.argv[2])) as ranks:
-        ranks.barrier()
-        if rank == 1 and mode == "fails":
-            raise UserError("no disk left")
-        if rank == 1 and mode == "is killed":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if rank == 1 and mode == "is slow":
-            time.sleep(60)
-        if rank == 0 and mode == "fails":
-            while True:
+
+def meet(mode: str) -> int:
+    """Two barriers, between which rank 1 does not what rank 0 waits for."""
+    rank = int(os.environ["RANK"])
+    try:
+        with process_group(300) as ranks:
+            ranks.barrier()
+            if rank == 1 and mode == "fails":
+                raise UserError("no disk left")
+            if rank == 1 and mode == "is killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            while (rank, mode) in ((0, "fails"), (1, "is slow")):
                 ranks.raise_failure()  # as between two batches
                 time.sleep(0.05)
-        ranks.barrier()
-        print("together", ranks.world_size, flush=True)
-except UserError as error:
-    print(error, flush=True)
-    os._exit(2)
-"""
-
-
-def pair(mode: str, timeout: float) -> list[subprocess.Popen]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    root = Path(__file__).parents[3]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    shared["PYTHONPATH"] = os.pathsep.join([str(root), str(root / "kernels")])
-    command = [sys.executable, "-c", SCRIPT, mode, str(timeout)]
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return [subprocess.Popen(command, env={**os.environ, **shared, "RANK": str(rank)}, **options) for rank in (0, 1)]
+            timeout = 1 if mode == "is slow" else 300
+            replace(ranks, timeout=timedelta(seconds=timeout)).barrier()
+            print("together", ranks.world_size, flush=True)
+    except UserError as error:
+        print(error, flush=True)
+        os._exit(2)
+    return 0
 
 
 MODES = {
-    "works": (300, "together 2\n", 0),
-    "fails": (300, "rank 1: no disk left\n", 2),
-    "is killed": (300, "another process has ended or timed out: ", 2),
-    "is slow": (3, "another process has ended or timed out: ", 2),
+    "works": ("together 2", 0),
+    "fails": ("rank 1: no disk left", 2),
+    "is killed": ("another process has ended or timed out: ", 2),
+    "is slow": ("another process has ended or timed out: ", 2),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
-def test_the_second_process(mode):
-    timeout, message, status = MODES[mode]
-    first, second = pair(mode, timeout)
-    said, errors = first.communicate(timeout=300)
-    if mode == "is slow":
-        second.send_signal(signal.SIGKILL)
-    second.communicate()
-    assert said.startswith(message), errors[-2000:]
-    assert first.returncode == status
+def test_the_second_process(mode, tmp_path):
+    message, status = MODES[mode]
+    ranks = start_ranks(meet, mode, logs=tmp_path / "rank")
+    found = finish_ranks(ranks)[0]
+    output = ranks[0].output
+    assert found == status, output
+    assert any(line.startswith(message) for line in output.splitlines()), output
 
 
 def test_alone():

@@ -42,7 +42,7 @@ COPY = {"reference": "copy", "lora_modules_to_save": "visual.merger"}
 MERGED = {"lora_merge_rollout": "true", "eval_steps": 2}
 
 
-def family_of(run: Path) -> dict[str, torch.Tensor]:
+def adapter_of(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "checkpoint-4" / "adapter_model.safetensors")
 
 
@@ -54,25 +54,36 @@ def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         )
 
 
-def run_alone(folder: Path, output: Path, **more: Any) -> list[dict[str, float]]:
-    train(parse_config(words(folder, output, prompts_per_device=2, use_cpu="true", **more)))
-    return metrics(output)
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> Callable[..., Path]:
+    """A function that returns the output directory of one process with the given settings. Each run is made once."""
+    runs: dict[str, Path] = {}
+
+    def run_alone(**more: Any) -> Path:
+        key = json.dumps(more, default=str)
+        if key not in runs:
+            output = folder / f"alone-{len(runs)}"
+            train(parse_config(words(folder, output, prompts_per_device=2, use_cpu="true", **more)))
+            runs[key] = output
+        return runs[key]
+
+    return run_alone
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
-def test_lora_on_two_ranks(engine, folder, tmp_path):
+def test_lora_on_two_ranks(engine, folder, alone, tmp_path):
     """The checkpoint lies between two updates of one generation; it is an ordinary directory of an adapter."""
-    expected = run_alone(folder, tmp_path / "alone", **LORA)
+    single = alone(**LORA)
     found = run_forked(engine, folder, tmp_path / "run", **LORA)
-    assert_same(found, expected)
+    assert_same(found, metrics(single))
     assert found[-1]["kl"] > 0
     again = run_forked(engine, folder, resumable(tmp_path / "run", tmp_path / "resumed"), **LORA)
     assert [computed(step) for step in again] == [computed(step) for step in found]
-    exported, resumed = family_of(tmp_path / "run"), family_of(tmp_path / "resumed")
+    exported, resumed = adapter_of(tmp_path / "run"), adapter_of(tmp_path / "resumed")
     assert exported.keys() == resumed.keys()
     assert all(torch.equal(value, resumed[name]) for name, value in exported.items())
-    assert_close(exported, family_of(tmp_path / "alone"))
+    assert_close(exported, adapter_of(single))
 
     checkpoint, output = tmp_path / "run" / "checkpoint-4", tmp_path / "merged"
     read = PeftModel.from_pretrained(load_model(ROOT / "vlmr1/tiny/checkpoint"), str(checkpoint)).state_dict()
@@ -113,24 +124,24 @@ def eager(tmp_path: Path) -> dict[str, str]:
         pytest.param("fsdp2", {"use_dora": "true"}, id="fsdp2-dora"),
     ],
 )
-def test_settings_of_lora_where_parameters_are_sharded(engine, settings, folder, eager, tmp_path):
+def test_settings_of_lora_where_parameters_are_sharded(engine, settings, folder, alone, eager, tmp_path):
     """An adapter in the tower, which a rank without an image calls too; merged for rollouts; with a module that is
     trained whole, and another model as the reference."""
     more = LORA | settings | {"adam_epsilon": 1e-5}  # what is only rounding moves no weight
     if "eval_steps" in settings:
         more |= {"eval_data_file_paths": folder / "data.jsonl", "eval_image_folders": folder}
-    expected = run_alone(folder, tmp_path / "alone", **more)
+    expected = alone(**more)
     environment = eager if engine == "zero3" else None
     found = run_forked(engine, folder, tmp_path / "run", environment=environment, **more)
-    assert_same(found, expected)
+    assert_same(found, metrics(expected))
     assert found[-1]["kl"] > 0
-    exported, single = family_of(tmp_path / "run"), family_of(tmp_path / "alone")
+    exported, single = adapter_of(tmp_path / "run"), adapter_of(expected)
     assert_close(exported, single)
     for name in (name for name in single if "lora_B" in name):  # they begin as zeros: how far each layer has moved
         assert single[name].norm() > 1e-5, name
         assert (exported[name] - single[name]).norm() <= 1e-2 * single[name].norm(), name
     if "eval_steps" in settings:
-        for row, other in zip(evaluations(tmp_path / "run"), evaluations(tmp_path / "alone"), strict=True):
+        for row, other in zip(evaluations(tmp_path / "run"), evaluations(expected), strict=True):
             assert row == pytest.approx(other, rel=1e-5)
 
 
@@ -166,16 +177,15 @@ class CountingFetches:
 
 
 @pytest.mark.slow
-def test_weights_that_are_fetched_ahead(folder, eager, tmp_path):
+def test_weights_that_are_fetched_ahead(folder, alone, eager, tmp_path):
     """ZeRO-3 follows a pass by the trace of an earlier one; the reference's has no adapter in it, the policy's has."""
     path = Path(eager["ACCELERATE_DEEPSPEED_CONFIG_FILE"])
     config = json.loads(path.read_text(encoding="utf-8"))
     config["zero_optimization"] |= {"stage3_max_live_parameters": 200_000, "stage3_prefetch_bucket_size": 50_000}
     path.write_text(json.dumps(config), encoding="utf-8")
     more = LORA | {"adam_epsilon": 1e-5}
-    expected = run_alone(folder, tmp_path / "alone", **more)
     found = run_forked("zero3", folder, tmp_path / "run", CountingFetches(tmp_path), eager, **more)
-    assert_same(found, expected)
+    assert_same(found, metrics(alone(**more)))
     for rank in range(2):
         ahead = json.loads((tmp_path / f"ahead-{rank}.json").read_text(encoding="utf-8"))
         assert ahead["reference"] > 0 and ahead["policy"] > 0

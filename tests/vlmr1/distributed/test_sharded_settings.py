@@ -70,7 +70,7 @@ class Counting:
 
 
 def run_alone(folder: Path, name: str, **more: Any) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
-    """Of one process: metrics, and the reference of the last checkpoint."""
+    """For one process: metrics, and the reference of the last checkpoint."""
     output = folder / name
     train(parse_config(words(folder, output, prompts_per_device=2, use_cpu="true", **more)))
     return metrics(output), load_file(output / "checkpoint-4" / REFERENCE)

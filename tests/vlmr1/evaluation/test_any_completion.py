@@ -1,7 +1,5 @@
 """Whatever a completion says, an evaluation scores it, and its page can be written."""
 
-from __future__ import annotations
-
 import json
 import tempfile
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Intervals over rows: against the normal one, shares of what may be absent, pairs."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -27,11 +25,6 @@ def test_mean_agrees_with_the_normal_interval():
     assert found.high == pytest.approx(values.mean() + half, abs=0.1 * half)
     again = ratio(values.tolist())
     assert (again.low, again.high) == (found.low, found.high)
-
-
-def test_a_constant_is_a_point():
-    found = ratio([0.25] * 9)
-    assert (found.value, found.low, found.high) == (0.25, 0.25, 0.25)
 
 
 def test_a_share_is_of_what_was_drawn():

@@ -1,7 +1,5 @@
 """The picture page: what is chosen, what is drawn, that nothing of a model or a data set becomes markup."""
 
-from __future__ import annotations
-
 import io
 from base64 import b64decode
 from pathlib import Path
@@ -10,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.vlmr1.report.test_report import Page
-from vlmr1.report.cases import Case, LabelledBox, choose, picture, write_cases
+from tests.helpers.pages import Page
+from vlmr1.report.cases import Case, LabelledBox, choose, write_cases
 from vlmr1.types import Sample
 
 EVIL = "<script>alert('x')</script> & \"quoted\""
@@ -35,22 +33,16 @@ def page(folder, *cases, count=12) -> tuple[str, Page]:
     return text, Page(text)
 
 
-def test_everything_is_escaped(image, tmp_path):
+def test_everything_is_escaped_and_nothing_is_fetched(image, tmp_path):
     box = LabelledBox(EVIL, (10.0, 20.0, 300.0, 400.0))
     text, found = page(
-        tmp_path,
-        Case(sample(image), EVIL, 0.5, (box,), (box,)),
-        Case(sample(image), EVIL, 1.0, solution=EVIL),
+        tmp_path, Case(sample(image), EVIL, 0.5, (box,), (box,)), Case(sample(image), EVIL, 1.0, solution=EVIL)
     )
     assert found.of("script") == [] and "<script>alert" not in text
     said = "".join(found.words)
     assert (
         said.count(EVIL) == 1 + 1 + 3 + 2 * 3 + 2 + 1
     )  # title twice, table, question, source, completion, labels, solution
-
-
-def test_nothing_is_fetched(image, tmp_path):
-    text, found = page(tmp_path, Case(sample(image), "", 0.5))
     assert all(each["src"].startswith("data:image/") for each in found.of("img"))
     assert "http://" not in text and "https://" not in text and "url(" not in text and found.of("link") == []
 
@@ -68,15 +60,6 @@ def test_boxes_are_in_pixels_of_the_file_and_the_image_is_smaller(image, tmp_pat
     (uri,) = [each["src"] for each in found.of("img")]
     with Image.open(io.BytesIO(b64decode(uri.partition(",")[2]))) as shown:
         assert (shown.format, shown.size) == ("JPEG", (448, 224))
-
-
-def test_small_images_keep_every_pixel(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "small.png")
-    small = picture(tmp_path / "small.png", "a:1")
-    assert small.uri.startswith("data:image/png;base64,") and small.size == (60, 40) and small.crisp
-    with Image.open(io.BytesIO(b64decode(small.uri.partition(",")[2]))) as shown:
-        np.testing.assert_array_equal(np.asarray(shown), pixels)
 
 
 def test_all_images_of_a_row(image, tmp_path):

@@ -1,7 +1,5 @@
 """Average precision of a data set: by hand, against pycocotools called on files, and its bootstrap samples."""
 
-from __future__ import annotations
-
 import io
 import json
 from contextlib import redirect_stdout
@@ -135,7 +133,7 @@ def test_against_pycocotools_on_files(seed, tmp_path):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_replicates_are_those_of_the_repeated_images(seed):
-    """Of the first draws: a data set in which each image stands as often as it was drawn."""
+    """For the first draws: a data set in which each image stands as often as it was drawn."""
     images = random_images(seed, count=6)
     # Distinct scores: among equal ones, the boxes of an image that stands twice would change places.
     images = [

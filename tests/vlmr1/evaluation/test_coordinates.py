@@ -1,8 +1,5 @@
 """Predicted boxes in pixels of the upright file, whatever a family writes and its processor makes of the image."""
 
-from __future__ import annotations
-
-import io
 import json
 from pathlib import Path
 
@@ -12,13 +9,12 @@ from PIL import Image
 
 from tests.helpers.families import build
 from vlmr1.data.image_grid import PatchGrid
-from vlmr1.data.images import upright_size
-from vlmr1.errors import DataError, SettingError
+from vlmr1.errors import SettingError
 from vlmr1.evaluation.decode import Decoder
 from vlmr1.evaluation.records import Record
 from vlmr1.evaluation.tasks import score_task
 from vlmr1.models import load_model, load_processor
-from vlmr1.types import Completion, Group, ImageBytes, Sample
+from vlmr1.types import Completion, Group, Sample
 
 TRUE = (10.0, 20.0, 90.0, 60.0)
 
@@ -68,19 +64,6 @@ def test_a_resized_image(model, processor, tmp_path):
     assert mean_iou(as_written, image, TRUE) == 1.0 and mean_iou(as_written, image, written) < 0.8
 
 
-def test_an_image_that_keeps_its_size_is_compared_as_written(model, processor, tmp_path):
-    record = record_of(model, processor, write(tmp_path / "kept.png", (112, 84)))
-    assert record.image_size == record.box_extent == (112, 84)
-
-
-def test_thousandths(model, processor, tmp_path):
-    image = write(tmp_path / "kept.png", (112, 84))
-    record = record_of(model, processor, image, "thousand")
-    assert record.box_extent == (1000, 1000)
-    written = (TRUE[0] / 0.112, TRUE[1] / 0.084, TRUE[2] / 0.112, TRUE[3] / 0.084)
-    assert mean_iou(record, image, written) == pytest.approx(1.0, abs=1e-12)
-
-
 @pytest.mark.parametrize("orientation", [1, 3, 6])
 def test_a_turned_image_is_measured_upright(orientation, model, processor, tmp_path):
     """The file of 600 x 400 is looked at as 400 x 600 where its orientation says so."""
@@ -97,20 +80,6 @@ def test_an_enlarged_image_keeps_the_pixels_of_its_file(model, processor, tmp_pa
     record = record_of(model, processor, image)
     assert (record.image_size, record.box_extent) == ((14, 14), (56, 56))
     assert mean_iou(record, image, (8, 8, 24, 24), box=(2, 2, 6, 6)) == 1.0
-
-
-def test_image_bytes():
-    buffer = io.BytesIO()
-    Image.new("RGB", (30, 20)).save(buffer, "PNG")
-    assert upright_size(ImageBytes.of(buffer.getvalue(), "x"), "a:1") == (30, 20)
-    with pytest.raises(DataError, match=r"^a:1: image x cannot be decoded"):
-        upright_size(ImageBytes.of(b"no image", "x"), "a:1")
-
-
-def test_a_tiff_turns_itself(tmp_path):
-    pixels = Image.new("RGB", (30, 20))
-    pixels.save(tmp_path / "a.tiff", tiffinfo={274: 6})
-    assert upright_size(tmp_path / "a.tiff", "a:1") == (20, 30)
 
 
 FAMILIES = {"qwen3_vl": (1000, 1000), "glm4v": (1000, 1000), "internvl": (1000, 1000), "idefics3": (75, 133)}

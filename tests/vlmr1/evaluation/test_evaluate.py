@@ -1,7 +1,5 @@
 """`vlmr1 evaluate` from end to end on the embedded model: the same bytes elsewhere, interrupted, by two ranks."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
@@ -170,7 +168,7 @@ def test_changed_data_are_refused(whole, data, tmp_path, capsys):
 
 
 def test_a_changed_model_is_refused(data, tmp_path, capsys):
-    """The same name, other weights."""
+    """Equal name, other weights."""
     folder = tmp_path / "model"
     model = load_model(CHECKPOINT)
     model.save_pretrained(folder)

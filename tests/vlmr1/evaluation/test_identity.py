@@ -1,7 +1,5 @@
 """What a model's digest covers."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -41,17 +39,17 @@ def test_each_file_counts(name, tmp_path):
 
 
 def test_the_base_of_an_adapter_counts(tmp_path):
-    family = tmp_path / "adapter"
-    family.mkdir()
-    save_file({"lora": torch.ones(3)}, family / "adapter_model.safetensors")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    save_file({"lora": torch.ones(3)}, adapter / "adapter_model.safetensors")
     base = save(tmp_path / "base")
     config = {"base_model_name_or_path": str(base), "r": 8}
-    (family / "adapter_config.json").write_text(json.dumps(config))
-    seen = {model_digest(family)}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    seen = {model_digest(adapter)}
     save(base, "b")
-    seen.add(model_digest(family))
-    (family / "adapter_config.json").write_text(json.dumps(config | {"r": 16}))
-    seen.add(model_digest(family))
+    seen.add(model_digest(adapter))
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"r": 16}))
+    seen.add(model_digest(adapter))
     assert len(seen) == 3
 
 

@@ -1,7 +1,5 @@
 """Completions on disk: half lines, whole batches, files of several ranks."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """Rows that a run evaluates: what its box metrics cannot read is found before training."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

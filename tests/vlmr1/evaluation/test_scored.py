@@ -1,13 +1,12 @@
 """Records -> metrics of each task, with numbers worked out by hand."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from vlmr1.evaluation.rec import RecResult, score_rec
 from vlmr1.evaluation.records import Record
 from vlmr1.evaluation.tasks import score_task
 from vlmr1.rewards.settings import RewardSettings
@@ -60,10 +59,7 @@ A, B = (0, 0, 10, 10), (20, 0, 30, 10)
 def test_ovd():
     """Labels a and b have true boxes; c is asked for and has none; zebra is not known."""
     samples = [sample(boxes(("a", A), ("b", B)), labels=["A", "b", "c"]), sample("None", labels=["A", "b", "c"])]
-    records = [
-        record(0, boxes(("b", A), ("a", A), ("b", B), ("zebra", A))),
-        record(1, boxes(("c", A))),
-    ]
+    records = [record(0, boxes(("b", A), ("a", A), ("b", B), ("zebra", A))), record(1, boxes(("c", A)))]
     scored = score_task("ovd", samples, records)
     found = values(scored)
     # AP: a is right, of b the first box is false; NMS-AP: the first box on A is b's, so a's is removed.
@@ -118,3 +114,34 @@ def test_clicks_are_compared_in_the_models_coordinates():
     samples = [sample("[10, 10, 20, 20]")] * 2
     records = [record(0, "(150, 150)", extent=(1000, 1000)), record(1, "(15, 15)", extent=(1000, 1000))]
     assert [case.score for case in score_task("vqa", samples, records, rewards=rewards).cases] == [1.0, 0.0]
+
+
+# Shares and means over known boxes
+
+
+SOLUTION = "<answer>[0, 0, 10, 10]</answer>"
+
+
+def test_score_rec():
+    texts = [
+        "<think>a</think><answer>[0, 0, 10, 10]</answer>",  # 1
+        "<think>a</think><answer>[5, 0, 15, 10]</answer>",  # 1/3
+        "<answer>[0, 0, 10, 5]</answer>",  # 0.5: not above it
+        "<answer>[0, 0, 10, 5.1]</answer>",  # 0.51
+        "<think>a</think><answer>[10, 10, 0, 0]</answer>",  # inverted
+        "<think>a</think><answer>here</answer>",
+        "",
+        "<answer>[0, 0, 10, 10]",
+    ]
+    result = score_rec(texts, [SOLUTION] * 8)
+    assert result.ious == pytest.approx((1, 1 / 3, 0.5, 0.51, 0, 0, 0, 0))
+    assert result.accuracy == 2 / 8
+    assert result.mean_iou == pytest.approx((1 + 1 / 3 + 0.5 + 0.51) / 8)
+    assert result.format_share == 4 / 8
+    assert result.parse_failure_share == 3 / 8
+
+
+def test_each_text_meets_its_own_solution():
+    solutions = ["[0, 0, 2, 2]", '{"bbox_2d": [10, 10, 20, 20]}']
+    result = score_rec([f"<answer>{solution}</answer>" for solution in solutions], solutions)
+    assert result == RecResult((1.0, 1.0), accuracy=1.0, mean_iou=1.0, format_share=0.0, parse_failure_share=0.0)

@@ -1,7 +1,5 @@
 """Groups without signal give way to groups of other prompts: which, in which order, how often, and after a resume."""
 
-from __future__ import annotations
-
 import shutil
 import threading
 from dataclasses import replace
@@ -11,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.vlmr1.grpo.test_trainer import trainer_of
-from tests.vlmr1.lifecycle.test_resume import command, weights
+from tests.helpers.digit_runs import command, weights
+from tests.helpers.trainers import trainer_of
 from vlmr1.cli import main
+from vlmr1.grpo.buffer import ROLLOUTS
 from vlmr1.grpo.dynamic_sampling import RESERVOIR, PromptReservoir, has_equal_rewards, resample
 from vlmr1.grpo.reference import REFERENCE
 from vlmr1.report.progress import read_metrics
@@ -208,18 +207,12 @@ def run_of(model: Any, processor: Any, output: Path, **settings: Any) -> Any:
     return trainer
 
 
-def test_off_leaves_groups_without_signal(model, processor, tmp_path):
-    trainer = run_of(model, processor, tmp_path)
-    trainer.train()
-    row = trainer.state.log_history[0]
-    assert 0 < row["zero_variance_groups"] < 1
-    assert not [name for name in row if "dynamic_sampling" in name]
-
-
 def test_a_run_trains_on_groups_with_signal(model, processor, tmp_path, monkeypatch):
     """The first round is that of a run without; the next ones draw other prompts, from other random numbers."""
     plain = run_of(model, processor, tmp_path / "plain")
     plain.train()
+    row = plain.state.log_history[0]
+    assert 0 < row["zero_variance_groups"] < 1 and not [name for name in row if "dynamic_sampling" in name]
     trainer = run_of(model, processor, tmp_path / "dynamic", dynamic_sampling=True, dynamic_sampling_max_rounds=8)
     asked, generate = [], trainer.engine.generate
 
@@ -248,15 +241,20 @@ def test_a_run_trains_on_groups_with_signal(model, processor, tmp_path, monkeypa
     )
 
 
+# Resumed
+
 REWARD = """
 def some(prompts, completions, completion_ids, solution, **columns):
     return [float(sum(ids) % 7) * (sum(map(ord, text)) % 2) for ids, text in zip(completion_ids, solution)]
 """
 RESUMED = {
+    "buffer": [],
+    "buffer, frozen tower": ["--freeze_vision", "true"],
+    "buffer, recompute": ["--old_logprobs", "recompute"],
     "dynamic sampling": ["--dynamic_sampling", "true", "--reward_funcs", "{folder}/mine.py:some"],
     "a reference that follows": [
         *("--sync_ref_model", "true", "--ref_model_sync_steps", "2", "--ref_model_mixup_alpha", "0.5"),
-        *("--kl_in_reward", "true", "--steps_per_generation", "2", "--num_iterations", "2"),
+        *("--kl_in_reward", "true"),
     ],
 }
 
@@ -264,25 +262,30 @@ RESUMED = {
 @pytest.mark.slow
 @pytest.mark.parametrize("more", RESUMED.values(), ids=RESUMED.keys())
 def test_a_run_goes_on_bit_equal(more, tmp_path):
-    """From checkpoint 2 of 6, which is within the third round of the reservoir or of a buffer."""
+    """From checkpoint 2 of 6, which is within the third round of the reservoir, or the second of four updates on the
+    first generation."""
     digits.write(tmp_path, "train", 12, seed=3)
     (tmp_path / "mine.py").write_text(REWARD)
     words = [word.format(folder=tmp_path) for word in more] + ["--save_total_limit", "5", "--temperature", "1.5"]
+    kept = RESERVOIR if "--dynamic_sampling" in more else REFERENCE if "--sync_ref_model" in more else ROLLOUTS
+    if kept != RESERVOIR:
+        words += ["--steps_per_generation", "2", "--num_iterations", "2"]
     whole, again = tmp_path / "whole", tmp_path / "again"
     assert main(command(tmp_path, whole, *words)) == 0
     again.mkdir()
     shutil.copy(whole / "settings.json", again)
     shutil.copytree(whole / "checkpoint-2", again / "checkpoint-2")
-    kept = RESERVOIR if "--dynamic_sampling" in more else REFERENCE
     assert (whole / "checkpoint-2" / kept).exists()
+    assert kept != ROLLOUTS or not (whole / "checkpoint-4" / kept).exists()
     assert main(command(tmp_path, again, *words)) == 0
     expected, found, before = weights(whole), weights(again), weights(whole, 2)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert any(not torch.equal(before[name], expected[name]) for name in expected)
     histories = [[{k: v for k, v in row.items() if timeless(k)} for row in read_metrics(run)] for run in (whole, again)]
     assert histories[1] == histories[0][2:]
-    last = [(run / "checkpoint-6" / kept).read_bytes() for run in (whole, again)]
-    assert last[0] == last[1] != (whole / "checkpoint-2" / kept).read_bytes()
+    if kept != ROLLOUTS:  # which hold what was measured too
+        last, other = ((run / "checkpoint-6" / kept).read_bytes() for run in (whole, again))
+        assert last == other != (whole / "checkpoint-2" / kept).read_bytes()
     if kept == RESERVOIR:
         assert sum(row["dynamic_sampling/groups_replaced"] for row in histories[0]) > 0
 

@@ -1,7 +1,5 @@
 """The whole step against each objective written out in float64, and what enters rewards and weights."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.helpers.handmade import group, prompt
+from tests.helpers.maker import Maker
+from tests.helpers.steps import near_the_policy
+from tests.helpers.trainers import relative, trainer_of
 from tests.helpers.updates import as_drawn
-from tests.vlmr1.conftest import Maker
-from tests.vlmr1.grpo.test_packing import group, prompt
-from tests.vlmr1.grpo.test_step_oracle import near_the_policy
-from tests.vlmr1.grpo.test_trainer import relative, trainer_of
 from vlmr1.distributed.ranks import ALONE
 from vlmr1.errors import SettingError
 from vlmr1.grpo.advantages import with_advantages
@@ -62,47 +60,33 @@ def bonus(logp: Tensor, entropy: Tensor, engine: Tensor, advantage: Tensor) -> T
     return plain(logp, entropy, engine, advantage) - 0.3 * entropy
 
 
-def corrected(logp: Tensor, engine: Tensor, advantage: Tensor, mode: str) -> Tensor:
+def corrected(mode: str) -> Any:
     """Recomputed old log-probs: the ratio is 1, and the weight is of policy over engine."""
-    old = logp.detach()
-    difference = old - engine
-    ratio = (difference.sum().expand(len(old)) if mode.startswith("sequence") else difference).exp()
-    weight = ratio.clamp(max=CAP) if mode.endswith("truncate") else torch.where(ratio > CAP, 0.0, ratio)
-    return weight * clipped((logp - old).exp(), advantage)
 
+    def objective(logp: Tensor, entropy: Tensor, engine: Tensor, advantage: Tensor) -> Tensor:
+        old = logp.detach()
+        difference = old - engine
+        ratio = (difference.sum().expand(len(old)) if mode.startswith("sequence") else difference).exp()
+        weight = ratio.clamp(max=CAP) if mode.endswith("truncate") else torch.where(ratio > CAP, 0.0, ratio)
+        return weight * clipped((logp - old).exp(), advantage)
 
-def token_truncate(logp: Tensor, entropy: Tensor, engine: Tensor, advantage: Tensor) -> Tensor:
-    return corrected(logp, engine, advantage, "token_truncate")
-
-
-def token_mask(logp: Tensor, entropy: Tensor, engine: Tensor, advantage: Tensor) -> Tensor:
-    return corrected(logp, engine, advantage, "token_mask")
-
-
-def sequence_truncate(logp: Tensor, entropy: Tensor, engine: Tensor, advantage: Tensor) -> Tensor:
-    return corrected(logp, engine, advantage, "sequence_truncate")
-
-
-def sequence_mask(logp: Tensor, entropy: Tensor, engine: Tensor, advantage: Tensor) -> Tensor:
-    return corrected(logp, engine, advantage, "sequence_mask")
+    objective.__name__ = mode
+    return objective
 
 
 def correction(mode: str) -> dict[str, Any]:
-    return {
-        "importance_sampling_correction": mode,
-        "importance_sampling_cap": CAP,
-        "old_logprobs": "recompute",
-    }
+    return {"importance_sampling_correction": mode, "importance_sampling_cap": CAP, "old_logprobs": "recompute"}
 
 
+CORRECTED = [corrected(mode) for mode in ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")]
 SETTINGS = {
     plain: {},
     delta: {"delta": 1.3},
     sequence: {"importance_sampling_level": "sequence"},
     bonus: {"entropy_coef": 0.3},
-    **{each: correction(each.__name__) for each in (token_truncate, token_mask, sequence_truncate, sequence_mask)},
+    **{each: correction(each.__name__) for each in CORRECTED},
 }
-SETTINGS_DAPO = {each: {**SETTINGS[each], "loss_type": "dapo"} for each in (sequence, bonus, sequence_mask)}
+SETTINGS_DAPO = {each: {**SETTINGS[each], "loss_type": "dapo"} for each in (sequence, bonus, CORRECTED[-1])}
 
 
 def generated(trainer: Any, groups: list[Group]) -> Minibatch:
@@ -121,7 +105,7 @@ def of_the_trainer(trainer: Any, groups: list[Group]) -> tuple[float, dict[str, 
 
 
 def written_out(objective: Any, trainer: Any, groups: list[Group], dapo: bool) -> tuple[float, dict[str, Tensor]]:
-    """The same from the naive forward's log-probs and entropies, the loss in float64."""
+    """Equal from the naive forward's log-probs and entropies, the loss in float64."""
     rows = plan_packs(with_advantages(groups, [1.0], "group"), tokens_per_pack=0, share_prompt=False, pack=False)
     naive = NaivePolicy(trainer.model, trainer.family, temperature=1.0)
     trainer.model.zero_grad()
@@ -232,11 +216,7 @@ def test_the_ratio_is_of_the_full_distribution(model, processor, tmp_path):
 
 # The KL in the reward
 
-ESTIMATORS = {
-    "k1": lambda d: -d,
-    "k2": lambda d: d**2 / 2,
-    "k3": lambda d: d.exp() - d - 1,
-}
+ESTIMATORS = {"k1": lambda d: -d, "k2": lambda d: d**2 / 2, "k3": lambda d: d.exp() - d - 1}
 
 
 def judged(groups: list[Group], old: Tensor, ref: Tensor, estimator: str, split: int) -> list[Group]:

@@ -1,7 +1,5 @@
 """Memory that runs out in a pass: the step is made again in smaller packs, and is the same step."""
 
-from __future__ import annotations
-
 import copy
 import json
 import weakref
@@ -12,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers.maker import Maker
+from tests.helpers.steps import assert_equal_steps
+from tests.helpers.trainers import trainer_of
 from tests.helpers.updates import as_drawn
-from tests.vlmr1.conftest import Maker
-from tests.vlmr1.grpo.test_step_oracle import assert_equal_steps
-from tests.vlmr1.grpo.test_trainer import trainer_of
 from vlmr1.config import GRPOConfig
 from vlmr1.errors import SettingError
 from vlmr1.grpo.pack_budget import BUDGET, PackBudget, PackTooLarge, catch_oom

@@ -1,33 +1,17 @@
 """Packs written out by hand, the plans of a token budget, and the padded batch as the pack's inverse."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.helpers.handmade import group, prompt
 from vlmr1.grpo.naive import padded
 from vlmr1.grpo.packing import dummy_pack, make_pack, plan_packs, repeated_prompt_tokens, with_signal
 from vlmr1.models.features import unique_images
-from vlmr1.types import Completion, Group, Pack, Prompt, Sample
+from vlmr1.types import Completion, Group, Pack
 from vlmr1_kernels import PrefixLayout
-
-
-def prompt(length: int, images: tuple[str, ...] = (), start: int = 100, positions: list | None = None) -> Prompt:
-    paths = tuple(Path(name) for name in images)
-    inputs = tuple({"pixel_values": torch.tensor([start + i])} for i in range(len(images)))
-    rows = torch.arange(length).expand(3, -1) if positions is None else torch.tensor(positions)
-    return Prompt(Sample([], paths, "", "", 0), start + torch.arange(length), rows, inputs)
-
-
-def group(of: Prompt, *lengths: int, start: int = 1000) -> Group:
-    """Completion i holds start + 100 i, start + 100 i + 1, ...; its log-probs are minus its tokens."""
-    tokens = [start + 100 * i + torch.arange(length) for i, length in enumerate(lengths)]
-    completions = tuple(Completion(t, -t.float(), -2 * t.float(), str(i), "stop") for i, t in enumerate(tokens))
-    count = torch.arange(float(len(lengths)))
-    return Group(of, completions, torch.stack([count, -count], 1), 10 * count)
 
 
 def pixels(pack: Pack) -> list[int]:
@@ -98,12 +82,7 @@ PLANS = {
     "no pack": ([(2, 2), (2, 2)], 99, {"pack": False}, [["100:01"], ["200:01"]]),
     "no pack, split": ([(6, 6, 6)], 22, {"pack": False}, [["100:01"], ["100:2"]]),
     "no shared prompt": ([(3, 3), (3,)], 24, {"share_prompt": False}, [["100:0", "100:1"], ["200:0"]]),
-    "naive": (
-        [(3, 1), (9, 4)],
-        24,
-        {"share_prompt": False, "pack": False},
-        [["100:0", "100:1"], ["200:0", "200:1"]],
-    ),
+    "naive": ([(3, 1), (9, 4)], 24, {"share_prompt": False, "pack": False}, [["100:0", "100:1"], ["200:0", "200:1"]]),
 }
 
 

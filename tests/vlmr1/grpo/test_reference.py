@@ -1,14 +1,12 @@
 """The reference model: what it owns, how it follows the policy, and what a checkpoint holds of it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.vlmr1.grpo.test_trainer import trainer_of
+from tests.helpers.trainers import trainer_of
 from vlmr1.errors import SettingError
 from vlmr1.grpo.reference import REFERENCE, SyncReference
 

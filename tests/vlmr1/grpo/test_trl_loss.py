@@ -7,8 +7,6 @@ an instance made by `__new__` with the attributes that they read. Replaced are t
 setting does here.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -116,11 +114,7 @@ def trl_loss(logp: Tensor, ref: Tensor, groups: list[Group], config: GRPOConfig)
     trainer: Any = trl.GRPOTrainer.__new__(trl.GRPOTrainer)
     gspo = config.loss_type == "gspo"
     vars(trainer).update(
-        _get_per_token_logps_and_entropies=lambda *_, **__: (
-            padded(logp),
-            padded(torch.ones_like(logp)),
-            None,
-        ),
+        _get_per_token_logps_and_entropies=lambda *_, **__: (padded(logp), padded(torch.ones_like(logp)), None),
         loss_type="grpo" if gspo else config.loss_type,
         importance_sampling_level="sequence" if gspo else config.importance_sampling_level or "token",
         beta=config.beta,

@@ -2,8 +2,6 @@
 
 `make test` has five of these, `make soak` all."""
 
-from __future__ import annotations
-
 import os
 import random
 import shutil

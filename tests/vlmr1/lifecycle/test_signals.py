@@ -1,7 +1,5 @@
 """SIGTERM, SIGUSR1, Ctrl-C: a checkpoint at the end of the step, a message, the exit status that shells expect."""
 
-from __future__ import annotations
-
 import os
 import signal
 from functools import partial
@@ -18,6 +16,7 @@ from vlmr1.lifecycle.checkpoint import STAGING, last_complete
 
 pytestmark = pytest.mark.slow  # seconds each
 SELF = "os.kill(os.getpid(), signal.{})".format
+WITHIN = "import vlmr1.lifecycle.signals; vlmr1.lifecycle.signals.DUPLICATE_S"
 TELL_ALL = "[os.kill(pid, signal.SIGTERM) for pid in [*children(), os.getpid()]]"
 NO_READER = "read, write = os.pipe(); os.close(read); os.dup2(write, 1); os.dup2(write, 2)"
 EVERY = ["--logging_steps", "2", "--save_total_limit", "0"]
@@ -54,7 +53,7 @@ def test_a_signal_ends_the_run_after_its_step(name, shown, more, data, undisturb
     twice = At("os.rename", "out/checkpoint-3/", kill, count=2, argument=1)
     status, text = finish(command(data, output, *more), tmp_path / "log", twice)
     assert status == 128 + signal.Signals[name], text
-    assert text.endswith(f"vlmr1: stopped by {shown} after step 3 of 6; run the same command to resume\n"), text
+    assert f"vlmr1: stopped by {shown} after step 3 of 6; run the same command to resume\n" in text, text
     assert text.count("stopping after this step") == 1 and "Traceback" not in text
     assert last_complete(output) == output / "checkpoint-3" and (output / "checkpoint-3" / ROLLOUTS).exists()
     assert_whole(output, undisturbed)
@@ -75,7 +74,7 @@ def test_a_signal_while_a_checkpoint_is_written(data, tmp_path):
 
 def test_a_second_signal_ends_it_at_once(data, tmp_path):
     """A repetition within a second does not count: terminals and launchers both send it."""
-    during(data, 1, f"{SELF('SIGTERM')}; {SELF('SIGTERM')}; time.sleep(1.2); {SELF('SIGTERM')}")
+    during(data, 1, f"{WITHIN}=1e9; {SELF('SIGTERM')}; {SELF('SIGTERM')}; {WITHIN}=0; {SELF('SIGTERM')}")
     run = start(command(data, tmp_path / "out"), tmp_path / "log")
     assert run.status() == -signal.SIGTERM
     assert run.output.count("send it again to stop at once") == 2 and "Traceback" not in run.output
@@ -94,7 +93,8 @@ def test_ctrl_c_in_another_command(data, tmp_path):
     words = ["evaluate", "--model", "tiny", "--data", str(data / "train.jsonl"), "--images", str(data / "images")]
     words += ["--task", "rec", "--output_dir", str(tmp_path / "out")]
     at = At("open", "tiny/checkpoint/config.json", partial(send, signal.SIGINT))
-    assert finish(words, tmp_path / "log", at) == (130, "vlmr1: stopped by Ctrl-C\n")
+    status, text = finish(words, tmp_path / "log", at)
+    assert status == 130 and "vlmr1: stopped by Ctrl-C\n" in text and "Traceback" not in text, text
 
 
 def send(number: int, _path: Path) -> None:
@@ -130,7 +130,7 @@ def test_ranks_stop_at_the_same_step(tmp_path):
     ranks = [call(rank_of_two, rank, tmp_path / "meeting", log=tmp_path / f"{rank}.log") for rank in range(2)]
     assert [run.status() for run in ranks] == [143, 143], [run.output for run in ranks]
     said = "stopped by SIGTERM after step 2 of 4; run the same command to resume"
-    assert [run.output.splitlines()[-1] for run in ranks] == [said, said]
+    assert all(said in run.output.splitlines() for run in ranks)
 
 
 def rank_of_two(rank: int, meeting: Path) -> int:

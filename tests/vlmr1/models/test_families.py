@@ -1,8 +1,6 @@
 """Every model family, in a tiny random instance: what is shared gives the same step as the naive trainer, the same
 tokens as `generate`, and the same logits as the stock forward."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +11,8 @@ import torch
 from PIL import Image
 
 from tests.helpers.families import FAMILIES, GLM_IMAGES, ROWS_AND_COLUMNS, build
-from tests.vlmr1.conftest import Maker
-from tests.vlmr1.grpo.test_step_oracle import NAIVE, assert_equal_steps, step
+from tests.helpers.maker import Maker
+from tests.helpers.steps import NAIVE, assert_equal_steps, step
 from vlmr1.cli import main
 from vlmr1.config import GRPOConfig
 from vlmr1.data.images import open_image
@@ -223,7 +221,7 @@ def test_logits_and_positions_equal_the_stock_forward(sizes, make, model, proces
 
 
 def test_images_alone_and_together(make, model, processor):
-    """The same rows; their numbers are those of the placeholders."""
+    """Equal rows; their numbers are those of the placeholders."""
     family = family_of(model)
     prompts = [make.prompt("Where?", tuple(SIZES)), *(make.prompt("Where?", (name,)) for name in SIZES)]
     with torch.no_grad():
@@ -311,10 +309,7 @@ PLACEHOLDERS = {
     "qwen2_vl": ({"<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"},) * 2,
     "glm4v": (set(GLM_IMAGES),) * 2,
     "internvl": ({"<IMG_CONTEXT>"}, {"<IMG_CONTEXT>", "<img>", "</img>", "<video>"}),
-    "idefics3": (
-        {"<image>"},
-        {"<image>", "<fake_token_around_image>", "<global-img>", *ROWS_AND_COLUMNS},
-    ),
+    "idefics3": ({"<image>"}, {"<image>", "<fake_token_around_image>", "<global-img>", *ROWS_AND_COLUMNS}),
 }
 PLACEHOLDERS |= {"qwen2_5_vl": PLACEHOLDERS["qwen2_vl"], "qwen3_vl": PLACEHOLDERS["qwen2_vl"]}
 PLACEHOLDERS["smolvlm"] = PLACEHOLDERS["idefics3"]

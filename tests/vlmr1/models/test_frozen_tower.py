@@ -1,15 +1,10 @@
 """A frozen tower encodes an image once a step, for rollout, reference and policy; a trained one does not share."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
-import torch
 
-from tests.vlmr1.grpo.test_trainer import gradients, relative, trainer_of
-
-ROLLOUT_REFERENCE_POLICY = 3
+from tests.helpers.trainers import gradients, relative, trainer_of
 
 
 def count_encodings(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -25,20 +20,12 @@ def count_encodings(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
-def test_encodings_of_a_step(frozen, model, processor, tmp_path, monkeypatch):
-    trainer = trainer_of(model, processor, tmp_path, freeze_vision=frozen)
-    calls = count_encodings(trainer, monkeypatch)
-    trainer.train()
-    assert [count for count in calls if count] == [2] * (1 if frozen else ROLLOUT_REFERENCE_POLICY)
-    assert trainer.features is None or trainer.features.kept == {}  # freed after the step
-
-
 def test_next_step_encodes_again(model, processor, tmp_path, monkeypatch):
     trainer = trainer_of(model, processor, tmp_path, freeze_vision=True, max_steps=2)
     calls = count_encodings(trainer, monkeypatch)
     trainer.train()
     assert [count for count in calls if count] == [2, 2]
+    assert trainer.features is not None and trainer.features.kept == {}  # freed after each step
 
 
 def test_without_share_vision_nothing_is_kept(model, processor, tmp_path, monkeypatch):
@@ -62,14 +49,3 @@ def test_kept_features_change_nothing(model, processor, make, tmp_path):
     make.random.manual_seed(0)
     loss_, other = gradients(plain, make)
     assert loss == pytest.approx(loss_, rel=1e-6) and relative(one, other) < 1e-6
-
-
-def test_the_reference_owns_only_what_is_trained(model, processor, tmp_path):
-    trainer = trainer_of(model, processor, tmp_path, freeze_vision=True)
-    assert trainer.reference is not None
-    policy = dict(trainer.model.named_parameters())
-    for name, parameter in trainer.reference.model.named_parameters():
-        assert not parameter.requires_grad
-        assert (parameter.data_ptr() == policy[name].data_ptr()) == ("visual" in name), name
-        assert torch.equal(parameter, policy[name])
-    assert any("visual" in name for name in policy)

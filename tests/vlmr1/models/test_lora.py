@@ -1,10 +1,7 @@
 """LoRA in every model family: the shared step is the naive step, rollouts draw from the adapted model, and the
 reference is the model without its adapter."""
 
-from __future__ import annotations
-
 import copy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +11,17 @@ import torch
 from PIL import Image
 
 from tests.helpers.families import FAMILIES, build
-from tests.helpers.updates import update
-from tests.vlmr1.conftest import Maker
-from tests.vlmr1.grpo.test_step_oracle import NAIVE, assert_equal_steps
+from tests.helpers.lora_steps import LORA, assert_rollouts_are_adapted, step, trainer_of
+from tests.helpers.maker import Maker
+from tests.helpers.steps import NAIVE, assert_equal_steps
 from vlmr1.config import GRPOConfig
 from vlmr1.errors import SettingError
 from vlmr1.grpo.packing import make_pack
-from vlmr1.grpo.policy import PackedPolicy
 from vlmr1.grpo.trainer import GRPOTrainer
 from vlmr1.models import family_of, load_model, load_processor
-from vlmr1.models.lora import base_of, merged, with_lora
+from vlmr1.models.lora import merged, with_lora
 from vlmr1.models.settings import ParameterSettings
-from vlmr1.rollout import NativeEngine, SamplingSettings, TransformersEngine
 from vlmr1.types import Group
-
-LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8}
 
 
 @pytest.fixture(scope="module")
@@ -69,27 +62,6 @@ def groups_of(make: Maker) -> list[Group]:
         make.group(make.prompt("What is seven?"), (4, 9)),
         make.group(make.prompt("Locate the digit 2.", ("middle", "wide")), (5, 1, 7)),
     ]
-
-
-def perturb(model: Any, scale: float = 0.1) -> None:
-    """Adapters begin as nothing, with half of their gradients zero; these have learned something."""
-    generator = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += scale * torch.randn(parameter.shape, generator=generator)
-
-
-def trainer_of(model: Any, processor: Any, output: Path, **settings: Any) -> GRPOTrainer:
-    config = GRPOConfig(output_dir=str(output), use_cpu=True, num_generations=2, max_completion_length=12, **settings)
-    trainer = GRPOTrainer(copy.deepcopy(model), config, [], processor, reward_funcs=["format"])
-    perturb(trainer.model)
-    return trainer
-
-
-def step(trainer: GRPOTrainer, groups: list[Group]) -> tuple[float, dict, dict]:
-    """Loss, metrics and gradients by name of one update."""
-    loss, metrics = update(trainer, groups)
-    return float(loss), metrics, {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
 
 
 # The step
@@ -189,22 +161,8 @@ def _spy(needs: list) -> Any:
 
 
 def test_rollouts_draw_from_the_adapted_model(make, model, processor, tmp_path):
-    """Greedy: the tokens that `generate` gives with the adapter, which are not those without it."""
-    prompts = [make.prompt("Locate the digit 7.", ("wide",)), make.prompt("What is seven?")]
-    family, settings = family_of(model), SamplingSettings(12, greedy=True)
-
-    def tokens(engine: type, of: Any) -> list[list[int]]:
-        groups = engine(of, family, processor.tokenizer).generate(prompts, 2, settings)
-        return [completion.token_ids.tolist() for group in groups for completion in group.completions]
-
-    without = tokens(NativeEngine, model)
-    trainer = trainer_of(model, processor, tmp_path, **LORA)
-    found = tokens(NativeEngine, trainer.policy.model)
-    assert found == tokens(TransformersEngine, trainer.policy.model) and found != without
-    groups = trainer.rollout(prompts)
-    drawn = torch.cat([completion.logp for group in groups for completion in group.completions])
-    pack = make_pack([replace(group, advantages=torch.zeros(2)) for group in groups])
-    torch.testing.assert_close(trainer.policy.logprobs(pack), drawn, rtol=1e-4, atol=1e-4)
+    trainer = trainer_of(model, processor, tmp_path, **LORA)  # of a copy
+    assert_rollouts_are_adapted(make, model, processor, trainer, ("wide",))
 
 
 @pytest.mark.parametrize(
@@ -266,16 +224,6 @@ def test_first_weights_follow_from_the_seed(model, tmp_path):
         return next(p.detach() for n, p in lora.named_parameters() if "lora_A" in n)
 
     assert torch.equal(first(1), first(1)) and not torch.equal(first(1), first(2))
-
-
-@one_family()
-def test_before_training_the_model_is_the_base(make, model, processor, tmp_path):
-    pack = make_pack(groups_of(make))
-    expected = PackedPolicy(model, family_of(model), temperature=1.0).logprobs(pack)
-    config = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, **LORA)
-    trainer = GRPOTrainer(model, config, [], processor, reward_funcs=["format"])
-    assert base_of(trainer.model) is model
-    assert torch.equal(trainer.policy.logprobs(pack), expected)
 
 
 NOT_MODULES = {

@@ -1,7 +1,5 @@
 """Checkpoints that hold an adapter: small, resumed bit for bit, evaluated and merged."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import signal
@@ -12,25 +10,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.vlmr1.conftest import Maker
-from tests.vlmr1.lifecycle.test_resume import STEPS, command, start_with
+from tests.helpers.digit_runs import STEPS, command, start_with
+from tests.helpers.maker import Maker
 from vlmr1.cli import main
 from vlmr1.commands.merge import merge
 from vlmr1.errors import SettingError
 from vlmr1.grpo.packing import make_pack
 from vlmr1.grpo.policy import PackedPolicy
 from vlmr1.models import family_of, load_model, load_processor
-from vlmr1.tiny import CHECKPOINT, digits
+from vlmr1.tiny import CHECKPOINT
 
 LORA = ["--use_peft", "true", "--lora_r", "4", "--lora_alpha", "8", "--learning_rate", "3e-3"]
 KINDS = {"lora": [], "qlora": ["--load_in_4bit", "true"], "dora": ["--use_dora", "true"]}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    digits.write(folder, "train", 8, seed=3)
-    return folder
 
 
 @pytest.fixture(scope="module", params=["lora", "qlora"])

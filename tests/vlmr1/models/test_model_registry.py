@@ -1,6 +1,4 @@
-"""Which adapter a checkpoint gets, and what is refused: by the configuration alone."""
-
-from __future__ import annotations
+"""Which family a checkpoint gets, and what is refused: by the configuration alone."""
 
 import json
 from pathlib import Path
@@ -31,9 +29,9 @@ def written(folder: Path, settings: dict[str, Any]) -> Path:
 
 def test_families():
     assert set(BY_TYPE) == SUPPORTED
-    for model_type, expected in BY_TYPE.items():
+    for model_type, kind in BY_TYPE.items():
         family = family_for(config(model_type))
-        assert type(family) is expected and model_type in family.model_types
+        assert type(family) is kind and model_type in family.model_types
 
 
 REFUSED = {

@@ -1,7 +1,5 @@
 """The bytes that the table of optimizers gives, beside those of the states that each library allocates."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any

@@ -1,8 +1,6 @@
 """Weights move as far as in float32: displacements after 100 updates at a learning rate of 1e-6 on the same gradients,
 projected on those of float32 weights, by the optimizers that the trainer makes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.vlmr1.conftest import Maker
-from tests.vlmr1.grpo.test_trainer import trainer_of
+from tests.helpers.maker import Maker
+from tests.helpers.trainers import trainer_of
 from vlmr1.config import GRPOConfig
 from vlmr1.errors import SettingError
 from vlmr1.grpo.trainer import GRPOTrainer
@@ -44,7 +42,7 @@ def gradients(step: int, model: Weights) -> list[Tensor]:
 
 
 def displacement(dtype: torch.dtype, config: GRPOConfig, *, rounded: bool = False) -> list[Tensor]:
-    """Of the parameters, by the optimizer that the trainer makes; `rounded`: gradients in the weights' dtype too."""
+    """For the parameters, by the optimizer that the trainer makes; `rounded`: gradients in the weights' dtype too."""
     model = Weights(dtype)
     trainer = GRPOTrainer.__new__(GRPOTrainer)  # what `create_optimizer` reads of a trainer
     trainer.args, trainer.optimizer, trainer.optimizer_cls_and_kwargs = config, None, None

@@ -1,7 +1,5 @@
 """Processors where torchvision is not installed: image-only, from every place where a checkpoint keeps its parts."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import shutil

@@ -1,9 +1,6 @@
 """Weights in 4 bits with an adapter: the decoder's linear layers only, the same step as the naive trainer, and rollouts
 from the very model that is trained."""
 
-from __future__ import annotations
-
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +11,13 @@ from bitsandbytes.nn import Linear4bit
 from torch import nn
 
 from tests.helpers import families
-from tests.vlmr1.conftest import Maker
-from tests.vlmr1.grpo.test_step_oracle import NAIVE, assert_equal_steps
-from tests.vlmr1.models.test_lora import LORA, step, trainer_of
+from tests.helpers.lora_steps import LORA, assert_rollouts_are_adapted, step, trainer_of
+from tests.helpers.maker import Maker
+from tests.helpers.steps import NAIVE, assert_equal_steps
 from vlmr1.errors import SettingError
 from vlmr1.grpo.packing import make_pack
 from vlmr1.grpo.policy import PackedPolicy
 from vlmr1.models import family_of, load_model, load_processor
-from vlmr1.rollout import NativeEngine, SamplingSettings, TransformersEngine
 from vlmr1.types import Group
 
 QLORA = LORA | {"load_in_4bit": True}
@@ -78,23 +74,10 @@ def test_shared_step_equals_naive(make, model, processor, tmp_path):
 
 
 def test_rollouts_draw_from_the_adapted_model(make, model, processor, tmp_path):
-    """Their tokens and log-probs; and the 4-bit weights are afterwards what they were."""
-    prompts = [make.prompt("Locate the digit 7.", (112,)), make.prompt("What is seven?")]
-    family, settings = family_of(model), SamplingSettings(12, greedy=True)
-
-    def tokens(engine: type, of: Any) -> list[list[int]]:
-        groups = engine(of, family, processor.tokenizer).generate(prompts, 2, settings)
-        return [completion.token_ids.tolist() for group in groups for completion in group.completions]
-
-    without = tokens(NativeEngine, model)
-    trainer = trainer_of(model, processor, tmp_path, **QLORA)
+    """And the 4-bit weights are afterwards what they were."""
+    trainer = trainer_of(model, processor, tmp_path, **QLORA)  # of a copy
     before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
-    found = tokens(NativeEngine, trainer.policy.model)
-    assert found == tokens(TransformersEngine, trainer.policy.model) and found != without
-    groups = trainer.rollout(prompts)
-    drawn = torch.cat([completion.logp for group in groups for completion in group.completions])
-    pack = make_pack([replace(group, advantages=torch.zeros(2)) for group in groups])
-    torch.testing.assert_close(trainer.policy.logprobs(pack), drawn, rtol=1e-4, atol=1e-4)
+    assert_rollouts_are_adapted(make, model, processor, trainer, (112,))
     assert all(torch.equal(parameter, before[name]) for name, parameter in trainer.model.named_parameters())
 
 

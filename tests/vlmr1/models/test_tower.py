@@ -1,7 +1,5 @@
 """Vision towers that attend by `varlen_attention` give what they give by themselves."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any

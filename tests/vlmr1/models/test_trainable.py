@@ -1,8 +1,6 @@
 """Which parameters are trained, where the reference comes from, where activations are kept, whose layers run: each
 setting changes what it says and nothing else, and what cannot be is refused by name."""
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 
@@ -10,9 +8,9 @@ import pytest
 import torch
 
 from tests.helpers.families import FAMILIES, build
-from tests.vlmr1.grpo.test_trainer import gradients, relative, trainer_of
-from tests.vlmr1.models.test_lora import LORA, perturb
-from tests.vlmr1.test_config import CPU, refusal
+from tests.helpers.lora_steps import LORA, perturb
+from tests.helpers.refused import CPU, refusal
+from tests.helpers.trainers import gradients, relative, trainer_of
 from vlmr1.commands.arguments import parse_config
 from vlmr1.config import GRPOConfig
 from vlmr1.errors import SettingError
@@ -22,60 +20,6 @@ from vlmr1.grpo.reference import frozen_copy
 from vlmr1.models import family_of, load_model, load_processor
 
 PEFT = ["--use_peft", "true"]
-REFUSED = {
-    "lora_r without": (["--lora_r", "8"], "lora_r needs use_peft"),
-    "lora_target_modules without": (["--lora_target_modules", "q_proj"], "lora_target_modules needs use_peft"),
-    "lora_vision without": (["--lora_vision", "true"], "lora_vision needs use_peft"),
-    "use_dora without": (["--use_dora", "true"], "use_dora needs use_peft"),
-    "lora_merge_rollout without": (["--lora_merge_rollout", "true"], "lora_merge_rollout needs use_peft"),
-    "load_in_4bit without": (["--load_in_4bit", "true"], "load_in_4bit needs use_peft"),
-    "load_in_8bit": (["--load_in_8bit", "true"], "unknown setting 'load_in_8bit'"),
-    "lora_r": ([*PEFT, "--lora_r", "0"], "lora_r is 0"),
-    "lora_alpha": ([*PEFT, "--lora_alpha", "0"], "lora_alpha is 0"),
-    "lora_dropout": ([*PEFT, "--lora_dropout", "1"], "lora_dropout is 1.0"),
-    "dropout, shared": ([*PEFT, "--lora_dropout", "0.1"], "needs share_prompt=false pack=false"),
-    "dropout, packed": ([*PEFT, "--lora_dropout", "0.1", "--share_prompt", "false"], "lora_dropout is 0.1"),
-    "frozen and adapted": ([*PEFT, "--freeze_vision", "true", "--lora_vision", "true"], "contradict each other"),
-    "freeze_merger": ([*PEFT, "--freeze_merger", "false"], "freeze_merger has no effect with use_peft"),
-    "merged in 4 bits": (
-        [*PEFT, "--load_in_4bit", "true", "--lora_merge_rollout", "true"],
-        "lora_merge_rollout cannot be used with load_in_4bit",
-    ),
-    "reference without beta": (["--reference", "copy", "--beta", "0"], "reference=copy needs beta above 0"),
-    "reference without adapter": (["--reference", "adapter"], "reference=adapter needs use_peft"),
-    "activation_offload": (["--activation_offload", "true"], "activation_offload needs gradient_checkpointing"),
-    "activation_offload on CPU": (
-        ["--activation_offload", "true", "--gradient_checkpointing", "true"],
-        "activation_offload needs a GPU",
-    ),
-    "use_liger_kernel": (["--use_liger_kernel", "true"], "use_liger_kernel needs a GPU"),
-    "optim": (["--optim", "galore_adamw"], "optim is 'galore_adamw': it was not tested here; use adamw_torch, "),
-    "4-bit moments": (["--optim", "adamw_torch_4bit"], "move weights 8 to 11% less"),
-    "paged": (["--optim", "paged_adamw_8bit"], "optim=paged_adamw_8bit: paged optimizers need a GPU"),
-    "optim_target_modules": (["--optim_target_modules", "mlp"], "optim_target_modules cannot be set"),
-    "stochastic_rounding": (
-        ["--stochastic_rounding", "true", "--model_dtype", "bfloat16"],
-        "stochastic_rounding needs optim=adamw_torch_8bit",
-    ),
-    "stochastic_rounding of float32": (
-        ["--stochastic_rounding", "true", "--optim", "adamw_torch_8bit"],
-        "stochastic_rounding has no effect: model_dtype is float32",
-    ),
-    "stochastic_rounding of an adapter": (
-        [*PEFT, "--stochastic_rounding", "true", "--optim", "adamw_torch_8bit", "--model_dtype", "bfloat16"],
-        "stochastic_rounding has no effect: use_peft trains float32 weights",
-    ),
-    "bf16_stochastic_round": (
-        ["--optim", "adamw_torch_8bit", "--optim_args", "bf16_stochastic_round=True"],
-        "bf16_stochastic_round=True is the setting stochastic_rounding here",
-    ),
-    "bfloat16 weights": (["--model_dtype", "bfloat16", "--bf16", "true"], "rounded away"),
-}
-
-
-@pytest.mark.parametrize("arguments, message", REFUSED.values(), ids=REFUSED.keys())
-def test_refused(arguments, message):
-    assert message in refusal(*arguments)
 
 
 @pytest.mark.parametrize("module, arguments", [("peft", PEFT), ("bitsandbytes", [*PEFT, "--load_in_4bit", "true"])])
@@ -141,7 +85,7 @@ def test_freeze(settings, tower, merger, cached, model, processor, make, tmp_pat
 
 
 def test_reference_in_host_memory(model, processor, make, tmp_path):
-    """The same log-probs and gradients as of a copy; frozen parts are the policy's own."""
+    """Equal log-probs and gradients as of a copy; frozen parts are the policy's own."""
     loss, copied = gradients(trainer_of(model, processor, tmp_path, freeze_vision=True), make)
     make.random.manual_seed(0)
     trainer = trainer_of(model, processor, tmp_path, freeze_vision=True, reference="offload")
@@ -187,14 +131,10 @@ def test_reference_of_an_adapter(kind, model, processor, make, tmp_path):
     assert type(reference).__name__ == KINDS[kind]
     torch.testing.assert_close(reference.logprobs(pack), base, rtol=1e-6, atol=1e-6)
     assert float((trainer.policy.logprobs(pack) - base).abs().max()) > 1e-2
-    family = [p for p in trainer.model.parameters() if p.requires_grad]
-    assert len(family) == 2 * 7 * model.config.text_config.num_hidden_layers  # trained again afterwards
+    adapter = [p for p in trainer.model.parameters() if p.requires_grad]
+    assert len(adapter) == 2 * 7 * model.config.text_config.num_hidden_layers  # trained again afterwards
     copies = {p.data_ptr() for p in reference.model.parameters()} - {p.data_ptr() for p in trainer.model.parameters()}
-    assert len(copies) == (0 if "Adapter" in KINDS[kind] else len(family))
-
-
-def test_no_reference_without_beta(model, processor, tmp_path):
-    assert trainer_of(model, processor, tmp_path, beta=0.0, **LORA).reference is None
+    assert len(copies) == (0 if "Adapter" in KINDS[kind] else len(adapter))
 
 
 def test_a_run_with_an_adapter(model, processor, tmp_path):
@@ -225,7 +165,7 @@ def as_on_a_gpu(monkeypatch):
 
 
 def test_activation_offload(model, processor, make, tmp_path, monkeypatch, as_on_a_gpu):
-    """The same gradients, and what the decoder's layers keep, their inputs, goes through host memory."""
+    """Equal gradients, and what the decoder's layers keep, their inputs, goes through host memory."""
     plain, count = held(trainer_of(model, processor, tmp_path, gradient_checkpointing=True), make, monkeypatch)
     make.random.manual_seed(0)
     settings = {"gradient_checkpointing": True, "activation_offload": True}

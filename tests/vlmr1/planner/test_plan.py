@@ -29,7 +29,7 @@ def planned(**given: Any) -> Plan:
 
 
 def numbers(*parts: str) -> int:
-    """Of parameters."""
+    """Bytes of parameters."""
     return sum(p.numel() for n, p in MODEL.named_parameters() if any(PARTS[part](n) for part in parts))
 
 
@@ -237,7 +237,7 @@ def test_without_a_reference_there_is_no_pass_of_it():
 
 
 def test_checkpoints_in_host_memory():
-    """Of each layer its input, [tokens, D] float32, and the three that the norm behind them keeps."""
+    """For each layer its input, [tokens, D] float32, and the three that the norm behind them keeps."""
     plan = planned(activation_checkpointing=True, activation_offload=True)
     text = CONFIG.get_text_config()
     tokens = 3 * (56 + 3 * 32)  # a pack of three of the four groups

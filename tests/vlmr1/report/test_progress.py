@@ -1,16 +1,20 @@
 """The line of a step, and the warning that rewards are flat."""
 
-from __future__ import annotations
-
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from PIL import Image
 
-from tests.vlmr1.grpo.test_trainer import trainer_of
-from vlmr1.config import GRPOConfig
+from tests.helpers.trainers import trainer_of
+from vlmr1.data.box_coordinates import BoxCoordinates
 from vlmr1.grpo.no_signal_warning import STEPS, NoSignalWarning
-from vlmr1.report.progress import WIDTH, read_lines, step_line
+from vlmr1.report.progress import WIDTH, Progress, read_lines, step_line
+from vlmr1.rewards import get_reward
+from vlmr1.rewards.settings import RewardSettings
+from vlmr1.types import Prompt, Sample
 
 LOGS = {
     "rewards/accuracy/mean": 0.5123,
@@ -31,14 +35,6 @@ LOGS = {
     "seconds/rollout": 2.0,
     "seconds/update": 1.214,
 }
-
-
-def test_a_line_shows_what_one_looks_at():
-    assert step_line(LOGS, 12) == (
-        "step 12  accuracy 0.512±0.21  format 1.000±0.00  kl 0.0123  ent 1.46  clip 0.1/2.3%  grad 1.50  "
-        "len 45  zero_var 25%  truncated 3%  no_answer 5%  1234 t/s  1.5 GiB  3.21 s"
-    )
-    assert len(step_line(LOGS, 12)) <= WIDTH
 
 
 @pytest.mark.parametrize("rewards", [4, 12])
@@ -116,5 +112,27 @@ def test_a_step_that_teaches_starts_the_count_anew(between, caplog):
     assert "up to step 11" in caplog.text
 
 
-def test_trackers_are_opt_in(tmp_path):
-    assert GRPOConfig(output_dir=str(tmp_path), use_cpu=True).report_to == []
+# The factor that a logged completion's boxes are drawn with: that with which a reward has scored them, or none
+
+
+SCALES = {
+    "accuracy": (["format", "accuracy"], "iou", None, (0.2, 0.1)),
+    "accuracy in words": (["accuracy"], "mcq", None, None),
+    "the row's own method": (["accuracy"], "mcq", "odLength", (0.2, 0.1)),
+    "iou": (["iou"], "mcq", None, (0.2, 0.1)),
+    "a point": (["point_in_box"], "mcq", None, (0.2, 0.1)),
+    "not converted": (["iou_internvl"], "iou", None, None),
+    "not converted, then converted": (["iou_internvl", "accuracy"], "iou", None, (0.2, 0.1)),
+}
+
+
+@pytest.mark.parametrize("rewards, method, own, expected", SCALES.values(), ids=SCALES)
+def test_box_scale(rewards, method, own, expected, tmp_path):
+    Image.new("RGB", (200, 100)).save(tmp_path / "a.png")
+    settings = RewardSettings(accu_reward_method=method, boxes=BoxCoordinates("thousand"))
+    progress = Progress(Path(tmp_path), console=False)
+    progress.trainer = SimpleNamespace(rewards=[get_reward(name, settings) for name in rewards])
+    columns = {} if own is None else {"accu_reward_method": own}
+    sample = Sample([], (tmp_path / "a.png",), "[1, 2, 3, 4]", "data.jsonl:1", 0, columns)
+    nothing = torch.zeros(0, dtype=torch.long)
+    assert progress._box_scale(Prompt(sample, nothing, nothing[None])) == expected

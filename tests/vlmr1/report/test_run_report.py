@@ -1,7 +1,5 @@
 """The page of a training run, read back: curves, completions with images and boxes, also of a run that goes on."""
 
-from __future__ import annotations
-
 import errno
 import io
 import json
@@ -13,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.vlmr1.grpo.test_trainer import trainer_of
-from tests.vlmr1.report.test_report import Page, Recorder
+from tests.helpers.digit_runs import command
+from tests.helpers.pages import Page, Recorder
+from tests.helpers.trainers import trainer_of
 from vlmr1.cli import main
 from vlmr1.commands.report import report_of_run
 from vlmr1.errors import OutputError
@@ -22,7 +21,6 @@ from vlmr1.report.panels import run_curves
 from vlmr1.report.pictures import keep_picture, read_picture
 from vlmr1.report.progress import METRICS, Progress
 from vlmr1.report.training import chosen_steps, completion_boxes, true_boxes, write_run_report
-from vlmr1.tiny import digits
 from vlmr1.types import ImageBytes
 
 BOX = '<answer>{"bbox_2d": [10, 20, 30, 50]}</answer>'
@@ -210,13 +208,6 @@ def test_the_curves_are_those_of_the_metrics(monkeypatch):
     assert run_curves([]) is None
 
 
-def test_curves_are_a_picture():
-    png = run_curves(ROWS)
-    assert png is not None
-    with Image.open(io.BytesIO(png)) as image:
-        assert (image.format, image.size) == ("PNG", (1380, 580))  # five panels in rows of three
-
-
 def test_completions_of_a_run_are_recorded_for_the_page(model, processor, tmp_path):
     trainer = trainer_of(model, processor, tmp_path, log_completions=2)
     progress = Progress(tmp_path, console=False)
@@ -230,11 +221,7 @@ def test_completions_of_a_run_are_recorded_for_the_page(model, processor, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("written", [True, False])
-def test_a_run_ends_with_its_report(written, tmp_path):
-    digits.write(tmp_path / "data", "train", 4, seed=3)
-    settings = {"data_file_paths": tmp_path / "data" / "train.jsonl", "image_folders": tmp_path / "data" / "images"}
-    settings |= {"output_dir": tmp_path, "max_steps": 1, "prompts_per_device": 1, "num_generations": 2}
-    settings |= {"max_completion_length": 8, "use_cpu": "true", "write_report": str(written).lower()}
-    words = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
-    assert main(["train", "--recipe", "tiny-digits", *words]) == 0
+def test_a_run_ends_with_its_report(written, data, tmp_path):
+    more = ["--max_steps", "1", "--max_completion_length", "8", "--write_report", str(written).lower()]
+    assert main(command(data, tmp_path, *more)) == 0
     assert (tmp_path / "training.html").exists() == written

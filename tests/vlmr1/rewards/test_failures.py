@@ -1,7 +1,5 @@
 """Shares of completions that a reward cannot read, on texts written out."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
@@ -47,7 +45,7 @@ def test_unreadable(reward, method, column, expected):
 
 
 def test_boxes_are_counted_among_the_rows_that_have_them():
-    """Of a group about boxes and one about words, four of six have no box, and four of twelve no answer."""
+    """For a group about boxes and one about words, four of six have no box, and four of twelve no answer."""
     reward = get_reward("accuracy", RewardSettings(accu_reward_method="iou"))
     assert unreadable([group(), group("yes_no")], [reward]) == pytest.approx(
         {"parse_failures": 4 / 12, "box_failures": 4 / 6}

@@ -1,4 +1,4 @@
-"""Mode strict: what a right answer earns, and what no longer earns anything."""
+"""Mode strict: what a right answer earns, and what no longer earns anything; more is in `reward_cases.jsonl`."""
 
 import itertools
 import json
@@ -8,9 +8,7 @@ import pytest
 
 from vlmr1.rewards import score
 from vlmr1.rewards.length import cosine, overlong
-from vlmr1.rewards.strict.counting import count
 from vlmr1.rewards.strict.point import parse_point
-from vlmr1.rewards.strict.text import choice, decision
 
 
 def answered(text):
@@ -92,116 +90,11 @@ def test_an_image_without_objects(method, right):
         assert accuracy(method, said, right) == 0
 
 
-@pytest.mark.parametrize(
-    "text, expected",
-    [
-        ("A", "A"),
-        ("(A)", "A"),
-        ("B。", "B"),
-        ("b", "B"),
-        ("**C**", "C"),
-        ("\\boxed{D}", "D"),
-        ("A. cat", "A"),
-        ("(B) a dog", "B"),
-        ("C: neither", "C"),
-        ("答案是B。", "B"),
-        ("The answer is (B).", "B"),
-        ("Between A, and B, I choose B.", "B"),
-        ("Not A but option C", "C"),
-        ("It is E", "E"),
-        ("It is A because of the colour", "A"),
-        ("A cat", None),
-        ("C. A cat is there.", "C"),
-        ("No. A cat is there.", None),
-        ("I am sure", None),
-        ("I'm sure", None),
-        ("A or B", None),
-        ("A、B", None),
-        ("the answer is a dog", None),
-        ("DNA", None),
-        ("dog", None),
-        ("", None),
-    ],
-)
-def test_choice(text, expected):
-    assert choice(text) == expected
-
-
-@pytest.mark.parametrize(
-    "text, expected",
-    [
-        ("Yes, it is", "yes"),
-        ("NO!", "no"),
-        ("No, yes would be wrong", "no"),
-        ("Nothing wrong, yes", "yes"),
-        ("I do not know", None),
-        ("eyes", None),
-        ("maybe yes or no", None),
-        ("", None),
-    ],
-)
-def test_decision(text, expected):
-    assert decision(text) == expected
-
-
-@pytest.mark.parametrize(
-    "method, said, right, expected",
-    [
-        ("mcq", "(A)", "A", 1),
-        ("mcq", "B", "A", 0),
-        ("yes_no", "I do not know", "no", 0),
-        ("yes_no", "no", "No.", 1),
-        ("all_match", "ＮＯ", "no", 1),  # noqa: RUF001
-        ("all_match", "No  Defect.", "no\ndefect", 1),
-        ("all_match", "defect", "no defect", 0),
-        ("math", "\\frac12", "\\frac{1}{2}", 1),
-        ("math", "\\boxed{A}", "a", 1),
-        ("math", "x = 3", "3", 1),
-        ("math", "4", "3", 0),
-        ("math", "", "3", 0),
-        ("default", "0.5", "1/2", 1),
-        ("default", "1e3", "1000", 1),
-        ("default", "[10, 20, 30, 40]", "[10, 20, 30, 41]", 0),
-        ("default", "12 cm", "13", 0),
-        ("default", "12", "12 cm", 1),
-        ("default", "the answer is 3", "3", 1),
-        ("default", "66 apples", "route 66", 0),
-        ("default", "Route 66.", "route 66", 1),
-        ("default", "(A)", "A", 1),
-        ("default", "\\boxed{Cat}", "cat", 1),
-        ("default", "plan C", "plan B", 1 - 2 / 12),
-        ("default", "cats", "cat", 6 / 7),
-        ("default", "", "cat", 0),
-        ("counting", "8", "10", 0.8),
-        ("counting", "40", "10", 0),
-        ("counting", "0", "0", 1),
-        ("counting", "1", "0", 0),
-        ("counting", "there are 10 birds", "10", 1),
-        ("counting", "many", "10", 0),
-        ("point_in_box", "(5, 10)", "[0, 0, 10, 10]", 1),
-        ("point_in_box", "[5, 10.5]", "[0, 0, 10, 10]", 0),
-        ("point_in_box", '{"point_2d": [1, 2], "label": "ok"}', "[0, 0, 10, 10]", 1),
-        ("point_in_box", "[0, 0, 30, 10]", "[0, 0, 10, 10]", 0),
-        ("point_in_box", "top left", "[0, 0, 10, 10]", 0),
-    ],
-)
-def test_accuracy(method, said, right, expected):
-    assert accuracy(method, said, right) == pytest.approx(expected, abs=1e-12)
-
-
 @pytest.mark.parametrize("method", ["default", "mcq", "yes_no", "math", "all_match", "map", "iou", "counting"])
 def test_without_an_answer_there_is_nothing(method):
     right = {"mcq": "A", "yes_no": "no", "map": "[]", "iou": "[0, 0, 1, 1]"}.get(method, "3")
     for content in ("", right, f"<answer>{right}", "<answer></answer>"):
         assert score("accuracy", content, f"<answer>{right}</answer>", accu_reward_method=method) == 0
-
-
-@pytest.mark.parametrize(
-    "text, expected",
-    [("7", 7), ("7.0", 7), ("[1, 2, 3]", 3), ("[]", 0), ("7 of 9", None), ("-7", None), ("7.5", None), ("1,000", None)],
-)
-def test_count(text, expected):
-    assert count(text) == expected
 
 
 def test_parse_point():
@@ -218,24 +111,6 @@ def test_iou_of_boxes_in_px_of_the_model_input():
     assert score("iou_qwen", answered("[0, 0, 644, 420]"), solution, **kwargs) == pytest.approx(0.5, abs=1e-12)
     with pytest.raises(ValueError, match="iou_qwen needs the columns image_grid_thw and image_size"):
         score("iou_qwen", answered("[0, 0, 1, 1]"), solution)
-
-
-@pytest.mark.parametrize(
-    "words, said, expected",
-    [
-        (0, "None", 1.0),
-        (512, "None", 0.75),
-        (1024, "None", 0.5),
-        (2048, "None", 0.5),
-        (0, "a cat", -0.5),
-        (512, "a cat", -0.25),
-        (1024, "a cat", 0.0),
-        (2048, "a cat", 0.0),
-    ],
-)
-def test_length(words, said, expected):
-    value = score("length", answered(said), "<answer>None</answer>", tokenizer=words)
-    assert value == pytest.approx(expected, abs=1e-12)
 
 
 def test_cosine_falls_monotonically():
@@ -259,35 +134,3 @@ def test_a_tokenizer_counts():
 @pytest.mark.parametrize("length, expected", [(0, 0), (80, 0), (81, -0.05), (90, -0.5), (100, -1), (150, -1)])
 def test_overlong(length, expected):
     assert overlong(length, 100, 20) == pytest.approx(expected, abs=1e-12)
-
-
-@pytest.mark.parametrize(
-    "text, expected",
-    [
-        (answered(json.dumps([CAT, CAT, DOG, DOG])), -0.5),
-        (answered(json.dumps([CAT, DOG])), 0),
-        ("x " * 60 + answered(json.dumps([CAT])), -(1 - 3 / 57)),  # of words that a JSON block would have hidden
-        ("重复" * 8, -(1 - 2 / 11)),
-        ("a b c d e f", 0),
-        ("```json\n[1, 2, 3]\n```", 0),
-        ("", 0),
-    ],
-)
-def test_repetition(text, expected):
-    value = score("repetition", text, "")
-    assert value == pytest.approx(expected, abs=1e-12) and math.copysign(1, value) == (-1 if expected else 1)
-
-
-@pytest.mark.parametrize(
-    "text, expected",
-    [
-        (answered('{"bbox_2d": [1.5, -2, 3, 4]}'), 1),
-        (answered("[1, 2, 3, 4]"), 1),
-        (answered("here"), 0),
-        ("junk " + answered("[1, 2, 3, 4]"), 0),
-        ("<think>a<answer>[1, 2, 3, 4]</answer>", 0),
-    ],
-)
-def test_format_rec(text, expected):
-    for family in ("qwen", "internvl", "glm"):
-        assert score(f"format_rec_{family}", text, "") == expected

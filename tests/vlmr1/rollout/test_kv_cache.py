@@ -1,7 +1,5 @@
 """The pool of keys and values, its budget, and steps on fixed tensors: none of them changes what is drawn."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -10,15 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.vlmr1.rollout.test_rollout import (
-    GREEDY,
-    assert_close,
-    changed_logits,
-    completions,
-    engine,
-    prompts_of,
-    tokens,
-)
+from tests.helpers.rollouts import GREEDY, assert_close, changed_logits, completions, engine, prompts_of, tokens
 from vlmr1.errors import SettingError
 from vlmr1.models import family_of
 from vlmr1.rollout import NativeEngine, SamplingSettings, graphs, scheduler
@@ -27,7 +17,7 @@ from vlmr1.types import Group
 
 
 def block_mib(model: Any) -> float:
-    """Of 16 tokens of keys and values, in float32."""
+    """For 16 tokens of keys and values, in float32."""
     text = model.config.text_config
     width = text.num_key_value_heads * text.hidden_size // text.num_attention_heads
     return 16 * 4 * 2 * text.num_hidden_layers * width / 2**20

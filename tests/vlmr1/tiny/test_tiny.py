@@ -1,7 +1,5 @@
 """The embedded default: canvases, the data set, the built model, its tokenizer and processor, what is shipped."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import Counter
@@ -87,12 +85,6 @@ def test_the_scans_are_those_of_the_published_data_set():
     images, labels = read_scans()
     assert (images.shape, images.dtype, labels.shape) == ((1797, 8, 8), np.uint8, (1797,))
     assert hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest() == SCANS_SHA256
-
-
-def test_the_scans_are_those_of_scikit_learn():
-    images, labels = pytest.importorskip("sklearn.datasets").load_digits(return_X_y=True)
-    np.testing.assert_array_equal(read_scans()[0].reshape(-1, 64), images)
-    np.testing.assert_array_equal(read_scans()[1], labels)
 
 
 def test_every_scan_is_in_exactly_one_split():
@@ -223,10 +215,7 @@ def test_special_tokens(shipped, built, processor):
 
 CONVERSATION = [
     {"role": "system", "content": "Be brief."},
-    {
-        "role": "user",
-        "content": [{"type": "text", "text": "See "}, {"type": "image"}, {"type": "text", "text": "?"}],
-    },
+    {"role": "user", "content": [{"type": "text", "text": "See "}, {"type": "image"}, {"type": "text", "text": "?"}]},
     {"role": "assistant", "content": "A 7."},
 ]
 RENDERED = (

@@ -81,7 +81,7 @@ class _Reader:
         return result
 
     def _closed(self, bracket: str, closing: str) -> bool:
-        """Whether the container ends here: at its bracket, which is consumed, at an outer one, or at the end."""
+        """Return whether the container ends here: at its bracket, which is consumed, at an outer one, or at the end."""
         self._skip()
         while self._next() and self._next() in "]}:" and self._next() not in closing:  # it closes nothing
             self.place += 1

@@ -1,6 +1,4 @@
-"""Completions of advantage 0 leave the policy pass: the same loss and gradients, from fewer rows."""
-
-from __future__ import annotations
+"""Completions of advantage 0, and truncated ones where these are masked, leave the policy pass."""
 
 from pathlib import Path
 from typing import Any
@@ -8,13 +6,12 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers.maker import Maker
+from tests.helpers.steps import TOLERANCE
+from tests.helpers.trainers import relative, trainer_of
 from tests.helpers.updates import update
-from tests.vlmr1.conftest import Maker
-from tests.vlmr1.grpo.test_step_oracle import TOLERANCE
-from tests.vlmr1.grpo.test_trainer import relative, trainer_of
 from vlmr1.config import GRPOConfig
-from vlmr1.errors import SettingError
-from vlmr1.grpo.packing import with_signal
+from vlmr1.grpo.packing import make_pack, with_signal
 from vlmr1.types import Group
 
 NAIVE = {"share_vision": False, "share_prompt": False, "pack": False, "skip_zero_advantage": False}
@@ -102,6 +99,49 @@ def test_on_where_the_advantage_is_the_only_source(settings, expected, tmp_path)
     assert GRPOConfig(output_dir=str(tmp_path), use_cpu=True, **settings).skips_zero_advantage == expected
 
 
-def test_refused_with_a_kl(tmp_path):
-    with pytest.raises(SettingError, match=r"skip_zero_advantage needs beta 0, not 0\.04"):
-        GRPOConfig(output_dir=str(tmp_path), use_cpu=True, beta=0.04, skip_zero_advantage=True)
+# mask_truncated_completions: what met the length limit leaves the loss, the KL included
+
+
+def with_a_truncated_one(make: Maker) -> list[Group]:
+    """The longest completion of a group is the truncated one."""
+    return [
+        make.group(make.prompt("Locate the digit 9.", (56,)), (3, 7, 2), (1.0, 0.4, -0.5)),
+        make.group(make.prompt("What is seven?"), (6, 5), (0.7, 0.3)),
+    ]
+
+
+def backward(trainer: Any, groups: list[Group]) -> tuple[float, dict[str, float], list[torch.Tensor]]:
+    loss, metrics = update(trainer, groups)
+    return float(loss), metrics, [p.grad for p in trainer.model.parameters()]
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
+def test_truncated_completions_have_no_part(loss_type, model, processor, make, tmp_path):
+    """The loss written out over the others: per-token losses at ratio r of the rollout's log-probs, no KL."""
+    trainer = trainer_of(model, processor, tmp_path, mask_truncated_completions=True, loss_type=loss_type, beta=0.0)
+    groups = with_a_truncated_one(make)
+    loss, metrics, _ = backward(trainer, groups)
+    logp = trainer.policy.logprobs(make_pack(groups)).split([3, 7, 2, 6, 5])
+    terms = []
+    for row, i, advantage in ((0, 0, 1.0), (2, 2, -0.5), (4, 1, 0.3)):
+        old = groups[row // 3].completions[i].logp
+        ratio = (logp[row] - old).exp()
+        terms.append(-torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage))
+    expected = {
+        "grpo": sum(term.mean() for term in terms) / 5,
+        "dapo": torch.cat(terms).sum() / (3 + 2 + 5),
+        "dr_grpo": torch.cat(terms).sum() / (5 * 8),
+    }[loss_type]
+    assert loss == pytest.approx(float(expected), rel=1e-5)
+    assert (metrics["tokens"], metrics["dropped_rows"]) == (23, 13)
+
+
+def test_where_all_are_truncated_nothing_moves(model, processor, make, tmp_path):
+    trainer = trainer_of(model, processor, tmp_path, mask_truncated_completions=True, beta=1.0)
+    groups = [make.group(make.prompt("Locate the digit 9.", (56,)), (4, 4), (1.0, -1.0))]
+    for parameter in trainer.reference.model.parameters():
+        parameter.mul_(1.1)
+    loss, _, gradients = backward(trainer, groups)
+    assert loss == 0 and all(gradient is not None and not gradient.any() for gradient in gradients)
+    off = trainer_of(model, processor, tmp_path, beta=1.0)
+    assert backward(off, groups)[0] != 0

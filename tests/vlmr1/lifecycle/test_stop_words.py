@@ -1,7 +1,5 @@
 """What a run that a signal has ended says of how it can go on."""
 
-from __future__ import annotations
-
 import signal
 from typing import Any
 

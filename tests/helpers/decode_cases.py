@@ -1,0 +1,111 @@
+"""Cases of one decode step, drawn into a pool where all that must not be read is NaN, and their oracle."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Arguments = dict[str, Any]
+ANYTHING = 2**30 + 7  # in the place of numbers that must not be read
+
+
+@dataclass(frozen=True)
+class Case:
+    """Groups in one pool: rows of each prefix, branches of each group, tokens of each branch's suffix."""
+
+    prefixes: tuple[int, ...]
+    sizes: tuple[int, ...]
+    suffixes: tuple[int, ...]
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 16
+    block: int = 4
+    blocks: int | None = None  # M; default: what the longest suffix needs, and one
+    padding: int = 0  # branches of no group
+    scale: float | None = None
+
+    @property
+    def branches(self) -> int:
+        return sum(self.sizes)
+
+    def draw(self) -> Arguments:
+        """float64. The prefixes in reverse order and apart, then the blocks, shuffled; every other row is NaN."""
+        batch, needed = self.branches + self.padding, -(-max(self.suffixes, default=0) // self.block)
+        width = needed + 1 if self.blocks is None else self.blocks
+        starts, row = [], 1
+        for length in reversed(self.prefixes):
+            starts.insert(0, row)
+            row += length + 1
+        first_block = -(-row // self.block)
+        blocks = torch.randperm(batch * width).view(batch, width) + first_block
+        rows = self.block * (first_block + batch * width)
+        pool = torch.full((2, self.kv_heads, rows, self.head_dim), torch.nan, dtype=torch.float64)
+        for start, length, size in zip(starts, self.prefixes, self.sizes, strict=True):
+            pool[:, :, start : start + (length if size else 0)] = 0
+        for own, length in zip(blocks, self.suffixes, strict=False):
+            pool[:, :, suffix_rows(own.tolist(), length, self.block)] = 0
+            own[-(-length // self.block) :] = ANYTHING
+        blocks[self.branches :] = -ANYTHING
+        q = torch.randn(batch, self.heads, self.head_dim, dtype=torch.float64)
+        q[self.branches :] = torch.nan
+        empty = [size == 0 for size in self.sizes]
+        offsets = [sum(self.sizes[:group]) for group in range(len(self.sizes) + 1)]
+        keys, values = pool + torch.randn_like(pool)
+        return {
+            "q": q,
+            "keys": keys,
+            "values": values,
+            "group_offsets": int32(offsets),
+            "prefix_starts": int32([ANYTHING if no else start for start, no in zip(starts, empty, strict=True)]),
+            "prefix_lengths": int32([ANYTHING if no else n for n, no in zip(self.prefixes, empty, strict=True)]),
+            "suffix_blocks": blocks.int(),
+            "suffix_lengths": int32([*self.suffixes, *[ANYTHING] * self.padding]),
+            "block": self.block,
+            "scale": self.scale,
+        }
+
+
+def int32(values: Sequence[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def suffix_rows(blocks: list[int], length: int, block: int) -> list[int]:
+    return [blocks[t // block] * block + t % block for t in range(length)]
+
+
+def cast(arguments: Arguments, dtype: torch.dtype, device: str = "cpu") -> Arguments:
+    return {
+        name: value.to(device, dtype if value.is_floating_point() else value.dtype)
+        if isinstance(value, Tensor)
+        else value
+        for name, value in arguments.items()
+    }
+
+
+def one_by_one(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    group_offsets: Tensor,
+    prefix_starts: Tensor,
+    prefix_lengths: Tensor,
+    suffix_blocks: Tensor,
+    suffix_lengths: Tensor,
+    block: int,
+    scale: float | None,
+) -> Tensor:
+    """Each branch over its own keys, gathered, heads repeated; zeros for padding."""
+    out = torch.zeros_like(q)
+    repeat = q.shape[1] // len(keys)
+    for group, (first, last) in enumerate(pairwise(group_offsets.tolist())):
+        for b in range(first, last):
+            start = int(prefix_starts[group])
+            rows = [*range(start, start + int(prefix_lengths[group]))]
+            rows += suffix_rows(suffix_blocks[b].tolist(), int(suffix_lengths[b]), block)
+            k, v = (pool[:, rows].repeat_interleave(repeat, 0) for pool in (keys, values))  # [H, n, Dh]
+            scores = (q[b, :, None] @ k.mT) * (q.shape[2] ** -0.5 if scale is None else scale)
+            out[b] = (torch.softmax(scores, -1) @ v)[:, 0]
+    return out
