@@ -95,7 +95,7 @@ def linear_logprob(
         return logp, torch.empty_like(logp) if others[-2] else logp.new_empty(0), torch.empty_like(logp)
 
     def fake_backward(hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return _gradients_like(hidden, weight, *others[-4:-1])
+        return gradients_like(hidden, weight, others[-4:-1])
 
     arguments = f"{_HEAD}, {_OPTIONS}, bool with_entropy, int chunk"
     run_forward = _register(f"linear_logprob_{name}", arguments, 3, call_forward, fake_forward)
@@ -187,7 +187,7 @@ def linear_grpo_loss(name: str, forward: Callable[..., Any], chunk_rows: ChunkRo
         needs = others[-_SETTINGS_COUNT - 3 : -_SETTINGS_COUNT]
         logp = hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype))
         loss, *metrics = _scalars(hidden, 6)
-        return loss, *_gradients_like(hidden, weight, *needs), logp, *metrics
+        return loss, *gradients_like(hidden, weight, needs), logp, *metrics
 
     arguments = f"{_HEAD}, Tensor? rows, {_INPUTS}, float? softcap, int chunk, float scale, {_NEEDS}, {_SETTINGS}"
     op = _register(f"linear_grpo_loss_{name}", arguments, 10, run_forward, fake)
@@ -269,10 +269,9 @@ def _scalars(like: Tensor, count: int) -> list[Tensor]:
     return [like.new_empty((), dtype=accumulation_dtype(like.dtype)) for _ in range(count)]
 
 
-def _gradients_like(
-    hidden: Tensor, weight: Tensor, needs_hidden: bool, needs_weight: bool, needs_bias: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def gradients_like(hidden: Tensor, weight: Tensor, needs: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
     """Return uninitialized d_hidden, d_weight, d_bias; [0] if not needed."""
+    needs_hidden, needs_weight, needs_bias = needs
     return (
         hidden.new_empty(hidden.shape if needs_hidden else (0,)),
         weight.new_empty(weight.shape if needs_weight else (0,)),

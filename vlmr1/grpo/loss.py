@@ -23,15 +23,9 @@ class Objective:
     def fused(self, hidden: Tensor, head: nn.Linear, pack: Pack) -> tuple[Tensor, dict[str, Tensor]]:
         """hidden [N, D] -> loss [], metrics."""
         bias = None if head.bias is None else head.bias.to(hidden.dtype)
-        return linear_grpo_loss(
-            hidden,
-            head.weight.to(hidden.dtype),
-            pack.targets.to(hidden.device),
-            bias=bias,
-            settings=self.settings,
-            normalizer=self.normalizer,
-            **_sequence_inputs(pack, hidden.device),
-        )
+        weight, targets = head.weight.to(hidden.dtype), pack.targets.to(hidden.device)
+        inputs = {"settings": self.settings, "normalizer": self.normalizer, **_sequence_inputs(pack, hidden.device)}
+        return linear_grpo_loss(hidden, weight, targets, bias=bias, **inputs)
 
     def from_logprobs(
         self, logp: Tensor, pack: Pack, entropy: Tensor | None = None

@@ -7,7 +7,7 @@ therefore float32 (masters, with `bf16` for the computation), or bfloat16 with s
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,25 +26,14 @@ BFLOAT16 = (
 )
 
 
-class PrecisionSettings(Protocol):
-    """The settings that this module reads: those of `ParameterSettings`."""
-
-    optim: Any
-    optim_args: str | None
-    bf16: bool
-    model_dtype: Literal["float32", "bfloat16"]
-    stochastic_rounding: bool
-    use_peft: bool
-
-
 def optimizer_name(optim: Any) -> str:
     """The name of a value of `optim`, which transformers makes an enumeration."""
     return str(getattr(optim, "value", optim))
 
 
-def check_optimizer(settings: PrecisionSettings) -> None:
-    """SettingError where `optim` is not one of OPTIMIZERS or contradicts the dtype of the weights. Adds
-    `stochastic_rounding` to `optim_args`. The device is checked by `ParameterSettings.check_device`."""
+def check_optimizer(settings: Any) -> None:
+    """SettingError where `optim` is not one of OPTIMIZERS or contradicts the dtype of the weights; `settings` are those
+    of `ParameterSettings`, which checks the device. Adds `stochastic_rounding` to `optim_args`."""
     name = optimizer_name(settings.optim)
     if name not in OPTIMIZERS:
         reason = REFUSED.get(name, f"it was not tested here; use {', '.join(OPTIMIZERS)}")
@@ -64,7 +53,7 @@ def check_optimizer(settings: PrecisionSettings) -> None:
         raise SettingError(f"model_dtype=bfloat16 with optim={name}: {BFLOAT16}")
 
 
-def prepare_trained(model: nn.Module, settings: PrecisionSettings) -> None:
+def prepare_trained(model: nn.Module, settings: Any) -> None:
     """Gradients of trained bfloat16 weights are float32, and accumulate as such over packs: 4 bytes a weight, not 2.
     SettingError where such weights would be rounded to the nearest, or nothing is trained."""
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]

@@ -37,9 +37,8 @@ def table(plan: Plan) -> str:
     rows.append(["together", *(gib(plan.total(phase)) for phase in plan.phases)])
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     lines = []
-    for row in [head, *rows]:
-        first, *others = (cell for cell in row)
-        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
+    for first, *others in [head, *rows]:
+        cells = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
 

@@ -13,9 +13,6 @@ from vlmr1.rewards.methods import METHOD
 from vlmr1.rewards.registry import register
 from vlmr1.rewards.score import judged, score
 from vlmr1.rewards.settings import DEFAULTS, RewardSettings
-from vlmr1.rewards.strict.iou import rec_iou as box_iou
-
-__all__ = ["accuracy_reward", "box_iou", "length_reward"]
 
 SYMBOLIC = ("default", "math")  # methods that call math-verify, which may take seconds
 

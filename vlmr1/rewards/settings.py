@@ -126,11 +126,10 @@ class RewardOptions(_Shared):
 
     def rewards(self) -> RewardSettings:
         """Return the settings that the rewards of a run share; SettingError where a setting is out of range."""
+        shared = ("max_completion_length", "overlong_cache_length", "length_reward_max")
         return RewardSettings(
             mode=self.reward_mode,
             accu_reward_method=self.accu_reward_method[0],
             judge=judge_of(self),
-            max_completion_length=self.max_completion_length,
-            overlong_cache_length=self.overlong_cache_length,
-            length_reward_max=self.length_reward_max,
+            **{name: getattr(self, name) for name in shared},
         )

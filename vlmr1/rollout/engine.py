@@ -69,7 +69,8 @@ class StopCriteria:
     """Ends a completion at one of the model's stop tokens or at a stop text."""
 
     def __init__(self, model: Any, tokenizer: Any, texts: Sequence[str]):
-        self.ids = frozenset(stop_token_ids(model))
+        eos = model.generation_config.eos_token_id
+        self.ids = frozenset([eos] if isinstance(eos, int) else eos or [])
         self.texts = texts
         self.tokenizer = tokenizer
 
@@ -137,9 +138,3 @@ class RolloutEngine(ABC):
             text=self.tokenizer.decode(ids, skip_special_tokens=True),
             finish_reason=sampled.finish_reason,
         )
-
-
-def stop_token_ids(model: Any) -> list[int]:
-    """Return the EOS token ids of the model's generation config."""
-    eos = model.generation_config.eos_token_id
-    return [eos] if isinstance(eos, int) else list(eos or [])

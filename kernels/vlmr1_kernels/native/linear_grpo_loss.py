@@ -13,7 +13,6 @@ from vlmr1_kernels import custom_ops
 from vlmr1_kernels.inputs import HeadInputs, LossInputs, Needs
 from vlmr1_kernels.native import library
 from vlmr1_kernels.native.grpo_loss import Objective
-from vlmr1_kernels.native.linear_logprob import gradients
 from vlmr1_kernels.settings import GRPOSettings
 
 
@@ -24,7 +23,8 @@ def _forward(
     head = library.prepare_inputs(head)
     objective = Objective(head.hidden.shape[0], inputs, rows, settings)
     logp = torch.empty(head.hidden.shape[0])
-    d_hidden, d_weight, d_bias = gradients(head.hidden, head.weight, needs)
+    d_hidden, d_weight, d_bias = custom_ops.gradients_like(head.hidden, head.weight, needs)
+    d_bias = d_bias.float()  # in which the library sums it
     structures = library.head(head), library.hidden_rows(head), objective.rows, objective.settings
     library.call(
         "vlmr1_linear_grpo_loss", *map(byref, structures), max(chunk, 1), scale, torch.get_num_threads(),

@@ -23,21 +23,12 @@ def _backward(
     head: HeadInputs, lse: Tensor, entropy: Tensor, d_logp: Tensor, d_entropy: Tensor, needs: Needs, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     head = library.prepare_inputs(head)
-    out = gradients(head.hidden, head.weight, needs)
+    d_hidden, d_weight, d_bias = custom_ops.gradients_like(head.hidden, head.weight, needs)
+    out = d_hidden, d_weight, d_bias.float()  # the library sums the bias in float32
     structures = byref(library.head(head)), byref(library.hidden_rows(head))
     addresses = map(library.pointer, (d_logp, d_entropy, *out))
     library.call("vlmr1_linear_logprob_backward", *structures, max(chunk, 1), torch.get_num_threads(), *addresses)
-    return out[0], out[1], out[2].to(head.weight.dtype)
-
-
-def gradients(hidden: Tensor, weight: Tensor, needs: Needs) -> tuple[Tensor, Tensor, Tensor]:
-    """Return uninitialized d_hidden, d_weight and d_bias (float32); [0] if not needed."""
-    needs_hidden, needs_weight, needs_bias = needs
-    return (
-        torch.empty(hidden.shape if needs_hidden else (0,), dtype=hidden.dtype),
-        torch.empty(weight.shape if needs_weight else (0,), dtype=weight.dtype),
-        torch.empty(weight.shape[:1] if needs_bias else (0,)),
-    )
+    return d_hidden, d_weight, out[2].to(head.weight.dtype)
 
 
 linear_logprob = custom_ops.linear_logprob("native", _forward, _backward, library.chunk_rows)

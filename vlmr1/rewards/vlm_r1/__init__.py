@@ -5,18 +5,13 @@ Each scorer is `f(content, solution, **options) -> float`; `strict` has the same
 
 from vlmr1.rewards.vlm_r1.accuracy import accuracy
 from vlmr1.rewards.vlm_r1.format import answer_format, length, rec_format, repetition
-from vlmr1.rewards.vlm_r1.iou import box_iou
+from vlmr1.rewards.vlm_r1.iou import FAMILIES, IOUS
 
 SCORERS = {
     "accuracy": accuracy,
     "format": answer_format,
-    "format_rec_qwen": rec_format("qwen"),
-    "format_rec_internvl": rec_format("internvl"),
-    "format_rec_glm": rec_format("glm"),
-    "iou": box_iou("internvl"),
-    "iou_qwen": box_iou("qwen"),
-    "iou_internvl": box_iou("internvl"),
-    "iou_glm": box_iou("glm"),
+    **{f"format_rec_{family}": rec_format(family) for family in FAMILIES},
+    **IOUS,
     "length": length,
     "repetition": repetition,
 }

@@ -6,7 +6,7 @@ from typing import Any
 
 from vlmr1.rewards.coco import AP50
 from vlmr1.rewards.vlm_r1.detection import answer_ap, mean_ap, weighted_sum
-from vlmr1.rewards.vlm_r1.iou import box_iou
+from vlmr1.rewards.vlm_r1.iou import IOUS
 from vlmr1.rewards.vlm_r1.text import all_match, default, math, mcq, yes_no
 
 METHODS = {
@@ -20,16 +20,10 @@ METHODS = {
     "weighted_sum": weighted_sum,
     "all_match": all_match,
 }
-BOX_METHODS = {
-    "iou": box_iou("internvl"),
-    "iou_qwen": box_iou("qwen"),
-    "iou_internvl": box_iou("internvl"),
-    "iou_glm": box_iou("glm"),
-}
 
 
 def accuracy(content: str, solution: str, *, accu_reward_method: str, **options: Any) -> float:
     """The method's score; an unknown method is the default one, as published."""
-    if accu_reward_method in BOX_METHODS:
-        return BOX_METHODS[accu_reward_method](content, solution, **options)
+    if accu_reward_method in IOUS:
+        return IOUS[accu_reward_method](content, solution, **options)
     return float(METHODS.get(accu_reward_method, default)(content, solution))

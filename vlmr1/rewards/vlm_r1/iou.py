@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from vlmr1.rewards.vlm_r1.tags import ANSWER
 
 Family = Literal["qwen", "internvl", "glm"]
+FAMILIES: tuple[Family, ...] = get_args(Family)
 BOX = re.compile(r"\[(\d+),\s*(\d+),\s*(\d+),\s*(\d+)]")
 PATCH = 14  # px of a patch in `image_grid_thw`
 
@@ -42,6 +43,9 @@ def box_iou(family: Family) -> Callable[..., float]:
             return 0.0
 
     return score
+
+
+IOUS = {"iou": box_iou("internvl"), **{f"iou_{family}": box_iou(family) for family in FAMILIES}}
 
 
 def scaled(box: Sequence[float], grid: Any, size: Any) -> list[float]:
