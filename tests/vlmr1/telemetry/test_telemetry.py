@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.vlmr1.grpo.test_trainer import trainer_of
+from tests.helpers.trainers import trainer_of
 from vlmr1.telemetry import peaks
 from vlmr1.telemetry.nvml import GpuMeter
 from vlmr1.telemetry.peaks import Peaks
