@@ -2,7 +2,7 @@
 
 `python -m tests.golden.inject` does so here; with `--base CHECKOUT` in a checkout of 8ceb0df. The faults are in
 faults.jsonl: `old` is replaced by `new` in `file`; `test` is a test of pytest or a file of tests. What differs at
-8ceb0df is under `base`."""
+8ceb0df is under `base`, null where no test caught the fault there."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PASSED, FAILED = 0, 1  # exit codes of pytest; others mean that it could not run
 def read_faults(*, base: bool) -> list[dict[str, Any]]:
     """Return the faults of this tree, or of 8ceb0df."""
     faults = [json.loads(line) for line in (HERE / "faults.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [fault | fault["base"] for fault in faults] if base else faults
+    return [fault | fault["base"] for fault in faults if fault["base"] is not None] if base else faults
 
 
 def copy_tree(tree: Path, target: Path) -> None:

@@ -21,7 +21,8 @@ from vlmr1.models import family_of, load_model, load_processor
 from vlmr1.tiny import CHECKPOINT
 
 LORA = ["--use_peft", "true", "--lora_r", "4", "--lora_alpha", "8", "--learning_rate", "3e-3"]
-KINDS = {"lora": [], "qlora": ["--load_in_4bit", "true"], "dora": ["--use_dora", "true"]}
+DROPOUT = ["--lora_dropout", "0.2", "--share_prompt", "false", "--pack", "false"]  # draws: their state is resumed too
+KINDS = {"lora": DROPOUT, "qlora": ["--load_in_4bit", "true"], "dora": ["--use_dora", "true"]}
 
 
 @pytest.fixture(scope="module", params=["lora", "qlora"])
