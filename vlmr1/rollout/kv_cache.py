@@ -134,7 +134,7 @@ class DecodeAttention:
         keys.index_copy_(1, rows, k[:, :, 0].transpose(0, 1))
         values.index_copy_(1, rows, v[:, :, 0].transpose(0, 1))
         tables = self.group_offsets, self.prefix_starts, self.prefix_lengths, self.suffix_blocks, lengths
-        sizes = {"block": BLOCK_SIZE, "max_group": self.max_group, "max_prefix": self.max_prefix}
+        sizes: dict[str, Any] = {"block": BLOCK_SIZE, "max_group": self.max_group, "max_prefix": self.max_prefix}
         out = shared_prefix_decode(q[:, :, 0], keys, values, *tables, **sizes, scale=scale)
         return out[:, :, None]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,7 +71,7 @@ class Batch:
         columns: int,
         position_dims: int,
         vocabulary: int | None = None,
-        **bounds: int,
+        **bounds: Any,
     ):
         """`vocabulary`: V, with a repetition penalty; `bounds`: `max_group` and `max_prefix` of `DecodeAttention`."""
 

@@ -45,7 +45,8 @@ class _SharedPrefixAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        causal, prefix, first = ctx.parts.causal, ctx.parts.prefix, ctx.parts.prompt_rows
+        parts: Plan = ctx.parts
+        causal, prefix, first = parts.causal, parts.prefix, parts.prompt_rows
         d_out = to_varlen_row_major(d_out)
         d_q, d_k, d_v = kernels.varlen_backward(d_out, q, k, v, out, lse, *causal.spans(causal), True, ctx.scale)
         if prefix is not None:

@@ -143,9 +143,10 @@ def pointer(tensor: Tensor | None) -> int | None:
 
 def prepare_inputs(of: HeadInputs) -> HeadInputs:
     """Return tensors as the library reads them: matrices with contiguous rows, contiguous bias, int64 targets."""
-    hidden, weight, bias, targets, *options = of
-    hidden, weight = (m if m.stride(1) == 1 and m.stride(0) >= m.shape[1] else m.contiguous() for m in (hidden, weight))
-    return HeadInputs(hidden, weight, None if bias is None else bias.contiguous(), to_int64(targets), *options)
+    matrices = of.hidden, of.weight
+    hidden, weight = (m if m.stride(1) == 1 and m.stride(0) >= m.shape[1] else m.contiguous() for m in matrices)
+    bias = None if of.bias is None else of.bias.contiguous()
+    return of._replace(hidden=hidden, weight=weight, bias=bias, targets=to_int64(of.targets))
 
 
 def to_double(*tensors: Tensor | None) -> list[Tensor | None]:
