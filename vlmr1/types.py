@@ -81,7 +81,7 @@ class Completion:
     sampling_logp: Tensor | None  # [C] float32
     text: str
     finish_reason: str  # "stop" | "length"
-    old_logp: Tensor | None = None  # [C] float32 of the ratio's denominator; None: of the update's own forward
+    old_logp: Tensor | None = None  # [C] float32 of the old policy, in the ratio; None: the update's own forward
     ref_logp: Tensor | None = None  # [C] float32 of the reference model
     importance_denominator: Tensor | None = None  # [C] float32: the weight is min(exp(old_logp - this), cap)
 
@@ -106,7 +106,7 @@ class Group:
 @dataclass(frozen=True)
 class Pack:
     """View of several Groups as one row: prompts first, then branches. It can be made again at any time, and holds
-    nothing that its groups do not."""
+    nothing that its groups do not, except the weight 0 and the image of a dummy pass."""
 
     input_ids: Tensor  # [L] int64
     positions: Tensor  # [K, L] int64

@@ -15,8 +15,8 @@ def with_kl(groups: Sequence[Group], estimator: str) -> list[Group]:
     """The groups with the KL of each completion, KL_i = sum over its tokens of k(ref_t - old_t); `old` is of the policy
     that drew it.
 
-    k(d) = -d (k1) | d^2 / 2 (k2) | exp(d) - d - 1 (k3). The reward becomes r_i - beta * KL_i: with k1 that of
-    InstructGPT, arXiv:2203.02155, and of TRL's RLOO."""
+    k(d) = -d (k1) | d^2 / 2 (k2) | exp(d) - d - 1 (k3). `advantages.py` subtracts beta * KL_i from the
+    reward: with k1 as in InstructGPT, arXiv:2203.02155, and in TRL's RLOO."""
     values = torch.stack([_kl(completion, estimator) for group in groups for completion in group.completions])
     parts = values.cpu().split([len(group.completions) for group in groups])  # advantages are computed on the host
     return [replace(group, kl=part) for group, part in zip(groups, parts, strict=True)]

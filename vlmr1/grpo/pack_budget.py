@@ -29,13 +29,14 @@ class PackTooLarge(Exception):
 
 
 class PackBudget:
-    """Tokens a pack may have, `tokens_per_pack` at first; each time that memory runs out, what half the pack needs.
+    """Tokens a pack may have: `tokens_per_pack` at first. Each time memory runs out, it drops to the larger half of the
+    pack that failed.
 
     It never grows again in a run, and is part of its checkpoints: a run that is resumed packs as it did before."""
 
     def __init__(self, tokens_per_pack: int):
         self.tokens = tokens_per_pack
-        self.limit: int | None = None  # of a row that is not packed too, once memory ran out
+        self.limit: int | None = None  # for rows that are not packed too; None until memory first runs out
         self.out_of_memory = 0  # times
 
     def shrink(self, failed: PackTooLarge) -> None:
@@ -76,7 +77,7 @@ class PackBudget:
 
 
 def catch_oom(pack: Pack, run: Callable[[Pack], T]) -> T:
-    """run(pack); PackTooLarge where memory runs out, which holds nothing of the pass that failed."""
+    """Call run(pack). If memory runs out, raise PackTooLarge, which keeps no tensor of the failed pass alive."""
     try:
         return run(pack)
     except torch.OutOfMemoryError as error:

@@ -88,7 +88,8 @@ class PackRunner:
 
         Where every rank has all weights, passes over `every` completion need not be as many on each rank. DDP sends
         its buffers in the first pass only, and each rank has a first one."""
-        seen = groups if every else self.with_signal(groups) or [packing.first_completion(groups)]  # of the dummy pack
+        # If no completion contributes, the one of the dummy pack gets the fact.
+        seen = groups if every else self.with_signal(groups) or [packing.first_completion(groups)]
         lacking = packing.select(seen, lambda completion, _: getattr(completion, into) is None)
         pad = None if every and self.parallel.sharding is None else groups
 

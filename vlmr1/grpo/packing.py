@@ -27,7 +27,7 @@ def plan_packs(
     """Assign groups to rows: first fit, in order; `pack=False`: one group a row.
 
     A group that exceeds the budget is split by branches, its prompt repeated; with `share_prompt=False` every
-    branch is a group of its own. `limit` is the budget of rows with neither, which have none otherwise."""
+    branch is a group of its own. `limit` applies only if both are false; None means no limit."""
     rows: list[list[Group]] = []
     free: list[int] = []
     for group in groups:
@@ -69,8 +69,8 @@ def select(groups: Sequence[Group], keep: Callable[[Completion, float], bool]) -
 
 
 def with_signal(groups: Sequence[Group], *, skip_zero_advantage: bool, mask_truncated: bool) -> list[Group]:
-    """The completions that contribute to the loss: with the one setting those whose advantage is not 0, with the other
-    those that ended by themselves."""
+    """Return the completions that contribute to the loss: `skip_zero_advantage` drops those of advantage 0,
+    `mask_truncated` those that reached the length limit."""
     return select(
         groups,
         lambda completion, advantage: (

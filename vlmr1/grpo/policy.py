@@ -66,7 +66,8 @@ class PackedPolicy:
         return self.family.attention(self.model)
 
     def image_features(self, pack: Pack) -> tuple[list[ImageFeatures], Tensor | None]:
-        """Features at each placeholder run of the pack, and a zero that depends on the images without one."""
+        """Return the features at each placeholder run, and a 0 computed from images without a run (dummy images), which
+        keeps them in backward."""
         encoded = encode(self.family, self.model, pack.image_refs, pack.images, self.features)
         unused = [encoded[i] for i in set(range(len(encoded))) - set(pack.image_ids)]
         nothing = [0 * rows.sum() for each in unused for rows in each.tensors()]

@@ -47,8 +47,8 @@ class Advice:
 
 
 def offers(job: Job) -> dict[str, Any]:
-    """What each remedy costs, and its settings, nothing where it cannot be offered; of a setting that comes twice the
-    later value goes further."""
+    """Return a map from the cost of each remedy to its settings; the value is falsy if the remedy does not apply. If two
+    remedies change the same setting, the later one saves more."""
     args, on_gpu, optim = job.args, job.device == "cuda", str(_value(job, "optim"))
     group, packs = -(-_group_tokens(job) // 256) * 256, args.share_prompt and args.pack
     limits_kv = args.rollout_engine == "native" and args.rollout_kv_mib is None

@@ -1,4 +1,4 @@
-"""Reward functions: completion -> score. README.md describes the rewards and the two modes, strict and vlm_r1."""
+"""Reward functions: completion -> score. docs/rewards.md describes the rewards and the two modes, strict and vlm_r1."""
 
 from typing import TYPE_CHECKING, Any
 
