@@ -47,7 +47,7 @@ class Advice:
 
 
 def offers(job: Job) -> dict[str, Any]:
-    """Return a map from the cost of each remedy to its settings; the value is falsy if the remedy does not apply. If two
+    """Return a map from the cost of each remedy to its settings; a value is falsy if the remedy does not apply. If two
     remedies change the same setting, the later one saves more."""
     args, on_gpu, optim = job.args, job.device == "cuda", str(_value(job, "optim"))
     group, packs = -(-_group_tokens(job) // 256) * 256, args.share_prompt and args.pack

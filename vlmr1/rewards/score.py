@@ -14,10 +14,8 @@ from vlmr1.rewards.strict import SCORERS as STRICT
 from vlmr1.rewards.vlm_r1 import SCORERS as PUBLISHED
 from vlmr1.rewards.vlm_r1.tags import last_answer, true_answer
 
-SCORERS = {
-    "strict": STRICT,
-    "vlm_r1": STRICT | PUBLISHED,
-}  # rewards that VLM-R1 does not have are the strict ones in both modes
+# A reward that VLM-R1 does not have is the strict one in both modes.
+SCORERS = {"strict": STRICT, "vlm_r1": STRICT | PUBLISHED}
 
 
 def score(reward: str, content: str, solution: str, *, mode: str = "strict", **kwargs: Any) -> float:
