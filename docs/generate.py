@@ -16,9 +16,12 @@ PARTS = {
     "Data": ("vlmr1/data/",),
     "Rewards": ("vlmr1/rewards/",),
     "Models and parameters": ("vlmr1/models/", "vlmr1/parameters", "vlmr1/memory/settings", "vlmr1/memory/precision"),
-    "Memory and the planner": ("vlmr1/memory/",),
+    "Memory and the planner": ("vlmr1/memory/", "vlmr1/planner/"),
     "Evaluation": ("vlmr1/evaluation/",),
-    "Several processes": ("vlmr1/scale/",),
+    "Several processes": (
+        "vlmr1/scale/",
+        "vlmr1/distributed/",
+    ),
     "Kernels": ("kernels/",),
     "Settings, runs and checkpoints": ("vlmr1/",),
 }

@@ -35,9 +35,9 @@ NO_MODEL = ("doctor", "bench")  # they do not need transformers
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; the user's mistakes are on stderr, with exit status 2; signals have 128 + their number."""
-    command, options, rest = _parse(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    try:
+    try:  # around the import of the command too, which takes seconds
+        command, options, rest = _parse(arguments)
+        logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
         if options.command not in NO_MODEL:
             from transformers.utils.logging import disable_progress_bar
 

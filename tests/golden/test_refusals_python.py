@@ -201,7 +201,7 @@ CASES: dict[str, Callable[..., Any]] = {
     "The model's attention has a sliding window or a softcap, which shared prompts cannot serve": sliding_window,
     "max_anyres_num is below the number of tiles that the processor makes at least": few_tiles,
     "accu_reward_method is an empty list (from Python)": lambda: GRPOConfig(use_cpu=True, accu_reward_method=[]),
-    "Mode vlmr1: iou_qwen is used without the columns image_grid_thw and image_size": published_iou_without_columns,
+    "Mode vlm_r1: iou_qwen is used without the columns image_grid_thw and image_size": published_iou_without_columns,
     "full_determinism is set on a GPU": on_gpu,
     "settings.json of a run that is resumed cannot be read": unreadable_settings,
 }

@@ -48,6 +48,7 @@ def demo(seed: int, output_dir: Path, changes: Sequence[str] = ()) -> None:
     begin = time.monotonic()
     arguments = ["--output_dir", str(output_dir), "--seed", str(seed), "--data_file_paths", DIGITS]
     config = parse_config([*arguments, *changes], recipe="tiny-digits")
+    config.check_device()
     check_output_dir(output_dir)
     samples = held_out(config, output_dir)
     before = measure(config, model_path(str(config.model_name_or_path)), samples)

@@ -1,5 +1,4 @@
-"""Launch checks that need no model. `sharded.py` checks again once the engine is
-there."""
+"""Launch checks that need no model. `sharded.py` checks again once the engine is there."""
 
 from __future__ import annotations
 

@@ -62,6 +62,6 @@ def _default(setting: Field) -> Any:
 def _read(path: Path) -> dict[str, Any]:
     """The settings that a run has written, with today's names."""
     try:
-        return current(json.loads(path.read_text(encoding="utf-8")))
+        return current(json.loads(path.read_text(encoding="utf-8")), note=False)
     except ValueError as error:
         raise SettingError(f"{path} cannot be read ({error}): without it, settings are not compared") from error

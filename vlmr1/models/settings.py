@@ -134,7 +134,9 @@ class ParameterSettings(LoraSettings, ModelSettings, _Shared):
         if self.activation_offload:
             if not (self.activation_checkpointing or self.gradient_checkpointing):
                 yield "activation_offload needs gradient_checkpointing: it moves what that keeps"
-            self.activation_checkpointing_kwargs = {**(self.activation_checkpointing_kwargs or {}), "offload": True}
+            kwargs = self.activation_checkpointing_kwargs
+            if not isinstance(kwargs, str):  # a text where TrainingArguments has refused another setting
+                self.activation_checkpointing_kwargs = {**(kwargs or {}), "offload": True}
 
     def _check_lora(self) -> Iterator[str]:
         if self.freeze_vision and self.lora_vision:

@@ -165,6 +165,8 @@ class HFTrainer(Trainer):
             for member in self.members:
                 member.load(Path(checkpoint))
         except FileNotFoundError as error:
+            if error.filename and Path(checkpoint) not in Path(error.filename).parents:
+                raise
             raise SettingError(
                 f"{checkpoint} was written without dynamic_sampling or sync_ref_model: {error}"
             ) from error
