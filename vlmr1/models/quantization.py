@@ -43,6 +43,8 @@ def quantize_empty(model: Any, family: ModelFamily, dtype: torch.dtype) -> None:
         if isinstance(module, Linear4bit):
             weight: Any = module.weight
             weight._quantize("meta")
+            if module.bias is not None:  # loading gives it the model's dtype
+                module.bias = torch.nn.Parameter(module.bias.detach().to(model.dtype))
     check_layers(model)
 
 
