@@ -37,7 +37,7 @@ def test_what_is_alive_counts_and_views_do_not():
         del x
         assert dry.total == 2 * KIB**2  # y is a view of it
         del y
-        assert dry.running["a"] == 0 and dry.total == KIB**2
+        assert dry.live["a"] == 0 and dry.total == KIB**2
         del z
     assert dry.total == 0
     assert dry.peak == 2 * KIB**2 and dry.at_peak == {"a": KIB**2, "b": KIB**2}
@@ -48,7 +48,7 @@ def test_causes_change_and_host_memory_is_apart():
     with dry:
         x = torch.empty(KIB)
         dry.is_of(x, "b")
-        assert (dry.running["a"], dry.running["b"], dry.cause_of(x)) == (0, 4 * KIB, "b")
+        assert (dry.live["a"], dry.live["b"], dry.cause_of(x)) == (0, 4 * KIB, "b")
         with dry.of(HOST):
             x.clone()
         dry.is_of(x, "free")
