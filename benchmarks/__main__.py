@@ -15,7 +15,8 @@ from importlib import import_module
 
 from benchmarks.console import quiet
 
-quiet()  # before torch is imported
+if __name__ == "__main__":
+    quiet()  # before torch is imported
 
 TOOLS = {"compare": "benchmarks.compare", "report": "benchmarks.report", "readme": "benchmarks.readme"}
 

@@ -25,7 +25,8 @@ from typing import Any
 
 from benchmarks.console import quiet
 
-quiet()  # before torch is imported
+if __name__ == "__main__":
+    quiet()  # before torch is imported
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 300.0

@@ -195,8 +195,8 @@ def test_weights_that_are_fetched_ahead(folder, alone, eager, tmp_path):
     "sharding, setting, says",
     [
         ("zero3", "use_dora", "use_dora is not supported with zero3"),
-        ("zero3", "load_in_4bit", "load_in_4bit is not supported where zero3 shards the weights"),
-        ("fsdp2", "load_in_4bit", "load_in_4bit is not supported where fsdp2 shards the weights"),
+        ("zero3", "load_in_4bit", "load_in_4bit.*zero3"),
+        ("fsdp2", "load_in_4bit", "load_in_4bit.*fsdp2"),
     ],
 )
 def test_what_sharded_adapters_cannot_be(sharding, setting, says, tmp_path):

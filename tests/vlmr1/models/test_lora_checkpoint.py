@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +79,9 @@ def test_killed_run_ends_with_the_same_adapter(data, tmp_path):
     whole = start_with(command(data, tmp_path / "whole", *LORA))  # a process as the others: to the last bit
     output, _ = whole.communicate()
     assert whole.returncode == 0, output
-    first = start_with(command(data, tmp_path, *LORA))
-    assert first.stdout is not None
-    for line in first.stdout:
-        if "step 3 " in line:
-            break
-    first.send_signal(signal.SIGKILL)
-    first.wait()
+    first = start_with(command(data, tmp_path, *LORA), kill_before=4)
+    first.communicate()
+    assert first.returncode == 9
     assert not (tmp_path / f"checkpoint-{STEPS}").exists()
     again = start_with(command(data, tmp_path, *LORA))
     output, _ = again.communicate()
