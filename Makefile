@@ -33,6 +33,7 @@ lint: $(READY)/lint $(READY)/test $(READY)/bench docs
 	$(BIN)/clang-format --dry-run --Werror kernels/csrc/*
 	$(BIN)/pyright
 	$(BIN)/python -m tests.structure
+	$(BIN)/python -m benchmarks.readme --check
 
 # The manual, in build/site
 docs: $(READY)/docs
