@@ -53,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompt_column", default=Columns.prompt)
     parser.add_argument("--solution_column", default=Columns.solution)
+    parser.add_argument("--image_column", default=Columns.image)
+    parser.add_argument("--system_prompt", help="as in training")
+    parser.add_argument("--images_outside_folders", nargs="?", const="true", choices=("true", "false"), default="false")
 
 
 def run(options: argparse.Namespace, rest: list[str]) -> int:
@@ -76,7 +79,13 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
         rewards=[get_reward(reward, settings) for reward in options.reward_funcs],
         measure=measure,
         max_prompt_length=options.max_prompt_length,
-        columns=Columns(options.prompt_column, options.solution_column),
+        columns=Columns(
+            options.prompt_column,
+            options.solution_column,
+            options.image_column,
+            options.system_prompt,
+            options.images_outside_folders == "true",
+        ),
         defaults=columns_of_files(len(split_names(options.files)), methods),
     )
     print(findings.text())
@@ -173,9 +182,10 @@ class _Checker:
             except DataError as error:
                 self.found.append((index, as_fault(error, source)))
                 continue
-            for check in self.checks:
+            self.findings.tally.add(sample)
+            for check, each in ((check, each) for check in self.checks for each in sample.each_solution()):
                 try:
-                    check(sample)
+                    check(each)
                 except DataError as error:
                     errors.append(error)
             if sample.images:

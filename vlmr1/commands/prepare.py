@@ -54,7 +54,9 @@ def prepare(config: GRPOConfig, *, finished: bool = False) -> Prepared:
     processor = load_processor(name, **settings.source)
     limit_images(processor, model_type, **settings.image_limits)
     reader = RowReader.of(config, model_type, processor.image_processor)
-    train: Sequence[Sample] = reader.read(*_data_files(config, output_dir))
+    train = reader.read(*_data_files(config, output_dir))
+    if config.process_index == 0 and train.tally is not None:
+        print(*train.tally.lines(), sep="\n", flush=True)
     validation = None
     if config.val_split_ratio > 0:
         seed = config.seed if config.data_seed is None else config.data_seed

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from vlmr1.data.archives import is_archive
 from vlmr1.data.folder import ImageFolder
 from vlmr1.data.hub import folder_rows, hub_rows, parquet_rows
 from vlmr1.data.rows import Rows, json_rows
@@ -23,8 +24,8 @@ def open_sources(
 
     A data file is a JSON or Parquet file, a directory written by `save_to_disk` (DIRECTORY@SPLIT where it has several
     splits), or a hub data set (OWNER/NAME@SPLIT). Several files or folders may be joined by ':'. There is one folder
-    for all files, one for each, or none where rows hold their images. SettingError for a file or folder that does not
-    exist.
+    for all files, one for each, or none where rows hold their images; it may be a .zip or .tar file. SettingError for a
+    file or folder that does not exist.
     """
     files, folders = split_names(data_file_paths), split_names(image_folders)
     if not files:
@@ -34,8 +35,8 @@ def open_sources(
             f"image_folders has {len(folders)} folders for {len(files)} data files: give one for all, or one for each"
         )
     for folder in folders:
-        if not Path(folder).is_dir():
-            raise SettingError(f"image_folders: {folder} is not a directory")
+        if not Path(folder).is_dir() and not is_archive(folder):
+            raise SettingError(f"image_folders: {folder} is not a directory, nor a .zip or .tar file")
     places = [ImageFolder(Path(folder)) for folder in folders] or [ImageFolder(None)]
     places *= len(files) if len(places) == 1 else 1
     return [(open_rows(file), place) for file, place in zip(files, places, strict=True)]

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlmr1.data.faults import row_fault
 from vlmr1.data.rows import Rows
-from vlmr1.data.samples import Columns, Samples, check_rows
+from vlmr1.data.samples import Samples, check_rows
 from vlmr1.data.sources import open_sources, split_names
 from vlmr1.data.templates import question_text
 from vlmr1.errors import DataError
@@ -36,7 +37,7 @@ def load_rows(options: Options, model_type: str) -> Data:
     Every row is read and checked against its task, and each image is decoded once. DataError "file:line: ..." for the
     first fault, SettingError for files and folders that do not exist."""
     sources = open_sources(options.data, options.images)
-    columns = Columns(options.prompt_column, options.solution_column)
+    columns = options.columns
     opened = [(annotation_rows(rows, columns.prompt, columns.solution), folder) for rows, folder in sources]
     for rows, _ in opened:
         if not len(rows):
@@ -44,7 +45,10 @@ def load_rows(options: Options, model_type: str) -> Data:
     defaults = columns_of_files(len(split_names(options.data)), options.methods)
     every = Samples(opened, question_text(options.template, model_type), columns, defaults=defaults)
     samples: Sequence[Sample] = every.select(range(min(len(every), options.limit or len(every))))
-    check_rows(samples, [check_of(options.task, options.rewards())])
+    several = check_rows(samples, [check_of(options.task, options.rewards())]).several
+    if several and options.task != "vqa":
+        what = f"several accepted solutions: --task {options.task} needs one a row, --task vqa takes the best score"
+        raise row_fault(several, "solution", what)
     return Data(samples, rows_digest([rows for rows, _ in opened], samples))
 
 

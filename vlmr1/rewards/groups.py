@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -63,10 +64,26 @@ def score_groups(
     ]
     if not rows:
         return list(groups)
-    columns = [_call(get_reward(reward), rows, pool, timed_out) for reward in reward_functions]  # R lists of B
+    columns = [_best(get_reward(reward), rows, pool, timed_out) for reward in reward_functions]  # R lists of B
     rewards = torch.tensor(columns, dtype=torch.float32).reshape(len(columns), len(rows)).T  # [B, R]
     parts = rewards.split([len(group.completions) for group in groups])
     return [replace(group, rewards=part.contiguous()) for group, part in zip(groups, parts, strict=True)]
+
+
+def _best(
+    reward: Reward, rows: Sequence[_Row], pool: RewardPool | None, timed_out: list[TimedOut] | None
+) -> list[float]:
+    """Return one reward's B scores. A built-in reward is called for each accepted solution; the best score counts."""
+    if reward.settings is None:
+        return _call(reward, rows, pool, timed_out)
+    each = [row.prompt.sample.each_solution() for row in rows]
+    every = [
+        row if sample is row.prompt.sample else replace(row, prompt=replace(row.prompt, sample=sample))
+        for row, samples in zip(rows, each, strict=True)
+        for sample in samples
+    ]
+    values = iter(_call(reward, every, pool, timed_out))
+    return [max(islice(values, len(samples))) for samples in each]
 
 
 def _call(
@@ -156,7 +173,10 @@ def _arguments(reward: Reward, rows: Sequence[_Row]) -> dict[str, list[Any]]:
         "prompts": [sample.messages for sample in samples],
         "completions": [[{"role": "assistant", "content": row.completion.text}] for row in rows],
         "completion_ids": [row.completion.token_ids.tolist() for row in rows],
-        "solution": [sample.solution for sample in samples],
+        "solution": [
+            [sample.solution, *sample.other_solutions] if sample.other_solutions else sample.solution
+            for sample in samples
+        ],
     }
 
 

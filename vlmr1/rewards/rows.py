@@ -49,8 +49,7 @@ class RowReader:
             folders,
             question=question_text(self.data.question_template, self.model_type),
             check_images=self.data.check_images,
-            prompt_column=self.data.prompt_column,
-            solution_column=self.data.solution_column,
+            columns=self.data.columns,
             checks=[*checks, *checks_of(self.options.reward_funcs, self.rewards)],
             defaults=defaults,
         )

@@ -57,7 +57,7 @@ PLANTED = {
     "encoding": '{"image": "é"}'.encode("latin-1"),
     "not a row": [1, 2],
     "conversations": {"image": "a.png"},
-    "turn": row(conversations=[{"from": "system", "value": "x"}]),
+    "turn": row(conversations=[{"from": "tool", "value": "x"}]),
     "markers": row("<image> or <image>?"),
     "image name": row(image=3),
     "missing image": row(image="none.png"),
@@ -152,17 +152,19 @@ def test_the_command_prints_each_fault(folder, capsys):
     path = write(folder, [row(), row(image="none.png"), row(gpt="x")])
     status = run(path, "--images", folder / "images", "--reward_funcs", "accuracy")
     assert status == 1
-    missing, solution, total = capsys.readouterr().out.splitlines()
+    missing, solution, counts, total = capsys.readouterr().out.splitlines()
     assert missing == f"{path}:2: missing image: image none.png is missing in {folder}/images"
     assert solution.startswith(f"{path}:3: solution: the solution has no box")
+    assert counts == "3 of 3 rows have images"
     assert total == "3 rows, 1 images: 2 faults (1 missing image, 1 solution)"
 
 
 def test_the_command_counts_tokens(folder, capsys):
     path = write(folder, [row(), row(), row("1 + 1?", image=None)])
     assert run(path, "--images", folder / "images", "--model", "tiny", "--question_template", "rec") == 0
-    first, *bars, last = capsys.readouterr().out.splitlines()
+    first, *bars, counts, last = capsys.readouterr().out.splitlines()
     assert (first, last) == ("tokens a prompt:", "3 rows, 1 images: no faults")
+    assert counts == "2 of 3 rows have images"
     assert [int(bar.split()[-1]) for bar in bars if bar.split()[-1] != "0"] == [1, 2]
 
 

@@ -1,11 +1,16 @@
 """Hugging Face data sets as rows: saved directories, Parquet with image bytes, and what cannot be read."""
 
 import io
+import json
 import pickle
 import sys
+from datetime import date
+from decimal import Decimal
 
 import datasets
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -140,6 +145,40 @@ def test_a_broken_image_names_its_row(tmp_path):
     with pytest.raises(DataError) as caught:
         load(tmp_path / "rows.parquet")
     assert str(caught.value).startswith(f"{tmp_path}/rows.parquet:2: image x.png cannot be decoded: ")
+
+
+def table(path, **columns):
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
+MIXED = {
+    "decimals": ({"solution": [Decimal(1)]}, ":1: the solution is neither text nor a JSON value: .*Decimal"),
+    "dates": ({"solution": [date(2020, 1, 1)]}, ":1: the solution is neither text nor a JSON value: .*date"),
+    "bytes as text": ({"prompt": pyarrow.array([b"a"])}, ":1: the prompt is neither text nor a list of messages but"),
+    "numbers as images": ({"image": [[1, 2]]}, ":1: image is neither a file name nor .*, but 1"),
+    "text in no encoding": (
+        {"prompt": pyarrow.StringArray.from_buffers(1, *pyarrow.array([b"\xff"]).buffers()[1:])},
+        ":1: the row cannot be read: .*utf-8",
+    ),
+}
+
+
+@pytest.mark.parametrize("columns, expected", MIXED.values(), ids=MIXED)
+def test_columns_of_other_types(tmp_path, columns, expected):
+    path = table(tmp_path / "rows.parquet", **{"prompt": ["a"], "solution": ["x"]} | columns)
+    with pytest.raises(DataError, match=rf"rows\.parquet{expected}"):
+        load(path)
+
+
+def test_a_column_of_two_types_is_named(tmp_path):
+    """The features that `datasets` wrote into the file are not those of its columns."""
+    features = datasets.Features({"prompt": datasets.Value("string"), "solution": datasets.Image()})
+    made = pyarrow.table({"prompt": ["a"], "solution": [3]})
+    metadata = {"huggingface": json.dumps({"info": {"features": features.to_dict()}})}
+    pyarrow.parquet.write_table(made.replace_schema_metadata(metadata), tmp_path / "rows.parquet")
+    with pytest.raises(SettingError, match=r"rows\.parquet cannot be read: .*int64"):
+        load(tmp_path / "rows.parquet")
 
 
 def test_file_names_in_a_table(tmp_path):
