@@ -1,7 +1,6 @@
 """Hugging Face data sets as rows: saved directories, Parquet with image bytes, and what cannot be read."""
 
 import io
-import json
 import pickle
 import sys
 from datetime import date
@@ -172,13 +171,21 @@ def test_columns_of_other_types(tmp_path, columns, expected):
 
 
 def test_a_column_of_two_types_is_named(tmp_path):
-    """The features that `datasets` wrote into the file are not those of its columns."""
-    features = datasets.Features({"prompt": datasets.Value("string"), "solution": datasets.Image()})
-    made = pyarrow.table({"prompt": ["a"], "solution": [3]})
-    metadata = {"huggingface": json.dumps({"info": {"features": features.to_dict()}})}
-    pyarrow.parquet.write_table(made.replace_schema_metadata(metadata), tmp_path / "rows.parquet")
-    with pytest.raises(SettingError, match=r"rows\.parquet cannot be read: .*int64"):
-        load(tmp_path / "rows.parquet")
+    """The files of a directory differ: a text and a number."""
+    datasets.Dataset.from_dict({"prompt": ["a"] * 2, "solution": ["x"] * 2}).save_to_disk(tmp_path / "a", num_shards=2)
+    datasets.Dataset.from_dict({"prompt": ["a"], "solution": [3]}).save_to_disk(tmp_path / "b")
+    (other,) = (tmp_path / "b").glob("*.arrow")
+    other.rename(tmp_path / "a" / "data-00001-of-00002.arrow")
+    with pytest.raises(SettingError, match=r"/a cannot be read: .*solution has incompatible types: string vs int64$"):
+        load(tmp_path / "a")
+
+
+def test_a_column_twice(tmp_path):
+    columns = [pyarrow.array(["a"])] * 3
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays(columns, names=["prompt", "prompt", "solution"]), path)
+    with pytest.raises(SettingError, match=r"rows\.parquet cannot be read: Multiple matches .*prompt"):
+        load(path)
 
 
 def test_file_names_in_a_table(tmp_path):
