@@ -1,7 +1,7 @@
 """Formats of rows. Each is converted to chat messages and the accepted solutions, by one table of columns.
 
 A row has the first format of `FORMATS` whose column of the prompt it has. They are those of VLM-R1, TRL and verl,
-ms-swift and LLaMA-Factory, ms-swift's queries, EasyR1, R1-V, and Alpaca, in this order.
+ms-swift and LLaMA-Factory, ms-swift's queries, EasyR1 and R1-V, VQA data sets, and Alpaca, in this order.
 """
 
 from __future__ import annotations

@@ -135,6 +135,8 @@ def text_and_images(content: Sequence[Any], source: str) -> list[Part]:
             parts.append({"type": "image"} | ({VALUE: used[held[0]]} if held else {}))
         elif used.keys() == {"type", "text"} and used["type"] == "text" and isinstance(used["text"], str):
             parts += parts_of(used["text"])
+        elif str(used.get("type")).startswith(("video", "audio", "input_audio")):
+            raise row_fault(source, "video", f"a part of type {used['type']}: only text and images are trained on")
         else:
             what = f'a part is {{"type": "text", "text": ...}} or {{"type": "image"}}, not {short(part)}'
             raise row_fault(source, "turn", what)

@@ -14,14 +14,18 @@ from PIL import Image
 from tests.data.formats import make
 from tests.vlmr1.data.test_prompts_of_rows import encoded, shown
 from vlmr1.cli import main
+from vlmr1.config import GRPOConfig
 from vlmr1.data.folder import ImageFolder
 from vlmr1.data.formats import DEFAULT, FORMATS, Columns
 from vlmr1.data.images import upright_size
 from vlmr1.data.rows import ListRows
 from vlmr1.data.samples import Samples, load_samples
 from vlmr1.errors import DataError
+from vlmr1.evaluation.options import Options
+from vlmr1.evaluation.rows import load_rows
 from vlmr1.report.progress import read_metrics
 from vlmr1.rewards.answer import solution_box
+from vlmr1.rewards.rows import RowReader
 
 ROOT = Path(__file__).parents[3]
 PNG = encoded((1, 2, 3))
@@ -276,7 +280,9 @@ REFUSED = {
     "video": (PROMPT | A | {"video": {"path": "a.mp4"}}, "video", "video"),
     "sound": (PROMPT | {"audios": ["a.mp3"]}, "video", "audios"),
     "video marker": ({"query": "<video>What?", "response": "x"}, "video", "<video>"),
-    "video part": (of_parts({"type": "video", "video": "a.mp4"}), "turn", "video"),
+    "video part": (of_parts({"type": "video", "video": "a.mp4"}), "video", "video"),
+    "video by its address": (of_parts({"type": "video_url", "video_url": {"url": "a.mp4"}}), "video", "video_url"),
+    "part of another kind": (of_parts({"type": "document", "text": "a"}), "turn", "document"),
     "Qwen's token": (PROMPT | A | {"prompt": "<|vision_start|><|image_pad|>Q"}, "image token", "<|vision_start|>"),
     "InternVL's token": (PROMPT | A | {"prompt": "<IMG_CONTEXT>Q"}, "image token", "<IMG_CONTEXT>"),
     "GLM's token": (
@@ -339,3 +345,30 @@ def test_unread_columns_are_named_once_a_file(folder, capsys):
         "4 of 6 rows have images",
         "6 rows, 1 images: no faults",
     ]
+
+
+READ_AS = {
+    "prompt_column": "problem",
+    "solution_column": "reward_model.box",
+    "image_column": "extra.picture",
+    "system_prompt": "S",
+    "images_outside_folders": True,
+}
+
+
+def test_settings_of_training_evaluation_and_the_check(folder, processor, capsys):
+    (folder / "images").mkdir()
+    path, images = str(folder / "rows.jsonl"), str(folder / "images")
+    row = {"problem": "Q", "answer": "no", "reward_model": {"box": [1, 2, 30, 20]}, "extra": {"picture": "../a.jpg"}}
+    Path(path).write_text(json.dumps(row | {"question": "not this"}))
+    config = GRPOConfig(use_cpu=True, output_dir=str(folder / "out"), **READ_AS)
+    (trained,) = RowReader.of(config, "qwen2_5_vl", processor.image_processor).read([path], [images])
+    (evaluated,) = load_rows(Options("rec", (path,), (images,), **READ_AS), "qwen2_5_vl").samples
+    for each in (trained, evaluated):
+        assert (each.solution, each.images) == ("[1, 2, 30, 20]", (folder / "a.jpg",))
+        assert each.messages[0] == {"role": "system", "content": [{"type": "text", "text": "S"}]}
+    words = [word for name, value in READ_AS.items() for word in (f"--{name}", str(value).replace("True", "true"))]
+    assert main(["data", "check", path, "--images", images, "--reward_funcs", "accuracy", *words]) == 0
+    assert "1 of 1 rows have images\n" in capsys.readouterr().out
+    assert main(["data", "check", path, "--images", images, *words[:-2]]) == 1
+    assert f"{path}:1: image outside: " in capsys.readouterr().out
