@@ -219,7 +219,7 @@ def _solutions(value: Any, source: str) -> tuple[str, ...]:
     found = []
     for each in value if several else [value]:
         try:
-            found.append(as_text(each))
+            found.append("" if each is None else as_text(each))
         except (TypeError, ValueError) as error:
             what = f"the solution is neither text nor a JSON value: {error}"
             raise row_fault(source, SOLUTION, what) from error

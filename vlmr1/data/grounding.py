@@ -26,6 +26,8 @@ def fill(reading: Reading, objects: Any, size: Callable[[int], Size], source: st
     In the solution several boxes, or boxes with names, become a JSON list of `bbox_2d` and `label`, which the rewards
     read. `size(i)` is the size of the ith image, by which boxes of `bbox_type: norm1` are multiplied."""
     parts = [part for each in reading.messages for part in each["content"] if "text" in part]
+    if isinstance(objects, dict) and all(value is None for value in objects.values()):
+        objects = None  # as tables have it in rows without objects
     found = ANY.findall(" ".join([*(part["text"] for part in parts), reading.solutions[0]]))
     if not found or (objects is None and REF not in found):
         return reading  # <bbox> may be a word of the question

@@ -97,7 +97,7 @@ class Samples(Sequence[Sample]):
 
         def size(place: int) -> tuple[int, int]:
             if place not in range(len(values)):
-                raise row_fault(source, "objects", f"image_id of objects is {place}: the row has {len(values)} images")
+                raise row_fault(source, "objects", f"image_id of objects is {place!r}: there are {len(values)} images")
             return upright_size(image(place, values[place]), source)
 
         check_videos(row, source)

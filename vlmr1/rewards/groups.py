@@ -70,19 +70,19 @@ def score_groups(
     return [replace(group, rewards=part.contiguous()) for group, part in zip(groups, parts, strict=True)]
 
 
-def _best(
-    reward: Reward, rows: Sequence[_Row], pool: RewardPool | None, timed_out: list[TimedOut] | None
-) -> list[float]:
-    """Return one reward's B scores. A built-in reward is called for each accepted solution; the best score counts."""
+def _best(reward: Reward, rows: Sequence[_Row], *options: Any) -> list[float]:
+    """Return one reward's B scores. A built-in reward is called for each accepted solution; the best score counts.
+
+    `options` are further arguments of `_call`."""
     if reward.settings is None:
-        return _call(reward, rows, pool, timed_out)
+        return _call(reward, rows, *options)
     each = [row.prompt.sample.each_solution() for row in rows]
     every = [
         row if sample is row.prompt.sample else replace(row, prompt=replace(row.prompt, sample=sample))
         for row, samples in zip(rows, each, strict=True)
         for sample in samples
     ]
-    values = iter(_call(reward, every, pool, timed_out))
+    values = iter(_call(reward, every, *options))
     return [max(islice(values, len(samples))) for samples in each]
 
 

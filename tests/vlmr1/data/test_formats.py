@@ -224,6 +224,7 @@ CONVERSIONS = {
         ("[20.0, 15.0, 40, 30]",),
     ),
     "<bbox> as a word": (PROMPT | {"prompt": "As <bbox>?"}, [("user", ["As <bbox>?"])], ("x",)),
+    "objects of a table": (about({"ref": None, "bbox": None}, "As <bbox>?"), [("user", ["As <bbox>?"])], ("x",)),
 }
 
 
@@ -261,6 +262,7 @@ REFUSED = {
     "empty gpt turn": ({"conversations": [HUMAN, GPT | {"value": " \n"}]}, "solution", "empty"),
     "empty answer": ({"messages": [ASK, said("assistant", [])], "solution": ""}, "solution", "empty"),
     "empty among several": (PROMPT | {"solution": ["a", ""]}, "solution", "empty"),
+    "null among several": (PROMPT | {"solution": ["a", None]}, "solution", "empty"),
     "solution of another type": (PROMPT | {"solution": Decimal(1)}, "solution", "Decimal"),
     "solution of bytes": (PROMPT | {"solution": b"x"}, "solution", "bytes"),
     "prompt of bytes": (PROMPT | {"prompt": b"Q"}, "prompt", "Q"),
