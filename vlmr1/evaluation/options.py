@@ -7,7 +7,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal, get_args, get_type_hints
 
 from vlmr1.data.box_coordinates import Setting
-from vlmr1.data.templates import question_text
+from vlmr1.data.templates import AUTO, question_text
 from vlmr1.errors import SettingError
 from vlmr1.rewards.judge import Judge, judge_of
 from vlmr1.rewards.settings import RewardSettings
@@ -15,7 +15,7 @@ from vlmr1.types import Settings, setting
 from vlmr1_kernels.registry import ImplementationError, parse_choices
 
 Task = Literal["rec", "ovd", "vqa"]
-TEMPLATE_OF: dict[str, str] = {"rec": "rec", "ovd": "odLength", "vqa": "default"}
+TEMPLATE_OF: dict[str, str] = {"rec": "rec", "ovd": "odLength"}  # of question_template auto; vqa: by the row's method
 LENGTH_OF: dict[str, int] = {"rec": 256, "ovd": 1024, "vqa": 1024}  # tokens
 
 
@@ -30,7 +30,9 @@ class Options(Settings):
     task: Task = setting(MISSING, "one box; boxes with labels; answers in words")
     data: list[str] = setting(MISSING, "data files as in training, RefCOCO JSON, COCO annotation JSON")
     images: list[str] = setting([], "image folders: one for each data file, or one for all")
-    question_template: str = setting("", _by_task(TEMPLATE_OF))
+    question_template: str = setting(
+        AUTO, "as in training; auto: by the task (rec, odLength), for vqa by the accuracy method"
+    )
     accu_reward_method: list[str] = setting([], "of vqa: one, or one for each file; a row's column wins")
     judge_url: str | None = setting(None, "OpenAI-compatible API of accu_reward_method llm")
     judge_model: str | None = setting(None, "model that judge_url serves")
@@ -52,7 +54,8 @@ class Options(Settings):
     def __post_init__(self) -> None:
         for fault in self.check():
             raise SettingError(f"--{fault}")
-        question_text(self.template)
+        if self.template != AUTO:
+            question_text(self.template)
         judge_of(self)
 
     def check(self) -> Iterator[str]:
@@ -73,7 +76,7 @@ class Options(Settings):
 
     @property
     def template(self) -> str:
-        return self.question_template or TEMPLATE_OF[self.task]
+        return TEMPLATE_OF.get(self.task, AUTO) if self.question_template == AUTO else self.question_template
 
     @property
     def tokens(self) -> int:
