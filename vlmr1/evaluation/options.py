@@ -10,12 +10,14 @@ from vlmr1.data.box_coordinates import Setting
 from vlmr1.data.templates import AUTO, question_text
 from vlmr1.errors import SettingError
 from vlmr1.rewards.judge import Judge, judge_of
+from vlmr1.rewards.question import auto_template
 from vlmr1.rewards.settings import RewardSettings
 from vlmr1.types import Settings, setting
 from vlmr1_kernels.registry import ImplementationError, parse_choices
 
 Task = Literal["rec", "ovd", "vqa"]
-TEMPLATE_OF: dict[str, str] = {"rec": "rec", "ovd": "odLength"}  # of question_template auto; vqa: by the row's method
+# The reward by which question_template auto chooses.
+REWARD_OF: dict[str, str] = {"rec": "iou", "ovd": "odLength", "vqa": "accuracy"}
 LENGTH_OF: dict[str, int] = {"rec": 256, "ovd": 1024, "vqa": 1024}  # tokens
 
 
@@ -76,7 +78,10 @@ class Options(Settings):
 
     @property
     def template(self) -> str:
-        return TEMPLATE_OF.get(self.task, AUTO) if self.question_template == AUTO else self.question_template
+        """The name or text of the template; auto for vqa, where it is by the method of the row."""
+        if self.question_template != AUTO or self.task == "vqa":
+            return self.question_template
+        return auto_template([REWARD_OF[self.task]], self.methods[0])
 
     @property
     def tokens(self) -> int:

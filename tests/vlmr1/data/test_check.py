@@ -195,6 +195,7 @@ def test_rows_of_a_recipe(recipe, capsys):
     settings = settings_of(recipe)
     words = ["--reward_funcs", *settings["reward_funcs"], "--question_template", settings["question_template"]]
     words += ["--accu_reward_method", *settings.get("accu_reward_method", ["iou"])]
+    words += ["--box_coordinates", settings.get("box_coordinates", "auto")]
     status = command([STANDINS / f"{recipe}.jsonl"], *words, "--reward_mode", settings.get("reward_mode", "strict"))
     assert status == 0, capsys.readouterr().out
 
@@ -282,7 +283,7 @@ def test_a_box_that_may_be_true_trains(method, solution, more, folder):
 
 
 def test_boxes_are_checked_without_a_model(folder):
-    path = write(folder, [row(gpt=str(list(THOUSANDTHS)))])
+    path = write(folder, [row(gpt=f"<answer>{list(THOUSANDTHS)}</answer>")])
     shared = [path, "--images", folder / "images", "--reward_funcs", "accuracy"]
     assert [run(*shared), run(*shared, "--box_coordinates", "original")] == [1, 0]
     assert run(*shared, "--reward_mode", "vlm_r1") == 0  # the published code compares as it does

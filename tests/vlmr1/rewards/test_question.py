@@ -65,7 +65,7 @@ def commands(folder, method, limit=None):
     task = ["--task", "rec"] if method == "iou" else ["--task", "vqa", *methods]
     return {
         "check": ["data", "check", str(path), "--images", str(folder / "images"), *methods, "--model", "tiny", *limits],
-        "train": ["train", *files, *methods, *small, *limits, "--output_dir", str(folder / "out")],
+        "train": ["train", *files, *methods, *small, *limits, "--output_dir", str(folder / f"out-{limit}")],
         "evaluate": ["evaluate", *given, *task, "--max_completion_length", "4", "--output_dir", str(folder / "eval")],
     }
 
