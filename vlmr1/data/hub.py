@@ -22,12 +22,17 @@ class DatasetRows(Rows):
         return len(self.dataset)
 
     def read(self, index: int) -> Row:
-        from pyarrow import ArrowException
+        return table_row(self.dataset[index : index + 1], self.source(index))
 
-        try:
-            return self.dataset[index : index + 1].to_pylist()[0]
-        except (ValueError, OverflowError, ArrowException) as error:  # text that is not UTF-8, a date out of range
-            raise row_fault(self.source(index), "table", f"the row cannot be read: {error}") from error
+
+def table_row(table: Any, source: str) -> Row:
+    """Return the row of a table of one row. DataError for text that is not UTF-8 or a date out of range."""
+    from pyarrow import ArrowException
+
+    try:
+        return table.to_pylist()[0]
+    except (ValueError, OverflowError, ArrowException) as error:
+        raise row_fault(source, "table", f"the row cannot be read: {error}") from error
 
 
 def parquet_rows(path: Path) -> DatasetRows:

