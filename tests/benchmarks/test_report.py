@@ -1,7 +1,5 @@
 """Reports, the table of README.md, and comparisons of two runs by arithmetic done by hand and by scipy."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Two ranks as torchrun would start them, forked from a process that has imported everything."""
 
-from __future__ import annotations
-
 import os
 import socket
 from collections.abc import Callable, Mapping
@@ -63,10 +61,11 @@ def run_forked(
 
 
 def run_vlmr1(arguments: list[str], prepare: Callable[[], None] | None) -> int:
-    if "ACCELERATE_USE_FSDP" in os.environ:
-        from tests.helpers import fsdp_on_cpu
+    if "ACCELERATE_USE_FSDP" in os.environ:  # accelerate has FSDP for GPUs only, torch for CPUs too
+        from accelerate.state import PartialState
+        from accelerate.utils import DistributedType
 
-        fsdp_on_cpu.allow()
+        PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
     if prepare is not None:
         prepare()
     from vlmr1.cli import main

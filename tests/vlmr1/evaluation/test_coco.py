@@ -59,13 +59,10 @@ def test_by_hand(images, expected):
     assert ap(images, ["a", "b", "c"]) == pytest.approx(expected, abs=1e-12)
 
 
-def test_thresholds():
+def test_thresholds_and_labels():
     images = [image([("a", A), ("a", B)], [("a", near(A, 0.8), 1.0), ("a", near(B, 0.6), 0.5)])]
     assert ap(images, ["a"], "ap50") == pytest.approx(1.0)
     assert ap(images, ["a"], "ap75") == pytest.approx(51 / 101)
-
-
-def test_by_label():
     found = AveragePrecision([image([("a", A), ("b", B)], [("a", A, 1.0)])], ["a", "b", "c"]).by_label()
     assert found == {"a": pytest.approx(1.0), "b": 0.0}
 
@@ -126,9 +123,8 @@ def test_against_pycocotools_on_files(seed, tmp_path):
     images = random_images(seed)
     found = AveragePrecision(images, ["a", "b", "c"])
     assert 0.05 < found.value("ap") < 0.95
-    np.testing.assert_allclose(
-        [found.value(name) for name in ("ap", "ap50", "ap75")], on_files(images, ["a", "b", "c"], tmp_path), atol=1e-12
-    )
+    values = [found.value(name) for name in ("ap", "ap50", "ap75")]
+    np.testing.assert_allclose(values, on_files(images, ["a", "b", "c"], tmp_path), atol=1e-12)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -152,9 +148,6 @@ def test_replicates_are_those_of_the_repeated_images(seed):
             assert values[i] == pytest.approx(expected.value(name), abs=1e-12), name
 
 
-# NMS-AP
-
-
 def kept(boxes):
     return [(box.label, box.score) for box in keep_best(boxes).predictions]
 
@@ -162,10 +155,8 @@ def kept(boxes):
 def test_a_wrong_label_on_the_same_object_raises_ap_but_not_nms_ap():
     """One model says one label of each object, the other both; of the second only the better ranked box is counted."""
     one = [image([("cat", A)], [("dog", A, 1.0)]), image([("dog", A)], [("dog", A, 1.0)])]
-    both = [
-        image([("cat", A)], [("dog", A, 1.0), ("cat", A, 0.5)]),
-        image([("dog", A)], [("dog", A, 1.0), ("cat", A, 0.5)]),
-    ]
+    said = [("dog", A, 1.0), ("cat", A, 0.5)]
+    both = [image([("cat", A)], said), image([("dog", A)], said)]
     labels = ["cat", "dog"]
     # dog: the false box and the right one have equal scores, and the false one stands first.
     assert ap(one, labels) == pytest.approx((0 + 0.5) / 2)
