@@ -3,9 +3,10 @@
 Stock configuration class, stock image processor, a tokenizer with the family's special tokens, a chat template in the
 family's format. Everything follows from a seed."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,8 @@ TEXT = {
     "max_position_embeddings": 2048,
 }
 PARTS = (
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}IMAGE"
-    "{% elif 'text' in part %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{{% for part in message['content'] %}}{{% if part['type'] == 'image' %}}{image}"
+    "{{% elif 'text' in part %}}{{{{ part['text'] }}}}{{% endif %}}{{% endfor %}}"
 )
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -60,6 +61,10 @@ IDEFICS = (
     + PARTS
     + "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 )
+
+
+def with_parts(template: str, image: str) -> str:
+    return template.replace(PARTS, PARTS.format(image=image))
 
 
 @dataclass(frozen=True)
@@ -85,8 +90,9 @@ def tokenizer(family: Family) -> PreTrainedTokenizerFast:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    words = "Locate the digit 7. Where, if anywhere on this canvas, is it? user assistant"
-    bpe.train_from_iterator([words] * 8, trainer)
+    bpe.train_from_iterator(
+        ["Locate the digit 7. Where, if anywhere on this canvas, is it? user assistant"] * 8, trainer
+    )
     padding, end = family.special[:2]
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
@@ -136,9 +142,12 @@ QWEN = (
 
 
 def qwen_ids(ids: dict[str, int]) -> dict[str, int]:
-    named = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}
-    named |= {"vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
-    return {name: ids[token] for name, token in named.items()}
+    return {
+        "image_token_id": ids["<|image_pad|>"],
+        "video_token_id": ids["<|video_pad|>"],
+        "vision_start_token_id": ids["<|vision_start|>"],
+        "vision_end_token_id": ids["<|vision_end|>"],
+    }
 
 
 def qwen2_vl(ids: dict[str, int]) -> Qwen2VLConfig:
@@ -191,9 +200,13 @@ INTERNVL_NAMES = {
 
 def internvl(ids: dict[str, int]) -> InternVLConfig:
     vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    vision |= {"image_size": [56, 56]}
-    decoder, more = text(ids, INTERNVL, model_type="qwen2"), {"image_seq_length": 4, "tie_word_embeddings": False}
-    return InternVLConfig(text_config=decoder, vision_config=vision, image_token_id=ids["<IMG_CONTEXT>"], **more)
+    return InternVLConfig(
+        text_config=text(ids, INTERNVL, model_type="qwen2"),
+        vision_config=vision | {"image_size": [56, 56]},
+        image_token_id=ids["<IMG_CONTEXT>"],
+        image_seq_length=4,
+        tie_word_embeddings=False,
+    )
 
 
 ROWS_AND_COLUMNS = tuple(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2))
@@ -203,31 +216,53 @@ IDEFICS_TOKENS = (
 )
 
 
-def idefics3(ids: dict[str, int], kind: Any = Idefics3Config) -> Any:
+def idefics3(ids: dict[str, int], kind: type = Idefics3Config) -> Any:
     vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    vision |= {"image_size": 56, "patch_size": 14}
-    decoder = text(ids, IDEFICS_TOKENS, model_type="llama")
-    return kind(text_config=decoder, vision_config=vision, image_token_id=ids["<image>"], scale_factor=2)
+    return kind(
+        text_config=text(ids, IDEFICS_TOKENS, model_type="llama"),
+        vision_config=vision | {"image_size": 56, "patch_size": 14},
+        image_token_id=ids["<image>"],
+        scale_factor=2,
+    )
 
 
-QWEN_TEMPLATE = CHATML.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
+def smolvlm(ids: dict[str, int]) -> Any:
+    return idefics3(ids, SmolVLMConfig)
+
+
+QWEN_TEMPLATE = with_parts(CHATML, "<|vision_start|><|image_pad|><|vision_end|>")
 GRIDS = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 64}
-GLM_GRIDS = {"shortest_edge": 2 * 56 * 56, "longest_edge": 2 * 28 * 28 * 64}
-TILES: Any = {"size": {"height": 56, "width": 56}, "max_patches": 4, "crop_to_patches": True}
-SPLIT: Any = {"size": {"longest_edge": 112}, "max_image_size": {"longest_edge": 56}}
-GLM_TEMPLATE = GLM.replace("IMAGE", "<|begin_of_image|><|image|><|end_of_image|>")
-INTERNVL_TEMPLATE, IDEFICS_TEMPLATE = CHATML.replace("IMAGE", "<IMG_CONTEXT>\n"), IDEFICS.replace("IMAGE", "<image>")
-TILED: dict[str, Any] = {"named": INTERNVL_NAMES, "settings": {"image_seq_length": 4}}
-QWEN_IMAGES = partial(Qwen2VLImageProcessorPil, size=GRIDS)
-IDEFICS_FAMILY = partial(Family, special=IDEFICS_TOKENS, template=IDEFICS_TEMPLATE, settings={"image_seq_len": 4})
+SPLIT = {"size": {"longest_edge": 112}, "max_image_size": {"longest_edge": 56}}
 FAMILIES = {
-    "qwen2_vl": Family(qwen2_vl, QWEN, QWEN2_TEMPLATE, QWEN_IMAGES),
-    "qwen2_5_vl": Family(qwen2_5_vl, QWEN, QWEN2_TEMPLATE, QWEN_IMAGES),
-    "qwen3_vl": Family(qwen3_vl, QWEN, QWEN_TEMPLATE, QWEN_IMAGES),
-    "glm4v": Family(glm4v, GLM_TOKENS, GLM_TEMPLATE, partial(Glm4vImageProcessorPil, size=GLM_GRIDS)),
-    "internvl": Family(internvl, INTERNVL, INTERNVL_TEMPLATE, partial(GotOcr2ImageProcessorPil, **TILES), **TILED),
-    "idefics3": IDEFICS_FAMILY(idefics3, image_processor=partial(Idefics3ImageProcessorPil, **SPLIT)),
-    "smolvlm": IDEFICS_FAMILY(
-        partial(idefics3, kind=SmolVLMConfig), image_processor=partial(SmolVLMImageProcessorPil, **SPLIT)
+    "qwen2_vl": Family(qwen2_vl, QWEN, QWEN2_TEMPLATE, lambda: Qwen2VLImageProcessorPil(size=GRIDS)),
+    "qwen2_5_vl": Family(qwen2_5_vl, QWEN, QWEN2_TEMPLATE, lambda: Qwen2VLImageProcessorPil(size=GRIDS)),
+    "qwen3_vl": Family(qwen3_vl, QWEN, QWEN_TEMPLATE, lambda: Qwen2VLImageProcessorPil(size=GRIDS)),
+    "glm4v": Family(
+        glm4v,
+        GLM_TOKENS,
+        with_parts(GLM, "<|begin_of_image|><|image|><|end_of_image|>"),
+        lambda: Glm4vImageProcessorPil(size={"shortest_edge": 2 * 56 * 56, "longest_edge": 2 * 28 * 28 * 64}),
+    ),
+    "internvl": Family(
+        internvl,
+        INTERNVL,
+        with_parts(CHATML, "<IMG_CONTEXT>\n"),
+        lambda: GotOcr2ImageProcessorPil(size={"height": 56, "width": 56}, max_patches=4, crop_to_patches=True),
+        named=INTERNVL_NAMES,
+        settings={"image_seq_length": 4},
+    ),
+    "idefics3": Family(
+        idefics3,
+        IDEFICS_TOKENS,
+        with_parts(IDEFICS, "<image>"),
+        lambda: Idefics3ImageProcessorPil(**SPLIT),
+        settings={"image_seq_len": 4},
+    ),
+    "smolvlm": Family(
+        smolvlm,
+        IDEFICS_TOKENS,
+        with_parts(IDEFICS, "<image>"),
+        lambda: SmolVLMImageProcessorPil(**SPLIT),
+        settings={"image_seq_len": 4},
     ),
 }
