@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers.kernel_cases import OBJECTIVES, Case, Target, no_waiting, targets
+from tests.helpers.kernel_cases import OBJECTIVES, PER_ROW, Case, Target, no_waiting, targets
 from vlmr1_kernels import GRPOSettings
 from vlmr1_kernels.testing import HEAD, Inputs, cast
 
@@ -133,7 +133,7 @@ def test_one_gemm_without_gradient_none_for_dropped_rows_and_no_second_projectio
 @pytest.mark.parametrize("name", ["grpo, k3, rollout correction", "gspo, k3, everything"])
 def test_grpo_loss(target: Target, name: str) -> None:
     run, inputs = target.run(torch.float32), inputs_of(CASE, target)
-    per_row = {key: inputs[key] for key in ("seq_ids", "old_logp", "ref_logp", "sampling_logp")}
+    per_row = {key: inputs[key] for key in ("seq_ids", *PER_ROW)}
     logp = inputs["hidden"].detach()[:, 0].requires_grad_()
     options = {"settings": replace(OBJECTIVES[name], entropy_coef=0.0), "normalizer": 7.0}
 

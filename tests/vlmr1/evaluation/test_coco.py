@@ -3,6 +3,7 @@
 import io
 import json
 from contextlib import redirect_stdout
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,6 +32,8 @@ def near(box, iou):
     return x1, y1, x1 + (x2 - x1) * iou, y2
 
 
+STRAY = [image([("a", A)], [("a", A, 0.5)]), image([], [("a", C, 1.0)])]
+CROWD = ImageBoxes((TrueBox("a", A), TrueBox("a", C, True)), (ScoredBox("a", C, 2.0), ScoredBox("a", A, 1.0)))
 HAND = {
     "right": ([image([("a", A)], [("a", A, 1.0)])], 1.0),
     "nothing said": ([image([("a", A)], [])], 0.0),
@@ -38,19 +41,13 @@ HAND = {
     "a false box ranked first": ([image([("a", A)], [("a", C, 1.0), ("a", A, 0.5)])], 0.5),
     "a false box ranked last": ([image([("a", A)], [("a", A, 1.0), ("a", C, 0.5)])], 1.0),
     "IoU 0.77: six of ten thresholds": ([image([("a", A)], [("a", near(A, 0.77), 1.0)])], 0.6),
-    "a false box in an image without the label": (
-        [image([("a", A)], [("a", A, 0.5)]), image([], [("a", C, 1.0)])],
-        0.5,
-    ),
+    "a false box in an image without the label": (STRAY, 0.5),
     "labels count alike": ([image([("a", A), ("b", B), ("b", C)], [("a", A, 1.0)])], 0.5),
     "a label without true boxes has no part": ([image([("a", A)], [("a", A, 1.0), ("c", C, 2.0)])], 1.0),
     "an unknown label has no part": ([image([("a", A)], [("a", A, 1.0), ("zebra", C, 2.0), (None, C, 2.0)])], 1.0),
     "a box that could not be read has no part": ([image([("a", A)], [("a", None, 2.0), ("a", A, 1.0)])], 1.0),
     "an inverted box is false": ([image([("a", A)], [("a", (10.0, 10.0, 0.0, 0.0), 2.0), ("a", A, 1.0)])], 0.5),
-    "a box on a crowd is not counted": (
-        [ImageBoxes((TrueBox("a", A), TrueBox("a", C, True)), (ScoredBox("a", C, 2.0), ScoredBox("a", A, 1.0)))],
-        1.0,
-    ),
+    "a box on a crowd is not counted": ([CROWD], 1.0),
 }
 
 
@@ -134,8 +131,7 @@ def test_replicates_are_those_of_the_repeated_images(seed):
     # Distinct scores: among equal ones, the boxes of an image that stands twice would change places.
     images = [
         ImageBoxes(
-            each.truths,
-            tuple(ScoredBox(b.label, b.box, b.score - i / 100 - j / 1e4) for j, b in enumerate(each.predictions)),
+            each.truths, tuple(replace(b, score=b.score - i / 100 - j / 1e4) for j, b in enumerate(each.predictions))
         )
         for i, each in enumerate(images)
     ]
@@ -166,29 +162,19 @@ def test_a_wrong_label_on_the_same_object_raises_ap_but_not_nms_ap():
     assert kept(both[0]) == [("dog", 1.0)]
 
 
+D, E, F = ((left, 0.0, left + 10.0, 10.0) for left in (4.0, 3.0, 2.0))  # they overlap with A and each other
+UNREAD = [("a", None, 0.9), ("a", A, 0.5)]
 NMS = {
-    "best of another true box stays": (
-        # The true boxes overlap: the first prediction is near the first of them only, the second near both.
-        [("a", A), ("a", (4.0, 0.0, 14.0, 10.0))],
-        [("a", (0.0, 0.0, 10.0, 10.0), 0.9), ("a", (3.0, 0.0, 13.0, 10.0), 0.8)],
-        [("a", 0.9), ("a", 0.8)],
-    ),
-    "second on both goes": (
-        [("a", A), ("a", (4.0, 0.0, 14.0, 10.0))],
-        [("a", (2.0, 0.0, 12.0, 10.0), 0.9), ("a", (3.0, 0.0, 13.0, 10.0), 0.8)],
-        [("a", 0.9)],
-    ),
+    # The first prediction is near the first true box only, the second near both.
+    "best of another true box stays": ([("a", A), ("a", D)], [("a", A, 0.9), ("a", E, 0.8)], [("a", 0.9), ("a", 0.8)]),
+    "second on both goes": ([("a", A), ("a", D)], [("a", F, 0.9), ("a", E, 0.8)], [("a", 0.9)]),
     "near none stays": ([("a", A)], [("a", C, 0.1), ("b", C, 0.1)], [("a", 0.1), ("b", 0.1)]),
     "an IoU of 0.5 is not near": ([("a", A)], [("a", A, 0.9), ("a", near(A, 0.5), 0.8)], [("a", 0.9), ("a", 0.8)]),
     "an IoU above 0.5 is": ([("a", A)], [("a", A, 0.9), ("a", near(A, 0.51), 0.8)], [("a", 0.9)]),
     "the first of equal ones": ([("a", A)], [("b", A, 0.5), ("a", A, 0.5)], [("b", 0.5)]),
     "the highest score, not the first": ([("a", A)], [("b", A, 0.4), ("a", A, 0.5)], [("a", 0.5)]),
     "a label that could not be read takes part": ([("a", A)], [(None, A, 0.9), ("a", A, 0.5)], [(None, 0.9)]),
-    "a box that could not be read is near none": (
-        [("a", A)],
-        [("a", None, 0.9), ("a", A, 0.5)],
-        [("a", 0.9), ("a", 0.5)],
-    ),
+    "a box that could not be read is near none": ([("a", A)], UNREAD, [("a", 0.9), ("a", 0.5)]),
     "no true boxes": ([], [("a", A, 0.9), ("a", A, 0.5)], [("a", 0.9), ("a", 0.5)]),
 }
 
