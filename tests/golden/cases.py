@@ -78,7 +78,7 @@ CASES: Mapping[str, Case] = {
     ),
     "kl_in_reward": Case({"kl_in_reward": "true", "beta": 0.5}, lambda rows: differs(rows, "reward")),
     "dynamic_sampling": Case(
-        {"dynamic_sampling": "true", "dynamic_sampling_max_rounds": 2},
+        {"dynamic_sampling": "true", "dynamic_sampling_max_rounds": 2, "question_template": "rec"},
         lambda rows: largest(rows, "dynamic_sampling/groups_replaced") > 0,
         data=("flat",),
         rewards=("noise",),
@@ -99,7 +99,7 @@ CASES: Mapping[str, Case] = {
         lambda rows: largest(rows, "kl") > 0,
     ),
     "detection": Case(
-        {"accu_reward_method": ["od_ap", "weighted_sum"], "max_completion_length": 32},
+        {"accu_reward_method": ["od_ap", "weighted_sum"], "question_template": "rec", "max_completion_length": 32},
         lambda rows: sum(row["rewards/accuracy/std"] > 0 for row in rows) > 1,
         data=("boxes_one", "boxes_two"),
         rewards=("accuracy", "format"),

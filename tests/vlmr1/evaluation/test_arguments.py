@@ -18,7 +18,7 @@ def parsed(*words: str) -> Evaluate:
 
 
 @pytest.mark.parametrize(
-    "task, template, tokens", [("rec", "rec", 256), ("ovd", "odLength", 1024), ("vqa", "default", 1024)]
+    "task, template, tokens", [("rec", "rec", 256), ("ovd", "odLength", 1024), ("vqa", "auto", 1024)]
 )
 def test_defaults_by_task(task, template, tokens):
     asked = parsed("--task", task)

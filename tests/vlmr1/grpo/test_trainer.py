@@ -149,7 +149,10 @@ def test_overlong_prompts_are_left_out(model, processor, tmp_path, caplog):
     trainer = trainer_of(model, processor, tmp_path, max_prompt_length=limit, overlong_prompts="filter")
     kept = [sample.index for sample in trainer.train_dataset.samples]
     assert kept == [i for i in range(len(every)) if len(every[i].input_ids) <= limit]
-    assert f"{len(every) - len(kept)} of {len(every)} rows are left out" in caplog.text
+    message = next(message for message in caplog.messages if "rows are left out" in message)
+    assert message.startswith(f"{len(every) - len(kept)} of {len(every)} rows are left out")
+    for sample in every.samples:  # at most NAMED rows
+        assert (f"{sample.source} (" in message) == (sample.index not in kept)
     trainer.train()
 
 
