@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -35,7 +36,7 @@ from vlmr1.tiny.build import CHAT_TEMPLATE as QWEN2_TEMPLATE
 HIDDEN = 64
 TEXT = {
     "hidden_size": HIDDEN,
-    "intermediate_size": 96,
+    "intermediate_size": 128,  # a multiple of the blocks of 4-bit weights
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -122,6 +123,26 @@ def build(name: str, folder: Path, seed: int = 0) -> Path:
     processor = make(family.image_processor(), tokens, chat_template=family.template, **(family.settings or {}))
     save_processor(processor, folder)
     return folder
+
+
+def checkpoints(*names: str) -> Any:
+    """A fixture `checkpoint` for a module: the tiny checkpoint of each of these families, of all if none is named."""
+
+    @pytest.fixture(scope="session", params=names or FAMILIES)
+    def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        return build(request.param, tmp_path_factory.mktemp("families") / request.param)
+
+    return checkpoint
+
+
+def one_family(name: str = "qwen2_5_vl") -> pytest.MarkDecorator:
+    """Only this family's checkpoint in a test of a module that has those of all."""
+    return pytest.mark.parametrize("checkpoint", [name], indirect=True)
+
+
+def config_of(name: str) -> Any:
+    """The configuration of a family's tiny checkpoint."""
+    return FAMILIES[name].config(tokenizer(FAMILIES[name]).get_vocab())
 
 
 def text(ids: dict[str, int], special: tuple[str, ...], **more: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers.maker import Maker
+from vlmr1.data.images import open_image
 from vlmr1.models import family_of
 from vlmr1.rollout import NativeEngine, SamplingSettings
 from vlmr1.types import Completion, Group, Prompt
@@ -50,6 +51,28 @@ def completions(groups: list[Group]) -> list[Completion]:
 
 def tokens(groups: list[Group]) -> list[list[int]]:
     return [completion.token_ids.tolist() for completion in completions(groups)]
+
+
+def stock_inputs(processor: Any, prompt: Prompt) -> Any:
+    """What the library's processor makes of a prompt."""
+    text = processor.apply_chat_template(prompt.sample.messages, tokenize=False, add_generation_prompt=True)
+    images = [open_image(path, "") for path in prompt.sample.images]
+    return processor(text=[text], images=images or None, return_tensors="pt")
+
+
+def generated(model: Any, processor: Any, prompt: Prompt, length: int) -> tuple[list[int], Tensor]:
+    """Tokens and their log-probs from the library's own processor and `generate`, one prompt, no padding."""
+    inputs = stock_inputs(processor, prompt)
+    drawn = model.generate(
+        **inputs,
+        max_new_tokens=length,
+        do_sample=False,
+        suppress_tokens=family_of(model).placeholder_ids(model),
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    ids = drawn.sequences[0, inputs["input_ids"].shape[1] :]
+    return ids.tolist(), torch.cat(drawn.logits).log_softmax(-1).gather(-1, ids[:, None])[:, 0]
 
 
 @contextmanager

@@ -43,8 +43,8 @@ def gradients(trainer: GRPOTrainer, make: Maker) -> tuple[float, dict[str, torch
         make.group(make.prompt("Locate the digit 3.", (112,)), (4, 2, 6)),
     ]
     with vlmr1_kernels.use(trainer.args.kernels):
-        loss, _ = update(trainer, groups)
-    return float(loss), {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+        loss, _, found = update(trainer, groups)
+    return loss, found
 
 
 def relative(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:

@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves
 from transformers import Trainer, TrainingArguments
 
+from tests.helpers.jobs import Allocated
 from vlmr1.models.optimizers import OPTIMIZERS, Parameter, optimizer_of
-from vlmr1.planner.dry_run import DryRun
 
 
 class Model(nn.Module):
@@ -79,17 +78,6 @@ def test_moments_that_optim_args_add(name, optim_args, tmp_path):
     assert optimizer_of(arguments(tmp_path, optim=name, optim_args="momentum=0")) == OPTIMIZERS[name]
 
 
-class Counted(DryRun):
-    """Bytes that an ordinary run allocates."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self._count(leaf)
-        return out
-
-
 @pytest.mark.parametrize("lists", [True, False], ids=["lists", "one by one"])
 @pytest.mark.parametrize("name", [name for name, of in OPTIMIZERS.items() if of.library in ("torch", "transformers")])
 def test_bytes_that_a_step_allocates(name, lists, tmp_path):
@@ -98,7 +86,7 @@ def test_bytes_that_a_step_allocates(name, lists, tmp_path):
     optimizer: Any = stepped(model, arguments(tmp_path, optim=name))
     if not optimizer.param_groups[0].get("fused"):
         optimizer.param_groups[0]["foreach"] = lists
-    run = Counted("step")
+    run = Allocated("step")
     states = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
     run.leave_out([*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None), *states])
     with run:

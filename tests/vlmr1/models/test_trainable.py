@@ -81,6 +81,24 @@ def test_freeze(settings, tower, merger, cached, model, processor, make, tmp_pat
     assert relative(found, {name: plain[name] for name in expected}) < 1e-5
 
 
+ENCODED = {  # images of each call
+    "shared": ({"max_steps": 2}, [2, 2]),
+    "not shared": ({"share_vision": False, "share_prompt": False}, [2, 2 * 3, 2 * 3]),
+}
+
+
+@pytest.mark.parametrize("settings, images", ENCODED.values(), ids=ENCODED.keys())
+def test_a_frozen_tower_encodes_an_image_once_a_step(settings, images, model, processor, tmp_path, monkeypatch):
+    """For rollout, reference and policy; without share_vision again for each completion of a pass."""
+    trainer = trainer_of(model, processor, tmp_path, freeze_vision=True, **settings)
+    encode, counts = trainer.family.encode_images, []
+    monkeypatch.setattr(trainer.family, "encode_images", lambda m, them: counts.append(len(them)) or encode(m, them))
+    trainer.train()
+    assert [count for count in counts if count] == images
+    assert (trainer.features is None) == ("share_vision" in settings)
+    assert trainer.features is None or trainer.features.kept == {}  # freed after each step
+
+
 # The reference
 
 

@@ -1,39 +1,29 @@
 """The native engine against `model.generate`, and its log-probs against the training forward's."""
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.rollouts import CASES, GREEDY, assert_close, changed_logits, completions, engine, prompts_of, tokens
-from vlmr1.data.images import open_image
+from tests.helpers.rollouts import (
+    CASES,
+    GREEDY,
+    assert_close,
+    changed_logits,
+    completions,
+    engine,
+    generated,
+    prompts_of,
+    tokens,
+)
 from vlmr1.grpo.naive import NaivePolicy
 from vlmr1.grpo.packing import make_pack, plan_packs
 from vlmr1.grpo.policy import PackedPolicy
 from vlmr1.models import family_of
 from vlmr1.rollout import NativeEngine, SamplingSettings, TransformersEngine
-from vlmr1.types import Prompt
 
 KINDS = [NativeEngine, TransformersEngine]
-
-
-def generated(model: Any, processor: Any, prompt: Prompt, length: int) -> tuple[list[int], Tensor]:
-    """Tokens and their log-probs from the library's own processor and `generate`, one prompt, no padding."""
-    text = processor.apply_chat_template(prompt.sample.messages, tokenize=False, add_generation_prompt=True)
-    images = [open_image(path, "") for path in prompt.sample.images]
-    inputs = processor(text=[text], images=images or None, return_tensors="pt")
-    drawn = model.generate(
-        **inputs,
-        max_new_tokens=length,
-        do_sample=False,
-        suppress_tokens=family_of(model).placeholder_ids(model),
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
-    ids = drawn.sequences[0, inputs["input_ids"].shape[1] :]
-    return ids.tolist(), torch.cat(drawn.logits).log_softmax(-1).gather(-1, ids[:, None])[:, 0]
 
 
 @pytest.mark.parametrize("generations", [1, 3])
