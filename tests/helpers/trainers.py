@@ -13,6 +13,7 @@ from tests.helpers.updates import update
 from vlmr1.config import GRPOConfig
 from vlmr1.data.samples import load_samples
 from vlmr1.grpo.trainer import GRPOTrainer
+from vlmr1.report.progress import COMPLETIONS, Progress, read_lines
 from vlmr1.tiny import digits
 
 
@@ -51,6 +52,15 @@ def relative(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
     assert one.keys() == other.keys()
     flat = [torch.cat([each[name].flatten() for name in one]) for each in (one, other)]
     return float((flat[0] - flat[1]).norm() / flat[1].norm())
+
+
+def recorded(trainer: GRPOTrainer, output: Path) -> list[dict[str, Any]]:
+    """Train; return the completions that are recorded in `output`."""
+    progress = Progress(output, console=False)
+    progress.trainer = trainer
+    trainer.add_callback(progress)
+    trainer.train()
+    return read_lines(output / COMPLETIONS)
 
 
 def shift(trainer: GRPOTrainer, by: float) -> None:

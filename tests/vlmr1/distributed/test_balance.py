@@ -2,50 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from threading import Barrier, Thread
-from typing import Any
-
 import pytest
 import torch
 
 from tests.helpers.maker import Maker
+from tests.helpers.threads import on_ranks
 from vlmr1.distributed.balance import EVEN, Place, balance_over_ranks, exchange
 from vlmr1.distributed.metrics import over_ranks
-from vlmr1.distributed.ranks import Ranks, interleaved
+from vlmr1.distributed.ranks import interleaved
 from vlmr1.grpo.advantages import with_advantages
 from vlmr1.types import Group
-
-
-@dataclass(frozen=True)
-class Threads(Ranks):
-    """Ranks of one process."""
-
-    said: list = field(default_factory=list)
-    meeting: Barrier = field(default_factory=lambda: Barrier(1))
-
-    def all_gather(self, value: Any) -> list[Any]:
-        self.said[self.rank] = value
-        self.meeting.wait(10)
-        values = list(self.said)
-        self.meeting.wait(10)
-        return values
-
-
-def on_ranks(world: int, function: Callable[[Ranks], Any]) -> list[Any]:
-    """What the function returns on each rank."""
-    said, barrier, results = [None] * world, Barrier(world), [None] * world
-
-    def run(rank: int) -> None:
-        results[rank] = function(Threads(rank, world, said, barrier))
-
-    threads = [Thread(target=run, args=(rank,)) for rank in range(world)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
-    return results
 
 
 def places(*tokens: list[int]) -> list[Place]:

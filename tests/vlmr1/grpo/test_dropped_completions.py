@@ -1,20 +1,15 @@
 """Completions of advantage 0, and truncated ones where these are masked, leave the policy pass."""
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 
 from tests.helpers.maker import Maker
-from tests.helpers.steps import TOLERANCE
+from tests.helpers.steps import NAIVE, TOLERANCE
 from tests.helpers.trainers import relative, trainer_of
 from tests.helpers.updates import update
 from vlmr1.config import GRPOConfig
 from vlmr1.grpo.packing import make_pack, with_signal
 from vlmr1.types import Group
-
-NAIVE = {"share_vision": False, "share_prompt": False, "pack": False, "skip_zero_advantage": False}
 
 
 def groups_of(make: Maker) -> list[Group]:
@@ -26,18 +21,10 @@ def groups_of(make: Maker) -> list[Group]:
     ]
 
 
-def left(groups: list[Group]) -> list[Group]:
-    return with_signal(groups, skip_zero_advantage=True, mask_truncated=False)
-
-
-def step(
-    model: Any, processor: Any, output: Path, groups: list[Group], **settings: Any
-) -> tuple[float, dict[str, float], dict[str, torch.Tensor], int]:
+def step(model, processor, output, groups, **settings):
     """Loss, metrics, gradients and the rows of the packs."""
     trainer = trainer_of(model, processor, output, beta=0.0, **settings)
-    loss, metrics = update(trainer, groups)
-    gradients = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
-    return float(loss), metrics, gradients, sum(len(pack.targets) for pack in trainer.runner.packs(groups))
+    return *update(trainer, groups), sum(len(pack.targets) for pack in trainer.runner.packs(groups))
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dapo", "dr_grpo", "cispo", "gspo"])
@@ -45,7 +32,8 @@ def test_loss_and_gradients_are_those_of_all_rows(loss_type, model, processor, m
     groups = groups_of(make)
     settings = {"loss_type": loss_type, "epsilon_high": 5.0 if loss_type == "cispo" else 0.2}
     loss, metrics, gradients, rows = step(model, processor, tmp_path, groups, **settings)
-    loss_, metrics_, gradients_, rows_ = step(model, processor, tmp_path, groups, **settings, **NAIVE)
+    settings |= NAIVE | {"skip_zero_advantage": False}
+    loss_, metrics_, gradients_, rows_ = step(model, processor, tmp_path, groups, **settings)
     assert (rows, rows_) == (3 + 2 + 4 + 6 + 5, 42)
     assert loss == pytest.approx(loss_, rel=TOLERANCE) and loss != 0
     assert relative(gradients, gradients_) < TOLERANCE
@@ -56,7 +44,8 @@ def test_loss_and_gradients_are_those_of_all_rows(loss_type, model, processor, m
 def test_metrics_are_means_over_the_rows_that_are_left(model, processor, make, tmp_path):
     groups = groups_of(make)
     _, metrics, _, _ = step(model, processor, tmp_path, groups)
-    _, expected, _, _ = step(model, processor, tmp_path, left(groups), skip_zero_advantage=False)
+    left = with_signal(groups, skip_zero_advantage=True, mask_truncated=False)
+    _, expected, _, _ = step(model, processor, tmp_path, left, skip_zero_advantage=False)
     assert expected["dropped_rows"] == 0
     for name in ("entropy", "clip_low", "clip_high", "ratio_max"):
         assert metrics[name] == pytest.approx(expected[name], rel=1e-6)
@@ -84,17 +73,16 @@ def test_a_group_without_images_can_be_what_is_left(model, processor, make, tmp_
     assert relative(gradients, expected) < TOLERANCE
 
 
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({"beta": 0.0}, True),
-        ({"beta": 0.04}, False),
-        ({"beta": 0.0, "skip_zero_advantage": False}, False),
-        ({"beta": 0.0, "entropy_coef": 0.1}, False),
-        ({"beta": 0.04, "kl_in_reward": True}, True),
-    ],
-    ids=["beta 0", "beta", "off", "entropy bonus", "KL in the reward"],
-)
+SKIPPED = {
+    "beta 0": ({"beta": 0.0}, True),
+    "beta": ({"beta": 0.04}, False),
+    "off": ({"beta": 0.0, "skip_zero_advantage": False}, False),
+    "entropy bonus": ({"beta": 0.0, "entropy_coef": 0.1}, False),
+    "KL in the reward": ({"beta": 0.04, "kl_in_reward": True}, True),
+}
+
+
+@pytest.mark.parametrize(("settings", "expected"), SKIPPED.values(), ids=SKIPPED.keys())
 def test_on_where_the_advantage_is_the_only_source(settings, expected, tmp_path):
     assert GRPOConfig(output_dir=str(tmp_path), use_cpu=True, **settings).skips_zero_advantage == expected
 
@@ -102,25 +90,13 @@ def test_on_where_the_advantage_is_the_only_source(settings, expected, tmp_path)
 # mask_truncated_completions: what met the length limit leaves the loss, the KL included
 
 
-def with_a_truncated_one(make: Maker) -> list[Group]:
-    """The longest completion of a group is the truncated one."""
-    return [
-        make.group(make.prompt("Locate the digit 9.", (56,)), (3, 7, 2), (1.0, 0.4, -0.5)),
-        make.group(make.prompt("What is seven?"), (6, 5), (0.7, 0.3)),
-    ]
-
-
-def backward(trainer: Any, groups: list[Group]) -> tuple[float, dict[str, float], list[torch.Tensor]]:
-    loss, metrics = update(trainer, groups)
-    return float(loss), metrics, [p.grad for p in trainer.model.parameters()]
-
-
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
 def test_truncated_completions_have_no_part(loss_type, model, processor, make, tmp_path):
-    """The loss written out over the others: per-token losses at ratio r of the rollout's log-probs, no KL."""
+    """The longest of a group is truncated. The loss written out over the others: per-token losses at ratio r of the
+    rollout's log-probs, no KL."""
     trainer = trainer_of(model, processor, tmp_path, mask_truncated_completions=True, loss_type=loss_type, beta=0.0)
-    groups = with_a_truncated_one(make)
-    loss, metrics, _ = backward(trainer, groups)
+    groups = [make.group(make.prompt("Locate the digit 9.", (56,)), (3, 7, 2), (1.0, 0.4, -0.5)), groups_of(make)[2]]
+    loss, metrics, _ = update(trainer, groups)
     logp = trainer.policy.logprobs(make_pack(groups)).split([3, 7, 2, 6, 5])
     terms = []
     for row, i, advantage in ((0, 0, 1.0), (2, 2, -0.5), (4, 1, 0.3)):
@@ -141,7 +117,7 @@ def test_where_all_are_truncated_nothing_moves(model, processor, make, tmp_path)
     groups = [make.group(make.prompt("Locate the digit 9.", (56,)), (4, 4), (1.0, -1.0))]
     for parameter in trainer.reference.model.parameters():
         parameter.mul_(1.1)
-    loss, _, gradients = backward(trainer, groups)
-    assert loss == 0 and all(gradient is not None and not gradient.any() for gradient in gradients)
-    off = trainer_of(model, processor, tmp_path, beta=1.0)
-    assert backward(off, groups)[0] != 0
+    loss, _, gradients = update(trainer, groups)
+    assert loss == 0 and gradients.keys() == dict(trainer.model.named_parameters()).keys()
+    assert not any(gradient.any() for gradient in gradients.values())
+    assert update(trainer_of(model, processor, tmp_path, beta=1.0), groups)[0] != 0

@@ -1,6 +1,5 @@
 """Memory that runs out in a pass: the step is made again in smaller packs, and is the same step."""
 
-import copy
 import json
 import weakref
 from dataclasses import replace
@@ -10,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers import steps
 from tests.helpers.maker import Maker
-from tests.helpers.steps import assert_equal_steps
+from tests.helpers.steps import NAIVE, assert_equal_steps
 from tests.helpers.trainers import trainer_of
-from tests.helpers.updates import as_drawn
-from vlmr1.config import GRPOConfig
+from tests.helpers.updates import Step, as_drawn, gradients_of
 from vlmr1.errors import SettingError
 from vlmr1.grpo.pack_budget import BUDGET, PackBudget, PackTooLarge, catch_oom
 from vlmr1.grpo.packing import make_pack, tokens_of
@@ -25,7 +24,6 @@ from vlmr1.types import Group
 
 # What packing changes: nothing else of a step may differ.
 OF_PACKS = ("packs", "packed_tokens", "repeated_prompt_tokens", "tokens_per_pack")
-NAIVE = {"share_vision": False, "share_prompt": False, "pack": False}
 
 
 def full(*_: Any) -> None:
@@ -48,15 +46,7 @@ def groups(shipped, processor, image_files) -> list[Group]:
 
 
 def make_trainer(model: Any, processor: Any, output: Path, **settings: Any) -> GRPOTrainer:
-    given = {"num_generations": 4, "beta": 0.04, "use_cpu": True} | settings
-    config = GRPOConfig(output_dir=str(output), **given)
-    trainer = GRPOTrainer(copy.deepcopy(model), config, [], processor, reward_funcs=[fourths])
-    trainer.accelerator.prepare(trainer.model)
-    if trainer.reference is not None:
-        torch.manual_seed(1)
-        for parameter in trainer.reference.model.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    return trainer
+    return steps.trainer_of(model, processor, output, [fourths], num_generations=4, **settings)
 
 
 def fourths(prompts: list, completions: list, **columns: Any) -> list[float]:
@@ -98,14 +88,14 @@ class Failures:
             self.raises()
 
 
-def step(trainer: GRPOTrainer, groups: list[Group]) -> tuple[float, dict, dict]:
+def step(trainer: GRPOTrainer, groups: list[Group]) -> Step:
     """Loss, metrics and gradients of one training step on these completions."""
     trainer.rollout = lambda prompts: [replace(each, rewards=None, advantages=None) for each in as_drawn(groups)]
     trainer.engine.stats.seconds = 1.0
     loss = trainer.training_step(trainer.model, [group.prompt for group in groups])
     values = trainer.pending.steps[-1].values
     values = {k: v for k, v in values.items() if k not in OF_PACKS and not k.startswith("rollout/")}
-    return float(loss), values, {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
+    return float(loss), values, gradients_of(trainer.model)
 
 
 RECOMPUTE = {"old_logprobs": "recompute", "num_iterations": 2}

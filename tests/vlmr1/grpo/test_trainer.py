@@ -1,17 +1,13 @@
 """Each flag of the trainer changes what it says, and nothing else."""
 
-import json
-import math
-
 import pytest
 import torch
 
 import vlmr1_kernels
-from tests.helpers.trainers import even, gradients, relative, shift, trainer_of
+from tests.helpers.trainers import even, gradients, recorded, relative, shift, trainer_of
 from vlmr1.config import GRPOConfig
 from vlmr1.errors import SettingError
 from vlmr1.grpo.trainer import GRPOTrainer
-from vlmr1.report.progress import Progress
 from vlmr1.rewards.registry import get_reward
 
 SAME = {"reference attention": ({"kernels": "shared_prefix_attention=reference"}, 1e-5), "bf16": ({"bf16": True}, 5e-2)}
@@ -72,16 +68,6 @@ def test_reference_is_held_only_with_beta(beta, model, processor, tmp_path):
     assert (kl[1] > 1e-4) == (beta > 0)
 
 
-@pytest.mark.parametrize("source", ["rollout", "recompute"])
-def test_old_logprobs(source, model, processor, tmp_path):
-    """The rollout's are the policy's too, but for rounding; wrong ones tell them apart."""
-    trainer = trainer_of(model, processor, tmp_path, old_logprobs=source)
-    shift(trainer, 1.0)
-    trainer.train()
-    row = trainer.state.log_history[0]
-    assert row["ratio_max"] == pytest.approx(math.e if source == "rollout" else 1.0, rel=1e-4)
-
-
 def test_an_engine_whose_logprobs_are_not_the_policys_is_noticed(model, processor, tmp_path, caplog):
     for off, alarm in ((0.0, False), (0.05, False), (0.3, True)):
         trainer = trainer_of(model, processor, tmp_path)
@@ -109,20 +95,6 @@ def test_sampling_settings_reach_the_rollout(engine, model, processor, tmp_path)
         assert all(bool((c.sampling_logp.abs() < 1e-5).all()) == (kinds == 1) for c in group.completions)
 
 
-@pytest.mark.parametrize("count", [0, 2])
-def test_log_completions(count, model, processor, tmp_path):
-    trainer = trainer_of(model, processor, tmp_path, log_completions=count)
-    progress = Progress(tmp_path, console=False)
-    progress.trainer = trainer
-    trainer.add_callback(progress)
-    trainer.train()
-    path = tmp_path / "completions.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    assert len(rows) == count
-    for row in rows:
-        assert row["step"] == 1 and len(row["rewards"]) == 2 and row["images"][0].endswith(".png")
-
-
 def test_a_reward_that_overruns_scores_0_and_is_recorded(model, processor, tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(
@@ -130,14 +102,10 @@ def test_a_reward_that_overruns_scores_0_and_is_recorded(model, processor, tmp_p
     )
     trainer = trainer_of(model, processor, tmp_path, prompts_per_device=1, reward_workers=1, reward_timeout=0.3)
     trainer.rewards = [get_reward(f"{path}:slow"), trainer.rewards[0]]
-    progress = Progress(tmp_path, console=False)
-    progress.trainer = trainer
-    trainer.add_callback(progress)
-    trainer.train()
+    rows = recorded(trainer, tmp_path)
     assert trainer.state.log_history[0]["reward_timeouts"] == 3
     (group,) = trainer.last_groups
     assert group.rewards.tolist() == [[0, 0], [0, 1], [0, 2]]
-    rows = [json.loads(line) for line in (tmp_path / "completions.jsonl").read_text().splitlines()]
     assert rows and all(row["timed_out"] == [trainer.rewards[0].name] for row in rows)
 
 

@@ -13,13 +13,13 @@ from PIL import Image
 
 from tests.helpers.digit_runs import command
 from tests.helpers.pages import Page, Recorder
-from tests.helpers.trainers import trainer_of
+from tests.helpers.trainers import recorded, trainer_of
 from vlmr1.cli import main
 from vlmr1.commands.report import report_of_run
 from vlmr1.errors import OutputError
 from vlmr1.report.panels import run_curves
 from vlmr1.report.pictures import keep_picture, read_picture
-from vlmr1.report.progress import METRICS, Progress
+from vlmr1.report.progress import METRICS
 from vlmr1.report.training import chosen_steps, completion_boxes, true_boxes, write_run_report
 from vlmr1.types import ImageBytes
 
@@ -208,15 +208,14 @@ def test_the_curves_are_those_of_the_metrics(monkeypatch):
     assert run_curves([]) is None
 
 
-def test_completions_of_a_run_are_recorded_for_the_page(model, processor, tmp_path):
-    trainer = trainer_of(model, processor, tmp_path, log_completions=2)
-    progress = Progress(tmp_path, console=False)
-    progress.trainer = trainer
-    trainer.add_callback(progress)
-    trainer.train()
+@pytest.mark.parametrize("count", [0, 2])
+def test_completions_of_a_run_are_recorded_for_the_page(count, model, processor, tmp_path):
+    rows = recorded(trainer_of(model, processor, tmp_path, log_completions=count), tmp_path)
+    assert [(row["step"], len(row["rewards"])) for row in rows] == [(1, 2)] * count
+    assert all(row["images"][0].endswith(".png") for row in rows)
     page = Page(write_run_report(tmp_path).read_text())
-    assert len(page.of("article")) == 2 and len(page.of("img")) == 3
-    assert len(drawn(page)["true"]) == 2
+    assert len(page.of("article")) == count and len(page.of("img")) == 1 + count
+    assert len(drawn(page).get("true", [])) == count
 
 
 @pytest.mark.slow
