@@ -1,6 +1,7 @@
 """Short runs of the tiny model on eight drawn digits."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -8,8 +9,9 @@ from safetensors.torch import load_file
 STEPS = 6
 
 
-def command(data: Path, output: Path, *more: str) -> list[str]:
-    """A short run: 2 prompts a step, so that 6 steps are an epoch and a half."""
+def command(data: Path, output: Path, *more: str, **given: Any) -> list[str]:
+    """A short run: 2 prompts a step, so that 6 steps are an epoch and a half. `given` replaces settings, `more` are
+    further words."""
     settings = {
         "data_file_paths": data / "train.jsonl",
         "image_folders": data / "images",
@@ -22,7 +24,7 @@ def command(data: Path, output: Path, *more: str) -> list[str]:
         "use_cpu": "true",
         "warmup_steps": 0,
     }
-    words = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
+    words = [str(word) for name, value in (settings | given).items() for word in (f"--{name}", value)]
     return ["train", "--recipe", "tiny-digits", *words, *more]
 
 

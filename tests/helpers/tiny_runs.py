@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
+from tests.helpers import digit_runs
+from tests.helpers.digit_runs import STEPS
+from tests.helpers.forked import finish
 from vlmr1.grpo.buffer import ROLLOUTS
 from vlmr1.lifecycle.checkpoint import STAGING, integrity_error
 from vlmr1.report.progress import COMPLETIONS, read_metrics
 from vlmr1.tiny import digits
 
-STEPS = 6
 MEASURED = re.compile("second|memory|power|energy")  # names of metrics that two runs do not share
 # A reward of many values. Where the file `flag` is beside it, its nth call also does what that file says.
 MINE = """
@@ -72,25 +75,24 @@ def during(data: Path, generation: int, code: str) -> None:
 def command(data: Path, output: Path, *more: str) -> list[str]:
     """Two prompts a generation, two updates on each, four updates an epoch: six are an epoch and a half."""
     settings = {
-        "data_file_paths": data / "train.jsonl",
-        "image_folders": data / "images",
-        "output_dir": output,
         "reward_funcs": f"{data / 'mine.py'}:mine",
-        "max_steps": STEPS,
         "save_steps": 1,
         "save_total_limit": 2,
-        "prompts_per_device": 2,
         "num_generations": 2,
         "num_iterations": 2,
         "max_completion_length": 8,
         "temperature": 3.0,
         "learning_rate": 1e-4,
-        "warmup_steps": 0,
         "write_report": "false",
-        "use_cpu": "true",
     }
-    words = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
-    return ["train", "--recipe", "tiny-digits", *words, *more]
+    return digit_runs.command(data, output, *more, **settings)
+
+
+def ended(status: int, words: list[str], log: Path, prepare: Callable[[], None] | None = None) -> str:
+    """The output of `vlmr1 words`, which has to end with this status, and without a traceback."""
+    found, text = finish(words, log, prepare)
+    assert found == status and "Traceback" not in text, text
+    return text
 
 
 def assert_whole(output: Path, undisturbed: Path) -> None:

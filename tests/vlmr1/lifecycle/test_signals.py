@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from tests.helpers.forked import call, finish, start
+from tests.helpers.forked import call, start
 from tests.helpers.plants import At, kill
-from tests.helpers.tiny_runs import assert_same, assert_whole, command, during, write_data
+from tests.helpers.tiny_runs import assert_same, assert_whole, command, during, ended
 from vlmr1.grpo.buffer import ROLLOUTS
 from vlmr1.lifecycle.checkpoint import STAGING, last_complete
 
@@ -19,61 +19,55 @@ SELF = "os.kill(os.getpid(), signal.{})".format
 WITHIN = "import vlmr1.lifecycle.signals; vlmr1.lifecycle.signals.DUPLICATE_S"
 TELL_ALL = "[os.kill(pid, signal.SIGTERM) for pid in [*children(), os.getpid()]]"
 NO_READER = "read, write = os.pipe(); os.close(read); os.dup2(write, 1); os.dup2(write, 2)"
-EVERY = ["--logging_steps", "2", "--save_total_limit", "0"]
+EVERY = ["--logging_steps", "2", "--save_total_limit", "0"]  # signals find a line half-counted
 RARELY = [*EVERY, "--save_steps", "100"]
+SIGNALS = {
+    "SIGTERM": ("SIGTERM", RARELY),
+    "SIGUSR1": ("SIGUSR1", [*EVERY, "--save_strategy", "epoch"]),
+    "SIGINT": ("Ctrl-C", EVERY),
+}
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def undisturbed(data, tmp_path_factory) -> Path:
-    """Logged every second step, so that signals find a line half-counted."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    status, output = finish(command(data, folder / "out", *EVERY), folder / "log")
-    assert status == 0, output
-    return folder / "out"
-
-
-@pytest.mark.parametrize(
-    ("name", "shown", "more"),
-    [
-        ("SIGTERM", "SIGTERM", RARELY),
-        ("SIGUSR1", "SIGUSR1", [*EVERY, "--save_strategy", "epoch"]),
-        ("SIGINT", "Ctrl-C", EVERY),
-    ],
-    ids=["SIGTERM", "SIGUSR1", "SIGINT"],
-)
-def test_a_signal_ends_the_run_after_its_step(name, shown, more, data, undisturbed, tmp_path):
+@pytest.mark.parametrize("name", SIGNALS)
+def test_a_signal_ends_the_run_after_its_step(name, undisturbed, run, tmp_path):
     """In step 3, the first of two on its generation; the checkpoint is written once, whatever else asks for it."""
-    during(data, 2, SELF(name))
+    shown, more = SIGNALS[name]
+    during(undisturbed.data, 2, SELF(name))
     output = tmp_path / "out"
     twice = At("os.rename", "out/checkpoint-3/", kill, count=2, argument=1)
-    status, text = finish(command(data, output, *more), tmp_path / "log", twice)
-    assert status == 128 + signal.Signals[name], text
+    text = run(128 + signal.Signals[name], *more, prepare=twice)
     assert f"vlmr1: stopped by {shown} after step 3 of 6; run the same command to resume\n" in text, text
-    assert text.count("stopping after this step") == 1 and "Traceback" not in text
+    assert text.count("stopping after this step") == 1
     assert last_complete(output) == output / "checkpoint-3" and (output / "checkpoint-3" / ROLLOUTS).exists()
-    assert_whole(output, undisturbed)
-    status, text = finish(command(data, output, *more), tmp_path / "log")
-    assert status == 0 and "continuing from" in text, text
+    assert_whole(output, undisturbed.output)
+    assert "continuing from" in run(0, *more)
     if name == "SIGTERM":
-        assert_same(output, undisturbed)
+        ended(0, command(undisturbed.data, tmp_path / "whole", *EVERY), tmp_path / "log")
+        assert_same(output, tmp_path / "whole")
 
 
-def test_a_signal_while_a_checkpoint_is_written(data, tmp_path):
+BEFORE = "before its first step; run the same command to start again\n"
+SENT = {  # signal and status, at which opening of a file, and what is said
+    "SIGTERM": ("SIGTERM", 143, "tiny/checkpoint/config.json", BEFORE),
+    "SIGINT": ("SIGINT", 130, "tiny/checkpoint/config.json", BEFORE),
+    "while a checkpoint is written": (
+        *("SIGTERM", 143, f"{STAGING}checkpoint-2/checkpoint-2/trainer_state.json"),
+        "stopped by SIGTERM after step 2 of 6; run the same command to resume\n",
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "status", "file", "says"), SENT.values(), ids=SENT.keys())
+def test_a_signal_outside_of_a_step(name, status, file, says, run, tmp_path):
     """No step is begun that would have to be waited for."""
-    output = tmp_path / "out"
-    at = At("open", f"{STAGING}checkpoint-2/checkpoint-2/trainer_state.json", partial(send, signal.SIGTERM))
-    status, text = finish(command(data, output), tmp_path / "log", at)
-    assert status == 143 and "stopped by SIGTERM after step 2 of 6; run the same command to resume\n" in text, text
-    assert last_complete(output) == output / "checkpoint-2"
+    assert says in run(status, prepare=At("open", file, partial(send, signal.Signals[name])))
+    last = tmp_path / "out" / "checkpoint-2"
+    assert last_complete(tmp_path / "out") == (None if says == BEFORE else last)
 
 
-def test_a_second_signal_ends_it_at_once(data, tmp_path):
+def test_a_second_signal_ends_it_at_once(undisturbed, tmp_path):
     """A repetition within a second does not count: terminals and launchers both send it."""
+    data = undisturbed.data
     during(data, 1, f"{WITHIN}=1e9; {SELF('SIGTERM')}; {SELF('SIGTERM')}; {WITHIN}=0; {SELF('SIGTERM')}")
     run = start(command(data, tmp_path / "out"), tmp_path / "log")
     assert run.status() == -signal.SIGTERM
@@ -81,48 +75,32 @@ def test_a_second_signal_ends_it_at_once(data, tmp_path):
     assert last_complete(tmp_path / "out") is None
 
 
-@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
-def test_a_signal_before_the_first_step(name, status, data, tmp_path):
-    at = At("open", "tiny/checkpoint/config.json", partial(send, signal.Signals[name]))
-    found, text = finish(command(data, tmp_path / "out"), tmp_path / "log", at)
-    assert found == status, text
-    assert "before its first step; run the same command to start again\n" in text and "Traceback" not in text
-
-
-def test_ctrl_c_in_another_command(data, tmp_path):
+def test_ctrl_c_in_another_command(undisturbed, tmp_path):
+    data = undisturbed.data
     words = ["evaluate", "--model", "tiny", "--data", str(data / "train.jsonl"), "--images", str(data / "images")]
     words += ["--task", "rec", "--output_dir", str(tmp_path / "out")]
     at = At("open", "tiny/checkpoint/config.json", partial(send, signal.SIGINT))
-    status, text = finish(words, tmp_path / "log", at)
-    assert status == 130 and "vlmr1: stopped by Ctrl-C\n" in text and "Traceback" not in text, text
+    assert "vlmr1: stopped by Ctrl-C\n" in ended(130, words, tmp_path / "log", at)
 
 
 def send(number: int, _path: Path) -> None:
     os.kill(os.getpid(), number)
 
 
-def test_signals_to_every_process_of_a_run(data, undisturbed, tmp_path):
+def test_signals_to_every_process_of_a_run(undisturbed, run, tmp_path):
     """As schedulers send them: the processes that score and that prepare prompts go on until the step is done."""
-    during(data, 2, TELL_ALL)
-    rewards = [
-        "--reward_funcs",
-        f"{data / 'mine.py'}:apart",
-        f"{data / 'mine.py'}:mine",
-        "--dataloader_num_workers",
-        "1",
-    ]
-    status, text = finish(command(data, tmp_path / "out", *RARELY, *rewards), tmp_path / "log")
-    assert status == 143, text
+    during(undisturbed.data, 2, TELL_ALL)
+    rewards = [f"{undisturbed.data / 'mine.py'}:{name}" for name in ("apart", "mine")]
+    run(143, *RARELY, "--reward_funcs", *rewards, "--dataloader_num_workers", "1")
     assert last_complete(tmp_path / "out") == tmp_path / "out" / "checkpoint-3"
 
 
-def test_nobody_reads_the_output_any_more(data, undisturbed, tmp_path):
+def test_nobody_reads_the_output_any_more(undisturbed, run, tmp_path):
     """`vlmr1 train | tee log`, and Ctrl-C, which ends tee too: the run still saves, and says so by its status."""
-    during(data, 2, f"{NO_READER}; {SELF('SIGINT')}")
-    status, _ = finish(command(data, tmp_path / "out", *EVERY), tmp_path / "log")
-    assert status == 130
+    during(undisturbed.data, 2, f"{NO_READER}; {SELF('SIGINT')}")
+    run(130, *EVERY)
     assert last_complete(tmp_path / "out") == tmp_path / "out" / "checkpoint-3"
-    assert_whole(tmp_path / "out", undisturbed)
+    assert_whole(tmp_path / "out", undisturbed.output)
 
 
 def test_ranks_stop_at_the_same_step(tmp_path):
