@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.helpers.forked import Run, call
-from tests.helpers.two_ranks import metrics, words
+from tests.helpers.two_ranks import computed, metrics, resumable, words
 from vlmr1.distributed.launch import FSDP2, launch_command
 
 
@@ -60,6 +60,13 @@ def run_forked(
     runs = start_ranks(run_vlmr1, arguments, prepare, logs=output, variables=variables | (environment or {}))
     assert finish_ranks(runs) == [0, 0], [run.output[-3000:] for run in runs]
     return metrics(output)
+
+
+def assert_resumes(engine: str, folder: Path, run: Path, update: int = 3, **more: Any) -> Path:
+    """A run that goes on from the checkpoint behind this update of `run` computes the same, bit for bit."""
+    resumed = resumable(run, run.with_name(f"resumed-{update}"), update)
+    assert computed(run_forked(engine, folder, resumed, **more)) == computed(metrics(run))
+    return resumed
 
 
 def run_vlmr1(arguments: list[str], prepare: Callable[[], None] | None) -> int:

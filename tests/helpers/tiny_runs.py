@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from tests.helpers import digit_runs
 from tests.helpers.digit_runs import STEPS
@@ -129,13 +130,9 @@ def equal(one: Any, two: Any) -> bool:
     return torch.equal(one, two) if isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor) else one == two
 
 
-def flat(value: Any, name: str = "") -> dict[str, Any]:
+def flat(value: Any) -> dict[str, Any]:
     """The leaves of nested containers by their path."""
-    if isinstance(value, dict):
-        return {key: leaf for k, v in value.items() for key, leaf in flat(v, f"{name}/{k}").items()}
-    if isinstance(value, list | tuple):
-        return {key: leaf for k, v in enumerate(value) for key, leaf in flat(v, f"{name}/{k}").items()}
-    return {name: value}
+    return {keystr(path): leaf for path, leaf in tree_flatten_with_path(value)[0]}
 
 
 def metrics(output: Path) -> list[dict[str, float]]:

@@ -9,22 +9,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers.forked_ranks import run_forked
+from tests.helpers.forked_ranks import assert_resumes, run_forked
 from tests.helpers.two_ranks import (
     ENGINES,
     ROOT,
     ROWS,
     assert_same,
-    computed,
     evaluations,
-    metrics,
-    resumable,
+    run_alone,
     run_launched,
     two_ranks,
     words,
 )
 from vlmr1.commands.arguments import parse_config
-from vlmr1.commands.train import train
 from vlmr1.distributed.launch import LAUNCHES, launch_command
 from vlmr1.errors import SettingError
 from vlmr1.lifecycle.checkpoint import last_complete
@@ -37,10 +34,7 @@ def alone(folder: Path) -> dict[float, list[dict[str, float]]]:
     """One process with twice the prompts, by beta."""
     found = {}
     for beta in (0.0, 0.04):
-        output = folder / f"alone-{beta}"
-        arguments = words(folder, output, prompts_per_device=2, beta=beta, use_cpu="true")
-        train(parse_config(arguments))
-        found[beta] = metrics(output)
+        found[beta] = run_alone(folder, folder / f"alone-{beta}", beta=beta)
     return found
 
 
@@ -54,10 +48,7 @@ def test_two_ranks_do_what_one_process_does_and_resume_exactly(engine, folder, a
     assert_same(found, alone[0.04])
     assert found[1]["kl"] > 0
 
-    resumed = resumable(tmp_path / "run", tmp_path / "resumed")
-    again = run_forked(engine, folder, resumed, beta=0.04)
-    assert [computed(step) for step in again] == [computed(step) for step in found]
-
+    resumed = assert_resumes(engine, folder, tmp_path / "run", beta=0.04)
     exported = [load_file(path / "checkpoint-4" / "model.safetensors") for path in (tmp_path / "run", resumed)]
     assert exported[0].keys() == exported[1].keys()
     for name, value in exported[0].items():
@@ -76,15 +67,13 @@ def test_a_frozen_tower_that_is_sharded(engine, folder, tmp_path):
     evaluation."""
     more = {"beta": 0.04, "freeze_vision": "true", "eval_steps": 2}
     more |= {"eval_data_file_paths": folder / "data.jsonl", "eval_image_folders": folder}
-    train(parse_config(words(folder, tmp_path / "alone", prompts_per_device=2, use_cpu="true", **more)))
-    found = run_forked(engine, folder, tmp_path / "run", **more)
-    assert_same(found, metrics(tmp_path / "alone"))
+    expected = run_alone(folder, tmp_path / "alone", **more)
+    assert_same(run_forked(engine, folder, tmp_path / "run", **more), expected)
     one, other = evaluations(tmp_path / "run"), evaluations(tmp_path / "alone")
     assert [row["step"] for row in one] == [2, 4] and [row["rows"] for row in one] == [ROWS, ROWS]
     for row, expected in zip(one, other, strict=True):
         assert row == pytest.approx(expected, rel=1e-5)
-    again = run_forked(engine, folder, resumable(tmp_path / "run", tmp_path / "resumed"), **more)
-    assert [computed(step) for step in again] == [computed(step) for step in found]
+    assert_resumes(engine, folder, tmp_path / "run", **more)
 
 
 @pytest.mark.slow

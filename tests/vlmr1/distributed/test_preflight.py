@@ -5,16 +5,24 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections import namedtuple
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers.integrations.deepspeed import (
+    HfDeepSpeedConfig,
+    deepspeed_config,
+    is_deepspeed_zero3_enabled,
+    unset_hf_deepspeed_config,
+)
 
 from vlmr1.commands.arguments import parse_config
 from vlmr1.commands.train import train
+from vlmr1.distributed.launch import CONFIGS
+from vlmr1.distributed.preflight import undivided
 from vlmr1.errors import SettingError
 from vlmr1.lifecycle.checkpoint import STAGING, publish
 from vlmr1.lifecycle.disk import checkpoint_bytes
@@ -54,21 +62,17 @@ def begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return begin
 
 
+SYNCED = {"use_peft": "true", "reference": "copy", "sync_ref_model": "true"}
+ROUNDED = {"model_dtype": "bfloat16", "optim": "adamw_torch_8bit", "stochastic_rounding": "true"}
 REFUSED = {
     "offload": ("zero3", {"reference": "offload"}, "reference=offload is not supported with zero3"),
     "dora": ("zero3", {"use_peft": "true", "use_dora": "true"}, "use_dora is not supported with zero3"),
-    "synced-adapter": (
-        "zero3",
-        {"use_peft": "true", "reference": "copy", "sync_ref_model": "true"},
-        "sync_ref_model with use_peft is not supported with zero3",
-    ),
+    "synced-adapter": ("zero3", SYNCED, "sync_ref_model with use_peft is not supported with zero3"),
+    "4-bit, zero3": ("zero3", {"use_peft": "true", "load_in_4bit": "true"}, "load_in_4bit.*zero3"),
+    "4-bit, fsdp2": ("fsdp2", {"use_peft": "true", "load_in_4bit": "true"}, "load_in_4bit.*fsdp2"),
     "weights-only": ("fsdp2", {"save_only_model": "true"}, "save_only_model is not supported with fsdp2"),
     "old-fsdp": ("fsdp1", {}, "fsdp_version"),
-    "rounding": (
-        "zero2",
-        {"model_dtype": "bfloat16", "optim": "adamw_torch_8bit", "stochastic_rounding": "true"},
-        "stochastic_rounding needs one process",
-    ),
+    "rounding": ("zero2", ROUNDED, "stochastic_rounding needs one process"),
 }
 
 
@@ -114,9 +118,16 @@ def test_a_checkpoint_of_other_settings(begin, tmp_path):
         begin()
 
 
-def test_a_finished_run_on_a_full_disk(begin, tmp_path, monkeypatch, caplog):
-    usage = namedtuple("usage", "total used free")(2**40, 2**40, 0)
+@pytest.fixture
+def free(monkeypatch):
+    """5 MiB are free: enough for an adapter and its optimizer, not for the model and its own."""
+    usage = SimpleNamespace(total=2**40, used=2**40, free=5 * 2**20)
     monkeypatch.setattr("vlmr1.lifecycle.disk.shutil.disk_usage", lambda path: usage)
+    return usage
+
+
+def test_a_finished_run_on_a_full_disk(begin, free, tmp_path, caplog):
+    free.free = 0
     checkpoint(tmp_path / "out", step=4)
     with pytest.raises(Loaded):
         begin()
@@ -132,10 +143,7 @@ def test_what_a_killed_run_left_is_gone_before_the_room_is_looked_at(begin, tmp_
 
 
 @pytest.mark.parametrize("engine", ["", "zero3"])
-def test_a_full_disk(engine, begin, tmp_path, monkeypatch, caplog):
-    """5 MiB are enough for an adapter and its optimizer, not for the model and its own."""
-    usage = namedtuple("usage", "total used free")(2**40, 2**40, 5 * 2**20)
-    monkeypatch.setattr("vlmr1.lifecycle.disk.shutil.disk_usage", lambda path: usage)
+def test_a_full_disk(engine, begin, free, monkeypatch, caplog):
     monkeypatch.setattr("vlmr1.distributed.preflight.set_hf_deepspeed_config", lambda config: None)
     with pytest.raises(Loaded):
         begin(engine, use_peft="true", lora_r=4)
@@ -178,3 +186,26 @@ def test_a_model_is_planned_as_it_is_read(tmp_path, monkeypatch):
     config = parse_config(["--use_cpu", "true", "--trust_remote_code", "true"])
     planned = planned_model(str(tmp_path / "model"), ParameterSettings.of(config))
     assert type(planned).__name__ == "Own" and planned.config._attn_implementation == config.attn_implementation
+
+
+# Models that one rank makes alone, under ZeRO-3
+
+
+@pytest.fixture
+def zero3() -> Any:
+    """What transformers goes by when it makes a model; it holds the configuration weakly."""
+    pytest.importorskip("deepspeed")
+    yield HfDeepSpeedConfig(json.loads((CONFIGS / "zero3.json").read_text(encoding="utf-8")))
+    unset_hf_deepspeed_config()
+
+
+@pytest.mark.parametrize("failing", [False, True], ids=["done", "failed"])
+def test_a_model_that_one_rank_makes_is_whole(failing, zero3):
+    with undivided(None):  # without a plugin nothing changes
+        assert is_deepspeed_zero3_enabled()
+    with suppress(OSError), undivided(SimpleNamespace(dschf=zero3)):
+        assert not is_deepspeed_zero3_enabled()
+        if failing:
+            raise OSError
+    assert is_deepspeed_zero3_enabled()
+    assert deepspeed_config() is zero3.config
