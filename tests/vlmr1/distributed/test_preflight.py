@@ -111,10 +111,19 @@ def test_a_checkpoint_that_no_run_goes_on_from(begin, tmp_path):
 
 
 def test_a_checkpoint_of_other_settings(begin, tmp_path):
+    """Whatever directory the run is to write to. A setting that it was written without may have any value."""
     checkpoint(tmp_path / "out", step=4)
-    written = json.loads(parse_config(["--use_cpu", "true"]).to_json_string()) | {"beta": 0.5}
+    written = json.loads(parse_config(["--use_cpu", "true"]).to_json_string()) | {"num_iterations": 4}
     (tmp_path / "out" / "settings.json").write_text(json.dumps(written), encoding="utf-8")
-    with pytest.raises(SettingError, match="was started with"):
+    elsewhere = {"output_dir": tmp_path / "other", "resume_from_checkpoint": tmp_path / "out" / "checkpoint-4"}
+    for more in ({}, elsewhere):
+        with pytest.raises(
+            SettingError, match=f"num_iterations is 1, but the run in {tmp_path}/out was started with 4"
+        ):
+            begin(**more)
+    del written["num_iterations"]
+    (tmp_path / "out" / "settings.json").write_text(json.dumps(written), encoding="utf-8")
+    with pytest.raises(Loaded):
         begin()
 
 

@@ -7,31 +7,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.digit_runs import STEPS, command, weights
+from tests.helpers.digit_runs import STEPS, weights
+from tests.helpers.tiny_runs import command
 from vlmr1.cli import main
 from vlmr1.lifecycle.checkpoint import MANIFEST, integrity_error, last_complete, publish, rotate, staged, truncate_after
 from vlmr1.lifecycle.disk import checkpoint_bytes, warn_if_low_space
 from vlmr1.report.progress import read_metrics
 
 
-@pytest.fixture(scope="module")
-def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    assert main(command(data, folder)) == 0
-    before, after = weights(folder, 4), weights(folder)  # what a run that forgets its weights would not show
-    assert all(not torch.equal(before[name], after[name]) for name in after)
-    return folder
-
-
-def test_a_finished_run_is_left_as_it_is(data, undisturbed, capsys):
-    before, metrics = weights(undisturbed), read_metrics(undisturbed)
-    assert main(command(data, undisturbed)) == 0
+def test_a_finished_run_is_left_as_it_is(undisturbed, capsys):
+    output = undisturbed.output
+    before, metrics = weights(output), read_metrics(output)
+    assert main(command(undisturbed.data, output)) == 0
     assert f"checkpoint-{STEPS}: all {STEPS} updates are done" in capsys.readouterr().out
-    assert read_metrics(undisturbed) == metrics and not (undisturbed / f"checkpoint-{STEPS + 1}").exists()
-    assert all(torch.equal(before[name], value) for name, value in weights(undisturbed).items())
+    assert read_metrics(output) == metrics and not (output / f"checkpoint-{STEPS + 1}").exists()
+    assert all(torch.equal(before[name], value) for name, value in weights(output).items())
 
 
 def written(folder: Path) -> Path:
+    """Files of a checkpoint of a few bytes."""
     folder.mkdir(parents=True)
     (folder / "weights").write_bytes(b"12345")
     (folder / "sub").mkdir()
@@ -48,26 +42,25 @@ def test_publish_names_every_file_with_its_size_and_small_ones_with_their_digest
     assert not (tmp_path / "tmp").exists()
 
 
-FAULTS = {
-    "no manifest": (lambda path: (path / MANIFEST).unlink(), "manifest.json is missing"),
-    "cut manifest": (
-        lambda path: (path / MANIFEST).write_text('{"files": {"wei'),
-        "manifest.json is not a valid manifest",
-    ),
-    "other manifest": (lambda path: (path / MANIFEST).write_text("[]"), "manifest.json is not a valid manifest"),
-    "file missing": (lambda path: (path / "sub" / "state").unlink(), "sub/state is missing"),
-    "file cut": (lambda path: (path / "weights").write_bytes(b"123"), "weights has 3 bytes instead of 5"),
-    "file changed": (lambda path: (path / "weights").write_bytes(b"12346"), "weights has changed since it was written"),
+FAULTS = {  # file, what is left of it, and what is said
+    "no manifest": (MANIFEST, None, "manifest.json is missing"),
+    "cut manifest": (MANIFEST, '{"files": {"wei', "manifest.json is not a valid manifest"),
+    "other manifest": (MANIFEST, "[]", "manifest.json is not a valid manifest"),
+    "file missing": ("sub/state", None, "sub/state is missing"),
+    "file cut": ("weights", "123", "weights has 3 bytes instead of 5"),
+    "file changed": ("weights", "12346", "weights has changed since it was written"),
 }
 
 
-@pytest.mark.parametrize(("damage", "says"), FAULTS.values(), ids=FAULTS.keys())
-def test_resume_passes_over_what_is_not_whole(damage, says, tmp_path, caplog):
+@pytest.mark.parametrize(("file", "left", "says"), FAULTS.values(), ids=FAULTS.keys())
+def test_resume_passes_over_what_is_not_whole(file, left, says, tmp_path, caplog):
     for step in (2, 10):
         publish(written(tmp_path / "tmp"), tmp_path / f"checkpoint-{step}")
     assert last_complete(tmp_path) == tmp_path / "checkpoint-10"
     broken = tmp_path / "checkpoint-10"
-    damage(broken)
+    (broken / file).unlink()
+    if left is not None:
+        (broken / file).write_text(left)
     assert integrity_error(broken) is not None and not caplog.records
     assert last_complete(tmp_path) == tmp_path / "checkpoint-2"
     assert caplog.messages == [f"{broken} is skipped: {says}"]
@@ -138,12 +131,10 @@ def test_the_size_of_a_checkpoint_is_estimated(undisturbed, model, tmp_path, cap
     """3 times the weights for AdamW in float32; what else is in a checkpoint is small. What is not trained has no
     moments."""
     weights_only, whole = (checkpoint_bytes(model, "adamw_torch_fused", weights_only=only) for only in (True, False))
-    written = sum(path.stat().st_size for path in (undisturbed / f"checkpoint-{STEPS}").iterdir())
+    written = sum(path.stat().st_size for path in (undisturbed.output / f"checkpoint-{STEPS}").iterdir())
     assert whole == 3 * weights_only and whole == pytest.approx(written, rel=0.02)
-    assert (
-        checkpoint_bytes(model, "adamw_torch_8bit") == weights_only * 1.5
-        and checkpoint_bytes(model, "sgd") == weights_only
-    )
+    assert checkpoint_bytes(model, "adamw_torch_8bit") == weights_only * 1.5
+    assert checkpoint_bytes(model, "sgd") == weights_only
     model.model.visual.requires_grad_(False)
     tower = sum(parameter.nbytes for parameter in model.model.visual.parameters())
     assert checkpoint_bytes(model, "adamw_torch_fused") == whole - 2 * tower
@@ -153,8 +144,8 @@ def test_the_size_of_a_checkpoint_is_estimated(undisturbed, model, tmp_path, cap
     assert "but a checkpoint takes about 1073741824.00 GiB" in caplog.text
 
 
-def test_no_run_goes_on_from_weights_alone(data, tmp_path, capsys):
-    words = command(data, tmp_path, "--max_steps", "4", "--save_only_model", "true")
+def test_no_run_goes_on_from_weights_alone(undisturbed, tmp_path, capsys):
+    words = command(undisturbed.data, tmp_path, "--max_steps", "4", "--save_steps", "2", "--save_only_model", "true")
     assert main(words) == 0
     assert main(words) == 0  # it is finished
     shutil.rmtree(tmp_path / "checkpoint-4")
