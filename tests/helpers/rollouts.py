@@ -33,8 +33,8 @@ CASES = {
 }
 
 
-def prompts_of(make: Maker, name: str) -> list[Prompt]:
-    return [make.prompt(text, sizes) for text, sizes in CASES[name]]
+def prompts_of(make: Maker, *names: str) -> list[Prompt]:
+    return [make.prompt(text, sizes) for name in names for text, sizes in CASES[name]]
 
 
 def engine(model: Any, processor: Any, kind: Callable = NativeEngine) -> Any:
@@ -60,19 +60,20 @@ def stock_inputs(processor: Any, prompt: Prompt) -> Any:
     return processor(text=[text], images=images or None, return_tensors="pt")
 
 
-def generated(model: Any, processor: Any, prompt: Prompt, length: int) -> tuple[list[int], Tensor]:
-    """Tokens and their log-probs from the library's own processor and `generate`, one prompt, no padding."""
+def generated(
+    model: Any, processor: Any, prompt: Prompt, length: int, **options: Any
+) -> tuple[list[int], Tensor, Tensor]:
+    """Tokens, their log-probs, and those of what they are drawn from, by the library's own processor and `generate`:
+    one prompt, no padding."""
     inputs = stock_inputs(processor, prompt)
-    drawn = model.generate(
-        **inputs,
-        max_new_tokens=length,
-        do_sample=False,
-        suppress_tokens=family_of(model).placeholder_ids(model),
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
+    options |= {"max_new_tokens": length, "do_sample": False, "return_dict_in_generate": True}
+    options |= {"suppress_tokens": family_of(model).placeholder_ids(model)}
+    drawn = model.generate(**inputs, **options, output_logits=True, output_scores=True)
     ids = drawn.sequences[0, inputs["input_ids"].shape[1] :]
-    return ids.tolist(), torch.cat(drawn.logits).log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+    logp, sampling_logp = (
+        torch.cat(values).log_softmax(-1).gather(-1, ids[:, None])[:, 0] for values in (drawn.logits, drawn.scores)
+    )
+    return ids.tolist(), logp, sampling_logp
 
 
 @contextmanager

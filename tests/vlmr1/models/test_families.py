@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.helpers.families import FAMILIES, GLM_IMAGES, ROWS_AND_COLUMNS, checkpoints
+from tests.helpers.families import FAMILIES, GLM_TOKENS, ROWS_AND_COLUMNS, checkpoints
 from tests.helpers.maker import Maker
 from tests.helpers.rollouts import assert_close, completions, generated, stock_inputs, tokens
 from tests.helpers.steps import NAIVE, assert_equal_steps, step
@@ -248,6 +248,9 @@ def test_every_parameter_is_in_one_part(model):
     vision = family.vision_parameters(model)
     assert {id(parameter) for parameter in vision} == {id(parameter) for parameter in rest}
     assert len(vision) == len(rest) > 10
+    merger = family.merger_parameters(model)
+    assert {id(parameter) for parameter in merger} < {id(parameter) for parameter in vision}
+    assert merger[-1].shape[0] == model.config.text_config.hidden_size  # it ends where the decoder begins
 
 
 def test_no_images(model):
@@ -258,7 +261,7 @@ def test_no_images(model):
 
 PLACEHOLDERS = {
     "qwen2_vl": ({"<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"},) * 2,
-    "glm4v": (set(GLM_IMAGES),) * 2,
+    "glm4v": (set(GLM_TOKENS.values()),) * 2,
     "internvl": ({"<IMG_CONTEXT>"}, {"<IMG_CONTEXT>", "<img>", "</img>", "<video>"}),
     "idefics3": ({"<image>"}, {"<image>", "<fake_token_around_image>", "<global-img>", *ROWS_AND_COLUMNS}),
 }

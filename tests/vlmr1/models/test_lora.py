@@ -76,6 +76,7 @@ VARIANTS = {
     "some modules": {"lora_target_modules": ["q_proj", "down_proj"]},
     "merger": {"lora_modules_to_save": ["visual.merger"]},
     "copy": {"reference": "copy"},
+    "freeze_vision, which an adapter does anyway": {"freeze_vision": True},
     "split groups": {"tokens_per_pack": 64},
 }
 

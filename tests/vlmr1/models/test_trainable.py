@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers.families import FAMILIES, build
+from tests.helpers.families import build
 from tests.helpers.lora_steps import LORA, perturb
-from tests.helpers.refused import CPU, refusal
+from tests.helpers.refused import refusal
 from tests.helpers.trainers import gradients, relative, trainer_of
-from vlmr1.commands.arguments import parse_config
 from vlmr1.config import GRPOConfig
 from vlmr1.errors import SettingError
 from vlmr1.grpo.packing import make_pack
@@ -29,32 +28,7 @@ def test_what_is_not_installed_is_named(module, arguments, monkeypatch):
     assert refusal(*arguments) == f"{setting} needs {module}: pip install 'vlmr1[quant]'"
 
 
-ALLOWED = {
-    "dropout": [*PEFT, "--lora_dropout", "0.1", "--share_prompt", "false", "--pack", "false"],
-    "bfloat16 below an adapter": [*PEFT, "--model_dtype", "bfloat16"],
-    "a copy beside an adapter": [*PEFT, "--reference", "copy"],
-    "freeze_vision, which an adapter does anyway": [*PEFT, "--freeze_vision", "true"],
-}
-
-
-@pytest.mark.parametrize("arguments", ALLOWED.values(), ids=ALLOWED.keys())
-def test_allowed(arguments):
-    assert parse_config([*CPU, *arguments]).use_peft
-
-
 # Tower and projector
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_projector_is_a_part_of_the_vision_parameters(family, tmp_path):
-    model = load_model(build(family, tmp_path))
-    family = family_of(model)
-    merger, vision = (
-        {id(p) for p in part} for part in (family.merger_parameters(model), family.vision_parameters(model))
-    )
-    assert merger < vision and len(merger) >= 1
-    rows = family.merger_parameters(model)[-1].shape[0]
-    assert rows == model.config.text_config.hidden_size  # it ends where the decoder begins
 
 
 FREEZE = {

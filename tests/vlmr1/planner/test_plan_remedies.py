@@ -12,9 +12,9 @@ import pytest
 from tests.helpers.jobs import args_of
 from vlmr1.errors import SettingError
 from vlmr1.planner.job import Job
-from vlmr1.planner.plan import CAUSES, GIB, Plan
+from vlmr1.planner.plan import GIB, Plan
 from vlmr1.planner.remedies import Advice, advise, gpus_needed, remedies
-from vlmr1.planner.report import bytes_of, report
+from vlmr1.planner.report import bytes_of
 
 DEFAULTS = {"num_generations": 4, "max_completion_length": 1, "tokens_per_pack": 16384, "prompts_per_device": 8}
 ARGS = args_of(**DEFAULTS)
@@ -160,16 +160,3 @@ def test_sizes(text, size):
 def test_what_is_no_size(text):
     with pytest.raises(SettingError, match=r"gpu is .*80GiB"):
         bytes_of(text)
-
-
-def test_words_of_the_report():
-    planner = Sums(**COSTS)
-    plan = planner.plan(JOB)
-    plan = replace(plan, phases={"policy": dict.fromkeys(CAUSES, 0) | {"weights": plan.peak}})
-
-    def said(room: int) -> str:
-        return report(plan, advice_for(planner, room), "model", room * GIB, None)
-
-    assert "It fits: the peak is 106.00 GiB, in policy; there are 110.00." in said(110)
-    assert "--activation_checkpointing true  saves 30.00 GiB; backward computes the forward again" in said(76)
-    assert "Nothing fits: it misses by 1.00 GiB with all of these:" in said(9)

@@ -1,6 +1,7 @@
 """The native engine against `model.generate`, and its log-probs against the training forward's."""
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def test_greedy_equals_generate(case, generations, make, model, processor):
         assert (one.text, one.finish_reason) == (other.text, other.finish_reason)
     for prompt, group in zip(prompts, groups, strict=True):
         assert group.prompt is prompt and len(group.completions) == generations
-        ids, logp = generated(model, processor, prompt, GREEDY.max_completion_length)
+        ids, logp, _ = generated(model, processor, prompt, GREEDY.max_completion_length)
         for completion in group.completions:
             assert completion.token_ids.tolist() == ids
             assert_close(completion.logp, logp)
@@ -54,16 +55,11 @@ def test_generation_config_of_the_model_has_no_part_in_a_rollout(kind, make, mod
     assert tokens(engine(model, processor, kind).generate(prompts, 1, GREEDY)) == tokens(plain)
 
 
-@pytest.mark.parametrize(
-    "kind, case, temperature",
-    [
-        (NativeEngine, "text_beside_images", 1.0),
-        (NativeEngine, "text_beside_images", 0.7),
-        (NativeEngine, "mixed_lengths", 1.0),
-        (NativeEngine, "mixed_lengths", 0.7),
-        (TransformersEngine, "mixed_lengths", 0.7),
-    ],
-)
+PASSES = [(NativeEngine, *each) for each in product(("text_beside_images", "mixed_lengths"), (1.0, 0.7))]
+PASSES += [(TransformersEngine, "mixed_lengths", 0.7)]
+
+
+@pytest.mark.parametrize("kind, case, temperature", PASSES)
 def test_logp_equals_the_training_forward(kind, case, temperature, make, model, processor):
     """Completions of different lengths: the branches are cut after 20, 13, 6 and 1 tokens."""
     settings = SamplingSettings(20, temperature, seed=3)
@@ -77,10 +73,8 @@ def test_logp_equals_the_training_forward(kind, case, temperature, make, model, 
     for forward, shared in ((PackedPolicy, True), (NaivePolicy, False)):
         policy = forward(model, family, temperature=temperature)
         rows = plan_packs(groups, tokens_per_pack=10**6, share_prompt=shared, pack=shared)
-        packs = [make_pack(row, share_vision=shared) for row in rows]
-        logp = torch.cat([policy.logprobs(pack) for pack in packs])
-        expected = torch.cat([completion.logp for completion in completions(groups)])
-        assert_close(logp, expected)
+        logp = torch.cat([policy.logprobs(make_pack(row, share_vision=shared)) for row in rows])
+        assert_close(logp, torch.cat([completion.logp for completion in completions(groups)]))
 
 
 @pytest.mark.parametrize(
@@ -164,7 +158,7 @@ def test_stop_token_and_length_limit(make, model, processor):
 def test_one_token(make, model, processor):
     (prompt,) = prompts_of(make, "one_image")
     groups = engine(model, processor).generate([prompt], 3, replace(GREEDY, max_completion_length=1))
-    ids, logp = generated(model, processor, prompt, 1)
+    ids, logp, _ = generated(model, processor, prompt, 1)
     assert tokens(groups) == [ids] * 3 and len(ids) == 1
     for completion in completions(groups):
         assert_close(completion.logp, logp)
@@ -194,24 +188,11 @@ def test_repetition_penalty_is_that_of_generate(kind, make, model, processor):
     plain = engine(model, processor, kind).generate(prompts, 2, GREEDY)
     assert tokens(groups) != tokens(plain)
     for prompt, group in zip(prompts, groups, strict=True):
-        inputs = {"input_ids": prompt.input_ids[None]}
-        family = family_of(model)
-        inputs |= family.generation_inputs(model, inputs["input_ids"], [prompt.images])
-        drawn = model.generate(
-            **inputs,
-            max_new_tokens=20,
-            do_sample=False,
-            repetition_penalty=1.8,
-            suppress_tokens=family.placeholder_ids(model),
-            return_dict_in_generate=True,
-            output_logits=True,
-            output_scores=True,
-        )
-        ids = drawn.sequences[0, prompt.input_ids.shape[0] :]
+        ids, logp, sampling_logp = generated(model, processor, prompt, 20, repetition_penalty=1.8)
         for completion in group.completions:
-            assert completion.token_ids.tolist() == ids.tolist()
-            for found, values in ((completion.logp, drawn.logits), (completion.sampling_logp, drawn.scores)):
-                assert_close(found, torch.cat(values).log_softmax(-1).gather(-1, ids[:, None])[:, 0])
+            assert completion.token_ids.tolist() == ids
+            assert_close(completion.logp, logp)
+            assert_close(completion.sampling_logp, sampling_logp)
 
 
 def test_stats_count_what_was_drawn(make, model, processor):
