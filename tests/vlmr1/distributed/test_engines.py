@@ -21,11 +21,7 @@ from tests.helpers.two_ranks import (
     two_ranks,
     words,
 )
-from vlmr1.commands.arguments import parse_config
 from vlmr1.distributed.launch import LAUNCHES, launch_command
-from vlmr1.errors import SettingError
-from vlmr1.lifecycle.checkpoint import last_complete
-from vlmr1.lifecycle.run_settings import LAUNCH, check_settings
 from vlmr1.models import load_model
 
 
@@ -97,15 +93,6 @@ def test_the_rank_that_fails_says_why_and_ends_all(folder, tmp_path):
     assert done.stderr.count(f"vlmr1: rank 1: reward {reward}:bad: returned 'x'") == 1, done.stderr[-3000:]
 
 
-def test_another_number_of_processes_is_refused(folder, tmp_path):
-    config = parse_config(words(folder, tmp_path, prompts_per_device=2, use_cpu="true"))
-    written = json.loads(config.to_json_string()) | {"processes": 2, "launch": "ddp"}
-    (tmp_path / "settings.json").write_text(json.dumps(written), encoding="utf-8")
-    with pytest.raises(SettingError, match=r"processes is 1, but the run in .* was started with 2"):
-        check_settings(config, LAUNCH, tmp_path / "checkpoint-3")
-    assert last_complete(tmp_path) is None
-
-
 def test_launch_commands():
     environment, command = launch_command("zero3", 2, ["--recipe", "rec-3b"])
     config = json.loads(Path(environment["ACCELERATE_DEEPSPEED_CONFIG_FILE"]).read_text(encoding="utf-8"))
@@ -114,10 +101,6 @@ def test_launch_commands():
     at = command.index("vlmr1.cli")
     assert command[at - 1 : at + 4] == ["-m", "vlmr1.cli", "train", "--recipe", "rec-3b"]
     assert "SIGUSR1" in command[command.index("--signals-to-handle") + 1]
-    with pytest.raises(SettingError, match="unknown 'zero4'; known: ddp, fsdp2, zero2, zero3, zero3-offload"):
-        launch_command("zero4", 2, [])
-    with pytest.raises(SettingError, match="--processes is 0"):
-        launch_command("ddp", 0, [])
     for name in LAUNCHES:
         if name.startswith("zero"):
             path = Path(LAUNCHES[name]["ACCELERATE_DEEPSPEED_CONFIG_FILE"])

@@ -110,19 +110,23 @@ def test_a_checkpoint_that_no_run_goes_on_from(begin, tmp_path):
         begin()
 
 
-def test_a_checkpoint_of_other_settings(begin, tmp_path):
+OTHERS = {  # settings of the run before, and what is said of them
+    "setting": ({"num_iterations": 4}, "num_iterations is 1, but the run in {} was started with 4"),
+    "processes": ({"processes": 2, "launch": "ddp"}, "processes is 1, but the run in {} was started with 2"),
+}
+
+
+@pytest.mark.parametrize("settings, says", OTHERS.values(), ids=OTHERS.keys())
+def test_a_checkpoint_of_other_settings(settings, says, begin, tmp_path):
     """Whatever directory the run is to write to. A setting that it was written without may have any value."""
-    checkpoint(tmp_path / "out", step=4)
-    written = json.loads(parse_config(["--use_cpu", "true"]).to_json_string()) | {"num_iterations": 4}
-    (tmp_path / "out" / "settings.json").write_text(json.dumps(written), encoding="utf-8")
-    elsewhere = {"output_dir": tmp_path / "other", "resume_from_checkpoint": tmp_path / "out" / "checkpoint-4"}
-    for more in ({}, elsewhere):
-        with pytest.raises(
-            SettingError, match=f"num_iterations is 1, but the run in {tmp_path}/out was started with 4"
-        ):
+    run, written = tmp_path / "out", json.loads(parse_config(["--use_cpu", "true"]).to_json_string())
+    checkpoint(run, step=4)
+    (run / "settings.json").write_text(json.dumps(written | settings), encoding="utf-8")
+    for more in ({}, {"output_dir": tmp_path / "other", "resume_from_checkpoint": run / "checkpoint-4"}):
+        with pytest.raises(SettingError, match=says.format(run)):
             begin(**more)
-    del written["num_iterations"]
-    (tmp_path / "out" / "settings.json").write_text(json.dumps(written), encoding="utf-8")
+    absent = {name: value for name, value in written.items() if name not in settings}
+    (run / "settings.json").write_text(json.dumps(absent), encoding="utf-8")
     with pytest.raises(Loaded):
         begin()
 

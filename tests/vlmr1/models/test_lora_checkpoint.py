@@ -13,7 +13,6 @@ from tests.helpers.digit_runs import STEPS, command
 from tests.helpers.maker import Maker
 from vlmr1.cli import main
 from vlmr1.commands.merge import merge
-from vlmr1.errors import SettingError
 from vlmr1.grpo.packing import make_pack
 from vlmr1.grpo.policy import PackedPolicy
 from vlmr1.models import family_of, load_model, load_processor
@@ -71,13 +70,6 @@ def test_a_run_that_goes_on_ends_with_the_same_adapter(run, data, tmp_path, caps
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
 
 
-def test_the_adapter_of_another_run_is_refused(run, data, tmp_path, capsys):
-    shutil.copytree(run / "checkpoint-4", tmp_path / "checkpoint-4")
-    words = [*LORA, *KINDS[kind_of(run)], "--lora_target_modules", "q_proj"]
-    assert main(command(data, tmp_path, *words)) == 2
-    assert "its adapter is not the one of this run" in capsys.readouterr().err
-
-
 def test_load_model_reads_base_and_adapter(run, image_files):
     """As it was quantized in training; merged it gives the same logits, and the base alone gives others."""
     checkpoint = run / f"checkpoint-{STEPS}"
@@ -112,16 +104,6 @@ def test_merge_command(run, tmp_path, capsys):
     assert main(words) == 0
     assert ("was trained in 4 bits" in capsys.readouterr().out) == (kind_of(run) == "qlora")
     assert {each.dtype for each in load_file(output / "model.safetensors").values()} == {torch.bfloat16}
-    assert main(words) == 2
-    assert f"--output: {output} exists" in capsys.readouterr().err
-
-
-def test_refusals(run, data, tmp_path, capsys):
-    with pytest.raises(SettingError, match="holds no adapter"):
-        merge(CHECKPOINT, tmp_path / "merged")
-    checkpoint = run / f"checkpoint-{STEPS}"
-    assert main(command(data, tmp_path, "--model_name_or_path", str(checkpoint))) == 2
-    assert "holds an adapter only; `vlmr1 merge`" in capsys.readouterr().err
 
 
 def test_a_dora_adapter_merges(data, tmp_path, image_files):

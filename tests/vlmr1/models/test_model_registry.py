@@ -13,10 +13,10 @@ from vlmr1.models import BY_TYPE, HOW_TO_ADD, check_dropout, family_for, load_mo
 SUPPORTED = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "glm4v", "idefics3", "smolvlm"}
 
 
-def config(model_type: str, decoder: dict[str, Any] | None = None) -> Any:
+def config(model_type: str, **decoder: Any) -> Any:
     """The library's default configuration, with some of the decoder's settings given."""
     given = AutoConfig.for_model(model_type)
-    for name, value in (decoder or {}).items():
+    for name, value in decoder.items():
         setattr(given.get_text_config(decoder=True), name, value)
     return given
 
@@ -34,21 +34,14 @@ def test_families():
         assert type(family) is kind and model_type in family.model_types
 
 
+SLIDES = "has layers of sliding_attention, which only sees a part"
 REFUSED = {
     "linear attention": ("qwen3_5", {}, "qwen3_5 has layers of linear_attention, which would read one branch"),
     "experts": ("qwen3_vl_moe", {}, "qwen3_vl_moe routes tokens to experts (num_experts), which was not tested"),
     "experts of GLM": ("glm4v_moe", {}, "glm4v_moe routes tokens to experts (num_local_experts), which was not tested"),
-    "some layers slide": ("gemma3", {}, "gemma3 has layers of sliding_attention, which only sees a part"),
-    "all layers slide": (
-        "internvl",
-        {"layer_types": ["sliding_attention"] * 2},
-        "internvl has layers of sliding_attention, which only sees a part",
-    ),
-    "a window and no kinds of layers": (
-        "smolvlm",
-        {"sliding_window": 64},
-        "smolvlm has layers of sliding_attention, which only sees a part",
-    ),
+    "some layers slide": ("gemma3", {}, f"gemma3 {SLIDES}"),
+    "all layers slide": ("internvl", {"layer_types": ["sliding_attention"] * 2}, f"internvl {SLIDES}"),
+    "a window and no kinds of layers": ("smolvlm", {"sliding_window": 64}, f"smolvlm {SLIDES}"),
     "chunks": ("internvl", {"layer_types": ["chunked_attention"]}, "internvl has layers of chunked_attention"),
     "experts in a known family": ("internvl", {"num_local_experts": 8}, "internvl routes tokens to experts"),
     "another family": ("llava", {}, "llava is not supported, only qwen2_vl, qwen2_5_vl, qwen3_vl"),
@@ -60,7 +53,7 @@ REFUSED = {
 def test_refused(model_type, decoder, message):
     """In one line that says why, and where adding a family is described."""
     with pytest.raises(SettingError) as refusal:
-        family_for(config(model_type, decoder))
+        family_for(config(model_type, **decoder))
     text = str(refusal.value)
     assert text.startswith(f"model_name_or_path: {message}") and text.endswith(HOW_TO_ADD)
     assert (Path(__file__).parents[3] / HOW_TO_ADD.split()[0]).is_file()
@@ -94,4 +87,4 @@ def test_unreadable(settings, message, tmp_path):
 def test_dropout(model_type):
     check_dropout(config(model_type))
     with pytest.raises(SettingError, match=r"share_prompt and pack .* attention_dropout is 0\.1: set both to false"):
-        check_dropout(config(model_type, {"attention_dropout": 0.1}))
+        check_dropout(config(model_type, attention_dropout=0.1))
