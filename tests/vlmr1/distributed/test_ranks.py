@@ -1,9 +1,11 @@
-"""Processes that wait for each other: one that fails, or is gone, ends the other with its message."""
+"""Processes that wait for each other: one that fails, or is gone, ends the other with its message. And the bandwidth
+between them."""
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from dataclasses import replace
 from datetime import timedelta
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 from tests.helpers.forked_ranks import finish_ranks, start_ranks
+from vlmr1.distributed import allreduce
 from vlmr1.distributed.ranks import local_device, process_group
 from vlmr1.errors import SettingError, UserError
 
@@ -80,3 +83,26 @@ def test_the_gpu_of_a_process_is_its_current_one(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "6")
     assert local_device(use_cpu=False) == torch.device("cuda", 2) and chosen == [torch.device("cuda", 2)]
     assert local_device(use_cpu=True) == torch.device("cpu") and len(chosen) == 1
+
+
+# The bandwidth check
+
+
+def test_bus_bandwidth():
+    assert allreduce.bus_bandwidth(10**9, 0.5, 2) == pytest.approx(2.0)  # half of the bytes each way
+    assert allreduce.bus_bandwidth(10**9, 0.5, 4) == pytest.approx(3.0)
+
+
+def measure() -> int:
+    sys.argv = ["allreduce", "--mib", "1", "2", "--rounds", "2"]
+    allreduce.main()
+    return 0
+
+
+@pytest.mark.slow
+def test_two_ranks_print_a_line_a_size(tmp_path):
+    runs = start_ranks(measure, logs=tmp_path / "rank", variables={"CUDA_VISIBLE_DEVICES": ""})
+    assert finish_ranks(runs) == [0, 0], [run.output for run in runs]
+    lines = [[line.split() for line in run.output.splitlines() if " MiB " in line] for run in runs]
+    assert [line[0] for line in lines[0]] == ["1", "2"] and lines[1] == []
+    assert all(float(line[2]) > 0 and float(line[5]) > 0 for line in lines[0])
