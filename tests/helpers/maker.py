@@ -40,3 +40,7 @@ class Maker:
             completions.append(Completion(ids, logp, logp, "", "stop" if ends else "length"))
         given = torch.randn(len(lengths), generator=self.random) if advantages is None else torch.tensor(advantages)
         return Group(prompt, tuple(completions), torch.zeros(len(lengths), 1), given)
+
+    def groups(self, *specs: tuple[Any, ...]) -> list[Group]:
+        """Groups of: prompt, its images, lengths of completions, and advantages where they are given."""
+        return [self.group(self.prompt(*spec[:2]), *spec[2:]) for spec in specs]

@@ -39,10 +39,7 @@ def even(prompts: list, completions: list, **columns: Any) -> list[float]:
 
 def gradients(trainer: GRPOTrainer, make: Maker) -> tuple[float, dict[str, torch.Tensor]]:
     """One backward over two fixed groups."""
-    groups = [
-        make.group(make.prompt("Locate the digit 7.", (84,)), (5, 9, 3)),
-        make.group(make.prompt("Locate the digit 3.", (112,)), (4, 2, 6)),
-    ]
+    groups = make.groups(("Locate the digit 7.", (84,), (5, 9, 3)), ("Locate the digit 3.", (112,), (4, 2, 6)))
     with vlmr1_kernels.use(trainer.args.kernels):
         loss, _, found = update(trainer, groups)
     return loss, found

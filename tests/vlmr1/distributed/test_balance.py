@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -27,18 +29,17 @@ def test_interleaved_is_the_order_of_the_batch():
     assert interleaved([batch[rank::3] for rank in range(3)]) == batch
 
 
-@pytest.mark.parametrize(
-    ("tokens", "expected"),
-    [
-        ([[10, 10], [10, 10]], [[(0, 0), (0, 1)], [(1, 0), (1, 1)]]),
-        ([[11, 10], [10, 10]], [[(0, 0), (0, 1)], [(1, 0), (1, 1)]]),  # even enough
-        ([[30, 20], [5, 5]], [[(0, 0)], [(1, 0), (0, 1), (1, 1)]]),  # 30 and 30
-        ([[50], [10]], [[(0, 0)], [(1, 0)]]),  # one group each cannot be better
-        ([[0, 0], [8, 8]], [[(0, 0), (1, 0), (0, 1)], [(1, 1)]]),  # nothing to train on at rank 0
-        ([[9, 9, 9], []], [[(0, 1), (0, 2)], [(0, 0)]]),  # a rank needs a group
-    ],
-    ids=["even", "even-enough", "one-moves", "single", "no-tokens", "empty-rank"],
-)
+BALANCED = {
+    "even": ([[10, 10], [10, 10]], [[(0, 0), (0, 1)], [(1, 0), (1, 1)]]),
+    "even enough": ([[11, 10], [10, 10]], [[(0, 0), (0, 1)], [(1, 0), (1, 1)]]),
+    "one moves": ([[30, 20], [5, 5]], [[(0, 0)], [(1, 0), (0, 1), (1, 1)]]),  # 30 and 30
+    "one group each cannot be better": ([[50], [10]], [[(0, 0)], [(1, 0)]]),
+    "nothing to train on at rank 0": ([[0, 0], [8, 8]], [[(0, 0), (1, 0), (0, 1)], [(1, 1)]]),
+    "a rank needs a group": ([[9, 9, 9], []], [[(0, 1), (0, 2)], [(0, 0)]]),
+}
+
+
+@pytest.mark.parametrize(("tokens", "expected"), BALANCED.values(), ids=BALANCED.keys())
 def test_balance_over_ranks(tokens, expected):
     assert names(balance_over_ranks(places(*tokens), len(tokens))) == expected
 
@@ -87,9 +88,7 @@ def test_parts_are_those_of_one_process(make):
 
 def test_batch_scaled_advantages_are_those_of_one_process(make):
     values = [torch.tensor(row)[:, None] for row in ([0.0, 1.0], [0.2, 0.4], [0.9, 0.1], [0.5, 0.5])]
-    groups = [
-        Group(make.prompt("?"), make.group(make.prompt("?"), (3, 2)).completions, rewards=value) for value in values
-    ]
+    groups = [replace(make.group(make.prompt("?"), (3, 2)), rewards=value, advantages=None) for value in values]
     alone = torch.cat([g.advantages for g in with_advantages(groups, [1.0], "batch")])
     apart = on_ranks(2, lambda ranks: with_advantages(groups[ranks.rank :: 2], [1.0], "batch", ranks))
     together = torch.cat([g.advantages for g in interleaved(apart)])

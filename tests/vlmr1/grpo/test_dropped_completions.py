@@ -14,11 +14,11 @@ from vlmr1.types import Group
 
 def groups_of(make: Maker) -> list[Group]:
     """A group without signal, one with some in three of four completions, one with signal everywhere."""
-    return [
-        make.group(make.prompt("Locate the digit 8.", (84,)), (5, 4, 6), (0.0, 0.0, 0.0)),
-        make.group(make.prompt("Locate the digit 9.", (56,)), (3, 7, 2, 4), (1.0, 0.0, -0.25, 0.5)),
-        make.group(make.prompt("What is seven?"), (6, 5), (0.7, 0.3)),
-    ]
+    return make.groups(
+        ("Locate the digit 8.", (84,), (5, 4, 6), (0.0, 0.0, 0.0)),
+        ("Locate the digit 9.", (56,), (3, 7, 2, 4), (1.0, 0.0, -0.25, 0.5)),
+        ("What is seven?", (), (6, 5), (0.7, 0.3)),
+    )
 
 
 def step(model, processor, output, groups, **settings):
@@ -95,7 +95,8 @@ def test_truncated_completions_have_no_part(loss_type, model, processor, make, t
     """The longest of a group is truncated. The loss written out over the others: per-token losses at ratio r of the
     rollout's log-probs, no KL."""
     trainer = trainer_of(model, processor, tmp_path, mask_truncated_completions=True, loss_type=loss_type, beta=0.0)
-    groups = [make.group(make.prompt("Locate the digit 9.", (56,)), (3, 7, 2), (1.0, 0.4, -0.5)), groups_of(make)[2]]
+    some = ("Locate the digit 9.", (56,), (3, 7, 2), (1.0, 0.4, -0.5))
+    groups = make.groups(some, ("What is seven?", (), (6, 5), (0.7, 0.3)))
     loss, metrics, _ = update(trainer, groups)
     logp = trainer.policy.logprobs(make_pack(groups)).split([3, 7, 2, 6, 5])
     terms = []
@@ -114,7 +115,7 @@ def test_truncated_completions_have_no_part(loss_type, model, processor, make, t
 
 def test_where_all_are_truncated_nothing_moves(model, processor, make, tmp_path):
     trainer = trainer_of(model, processor, tmp_path, mask_truncated_completions=True, beta=1.0)
-    groups = [make.group(make.prompt("Locate the digit 9.", (56,)), (4, 4), (1.0, -1.0))]
+    groups = make.groups(("Locate the digit 9.", (56,), (4, 4), (1.0, -1.0)))
     for parameter in trainer.reference.model.parameters():
         parameter.mul_(1.1)
     loss, _, gradients = update(trainer, groups)

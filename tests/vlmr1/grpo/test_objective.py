@@ -31,10 +31,7 @@ EPSILON = 0.2
 
 
 def groups_of(make: Maker, model: Any) -> list[Group]:
-    groups = [
-        make.group(make.prompt("Locate the digit 9.", (56,)), (3, 7, 2)),
-        make.group(make.prompt("What is seven?"), (6, 5, 1)),
-    ]
+    groups = make.groups(("Locate the digit 9.", (56,), (3, 7, 2)), ("What is seven?", (), (6, 5, 1)))
     return near_the_policy(make, model, groups, noise=0.5)
 
 

@@ -28,11 +28,8 @@ def test_pack_by_hand():
     image = prompt(4, ("a",), 10, [[0, 1, 1, 2], [0, 1, 2, 2], [0, 1, 1, 2]])
     pack = make_pack([group(image, 3, 1, start=20), group(prompt(2, start=40), 2, 3, start=50)])
     assert pack.input_ids.tolist() == [10, 11, 12, 13, 40, 41, 20, 21, 50, 150, 151]
-    assert pack.positions.tolist() == [
-        [0, 1, 1, 2, 0, 1, 3, 4, 2, 2, 3],
-        [0, 1, 2, 2, 0, 1, 3, 4, 2, 2, 3],
-        [0, 1, 1, 2, 0, 1, 3, 4, 2, 2, 3],
-    ]
+    first = [0, 1, 1, 2, 0, 1, 3, 4, 2, 2, 3]
+    assert pack.positions.tolist() == [first, [0, 1, 2, 2, 0, 1, 3, 4, 2, 2, 3], first]
     assert pack.layout == PrefixLayout((4, 2), ((2, 0), (1, 2)))
     assert pack.rows.tolist() == [3, 6, 7, 3, 5, 8, 5, 9, 10]
     assert pack.targets.tolist() == [20, 21, 22, 120, 50, 51, 150, 151, 152]
@@ -107,31 +104,19 @@ def test_a_split_group_keeps_the_rewards_and_advantages_of_its_branches():
 
 
 def test_unique_images():
-    prompts = [
-        prompt(3, ("a",), 10),
-        prompt(3, ("b", "c"), 20),
-        prompt(3),
-        prompt(3, ("a",), 30),
-        prompt(3, ("c", "a", "d"), 40),
-    ]
+    prompts = [prompt(3, ("a",), 10), prompt(3, ("b", "c"), 20), prompt(3), prompt(3, ("a",), 30)]
+    prompts += [prompt(3, ("c", "a", "d"), 40)]
     images, paths, image_ids = unique_images(prompts)
     assert [int(image["pixel_values"]) for image in images] == [10, 20, 21, 42]
     assert paths == (Path("a"), Path("b"), Path("c"), Path("d"))
     assert image_ids == (0, 1, 2, 0, 2, 0, 3)
 
 
-@pytest.mark.parametrize(
-    "share_vision, image_ids, encoded",
-    [
-        pytest.param(True, (0, 1, 2, 0), [10, 20, 21], id="shared"),
-        pytest.param(False, (0, 1, 2, 3), [10, 20, 21, 10], id="repeated"),
-    ],
-)
-def test_images_of_a_pack(share_vision, image_ids, encoded):
+def test_images_of_a_pack():
     first, second = group(prompt(3, ("a",), 10), 2), group(prompt(5, ("b", "c"), 20), 2)
-    pack = make_pack([first, second, first], share_vision=share_vision)
-    assert pack.image_ids == image_ids
-    assert pixels(pack) == encoded
+    shared, repeated = (make_pack([first, second, first], share_vision=share) for share in (True, False))
+    assert (shared.image_ids, pixels(shared)) == ((0, 1, 2, 0), [10, 20, 21])
+    assert (repeated.image_ids, pixels(repeated)) == ((0, 1, 2, 3), [10, 20, 21, 10])
 
 
 def test_padded_batch_holds_the_sequences_of_the_pack():
@@ -165,14 +150,14 @@ def test_padded_batch_of_prompts_of_different_lengths():
     assert lengths.tolist() == [3, 1]
 
 
-@pytest.mark.parametrize(
-    ("budget", "switches", "repeated"),
-    [
-        pytest.param(99, {}, 0, id="whole"),
-        pytest.param(22, {}, 10 + 10, id="a group in three parts"),
-        pytest.param(99, {"share_prompt": False}, 4 * 10 + 10, id="every branch its own"),
-    ],
-)
+REPEATED = {
+    "whole": (99, {}, 0),
+    "a group in three parts": (22, {}, 10 + 10),
+    "every branch its own": (99, {"share_prompt": False}, 4 * 10 + 10),
+}
+
+
+@pytest.mark.parametrize(("budget", "switches", "repeated"), REPEATED.values(), ids=REPEATED.keys())
 def test_repeated_prompt_tokens(budget, switches, repeated):
     groups = [group(prompt(10), 6, 6, 6, 6, 6), group(prompt(10, start=200), 2, 2)]
     plan = plan_packs(groups, tokens_per_pack=budget, **{"share_prompt": True, "pack": True} | switches)

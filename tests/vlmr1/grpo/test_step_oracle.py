@@ -30,7 +30,7 @@ def model(model: Any) -> Any:
 
 LONG = "Where, if anywhere at all, is the digit 3 on this canvas?"
 SEVEN = "What is seven?"
-CASES: dict[str, list[tuple[Any, ...]]] = {  # groups: prompt, its images, lengths of completions, their advantages
+CASES: dict[str, list[tuple[Any, ...]]] = {
     "two_lengths": [("Locate the digit 7.", (112,), (5, 9, 3, 12)), (LONG, (140,), (8, 2, 10, 6))],
     "two_images": [("Which of the two has a 4?", (56, 112), (7, 4, 11))],
     "text_beside_images": [
@@ -85,7 +85,7 @@ def whole_step(model: Any, processor: Any, groups: list[Group], output: Path, **
 
 
 def groups_of(make: Maker, *cases: str) -> list[Group]:
-    return [make.group(make.prompt(*each[:2]), *each[2:]) for case in cases for each in CASES[case]]
+    return make.groups(*(spec for case in cases for spec in CASES[case]))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -48,11 +48,10 @@ def test_kernels_setting_chooses_the_implementation(model, processor, make, tmp_
     vlmr1_kernels.registry._loaded.clear()
 
 
-@pytest.mark.parametrize(
-    ("scale", "weights"),
-    [("group", None), ("batch", None), ("none", None), ("none", [1.0, 0.0]), ("none", [0.0, 0.5])],
-    ids=["group", "batch", "none", "first reward", "half the second"],
-)
+SCALED = [("group", None), ("batch", None), ("none", None), ("none", [1.0, 0.0]), ("none", [0.0, 0.5])]
+
+
+@pytest.mark.parametrize(("scale", "weights"), SCALED)
 def test_advantages_follow_scale_and_weights(scale, weights, model, processor, tmp_path):
     trainer = trainer_of(model, processor, tmp_path, scale_rewards=scale)
     if weights is not None:
@@ -93,9 +92,8 @@ def test_an_engine_whose_logprobs_are_not_the_policys_is_noticed(model, processo
 def test_sampling_settings_reach_the_rollout(engine, model, processor, tmp_path):
     """top_k 1 leaves one token at each place: all completions of a group are the same."""
     for settings, kinds in (({}, 3), ({"top_k": 1}, 1), ({"top_p": 1e-6}, 1), ({"min_p": 1.0}, 1)):
-        trainer = trainer_of(
-            model, processor, tmp_path, rollout_engine=engine, temperature=3.0, prompts_per_device=1, **settings
-        )
+        given = {"rollout_engine": engine, "temperature": 3.0, "prompts_per_device": 1} | settings
+        trainer = trainer_of(model, processor, tmp_path, **given)
         trainer.train()
         row = trainer.state.log_history[0]
         assert row["ratio_max"] == pytest.approx(1, abs=1e-4)  # the engine's log-probs are the policy's
@@ -106,9 +104,7 @@ def test_sampling_settings_reach_the_rollout(engine, model, processor, tmp_path)
 
 def test_a_reward_that_overruns_scores_0_and_is_recorded(model, processor, tmp_path):
     path = tmp_path / "mine.py"
-    path.write_text(
-        "import time\n\n\ndef slow(prompts, completions, **columns):\n    time.sleep(60)\n\n\nslow.isolated = True\n"
-    )
+    path.write_text("import time\ndef slow(prompts, completions, **_):\n    time.sleep(60)\nslow.isolated = True\n")
     trainer = trainer_of(model, processor, tmp_path, prompts_per_device=1, reward_workers=1, reward_timeout=0.3)
     trainer.rewards = [get_reward(f"{path}:slow"), trainer.rewards[0]]
     rows = recorded(trainer, tmp_path)

@@ -33,9 +33,14 @@ def written(folder: Path) -> Path:
     return folder
 
 
+def published(folder: Path, *steps: int) -> None:
+    for step in steps:
+        publish(written(folder / "tmp"), folder / f"checkpoint-{step}")
+
+
 def test_publish_names_every_file_with_its_size_and_small_ones_with_their_digest(tmp_path, monkeypatch):
     monkeypatch.setattr("vlmr1.lifecycle.checkpoint.HASHED_MIB", 4 / 2**20)
-    publish(written(tmp_path / "tmp"), tmp_path / "checkpoint-2")
+    published(tmp_path, 2)
     manifest = json.loads((tmp_path / "checkpoint-2" / MANIFEST).read_text())
     one = "6b86b273ff34fce19d6b804eff5a3f5747ada4eaa22f1d49c01e52ddb7875b4b"  # printf 1 | sha256sum
     assert manifest == {"files": {"sub/state": 1, "weights": 5}, "sha256": {"sub/state": one}}
@@ -54,8 +59,7 @@ FAULTS = {  # file, what is left of it, and what is said
 
 @pytest.mark.parametrize(("file", "left", "says"), FAULTS.values(), ids=FAULTS.keys())
 def test_resume_passes_over_what_is_not_whole(file, left, says, tmp_path, caplog):
-    for step in (2, 10):
-        publish(written(tmp_path / "tmp"), tmp_path / f"checkpoint-{step}")
+    published(tmp_path, 2, 10)
     assert last_complete(tmp_path) == tmp_path / "checkpoint-10"
     broken = tmp_path / "checkpoint-10"
     (broken / file).unlink()
@@ -67,7 +71,7 @@ def test_resume_passes_over_what_is_not_whole(file, left, says, tmp_path, caplog
 
 
 def test_a_checkpoint_of_before_has_sizes_only(tmp_path):
-    publish(written(tmp_path / "tmp"), tmp_path / "checkpoint-2")
+    published(tmp_path, 2)
     (tmp_path / "checkpoint-2" / MANIFEST).write_text('{"files": {"weights": 5, "sub/state": 1}}')
     assert integrity_error(tmp_path / "checkpoint-2") is None
 
@@ -85,8 +89,7 @@ ROTATIONS = {
 
 @pytest.mark.parametrize(("steps", "newest", "limit", "left"), ROTATIONS.values(), ids=ROTATIONS.keys())
 def test_rotation(steps, newest, limit, left, tmp_path):
-    for step in steps:
-        publish(written(tmp_path / "tmp"), tmp_path / f"checkpoint-{step}")
+    published(tmp_path, *steps)
     (tmp_path / "checkpoint-1").mkdir()  # of another program
     rotate(tmp_path, limit, tmp_path / f"checkpoint-{newest}")
     assert {path.name for path in tmp_path.iterdir()} == {f"checkpoint-{step}" for step in [1, *left]}
@@ -96,15 +99,14 @@ def test_a_checkpoint_that_cannot_be_removed_is_left(tmp_path, monkeypatch, capl
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
-    for step in (2, 4):
-        publish(written(tmp_path / "tmp"), tmp_path / f"checkpoint-{step}")
+    published(tmp_path, 2, 4)
     monkeypatch.setattr(Path, "rename", refuse)
     rotate(tmp_path, 1, tmp_path / "checkpoint-4")
     assert caplog.messages == [f"{tmp_path / 'checkpoint-2'} cannot be removed: [Errno 13] Permission denied"]
 
 
 def test_what_is_published_again_replaces_what_was(tmp_path):
-    publish(written(tmp_path / "tmp"), tmp_path / "checkpoint-2")
+    published(tmp_path, 2)
     again = written(tmp_path / "tmp")
     (again / "weights").write_bytes(b"54321")
     publish(again, tmp_path / "checkpoint-2")

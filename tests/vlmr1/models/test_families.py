@@ -10,18 +10,15 @@ from PIL import Image
 from tests.helpers.families import FAMILIES, GLM_TOKENS, ROWS_AND_COLUMNS, checkpoints
 from tests.helpers.maker import Maker
 from tests.helpers.rollouts import assert_close, completions, generated, stock_inputs, tokens
-from tests.helpers.steps import NAIVE, assert_equal_steps, step
+from tests.helpers.steps import NAIVE, assert_equal_steps, step, trainer_of
 from vlmr1.cli import main
-from vlmr1.config import GRPOConfig
 from vlmr1.grpo.packing import make_pack
 from vlmr1.grpo.policy import PackedPolicy
-from vlmr1.grpo.trainer import GRPOTrainer
 from vlmr1.lifecycle.checkpoint import last_complete
 from vlmr1.models import family_of, load_model, load_processor
 from vlmr1.models.families.idefics3 import tiles_of_images
 from vlmr1.models.families.runs import runs
 from vlmr1.rollout import NativeEngine, SamplingSettings, TransformersEngine
-from vlmr1.types import Group
 
 SIZES = (56, 84, "wide", "tall", "odd")
 TILES = {  # of those sizes, where images have tiles
@@ -35,33 +32,22 @@ checkpoint = checkpoints()
 # The step
 
 
-def one_image(make: Maker) -> list[Group]:
-    return [make.group(make.prompt("Locate the digit 7.", (84,)), (5, 9, 3))]
-
-
-def two_images(make: Maker) -> list[Group]:
-    """Beside a prompt with one of them."""
-    return [
-        make.group(make.prompt("Which of the two has a 4?", ("wide", 56)), (7, 4, 11)),
-        make.group(make.prompt("Locate the digit 4.", ("wide",)), (2, 6)),
-    ]
-
-
-def text_beside_images(make: Maker) -> list[Group]:
-    return [
-        make.group(make.prompt("Locate the digit 1.", ("tall",)), (6, 3)),
-        make.group(make.prompt("What is seven?"), (4, 9)),
-        make.group(make.prompt("Locate the digit 2, if there is one.", ("odd", 84, 56)), (5, 1)),
-    ]
-
-
-CASES = [one_image, two_images, text_beside_images]
+TEXT_BESIDE_IMAGES = [
+    ("Locate the digit 1.", ("tall",), (6, 3)),
+    ("What is seven?", (), (4, 9)),
+    ("Locate the digit 2, if there is one.", ("odd", 84, 56), (5, 1)),
+]
+CASES = {
+    "one_image": [("Locate the digit 7.", (84,), (5, 9, 3))],
+    "two_images": [("Which of them has a 4?", ("wide", 56), (7, 4, 11)), ("Locate the digit 4.", ("wide",), (2, 6))],
+    "text_beside_images": TEXT_BESIDE_IMAGES,
+}
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained_tower", "frozen_tower"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+@pytest.mark.parametrize("case", CASES)
 def test_shared_step_equals_naive(case, frozen, make, model, processor, tmp_path):
-    groups = case(make)
+    groups = make.groups(*CASES[case])
     naive = step(model, processor, groups, tmp_path, freeze_vision=frozen, **NAIVE)
     assert naive[0] != 0 and naive[1]["kl"] > 1e-3
     vision = {id(parameter) for parameter in family_of(model).vision_parameters(model)}
@@ -72,7 +58,7 @@ def test_shared_step_equals_naive(case, frozen, make, model, processor, tmp_path
 
 
 def test_activation_checkpointing_gives_the_same_step(make, model, processor, tmp_path, monkeypatch):
-    groups = text_beside_images(make)
+    groups = make.groups(*TEXT_BESIDE_IMAGES)
     kept = step(model, processor, groups, tmp_path)
     passes = []
     kind = type(model.get_decoder().layers[0].mlp)
@@ -85,7 +71,7 @@ def test_activation_checkpointing_gives_the_same_step(make, model, processor, tm
 
 def test_autocast(make, model):
     """Features in bfloat16 meet embeddings in float32."""
-    pack = make_pack(text_beside_images(make))
+    pack = make_pack(make.groups(*TEXT_BESIDE_IMAGES))
     family = family_of(model)
     exact, rounded = (
         PackedPolicy(model, family, temperature=1.0, dtype=dtype).logprobs(pack) for dtype in (None, torch.bfloat16)
@@ -100,14 +86,10 @@ def test_images_are_encoded_together(frozen, calls, make, model, processor, tmp_
     seen = []
     kind = type(family_of(model))
     encode = kind.encode_images
-    monkeypatch.setattr(
-        kind, "encode_images", lambda self, model, images: seen.append(len(images)) or encode(self, model, images)
-    )
-    config = GRPOConfig(
-        output_dir=str(tmp_path), use_cpu=True, num_generations=2, max_completion_length=4, freeze_vision=frozen
-    )
-    trainer = GRPOTrainer(model, config, [], processor, reward_funcs=[lambda prompts, completions, **_: [0.0, 1.0] * 2])
-    trainer.accelerator.prepare(trainer.model)
+    monkeypatch.setattr(kind, "encode_images", lambda *given: seen.append(len(given[2])) or encode(*given))
+    rewards = [lambda prompts, completions, **_: [0.0, 1.0] * 2]
+    settings = {"max_completion_length": 4, "freeze_vision": frozen}
+    trainer = trainer_of(model, processor, tmp_path, rewards, **settings)
     prompts = [make.prompt("Locate the digit 7.", ("wide", 56)), make.prompt("Where is it?", (56, "tall"))]
     trainer.training_step(trainer.model, prompts)
     assert [count for count in seen if count] == [3] * calls

@@ -11,6 +11,7 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from torch import nn
 
+import vlmr1_kernels
 from tests.helpers import families
 from tests.helpers.families import checkpoints, one_family
 from tests.helpers.lora_steps import LORA, assert_rollouts_are_adapted, trainer_of
@@ -45,11 +46,11 @@ def changed(trainer: GRPOTrainer, before: dict[str, torch.Tensor]) -> list[str]:
 
 def groups_of(make: Maker) -> list[Group]:
     """Made once: later calls draw other numbers."""
-    return [
-        make.group(make.prompt("Locate the digit 1.", ("wide",)), (6, 3)),
-        make.group(make.prompt("What is seven?"), (4, 9)),
-        make.group(make.prompt("Locate the digit 2.", (84, "wide")), (5, 1, 7)),
-    ]
+    return make.groups(
+        ("Locate the digit 1.", ("wide",), (6, 3)),
+        ("What is seven?", (), (4, 9)),
+        ("Locate the digit 2.", (84, "wide"), (5, 1, 7)),
+    )
 
 
 # The step
@@ -129,22 +130,17 @@ def test_activation_checkpointing(reentrant, make, model, processor, tmp_path):
 def test_the_head_is_frozen_and_the_loss_knows(make, model, processor, tmp_path, monkeypatch):
     trainer = trainer_of(model, processor, tmp_path, **LORA)
     assert not trainer.family.head(trainer.policy.model).weight.requires_grad
-    needs = []
-    monkeypatch.setattr("vlmr1.grpo.loss.linear_grpo_loss", _spy(needs))
+    needs, loss_of = [], vlmr1_kernels.linear_grpo_loss
+
+    def spied(hidden: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
+        needs.append((hidden.requires_grad, weight.requires_grad))
+        return loss_of(hidden, weight, *args, **kwargs)
+
+    monkeypatch.setattr("vlmr1.grpo.loss.linear_grpo_loss", spied)
     update(trainer, groups_of(make))
     full = GRPOTrainer(model, GRPOConfig(output_dir=str(tmp_path), use_cpu=True), [], processor, ["format"])
     update(full, groups_of(make))
     assert needs == [(True, False), (True, True)]
-
-
-def _spy(needs: list) -> Any:
-    from vlmr1_kernels import linear_grpo_loss
-
-    def spied(hidden: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
-        needs.append((hidden.requires_grad, weight.requires_grad))
-        return linear_grpo_loss(hidden, weight, *args, **kwargs)
-
-    return spied
 
 
 # Rollouts

@@ -47,32 +47,12 @@ def test_weights_gradients_optimizer_and_reference_are_counted_to_the_byte():
         assert causes["optimizer"] == 8 * ALL
     assert phases["policy"]["gradients"] == phases["update"]["gradients"] == 4 * ALL
     assert phases["rollout"]["gradients"] == phases["reference"]["gradients"] == 0
+    assert "reference" not in planned(beta=0.0).phases
 
 
 def kv_bytes(groups: int, dtype: torch.dtype) -> int:
     group = num_blocks(16 + 40) + 3 * num_blocks(32)
     return block_bytes(CONFIG.get_text_config(), dtype) * (groups * group + 1)  # and the scratch block
-
-
-KV = {
-    "float32": ({}, kv_bytes(4, torch.float32)),
-    "bf16": ({"bf16": True}, kv_bytes(4, torch.bfloat16)),
-    "two generations of prompts": ({"steps_per_generation": 2}, kv_bytes(8, torch.float32)),
-    "a budget below a group": ({"rollout_kv_mib": 1e-6}, kv_bytes(1, torch.float32)),
-}
-
-
-@pytest.mark.parametrize(("settings", "expected"), KV.values(), ids=KV.keys())
-def test_kv_cache_is_the_pool_of_blocks(settings, expected):
-    plan = planned(**settings)
-    assert plan.phases["rollout"]["kv cache"] == expected
-    assert all(plan.phases[phase]["kv cache"] == 0 for phase in plan.phases if phase != "rollout")
-
-
-def test_a_kv_budget_is_kept():
-    each = block_bytes(CONFIG.get_text_config(), torch.float32)
-    found = planned(rollout_kv_mib=25 * each / 2**20).phases["rollout"]["kv cache"]
-    assert found == 26 * each
 
 
 # Setting -> the causes that differ in the update phase, where nothing depends on where a peak is.
@@ -141,50 +121,44 @@ def in_8_bits(name: str, count: int) -> int:
     return 4 * count if count < 4096 or "embed_tokens" in name else count + 4 * -(-count // 256)
 
 
-STATES = {
-    "adamw_torch_fused": 8 * ALL,
-    "adamw_torch": 8 * ALL,
-    "sgd": 0,
-    "lion_32bit": 4 * ALL,
-    "adamw_bnb_8bit": sum(2 * in_8_bits(name, p.numel()) for name, p in MODEL.named_parameters()),
+BLOCK = block_bytes(CONFIG.get_text_config(), torch.float32)
+# 16 tokens are 64 patches of 14 x 14 px, two frames, three channels; and a grid of three int64. Of two generations.
+IMAGES = 2 * 4 * (64 * 3 * 2 * 14 * 14 * 4 + 3 * 8)
+# Pages hold the states of parameters from 100,000 numbers on; scales are no part of them.
+PAGES = sum(8 * p.numel() for p in MODEL.parameters() if p.numel() >= 1e5)
+PAGED = {"host optimizer": PAGES, "policy optimizer": 8 * ALL - PAGES, "update optimizer": 8 * ALL}
+REFERENCE = {f"{place} reference model": 4 * ALL + BUFFERS for place in ("host", "reference")}
+REFERENCE |= {f"{phase} reference model": 0 for phase in ("rollout", "policy", "update")}
+IN_8_BITS = sum(2 * in_8_bits(name, p.numel()) for name, p in MODEL.named_parameters())
+BYTES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {  # settings -> bytes by phase, or of the host, and cause
+    "defaults": ({}, {"rollout kv cache": kv_bytes(4, torch.float32), "host images": IMAGES, "update images": 0}),
+    "bf16": ({"bf16": True}, {"rollout kv cache": kv_bytes(4, torch.bfloat16)}),
+    "two generations of prompts": ({"steps_per_generation": 2}, {"rollout kv cache": kv_bytes(8, torch.float32)}),
+    "a budget below a group": ({"rollout_kv_mib": 1e-6}, {"rollout kv cache": kv_bytes(1, torch.float32)}),
+    "a budget": ({"rollout_kv_mib": 25 * BLOCK / 2**20}, {"rollout kv cache": 26 * BLOCK}),
+    "adamw_torch_fused": ({"optim": "adamw_torch_fused"}, {"policy optimizer": 8 * ALL, "update optimizer": 8 * ALL}),
+    "adamw over lists": ({"optim": "adamw_torch"}, {"policy optimizer": 8 * ALL, "update optimizer": 12 * ALL}),
+    "sgd": ({"optim": "sgd"}, {"policy optimizer": 0}),
+    "lion_32bit": ({"optim": "lion_32bit"}, {"policy optimizer": 4 * ALL}),
+    "adamw_bnb_8bit": ({"optim": "adamw_bnb_8bit"}, {"policy optimizer": IN_8_BITS}),
+    "paged": ({"optim": "paged_adamw_32bit"}, PAGED),
+    "paged, cpu": (
+        {"optim": "paged_adamw_32bit", "device": "cpu"},
+        {"host optimizer": 0, "policy optimizer": 8 * ALL, "update images": IMAGES},
+    ),
+    "reference in host memory": ({"reference": "offload"}, REFERENCE),
+    "no images": ({"image_tokens": 0}, {"host images": 0}),
 }
 
 
-@pytest.mark.parametrize(("optim", "expected"), STATES.items())
-def test_bytes_of_optimizer_states(optim, expected):
-    assert planned(optim=optim).phases["policy"]["optimizer"] == expected
-
-
-def test_adamw_over_lists_needs_one_copy_more_while_it_steps():
-    assert planned(optim="adamw_torch").phases["update"]["optimizer"] == 12 * ALL
-
-
-def test_paged_states_are_on_the_device_only_while_it_steps():
-    """Pages hold the states of parameters from 100,000 numbers on; scales are no part of them."""
-    plan, flat = planned(optim="paged_adamw_32bit"), planned(optim="adamw_torch_fused")
-    large = sum(8 * p.numel() for p in MODEL.parameters() if p.numel() >= 1e5)
-    assert 0 < large < 8 * ALL
-    assert plan.host["optimizer"] == large
-    assert plan.phases["policy"]["optimizer"] == 8 * ALL - large
-    assert plan.phases["update"]["optimizer"] == flat.phases["update"]["optimizer"] == 8 * ALL
-    cpu = planned(optim="paged_adamw_32bit", device="cpu")
-    assert (cpu.host["optimizer"], cpu.phases["policy"]["optimizer"]) == (0, 8 * ALL)
-
-
-def test_a_reference_in_host_memory_is_on_the_device_for_its_pass():
-    plan = planned(reference="offload")
-    there = {phase: causes["reference model"] for phase, causes in plan.phases.items()}
-    assert there == {"rollout": 0, "reference": 4 * ALL + BUFFERS, "policy": 0, "update": 0}
-    assert plan.host["reference model"] == 4 * ALL + BUFFERS
-
-
-def test_images_of_two_generations_are_in_host_memory():
-    """16 tokens are 64 patches of 14 x 14 px, two frames, three channels; and a grid of three int64."""
-    each = 64 * 3 * 2 * 14 * 14 * 4 + 3 * 8
-    assert planned().host["images"] == 2 * 4 * each
-    assert planned().phases["update"]["images"] == 0
-    assert planned(device="cpu").phases["update"]["images"] == 2 * 4 * each
-    assert planned(image_tokens=0).host["images"] == 0
+@pytest.mark.parametrize(("settings", "expected"), BYTES.values(), ids=BYTES.keys())
+def test_bytes(settings, expected):
+    plan = planned(**settings)
+    found = {f"{phase} {cause}": n for phase, causes in plan.phases.items() for cause, n in causes.items()}
+    found |= {f"host {cause}": n for cause, n in plan.host.items()}
+    assert {name: found[name] for name in expected} == expected
+    assert all(found[f"{phase} kv cache"] == 0 for phase in plan.phases if phase != "rollout")
+    assert 0 < PAGES < 8 * ALL
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
@@ -214,10 +188,6 @@ def test_what_is_not_shared_takes_more(settings):
     phase = "rollout" if "rollout_engine" in settings else "policy"
     one = {"prompts_per_device": 1}  # a naive row has one group
     assert planned(**one, **settings).total(phase) > planned(**one).total(phase)
-
-
-def test_without_a_reference_there_is_no_pass_of_it():
-    assert "reference" not in planned(beta=0.0).phases
 
 
 def test_checkpoints_in_host_memory():

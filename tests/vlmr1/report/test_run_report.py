@@ -78,19 +78,26 @@ def test_boxes_are_in_pixels_of_the_upright_image(tmp_path, photo):
     assert "rewards 0.75, 1" in text and "advantage -0.50" in text and "a.jsonl:3" in text
 
 
-def test_boxes_of_other_coordinates_are_scaled(tmp_path, photo):
-    _, page = write(tmp_path, [record(images=[str(photo)], box_scale=[1.2, 0.9])])
-    assert drawn(page) == {"true": [(12, 20, 18, 32)], "after": [(12, 18, 24, 27)]}
+DRAWN = {  # changes of a record -> pictures, boxes that are drawn
+    "other coordinates": ({"box_scale": [1.2, 0.9]}, 1, {"true": [(12, 20, 18, 32)], "after": [(12, 18, 24, 27)]}),
+    "no box": ({"completion": "<answer>B</answer>", "solution": "B"}, 1, {}),
+    "several images": ({"images": [""] * 6, "pictures": [None] * 6}, 4, {}),
+}
 
 
-def test_several_boxes_and_none(tmp_path, photo):
+@pytest.mark.parametrize("changes, pictures, boxes", DRAWN.values(), ids=DRAWN.keys())
+def test_boxes_are_scaled_and_belong_to_one_image(changes, pictures, boxes, tmp_path, photo):
+    made = record(**{"images": [""]} | changes)
+    _, page = write(tmp_path, [made | {"images": [str(photo)] * len(made["images"])}])
+    assert len(page.of("img")) == 1 + pictures and drawn(page) == boxes
+
+
+def test_several_boxes_and_none():
     several = '<answer>[{"bbox_2d": [1, 2, 3, 4], "label": "a"}, {"bbox_2d": [5, 6, 9, 9]}]</answer>'
     assert completion_boxes(several) == [(1, 2, 3, 4), (5, 6, 9, 9)]
     assert true_boxes("```json\n" + several[8:-9] + "\n```") == [(1, 2, 3, 4), (5, 6, 9, 9)]
     for text in ("no answer", "<answer>B</answer>", "<answer>None</answer>", several.replace("answer", "thing")):
         assert completion_boxes(text) == []
-    _, page = write(tmp_path, [record(images=[str(photo)], completion="<answer>B</answer>", solution="B")])
-    assert drawn(page) == {}
 
 
 def test_images_that_are_bytes_missing_or_broken(tmp_path, photo):
@@ -144,11 +151,6 @@ def test_small_images_keep_their_pixels(tmp_path):
     picture = read_picture(tmp_path / "small.png")
     assert picture is not None and picture.crisp and picture.size == (30, 20)
     assert np.array_equal(np.asarray(decoded(picture.uri)), pixels)
-
-
-def test_several_images_have_no_boxes(tmp_path, photo):
-    _, page = write(tmp_path, [record(images=[str(photo)] * 6, pictures=[None] * 6)])
-    assert len(page.of("img")) == 1 + 4 and drawn(page) == {}
 
 
 def test_everything_is_escaped_and_nothing_is_fetched(tmp_path):
