@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForImageTextToText,
@@ -154,6 +155,21 @@ def one_family(name: str = "qwen2_5_vl") -> pytest.MarkDecorator:
 def config_of(name: str) -> Any:
     """The configuration of a family's tiny checkpoint."""
     return FAMILIES[name].config(tokenizer(FAMILIES[name]).get_vocab())
+
+
+def outputs(processor: Any) -> dict[str, torch.Tensor]:
+    """What a processor makes of a question about an image."""
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Where is it?"}]}]
+    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    images = [Image.linear_gradient("L").convert("RGB").resize((112, 56))]
+    return dict(processor(text=[text], images=images, return_tensors="pt"))
+
+
+def assert_same(one: Any, other: Any) -> None:
+    assert type(one) is type(other) and one.chat_template == other.chat_template
+    first, second = outputs(one), outputs(other)
+    assert first.keys() == second.keys() and len(first) >= 3
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def mrope(*sections: int, **more: Any) -> dict[str, Any]:

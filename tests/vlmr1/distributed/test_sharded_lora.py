@@ -27,7 +27,6 @@ from tests.helpers.two_ranks import (
     metrics,
     run_alone,
 )
-from vlmr1.cli import main
 from vlmr1.distributed.launch import LAUNCHES
 from vlmr1.grpo import policy, reference, trainer
 from vlmr1.models import load_model
@@ -73,20 +72,10 @@ def test_lora_on_two_ranks(engine, folder, alone, tmp_path):
     assert exported.keys() == resumed.keys()
     assert all(torch.equal(value, resumed[name]) for name, value in exported.items())
     assert_close(exported, adapter_of(single))
-
-    checkpoint, output = tmp_path / "run" / "checkpoint-4", tmp_path / "merged"
-    read = PeftModel.from_pretrained(load_model(ROOT / "vlmr1/tiny/checkpoint"), str(checkpoint)).state_dict()
+    base, adapter = load_model(ROOT / "vlmr1/tiny/checkpoint"), str(tmp_path / "run" / "checkpoint-4")
+    read = PeftModel.from_pretrained(base, adapter).state_dict()
     for name, value in exported.items():
         assert torch.equal(read[name.replace(".weight", ".default.weight")], value), name
-    assert main(["merge", "--checkpoint", str(checkpoint), "--output", str(output)]) == 0
-    before, merged = (load_model(path).state_dict() for path in (ROOT / "vlmr1/tiny/checkpoint", output))
-    changed = [name for name, value in merged.items() if not torch.equal(value, before[name])]
-    assert len(changed) == len(exported) // 2  # every layer has an A and a B
-    for name in changed:
-        at = f"base_model.model.{name.removesuffix('.weight')}.lora"
-        low, high = exported[f"{at}_A.weight"].double(), exported[f"{at}_B.weight"].double()
-        expected = before[name].double() + 2 * high @ low  # alpha / r
-        torch.testing.assert_close(merged[name].double(), expected, rtol=0, atol=1e-6)
 
 
 @pytest.fixture

@@ -119,34 +119,17 @@ def test_images_of_a_pack():
     assert (repeated.image_ids, pixels(repeated)) == ((0, 1, 2, 3), [10, 20, 21, 10])
 
 
-def test_padded_batch_holds_the_sequences_of_the_pack():
-    image = prompt(4, ("a",), 10, [[0, 1, 1, 2], [0, 1, 2, 2], [0, 1, 1, 2]])
-    groups = [group(image, 3, 1), group(prompt(7, start=40), 5, 2, start=5000)]
-    rows = plan_packs(groups, tokens_per_pack=1, share_prompt=False, pack=False)
-    seen = []
-    for row in rows:
-        ids, positions, mask, lengths = padded(make_pack(row, share_vision=False))
-        assert positions.shape == (3, *ids.shape) and mask.shape == ids.shape
-        for i, part in enumerate(row):
-            (completion,) = part.completions
-            real = mask[i].bool()
-            start = ids.shape[1] - int(lengths.max()) - len(part.prompt.input_ids)
-            assert real.nonzero()[:, 0].tolist() == list(range(start, start + int(real.sum())))
-            assert ids[i, real].tolist() == [*part.prompt.input_ids.tolist(), *completion.token_ids.tolist()]
-            after = part.prompt.next_position + torch.arange(len(completion.token_ids)).expand(3, -1)
-            assert positions[:, i, real].tolist() == torch.cat([part.prompt.positions, after], 1).tolist()
-            assert int(lengths[i]) == len(completion.token_ids)
-            seen.append(completion.token_ids.tolist())
-    assert seen == [c.token_ids.tolist() for each in groups for c in each.completions]
-
-
 def test_padded_batch_of_prompts_of_different_lengths():
-    """One row with both: the shorter prompt is padded on the left, the shorter completion on the right."""
-    pack = make_pack([group(prompt(2, start=10), 3, start=20), group(prompt(4, start=30), 1, start=40)])
+    """One row: the shorter prompt is padded on the left, the shorter completion on the right. The last position
+    of a prompt with an image is not its length."""
+    image = prompt(4, ("a",), 30, [[0, 1, 1, 2], [0, 1, 2, 2], [0, 1, 1, 2]])
+    pack = make_pack([group(prompt(2, start=10), 3, start=20), group(image, 1, start=40)])
     ids, positions, mask, lengths = padded(pack)
     assert ids.tolist() == [[0, 0, 10, 11, 20, 21, 22], [30, 31, 32, 33, 40, 0, 0]]
     assert mask.tolist() == [[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0]]
-    assert positions[0].tolist() == [[1, 1, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 1, 1]]
+    first = [1, 1, 0, 1, 2, 3, 4]
+    assert positions[0].tolist() == positions[2].tolist() == [first, [0, 1, 1, 2, 3, 1, 1]]
+    assert positions[1].tolist() == [first, [0, 1, 2, 2, 3, 1, 1]]
     assert lengths.tolist() == [3, 1]
 
 

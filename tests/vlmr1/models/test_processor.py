@@ -5,20 +5,17 @@ import pickle
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
-import torch
-from PIL import Image
 from transformers import Idefics3Processor, SmolVLMProcessor
 
-from tests.helpers.families import FAMILIES, build
+from tests.helpers.families import assert_same, checkpoints, config_of, outputs
 from vlmr1.models import load_processor
 from vlmr1.models import processor as module
 from vlmr1.models.processor import PROCESSOR_MAPPING, save_processor
 
-MESSAGES = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Where is it?"}]}]
 SETTINGS = {"internvl": "image_seq_length", "idefics3": "image_seq_len", "smolvlm": "image_seq_len"}
+checkpoint = checkpoints()
 
 
 @pytest.fixture(autouse=True)
@@ -26,45 +23,21 @@ def no_torchvision(monkeypatch):
     monkeypatch.setattr(module, "is_torchvision_available", lambda: False)
 
 
-@pytest.fixture(scope="session", params=FAMILIES)
-def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(request.param, tmp_path_factory.mktemp("processors") / request.param)
-
-
 @pytest.fixture
-def folder(built: Path, tmp_path: Path) -> Path:
+def folder(checkpoint: Path, tmp_path: Path) -> Path:
     """A copy, to change; the name says the family."""
-    return Path(shutil.copytree(built, tmp_path / built.name))
-
-
-def outputs(processor: Any) -> dict[str, torch.Tensor]:
-    text = processor.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
-    images = [Image.linear_gradient("L").convert("RGB").resize((112, 56))]
-    return dict(processor(text=[text], images=images, return_tensors="pt"))
-
-
-def assert_same(one: Any, other: Any) -> None:
-    assert type(one) is type(other) and one.chat_template == other.chat_template
-    first, second = outputs(one), outputs(other)
-    assert first.keys() == second.keys() and len(first) >= 3
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    return Path(shutil.copytree(checkpoint, tmp_path / checkpoint.name))
 
 
 def test_image_only(folder):
     processor = load_processor(folder)
     assert processor.get_attributes() == ["image_processor", "tokenizer"]
-    stock = {"smolvlm": Idefics3Processor}.get(folder.name, PROCESSOR_MAPPING[type(config_of(folder))])
+    stock = {"smolvlm": Idefics3Processor}.get(folder.name, PROCESSOR_MAPPING[type(config_of(folder.name))])
     assert isinstance(processor, stock)
     if (name := SETTINGS.get(folder.name)) is not None:
         assert getattr(processor, name) == 4
     shown = outputs(processor)["input_ids"][0]
-    assert int((shown == processor.image_token_id).sum()) == {"internvl": 12, "idefics3": 12, "smolvlm": 12}.get(
-        folder.name, 8
-    )
-
-
-def config_of(folder: Path) -> Any:
-    return module.AutoConfig.from_pretrained(folder)
+    assert int((shown == processor.image_token_id).sum()) == (12 if folder.name in SETTINGS else 8)
 
 
 def test_saved_and_read_again(folder, tmp_path):
@@ -74,7 +47,9 @@ def test_saved_and_read_again(folder, tmp_path):
     shutil.copy(folder / "config.json", saved)
     assert_same(load_processor(saved), processor)
     written = json.loads((saved / "processor_config.json").read_text())
-    assert written["processor_class"] == PROCESSOR_MAPPING[type(config_of(folder))].__name__  # what AutoProcessor reads
+    assert (
+        written["processor_class"] == PROCESSOR_MAPPING[type(config_of(folder.name))].__name__
+    )  # what AutoProcessor reads
     if (name := SETTINGS.get(folder.name)) is not None:
         assert written[name] == 4
     image_processor = json.loads((saved / "preprocessor_config.json").read_text())
