@@ -1,8 +1,7 @@
 """Loss and advantages of TRL's own GRPOTrainer on given numbers.
 
 What runs of TRL is `_compute_loss`, and `_generate_and_score_completions` for the advantages, on an object with the
-attributes that they read. Replaced are the model pass, generation and reward functions. `use_bias_correction_kl`, on by
-default in TRL, is off: it multiplies the KL by the ratio, which no setting does here."""
+attributes that they read. Replaced are the model pass, generation and reward functions."""
 
 from collections import defaultdict
 from types import SimpleNamespace
@@ -41,7 +40,10 @@ def trl_loss(settings: GRPOSettings, lengths: list[int], rows: dict[str, Tensor]
         vllm_importance_sampling_correction=True,
         current_gradient_accumulation_steps=1,
         args=SimpleNamespace(
-            delta=settings.delta, use_bias_correction_kl=False, steps_per_generation=1, entropy_target=None
+            delta=settings.delta,
+            use_bias_correction_kl=settings.use_bias_correction_kl,
+            steps_per_generation=1,
+            entropy_target=None,
         ),
         model=SimpleNamespace(training=True),
         accelerator=SimpleNamespace(

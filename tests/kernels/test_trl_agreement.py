@@ -20,6 +20,8 @@ CASES: dict[str, dict[str, Any]] = {
     "dapo": {"loss_type": "dapo", "epsilon_high": 0.28},
     "cispo": {"loss_type": "cispo", "epsilon_high": 1.3, "beta": 0.1},
     "gspo": {"loss_type": "gspo"},
+    "corrected KL": {"beta": 0.1, "use_bias_correction_kl": True},
+    "corrected KL, sequence level": {"loss_type": "gspo", "beta": 0.1, "use_bias_correction_kl": True},
     "truncated importance sampling": {"tis_cap": 1.2, "beta": 0.1},
     "bnpo, entropy": {"loss_type": "bnpo", "entropy_coef": 0.2},
 }
