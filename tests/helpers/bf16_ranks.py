@@ -1,7 +1,5 @@
 """bfloat16 on the CPU: ranks of an engine that compute in it, and one process with their arithmetic."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections import Counter

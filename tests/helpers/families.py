@@ -3,8 +3,6 @@
 Stock configuration class, stock image processor, a tokenizer with the family's special tokens, a chat template in the
 family's format. Everything follows from a seed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path

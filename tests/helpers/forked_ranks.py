@@ -1,7 +1,5 @@
 """Two ranks as torchrun would start them, forked from a process that has imported everything."""
 
-from __future__ import annotations
-
 import os
 import socket
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """Everything that is refused: the entries of `tests/golden/refusals.jsonl`, which `test_refusals.py` describes."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

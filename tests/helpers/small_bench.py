@@ -1,7 +1,5 @@
 """A very small shape, and step results made by hand."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Ranks that are threads of one process, and meet at a barrier."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from threading import Barrier, Thread

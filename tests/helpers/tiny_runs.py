@@ -1,7 +1,5 @@
 """A run of the embedded model that takes two seconds, and what two of them must have in common."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from pathlib import Path

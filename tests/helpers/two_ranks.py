@@ -1,7 +1,5 @@
 """Runs of two processes (gloo, CPU) as `vlmr1 train --launch` starts them, and what they are compared by."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,8 +1,6 @@
 """Rows for two ranks, laid out by the seeded order of the data so that in the first update one rank has no image, in
 the second one rank has only groups of equal rewards."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

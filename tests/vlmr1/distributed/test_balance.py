@@ -1,7 +1,5 @@
 """Which rank trains on which group, worked out by hand; ranks are threads that meet at a barrier."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -4,8 +4,6 @@ The oracle is one process with the same arithmetic, which an engine equals but f
 run would be none: in four updates bfloat16 leaves it by 3 to 20%, as rounding has it on a processor. All runs draw the
 tokens that a float32 run drew."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

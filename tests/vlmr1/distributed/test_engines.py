@@ -1,7 +1,5 @@
 """Two processes (gloo, CPU) against one: the same losses, gradient norms and rewards for the same global batches."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -28,10 +26,7 @@ from vlmr1.models import load_model
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> dict[float, list[dict[str, float]]]:
     """One process with twice the prompts, by beta."""
-    found = {}
-    for beta in (0.0, 0.04):
-        found[beta] = run_alone(folder, folder / f"alone-{beta}", beta=beta)
-    return found
+    return {beta: run_alone(folder, folder / f"alone-{beta}", beta=beta) for beta in (0.0, 0.04)}
 
 
 @pytest.mark.slow

@@ -1,7 +1,5 @@
 """What can be known of a run before its model is read is said before: nothing has been loaded then."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys

@@ -1,8 +1,6 @@
 """Processes that wait for each other: one that fails, or is gone, ends the other with its message. And the bandwidth
 between them."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

@@ -1,13 +1,12 @@
 """Adapters on two processes (gloo, CPU) against one; the reference is the policy without its adapter."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
+from functools import cache
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +46,13 @@ def adapter_of(run: Path) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> Callable[..., Path]:
     """A function that returns the output directory of one process with the given settings. Each run is made once."""
-    runs: dict[str, Path] = {}
+    names = map("alone-{}".format, count())
 
+    @cache
     def alone(**more: Any) -> Path:
-        key = json.dumps(more, default=str)
-        if key not in runs:
-            runs[key] = folder / f"alone-{len(runs)}"
-            run_alone(folder, runs[key], **more)
-        return runs[key]
+        output = folder / next(names)
+        run_alone(folder, output, **more)
+        return output
 
     return alone
 

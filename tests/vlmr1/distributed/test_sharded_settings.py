@@ -1,8 +1,6 @@
 """Settings that take more of sharded weights than a pass: a KL in the reward, further rounds of rollouts, a reference
 that follows the policy. Two processes (gloo, CPU) against one, or against two that hold all weights."""
 
-from __future__ import annotations
-
 import json
 import os
 from dataclasses import dataclass

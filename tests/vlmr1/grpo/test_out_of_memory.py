@@ -134,20 +134,6 @@ def test_the_step_is_the_undisturbed_one(settings, where, shipped, groups, proce
         assert failures.gradients[min(where["backward"]) - 1] > 0  # so there was something to take back
 
 
-def test_packs_stay_smaller(shipped, groups, processor, tmp_path):
-    """Half the tokens from then on, in a step where memory does not run out any more."""
-    trainer = make_trainer(shipped, processor, tmp_path)
-    Failures(trainer, {"forward": {1}})
-    step(trainer, groups)
-    budget = trainer.runner.budget.tokens
-    assert max(map(tokens_of, groups)) <= budget < sum(map(tokens_of, groups))
-    trainer.model.zero_grad()
-    step(trainer, groups)
-    assert (trainer.runner.budget.tokens, trainer.runner.budget.out_of_memory) == (budget, 1)
-    values = trainer.pending.steps[-1].values
-    assert values["packs"] == 2 and values["tokens_per_pack"] == budget
-
-
 @pytest.mark.parametrize("settings", [{}, NAIVE], ids=["shared", "naive"])
 def test_a_single_completion_that_does_not_fit(settings, shipped, groups, processor, tmp_path):
     trainer = make_trainer(shipped, processor, tmp_path, **settings)
@@ -240,7 +226,7 @@ def test_a_run_goes_on_with_the_packs_that_it_had(model, processor, tmp_path):
         assert torch.equal(one, other), name
     rows = [[row for row in each.state.log_history if "kl" in row] for each in (whole, again)]
     assert [row["out_of_memory"] for row in rows[0]] == [0, 1, 1, 1]
-    assert [row["packs"] for row in rows[0]] == [1, 2, 2, 2]
+    assert [row["packs"] for row in rows[0]] == [1, 2, 2, 2]  # memory does not run out any more
     assert [row["tokens_per_pack"] for row in rows[0]] == [16384] + 3 * [whole.runner.budget.tokens]
     assert rows[1][-1]["loss"] == rows[0][-1]["loss"] and rows[1][-1]["packs"] == 2
 

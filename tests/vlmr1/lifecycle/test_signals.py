@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from tests.helpers.forked import call, start
+from tests.helpers.forked import start
+from tests.helpers.forked_ranks import finish_ranks, start_ranks
 from tests.helpers.plants import At, kill
 from tests.helpers.tiny_runs import assert_same, assert_whole, command, during, ended
 from vlmr1.grpo.buffer import ROLLOUTS
@@ -105,27 +106,27 @@ def test_nobody_reads_the_output_any_more(undisturbed, run, tmp_path):
 
 def test_ranks_stop_at_the_same_step(tmp_path):
     """The signal comes to one of them, in step 2."""
-    ranks = [call(rank_of_two, rank, tmp_path / "meeting", log=tmp_path / f"{rank}.log") for rank in range(2)]
-    assert [run.status() for run in ranks] == [143, 143], [run.output for run in ranks]
+    ranks = start_ranks(stop_in_step_2, tmp_path / "out", logs=tmp_path / "rank")
+    assert finish_ranks(ranks) == [143, 143], [run.output for run in ranks]
     said = "stopped by SIGTERM after step 2 of 4; run the same command to resume"
     assert all(said in run.output.splitlines() for run in ranks)
 
 
-def rank_of_two(rank: int, meeting: Path) -> int:
+def stop_in_step_2(output: Path) -> int:
     from transformers import TrainerControl, TrainerState
 
     from vlmr1.config import GRPOConfig
     from vlmr1.errors import Stopped
     from vlmr1.lifecycle.signals import StopSignals
 
-    args = GRPOConfig(output_dir=str(meeting.parent / "out"), use_cpu=True)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
+    args = GRPOConfig(output_dir=str(output), use_cpu=True)
     state, control = TrainerState(max_steps=4), TrainerControl()
     with StopSignals() as stop:
         stop.on_train_begin(args, state, control)
         while not control.should_training_stop:
             stop.on_step_begin(args, state, control)
-            if (rank, state.global_step) == (1, 1):
+            if (dist.get_rank(), state.global_step) == (1, 1):
                 os.kill(os.getpid(), signal.SIGTERM)
             state.global_step += 1
             stop.on_step_end(args, state, control)

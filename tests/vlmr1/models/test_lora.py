@@ -70,42 +70,35 @@ def test_shared_step_equals_naive(kind, checkpoint, make, processor, tmp_path):
     assert_equal_steps(update(trainer, groups), naive)
 
 
-VARIANTS = {
-    "vision": {"lora_vision": True},
-    "dora": {"use_dora": True},
-    "rslora": {"use_rslora": True},
-    "some modules": {"lora_target_modules": ["q_proj", "down_proj"]},
-    "merger": {"lora_modules_to_save": ["visual.merger"]},
-    "copy": {"reference": "copy"},
-    "freeze_vision, which an adapter does anyway": {"freeze_vision": True},
-    "split groups": {"tokens_per_pack": 64},
+VARIANTS: dict[str, tuple[dict[str, Any], Any]] = {  # settings, and what is trained beside the matrices
+    "vision": ({"lora_vision": True}, lambda name: name.startswith("model.visual.") and "lora_" in name),
+    "merger": ({"lora_modules_to_save": ["visual.merger"]}, lambda name: ".visual.merger.modules_to_save." in name),
+    "dora": ({"use_dora": True}, lambda name: "lora_magnitude_vector" in name),
+    "rslora": ({"use_rslora": True}, None),
+    "some modules": ({"lora_target_modules": ["q_proj", "down_proj"]}, None),
+    "copy": ({"reference": "copy"}, None),
+    "freeze_vision, which an adapter does anyway": ({"freeze_vision": True}, None),
+    "split groups": ({"tokens_per_pack": 64}, None),
 }
 
 
 @one_family()
-@pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS.keys())
-def test_variants_of_the_shared_step(settings, make, model, processor, tmp_path):
-    groups = groups_of(make)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_of_the_shared_step(variant, make, model, processor, tmp_path):
+    groups, (settings, added) = groups_of(make), VARIANTS[variant]
     naive = update(trainer_of(model, processor, tmp_path, **LORA, **settings | NAIVE), groups)
     plain = update(trainer_of(model, processor, tmp_path, **LORA), groups)
     trainer = trainer_of(model, processor, tmp_path, **LORA, **settings)
     found = update(trainer, groups)
     assert_equal_steps(found, naive)
-    names = {name.removeprefix("base_model.model.") for name in found[2]}
-    more = names - {name.removeprefix("base_model.model.") for name in plain[2]}
-    if "lora_vision" in settings:
-        assert more and all(name.startswith("model.visual.") and "lora_" in name for name in more)
-        assert trainer.features is None
-    elif "lora_modules_to_save" in settings:
-        assert more and all(name.startswith("model.visual.merger.modules_to_save.") for name in more)
-        assert trainer.features is None
-    elif "use_dora" in settings:
-        assert len(more) == 2 * 7 and all("lora_magnitude_vector" in name for name in more)
-    else:
-        assert not more
-    if "lora_target_modules" in settings:
+    names, usual = ({name.removeprefix("base_model.model.") for name in each[2]} for each in (found, plain))
+    assert bool(names - usual) == bool(added) and all(map(added, names - usual))
+    assert (trainer.features is None) == (variant in ("vision", "merger"))
+    if variant == "dora":
+        assert len(names - usual) == 2 * 7
+    if variant == "some modules":
         assert {name.split(".lora_")[0].split(".")[-1] for name in names} == {"q_proj", "down_proj"}
-    if "use_rslora" in settings:  # 8 / sqrt(4) instead of 8 / 4
+    if variant == "rslora":  # 8 / sqrt(4) instead of 8 / 4
         layer = trainer.policy.model.model.language_model.layers[0].self_attn.q_proj
         assert layer.scaling == {"default": 4.0}
 

@@ -2,6 +2,7 @@
 projected on those of float32 weights, by the optimizers that the trainer makes. And the bytes that the table of
 optimizers gives, beside those of the states that each library allocates."""
 
+import functools
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import Trainer, TrainingArguments
 from tests.helpers.jobs import Allocated
 from tests.helpers.maker import Maker
 from tests.helpers.trainers import trainer_of
+from tests.helpers.updates import backward
 from vlmr1.config import GRPOConfig
 from vlmr1.errors import SettingError
 from vlmr1.grpo.trainer import GRPOTrainer
@@ -24,6 +26,7 @@ from vlmr1.models.optimizers import OPTIMIZERS, Parameter, optimizer_of
 from vlmr1.models.precision import prepare_trained
 from vlmr1.models.settings import ParameterSettings
 from vlmr1.tiny import CHECKPOINT
+from vlmr1_kernels.testing import relative_error
 
 STEPS = 100
 
@@ -123,25 +126,20 @@ def test_gradients_accumulate_in_float32(make: Maker, processor: Any, tmp_path: 
     trainer.add_logprobs(trainer.model, groups)
     packs = trainer.runner.packs(groups)
     assert len(packs) > 5
-    parameters = {name: parameter for name, parameter in trainer.model.named_parameters() if "layers.0.mlp" in name}
-    exact = {name: torch.zeros(parameter.shape, dtype=torch.float64) for name, parameter in parameters.items()}
-    rounded = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
-    for pack in packs:
+
+    def gradients_over(packs: Any) -> dict[str, Tensor]:
         trainer.model.zero_grad(set_to_none=True)
-        trainer.runner.packs = lambda groups, pack=pack: [pack]
-        trainer.backward(trainer.model, groups)
-        for name, parameter in parameters.items():
-            assert parameter.grad is not None and parameter.grad.dtype == torch.float32
-            exact[name] += parameter.grad.double()
-            rounded[name] += parameter.grad.to(rounded[name].dtype)
-    trainer.model.zero_grad(set_to_none=True)
-    trainer.runner.packs = lambda groups: packs
-    trainer.backward(trainer.model, groups)
-    for name, parameter in parameters.items():
-        assert parameter.grad is not None
-        scale = exact[name].norm()
-        assert float((parameter.grad.double() - exact[name]).norm() / scale) < 1e-6, name
-        assert float((rounded[name].double() - exact[name]).norm() / scale) > 1e-3, name
+        trainer.runner.packs = lambda groups: packs
+        found = backward(trainer, groups)[2]
+        return {name: gradient for name, gradient in found.items() if "layers.0.mlp" in name}
+
+    apart = [gradients_over([pack]) for pack in packs]
+    together = gradients_over(packs)
+    assert {gradient.dtype for each in (together, *apart) for gradient in each.values()} == {torch.float32}
+    for name, gradient in together.items():
+        exact = torch.stack([each[name].double() for each in apart]).sum(0)
+        rounded = functools.reduce(torch.add, [each[name].bfloat16() for each in apart])
+        assert relative_error(gradient, exact) < 1e-6 and relative_error(rounded, exact) > 1e-3, name
 
 
 def test_a_trained_tower_without_images_has_zeros_in_float32(make, processor, tmp_path):

@@ -1,7 +1,5 @@
 """Each setting moves the causes that it should, by the bytes that it should, and no other."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,8 +1,6 @@
 """What a dry run counts, against bytes counted by hand and against the same code on real tensors; and the planned peak
 beside the bytes that a real run allocates. No constant of the plan was fitted to a run."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 from pathlib import Path
 from typing import Any

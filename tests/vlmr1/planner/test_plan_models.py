@@ -1,7 +1,5 @@
 """Configurations that ship, and parameters counted on models without data."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
