@@ -111,26 +111,20 @@ def assert_same(output: Path, undisturbed: Path) -> None:
 
 def differences(checkpoint: Path, other: Path) -> list[str]:
     """Names of the tensors in weights, optimizer and rollouts that are not bit-equal."""
-    names = []
-    states = [flat(load_file(folder / "model.safetensors")) for folder in (checkpoint, other)]
-    for file in ("optimizer.pt", "scheduler.pt", ROLLOUTS):
-        there = [(folder / file).exists() for folder in (checkpoint, other)]
-        if there[0] != there[1]:
-            names.append(file)
-        elif there[0]:
-            for state, folder in zip(states, (checkpoint, other), strict=True):
-                state |= {f"{file}/{name}": value for name, value in flat(torch.load(folder / file)).items()}
-    one, two = states
-    return names + [name for name in one | two if name not in one or name not in two or not equal(one[name], two[name])]
+    one, two = map(state_of, (checkpoint, other))
+    return [name for name in one | two if name not in one or name not in two or not equal(one[name], two[name])]
+
+
+def state_of(checkpoint: Path) -> dict[str, Any]:
+    """The leaves of all files by their path."""
+    files = [checkpoint / name for name in ("optimizer.pt", "scheduler.pt", ROLLOUTS)]
+    state = {path.name: torch.load(path) for path in files if path.exists()}
+    state |= load_file(checkpoint / "model.safetensors")
+    return {keystr(path): leaf for path, leaf in tree_flatten_with_path(state)[0]}
 
 
 def equal(one: Any, two: Any) -> bool:
     return torch.equal(one, two) if isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor) else one == two
-
-
-def flat(value: Any) -> dict[str, Any]:
-    """The leaves of nested containers by their path."""
-    return {keystr(path): leaf for path, leaf in tree_flatten_with_path(value)[0]}
 
 
 def metrics(output: Path) -> list[dict[str, float]]:

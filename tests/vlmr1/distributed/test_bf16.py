@@ -22,7 +22,7 @@ from transformers import AutoModelForImageTextToText
 from tests.helpers.bf16_ranks import AsEngine, OnCPU
 from tests.helpers.forced import Tokens, recording
 from tests.helpers.forked_ranks import assert_resumes, run_forked
-from tests.helpers.two_ranks import ROOT, assert_close, run_alone
+from tests.helpers.two_ranks import ENGINES, ROOT, assert_close, run_alone
 from vlmr1.rollout import scheduler
 
 # An epsilon beside which the rounding of gradients is small: else Adam moves weights by signs that are rounding alone.
@@ -31,15 +31,9 @@ FULL = {"learning_rate": 1e-3, "adam_epsilon": 5e-2, "beta": 0.04, "pack": "fals
 LORA = FULL | {"learning_rate": 1e-2, "adam_epsilon": 1e-2, "use_peft": "true", "lora_r": 4, "lora_alpha": 8}
 KINDS = {"full": FULL, "lora": LORA, "without KL": FULL | {"beta": 0.0}}
 BF16, F32 = "torch.bfloat16", "torch.float32"
-# Of what is trained: dtype of the weights that forwards gather or read, and of the export.
-CASES = {
-    ("zero2", "full"): (BF16, BF16),
-    ("zero2", "lora"): (BF16, BF16),
-    ("zero3", "full"): (BF16, BF16),
-    ("zero3", "lora"): (F32, F32),
-    ("fsdp2", "full"): (F32, F32),
-    ("fsdp2", "lora"): (F32, F32),
-}
+# Of what is trained: dtype of the weights that forwards gather or read, and that are exported.
+CASES = {(engine, kind): BF16 if engine == "zero2" else F32 for engine in ENGINES[1:] for kind in ("full", "lora")}
+CASES["zero3", "full"] = BF16
 
 
 @dataclass(frozen=True)
@@ -146,21 +140,20 @@ def test_bf16_is_near_float32(folder, exact, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine, kind", [pytest.param(*case, id="-".join(case)) for case in CASES])
+@pytest.mark.parametrize("engine, kind", CASES)
 def test_bf16_on_two_ranks(engine, kind, folder, exact, tmp_path):
     """One rank has no image in the first update; the checkpoint lies between two updates of one generation."""
-    working, written = CASES[engine, kind]
     single = run_as(engine, folder, tmp_path / "alone", **KINDS[kind])
     more = on_two(folder, tmp_path / "run", kind)
     found = run_forked(engine, folder, tmp_path / "run", **more)
     assert found[0]["kl"] == 0  # policy and reference round alike
     checkpoint = tmp_path / "run" / "checkpoint-4"
     masters, weights = masters_of(engine, checkpoint), exported(checkpoint)
-    assert {str(value.dtype) for value in weights.values()} == {written}
+    assert {str(value.dtype) for value in weights.values()} == {CASES[engine, kind]}
     for name, value in weights.items():
         assert masters[name].dtype == torch.float32
         assert torch.equal(value, masters[name].to(value.dtype)), name
-    check_dtypes(engine, tmp_path / "run", working, sum(map(torch.numel, masters.values())) - tied(masters))
+    check_dtypes(engine, tmp_path / "run", CASES[engine, kind], sum(map(torch.numel, masters.values())) - tied(masters))
     check_same(found, masters, single)
 
     if kind == "lora":

@@ -10,12 +10,12 @@ import torch
 
 from tests.helpers.digit_runs import command, weights
 from tests.helpers.threads import on_ranks
+from tests.helpers.tiny_runs import metrics
 from tests.helpers.trainers import trainer_of
 from vlmr1.cli import main
 from vlmr1.grpo.buffer import ROLLOUTS
 from vlmr1.grpo.dynamic_sampling import RESERVOIR, PromptReservoir, has_equal_rewards, resample
 from vlmr1.grpo.reference import REFERENCE
-from vlmr1.report.progress import read_metrics
 from vlmr1.rewards.registry import get_reward
 from vlmr1.tiny import digits
 from vlmr1.types import Completion, Group, Prompt, Sample
@@ -253,14 +253,10 @@ def test_a_run_goes_on_bit_equal(more, tmp_path):
     expected, found, before = weights(whole), weights(again), weights(whole, 2)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert any(not torch.equal(before[name], expected[name]) for name in expected)
-    histories = [[{k: v for k, v in row.items() if timeless(k)} for row in read_metrics(run)] for run in (whole, again)]
+    histories = [metrics(run) for run in (whole, again)]
     assert histories[1] == histories[0][2:]
     if kept != ROLLOUTS:  # which hold what was measured too
         last, other = ((run / "checkpoint-6" / kept).read_bytes() for run in (whole, again))
         assert last == other != (whole / "checkpoint-2" / kept).read_bytes()
     if kept == RESERVOIR:
         assert sum(row["dynamic_sampling/groups_replaced"] for row in histories[0]) > 0
-
-
-def timeless(name: str) -> bool:
-    return not any(word in name for word in ("seconds", "per_second", "memory", "runtime", "flos"))

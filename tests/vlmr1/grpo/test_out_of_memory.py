@@ -72,11 +72,7 @@ class Failures:
         parameter.register_hook(self.in_backward)
 
     def failing(self, phase: str, run: Any) -> Any:
-        def call(*arguments: Any) -> Any:
-            self.count(phase)
-            return run(*arguments)
-
-        return call
+        return lambda *arguments: self.count(phase) or run(*arguments)
 
     def in_backward(self, gradient: torch.Tensor) -> None:
         self.gradients.append(sum(p.grad is not None for p in self.trainer.model.parameters()))
