@@ -60,9 +60,7 @@ def stock_inputs(processor: Any, prompt: Prompt) -> Any:
     return processor(text=[text], images=images or None, return_tensors="pt")
 
 
-def generated(
-    model: Any, processor: Any, prompt: Prompt, length: int, **options: Any
-) -> tuple[list[int], Tensor, Tensor]:
+def generated(model: Any, processor: Any, prompt: Prompt, length: int, **options: Any) -> tuple[Any, Tensor, Tensor]:
     """Tokens, their log-probs, and those of what they are drawn from, by the library's own processor and `generate`:
     one prompt, no padding."""
     inputs = stock_inputs(processor, prompt)

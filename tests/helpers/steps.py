@@ -1,7 +1,6 @@
 """Loss, metrics and gradients of one update, and their comparison with the naive trainer's."""
 
 import copy
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,7 @@ TOLERANCE = 1e-5
 NAIVE = {"share_vision": False, "share_prompt": False, "pack": False}
 
 
-def trainer_of(
-    model: Any, processor: Any, output: Path, rewards: Sequence[Any] = ("format",), **settings: Any
-) -> GRPOTrainer:
+def trainer_of(model: Any, processor: Any, output: Path, rewards: Any = ("format",), **settings: Any) -> GRPOTrainer:
     """A trainer without data; its reference model, where it has one, differs from the policy."""
     given = {"use_cpu": True, "num_generations": 2, "beta": 0.04} | settings
     config = GRPOConfig(output_dir=str(output), **given)

@@ -86,17 +86,14 @@ def run_launched(engine: str, folder: Path, output: Path, **more: Any) -> list[d
     return metrics(output)
 
 
-def assert_close(
-    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], rtol: float = 1e-3, atol: float = 1e-5
-) -> None:
-    assert found.keys() == expected.keys()
-    for name, value in found.items():
-        torch.testing.assert_close(
-            value, expected[name], rtol=rtol, atol=atol, msg=lambda said, name=name: f"{name}: {said}"
-        )
+Weights = dict[str, torch.Tensor]
 
 
-def assert_moved(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+def assert_close(found: Weights, expected: Weights, rtol: float = 1e-3, atol: float = 1e-5) -> None:
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)  # which names what differs
+
+
+def assert_moved(found: Weights, expected: Weights) -> None:
     """Each layer of an adapter has moved as far: its B, which begins as zeros."""
     for name in (name for name in expected if "lora_B" in name):
         assert expected[name].norm() > 1e-5, name

@@ -32,8 +32,6 @@ PLANTS = {
     "before the renaming": (At("os.rename", "out/checkpoint-3/", kill, argument=1), 2),
     "rotation": (At("os.remove", "rng_state.pth", kill), 3),
     "log line": (At("open", "metrics.jsonl", Grow(20), count=3, mode="a"), 2),
-}
-MORE_PLANTS = {
     "optimizer": (At("os.mkdir", ".staging-checkpoint-3", Grow(15_000_000)), 2),
     "between the files": (At("open", f"{STAGED}/trainer_state.json", kill), 2),
     "manifest": (At("open", f"{STAGED}/manifest.json", Grow(10), mode="w"), 2),
@@ -41,8 +39,8 @@ MORE_PLANTS = {
     "completion": (At("open", "completions.jsonl", Grow(30), count=10, mode="a"), 2),
     "settings": (At("open", "settings.json", Grow(3000), mode="w"), None),
 }
-CASES = [pytest.param(*plant, id=name) for name, plant in PLANTS.items()]
-CASES += [pytest.param(*plant, id=name, marks=SOAK) for name, plant in MORE_PLANTS.items()]
+EVERY = ("weights", "before the renaming", "rotation", "log line")  # the others are left to the soak
+CASES = [pytest.param(*plant, id=name, marks=() if name in EVERY else SOAK) for name, plant in PLANTS.items()]
 
 
 @pytest.mark.parametrize(("plant", "last"), CASES)

@@ -50,6 +50,7 @@ def test_totals_are_the_published_ones(name, billions):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parameters_equal_those_of_the_real_model(family):
+    """Those that are tied are listed once."""
     config = config_of(family)
     real = AutoModelForImageTextToText.from_config(config)
     planned = without_data(config)
@@ -57,11 +58,6 @@ def test_parameters_equal_those_of_the_real_model(family):
         {name: (p.shape, p.dtype, p.requires_grad) for name, p in model.named_parameters()} for model in (planned, real)
     )
     assert found == expected
-
-
-def test_tied_weights_are_tied():
-    planned = without_data(config_named("Qwen2.5-VL-3B-Instruct"))
-    assert planned.lm_head.weight is planned.get_input_embeddings().weight
 
 
 NAMES = {"Qwen/Qwen2.5-VL-7B-Instruct": 3584, "Qwen2.5-VL-7B-Instruct": 3584, str(CHECKPOINT): 192}
