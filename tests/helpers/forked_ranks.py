@@ -40,12 +40,7 @@ def finish_ranks(runs: list[Run]) -> list[int]:
 
 
 def run_forked(
-    engine: str,
-    folder: Path,
-    output: Path,
-    prepare: Callable[[], None] | None = None,
-    environment: dict[str, str] | None = None,
-    **more: Any,
+    engine: str, folder: Path, output: Path, prepare: Any = None, environment: Any = None, **more: Any
 ) -> list[dict[str, float]]:
     """The metrics of a run on two ranks; each has a prompt an update, and calls `prepare` first. `environment` has
     variables that differ from those of the engine's launch."""

@@ -40,12 +40,9 @@ def test_reservoir_passes_over_held_samples():
     held = {10 * (order[0] + 1), 10 * (order[2] + 1)}
     assert reservoir.take(2, held) == [order[1], order[3]] and reservoir.position == 4
     assert reservoir.take(1, ()) == [order[4]]
-
-
-def test_reservoir_gives_what_there_is():
-    reservoir = PromptReservoir(range(4), seed=0)
-    assert sorted(reservoir.take(9, {1, 2})) == [0, 3] and reservoir.position == 4
-    assert reservoir.take(3, {0, 1, 2, 3}) == [] and PromptReservoir([], seed=0).take(1, ()) == []
+    few = PromptReservoir(range(4), seed=0)
+    assert sorted(few.take(9, {1, 2})) == [0, 3] and few.position == 4  # what there is
+    assert few.take(3, {0, 1, 2, 3}) == [] and PromptReservoir([], seed=0).take(1, ()) == []
 
 
 def test_reservoir_gives_no_row_twice_at_once():
@@ -168,11 +165,7 @@ def test_ranks_agree_on_rounds_and_share_the_reservoir():
 
 def only_some(prompts: list, completions: list, solution: list, **columns: Any) -> list[float]:
     """Differs within the groups of half of the rows of the data."""
-    return [float(i % 3) * (hash_of(text) % 2) for i, text in enumerate(solution)]
-
-
-def hash_of(text: str) -> int:
-    return sum(map(ord, text))
+    return [float(i % 3) * (sum(map(ord, text)) % 2) for i, text in enumerate(solution)]
 
 
 def run_of(model: Any, processor: Any, output: Path, **settings: Any) -> Any:

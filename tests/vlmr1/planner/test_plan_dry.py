@@ -11,6 +11,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from tests.helpers.jobs import CONFIG, Allocated
+from tests.helpers.trainers import position
 from vlmr1.config import GRPOConfig
 from vlmr1.data.samples import load_samples
 from vlmr1.grpo.trainer import GRPOTrainer
@@ -119,10 +120,6 @@ class SecondUpdate(TrainerCallback):
             self.run.restart()
 
 
-def spread(prompts: list, completions: list, **columns: Any) -> list[float]:
-    return [float(i % 3) for i in range(len(completions))]
-
-
 def run_and_plan(folder: Path, processor: Any, **settings: Any) -> tuple[int, Plan]:
     """Peak of the second of two updates whose completions all meet the limit, beyond the model that was there before;
     and the plan of the same settings."""
@@ -136,7 +133,7 @@ def run_and_plan(folder: Path, processor: Any, **settings: Any) -> tuple[int, Pl
     run = Allocated("run")
     run.leave_out([*model.parameters(), *model.buffers()])
     with run:
-        trainer: Any = GRPOTrainer(model, args, samples, processor, reward_funcs=[spread])
+        trainer: Any = GRPOTrainer(model, args, samples, processor, reward_funcs=[position])
         trainer.add_callback(SecondUpdate(run))
         trainer.train()
     ids = max((trainer.train_dataset[i].input_ids for i in range(len(samples))), key=len)

@@ -38,14 +38,10 @@ TOTALS = {
 }
 
 
-def test_every_known_model_has_a_total():
-    assert sorted(TOTALS) == known_models()
-
-
-@pytest.mark.parametrize(("name", "billions"), TOTALS.items(), ids=TOTALS.keys())
-def test_totals_are_the_published_ones(name, billions):
+@pytest.mark.parametrize("name", known_models())
+def test_totals_are_the_published_ones(name):
     model = planned_model(config_named(name), args_of())
-    assert round(sum(p.numel() for p in model.parameters()) / 1e9, 2) == billions
+    assert round(sum(p.numel() for p in model.parameters()) / 1e9, 2) == TOTALS[name]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,6 +1,5 @@
 """The line of a step, and the warning that rewards are flat."""
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +10,7 @@ from PIL import Image
 from tests.helpers.trainers import trainer_of
 from vlmr1.data.box_coordinates import BoxCoordinates
 from vlmr1.grpo.no_signal_warning import STEPS, NoSignalWarning
-from vlmr1.report.progress import WIDTH, Progress, read_lines, step_line
+from vlmr1.report.progress import WIDTH, Progress, step_line
 from vlmr1.rewards import get_reward
 from vlmr1.rewards.settings import RewardSettings
 from vlmr1.types import Prompt, Sample
@@ -56,13 +55,6 @@ def test_what_a_run_logs_makes_a_line(model, processor, tmp_path):
     for word in ("position 1.000±1.00", "even 5.000±", "kl 0.0000", "ent ", "clip 0.0/0.0%", "t/s", "GiB"):
         assert word in line
     assert len(line) <= WIDTH
-
-
-def test_a_half_written_line_is_not_read(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    assert read_lines(path) == []
-    path.write_text(json.dumps({"step": 1}) + "\n" + '{"step": 2, "kl"')
-    assert read_lines(path) == [{"step": 1}]
 
 
 # Flat rewards
