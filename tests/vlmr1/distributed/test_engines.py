@@ -78,11 +78,8 @@ def test_a_rank_without_signal_joins_every_pass(engine, folder, alone, tmp_path)
 @pytest.mark.slow
 def test_the_rank_that_fails_says_why_and_ends_all(folder, tmp_path):
     reward = tmp_path / "bad.py"
-    reward.write_text(
-        "import os\n\ndef bad(prompts, completions, **columns):\n"
-        "    return ['x' if os.environ['RANK'] == '1' else 0.0 for _ in completions]\n",
-        encoding="utf-8",
-    )
+    text = "import os\ndef bad(completions, **columns):\n    return "
+    reward.write_text(text + "['x' if os.environ['RANK'] == '1' else 0.0 for _ in completions]\n", encoding="utf-8")
     done = two_ranks("ddp", words(folder, tmp_path / "run", prompts_per_device=1, reward_funcs=f"{reward}:bad"))
     assert done.returncode != 0
     assert done.stderr.count(f"vlmr1: rank 1: reward {reward}:bad: returned 'x'") == 1, done.stderr[-3000:]

@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -34,20 +35,20 @@ class Loaded(Exception):
     """The run has come to the point where it reads weights."""
 
 
+def config_of(folder: Path, **more: Any) -> Any:
+    settings = {"data_file_paths": folder / "train.jsonl", "image_folders": folder / "images"}
+    settings |= {"model_name_or_path": "tiny", "use_cpu": "true", "output_dir": folder / "out", **more}
+    return parse_config([word for name, value in settings.items() for word in (f"--{name}", str(value))])
+
+
 @pytest.fixture
 def begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Begins a run with further settings, under an engine, which has to come to where weights would be read."""
     digits.write(tmp_path, "train", 4, seed=3)
-
-    def read(*_: Any, **__: Any) -> None:
-        raise Loaded
-
-    monkeypatch.setattr("vlmr1.commands.prepare.load_model", read)
+    monkeypatch.setattr("vlmr1.commands.prepare.load_model", Mock(side_effect=Loaded))
 
     def begin(engine: str = "", **more: Any) -> None:
-        settings = {"data_file_paths": tmp_path / "train.jsonl", "image_folders": tmp_path / "images"}
-        settings |= {"model_name_or_path": "tiny", "use_cpu": "true", "output_dir": tmp_path / "out", **more}
-        config = parse_config([word for name, value in settings.items() for word in (f"--{name}", str(value))])
+        config = config_of(tmp_path, **more)
         if engine.startswith("zero"):
             config.deepspeed_plugin = SimpleNamespace(zero_stage=int(engine[-1]), dschf=None)
         if engine.startswith("fsdp"):
@@ -116,7 +117,7 @@ OTHERS = {  # settings of the run before, and what is said of them
 @pytest.mark.parametrize("settings, says", OTHERS.values(), ids=OTHERS.keys())
 def test_a_checkpoint_of_other_settings(settings, says, begin, tmp_path):
     """Whatever directory the run is to write to. A setting that it was written without may have any value."""
-    run, written = tmp_path / "out", json.loads(parse_config(["--use_cpu", "true"]).to_json_string())
+    run, written = tmp_path / "out", json.loads(config_of(tmp_path).to_json_string())
     checkpoint(run, step=4)
     (run / "settings.json").write_text(json.dumps(written | settings), encoding="utf-8")
     for more in ({}, {"output_dir": tmp_path / "other", "resume_from_checkpoint": run / "checkpoint-4"}):

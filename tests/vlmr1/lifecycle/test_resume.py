@@ -12,8 +12,7 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState
 
-from tests.helpers.digit_runs import STEPS, weights
-from tests.helpers.tiny_runs import command
+from tests.helpers.digit_runs import STEPS, command, weights
 from vlmr1.cli import main
 from vlmr1.config import GRPOConfig
 from vlmr1.errors import Stopped
@@ -23,13 +22,19 @@ from vlmr1.lifecycle.signals import StopSignals
 from vlmr1.report.progress import read_metrics
 
 
-def test_a_finished_run_is_left_as_it_is(undisturbed, capsys):
-    output = undisturbed.output
-    before, metrics = weights(output), read_metrics(output)
-    assert main(command(undisturbed.data, output)) == 0
+@pytest.fixture(scope="module")
+def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("finished")
+    assert main(command(data, output)) == 0
+    return output
+
+
+def test_a_finished_run_is_left_as_it_is(data, finished, capsys):
+    before, metrics = weights(finished), read_metrics(finished)
+    assert main(command(data, finished)) == 0
     assert f"checkpoint-{STEPS}: all {STEPS} updates are done" in capsys.readouterr().out
-    assert read_metrics(output) == metrics and not (output / f"checkpoint-{STEPS + 1}").exists()
-    assert all(torch.equal(before[name], value) for name, value in weights(output).items())
+    assert read_metrics(finished) == metrics and not (finished / f"checkpoint-{STEPS + 1}").exists()
+    assert all(torch.equal(before[name], value) for name, value in weights(finished).items())
 
 
 def written(folder: Path) -> Path:
@@ -137,11 +142,11 @@ def test_logs_drop_later_steps_and_half_lines(tmp_path):
     assert log.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
-def test_the_size_of_a_checkpoint_is_estimated(undisturbed, model, tmp_path, caplog):
+def test_the_size_of_a_checkpoint_is_estimated(finished, model, tmp_path, caplog):
     """3 times the weights for AdamW in float32; what else is in a checkpoint is small. What is not trained has no
     moments."""
     weights_only, whole = (checkpoint_bytes(model, "adamw_torch_fused", weights_only=only) for only in (True, False))
-    written = sum(path.stat().st_size for path in (undisturbed.output / f"checkpoint-{STEPS}").iterdir())
+    written = sum(path.stat().st_size for path in (finished / f"checkpoint-{STEPS}").iterdir())
     assert whole == 3 * weights_only and whole == pytest.approx(written, rel=0.02)
     assert checkpoint_bytes(model, "adamw_torch_8bit") == weights_only * 1.5
     assert checkpoint_bytes(model, "sgd") == weights_only
@@ -154,8 +159,8 @@ def test_the_size_of_a_checkpoint_is_estimated(undisturbed, model, tmp_path, cap
     assert "but a checkpoint takes about 1073741824.00 GiB" in caplog.text
 
 
-def test_no_run_goes_on_from_weights_alone(undisturbed, tmp_path, capsys):
-    words = command(undisturbed.data, tmp_path, "--max_steps", "4", "--save_steps", "2", "--save_only_model", "true")
+def test_no_run_goes_on_from_weights_alone(data, tmp_path, capsys):
+    words = command(data, tmp_path, max_steps=4, save_only_model="true")
     assert main(words) == 0
     assert main(words) == 0  # it is finished
     shutil.rmtree(tmp_path / "checkpoint-4")

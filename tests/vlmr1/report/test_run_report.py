@@ -61,20 +61,11 @@ def decoded(uri: str | None) -> Image.Image:
     return Image.open(io.BytesIO(b64decode(uri.partition(",")[2])))
 
 
-def drawn(page: Page) -> dict[str, list[tuple[float, ...]]]:
-    """Boxes by class, but for halos and the two of the legend."""
-    found: dict[str, list[tuple[float, ...]]] = {}
-    for rect in [each for each in page.of("rect") if each["class"] != "halo"][2:]:
-        place = tuple(float(rect[side] or "nan") for side in ("x", "y", "width", "height"))
-        found.setdefault(str(rect["class"]), []).append(place)
-    return found
-
-
 def test_boxes_are_in_pixels_of_the_upright_image(tmp_path, photo):
     text, page = write(tmp_path, [record(images=[str(photo)])])
     picture = decoded(page.of("img")[1]["src"])
     assert picture.size == (448, 336) and '<svg viewBox="0 0 1200 900">' in text
-    assert drawn(page) == {"true": [(12, 20, 18, 32)], "after": [(10, 20, 20, 30)]}
+    assert page.boxes(2) == {"true": [(12, 20, 18, 32)], "after": [(10, 20, 20, 30)]}
     assert "rewards 0.75, 1" in text and "advantage -0.50" in text and "a.jsonl:3" in text
 
 
@@ -89,7 +80,7 @@ DRAWN = {  # changes of a record -> pictures, boxes that are drawn
 def test_boxes_are_scaled_and_belong_to_one_image(changes, pictures, boxes, tmp_path, photo):
     made = record(**{"images": [""]} | changes)
     _, page = write(tmp_path, [made | {"images": [str(photo)] * len(made["images"])}])
-    assert len(page.of("img")) == 1 + pictures and drawn(page) == boxes
+    assert len(page.of("img")) == 1 + pictures and page.boxes(2) == boxes
 
 
 def test_several_boxes_and_none():
@@ -215,7 +206,7 @@ def test_completions_of_a_run_are_recorded_for_the_page(count, model, processor,
     assert all(row["images"][0].endswith(".png") for row in rows)
     page = Page(write_run_report(tmp_path).read_text())
     assert len(page.of("article")) == count and len(page.of("img")) == 1 + count
-    assert len(drawn(page).get("true", [])) == count
+    assert len(page.boxes(2).get("true", [])) == count
 
 
 @pytest.mark.slow
