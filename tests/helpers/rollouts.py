@@ -65,7 +65,7 @@ def generated(model: Any, processor: Any, prompt: Prompt, length: int, **options
     one prompt, no padding."""
     inputs = stock_inputs(processor, prompt)
     options |= {"max_new_tokens": length, "do_sample": False, "return_dict_in_generate": True}
-    options |= {"suppress_tokens": family_of(model).placeholder_ids(model)}
+    options |= {"suppress_tokens": family_of(model).placeholder_ids(model, processor.tokenizer)}
     drawn = model.generate(**inputs, **options, output_logits=True, output_scores=True)
     ids = drawn.sequences[0, inputs["input_ids"].shape[1] :]
     logp, sampling_logp = (
