@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.helpers.forked import Run, call
-from tests.helpers.two_ranks import metrics, words
+from tests.helpers.two_ranks import computed, metrics, resumable, words
 from vlmr1.distributed.launch import FSDP2, launch_command
 
 
@@ -40,12 +40,7 @@ def finish_ranks(runs: list[Run]) -> list[int]:
 
 
 def run_forked(
-    engine: str,
-    folder: Path,
-    output: Path,
-    prepare: Callable[[], None] | None = None,
-    environment: dict[str, str] | None = None,
-    **more: Any,
+    engine: str, folder: Path, output: Path, prepare: Any = None, environment: Any = None, **more: Any
 ) -> list[dict[str, float]]:
     """The metrics of a run on two ranks; each has a prompt an update, and calls `prepare` first. `environment` has
     variables that differ from those of the engine's launch."""
@@ -58,6 +53,13 @@ def run_forked(
     runs = start_ranks(run_vlmr1, arguments, prepare, logs=output, variables=variables | (environment or {}))
     assert finish_ranks(runs) == [0, 0], [run.output[-3000:] for run in runs]
     return metrics(output)
+
+
+def assert_resumes(engine: str, folder: Path, run: Path, update: int = 3, **more: Any) -> Path:
+    """A run that goes on from the checkpoint behind this update of `run` computes the same, bit for bit."""
+    resumed = resumable(run, run.with_name(f"resumed-{update}"), update)
+    assert computed(run_forked(engine, folder, resumed, **more)) == computed(metrics(run))
+    return resumed
 
 
 def run_vlmr1(arguments: list[str], prepare: Callable[[], None] | None) -> int:
