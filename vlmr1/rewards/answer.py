@@ -48,7 +48,15 @@ CORNER = re.compile(rf"\({NUMBER},{NUMBER}\)\s*,?\s*")
 FLAT = re.compile(rf"\({NUMBER},{NUMBER},{NUMBER},{NUMBER}\)|<{NUMBER},{NUMBER},{NUMBER},{NUMBER}>")
 # The opening of a list or object; without a group it is a bracket among words.
 JSON = re.compile(r'\{\s*(?P<object>["}])?|\[[\[\s]*(?P<list>["{\]]|-?\d|true|false|null|NaN|-?Infinity)?')
-DECODER = json.JSONDecoder(parse_int=float)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object; a key of a box that it has twice, with different boxes, has none."""
+    made = dict(pairs)
+    return made | {key: None for key, value in pairs if key in KEYS and value != made[key]}
+
+
+DECODER = json.JSONDecoder(parse_int=float, object_pairs_hook=_object)
 
 
 @dataclass(frozen=True)
@@ -212,11 +220,12 @@ def _boxes_of(value: object) -> list[WrittenBox]:
 
 
 def _object_box(value: Mapping[str, Any]) -> WrittenBox:
-    numbers = next((value[key] for key in KEYS if key in value), None)
-    if isinstance(numbers, list) and len(numbers) == 1:  # [[x1, y1, x2, y2]]
-        numbers = numbers[0]
+    lists = [value[key] for key in KEYS if key in value]
+    lists = [each[0] if isinstance(each, list) and len(each) == 1 else each for each in lists]  # [[x1, y1, x2, y2]]
+    boxes = {_box(each) for each in lists}
     label = value.get("label")
-    return WrittenBox(_box(numbers), label.strip().casefold() if isinstance(label, str) else None, True, value)
+    label = label.strip().casefold() if isinstance(label, str) else None
+    return WrittenBox(boxes.pop() if len(boxes) == 1 else None, label, True, value)
 
 
 def _points_of(value: object) -> list[tuple[float, float]]:

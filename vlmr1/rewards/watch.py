@@ -68,10 +68,4 @@ def _warn_while_slow(done: threading.Event, name: str, where: str) -> None:
     waited, until = 0.0, SLOW
     while not done.wait(until - waited):
         waited, until = until, 2 * until
-        logger.warning(
-            "reward %s has taken %.0f s so far %s; with `function.isolated = True` each completion has a limit "
-            "(reward_timeout) and the log names its row",
-            name,
-            waited,
-            where,
-        )
+        logger.warning("reward %s has taken %.0f s so far %s", name, waited, where)

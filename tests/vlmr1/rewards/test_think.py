@@ -1,14 +1,18 @@
 """A thought that the prompt's template has opened, and one that is empty."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
 
 from tests.helpers.rewards import answered, group, sample, values
+from vlmr1.data.prompts import PromptBuilder
 from vlmr1.errors import SettingError
 from vlmr1.grpo.no_signal_warning import reason
+from vlmr1.models import family_of
 from vlmr1.rewards import RewardSettings, get_reward, score, score_groups
 from vlmr1.rewards.failures import unreadable
+from vlmr1.types import Sample
 
 ANSWER = "<answer>[0, 0, 10, 10]</answer>"
 OPENED = "<think>\n"
@@ -64,3 +68,13 @@ def test_the_warning_names_empty_thoughts():
 def test_the_published_mode_has_no_such_setting():
     with pytest.raises(SettingError, match="allow_empty_think is true with reward_mode vlm_r1"):
         RewardSettings(mode="vlm_r1", allow_empty_think=True)
+
+
+@pytest.mark.parametrize("opening", ["", OPENED, "<think>", CLOSED, "<think></think>\n"])
+@pytest.mark.parametrize("question", ["Where?", "Write <think>"])
+def test_what_the_chat_template_opens(opening, question, model, processor):
+    changed = deepcopy(processor)
+    changed.chat_template = processor.tokenizer.chat_template + f"{{{{ {opening!r} }}}}"
+    message = {"role": "user", "content": [{"type": "text", "text": question}]}
+    builder = PromptBuilder(model, family_of(model), changed)
+    assert builder(Sample([message], (), "", "made", 0)).think_opening == opening
