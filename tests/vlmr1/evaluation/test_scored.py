@@ -36,7 +36,7 @@ def test_rec():
         record(0, "[0, 0, 10, 10]"),
         record(1, "[0, 0, 100, 50]", extent=(1000, 1000), tokens=8),  # 10 x 5 px: 0.5, which is not above
         record(2, "here", "length"),
-        Record(3, "data.jsonl:1", (), "[0, 0, 10, 10]", "stop", SIZE, SIZE),
+        Record(3, "data.jsonl:1", (), "[0, 0, 10, 10]", "stop", SIZE, SIZE, "<think>"),
     ]
     assert values(score_task("rec", samples, records)) == {
         "acc@0.5": 0.25,

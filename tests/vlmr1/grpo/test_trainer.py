@@ -114,6 +114,28 @@ def test_a_reward_that_overruns_scores_0_and_is_recorded(model, processor, tmp_p
     assert rows and all(row["timed_out"] == [trainer.rewards[0].name] for row in rows)
 
 
+def test_a_reward_that_raises_on_one_row_does_not_stop_the_run(model, processor, tmp_path, caplog):
+    trainer = trainer_of(model, processor, tmp_path, max_steps=2)  # each of the four rows once
+    row = trainer.train_dataset.samples[0]
+
+    def picky(prompts, completions, *, solution, **columns):
+        if row.solution in solution:
+            raise KeyError("label")
+        return [float(i % 2) for i in range(len(completions))]
+
+    trainer.rewards[0] = get_reward(picky)
+    progress = Progress(tmp_path, console=False)
+    progress.trainer = trainer
+    trainer.add_callback(progress)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert sum(log.get("reward_errors", 0) for log in logs) == 3 and all(log["reward_timeouts"] == 0 for log in logs)
+    assert caplog.text.count(f"reward picky raised KeyError('label') for the row {row.source} and") == 3
+    rows = [json.loads(line) for line in (tmp_path / "completions.jsonl").read_text().splitlines()]
+    assert {each["source"] for each in rows if each.get("raised") == ["picky"]} == {row.source}
+    assert all(each["rewards"][0] == 0 and not each["timed_out"] for each in rows if "raised" in each)
+
+
 def test_overlong_prompts_are_left_out(model, processor, tmp_path, caplog):
     every = trainer_of(model, processor, tmp_path).train_dataset
     lengths = sorted(len(every[i].input_ids) for i in range(len(every)))
