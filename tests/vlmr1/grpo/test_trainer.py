@@ -2,6 +2,7 @@
 in which order, with which log-probs. And the reference model: what it owns, how it follows the policy, and what a
 checkpoint holds of it."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from vlmr1.errors import SettingError
 from vlmr1.grpo.buffer import Buffer, BufferSampler, Minibatch
 from vlmr1.grpo.reference import REFERENCE, SyncReference
 from vlmr1.grpo.trainer import GRPOTrainer
+from vlmr1.report.progress import Progress
 from vlmr1.rewards.registry import get_reward
 
 SAME = {"reference attention": ({"kernels": "shared_prefix_attention=reference"}, 1e-5), "bf16": ({"bf16": True}, 5e-2)}
