@@ -1,7 +1,5 @@
 """The golden runs: rows, reward, settings, and what shows that a run exercises what it is named after."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -76,8 +74,7 @@ CASES: Mapping[str, Case] = {
     ),
     "shared": Case({}, lambda rows: rows[0]["packs"] == 1 and largest(rows, "kl") > 0),
     "lora": Case(
-        {"use_peft": "true", "lora_r": 4, "lora_alpha": 8, "learning_rate": 1e-3},
-        lambda rows: largest(rows, "kl") > 0,
+        {"use_peft": "true", "lora_r": 4, "lora_alpha": 8, "learning_rate": 1e-3}, lambda rows: largest(rows, "kl") > 0
     ),
     "kl_in_reward": Case({"kl_in_reward": "true", "beta": 0.5}, lambda rows: differs(rows, "reward")),
     "dynamic_sampling": Case(
@@ -89,8 +86,7 @@ CASES: Mapping[str, Case] = {
     "num_iterations": Case(TWO_ITERATIONS, lambda rows: rows[2]["ratio_max"] > 1.001),
     "off_policy": Case(OFF_POLICY, lambda rows: largest(rows, "rollout/importance_cut") > 0),
     "masked_truncation": Case(
-        {"mask_truncated_completions": "true"},
-        lambda rows: any(0 < row["truncated"] < 1 for row in rows),
+        {"mask_truncated_completions": "true"}, lambda rows: any(0 < row["truncated"] < 1 for row in rows)
     ),
     "out_of_memory": Case(
         {**OFF_POLICY, "num_generations": 8},
@@ -117,10 +113,7 @@ CASES: Mapping[str, Case] = {
         {"prompts_per_device": 1, "steps_per_generation": 2}, lambda rows: differs(rows, "grad_norm"), ranks=2
     ),
     "resumed": Case(
-        TWO_ITERATIONS,
-        lambda rows: [row["step"] for row in rows] == [1, 2, 3, 4, 5],
-        faults={"kill": [5]},
-        killed=True,
+        TWO_ITERATIONS, lambda rows: [row["step"] for row in rows] == [1, 2, 3, 4, 5], faults={"kill": [5]}, killed=True
     ),
 }
 

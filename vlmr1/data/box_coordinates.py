@@ -16,9 +16,10 @@ from vlmr1.types import Prompt, Sample
 Space = Literal["resized", "thousand", "original"]
 Setting = Literal["auto", "original", "resized", "thousand"]  # box_coordinates
 
-# By model type: pixels of the image as the tower sees it, thousandths of its sides, or pixels of the file.
+# By model type: pixels of the image as the tower sees it, thousandths of its sides, or pixels of the file. The table
+# "Box coordinates" of docs/rewards.md has the source of each.
 SPACES: dict[str, Space] = {
-    "qwen2_vl": "resized",
+    "qwen2_vl": "thousand",
     "qwen2_5_vl": "resized",
     "qwen3_vl": "thousand",
     "internvl": "thousand",

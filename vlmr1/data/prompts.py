@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from vlmr1.models.family import ModelFamily
 from vlmr1.types import ImageInputs, ImageRef, Prompt, Sample
 
 logger = logging.getLogger(__name__)
+THINK_OPENING = re.compile(r"<think>\s*(?:</think>\s*)?\Z")
 
 
 class PromptBuilder:
@@ -42,7 +44,9 @@ class PromptBuilder:
         input_ids = inputs["input_ids"][0]
         self._check(sample, input_ids)
         split = self.family.split_images(self.model, inputs, len(images))
-        return Prompt(sample, input_ids, self.family.positions(self.model, input_ids, split), split)
+        positions = self.family.positions(self.model, input_ids, split)
+        opening = THINK_OPENING.search(text)
+        return Prompt(sample, input_ids, positions, split, opening[0] if opening else "")
 
     def dummy_image(self) -> tuple[ImageRef, ImageInputs]:
         """A small black image, and what the processor makes of it: for passes that have none and call the tower."""

@@ -39,6 +39,6 @@ def _group(sample: Sample, record: Record, settings: RewardSettings) -> Group:
         solution, *others = [json.dumps(list(scale_box(box, scale))) for box in boxes]
         sample = replace(sample, solution=solution, other_solutions=tuple(others))
     nothing = torch.zeros(0, dtype=torch.long)
-    prompt = Prompt(replace(sample, images=()), nothing, nothing[None])
+    prompt = Prompt(replace(sample, images=()), nothing, nothing[None], (), record.think_opening)
     ids = torch.tensor(record.token_ids, dtype=torch.long)
     return Group(prompt, (Completion(ids, None, None, record.completion, record.finish_reason),))

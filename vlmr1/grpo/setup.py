@@ -83,6 +83,7 @@ def make_engine(trainer: Any, model: Any, features: FeatureCache | None = None) 
         features=features,
         kv_mib=trainer.args.rollout_kv_mib,
         cuda_graphs=trainer.args.cuda_graphs,
+        chat_template=trainer.processor.chat_template,
     )
 
 

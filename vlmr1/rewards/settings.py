@@ -29,7 +29,8 @@ class RewardSettings:
 
     `accu_reward_method` is of rows without a column of that name; `overlong_cache_length` and
     `max_completion_length` are the L_cache and L_max of `overlong`; `length_reward_max` the tokens from which `length`
-    is flat; `boxes` what coordinates completions have. Raises SettingError for a value out of range.
+    is flat; `boxes` what coordinates completions have; `allow_empty_think` is of `format`. Raises SettingError for a
+    value out of range.
     """
 
     mode: Mode = "strict"
@@ -39,6 +40,7 @@ class RewardSettings:
     overlong_cache_length: int | None = None
     length_reward_max: int = COSINE_MAX
     boxes: BoxCoordinates = AS_THEY_STAND
+    allow_empty_think: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mode", current_value("reward_mode", self.mode))
@@ -53,6 +55,10 @@ class RewardSettings:
         if self.mode == "vlm_r1" and self.boxes != AS_THEY_STAND:
             raise SettingError(
                 f"boxes are {self.boxes.space} with reward_mode vlm_r1: the published code converts its own"
+            )
+        if self.mode == "vlm_r1" and self.allow_empty_think:
+            raise SettingError(
+                "allow_empty_think is true with reward_mode vlm_r1, whose code counts empty blocks anyway: leave it out"
             )
         cache, longest = self.overlong_cache_length, self.max_completion_length
         if cache is not None and (longest is None or not 1 <= cache < longest):
@@ -94,6 +100,9 @@ class RewardOptions(_Shared):
         "units of the boxes in completions: pixels of the file, pixels of the resized image, or thousandths; auto: by "
         "the model type. Boxes are scored in pixels of the file",
     )
+    allow_empty_think: bool = setting(
+        False, "the rewards `format` and `format_rec_*` count a completion whose `<think>` block is empty"
+    )
     accu_reward_method: list[str] = setting(
         [DEFAULT_METHOD], "method of the accuracy reward: one for all data files, or one for each; a row's column wins"
     )
@@ -127,7 +136,7 @@ class RewardOptions(_Shared):
 
     def rewards(self) -> RewardSettings:
         """Return the settings that the rewards of a run share; SettingError where a setting is out of range."""
-        shared = ("max_completion_length", "overlong_cache_length", "length_reward_max")
+        shared = ("max_completion_length", "overlong_cache_length", "length_reward_max", "allow_empty_think")
         return RewardSettings(
             mode=self.reward_mode,
             accu_reward_method=self.accu_reward_method[0],

@@ -47,28 +47,6 @@ def test_compare():
     assert parse(["compare", "a", "--out", "t.md"]) == Compare([Path("a")], Path("t.md"))
 
 
-REC = ["--task", "rec"]
-REFUSED = {
-    "abbreviation": ([*REC, "--lim", "3"], "evaluate: unrecognized arguments: --lim 3"),
-    "unknown": ([*REC, "--seed", "3"], "evaluate: unrecognized arguments: --seed 3"),
-    "limit": ([*REC, "--limit", "0"], "--limit is 0: it must be at least 1"),
-    "timeout": ([*REC, "--ddp_timeout", "0"], "--ddp_timeout is 0.0: it must be above 0"),
-    "coordinates": ([*REC, "--box_coordinates", "px"], "--box_coordinates"),
-    "dtype": ([*REC, "--dtype", "int8"], "evaluate: argument --dtype: invalid choice: 'int8'"),
-    "engine": ([*REC, "--rollout_engine", "x"], "--rollout_engine"),
-    "template": ([*REC, "--question_template", "Where?"], "question_template is 'Where?'"),
-    "judge of rec": ([*REC, "--judge_url", "http://x", "--judge_model", "m"], "--judge_url is for --task vqa"),
-    "judge url": (["--task", "vqa", "--judge_url", "x", "--judge_model", "m"], "judge_url is 'x': it must begin with"),
-}
-
-
-@pytest.mark.parametrize("words, message", REFUSED.values(), ids=REFUSED)
-def test_refused(words, message):
-    with pytest.raises(SettingError) as caught:
-        parsed(*words)
-    assert message in str(caught.value)
-
-
 def test_names_of_directories():
     assert slug("Qwen/Qwen2.5-VL-3B-Instruct") == "Qwen-Qwen2.5-VL-3B-Instruct"
     assert slug("/runs/rec/checkpoint-600/") == "runs-rec-checkpoint-600"
