@@ -11,6 +11,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from vlmr1.data.findings import NAMED, left_out_message
 from vlmr1.data.images import MIN_SIDE, encode_image, open_image
 from vlmr1.data.samples import Samples
 from vlmr1.errors import DataError, SettingError
@@ -63,13 +64,19 @@ class PromptBuilder:
 
 def without_overlong(samples: Sequence[Sample], builder: PromptBuilder, limit: int) -> Sequence[Sample]:
     """Return the samples whose prompts have at most `limit` tokens; each prompt is tokenized once to measure it."""
-    reading = tqdm(samples, desc="measuring prompts", delay=2, disable=None)
-    kept = [sample.index for sample in reading if len(builder(sample).input_ids) <= limit]
+    kept, first = [], []
+    for sample in tqdm(samples, desc="measuring prompts", delay=2, disable=None):
+        length = len(builder(sample).input_ids)
+        if length <= limit:
+            kept.append(sample.index)
+        elif len(first) < NAMED:
+            first.append(f"{sample.source} ({length} tokens)")
     if not kept:
         raise SettingError(f"max_prompt_length is {limit}: every one of the {len(samples)} prompts is longer")
-    if len(kept) < len(samples):
-        counts = len(samples) - len(kept), len(samples), limit
-        logger.warning("%d of %d rows are left out: their prompts have more than %d tokens", *counts)
+    if first:
+        why = f"their prompts have more than {limit} tokens"
+        how = f"`vlmr1 data check` with --model and --max_prompt_length {limit} lists all"
+        logger.warning("%s", left_out_message(first, len(samples) - len(kept), len(samples), why, how))
     if isinstance(samples, Samples):
         return samples.select(kept)
     within = set(kept)

@@ -234,7 +234,7 @@ class GRPOTrainer(HFTrainer):
     def get_train_dataloader(self) -> DataLoader:
         """The prompts of one generation in a batch, then empty batches for the other updates that it serves: the
         Trainer's loop takes one an update."""
-        sampler = BufferSampler.of(self.args, self._get_train_sampler(), self.ranks)
+        sampler = BufferSampler.of(self.args, setup.make_sampler(self), self.ranks)
         return prompt_loader(self.train_dataset, sampler, self.args, self.accelerator)
 
     def _metrics(self, minibatch: Minibatch, *, drawn: bool) -> dict[str, float]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 Mode = Literal["strict", "vlm_r1"]
 MODES = ("strict", "vlm_r1")
 DEFAULT_METHOD = "iou"
+DEFAULT_REWARDS = ["accuracy", "format"]
 AS_THEY_STAND = BoxCoordinates()
 
 
@@ -89,7 +90,7 @@ class RewardOptions(_Shared):
 
     group = "Rewards"
 
-    reward_funcs: list[str] = setting(["accuracy", "format"], "names of reward functions")
+    reward_funcs: list[str] = setting(DEFAULT_REWARDS, "names of reward functions")
     reward_weights: list[float] | None = setting(None, "one for each reward; default: 1 each")
     reward_mode: Literal["strict", "vlm_r1"] = setting(
         "strict", "vlm_r1 scores as VLM-R1's published code does, its faults included"
