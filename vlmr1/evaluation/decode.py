@@ -38,9 +38,10 @@ class Decoder:
         engine: RolloutEngine | str = "native",
     ):
         family = family_of(model)
-        if isinstance(engine, str):
-            engine = ENGINES[engine](model, family, processor.tokenizer, chat_template=processor.chat_template)
-        self.engine: RolloutEngine = engine
+        made = engine
+        if isinstance(made, str):
+            made = ENGINES[made](model, family, processor.tokenizer, chat_template=processor.chat_template)
+        self.engine: RolloutEngine = made
         self.builder = PromptBuilder(model, family, processor)
         self.sampling = SamplingSettings(max_completion_length, greedy=True)
         self.boxes = None
