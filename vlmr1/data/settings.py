@@ -81,6 +81,9 @@ class DataSettings(_Shared):
                 yield "val_split_ratio needs all rows, and streaming=true knows none before: use eval_data_file_paths"
             if self.overlong_prompts == "filter":
                 yield "overlong_prompts=filter measures all rows before training: with streaming=true use error"
+            for name in ("min_pass_rate", "max_pass_rate"):
+                if getattr(self, name, None) is not None:
+                    yield f"{name} leaves rows out before training, and streaming=true knows none then"
         elif not self.is_default("shuffle_buffer_size"):
             yield "shuffle_buffer_size has no effect without streaming: all rows are shuffled"
         if not 0 <= self.val_split_ratio < 1:

@@ -142,6 +142,9 @@ class StreamedSamples(Samples):
     def __getitem__(self, index: Any) -> Any:
         return self.sample(index)
 
+    def __iter__(self) -> Iterator[Sample]:
+        raise TypeError("the samples of a stream are read in the order of its sampler")
+
     def sample(self, index: int, on_fault: OnFault = stop) -> Sample:
         sample = super().sample(index, on_fault)
         for check in self.checks:

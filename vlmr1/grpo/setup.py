@@ -56,10 +56,9 @@ def make_dataset(model: Any, family: Any, processor: Any, samples: Sequence[Samp
 
 def make_sampler(trainer: Any) -> Any:
     """The order of the rows: a permutation an epoch, or that of a stream."""
-    args, streamed = trainer.args, getattr(trainer.train_dataset, "samples", None)
-    if hasattr(streamed, "sampler"):
-        return streamed.sampler(args.mixture.seed, args.shuffle_buffer_size)
-    return trainer._get_train_sampler()
+    args = trainer.args
+    make = getattr(getattr(trainer.train_dataset, "samples", None), "sampler", None)  # of a stream
+    return trainer._get_train_sampler() if make is None else make(args.mixture.seed, args.shuffle_buffer_size)
 
 
 def make_features(model: Any, family: Any, args: Any) -> FeatureCache | None:
