@@ -89,6 +89,11 @@ class Samples(Sequence[Sample]):
         rows, _, place = self._place(index)
         return rows.source(place)
 
+    def place(self, index: int) -> tuple[Rows, int]:
+        """Return the file of the sample with this `Sample.index`, and its place there."""
+        rows, _, place = self._place(index)
+        return rows, place
+
     def select(self, indices: Sequence[int]) -> Samples:
         """Return the samples with these values of `Sample.index`, in this order."""
         return Samples(self.sources, self.question, self.columns, indices, self.defaults)

@@ -29,6 +29,10 @@ class DataSettings(Settings):
     overlong_prompts: Literal["error", "filter"] = setting(
         "error", "a longer prompt stops the run, or its row is left out before the run begins"
     )
+    min_pass_rate: float | None = setting(
+        None, "train on rows with at least this pass_rate, a column that `vlmr1 data rate` writes"
+    )
+    max_pass_rate: float | None = setting(None, "train on rows with at most this pass_rate")
 
     def check(self) -> Iterator[str]:
         yield from self.at_least(1, "max_prompt_length")
@@ -36,4 +40,10 @@ class DataSettings(Settings):
             yield "overlong_prompts=filter needs max_prompt_length"
         if not 0 <= self.val_split_ratio < 1:
             yield f"val_split_ratio is {self.val_split_ratio}: it must be at least 0 and below 1"
+        for name in ("min_pass_rate", "max_pass_rate"):
+            if (value := getattr(self, name)) is not None and not 0 <= value <= 1:
+                yield f"{name} is {value:g}: it must be between 0 and 1"
+        low, high = self.min_pass_rate, self.max_pass_rate
+        if low is not None and high is not None and low > high:
+            yield f"min_pass_rate is {low:g}: it is above max_pass_rate, {high:g}"
         yield from faults_of(lambda: question_text(self.question_template))

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmr1.data.rows import Rows
 from vlmr1.data.samples import Columns, Samples, check_rows
 from vlmr1.data.sources import open_sources, split_names
 from vlmr1.data.templates import question_text
@@ -29,6 +28,10 @@ class Data:
     samples: Sequence[Sample]
     digest: str
 
+    @classmethod
+    def of(cls, samples: Samples) -> Data:
+        return cls(samples, rows_digest(samples))
+
 
 def load_rows(options: Options, model_type: str) -> Data:
     """Return the samples to evaluate, in the order of the files, at most `limit`.
@@ -43,18 +46,18 @@ def load_rows(options: Options, model_type: str) -> Data:
             raise DataError(f"{rows.name}: the data set is empty: no rows in this file")
     defaults = columns_of_files(len(split_names(options.data)), options.methods)
     every = Samples(opened, question_text(options.template, model_type), columns, defaults=defaults)
-    samples: Sequence[Sample] = every.select(range(min(len(every), options.limit or len(every))))
+    samples = every.select(range(min(len(every), options.limit or len(every))))
     check_rows(samples, [check_of(options.task, options.rewards())])
-    return Data(samples, rows_digest([rows for rows, _ in opened], samples))
+    return Data.of(samples)
 
 
-def rows_digest(files: Sequence[Rows], samples: Sequence[Sample]) -> str:
+def rows_digest(samples: Samples) -> str:
     """Return the sha256 over the rows of the samples and the bytes of their images."""
     digest = hashlib.sha256()
     known: dict[ImageRef, str] = {}
-    every = (rows.read(place) for rows in files for place in range(len(rows)))
-    for row, sample in zip(every, samples, strict=False):
-        digest.update(json.dumps(row, sort_keys=True, default=_plain).encode())
+    for sample in samples:
+        rows, place = samples.place(sample.index)
+        digest.update(json.dumps(rows.read(place), sort_keys=True, default=_plain).encode())
         for image in sample.images:
             if image not in known:
                 known[image] = sha256_of_file(image) if isinstance(image, Path) else image.key
