@@ -18,8 +18,12 @@ from tempfile import TemporaryDirectory
 
 STEPS = {"shared": "", "naive": "--share_vision false --share_prompt false --pack false --rollout_engine transformers"}
 TRL = "trl"
-# The worker of TRL's trainer, and its options, by checkout; the older one makes steps of one prompt by default.
-WORKERS = {"worker": [], "steps": ["--kind", "step", "--prompts", "2"]}
+# Start of a checkout's worker of TRL's trainer, by its module; the older one reads the model from the folder.
+WORKERS = {
+    "worker": "",
+    "steps": "from benchmarks import model; model.write(Path(words[-1]), model.SHAPES['tiny']); "
+    "words += ['--kind', 'step', '--prompts', '2']; ",
+}
 SETTINGS = """--use_cpu true --model_name_or_path tiny --reward_funcs accuracy format --prompts_per_device 4
     --num_generations 8 --max_completion_length 48 --save_strategy no --report_to none --write_report false"""
 
@@ -43,12 +47,14 @@ def trl_seconds(tree: Path, steps: int) -> list[float]:
     """Seconds of each step of TRL's trainer at the benchmark's tiny shape, without the first two."""
     name = next(name for name in WORKERS if (tree / f"benchmarks/peers/{name}.py").exists())
     with TemporaryDirectory() as folder:
-        words = ["--peer", TRL, "--folder", folder, "--shape", "tiny", "--threads", "1", *WORKERS[name]]
+        words = ["--peer", TRL, "--shape", "tiny", "--threads", "1", "--folder", folder]
+        code = f"import sys; from pathlib import Path; words = sys.argv[1:]; {WORKERS[name]}"
+        code += f"from benchmarks.peers.{name} import main; main(words)"
         paths = {"PYTHONPATH": os.pathsep.join([str(tree), str(tree / "kernels")]), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", f"benchmarks.peers.{name}", *words]
+        command = [sys.executable, "-c", code, *words]
         options = {"input": "seconds\n" * steps, "text": True, "check": True, "capture_output": True}
         answers = subprocess.run(command, env=os.environ | paths, cwd=tree, **options).stdout
-    return [float(line) for line in answers.splitlines()][2:]
+    return [float(line) for line in answers.splitlines()[-steps:][2:]]  # after those of libraries
 
 
 def main() -> None:

@@ -197,7 +197,7 @@ def load(*names: Any) -> Any:
 
 def test_rows_of_several_files_and_formats(tmp_path, monkeypatch):
     """Each file gets its own; columns of an earlier rating are replaced; of tables too, whose types stay."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     one, two = write(tmp_path / "a" / "rows.jsonl", 0.1, 0.2), tmp_path / "rows.json"
     two.write_text(json.dumps([row(id="é"), row(id="skipped"), row(id="x")]))
     table = tmp_path / "rows.parquet"
