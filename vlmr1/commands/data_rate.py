@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlmr1.commands.arguments import add_sources, parse_config
+from vlmr1.commands.arguments import parse_config
 from vlmr1.commands.evaluate import table
 from vlmr1.commands.prepare import prepare
 from vlmr1.data.pass_rates import PASS_RATE, PassRates
@@ -27,14 +27,6 @@ from vlmr1.report.pass_rates import histogram
 # Settings of a run that do not apply: every row is rated, and nothing is evaluated.
 REPLACED = {"val_split_ratio": 0.0, "eval_steps": None, "eval_on_start": False}
 BETWEEN = 0.01, 0.99  # bounds that the last line of the output suggests
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output_dir", type=Path, required=True, help="one directory a model is written there")
-    parser.add_argument("--pass_reward", help="reward that decides; default: accuracy, or the only one")
-    parser.add_argument("--pass_threshold", type=float, default=0.5, help="a completion passes with at least this")
-    parser.add_argument("--pictures", type=int, default=12, help="best and worst rows in the report, as many of each")
-    add_sources(parser)
 
 
 def run(options: argparse.Namespace, rest: list[str]) -> None:
