@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,9 @@ class DatasetRows(Rows):
 
     def read(self, index: int) -> Row:
         return self.dataset[index : index + 1].to_pylist()[0]
+
+    def table(self, places: Sequence[int]) -> Any:
+        return self.dataset.select(places)
 
 
 def parquet_rows(path: Path) -> DatasetRows:

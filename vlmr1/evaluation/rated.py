@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from vlmr1.data.hub import DatasetRows
 from vlmr1.data.pass_rates import MEAN_REWARD, PASS_RATE
 from vlmr1.data.rows import Rows
 from vlmr1.data.samples import Samples
@@ -63,18 +62,20 @@ def write_rows(samples: Samples, folder: Path, columns: Mapping[str, Sequence[fl
     paths: dict[Path, Path | None] = {}
     for rows, images in samples.sources:
         if added[rows]:
-            path = _path(folder, rows, paths)
+            table = rows.table(list(added[rows]))
+            path = _path(folder, Path(rows.name), "rated.jsonl" if table is None else "rated.parquet", paths)
             with replacing(path) as replacement:
-                (_write_table if isinstance(rows, DatasetRows) else _write_lines)(replacement, rows, added[rows])
+                if table is None:
+                    _write_lines(replacement, rows, added[rows])
+                else:
+                    _write_table(replacement, table, list(added[rows].values()))
             paths[path] = images.folder
     return paths
 
 
-def _path(folder: Path, rows: Rows, taken: Collection[Path]) -> Path:
+def _path(folder: Path, name: Path, suffix: str, taken: Collection[Path]) -> Path:
     """Return the path of a file's rated rows; a second file of the same name gets a number."""
-    name = Path(rows.name)
     stem = slug(name.stem if name.suffix.lower() in SUFFIXES else name.name)
-    suffix = f"rated.{'parquet' if isinstance(rows, DatasetRows) else 'jsonl'}"
     path = folder / f"{stem}.{suffix}"
     return folder / f"{stem}-{len(taken) + 1}.{suffix}" if path in taken else path
 
@@ -85,9 +86,8 @@ def _write_lines(path: Path, rows: Rows, added: Mapping[int, Mapping[str, float]
             file.write(json.dumps({**rows.read(place), **more}) + "\n")
 
 
-def _write_table(path: Path, rows: Any, added: Mapping[int, Mapping[str, float]]) -> None:
-    table = rows.dataset.select(list(added))
-    for name in next(iter(added.values())):
+def _write_table(path: Path, table: Any, added: Sequence[Mapping[str, float]]) -> None:
+    for name in added[0]:
         table = table.remove_columns([name] if name in table.column_names else [])
-        table = table.add_column(name, [more[name] for more in added.values()])
+        table = table.add_column(name, [more[name] for more in added])
     table.to_parquet(str(path))
