@@ -25,7 +25,7 @@ from vlmr1.lifecycle.disk import check_output_dir
 from vlmr1.report.pass_rates import histogram
 
 # Settings of a run that do not apply: every row is rated, and nothing is evaluated.
-REPLACED = {"val_split_ratio": 0.0, "eval_steps": None, "eval_on_start": False}
+REPLACED = {"streaming": False, "val_split_ratio": 0.0, "eval_steps": None, "eval_on_start": False}
 BETWEEN = 0.01, 0.99  # bounds that the last line of the output suggests
 
 

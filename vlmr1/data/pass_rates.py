@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from vlmr1.data.faults import row_fault
+from vlmr1.data.findings import NAMED, left_out_message
 from vlmr1.data.samples import Samples
 from vlmr1.errors import SettingError
 from vlmr1.types import Sample
 
 logger = logging.getLogger(__name__)
 PASS_RATE, MEAN_REWARD = "pass_rate", "mean_reward"  # columns
-NAMED = 5  # rows left out that a message names
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class PassRates:
         return ", ".join(f"{name} {value:g}" for name, value in bounds.items() if value is not None)
 
 
-def within_pass_rates(samples: Sequence[Sample], settings: Any) -> tuple[Sequence[Sample], PassRates | None]:
+def within_pass_rates(samples: Any, settings: Any) -> tuple[Any, PassRates | None]:
     """Return the samples within `min_pass_rate` and `max_pass_rate`, and the pass rates of all; (samples, None) where
     neither is set.
 
@@ -55,9 +54,8 @@ def within_pass_rates(samples: Sequence[Sample], settings: Any) -> tuple[Sequenc
     if not kept:
         raise SettingError(f"{rates}: none of the {len(samples)} rows has such a pass rate")
     if left_out:
-        names = ", ".join(left_out[:NAMED]) + (", ..." if len(left_out) > NAMED else "")
-        counts = rates, len(left_out), len(samples), names, PASS_RATE
-        logger.warning("%s: %d of %d rows are left out: %s; the column %s has the rates of all rows", *counts)
+        why, how = f"their pass rates are out of {rates}", f"the column {PASS_RATE} has those of all rows"
+        logger.warning("%s", left_out_message(left_out[:NAMED], len(left_out), len(samples), why, how))
     if isinstance(samples, Samples):
         return samples.select(kept), rates
     within = set(kept)

@@ -62,6 +62,7 @@ def decode_rows(
     """Decode the rows that the folder of `files` lacks. Return all records on the first rank, None on the others, and
     the number of rows that this rank decoded. SettingError where the folder was begun with other `inputs`."""
     if ranks.is_first:
+        print(*data.samples.describe(), sep="\n", flush=True)
         begin(files.folder, inputs)
         files.gather()
     ranks.barrier()  # before any rank reads or writes
