@@ -17,6 +17,7 @@ from tests.helpers.tiny_runs import during, write_data
 from vlmr1.cli import main
 from vlmr1.commands.arguments import parse_config
 from vlmr1.commands.prepare import prepare
+from vlmr1.data.mixture import Mixture
 from vlmr1.data.pass_rates import PassRates, within_pass_rates
 from vlmr1.data.samples import load_samples
 from vlmr1.errors import DataError, SettingError
@@ -191,8 +192,8 @@ def write(path: Path, *rates: Any) -> Path:
     return path
 
 
-def load(*names: Any) -> Any:
-    return load_samples(names, [], question="{question}", check_images=False)
+def load(*names: Any, **options: Any) -> Any:
+    return load_samples(names, [], question="{question}", check_images=False, **options)
 
 
 def test_rows_of_several_files_and_formats(tmp_path, monkeypatch):
@@ -210,6 +211,14 @@ def test_rows_of_several_files_and_formats(tmp_path, monkeypatch):
     assert [each.columns["pass_rate"] for each in again] == [0.0, 1.0, 0.5, 0.25, 0.75]
     assert [each.columns.get("id") for each in again] == [0, 1, "é", "x", None]
     assert again[4].columns["mean_reward"] == 1.0 and again[4].images[0].data == b"\xff"
+
+
+def test_a_part_of_a_table(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.Dataset.from_list([row(id=i) for i in range(4)]).to_parquet(tmp_path / "rows.parquet")
+    samples = load(tmp_path / "rows.parquet", mixture=Mixture(["end:2"]))
+    (path,) = write_rows(samples, tmp_path, {"pass_rate": [0.25, 0.5]})
+    assert [(each.columns["id"], each.columns["pass_rate"]) for each in load(path)] == [(2, 0.25), (3, 0.5)]
 
 
 def test_a_pass_at_the_threshold_in_float32(tmp_path):
