@@ -33,8 +33,6 @@ UNASKED = Judge("http://localhost", "none")  # rows of the method llm need one; 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", required=True)
-    parser = actions.add_parser("check", help="every fault, by file and line")
     parser.add_argument("files", nargs="+", help="JSON or Parquet files, directories of save_to_disk, OWNER/NAME@SPLIT")
     parser.add_argument("--images", nargs="*", default=[], help="image folders: one for each data file, or one for all")
     parser.add_argument("--question_template", default="auto", help="as in training")

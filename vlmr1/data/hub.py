@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,9 @@ def table_row(table: Any, source: str) -> Row:
         return table.to_pylist()[0]
     except (ValueError, OverflowError, ArrowException) as error:
         raise row_fault(source, "table", f"the row cannot be read: {error}") from error
+
+    def table(self, places: Sequence[int]) -> Any:
+        return self.dataset.select(places)
 
 
 def parquet_rows(path: Path) -> DatasetRows:

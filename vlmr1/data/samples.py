@@ -85,6 +85,11 @@ class Samples(Sequence[Sample]):
         rows, _, place = self._place(index)
         return rows.source(place)
 
+    def place(self, index: int) -> tuple[Rows, int]:
+        """Return the file of the sample with this `Sample.index`, and its place there."""
+        rows, _, place = self._place(index)
+        return rows, place
+
     def describe(self) -> list[str]:
         """Return the question templates in words, and a line for each file that is read in part."""
         return [str(self.question), *describe(self.sources)]

@@ -55,6 +55,10 @@ class DataSettings(_Shared):
     overlong_prompts: Literal["error", "filter"] = setting(
         "error", "a longer prompt stops the run, or its row is left out before the run begins"
     )
+    min_pass_rate: float | None = setting(
+        None, "train on rows with at least this pass_rate, a column that `vlmr1 data rate` writes"
+    )
+    max_pass_rate: float | None = setting(None, "train on rows with at most this pass_rate")
 
     @property
     def columns(self) -> Columns:
@@ -81,13 +85,18 @@ class DataSettings(_Shared):
                 yield "val_split_ratio needs all rows, and streaming=true knows none before: use eval_data_file_paths"
             if self.overlong_prompts == "filter":
                 yield "overlong_prompts=filter measures all rows before training: with streaming=true use error"
-            for name in ("min_pass_rate", "max_pass_rate"):
-                if getattr(self, name, None) is not None:
-                    yield f"{name} leaves rows out before training, and streaming=true knows none then"
+            if self.min_pass_rate is not None or self.max_pass_rate is not None:
+                yield "min_pass_rate and max_pass_rate choose rows before training, and streaming=true knows none then"
         elif not self.is_default("shuffle_buffer_size"):
             yield "shuffle_buffer_size has no effect without streaming: all rows are shuffled"
         if not 0 <= self.val_split_ratio < 1:
             yield f"val_split_ratio is {self.val_split_ratio}: it must be at least 0 and below 1"
+        for name in ("min_pass_rate", "max_pass_rate"):
+            if (value := getattr(self, name)) is not None and not 0 <= value <= 1:
+                yield f"{name} is {value:g}: it must be between 0 and 1"
+        low, high = self.min_pass_rate, self.max_pass_rate
+        if low is not None and high is not None and low > high:
+            yield f"min_pass_rate is {low:g}: it is above max_pass_rate, {high:g}"
         if self.question_template != AUTO:
             yield from faults_of(lambda: question_text(self.question_template))
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from vlmr1.data.faults import row_fault
-from vlmr1.data.rows import Rows
 from vlmr1.data.samples import Samples, check_rows
 from vlmr1.data.sources import open_sources, split_names
 from vlmr1.errors import DataError
@@ -20,7 +19,7 @@ from vlmr1.evaluation.tasks import check_of
 from vlmr1.lifecycle.checkpoint import sha256_of_file
 from vlmr1.rewards.methods import columns_of_files
 from vlmr1.rewards.question import Question
-from vlmr1.types import ImageRef, Sample
+from vlmr1.types import ImageRef
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,10 @@ class Data:
 
     samples: Samples
     digest: str
+
+    @classmethod
+    def of(cls, samples: Samples) -> Data:
+        return cls(samples, rows_digest(samples))
 
 
 def load_rows(options: Options, model_type: str) -> Data:
@@ -50,16 +53,16 @@ def load_rows(options: Options, model_type: str) -> Data:
     if several and options.task != "vqa":
         what = f"several accepted solutions: --task {options.task} needs one a row, --task vqa takes the best score"
         raise row_fault(several, "solution", what)
-    return Data(samples, rows_digest([rows for rows, _ in opened], samples))
+    return Data.of(samples)
 
 
-def rows_digest(files: Sequence[Rows], samples: Sequence[Sample]) -> str:
+def rows_digest(samples: Samples) -> str:
     """Return the sha256 over the rows of the samples and the bytes of their images."""
     digest = hashlib.sha256()
     known: dict[ImageRef, str] = {}
-    every = (rows.read(place) for rows in files for place in range(len(rows)))
-    for row, sample in zip(every, samples, strict=False):
-        digest.update(json.dumps(row, sort_keys=True, default=_plain).encode())
+    for sample in samples:
+        rows, place = samples.place(sample.index)
+        digest.update(json.dumps(rows.read(place), sort_keys=True, default=_plain).encode())
         for image in sample.images:
             if image not in known:
                 known[image] = sha256_of_file(image) if isinstance(image, Path) else image.key

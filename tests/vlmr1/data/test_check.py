@@ -13,7 +13,8 @@ from PIL import Image
 
 from tests.helpers.pictures import png_of
 from vlmr1.cli import main
-from vlmr1.commands.data_check import add_arguments, check_data
+from vlmr1.commands.data import add_arguments
+from vlmr1.commands.data_check import check_data
 from vlmr1.commands.data_check import run as run_command
 from vlmr1.commands.prompt_lengths import prompt_measure
 from vlmr1.data.prompts import without_overlong
