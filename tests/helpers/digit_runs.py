@@ -27,7 +27,7 @@ def command(data: Path, output: Path, *more: str) -> list[str]:
         "use_cpu": "true",
         "warmup_steps": 0,
     }
-    words = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
+    words = [str(word) for name, value in settings.items() if f"--{name}" not in more for word in (f"--{name}", value)]
     return ["train", "--recipe", "tiny-digits", *words, *more]
 
 

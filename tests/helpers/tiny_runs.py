@@ -89,7 +89,7 @@ def command(data: Path, output: Path, *more: str) -> list[str]:
         "write_report": "false",
         "use_cpu": "true",
     }
-    words = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
+    words = [str(word) for name, value in settings.items() if f"--{name}" not in more for word in (f"--{name}", value)]
     return ["train", "--recipe", "tiny-digits", *words, *more]
 
 

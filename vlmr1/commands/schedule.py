@@ -15,7 +15,7 @@ def describe_schedule(config: GRPOConfig, rows: int) -> str:
     prompts = config.prompts_per_device * ranks
     repeats = config.steps_per_generation * config.num_iterations
     epoch = len(BufferSampler.of(config, range(rows), Ranks(config.process_index, ranks)))
-    updates = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * epoch)
+    updates = config.max_steps if config.max_steps >= 0 else math.ceil(config.num_train_epochs * epoch)
     return (
         f"{rows} rows; an update: {prompts} prompts x {config.num_generations} generations = "
         f"{prompts * config.num_generations} sequences on {ranks} device{'s' if ranks > 1 else ''}; "

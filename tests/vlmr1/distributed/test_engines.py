@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -117,7 +118,7 @@ def test_another_number_of_processes_is_refused(folder, tmp_path):
     assert last_complete(tmp_path) is None
 
 
-def test_launch_commands():
+def test_launch_commands(monkeypatch):
     environment, command = launch_command("zero3", 2, ["--recipe", "rec-3b"])
     config = json.loads(Path(environment["ACCELERATE_DEEPSPEED_CONFIG_FILE"]).read_text(encoding="utf-8"))
     assert config["zero_optimization"]["stage"] == 3
@@ -125,6 +126,12 @@ def test_launch_commands():
     at = command.index("vlmr1.cli")
     assert command[at - 1 : at + 4] == ["-m", "vlmr1.cli", "train", "--recipe", "rec-3b"]
     assert "SIGUSR1" in command[command.index("--signals-to-handle") + 1]
+    with (
+        pytest.raises(SettingError, match=r"--launch zero3 needs deepspeed: pip install 'vlmr1\[scale\]'"),
+        monkeypatch.context() as patch,
+    ):
+        patch.setitem(sys.modules, "deepspeed", None)
+        launch_command("zero3", 2, [])
     with pytest.raises(SettingError, match="unknown 'zero4'; known: ddp, fsdp2, zero2, zero3, zero3-offload"):
         launch_command("zero4", 2, [])
     with pytest.raises(SettingError, match="--processes is 0"):

@@ -54,6 +54,7 @@ def begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return begin
 
 
+BEST = {"load_best_model_at_end": "true", "eval_steps": 100, "val_split_ratio": 0.5}
 REFUSED = {
     "offload": ("zero3", {"reference": "offload"}, "reference=offload is not supported with zero3"),
     "dora": ("zero3", {"use_peft": "true", "use_dora": "true"}, "use_dora is not supported with zero3"),
@@ -63,6 +64,8 @@ REFUSED = {
         "sync_ref_model with use_peft is not supported with zero3",
     ),
     "weights-only": ("fsdp2", {"save_only_model": "true"}, "save_only_model is not supported with fsdp2"),
+    "best-of-shards": ("zero3", BEST, "load_best_model_at_end is not supported with zero3"),
+    "best-of-weights-only": ("zero2", BEST | {"save_only_model": "true"}, "save_only_model is not supported with load"),
     "old-fsdp": ("fsdp1", {}, "fsdp_version"),
     "rounding": (
         "zero2",
@@ -104,6 +107,14 @@ def test_a_checkpoint_that_no_run_goes_on_from(begin, tmp_path):
     checkpoint(tmp_path / "out", step=4)  # the run has ended: there is nothing to go on with
     with pytest.raises(Loaded):
         begin()
+
+
+def test_a_run_that_starts_over_beside_a_checkpoint(begin, tmp_path):
+    with pytest.raises(Loaded):
+        begin(resume_from_checkpoint="false")
+    checkpoint(tmp_path / "out", step=2)
+    with pytest.raises(SettingError, match=r"resume_from_checkpoint is false, and .*checkpoint-2 is there"):
+        begin(resume_from_checkpoint="False")
 
 
 def test_a_checkpoint_of_other_settings(begin, tmp_path):
