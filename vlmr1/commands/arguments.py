@@ -36,6 +36,8 @@ class SettingsParser(HfArgumentParser):
             self.add_argument(*names, dest=name, **switch)
         for action in self._actions:
             action.default = argparse.SUPPRESS
+            if action.dest == "report_to":  # the library's parser takes one
+                action.nargs = "+"
         self.faults: list[str] = []
         self.seen: dict[str, tuple[Any, list[str]]] = {}  # value and words of each setting of one source
 

@@ -55,7 +55,7 @@ class EvaluationSettings(_Shared):
         given = [name for name in names if getattr(self, name) not in (None, False)]
         saves = getattr(self.save_strategy, "value", self.save_strategy)
         if saves == "best":
-            given.append("save_strategy=best")
+            given.insert(0, "save_strategy=best")
         elif given and not self.load_best_model_at_end:
             yield f"{given[0]} has no effect without load_best_model_at_end or save_strategy=best"
             return
