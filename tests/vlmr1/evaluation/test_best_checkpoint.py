@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import TrainerState
 
 from tests.helpers.digit_runs import command
 from vlmr1.cli import main
 from vlmr1.evaluation import callback
+from vlmr1.models import load_model
 from vlmr1.report.progress import read_lines
 from vlmr1.tiny import digits
 
@@ -71,7 +71,7 @@ CASES = {  # settings, best step, steps whose checkpoint is left
 def test_a_run_ends_with_the_best(settings, best, left, train, tmp_path, capsys):
     trainer = train(**settings)
     assert (step_of(trainer), saved(tmp_path)) == (best, left)
-    weights = [load_file(tmp_path / "out" / f"checkpoint-{step}" / "model.safetensors") for step in (best, left[-1])]
+    weights = [load_model(tmp_path / "out" / f"checkpoint-{step}").state_dict() for step in (best, left[-1])]
     trained = trainer.model.state_dict()
     assert all(torch.equal(trained[name], value) for name, value in weights[0].items())
     assert best == left[-1] or any(not torch.equal(trained[name], value) for name, value in weights[1].items())
