@@ -145,7 +145,8 @@ def show_help(name: str = "") -> None:
 def _words(path: Path, faults: list[str]) -> list[str]:
     """A YAML mapping of settings as command-line words; unknown names are faults."""
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        text = path.read_text(encoding="utf-8")
+        settings = yaml.safe_load(text) or {}
     except OSError as error:
         raise SettingError(f"--config: {error}") from error
     except yaml.YAMLError as error:
@@ -153,6 +154,8 @@ def _words(path: Path, faults: list[str]) -> list[str]:
     if not isinstance(settings, dict):
         raise SettingError(f"{path}: a mapping of settings is expected")
     words = []
+    names = [str(key.value) for key, _ in yaml.compose(text).value] if settings else []
+    faults += [f"{name} is given twice in {path}" for name in dict.fromkeys(names) if names.count(name) > 1]
     for name, value in settings.items():
         name = current_name(str(name))
         if name in GRPOConfig.__dataclass_fields__ or name in PEER_FLAGS:

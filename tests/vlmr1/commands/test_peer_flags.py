@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from tests.helpers.digit_runs import command
 from vlmr1.cli import main
 from vlmr1.commands.arguments import parse_config
+from vlmr1.commands.train import train
 from vlmr1.config import GRPOConfig
 from vlmr1.distributed.deepspeed_file import engine_name, read_deepspeed
 from vlmr1.errors import SettingError
 from vlmr1.evaluation.callback import EVALUATIONS
 from vlmr1.lifecycle import renamed
 from vlmr1.lifecycle.checkpoint import last_complete
+from vlmr1.models import load_model
 from vlmr1.report.progress import METRICS, read_lines
-from vlmr1.tiny import digits
+from vlmr1.tiny import CHECKPOINT, digits
 
 CPU = ["--use_cpu", "true"]
 BATCH = "--per_device_train_batch_size {} --gradient_accumulation_steps {}"
@@ -119,11 +122,13 @@ def test_no_update_is_made(name, tmp_path, capsys):
     digits.write(tmp_path / "data", "train", 4, seed=1)
     more = ["--eval_on_start", "true", "--eval_data_file_paths", str(tmp_path / "data" / "train.jsonl")]
     more += ["--eval_image_folders", str(tmp_path / "data" / "images"), "--eval_limit", "1"]
-    words = command(tmp_path / "data", tmp_path / "out", f"--{name}", "0", *more)
-    if name == "num_train_epochs":
-        words[words.index("--max_steps") + 1] = "-1"
-    assert main(words) == 0
+    steps = {"max_steps": "-1"} | {name: "0"}
+    more += [word for name, value in steps.items() for word in (f"--{name}", value)]
+    words = command(tmp_path / "data", tmp_path / "out", *more)
+    trainer = train(parse_config(words[3:], recipe=words[2]))
     assert "0 in all" in capsys.readouterr().out
+    before, after = load_model(CHECKPOINT).state_dict(), trainer.model.state_dict()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
     assert last_complete(tmp_path / "out") is None and not (tmp_path / "out" / METRICS).exists()
     assert [line["step"] for line in read_lines(tmp_path / "out" / EVALUATIONS)] == [0]
 
@@ -179,6 +184,17 @@ def test_configurations_that_are_refused(content, expected, tmp_path):
     lines = str(caught.value).splitlines()
     assert len(lines) == len(expected)
     assert all(str(file) in line and words in line for line, words in zip(lines, expected, strict=True))
+
+
+def test_options_of_the_command_are_checked_with_its_settings(tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text("beta: 0.1\nepsilon: 0.2\nbeta: 0.2\n")
+    words = f"--launch ddp --launch zero2 --processes two --recipe none --config {file} --temperature 0"
+    assert main(["train", *words.split()]) == 2
+    lines = capsys.readouterr().err.partition("vlmr1: ")[2].splitlines()
+    expected = ["launch is given twice: ddp and zero2", "--processes is 'two'", "--recipe: unknown recipe 'none'"]
+    expected += [f"beta is given twice in {file}", "temperature is 0.0"]
+    assert len(lines) == len(expected) and all(any(line.startswith(each) for line in lines) for each in expected), lines
 
 
 def test_a_launch_and_a_file_are_not_both_given(capsys):

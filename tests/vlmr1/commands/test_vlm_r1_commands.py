@@ -36,14 +36,19 @@ def words(name: str, home: Path, replaced: dict[str, str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """The tiny model of each family, with room for 2048 tokens behind the prompt."""
+    """The tiny model of each family, with room for 2048 tokens; every eighth token ends a completion."""
     folder = tmp_path_factory.mktemp("models")
     for family in ("qwen2_5_vl", "internvl"):
-        path = build(family, folder / family) / "config.json"
-        config = json.loads(path.read_text(encoding="utf-8"))
-        config["text_config"]["max_position_embeddings"] = 4096
-        path.write_text(json.dumps(config), encoding="utf-8")
+        change(build(family, folder / family) / "config.json", "text_config", {"max_position_embeddings": 4096})
+        ends = [*range(0, 400, 8)]
+        change(folder / family / "generation_config.json", None, {"eos_token_id": ends})
     return folder
+
+
+def change(path: Path, part: str | None, values: dict) -> None:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    (content[part] if part else content).update(values)
+    path.write_text(json.dumps(content), encoding="utf-8")
 
 
 @pytest.mark.slow
