@@ -82,7 +82,8 @@ def _read(file: str) -> dict[str, Any]:
 
 def _faults(given: Mapping[str, Any], bf16: bool) -> Iterator[str]:
     zero = given.get("zero_optimization")
-    stage = zero.get("stage") if isinstance(zero, dict) else None
+    zero = zero if isinstance(zero, dict) else {}
+    stage = zero.get("stage")
     if stage not in (2, 3):
         yield f"zero_optimization.stage is {stage}: 2 or 3, or use --launch ddp"
     elif {*_offloads(zero)} - {"cpu"}:

@@ -97,7 +97,7 @@ def default_processes() -> int:
     return torch.cuda.device_count() or 1
 
 
-def launch(environment: Mapping[str, str], command: Sequence[str]) -> NoReturn:
+def launch(environment: Mapping[str, str], command: list[str]) -> NoReturn:
     """Print a launch command and replace this process by it."""
     words = [f"{key}={shlex.quote(value)}" for key, value in environment.items()]
     print(" ".join([*words, *map(shlex.quote, command)]), flush=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import traceback
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -16,7 +16,7 @@ from vlmr1.errors import CheckpointError, SettingError
 from vlmr1.lifecycle.checkpoint import integrity_error, is_adapter, last_complete
 
 
-def find_checkpoint(output_dir: Path, named: str | bool | None) -> Path | None:
+def find_checkpoint(output_dir: Path, named: str | Literal[False] | None) -> Path | None:
     """The checkpoint to continue from: `named` (resume_from_checkpoint), or the last complete one of the output
     directory. SettingError where there is one, and the run is to start from the beginning (False)."""
     if named is None or named is False:
