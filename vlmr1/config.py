@@ -200,6 +200,10 @@ class GRPOConfig(
             yield f"max_steps is {self.max_steps}: it must not be negative; -1 leaves it to num_train_epochs"
         if self.num_train_epochs < 0:
             yield f"num_train_epochs is {self.num_train_epochs}: it must not be negative"
+        if self.streaming and self.max_steps <= 0:
+            yield "streaming=true needs max_steps: the number of rows is not known, and so not that of an epoch"
+        if self.streaming and self.dynamic_sampling:
+            yield "dynamic_sampling draws from all rows, and streaming=true knows none before: leave one of them out"
         for name, value in (("ignore_data_skip", False), ("dataloader_in_order", True)):
             if self.steps_per_generation * self.num_iterations > 1 and getattr(self, name) != value:
                 yield (

@@ -50,6 +50,14 @@ class Sample:
     source: str
     index: int
     columns: dict[str, Any] = field(default_factory=dict)  # everything else the row held
+    other_solutions: tuple[str, ...] = ()  # accepted as well as `solution`
+
+    def each_solution(self) -> list[Sample]:
+        """Return this sample once for each accepted solution, which is then its only one."""
+        if not self.other_solutions:
+            return [self]
+        every = (self.solution, *self.other_solutions)
+        return [replace(self, solution=solution, other_solutions=()) for solution in every]
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,7 @@ class Prompt:
     input_ids: Tensor  # [L_p] int64
     positions: Tensor  # [K, L_p] int64; K is 3 with M-RoPE (time, height, width; equal rows for text), else 1
     images: tuple[ImageInputs, ...] = ()  # what the processor made of each of the sample's images
+    think_opening: str = ""  # the `<think>`, closed or not, with which the chat template ends the prompt
 
     @property
     def next_position(self) -> int:
@@ -106,7 +115,7 @@ class Group:
 @dataclass(frozen=True)
 class Pack:
     """View of several Groups as one row: prompts first, then branches. It can be made again at any time, and holds
-    nothing that its groups do not, except the weight 0 and the image of a dummy pass."""
+    nothing that its groups do not, except the weight 0 of a dummy pass and the dummy image of a pass without images."""
 
     input_ids: Tensor  # [L] int64
     positions: Tensor  # [K, L] int64

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import has_length
 
 from vlmr1.commands.prepare import prepare
 from vlmr1.commands.report import report_of_run
@@ -62,7 +63,7 @@ def _train(config: GRPOConfig, stop: StopSignals, resuming: ResumeGuard) -> GRPO
         output_dir.mkdir(parents=True, exist_ok=True)
         keep_settings(config, spread, output_dir)
     ranks.barrier()
-    progress = Progress(output_dir, console=not config.disable_tqdm)
+    progress = Progress(output_dir, console=not config.disable_tqdm, pass_rates=prepared.pass_rates)
     callbacks = [progress, NoSignalWarning(), stop, resuming]
     trainer = GRPOTrainer(prepared.model, config, prepared.train, prepared.processor, callbacks=callbacks)
     trainer.remove_callback(ProgressCallback)
@@ -72,7 +73,9 @@ def _train(config: GRPOConfig, stop: StopSignals, resuming: ResumeGuard) -> GRPO
         boxes = config.box_coordinates
         trainer.add_callback(EvaluationCallback(trainer, prepared.evaluated, box_coordinates=boxes, stop=stop))
     say = print if ranks.rank == 0 else lambda *words, **options: None
-    say(describe_schedule(config, len(trainer.train_dataset)), flush=True)  # type: ignore[arg-type]
+    rows = len(trainer.train_dataset) if has_length(trainer.train_dataset) else None
+    say(describe_schedule(config, rows), flush=True)
+    say(*prepared.train.describe(), sep="\n", flush=True)
     if resume is not None and trainer.is_finished(resume):
         say(f"{resume}: all {trainer.state.max_steps} updates are done", flush=True)
         return trainer

@@ -37,6 +37,10 @@ class Rows(ABC):
         """ "file:line" """
         return f"{self.name}:{self.line(index)}"
 
+    def table(self, places: Sequence[int]) -> Any:
+        """Return these rows as a `datasets.Dataset`; None where they are rows of JSON."""
+        return None
+
 
 class ListRows(Rows):
     """Rows in memory."""
@@ -67,6 +71,7 @@ class LineRows(Rows):
                     self.lines.append(number)
                 at += len(line)
         self.starts.append(at)
+        self.size = at
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -77,7 +82,7 @@ class LineRows(Rows):
     def read(self, index: int) -> Row:
         source = self.source(index)
         with Path(self.name).open("rb") as file:
-            if os.fstat(file.fileno()).st_size != self.starts[-1]:
+            if os.fstat(file.fileno()).st_size != self.size:
                 raise row_fault(source, "changed file", "the file has changed since it was opened")
             file.seek(self.starts[index])
             data = file.read(self.starts[index + 1] - self.starts[index])

@@ -13,9 +13,10 @@ from vlmr1.data.boxes import Box, scale_box
 from vlmr1.errors import SettingError
 from vlmr1.report.html import Shape, render, shapes
 from vlmr1.report.panels import run_curves
+from vlmr1.report.pass_rates import histogram, read_pass_rates
 from vlmr1.report.pictures import Picture, data_uri, read_picture
 from vlmr1.report.progress import COMPLETIONS, METRICS, read_lines
-from vlmr1.rewards.answer import find_answer, labelled_boxes, predicted_box, solution_box, true_text
+from vlmr1.rewards.answer import box_text, labelled_boxes, predicted_box, solution_box, true_text
 
 NAME = "training.html"
 STEPS = 12  # maximum steps with completions: the first, the last, and others at equal distances
@@ -41,6 +42,7 @@ def write_run_report(run: Path, out: Path | None = None) -> Path:
         rows=rows,
         curves=None if curves is None else data_uri(curves, "image/png"),
         last=_texts(rows[-1]) if rows else [],
+        histogram=histogram(read_pass_rates(run)),
         legend=LEGEND,
         step_count=len(steps),
         steps={step: _cards(run, records, step) for step in chosen_steps(steps)},
@@ -88,7 +90,7 @@ def _shapes(record: Mapping[str, Any]) -> list[Shape]:
 
 def completion_boxes(text: str) -> list[Box]:
     """Return the boxes of a completion's answer: a single box, or a list with labels."""
-    return _boxes(predicted_box(text), find_answer(text))
+    return _boxes(predicted_box(text), box_text(text))
 
 
 def true_boxes(solution: str) -> list[Box]:
