@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, dataclass, fields
 from functools import wraps
+from pathlib import Path
 from typing import Any, TypeVar
 
 from transformers import TrainingArguments
@@ -28,7 +29,8 @@ RENAMED_ARGS = {
     "gradient_accumulation_steps": "use prompts_per_device; passes are cut by tokens_per_pack",
     "auto_find_batch_size": "use tokens_per_pack",
     "eval_strategy": "use `vlmr1 evaluate` on a checkpoint, or eval_steps",
-    "push_to_hub": "push the checkpoint directory with `hf upload`",
+    "hub_token": "set the variable HF_TOKEN or use `hf auth login`: settings are written to checkpoints",
+    "hub_strategy": "the model is pushed once, when the run has finished",
 }
 # Settings of `TrainingArguments` that mean here what they mean there, by group; any other is refused, not ignored.
 SUPPORTED_ARGS = {
@@ -79,6 +81,7 @@ SUPPORTED_ARGS = {
         "skip_memory_metrics",
     ],
     "Checkpoints": ["save_strategy", "save_steps", "save_total_limit", "save_only_model", "ignore_data_skip"],
+    "Hub": ["push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision"],
     "Evaluation during training": ["eval_steps", "eval_on_start"],
     "Processes": ["accelerator_config", "ddp_backend", "ddp_timeout", "ddp_bucket_cap_mb", "local_rank"],
     "Data loader": [
@@ -162,11 +165,14 @@ class GRPOConfig(
             )
         if self.reference == "adapter" and not self.use_peft:
             yield "reference=adapter needs use_peft: it is the policy with its adapter switched off"
-        if self.sync_ref_model and (self.reference == "adapter" or (self.use_peft and self.reference == "auto")):
+        if self.sync_ref_model and self.reference_kind == "adapter":
             yield (
                 "sync_ref_model needs reference=copy or offload: with LoRA the reference is the frozen base model, "
                 "which cannot be updated"
             )
+        for name in ("model_name_or_path", "adapter"):
+            if _is_folder(getattr(self, name), self.output_dir):
+                yield f"output_dir is the directory of {name}, whose files the new model would replace: give another"
         if self.save_strategy == SaveStrategy.BEST:
             yield "save_strategy is 'best': no checkpoint is chosen by an evaluation; use 'steps' or 'epoch'"
         for name, value in (("ignore_data_skip", False), ("dataloader_in_order", True)):
@@ -202,6 +208,11 @@ def _unsupported(config: GRPOConfig) -> Iterator[str]:
         if inherited.name not in supported and _changed(inherited, getattr(config, inherited.name)):
             reason = RENAMED_ARGS.get(inherited.name, "it has no effect on GRPO, or is not supported yet")
             yield f"{inherited.name} cannot be set: {reason}"
+
+
+def _is_folder(name: str | None, folder: str | None) -> bool:
+    """Return whether a name is of this existing directory."""
+    return bool(name and folder) and Path(name).is_dir() and Path(name).resolve() == Path(folder).resolve()
 
 
 def _changed(setting: Field, value: object) -> bool:

@@ -8,8 +8,8 @@ from pathlib import Path
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from vlmr1.commands.arguments import add_sources, parse_config, show_help
+from vlmr1.commands.finish import finish
 from vlmr1.commands.prepare import prepare
-from vlmr1.commands.report import report_of_run
 from vlmr1.commands.schedule import describe_schedule
 from vlmr1.config import GRPOConfig
 from vlmr1.distributed.launch import launch, launch_name
@@ -85,11 +85,11 @@ def _train(config: GRPOConfig, stop: StopSignals, resuming: ResumeGuard) -> GRPO
     say(describe_schedule(config, len(trainer.train_dataset)), flush=True)  # type: ignore[arg-type]
     if resume is not None and trainer.is_finished(resume):
         say(f"{resume}: all {trainer.state.max_steps} updates are done", flush=True)
+        finish(trainer, resume)
         return trainer
     if resume is not None:
         say(f"continuing from {resume}", flush=True)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     stop.raise_if_stopped()
-    if config.write_report and trainer.is_world_process_zero():
-        report_of_run(output_dir)
+    finish(trainer)
     return trainer

@@ -10,6 +10,7 @@ from transformers import AutoConfig
 
 from vlmr1.errors import SettingError
 from vlmr1.models import family_for
+from vlmr1.models.quantization import check_not_quantized
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -37,5 +38,6 @@ def config_named(name: str) -> Any:
             f"model_name_or_path: {name!r} is no local directory with a config.json, and `vlmr1 plan` fetches nothing; "
             f"it knows {', '.join(known_models())}"
         )
+    check_not_quantized(name, config)
     family_for(config)
     return config

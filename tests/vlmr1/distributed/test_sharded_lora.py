@@ -197,11 +197,13 @@ def test_weights_that_are_fetched_ahead(folder, alone, eager, tmp_path):
         ("zero3", "use_dora", "use_dora is not supported with zero3"),
         ("zero3", "load_in_4bit", "load_in_4bit.*zero3"),
         ("fsdp2", "load_in_4bit", "load_in_4bit.*fsdp2"),
+        ("zero3", "adapter", "adapter.*reference.*zero3"),
     ],
 )
 def test_what_sharded_adapters_cannot_be(sharding, setting, says, tmp_path):
     names = ("stochastic_rounding", "sync_ref_model", "load_in_4bit", "use_dora")
-    others = {"use_peft": True, "reference": "auto", "use_liger_kernel": False, "beta": 0.04}
+    others = {"use_peft": True, "reference": "auto", "reference_kind": "copy", "adapter": None}
+    others |= {"use_liger_kernel": False, "beta": 0.04}
     args: Any = SimpleNamespace(**dict.fromkeys(names, False), **others)
     check_sharded(args, sharding, engine=True)
     setattr(args, setting, True)
