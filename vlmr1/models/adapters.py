@@ -51,8 +51,8 @@ def check_not_both(folder: str | Path, setting: str) -> None:
     """SettingError for a directory that holds a whole model and an adapter."""
     if is_adapter(folder) and any(path for pattern in WHOLE for path in Path(folder).glob(pattern)):
         raise SettingError(
-            f"{setting}: {folder} holds a whole model and an adapter. Which one? For the adapter, move its files "
-            f"(adapter_*) to a directory of their own and name that; for the model, move {ADAPTER_CONFIG} away"
+            f"{setting}: {folder} holds a whole model and an adapter. Which one? For the adapter, give adapter={folder} "
+            f"to `vlmr1 train`, or move adapter_* to a directory of their own; for the model, move {ADAPTER_CONFIG} away"
         )
 
 
@@ -70,7 +70,7 @@ def start_from_adapter(settings: Any) -> Iterator[str]:
         return
     folder = Path(settings.adapter)
     if not is_adapter(folder):
-        yield f"adapter: {folder} is no local directory with an {ADAPTER_CONFIG}; `hf download` fetches one from the hub"
+        yield f"adapter: {folder} is no local directory with an {ADAPTER_CONFIG}; `hf download` fetches one"
         return
     if settings.model_name_or_path is None:
         settings.model_name_or_path, revision = base_name(folder)
@@ -103,6 +103,6 @@ def _unsupported(folder: Path, config: dict[str, Any]) -> Iterator[str]:
         found.append("init_lora_weights")  # the adapter is for weights that the base model does not have
     for name in found:
         yield (
-            f"adapter: {folder} has {name}={config[name]!r}, which cannot be trained on: `vlmr1 merge` makes a model of "
-            "it, from which a run can start"
+            f"adapter: {folder} has {name}={config[name]!r}, which cannot be trained on: `vlmr1 merge` makes a model "
+            "of it, from which a run can start"
         )

@@ -57,8 +57,8 @@ def _with_adapter_of(peft: Any, model: Any, family: ModelFamily, settings: Param
     others = sorted(set(adapted.base_model.targeted_module_names) - linear)
     if others:
         raise SettingError(
-            f"adapter: {folder} has weights at {others[0]}; only linear layers of decoder, tower and projector can have "
-            "some. `vlmr1 merge` makes a model of it, from which a run can start"
+            f"adapter: {folder} has weights at {others[0]}; only linear layers of decoder, tower and projector can "
+            "have some. `vlmr1 merge` makes a model of it, from which a run can start"
         )
     if settings.freeze_vision and any(parameter.requires_grad for parameter in family.vision_parameters(model)):
         raise SettingError(f"freeze_vision: the adapter in {folder} has weights in the vision tower")

@@ -80,7 +80,7 @@ def save_quantization(model: Any, folder: str | Path) -> None:
 
 
 def check_not_quantized(name: str | Path, config: Any = None) -> None:
-    """SettingError for a local directory, file or hub id with quantized weights: GGUF by name, or as its `config` says."""
+    """SettingError for a local directory, file or hub id with quantized weights: GGUF, or what its `config` says."""
     kind = None
     if config is None:
         files = {path.suffix for path in Path(name).glob("*.*")} if Path(name).is_dir() else set()
@@ -94,8 +94,8 @@ def check_not_quantized(name: str | Path, config: Any = None) -> None:
             kind = str(getattr(method, "value", method) or "quantized").upper()
     if kind is not None:
         raise SettingError(
-            f"model_name_or_path: {name} has {kind} weights, which are not read here. Give the model that they were made "
-            "from; use_peft with load_in_4bit quantizes it while it is read"
+            f"model_name_or_path: {name} has {kind} weights, which are not read here. Give the model that they were "
+            "made from; use_peft with load_in_4bit quantizes it while it is read"
         )
 
 

@@ -29,7 +29,7 @@ def push_model(args: Any, names: Sequence[str], message: str = "End of training"
     except (OSError, ValueError, HTTPError) as error:  # refused, offline, no name of a repository
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise OutputError(
-            f"push_to_hub: the model could not be pushed to {name}: {reason}. It is in {folder}: the same command pushes "
-            "it again"
+            f"push_to_hub: the model could not be pushed to {name}: {reason}. It is in {folder}: the same command "
+            "pushes it again"
         ) from error
     return str(repository)

@@ -250,9 +250,11 @@ def test_a_whole_model_and_an_adapter(plain, data, tmp_path, capsys):
     assert main(command(data, tmp_path / "out", "--model_name_or_path", str(folder), "--adapter", str(plain))) == 2
     with pytest.raises(SettingError):
         load_model(folder)
-    asked, two, _ = capsys.readouterr().err.split("vlmr1: ")[1:] + [""]
-    assert "Which one?" in asked and str(folder) in asked
+    asked, two = capsys.readouterr().err.split("vlmr1: ")[1:]
+    assert "Which one?" in asked and f"adapter={folder}" in asked
     assert str(plain) in two and "name the base model" in two
+    chosen = GRPOConfig(output_dir=str(tmp_path / "out"), use_cpu=True, adapter=str(folder))
+    assert (chosen.adapter, chosen.model_name_or_path) == (str(folder), str(CHECKPOINT))
 
 
 def test_an_adapter_of_another_model(plain, processor, tmp_path):
