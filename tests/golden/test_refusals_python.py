@@ -136,6 +136,11 @@ def no_peft_adapter(patch: Patch) -> None:
     read_adapter(None, "adapter")
 
 
+def no_token(patch: Patch) -> None:
+    patch.setattr("vlmr1.training.settings.get_token", lambda: None)
+    GRPOConfig(use_cpu=True, push_to_hub=True).check_device("cpu")
+
+
 def other_rows() -> None:
     done = {0: anything(source="a:1")}
     decode_missing(anything(), [anything(source="b:1")], anything(path="records"), done, anything())
@@ -203,6 +208,7 @@ CASES: dict[str, Callable[..., Any]] = {
     "accu_reward_method is an empty list (from Python)": lambda: GRPOConfig(use_cpu=True, accu_reward_method=[]),
     "Mode vlm_r1: iou_qwen is used without the columns image_grid_thw and image_size": published_iou_without_columns,
     "full_determinism is set on a GPU": on_gpu,
+    "push_to_hub is set and there is no token": no_token,
     "settings.json of a run that is resumed cannot be read": unreadable_settings,
 }
 LISTED = {e["condition"]: e for e in REFUSALS if e.get("test", "").endswith("::test_refused_in_python")}

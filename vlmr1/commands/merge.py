@@ -40,7 +40,6 @@ def merge(checkpoint: Path, output: Path, *, dtype: str = "float32") -> None:
         print(f"{name} was trained in 4 bits: its layers are written as they were then, in {dtype}", flush=True)
     staging = output.parent / f".staging-{output.name}"
     shutil.rmtree(staging, ignore_errors=True)  # left by a killed merge
-    staging.mkdir(parents=True)
     write_merged(checkpoint, staging, DTYPES[dtype])
     publish(staging, output)
     print(f"{output}: {checkpoint} merged into {name}, {dtype}", flush=True)

@@ -51,8 +51,9 @@ def check_not_both(folder: str | Path, setting: str) -> None:
     """SettingError for a directory that holds a whole model and an adapter."""
     if is_adapter(folder) and any(path for pattern in WHOLE for path in Path(folder).glob(pattern)):
         raise SettingError(
-            f"{setting}: {folder} holds a whole model and an adapter. Which one? For the adapter, give adapter={folder} "
-            f"to `vlmr1 train`, or move adapter_* to a directory of their own; for the model, move {ADAPTER_CONFIG} away"
+            f"{setting}: {folder} holds a whole model and an adapter. Which one? For the adapter, give "
+            f"adapter={folder} to `vlmr1 train`, or move adapter_* to a directory of their own; for the model, move "
+            f"{ADAPTER_CONFIG} away"
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from tests.helpers.digit_runs import command
@@ -265,6 +265,15 @@ def test_an_adapter_of_another_model(plain, processor, tmp_path):
     changed(Path(shutil.copytree(plain, tmp_path / "sft")), base_model_name_or_path=str(other))
     with pytest.raises(SettingError, match="does not fit"):
         merge(tmp_path / "sft", tmp_path / "merged")
+
+
+def test_an_adapter_that_cannot_be_merged(tmp_path):
+    model = load_model(CHECKPOINT)
+    settings = {"num_virtual_tokens": 2, "token_dim": 64, "num_layers": 1, "num_attention_heads": 1}
+    get_peft_model(model, PromptTuningConfig(**settings)).save_pretrained(str(tmp_path / "prompt"))
+    with pytest.raises(SettingError, match="PROMPT_TUNING"):
+        merge(tmp_path / "prompt", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 # Quantized checkpoints
