@@ -17,7 +17,7 @@ from vlmr1.models.families.internvl import InternVLFamily
 from vlmr1.models.families.qwen3_vl import Qwen3VLFamily
 from vlmr1.models.families.qwen_vl import QwenVLFamily
 from vlmr1.models.family import ModelFamily
-from vlmr1.models.lora import base_of, read_adapter
+from vlmr1.models.lora import adapts_head, base_of, read_adapter
 from vlmr1.models.processor import load_processor
 from vlmr1.models.quantization import check_layers, check_not_quantized, four_bit, quantization_of
 
@@ -99,7 +99,10 @@ def load_model(
         options["revision"] = base_name(name)[1]
         compute_dtype = compute_dtype or quantization_of(name)
         options |= {"dtype": dtype, "attn_implementation": attn_implementation, "compute_dtype": compute_dtype}
-        return base_of(read_adapter(load_model(base_name(name)[0], **options), name))
+        adapted = base_of(read_adapter(load_model(base_name(name)[0], **options), name))
+        if adapts_head(adapted):
+            raise SettingError(f"{name}: its adapter is at head or embeddings: `vlmr1 merge` makes a model of it")
+        return adapted
     try:
         config = _config(name, options)
         if compute_dtype is not None:

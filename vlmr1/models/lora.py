@@ -132,12 +132,21 @@ def merged(model: Any) -> Iterator[None]:
 def read_adapter(model: Any, folder: str | Path) -> Any:
     """The `peft.PeftModel` of a base model and the adapter in a directory."""
     peft = import_for(f"{folder} holds an adapter, which", "peft", "vlmr1[quant]")
+    config = peft.PeftConfig.from_pretrained(str(folder))
+    if config.is_prompt_learning:
+        raise SettingError(f"{folder} holds an adapter of type {config.peft_type.value}, which is not in the weights")
     try:
         adapted = peft.PeftModel.from_pretrained(model, str(folder))
     except (ValueError, RuntimeError) as error:
         raise SettingError(f"{folder}: its adapter does not fit the model: {str(error).splitlines()[0]}") from error
     restore_adapter(adapted, folder)  # peft ignores weights that it does not know
     return adapted
+
+
+def adapts_head(model: Any) -> bool:
+    """Return whether an adapter has weights at the head or the embeddings of a model."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return any(hasattr(end, "base_layer") or hasattr(end, "modules_to_save") for end in ends)
 
 
 def restore_adapter(model: Any, folder: str | Path) -> None:

@@ -24,6 +24,7 @@ def config_named(name: str) -> Any:
     """The configuration of a shipped model, by hub id or its last part, or of a local directory; nothing is fetched.
 
     SettingError: the name is neither, or its family is not supported."""
+    check_not_quantized(name)
     shipped = {id_.split("/")[-1]: id_ for id_ in known_models()} | {id_: id_ for id_ in known_models()}
     if name in shipped:
         values = json.loads((CONFIGS / f"{shipped[name].replace('/', '__')}.json").read_text(encoding="utf-8"))

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from httpx import HTTPError
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError  # of the HTTP client that it uses
 
 from vlmr1.errors import OutputError
 

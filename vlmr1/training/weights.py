@@ -10,8 +10,8 @@ import torch
 from vlmr1.errors import SettingError
 from vlmr1.lifecycle.checkpoint import is_adapter
 from vlmr1.models import load_model, load_processor
-from vlmr1.models.adapters import adapter_config, base_name
-from vlmr1.models.lora import base_of, read_adapter, restore_adapter
+from vlmr1.models.adapters import base_name
+from vlmr1.models.lora import adapts_head, base_of, read_adapter, restore_adapter
 from vlmr1.models.processor import save_processor
 from vlmr1.models.quantization import quantization_of, save_quantization
 
@@ -40,8 +40,9 @@ def write_merged(checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:
     if compute_dtype is not None:
         base.dequantize(torch.float32)
     adapted = read_adapter(base, checkpoint)
-    if not hasattr(adapted, "merge_and_unload"):
-        kind = adapter_config(checkpoint).get("peft_type")
-        raise SettingError(f"{checkpoint} holds an adapter of type {kind}, which cannot be merged")
+    if base.config.tie_word_embeddings and adapts_head(base):
+        raise SettingError(
+            f"{checkpoint}: its adapter is at head or embeddings, which share weights: it cannot be merged"
+        )
     adapted.merge_and_unload(safe_merge=True).to(dtype).save_pretrained(folder)
     save_processor(load_processor(checkpoint), folder)
