@@ -91,7 +91,12 @@ Objective::Token Objective::token(double logp, double log_ratio, int64_t row) co
   if (rows_.ref) {
     const double d = rows_.ref[row] - logp;
     out.kl = settings_.kl == kK1 ? -d : settings_.kl == kK2 ? d * d / 2 : std::exp(d) - d - 1;
-    const double slope = settings_.kl == kK1 ? 1 : settings_.kl == kK2 ? -d : 1 - std::exp(d);
+    double slope = settings_.kl == kK1 ? 1 : settings_.kl == kK2 ? -d : 1 - std::exp(d);
+    if (settings_.use_bias_correction_kl) {
+      out.kl *= ratio;
+      slope *= ratio;
+      if (settings_.beta > 0) out.through_ratio += settings_.beta * out.kl;
+    }
     if (settings_.beta > 0) {
       out.loss += settings_.beta * out.kl;
       out.direct += settings_.beta * slope;

@@ -11,7 +11,7 @@ enum Kl : int32_t { kK1 = 1, kK2, kK3 };
 
 // Mirrored by vlmr1_kernels/native/library.py.
 struct Settings {
-  int32_t loss_type, kl, sequence_level, has_delta, has_tis_cap, reserved;
+  int32_t loss_type, kl, sequence_level, has_delta, has_tis_cap, use_bias_correction_kl;
   double epsilon_low, epsilon_high, delta, beta, tis_cap, entropy_coef, max_completion_length;
 };
 

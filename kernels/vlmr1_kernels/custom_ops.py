@@ -28,8 +28,9 @@ _INPUTS = (  # fields of LossInputs
 )
 _INPUTS_COUNT = len(LossInputs._fields)
 _SETTINGS = (  # fields of GRPOSettings
-    "str loss_type, float epsilon_low, float epsilon_high, float? delta, float beta, str kl, str importance_level, "
-    "float? tis_cap, float entropy_coef, float temperature, int? max_completion_length"
+    "str loss_type, float epsilon_low, float epsilon_high, float? delta, float beta, str kl, "
+    "bool use_bias_correction_kl, str importance_level, float? tis_cap, float entropy_coef, float temperature, "
+    "int? max_completion_length"
 )
 _SETTINGS_COUNT = len(fields(GRPOSettings))
 

@@ -17,7 +17,7 @@ class GRPOSettings:
         policy_t = -stop_gradient(min(r_t, epsilon_high)) * A_s * logp_t                        for cispo
         loss_t   = w_t * policy_t + beta * kl_t - entropy_coef * H_t
         w_t      = stop_gradient(min(exp(old_t - sampling_t), tis_cap)), or 1 without tis_cap
-        kl_t     = -d_t (k1) | d_t^2 / 2 (k2) | exp(d_t) - d_t - 1 (k3)
+        kl_t     = -d_t (k1) | d_t^2 / 2 (k2) | exp(d_t) - d_t - 1 (k3), times r_t with use_bias_correction_kl
 
     Args:
         loss_type: how the losses of all rows are reduced, with |s| rows in sequence s:
@@ -33,6 +33,8 @@ class GRPOSettings:
         beta: weight of the KL term; above 0 it requires ref_logp.
         kl: estimator of KL(policy || reference), http://joschu.net/blog/kl-approx.html; TRL has k3 only. Use k1 for
             monitoring only: its gradient does not depend on the reference.
+        use_bias_correction_kl: multiply the KL by the ratio, through which the gradient flows too; with k3 at token
+            level the gradient is that of the reverse KL without bias      (arXiv:2512.02556)
         importance_level: token, or sequence: r_t = exp(mean over the sequence of logp - old)
             (TRL: importance_sampling_level).
         tis_cap: cap of the truncated importance sampling weights of the rollout engine; None: off
@@ -52,6 +54,7 @@ class GRPOSettings:
     delta: float | None = None
     beta: float = 0.0
     kl: str = "k3"
+    use_bias_correction_kl: bool = False
     importance_level: str = "token"
     tis_cap: float | None = None
     entropy_coef: float = 0.0

@@ -115,6 +115,7 @@ OBJECTIVES: dict[str, GRPOSettings] = {
     "grpo, k1": GRPOSettings(beta=0.3, kl="k1"),
     "grpo, k2, entropy": GRPOSettings(beta=0.3, kl="k2", entropy_coef=0.3),
     "grpo, k3, rollout correction": GRPOSettings(beta=0.3, tis_cap=1.1),
+    "grpo, k3, corrected KL": GRPOSettings(beta=0.3, use_bias_correction_kl=True),
     "bnpo, k1, entropy": GRPOSettings(loss_type="bnpo", beta=0.2, kl="k1", entropy_coef=0.3),
     "bnpo, k2": GRPOSettings(loss_type="bnpo", beta=0.2, kl="k2", temperature=0.3),
     "bnpo, k3, sequence level": GRPOSettings(
@@ -123,6 +124,9 @@ OBJECTIVES: dict[str, GRPOSettings] = {
     "dapo, k1, rollout correction": GRPOSettings(loss_type="dapo", beta=0.2, kl="k1", tis_cap=1.1),
     "dapo, k2, wide clip": GRPOSettings(loss_type="dapo", beta=0.2, kl="k2", epsilon_low=0.1, epsilon_high=0.4),
     "dapo, k3, entropy": GRPOSettings(loss_type="dapo", beta=0.2, entropy_coef=0.3, temperature=1.7),
+    "dapo, k1, corrected KL": GRPOSettings(
+        loss_type="dapo", beta=0.2, kl="k1", tis_cap=1.1, use_bias_correction_kl=True
+    ),
     "dr_grpo, k1": GRPOSettings(**_DR, beta=0.2, kl="k1"),
     "dr_grpo, k2, entropy": GRPOSettings(**_DR, beta=0.2, kl="k2", entropy_coef=0.3),
     "dr_grpo, k3, two-sided clip": GRPOSettings(**_DR, beta=0.2, delta=1.5),
@@ -131,7 +135,10 @@ OBJECTIVES: dict[str, GRPOSettings] = {
     "cispo, k3, rollout correction": GRPOSettings(**_CISPO, beta=0.2, tis_cap=0.9),
     "gspo, k1": GRPOSettings(loss_type="gspo", beta=0.2, kl="k1", epsilon_high=0.05),
     "gspo, k2": GRPOSettings(loss_type="gspo", beta=0.2, kl="k2", temperature=0.3),
-    "gspo, k3, everything": GRPOSettings(loss_type="gspo", beta=0.2, tis_cap=1.1, delta=1.2, entropy_coef=0.3),
+    "gspo, k2, corrected KL": GRPOSettings(loss_type="gspo", beta=0.2, kl="k2", use_bias_correction_kl=True),
+    "gspo, k3, everything": GRPOSettings(
+        loss_type="gspo", beta=0.2, tis_cap=1.1, delta=1.2, entropy_coef=0.3, use_bias_correction_kl=True
+    ),
 }
 
 
@@ -172,7 +179,8 @@ def padded_objective(
     if settings.beta:
         assert ref_logp is not None
         d = pad(ref_logp) - logp
-        loss = loss + settings.beta * {"k1": -d, "k2": 0.5 * d * d, "k3": torch.exp(d) - d - 1}[settings.kl]
+        kl = {"k1": -d, "k2": 0.5 * d * d, "k3": torch.exp(d) - d - 1}[settings.kl]
+        loss = loss + settings.beta * kl * (ratio if settings.use_bias_correction_kl else 1)
     if settings.entropy_coef:
         assert entropy is not None
         loss = loss - settings.entropy_coef * pad(entropy)

@@ -44,6 +44,7 @@ def objectives(draw: st.DrawFn) -> GRPOSettings:
         delta=None if cispo else draw(st.sampled_from([None, 1.1, 1.5])),
         beta=draw(st.sampled_from([0.0, 0.3])),
         kl=draw(st.sampled_from(KL_ESTIMATORS)),
+        use_bias_correction_kl=draw(st.booleans()),
         importance_level=draw(st.sampled_from(IMPORTANCE_LEVELS)),
         tis_cap=draw(st.sampled_from([None, 0.9, 1.5])),
         entropy_coef=draw(st.sampled_from([0.0, 0.2, -0.1])),

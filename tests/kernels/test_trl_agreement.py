@@ -22,6 +22,8 @@ CASES: dict[str, dict[str, Any]] = {
     "dapo": {"loss_type": "dapo", "epsilon_high": 0.28},
     "cispo": {"loss_type": "cispo", "epsilon_high": 1.3, "beta": 0.1},
     "gspo": {"loss_type": "gspo"},
+    "corrected KL": {"beta": 0.1, "use_bias_correction_kl": True},
+    "corrected KL, sequence level": {"loss_type": "gspo", "beta": 0.1, "use_bias_correction_kl": True},
     "truncated importance sampling": {"tis_cap": 1.2, "beta": 0.1},
     "bnpo, entropy": {"loss_type": "bnpo", "entropy_coef": 0.2},
 }
@@ -42,7 +44,10 @@ def trl_loss(trainer_class: Any, settings: GRPOSettings, rows: dict[str, Any], e
         importance_sampling_level="sequence" if settings.sequence_level else "token",
         beta=settings.beta,
         args=SimpleNamespace(
-            use_bias_correction_kl=False, delta=settings.delta, steps_per_generation=1, entropy_target=None
+            use_bias_correction_kl=settings.use_bias_correction_kl,
+            delta=settings.delta,
+            steps_per_generation=1,
+            entropy_target=None,
         ),
         loss_type="grpo" if settings.loss_type == "gspo" else settings.loss_type,
         epsilon_low=settings.epsilon_low,

@@ -23,6 +23,7 @@ TRL_DEFAULTS = {
     "max_completion_length": 512,
     "output_dir": None,
     "save_steps": 500,
+    "use_bias_correction_kl": True,
 }
 
 

@@ -120,6 +120,9 @@ class ObjectiveSettings(ReferenceSettings, _Shared):
         None, "level of the ratio; default: token, with gspo sequence"
     )
     kl_estimator: Literal["k1", "k2", "k3"] = setting("k3", "estimator of the KL")
+    use_bias_correction_kl: bool = setting(
+        False, "multiply the KL in the loss by the ratio, which makes its gradient unbiased (k3, token level)"
+    )
     kl_in_reward: bool = setting(False, "subtract the KL, summed over a completion, from its reward: no KL in the loss")
     epsilon: float = setting(0.2, "lower clip of the ratio, and upper clip unless epsilon_high is set")
     epsilon_high: float | None = setting(None, "upper clip of the ratio; default: epsilon")
@@ -146,6 +149,8 @@ class ObjectiveSettings(ReferenceSettings, _Shared):
             yield f"epsilon is {self.epsilon}: it must be between 0 and 1"
         if self.beta == 0 and self.kl_in_reward:
             yield "kl_in_reward needs beta above 0: with beta 0 there is no reference model"
+        if self.use_bias_correction_kl and self.loss_beta == 0:
+            yield "use_bias_correction_kl needs a KL in the loss: beta above 0, and kl_in_reward=false"
         if self.skip_zero_advantage and self.loss_beta > 0:
             yield f"skip_zero_advantage needs beta 0, not {self.beta}: by the KL such completions have a gradient"
         if self.skip_zero_advantage and self.entropy_coef != 0:
@@ -176,6 +181,7 @@ class ObjectiveSettings(ReferenceSettings, _Shared):
                 delta=self.delta,
                 beta=self.loss_beta,
                 kl=self.kl_estimator,
+                use_bias_correction_kl=self.use_bias_correction_kl,
                 importance_level=self.importance_sampling_level or "token",
                 tis_cap=self.importance_sampling_cap if corrected else None,
                 entropy_coef=self.entropy_coef,

@@ -39,7 +39,7 @@ class HiddenRows(Structure):
 
 class Settings(Structure):
     _fields_ = [
-        *_fields(c_int32, "loss_type kl sequence_level has_delta has_tis_cap reserved"),
+        *_fields(c_int32, "loss_type kl sequence_level has_delta has_tis_cap use_bias_correction_kl"),
         *_fields(c_double, "epsilon_low epsilon_high delta beta tis_cap entropy_coef max_completion_length"),
     ]
 
@@ -131,7 +131,7 @@ def hidden_rows(of: HeadInputs) -> HiddenRows:
 def settings(of: GRPOSettings) -> Settings:
     """Return the settings as a structure."""
     loss_type, kl = LOSS_TYPES.index(of.loss_type), 1 + KL_ESTIMATORS.index(of.kl)
-    flags = of.sequence_level, of.delta is not None, of.tis_cap is not None, 0
+    flags = of.sequence_level, of.delta is not None, of.tis_cap is not None, of.use_bias_correction_kl
     numbers = of.delta or 0.0, of.beta, of.tis_cap or 0.0, of.entropy_coef, of.max_completion_length or 0
     return Settings(loss_type, kl, *flags, of.epsilon_low, of.epsilon_high, *numbers)
 

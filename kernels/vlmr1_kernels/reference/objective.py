@@ -80,7 +80,7 @@ def token_losses(logp: Tensor, rows: Rows, settings: GRPOSettings) -> TokenLoss:
         loss = loss * (old - rows.sampling).exp().clamp(max=settings.tis_cap)
     kl = None
     if rows.ref is not None:
-        kl = _kl(rows.ref - logp, settings.kl)
+        kl = _kl(rows.ref - logp, settings.kl) * (ratio if settings.use_bias_correction_kl else 1)
         if settings.beta > 0:
             loss = loss + settings.beta * kl
     return TokenLoss(loss, ratio.detach(), None if kl is None else kl.detach())

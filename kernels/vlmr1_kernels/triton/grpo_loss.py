@@ -11,7 +11,13 @@ from vlmr1_kernels import custom_ops
 from vlmr1_kernels.inputs import LossInputs
 from vlmr1_kernels.settings import GRPOSettings
 from vlmr1_kernels.triton.launch import contiguous_aligned, launch, on_tensor_device
-from vlmr1_kernels.triton.objective import log_ratio_and_tis_weight, loss_constexprs, loss_scalars, token_loss
+from vlmr1_kernels.triton.objective import (
+    kl_divergence,
+    log_ratio_and_tis_weight,
+    loss_constexprs,
+    loss_scalars,
+    token_loss,
+)
 from vlmr1_kernels.triton.sequences import SequenceTable, sequence_table
 
 BLOCK = 512
@@ -31,12 +37,13 @@ class Objective(NamedTuple):
 @triton.jit(do_not_specialize=["sequences"])
 def objective_kernel(
     logp, entropy, table, row_logps, loss_scalars, sequences, d_logp, sums,
-    CISPO: tl.constexpr, KL: tl.constexpr, SEQUENCE: tl.constexpr, BLOCK: tl.constexpr,
+    CISPO: tl.constexpr, KL: tl.constexpr, CORRECTED: tl.constexpr, SEQUENCE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write sums [5, B]: loss, kl, rows clipped low, rows clipped high and largest ratio of each sequence."""
     sequence = tl.program_id(0)
     first, length, advantages, weights = table
     low, high, _, _, _, entropy_coef = loss_scalars
+    _, ref, _ = row_logps
     begin, end = tl.load(first + sequence), tl.load(first + sequence + 1)
     lanes = tl.arange(0, BLOCK)
     zeros = tl.zeros((BLOCK,), tl.float32)
@@ -44,18 +51,22 @@ def objective_kernel(
 
     mean_log_ratio = 0.0
     mean_tis_weight = 1.0
+    mean_kl = None
     if SEQUENCE:
-        ratios, tis_weights = zeros, zeros
+        ratios, tis_weights, kls = zeros, zeros, zeros
         for start in range(begin, end, BLOCK):
             row = start + lanes
             mask = row < end
-            log_ratio, tis_weight = log_ratio_and_tis_weight(
-                tl.load(logp + row, mask=mask).to(tl.float32), row, mask, row_logps, loss_scalars
-            )
+            value = tl.load(logp + row, mask=mask).to(tl.float32)
+            log_ratio, tis_weight = log_ratio_and_tis_weight(value, row, mask, row_logps, loss_scalars)
             ratios += tl.where(mask, log_ratio, 0.0)
             tis_weights += tl.where(mask, tis_weight, 0.0)
+            if CORRECTED and ref is not None:
+                kl, _ = kl_divergence(tl.load(ref + row, mask=mask).to(tl.float32) - value, KL)
+                kls += tl.where(mask, kl, 0.0)
         rows = tl.load(length + sequence)
         mean_log_ratio, mean_tis_weight = tl.sum(ratios, 0) / rows, tl.sum(tis_weights, 0) / rows
+        mean_kl = tl.sum(kls, 0) / rows
 
     losses, kls, lows, highs, ratio_max = zeros, zeros, zeros, zeros, zeros - float("inf")
     for start in range(begin, end, BLOCK):
@@ -67,8 +78,9 @@ def objective_kernel(
         if SEQUENCE:
             log_ratio, spread = zeros + mean_log_ratio, zeros + mean_tis_weight
         loss, slope, ratio, kl = token_loss(
-            value, log_ratio, tis_weight, spread, advantage, row, mask, row_logps, loss_scalars, CISPO, KL
-        )
+            value, log_ratio, tis_weight, spread, mean_kl, advantage, row, mask, row_logps, loss_scalars,
+            CISPO, KL, CORRECTED,
+        )  # fmt: skip
         if d_logp is not None:
             tl.store(d_logp + row, slope * weight, mask=mask)
         if entropy_coef is not None:

@@ -25,7 +25,8 @@ from vlmr1_kernels.triton.softmax import row_statistics, write_gradient
 @triton.jit(do_not_specialize=["first", "vocabulary"])
 def loss_kernel(
     logits, d_logits, stride, targets, first, vocabulary, head, ids, table, row_logps, loss_scalars, factor,
-    logp, entropy, DEFERRED: tl.constexpr, CISPO: tl.constexpr, KL: tl.constexpr, BLOCK: tl.constexpr,
+    logp, entropy, DEFERRED: tl.constexpr, CISPO: tl.constexpr, KL: tl.constexpr, CORRECTED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write log-prob, entropy and gradient of the logits of a row: of its loss, or if DEFERRED of its log-prob."""
     row = first + tl.program_id(0)
@@ -43,8 +44,9 @@ def loss_kernel(
     if not DEFERRED:
         log_ratio, tis_weight = log_ratio_and_tis_weight(value, row, None, row_logps, loss_scalars)
         _, slope, _, _ = token_loss(
-            value, log_ratio, tis_weight, tis_weight, advantage, row, None, row_logps, loss_scalars, CISPO, KL
-        )
+            value, log_ratio, tis_weight, tis_weight, None, advantage, row, None, row_logps, loss_scalars,
+            CISPO, KL, CORRECTED,
+        )  # fmt: skip
         slope *= weight
         _, _, _, _, _, entropy_coef = loss_scalars
         if entropy_coef is not None:

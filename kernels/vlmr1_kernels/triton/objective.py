@@ -25,7 +25,7 @@ def loss_scalars(settings: GRPOSettings) -> tuple[float | None, ...]:
 
 def loss_constexprs(settings: GRPOSettings) -> dict[str, Any]:
     """Return the compile-time constants of the loss kernels."""
-    return {"CISPO": settings.loss_type == "cispo", "KL": settings.kl}
+    return {"CISPO": settings.loss_type == "cispo", "KL": settings.kl, "CORRECTED": settings.use_bias_correction_kl}
 
 
 @triton.jit
@@ -45,13 +45,14 @@ def log_ratio_and_tis_weight(logp, row, mask, row_logps, loss_scalars):
 
 @triton.jit
 def token_loss(
-    logp, log_ratio, tis_weight, mean_tis_weight, advantage, row, mask, row_logps, loss_scalars,
-    CISPO: tl.constexpr, KL: tl.constexpr,
+    logp, log_ratio, tis_weight, mean_tis_weight, mean_kl, advantage, row, mask, row_logps, loss_scalars,
+    CISPO: tl.constexpr, KL: tl.constexpr, CORRECTED: tl.constexpr,
 ):  # fmt: skip
     """Return (loss, d loss / d logp, ratio, kl) of a row, before its weight and without the entropy bonus.
 
-    At sequence level log_ratio and mean_tis_weight are means over the sequence, since each row changes the ratio of
-    all its rows. At token level mean_tis_weight is tis_weight.
+    At sequence level log_ratio, mean_tis_weight and mean_kl are means over the sequence, since each row changes the
+    ratio of all its rows. At token level mean_tis_weight is tis_weight and mean_kl is None. If CORRECTED, the KL is
+    multiplied by the ratio.
     """
     low, high, delta, beta, _, _ = loss_scalars
     ratio = tl.exp(log_ratio)
@@ -72,6 +73,9 @@ def token_loss(
     if ref_ptr is not None:
         d = tl.load(ref_ptr + row, mask=mask).to(tl.float32) - logp
         kl, kl_slope = kl_divergence(d, KL)
+        if CORRECTED:
+            kl_slope = ratio * (kl_slope + (kl if mean_kl is None else mean_kl))
+            kl *= ratio
         if beta is not None:
             loss += beta * kl
             slope += beta * kl_slope
