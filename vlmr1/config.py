@@ -212,7 +212,9 @@ def _unsupported(config: GRPOConfig) -> Iterator[str]:
 
 def _is_folder(name: str | None, folder: str | None) -> bool:
     """Return whether a name is of this existing directory."""
-    return bool(name and folder) and Path(name).is_dir() and Path(name).resolve() == Path(folder).resolve()
+    if name is None or folder is None or not Path(name).is_dir():
+        return False
+    return Path(name).resolve() == Path(folder).resolve()
 
 
 def _changed(setting: Field, value: object) -> bool:

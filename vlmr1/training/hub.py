@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HTTPError  # of the HTTP client that it uses
+from huggingface_hub.errors import HTTPError  # type: ignore[reportPrivateImportUsage] - of its HTTP client
 
 from vlmr1.errors import OutputError
 
