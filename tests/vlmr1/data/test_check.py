@@ -292,7 +292,7 @@ def test_boxes_are_checked_without_a_model(folder):
     assert run(*shared, "--reward_mode", "vlm_r1") == 0  # the published code compares as it does
     as_in_training = ["--data_file_paths", path, "--image_folders", folder / "images"]
     assert [run(*shared[:3]), run(*as_in_training)] == [1, 1]
-    assert run(write(folder, [row(gpt=f"<answer>{list(THOUSANDTHS)}</answer>", image=None)])) == 0  # a list of numbers
+    assert run(write(folder, [row("Where?", image=None, gpt=str(list(THOUSANDTHS)))])) == 0  # a list of numbers
 
 
 @pytest.mark.parametrize(
