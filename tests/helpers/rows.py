@@ -1,0 +1,31 @@
+"""Rows of data files, and what they become."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vlmr1.types import Sample
+
+BOX = '<answer>{"bbox_2d": [0, 0, 4, 4]}</answer>'
+
+
+def row(human: Any = "<image>Where?", gpt: Any = BOX, **columns: Any) -> dict[str, Any]:
+    """A row in the format of VLM-R1."""
+    turns = [{"from": "human", "value": human}, {"from": "gpt", "value": gpt}]
+    return {"image": "a.png", "conversations": turns} | columns
+
+
+def write(path: Path, *lines: Any) -> Path:
+    """The path of a file with these lines: rows, text or bytes."""
+    texts = [line if isinstance(line, bytes | str) else json.dumps(line) for line in lines]
+    path.write_bytes(b"".join((text if isinstance(text, bytes) else text.encode()) + b"\n" for text in texts))
+    return path
+
+
+def shown(made: Sample) -> list[tuple[str, list[str]]]:
+    """Role and parts of each message, an image as I, a text as itself."""
+    found = []
+    for each in made.messages:
+        parts = ["I" if part == {"type": "image"} else part["text"] for part in each["content"]]
+        found.append((each["role"], parts))
+    return found
