@@ -188,9 +188,3 @@ def test_what_cannot_be_streamed(name, content, sampling, says, tmp_path, monkey
         (tmp_path / name).write_text(content)
     with pytest.raises(SettingError, match=says):
         stream_samples([name], [], Mixture(sampling), question="{question}")
-
-
-def test_an_empty_file(tmp_path):
-    (tmp_path / "rows.jsonl").write_text("\n\n")
-    with pytest.raises(DataError, match=r"rows\.jsonl: the data set is empty"):
-        stream_samples([str(tmp_path / "rows.jsonl")], [], Mixture(), question="{question}")
