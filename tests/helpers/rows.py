@@ -29,3 +29,15 @@ def shown(made: Sample) -> list[tuple[str, list[str]]]:
         parts = ["I" if part == {"type": "image"} else part["text"] for part in each["content"]]
         found.append((each["role"], parts))
     return found
+
+
+SIZES = {"a": 10, "b": 40, "c": 7}
+NUMBERED = [f"{name}{i}" for name, count in SIZES.items() for i in range(count)]  # solutions of the rows
+
+
+def numbered_files(folder: Path) -> list[Path]:
+    """Files a, b and c of these sizes; the solution of a row is its file's name and its number."""
+    return [
+        write(folder / f"{name}.jsonl", *({"prompt": "?", "solution": f"{name}{i}"} for i in range(count)))
+        for name, count in SIZES.items()
+    ]

@@ -1,6 +1,5 @@
 """`vlmr1 data check`: every planted fault is found at its line, and nothing else."""
 
-import argparse
 import json
 import re
 from pathlib import Path
@@ -11,13 +10,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from tests.helpers.digit_runs import command as train_command
+from tests.helpers.digit_runs import command
 from tests.helpers.pictures import png_of
 from tests.helpers.rows import row, write
 from vlmr1.cli import main
-from vlmr1.commands.data import add_arguments
 from vlmr1.commands.data_check import check_data
-from vlmr1.commands.data_check import run as run_command
 from vlmr1.commands.prompt_lengths import prompt_measure
 from vlmr1.data.prompts import without_overlong
 from vlmr1.data.samples import load_samples
@@ -141,16 +138,14 @@ def test_lengths_are_those_of_the_trainer(folder, measure, make):
     assert findings.faults == []
 
 
-def run(*words):
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return run_command(parser.parse_args(["check", *map(str, words)]), [])
+def check(images, *words):
+    """The status of the command."""
+    return main(["data", "check", *map(str, words), "--images", str(images)])
 
 
 def test_the_command_prints_each_fault(folder, capsys):
     path = write(folder / "data.jsonl", row(), row(image="none.png"), row(gpt="x"))
-    status = run(path, "--images", folder / "images", "--reward_funcs", "accuracy")
-    assert status == 1
+    assert check(folder / "images", path, "--reward_funcs", "accuracy") == 1
     template, missing, solution, counts, total = capsys.readouterr().out.splitlines()
     assert template == "question_template auto: rec"
     assert missing == f"{path}:2: missing image: image none.png is missing in {folder}/images"
@@ -161,7 +156,7 @@ def test_the_command_prints_each_fault(folder, capsys):
 
 def test_the_command_counts_tokens(folder, capsys):
     path = write(folder / "data.jsonl", row(), row(), row("1 + 1?", image=None))
-    assert run(path, "--images", folder / "images", "--model", "tiny", "--question_template", "rec") == 0
+    assert check(folder / "images", path, "--model", "tiny", "--question_template", "rec") == 0
     template, first, *bars, counts, last = capsys.readouterr().out.splitlines()
     assert (template, first, counts, last) == (
         "question_template: rec",
@@ -176,11 +171,8 @@ def test_the_command_counts_tokens(folder, capsys):
 
 
 STANDINS = Path(__file__).parents[2] / "data" / "standins"
+IMAGES = STANDINS / "images"
 RECIPES = Path(__file__).parents[3] / "vlmr1" / "recipes"
-
-
-def command(path, *more):
-    return main(["data", "check", *map(str, path), "--images", str(STANDINS / "images"), *more])
 
 
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in STANDINS.glob("*.jsonl")))
@@ -189,28 +181,28 @@ def test_rows_of_a_recipe(recipe, capsys):
     words = ["--reward_funcs", *settings["reward_funcs"], "--question_template", settings["question_template"]]
     words += ["--accu_reward_method", *settings.get("accu_reward_method", ["iou"])]
     words += ["--box_coordinates", settings.get("box_coordinates", "auto")]
-    status = command([STANDINS / f"{recipe}.jsonl"], *words, "--reward_mode", settings.get("reward_mode", "strict"))
-    assert status == 0, capsys.readouterr().out
+    words += ["--reward_mode", settings.get("reward_mode", "strict")]
+    assert check(IMAGES, STANDINS / f"{recipe}.jsonl", *words) == 0, capsys.readouterr().out
 
 
 def test_a_method_for_each_file(capsys):
     files = [STANDINS / "rec-3b.jsonl", STANDINS / "ovd-3b.jsonl"]
     words = ["--reward_funcs", "accuracy", "--accu_reward_method"]
-    assert command(files, *words, "iou:odLength") == command(files, *words, "iou", "odLength") == 0
-    assert command(files, *words, "odLength:iou") == command(files, *words, "iou") == 1
-    assert command(files[1:], *words, "llm") == 0  # the judge is not asked
+    assert check(IMAGES, *files, *words, "iou:odLength") == check(IMAGES, *files, *words, "iou", "odLength") == 0
+    assert check(IMAGES, *files, *words, "odLength:iou") == check(IMAGES, *files, *words, "iou") == 1
+    assert check(IMAGES, *files[1:], *words, "llm") == 0  # the judge is not asked
     capsys.readouterr()
-    assert command(files, *words, "iou", "map", "mcq") == 2
+    assert check(IMAGES, *files, *words, "iou", "map", "mcq") == 2
     assert "accu_reward_method has 3 methods for 2 data files" in capsys.readouterr().err
 
 
 def test_the_mode_decides(tmp_path, capsys):
     """The published code reads a box without area, and needs the tags."""
-    shared = {"image": sorted(path.name for path in (STANDINS / "images").iterdir())[0], "prompt": "<image>?"}
+    shared = {"image": min(path.name for path in IMAGES.iterdir()), "prompt": "<image>?"}
     for solution, strict in (("<answer>[30, 40, 1, 2]</answer>", 1), ("[1, 2, 30, 40]", 0)):
         path = write(tmp_path / "rows.jsonl", shared | {"solution": solution})
-        assert command([path], "--reward_funcs", "accuracy") == strict
-        assert command([path], "--reward_funcs", "accuracy", "--reward_mode", "vlm_r1") == 1 - strict
+        assert check(IMAGES, path, "--reward_funcs", "accuracy") == strict
+        assert check(IMAGES, path, "--reward_funcs", "accuracy", "--reward_mode", "vlm_r1") == 1 - strict
 
 
 # Boxes of solutions that cannot be true: image a.png has 56 x 56 px
@@ -237,10 +229,10 @@ def check_and_train(folder, method, solution, *more):
     """The statuses of `data check` and `train` on a good row and one with this solution."""
     path = write(folder / "data.jsonl", row(), row(gpt=f"<answer>{solution}</answer>", accu_reward_method=method))
     more = ["--reward_funcs", "accuracy", *more]
-    checked = main(["data", "check", str(path), "--images", str(folder / "images"), "--model", "tiny", *more])
+    checked = check(folder / "images", path, "--model", "tiny", *more)
     small = {"max_steps": 1, "write_report": "false", "prompts_per_device": 1, "num_generations": 2}
     given = small | {"max_completion_length": 4, "data_file_paths": path}
-    return checked, main(train_command(folder, folder / "out", *more, **given))
+    return checked, main(command(folder, folder / "out", *more, **given))
 
 
 @pytest.mark.parametrize(("method", "solution", "says"), IMPOSSIBLE.values(), ids=IMPOSSIBLE.keys())
@@ -270,9 +262,9 @@ def test_a_box_that_may_be_true_trains(method, solution, more, folder):
 
 def test_boxes_are_checked_without_a_model(folder):
     path = write(folder / "data.jsonl", row(gpt=f"<answer>{list(THOUSANDTHS)}</answer>"))
-    shared = [path, "--images", folder / "images", "--reward_funcs", "accuracy"]
-    assert [run(*shared), run(*shared, "--box_coordinates", "original")] == [1, 0]
-    assert run(*shared, "--reward_mode", "vlm_r1") == 0  # the published code compares as it does
+    shared = [folder / "images", path, "--reward_funcs", "accuracy"]
+    assert [check(*shared), check(*shared, "--box_coordinates", "original")] == [1, 0]
+    assert check(*shared, "--reward_mode", "vlm_r1") == 0  # the published code compares as it does
 
 
 @pytest.mark.parametrize(
@@ -300,8 +292,8 @@ def test_rows_that_are_left_out_are_named(limit, says, folder, caplog):
 def test_several_rows_take_part(folder, capsys):
     """The rows that the settings of a run take of each file, with their own lines."""
     path = write(folder / "data.jsonl", row(gpt="x"), row(), row(gpt="x"))
-    shared = [path, "--images", folder / "images", "--reward_funcs", "accuracy", "--sampling_strategy"]
-    assert run(*shared, "end:2") == 1
+    shared = [folder / "images", path, "--reward_funcs", "accuracy", "--sampling_strategy"]
+    assert check(*shared, "end:2") == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == f"{path}: 2 of 3 rows are taken" and lines[2].startswith(f"{path}:3: solution")
     assert lines[-1] == "2 rows, 1 images: 1 faults (1 solution)"
