@@ -1,7 +1,9 @@
 """Before any test is collected: others that import Triton would import it uninterpreted."""
 
 import gc
+import os
 import signal
+from pathlib import Path
 
 from tests.helpers import interpreter
 
@@ -10,6 +12,12 @@ if interpreter.AVAILABLE:
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a script: children inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# DeepSpeed compiles an extension under a lock, which a killed process leaves: each worker has a directory of its own.
+EXTENSIONS = Path(__file__).parents[1] / "build" / f"torch_extensions-{os.environ.get('PYTEST_XDIST_WORKER', 'main')}"
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(EXTENSIONS))
+for lock in EXTENSIONS.glob("*/lock"):
+    lock.unlink()
 
 
 def pytest_collection_finish() -> None:
