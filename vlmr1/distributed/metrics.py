@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -21,10 +22,12 @@ LONGEST = ("dynamic_sampling/rounds", "rollout/prefill_seconds", "rollout/decode
 
 
 def over_ranks(values: Mapping[str, float], weight: float, ranks: Ranks) -> dict[str, float]:
-    """Sums of counts, maxima of maxima, and means weighted by `weight`, the number of this rank's groups."""
+    """Sums of counts, maxima of maxima, and means weighted by `weight`, the number of this rank's groups. A value that
+    is NaN, such as the mean of a reward that applied to no row, is left out."""
     everyone = ranks.all_gather((dict(values), weight))
     names = dict.fromkeys(name for own, _ in everyone for name in own)
-    return {name: _combined(name, [(own[name], w) for own, w in everyone if name in own]) for name in names}
+    known = {name: [(own[name], w) for own, w in everyone if not math.isnan(own.get(name, math.nan))] for name in names}
+    return {name: _combined(name, values) for name, values in known.items() if values}
 
 
 def _combined(name: str, known: Sequence[tuple[float, float]]) -> float:

@@ -55,7 +55,7 @@ def evaluate_during_training(
     rows = sorted((row for own in ranks.all_gather(scored) for row in own), key=lambda row: row[0])
     rewards = torch.tensor([values for _, values, _ in rows], dtype=torch.float64)  # [rows, R]
     records = [record for _, _, record in rows]
-    means = rewards.mean(0).tolist()
+    means = rewards.nanmean(0).tolist()
     values = {f"eval/rewards/{reward.name}/mean": mean for reward, mean in zip(trainer.rewards, means, strict=True)}
     values |= _box_metrics(trainer, samples, records)
     values["eval/completion_length"] = sum(len(record.token_ids) for record in records) / len(records)

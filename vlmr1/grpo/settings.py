@@ -101,6 +101,10 @@ class ObjectiveSettings(ReferenceSettings, _Shared):
     scale_rewards: Literal["group", "batch", "none"] = setting(
         "group", "advantages are divided by the standard deviation of the rewards of a group, of the batch, or not"
     )
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = setting(
+        "sum_then_normalize",
+        "advantages from the weighted sum of the rewards, or from each reward normalized over its group (GDPO)",
+    )
     importance_sampling_level: Literal["token", "sequence"] | None = setting(
         None, "level of the ratio; default: token, with gspo sequence"
     )
@@ -132,6 +136,11 @@ class ObjectiveSettings(ReferenceSettings, _Shared):
             yield "epsilon has no effect with loss_type=cispo: epsilon_high caps its ratio"
         elif not 0 <= self.epsilon <= 1:
             yield f"epsilon is {self.epsilon}: it must be between 0 and 1"
+        if self.multi_objective_aggregation == "normalize_then_sum":
+            if not self.is_default("scale_rewards"):
+                yield "scale_rewards has no effect with multi_objective_aggregation=normalize_then_sum"
+            if self.kl_in_reward:
+                yield "kl_in_reward needs multi_objective_aggregation=sum_then_normalize: the KL is no reward function"
         if self.beta == 0 and self.kl_in_reward:
             yield "kl_in_reward needs beta above 0: with beta 0 there is no reference model"
         if self.use_bias_correction_kl and self.loss_beta == 0:

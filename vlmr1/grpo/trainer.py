@@ -127,7 +127,8 @@ class GRPOTrainer(HFTrainer):
             self.add_logprobs(model, groups, every=True)
             groups = with_kl(groups, self.args.kl_estimator)
         weights, scale = self.reward_weights, self.args.scale_rewards
-        groups = with_advantages(groups, weights, scale, self.ranks, kl_weight=self.args.beta)
+        options = {"kl_weight": self.args.beta, "aggregation": self.args.multi_objective_aggregation}
+        groups = with_advantages(groups, weights, scale, self.ranks, **options)
         self.timed_out = self.ranks.all_gather_list(self.timed_out)  # groups may go to other ranks
         return [Minibatch(own, self.prepare(model, own)) for own in self.balance(groups)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ class Progress(TrainerCallback):
                 "box_scale": self._box_scale(group.prompt),
                 "completion": completion.text,
                 "solution": sample.solution,
-                "rewards": group.rewards[i].tolist(),
+                "rewards": [None if math.isnan(value) else value for value in group.rewards[i].tolist()],
                 "advantage": float(group.advantages[i]),
                 "finish_reason": completion.finish_reason,
                 "timed_out": [t.reward for t in late if (t.source, t.completion) == (sample.source, i)],

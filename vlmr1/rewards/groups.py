@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -46,7 +47,7 @@ def score_groups(
     pool: RewardPool | None = None,
     timed_out: list[TimedOut] | None = None,
 ) -> list[Group]:
-    """Return the groups with their rewards [G, R] float32, one column a reward function.
+    """Return the groups with their rewards [G, R] float32, one column a reward function; NaN where it returned None.
 
     Without a pool each function is called once, for all completions, in this process. With a pool, isolated rewards are
     called for one completion at a time in a worker process, within the pool's time limit. Isolated are built-in rewards
@@ -179,6 +180,8 @@ def _box_scale(reward: Reward, row: _Row) -> Scale | None:
 
 
 def _number(value: object, reward: Reward, row: _Row) -> float:
+    if value is None:  # the function does not apply to this row
+        return math.nan
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         value = value.item()
     if not isinstance(value, NUMBER) or not abs(value) <= FLOAT32_MAX:  # NaN compares false

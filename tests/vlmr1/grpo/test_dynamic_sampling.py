@@ -3,6 +3,7 @@
 import shutil
 import threading
 from dataclasses import replace
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +143,11 @@ def test_nothing_is_drawn_where_all_groups_have_signal():
         ([[1.0, 0.0], [0.0, 1.0]], [1.0, 1.0], True),
         ([[1.0, 0.0], [0.0, 1.0]], [1.0, 0.5], False),
         ([[1.0, 0.0], [1.0, 1.0]], [1.0, 0.0], True),
+        ([[1.0, nan], [nan, 1.0]], [1.0, 1.0], True),
+        ([[1.0, nan], [nan, nan]], [1.0, 1.0], True),
+        ([[1.0, nan], [nan, 1.0]], [1.0, 0.5], False),
     ],
-    ids=["equal sums", "other weights", "a reward that does not count"],
+    ids=["equal", "other weights", "does not count", "does not apply", "one is scored", "do not apply"],
 )
 def test_signal_is_of_the_weighted_sum(rewards, weights, expected):
     assert has_equal_rewards(replace(FIRST[0], rewards=torch.tensor(rewards)), weights) == expected
