@@ -155,11 +155,6 @@ class GRPOConfig(
 
     def check(self) -> Iterator[str]:
         """Yield the faults of settings of two packages, and of those of TrainingArguments."""
-        if self.lora_dropout and (self.share_prompt or self.pack):
-            yield (
-                f"lora_dropout is {self.lora_dropout}, which needs share_prompt=false pack=false: branches of a prompt "
-                "would share what was dropped from it"
-            )
         if self.reference == "adapter" and not self.use_peft:
             yield "reference=adapter needs use_peft: it is the policy with its adapter switched off"
         if self.sync_ref_model and (self.reference == "adapter" or (self.use_peft and self.reference == "auto")):

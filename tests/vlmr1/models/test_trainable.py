@@ -30,7 +30,7 @@ def test_what_is_not_installed_is_named(module, arguments, monkeypatch):
 
 
 ALLOWED = {
-    "dropout": [*PEFT, "--lora_dropout", "0.1", "--share_prompt", "false", "--pack", "false"],
+    "dropout": [*PEFT, "--lora_dropout", "0.1"],
     "bfloat16 below an adapter": [*PEFT, "--model_dtype", "bfloat16"],
     "a copy beside an adapter": [*PEFT, "--reference", "copy"],
     "freeze_vision, which an adapter does anyway": [*PEFT, "--freeze_vision", "true"],
