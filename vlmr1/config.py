@@ -138,7 +138,9 @@ class GRPOConfig(
             faults += faults_of(lambda: TrainingArguments.__post_init__(self))
         works = not faults  # as TrainingArguments: its values have their types
         for part in parts():
-            faults += part.check(self)
+            wrong = list(part.wrong_types(self))
+            works = works and not wrong
+            faults += wrong or part.check(self)
         if works:
             faults += self.check()
         _refuse(faults or list(faults_of(self.objective)))
