@@ -53,7 +53,7 @@ def decode(
     from vlmr1.rollout import NativeEngine, SamplingSettings
 
     prompts = bench_model.prompts_of(folder, model, processor, replace(shape, prompts=groups))
-    options = {"dtype": torch.bfloat16, "cuda_graphs": graphs}
+    options = {"dtype": torch.bfloat16, "cuda_graphs": graphs, "ignore_eos": True}
     engine = NativeEngine(model, family_of(model), processor.tokenizer, **options)
     for step in range(2):
         engine.generate(prompts, shape.num_generations, SamplingSettings(tokens), step=step)
@@ -77,6 +77,7 @@ def updates(
     samples = [bench_model.sample_of(folder, shape, index) for index in range(2 * given["prompts_per_device"])]
     rewards = bench_model.rewards(shape.num_generations)
     trainer: Any = GRPOTrainer(model, config, samples, processor, reward_funcs=[rewards])
+    trainer.engine.ignore_eos = True
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     for log in (log for log in trainer.state.log_history if "loss" in log):

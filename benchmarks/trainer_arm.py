@@ -87,6 +87,7 @@ class TrainerArm:
         config = GRPOConfig(output_dir=str(bed.folder / "output" / name), **given)
         rewards = bench_model.rewards(bed.shape.num_generations, flat=flat)
         self.trainer: Any = GRPOTrainer(bed.model, config, [], bed.processor, reward_funcs=[rewards])
+        self.trainer.engine.ignore_eos = True
         for callback in (PrinterCallback, ProgressCallback):
             self.trainer.remove_callback(callback)
         self.frozen = [parameter for parameter in bed.model.parameters() if not parameter.requires_grad]

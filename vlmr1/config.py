@@ -164,6 +164,10 @@ class GRPOConfig(
                 "sync_ref_model needs reference=copy or offload: with LoRA the reference is the frozen base model, "
                 "which cannot be updated"
             )
+        if self.streaming and self.max_steps <= 0:
+            yield "streaming=true needs max_steps: the number of rows is not known, and so not that of an epoch"
+        if self.streaming and self.dynamic_sampling:
+            yield "dynamic_sampling draws from all rows, and streaming=true knows none before: leave one of them out"
         if self.save_strategy == SaveStrategy.BEST:
             yield "save_strategy is 'best': no checkpoint is chosen by an evaluation; use 'steps' or 'epoch'"
         for name, value in (("ignore_data_skip", False), ("dataloader_in_order", True)):

@@ -61,6 +61,7 @@ class Prompt:
     input_ids: Tensor  # [L_p] int64
     positions: Tensor  # [K, L_p] int64; K is 3 with M-RoPE (time, height, width; equal rows for text), else 1
     images: tuple[ImageInputs, ...] = ()  # what the processor made of each of the sample's images
+    think_opening: str = ""  # the `<think>`, closed or not, with which the chat template ends the prompt
 
     @property
     def next_position(self) -> int:

@@ -1,33 +1,21 @@
 """What a run shows and which signals end it; and `vlmr1 bench`."""
 
-from __future__ import annotations
-
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.console import Progress, duration, seconds_left
+from tests.helpers.python import python
 from vlmr1.commands.bench import bench
 from vlmr1.errors import UserError
 
-ROOT = Path(__file__).parents[2]
 
-
-def python(program: str, ignored: int | None = None) -> subprocess.CompletedProcess[str]:
+def run(program: str, ignored: int | None = None) -> Any:
     """Run a program that starts with a signal ignored, as under nohup."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))}
-
-    def prepare() -> None:
-        if ignored is not None:
-            signal.signal(ignored, signal.SIG_IGN)
-
-    words = [sys.executable, "-c", program]
-    return subprocess.run(words, env=environment, capture_output=True, text=True, check=False, preexec_fn=prepare)
+    ignore = None if ignored is None else lambda: signal.signal(ignored, signal.SIG_IGN)
+    return python("-c", program, cwd=Path(), preexec_fn=ignore)
 
 
 KILL = """
@@ -45,8 +33,8 @@ except KeyboardInterrupt:
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
 def test_a_signal_stops_a_run_unless_the_parent_ignores_it(number: int):
     program = KILL.format(number=int(number))
-    assert python(program).stdout == "stopped\n"
-    assert python(program, ignored=number).stdout == "goes on\n"
+    assert run(program).stdout == "stopped\n"
+    assert run(program, ignored=number).stdout == "goes on\n"
 
 
 def test_messages_of_libraries_stay_off_the_screen():
@@ -62,7 +50,7 @@ for name in ("torchao", "torch.utils._pytree", "DeepSpeed", "transformers", "bit
 warnings.warn("noise", FutureWarning)
 logging.getLogger("vlmr1").error("heard")
 """
-    done = python(noise)
+    done = run(noise)
     assert done.returncode == 0 and done.stdout == "" and done.stderr == "heard\n"
 
 
@@ -91,8 +79,8 @@ def test_bench_runs_the_benchmarks_of_the_checkout_where_the_caller_is(tmp_path:
     written = "import sys, pathlib\npathlib.Path('words').write_text(' '.join(sys.argv[1:]))\nsys.exit(7)\n"
     (package / "__main__.py").write_text(written)
     monkeypatch.chdir(tmp_path)
-    run = "from pathlib import Path; from vlmr1.commands.bench import bench; bench({}, root=Path({!r}))"
-    assert python(run.format(["compare", "A", "--fail-over", "5"], str(tmp_path / "root"))).returncode == 7
+    program = "from pathlib import Path; from vlmr1.commands.bench import bench; bench({}, root=Path({!r}))"
+    assert run(program.format(["compare", "A", "--fail-over", "5"], str(tmp_path / "root"))).returncode == 7
     assert Path("words").read_text() == "compare A --fail-over 5"
 
 

@@ -1,7 +1,5 @@
 """Alternation with a clock that is given, agreement of arms, peak memory from given files, result files."""
 
-from __future__ import annotations
-
 import subprocess
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Op cases: every arm agrees with its oracle or is refused; operations and bytes are those of the shape."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

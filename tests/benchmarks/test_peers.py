@@ -1,12 +1,9 @@
 """Peers: their updates are those of our naive trainer, the work that is claimed, and workers with a time limit."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from time import sleep
 from typing import Any
 
 import pytest
@@ -18,7 +15,7 @@ from benchmarks.harness import require_equal
 from benchmarks.peers import worker
 from benchmarks.peers.client import Worker
 from benchmarks.trainer_arm import Bed, TrainerArm
-from tests.helpers.small_bench import SMALL
+from tests.helpers.small_bench import SMALL, gone
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +59,6 @@ def test_trl_sees_the_prompts_of_the_groups(trl: worker.Server):
     assert len(drawn) == 2 and all(torch.equal(batch["prompt_ids"], wanted) for batch in drawn)
 
 
-# Processes
-
-
 @contextmanager
 def process(folder: Path, program: str, limit: float = 60.0) -> Iterator[Worker]:
     head = "import sys, os, subprocess\nfrom signal import signal, SIGTERM, SIG_IGN\nfrom time import sleep\n"
@@ -73,18 +67,6 @@ def process(folder: Path, program: str, limit: float = 60.0) -> Iterator[Worker]
         yield made
     finally:
         made.kill()
-
-
-def gone(pid: int) -> bool:
-    """Whether it ends soon; a zombie that nobody has waited for counts."""
-    for _ in range(200):
-        try:
-            if Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":
-                return True
-        except FileNotFoundError:
-            return True
-        sleep(0.05)
-    return False
 
 
 def test_one_that_ended_says_its_last_words(tmp_path: Path):

@@ -1,7 +1,5 @@
 """The golden runs: rows, reward, settings, and what shows that a run exercises what it is named after."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -76,12 +74,11 @@ CASES: Mapping[str, Case] = {
     ),
     "shared": Case({}, lambda rows: rows[0]["packs"] == 1 and largest(rows, "kl") > 0),
     "lora": Case(
-        {"use_peft": "true", "lora_r": 4, "lora_alpha": 8, "learning_rate": 1e-3},
-        lambda rows: largest(rows, "kl") > 0,
+        {"use_peft": "true", "lora_r": 4, "lora_alpha": 8, "learning_rate": 1e-3}, lambda rows: largest(rows, "kl") > 0
     ),
     "kl_in_reward": Case({"kl_in_reward": "true", "beta": 0.5}, lambda rows: differs(rows, "reward")),
     "dynamic_sampling": Case(
-        {"dynamic_sampling": "true", "dynamic_sampling_max_rounds": 2},
+        {"dynamic_sampling": "true", "dynamic_sampling_max_rounds": 2, "question_template": "rec"},
         lambda rows: largest(rows, "dynamic_sampling/groups_replaced") > 0,
         data=("flat",),
         rewards=("noise",),
@@ -89,8 +86,7 @@ CASES: Mapping[str, Case] = {
     "num_iterations": Case(TWO_ITERATIONS, lambda rows: rows[2]["ratio_max"] > 1.001),
     "off_policy": Case(OFF_POLICY, lambda rows: largest(rows, "rollout/importance_cut") > 0),
     "masked_truncation": Case(
-        {"mask_truncated_completions": "true"},
-        lambda rows: any(0 < row["truncated"] < 1 for row in rows),
+        {"mask_truncated_completions": "true"}, lambda rows: any(0 < row["truncated"] < 1 for row in rows)
     ),
     "out_of_memory": Case(
         {**OFF_POLICY, "num_generations": 8},
@@ -103,7 +99,7 @@ CASES: Mapping[str, Case] = {
         lambda rows: largest(rows, "kl") > 0,
     ),
     "detection": Case(
-        {"accu_reward_method": ["od_ap", "weighted_sum"], "max_completion_length": 32},
+        {"accu_reward_method": ["od_ap", "weighted_sum"], "question_template": "rec", "max_completion_length": 32},
         lambda rows: sum(row["rewards/accuracy/std"] > 0 for row in rows) > 1,
         data=("boxes_one", "boxes_two"),
         rewards=("accuracy", "format"),
@@ -117,10 +113,7 @@ CASES: Mapping[str, Case] = {
         {"prompts_per_device": 1, "steps_per_generation": 2}, lambda rows: differs(rows, "grad_norm"), ranks=2
     ),
     "resumed": Case(
-        TWO_ITERATIONS,
-        lambda rows: [row["step"] for row in rows] == [1, 2, 3, 4, 5],
-        faults={"kill": [5]},
-        killed=True,
+        TWO_ITERATIONS, lambda rows: [row["step"] for row in rows] == [1, 2, 3, 4, 5], faults={"kill": [5]}, killed=True
     ),
 }
 

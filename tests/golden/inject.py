@@ -4,17 +4,16 @@
 faults.jsonl: `old` is replaced by `new` in `file`; `test` is a test of pytest or a file of tests. What differs at
 8ceb0df is under `base`, null where no test caught the fault there."""
 
-from __future__ import annotations
-
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from tests.helpers.python import environment, python
 
 HERE = Path(__file__).parent
 TREE = HERE.parents[1]
@@ -39,10 +38,9 @@ def copy_tree(tree: Path, target: Path) -> None:
 
 def run_tests(tree: Path, *tests: str) -> tuple[int, str]:
     """Return pytest's exit code and the end of its output."""
-    environment = os.environ | {"PYTHONPATH": f"{tree}:{tree}/kernels", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONDONTWRITEBYTECODE"] = "1"  # a fault that keeps size and second of a file would not be seen
-    words = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
-    done = subprocess.run(words, cwd=tree, env=environment, capture_output=True, text=True)
+    # A fault that keeps size and second of a file would not be seen in its byte code.
+    variables = environment(tree, PYTHONDONTWRITEBYTECODE="1")
+    done = python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests, env=variables, cwd=tree)
     return done.returncode, (done.stdout + done.stderr)[-2000:]
 
 

@@ -7,8 +7,6 @@ Each run is `vlmr1 train` of five updates on CPU in processes of their own. Metr
 final weights are compared bit for bit: another machine, or another torch, may round differently. `--tree` is a
 checkout of the product with its native library built; default: this one."""
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json
@@ -19,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -44,14 +42,11 @@ class RunError(Exception):
 
 def run(name: str, tree: Path, folder: Path) -> dict[str, Any]:
     """Metrics and weights of one case, run in a new folder."""
-    case = CASES[name]
+    case, output = CASES[name], folder / OUTPUT
     write_inputs(folder)
+    _train(case, tree, folder, case.faults, status=9 if case.killed else 0)
     if case.killed:
-        _train(case, tree, folder, case.faults, status=9)
         _train(case, tree, folder, {})
-    else:
-        _train(case, tree, folder, case.faults)
-    output = folder / OUTPUT
     metrics = read_metrics(output)
     _check(case, metrics)
     return {"metrics": metrics, "weights": digest(output / f"checkpoint-{UPDATES}")}
@@ -109,49 +104,32 @@ def main(words: Sequence[str] | None = None) -> int:
     if not list((options.tree / "kernels/vlmr1_kernels/native").glob("*.so")):
         print(f"{options.tree} has no native library: build it, or copy it there", file=sys.stderr)
         return 2
+    recorded = {"runs": {}} if options.record else json.loads(options.compare.read_text(encoding="utf-8"))
+    if options.compare:
+        _compare_environments(recorded["environment"])
+    new, status = {"environment": environment(), "runs": {}}, 0
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(options.jobs) as pool:
         folder = Path(options.keep or scratch)
         waiting = {name: pool.submit(run, name, options.tree, folder / name) for name in options.only}
-        if options.record:
-            return _record(options.record, waiting)
-        recorded = json.loads(options.compare.read_text(encoding="utf-8"))
-        _compare_environments(recorded["environment"])
-        return max([_report(name, recorded["runs"].get(name), future) for name, future in waiting.items()])
-
-
-def _record(path: Path, waiting: Mapping[str, Future]) -> int:
-    """Write all runs, or none where one fails."""
-    results = {}
-    for name, future in waiting.items():
-        try:
-            results[name] = future.result()
-        except RunError as error:
-            print(f"{name}: {error}", flush=True)
-        else:
-            print(f"{name}: recorded", flush=True)
-    if len(results) < len(waiting):
-        return 1
-    path.write_text(json.dumps({"environment": environment(), "runs": results}, indent=1) + "\n", encoding="utf-8")
-    return 0
-
-
-def _report(name: str, old: Any, future: Future) -> int:
-    """Print how a run compares with its record; 1 where it differs."""
-    try:
-        new = future.result()
-    except RunError as error:
-        print(f"{name}: {error}", flush=True)
-        return 1
-    found = ["not recorded"] if old is None else differences(old, new)
-    print("\n  ".join([f"{name}: {f'{len(found)} differences' if found else 'equal'}", *found]), flush=True)
-    return int(bool(found))
+        for name, future in waiting.items():
+            try:
+                new["runs"][name] = future.result()
+                old = recorded["runs"].get(name)
+                found = [] if options.record else ["not recorded"] if old is None else differences(old, future.result())
+                told = [f"{len(found)} differences" if found else "recorded" if options.record else "equal", *found]
+            except RunError as error:
+                found = told = [str(error)]
+            print(f"{name}: " + "\n  ".join(told), flush=True)
+            status = max(status, int(bool(found)))
+    if options.record and status == 0:  # all runs, or none where one fails
+        options.record.write_text(json.dumps(new, indent=1) + "\n", encoding="utf-8")
+    return status
 
 
 def _compare_environments(old: Mapping[str, Any]) -> None:
     new = environment()
-    for name in sorted(old.keys() | new.keys()):
-        if old.get(name) != new.get(name):
-            print(f"note: {name} was {old.get(name)}, is {new.get(name)}: rounding may differ")
+    for name in sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name)):
+        print(f"note: {name} was {old.get(name)}, is {new.get(name)}: rounding may differ")
 
 
 def _train(case: Case, tree: Path, folder: Path, faults: Mapping[str, Sequence[int]], status: int = 0) -> None:

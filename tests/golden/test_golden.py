@@ -3,8 +3,6 @@
 Floats round differently on other processors, and after an update runs part: only what the first one computes is
 compared, to a tolerance. `python -m tests.golden.runs` compares bit by bit, on one machine."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The runner of the faults: it tells a fault that a test notices from a change that none does."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

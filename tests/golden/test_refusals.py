@@ -4,8 +4,6 @@ those that one can show.
 An entry: `condition` in plain words; `words` that the message must hold; `where` it was first written; and one of
 `arguments` (with `files` that they need), `test`, or `unreachable` with the reason."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
@@ -15,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.helpers.refusals import REFUSALS
+from tests.helpers.refused import REFUSALS
 from vlmr1.cli import main
 
 ROOT = Path(__file__).parents[2]

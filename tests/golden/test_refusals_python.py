@@ -1,8 +1,7 @@
 """Refusals of `refusals.jsonl` that no command line shows: of calls from Python, of engines, of packages that are not
 installed."""
 
-from __future__ import annotations
-
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import Trainer
 
-from tests.helpers.refusals import REFUSALS
+from tests.helpers.refused import REFUSALS
 from vlmr1.config import GRPOConfig
 from vlmr1.data.image_limits import limit_images
 from vlmr1.data.sources import open_sources
@@ -38,11 +37,13 @@ from vlmr1_kernels.native import library
 
 Patch = pytest.MonkeyPatch
 anything: Any = SimpleNamespace
+NO_PEFT, NO_ENGINE = (sys.modules, "peft", None), anything(distributed_type=anything(value="NO"))
 REWARD = ("format", {"prompts": [[]], "completions": [[{"content": ""}]], "solution": [""]})
 
 
-def without_peft(patch: Patch) -> None:
-    patch.setitem(sys.modules, "peft", None)
+def patched(patch: Patch, target: Any, name: str, value: Any, call: Callable[..., Any], *given: Any, **named: Any):
+    (patch.setitem if hasattr(target, "keys") else patch.setattr)(target, name, value)
+    call(*given, **named)
 
 
 def diverged(patch: Patch) -> None:
@@ -63,11 +64,6 @@ def another_adapter(folder: Path) -> None:
     restore_adapter(get_peft_model(layers, LoraConfig(target_modules=["0"])), folder)
 
 
-def launched(patch: Patch) -> None:
-    patch.setenv("ACCELERATE_USE_FSDP", "true")
-    check_launched(1, anything(distributed_type=anything(value="NO")))
-
-
 def dead_worker() -> None:
     """A task for a process that has ended."""
     worker = pool._Worker()
@@ -76,16 +72,6 @@ def dead_worker() -> None:
     worker.process.wait()
     for _ in range(2):  # the first may still find room in the socket
         worker.send(0, REWARD)
-
-
-def slow_worker(patch: Patch) -> None:
-    patch.setattr(pool, "START_LIMIT", 0)
-    pool.RewardPool(1, 10.0).run([REWARD])
-
-
-def old_library(patch: Patch) -> None:
-    patch.setattr(library, "_INTERFACE", -1)
-    library.library.__wrapped__()
 
 
 def unreadable_settings(folder: Path) -> None:
@@ -99,17 +85,6 @@ def compared_tasks() -> None:
     comparison([anything(content=content, model="m", metrics={}) for content in both])
 
 
-def shrink() -> None:
-    def run() -> None:
-        raise PackTooLarge(anything(), "out of memory")
-
-    PackRunner.retry_smaller(anything(parallel=anything(in_lockstep=True)), run)
-
-
-def on_gpu() -> None:
-    GRPOConfig(use_cpu=True, full_determinism=True).check_device("cuda")
-
-
 def bfloat16_beside_adapter() -> None:
     model = torch.nn.Linear(2, 2, dtype=torch.bfloat16)
     prepare_trained(model, anything(bf16=False, stochastic_rounding=False, use_peft=True))
@@ -121,24 +96,16 @@ def liger_with_reference() -> None:
     check_sharded(args, "zero3", engine=True)
 
 
-def no_peft_plan(patch: Patch) -> None:
-    without_peft(patch)
-    GRPOConfig(use_cpu=True, use_peft=True)
-
-
-def no_peft_training(patch: Patch) -> None:
-    without_peft(patch)
-    with_lora(None, anything(), anything())
-
-
-def no_peft_adapter(patch: Patch) -> None:
-    without_peft(patch)
-    read_adapter(None, "adapter")
-
-
 def other_rows() -> None:
     done = {0: anything(source="a:1")}
     decode_missing(anything(), [anything(source="b:1")], anything(path="records"), done, anything())
+
+
+def shrink() -> None:
+    def run() -> None:
+        raise PackTooLarge(anything(), "out of memory")
+
+    PackRunner.retry_smaller(anything(parallel=anything(in_lockstep=True)), run)
 
 
 def rows_of_two_dimensions() -> None:
@@ -147,22 +114,9 @@ def rows_of_two_dimensions() -> None:
     linear_grpo_loss(torch.zeros(2, 3), torch.zeros(4, 3), ids, ids, torch.zeros(1), active_rows=rows)
 
 
-def no_implementation(patch: Patch) -> None:
-    patch.setattr(registry, "implementations", lambda op: {})
-    registry.resolve("grpo_loss", "auto", anything())
-
-
 def sliding_window() -> None:
     q = torch.zeros(1, 1, 1, 8)
     attention._forward(anything(layer_idx=0), q, q, q, None, shared=anything(), sliding_window=4)
-
-
-def few_tiles() -> None:
-    limit_images(anything(image_processor=anything(min_patches=2, max_patches=6)), "internvl", max_anyres_num=1)
-
-
-def published_iou_without_columns() -> None:
-    score("iou_qwen", "<answer>[0, 0, 9, 9]</answer>", "<answer>[0, 0, 9, 9]</answer>", mode="vlm_r1")
 
 
 # By the condition in the list; a function is given what its arguments are named after.
@@ -184,25 +138,43 @@ CASES: dict[str, Callable[..., Any]] = {
     "Reward settings have an unknown reward_mode (from Python)": lambda: RewardSettings(mode="none"),  # type: ignore[arg-type]
     "vlmr1 evaluate compare: the results are of different tasks": compared_tasks,
     "A saved record of an evaluation is of another row than the data has there": other_rows,
-    "vlmr1 plan: use_peft is set and peft is not installed": no_peft_plan,
-    "use_peft is set and peft is not installed": no_peft_training,
-    "A directory holds an adapter and peft is not installed": no_peft_adapter,
+    "vlmr1 plan: use_peft is set and peft is not installed": lambda patch: patched(
+        patch, *NO_PEFT, GRPOConfig, use_cpu=True, use_peft=True
+    ),
+    "use_peft is set and peft is not installed": lambda patch: patched(
+        patch, *NO_PEFT, with_lora, None, anything(), anything()
+    ),
+    "A directory holds an adapter and peft is not installed": lambda patch: patched(
+        patch, *NO_PEFT, read_adapter, None, "adapter"
+    ),
     "lora_modules_to_save trains a module whose weights are bfloat16": bfloat16_beside_adapter,
     "The adapter of a checkpoint is not the one of the run that resumes it": another_adapter,
-    "The environment asks for FSDP or DeepSpeed and accelerate uses another engine": launched,
+    "The environment asks for FSDP or DeepSpeed and accelerate uses another engine": lambda patch: patched(
+        patch, os.environ, "ACCELERATE_USE_FSDP", "true", check_launched, 1, NO_ENGINE
+    ),
     "use_liger_kernel is set with a reference and ZeRO-3": liger_with_reference,
     "Memory runs out in a pass of a run of several ranks, which cannot repack alone": shrink,
     "DeepSpeed has applied an update whose loss is not finite": diverged,
     "The process of a reward died before it took a completion": dead_worker,
-    "The process of a reward did not start in time": slow_worker,
-    "The native library was built from other sources than the installed ones": old_library,
+    "The process of a reward did not start in time": lambda patch: patched(
+        patch, pool, "START_LIMIT", 0, lambda: pool.RewardPool(1, 10.0).run([REWARD])
+    ),
+    "The native library was built from other sources than the installed ones": lambda patch: patched(
+        patch, library, "_INTERFACE", -1, library.library.__wrapped__
+    ),
     "active_rows does not have one dimension": rows_of_two_dimensions,
-    "No implementation of an op serves the given device, dtype or shape": no_implementation,
+    "No implementation of an op serves the given device, dtype or shape": lambda patch: patched(
+        patch, registry, "implementations", lambda op: {}, registry.resolve, "grpo_loss", "auto", anything()
+    ),
     "The model's attention has a sliding window or a softcap, which shared prompts cannot serve": sliding_window,
-    "max_anyres_num is below the number of tiles that the processor makes at least": few_tiles,
+    "max_anyres_num is below the number of tiles that the processor makes at least": lambda: limit_images(
+        anything(image_processor=anything(min_patches=2, max_patches=6)), "internvl", max_anyres_num=1
+    ),
     "accu_reward_method is an empty list (from Python)": lambda: GRPOConfig(use_cpu=True, accu_reward_method=[]),
-    "Mode vlm_r1: iou_qwen is used without the columns image_grid_thw and image_size": published_iou_without_columns,
-    "full_determinism is set on a GPU": on_gpu,
+    "Mode vlm_r1: iou_qwen is used without the columns image_grid_thw and image_size": lambda: score(
+        "iou_qwen", "<answer>[0, 0, 9, 9]</answer>", "<answer>[0, 0, 9, 9]</answer>", mode="vlm_r1"
+    ),
+    "full_determinism is set on a GPU": lambda: GRPOConfig(use_cpu=True, full_determinism=True).check_device("cuda"),
     "settings.json of a run that is resumed cannot be read": unreadable_settings,
 }
 LISTED = {e["condition"]: e for e in REFUSALS if e.get("test", "").endswith("::test_refused_in_python")}

@@ -1,6 +1,5 @@
 """The cases of packed prefix attention, and its oracle: every branch in a sequence of its own."""
 
-from collections.abc import Callable
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -11,16 +10,7 @@ from vlmr1_kernels import PrefixLayout
 from vlmr1_kernels.testing import assert_within_budget, pooled
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    *,
-    causal: bool = True,
-    softcap: float | None = None,
-    window: int | None = None,
-) -> Tensor:
+def attend(q, k, v, scale, *, causal=True, softcap=None, window=None) -> Tensor:
     """[H, n, Dh] and [Hkv, n, Dh] -> [H, n, Dh]."""
     repeat, rows = q.shape[0] // k.shape[0], q.shape[1]
     k, v = k.repeat_interleave(repeat, 0), v.repeat_interleave(repeat, 0)
@@ -59,19 +49,12 @@ def tensors(length: int, heads: int, kv_heads: int, head_dim: int) -> list[Tenso
     ]
 
 
-def with_gradients(
-    attention: Callable[..., Tensor],
-    inputs: list[Tensor],
-    dtype: torch.dtype,
-    *rest: Any,
-    device: str = "cpu",
-    **options: Any,
-) -> list[Tensor]:
+def with_gradients(attention, inputs: list[Tensor], dtype, *, device="cpu", **options: Any) -> list[Tensor]:
     """out, d_q, d_k, d_v."""
     *leaves, d_out = (value.to(device, dtype).detach() for value in inputs)
     for leaf in leaves:
         leaf.requires_grad_()
-    out = attention(*leaves, *rest, **options)
+    out = attention(*leaves, **options)
     return [out.detach(), *torch.autograd.grad(out, leaves, d_out)]
 
 
@@ -87,10 +70,7 @@ CASES: dict[str, tuple[PrefixLayout, Heads]] = {
     "grouped heads": (PrefixLayout((9, 4), ((5, 2), (3, 3))), (8, 2, 80)),
     "one key head": (PrefixLayout((6,), ((5, 2),)), (6, 1, 128)),
     "odd head dimension": (PrefixLayout((6, 2), ((5, 2), (4,))), (3, 1, 17)),
-    "many groups": (
-        PrefixLayout(tuple(range(1, 21)), tuple((i % 4, 2, i % 3) for i in range(20))),
-        (4, 2, 16),
-    ),
+    "many groups": (PrefixLayout(tuple(range(1, 21)), tuple((i % 4, 2, i % 3) for i in range(20))), (4, 2, 16)),
     "longer than a block": (PrefixLayout((150, 70), ((90, 140), (33,))), (2, 1, 64)),
     "very different lengths": (PrefixLayout((200, 1), ((1, 1), (130, 2))), (6, 2, 16)),
 }
@@ -118,16 +98,13 @@ def one_by_one(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale:
     return torch.cat([attend(q[0, :, s], k[0, :, s], v[0, :, s], scale, causal=False) for s in spans], dim=1)[None]
 
 
-def assert_equals(ours: Callable[..., Tensor], oracle: Callable[..., Tensor], inputs: list[Tensor]) -> None:
-    """Output and gradients in float64 are those of the oracle."""
-    expected = with_gradients(oracle, inputs, torch.float64)
-    for value, truth in zip(with_gradients(ours, inputs, torch.float64), expected, strict=True):
-        torch.testing.assert_close(value, truth)
+def assert_equals(ours, oracle, inputs: list[Tensor], dtype=torch.float64, **near: float) -> None:
+    """Output and gradients are those of the oracle in float64."""
+    found, expected = with_gradients(ours, inputs, dtype), with_gradients(oracle, inputs, torch.float64)
+    torch.testing.assert_close(found, expected, check_dtype=False, **near)
 
 
-def check_budget(
-    ours: Callable[..., Tensor], oracle: Callable[..., Tensor], sizes: tuple[int, ...], dtype: Any, device: str = "cpu"
-) -> None:
+def check_budget(ours, oracle, sizes: tuple[int, ...], dtype: torch.dtype, device="cpu") -> None:
     """Output and gradients err against the oracle in float64 at most twice as much as the oracle in `dtype`."""
     problems = [[value.to(dtype).double() for value in tensors(*sizes)] for _ in range(4)]
     values = [with_gradients(ours, inputs, dtype, device=device) for inputs in problems]

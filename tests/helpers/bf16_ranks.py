@@ -1,7 +1,5 @@
 """bfloat16 on the CPU: ranks of an engine that compute in it, and one process with their arithmetic."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections import Counter
@@ -15,6 +13,7 @@ import torch
 import torch.distributed as dist
 import transformers.training_args
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from tests.helpers.forced import Tokens, repeating
 from vlmr1.commands import train as run
@@ -38,8 +37,8 @@ class Seen:
         """Return the collective with its operands counted."""
 
         def call(*arguments: Any, **named: Any) -> Any:
-            for tensor in tensors([*arguments, *named.values()]):
-                if tensor.is_floating_point():
+            for tensor in tree_leaves((arguments, named)):
+                if isinstance(tensor, Tensor) and tensor.is_floating_point():
                     self.added[str(tensor.dtype)] += tensor.numel()
             return function(*arguments, **named)
 
@@ -55,12 +54,6 @@ class Seen:
             return result
 
         return call
-
-
-def tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, (list, tuple)):
-        return [tensor for each in value for tensor in tensors(each)]
-    return [value] if isinstance(value, Tensor) else []
 
 
 @dataclass(frozen=True)

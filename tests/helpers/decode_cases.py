@@ -1,12 +1,14 @@
 """Cases of one decode step, drawn into a pool where all that must not be read is NaN, and their oracle."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from vlmr1_kernels.testing import assert_within_budget
 
 Arguments = dict[str, Any]
 ANYTHING = 2**30 + 7  # in the place of numbers that must not be read
@@ -86,16 +88,7 @@ def cast(arguments: Arguments, dtype: torch.dtype, device: str = "cpu") -> Argum
 
 
 def one_by_one(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    group_offsets: Tensor,
-    prefix_starts: Tensor,
-    prefix_lengths: Tensor,
-    suffix_blocks: Tensor,
-    suffix_lengths: Tensor,
-    block: int,
-    scale: float | None,
+    q, keys, values, group_offsets, prefix_starts, prefix_lengths, suffix_blocks, suffix_lengths, block, scale
 ) -> Tensor:
     """Each branch over its own keys, gathered, heads repeated; zeros for padding."""
     out = torch.zeros_like(q)
@@ -108,4 +101,14 @@ def one_by_one(
             k, v = (pool[:, rows].repeat_interleave(repeat, 0) for pool in (keys, values))  # [H, n, Dh]
             scores = (q[b, :, None] @ k.mT) * (q.shape[2] ** -0.5 if scale is None else scale)
             out[b] = (torch.softmax(scores, -1) @ v)[:, 0]
+    return out
+
+
+def check_budget(run: Callable[..., Tensor], arguments: Arguments, dtype: torch.dtype, device: str = "cpu") -> Tensor:
+    """`run` errs against the oracle in float64 at most twice as much as the oracle in `dtype`; return its output."""
+    arguments = cast(arguments, dtype)
+    out = run(**cast(arguments, dtype, device)).cpu()
+    assert out.dtype == dtype
+    exact = one_by_one(**cast(arguments, torch.float64))
+    assert_within_budget(["out"], [out], [one_by_one(**arguments)], [exact])
     return out

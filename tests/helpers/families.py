@@ -3,14 +3,14 @@
 Stock configuration class, stock image processor, a tokenizer with the family's special tokens, a chat template in the
 family's format. Everything follows from a seed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForImageTextToText,
@@ -35,7 +35,7 @@ from vlmr1.tiny.build import CHAT_TEMPLATE as QWEN2_TEMPLATE
 HIDDEN = 64
 TEXT = {
     "hidden_size": HIDDEN,
-    "intermediate_size": 96,
+    "intermediate_size": 128,  # a multiple of the blocks of 4-bit weights
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -71,12 +71,23 @@ def with_parts(template: str, image: str) -> str:
 class Family:
     """`special`: the first is the padding, the second ends a turn."""
 
-    config: Callable[[dict[str, int]], Any]  # ids by token -> configuration
+    kind: Callable[..., Any]  # class of the configuration
     special: tuple[str, ...]
+    tokens: dict[str, str]  # fields of the configuration that hold the id of a token
     template: str
     image_processor: Callable[[], Any]
+    vision: dict[str, Any]
+    text: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)  # further fields of the configuration
     named: dict[str, str] | None = None  # tokens that the tokenizer knows by a name
     settings: dict[str, int] | None = None  # of the processor
+
+    def config(self, ids: dict[str, int]) -> Any:
+        """The configuration for a vocabulary."""
+        padding, end = (ids[token] for token in self.special[:2])
+        known = {"vocab_size": len(ids), "pad_token_id": padding, "bos_token_id": padding, "eos_token_id": end}
+        given = {name: ids[token] for name, token in self.tokens.items()} | self.options
+        return self.kind(text_config=TEXT | known | self.text, vision_config=dict(self.vision), **given)
 
 
 def tokenizer(family: Family) -> PreTrainedTokenizerFast:
@@ -124,145 +135,129 @@ def build(name: str, folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def text(ids: dict[str, int], special: tuple[str, ...], **more: Any) -> dict[str, Any]:
-    """Decoder settings for a vocabulary."""
-    padding, end = (ids[token] for token in special[:2])
-    known = {"vocab_size": len(ids), "pad_token_id": padding, "bos_token_id": padding, "eos_token_id": end}
-    return TEXT | known | more
+def checkpoints(*names: str) -> Any:
+    """A fixture `checkpoint` for a module: the tiny checkpoint of each of these families, of all if none is named."""
+
+    @pytest.fixture(scope="session", params=names or FAMILIES)
+    def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        return build(request.param, tmp_path_factory.mktemp("families") / request.param)
+
+    return checkpoint
+
+
+def one_family(name: str = "qwen2_5_vl") -> pytest.MarkDecorator:
+    """Only this family's checkpoint in a test of a module that has those of all."""
+    return pytest.mark.parametrize("checkpoint", [name], indirect=True)
+
+
+def config_of(name: str) -> Any:
+    """The configuration of a family's tiny checkpoint."""
+    return FAMILIES[name].config(tokenizer(FAMILIES[name]).get_vocab())
+
+
+def outputs(processor: Any) -> dict[str, torch.Tensor]:
+    """What a processor makes of a question about an image."""
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Where is it?"}]}]
+    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    images = [Image.linear_gradient("L").convert("RGB").resize((112, 56))]
+    return dict(processor(text=[text], images=images, return_tensors="pt"))
+
+
+def assert_same(one: Any, other: Any) -> None:
+    assert type(one) is type(other) and one.chat_template == other.chat_template
+    first, second = outputs(one), outputs(other)
+    assert first.keys() == second.keys() and len(first) >= 3
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def mrope(*sections: int, **more: Any) -> dict[str, Any]:
-    return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sections), **more}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sections), **more}
+    return {"rope_parameters": rope}
 
 
-QWEN = (
-    *("<|endoftext|>", "<|im_end|>", "<|im_start|>", "<|vision_start|>", "<|vision_end|>"),
-    *("<|image_pad|>", "<|video_pad|>"),
-)
-
-
-def qwen_ids(ids: dict[str, int]) -> dict[str, int]:
-    return {
-        "image_token_id": ids["<|image_pad|>"],
-        "video_token_id": ids["<|video_pad|>"],
-        "vision_start_token_id": ids["<|vision_start|>"],
-        "vision_end_token_id": ids["<|vision_end|>"],
-    }
-
-
-def qwen2_vl(ids: dict[str, int]) -> Qwen2VLConfig:
-    vision = {"depth": 2, "embed_dim": 32, "hidden_size": HIDDEN, "num_heads": 2, "mlp_ratio": 2}
-    decoder = text(ids, QWEN, rope_parameters=mrope(4, 2, 2))
-    return Qwen2VLConfig(text_config=decoder, vision_config=vision, tie_word_embeddings=True, **qwen_ids(ids))
-
-
-def qwen2_5_vl(ids: dict[str, int]) -> Qwen2_5_VLConfig:
-    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": HIDDEN}
-    vision |= {"window_size": 56, "fullatt_block_indexes": [1]}
-    decoder = text(ids, QWEN, rope_parameters=mrope(4, 2, 2))
-    return Qwen2_5_VLConfig(text_config=decoder, vision_config=vision, **qwen_ids(ids))
-
-
-def qwen3_vl(ids: dict[str, int]) -> Qwen3VLConfig:
-    vision = {"depth": 3, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": HIDDEN}
-    vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1], "patch_size": 14}
-    decoder = text(ids, QWEN, num_hidden_layers=3, rope_parameters=mrope(4, 2, 2, mrope_interleaved=True))
-    return Qwen3VLConfig(text_config=decoder, vision_config=vision, tie_word_embeddings=True, **qwen_ids(ids))
-
-
-GLM_IMAGES = {  # and what the configuration calls them
-    "<|image|>": "image_token_id",
-    "<|begin_of_image|>": "image_start_token_id",
-    "<|end_of_image|>": "image_end_token_id",
-    "<|video|>": "video_token_id",
-    "<|begin_of_video|>": "video_start_token_id",
-    "<|end_of_video|>": "video_end_token_id",
+VISION = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": HIDDEN}
+TILED = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+QWEN_TOKENS = {
+    "image_token_id": "<|image_pad|>",
+    "video_token_id": "<|video_pad|>",
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
 }
-GLM_TOKENS = ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|system|>", "[gMASK]", "<sop>", *GLM_IMAGES)
-
-
-def glm4v(ids: dict[str, int]) -> Glm4vConfig:
-    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": HIDDEN}
-    vision |= {"image_size": 84}
-    decoder = text(ids, GLM_TOKENS, rope_parameters=mrope(2, 1, 1, partial_rotary_factor=0.5))
-    tokens = {name: ids[token] for token, name in GLM_IMAGES.items()}
-    return Glm4vConfig(text_config=decoder, vision_config=vision, **tokens)
-
-
-INTERNVL = ("<|endoftext|>", "<|im_end|>", "<|im_start|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>")
+GLM_TOKENS = {
+    "image_token_id": "<|image|>",
+    "image_start_token_id": "<|begin_of_image|>",
+    "image_end_token_id": "<|end_of_image|>",
+    "video_token_id": "<|video|>",
+    "video_start_token_id": "<|begin_of_video|>",
+    "video_end_token_id": "<|end_of_video|>",
+}
 INTERNVL_NAMES = {
     "start_image_token": "<img>",
     "end_image_token": "</img>",
     "context_image_token": "<IMG_CONTEXT>",
     "video_token": "<video>",
 }
-
-
-def internvl(ids: dict[str, int]) -> InternVLConfig:
-    vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    return InternVLConfig(
-        text_config=text(ids, INTERNVL, model_type="qwen2"),
-        vision_config=vision | {"image_size": [56, 56]},
-        image_token_id=ids["<IMG_CONTEXT>"],
-        image_seq_length=4,
-        tie_word_embeddings=False,
-    )
-
-
-ROWS_AND_COLUMNS = tuple(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2))
-IDEFICS_TOKENS = (
-    *("<|endoftext|>", "<end_of_utterance>", "<|im_start|>", "<fake_token_around_image>", "<image>"),
-    *("<global-img>", *ROWS_AND_COLUMNS),
-)
-
-
-def idefics3(ids: dict[str, int], kind: type = Idefics3Config) -> Any:
-    vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    return kind(
-        text_config=text(ids, IDEFICS_TOKENS, model_type="llama"),
-        vision_config=vision | {"image_size": 56, "patch_size": 14},
-        image_token_id=ids["<image>"],
-        scale_factor=2,
-    )
-
-
-def smolvlm(ids: dict[str, int]) -> Any:
-    return idefics3(ids, SmolVLMConfig)
-
-
-QWEN_TEMPLATE = with_parts(CHATML, "<|vision_start|><|image_pad|><|vision_end|>")
 GRIDS = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 64}
+QWEN = Family(
+    Qwen2VLConfig,
+    ("<|endoftext|>", "<|im_end|>", "<|im_start|>", *QWEN_TOKENS.values()),
+    QWEN_TOKENS,
+    QWEN2_TEMPLATE,
+    lambda: Qwen2VLImageProcessorPil(size=GRIDS),
+    vision={"depth": 2, "embed_dim": 32, "hidden_size": HIDDEN, "num_heads": 2, "mlp_ratio": 2},
+    text=mrope(4, 2, 2),
+    options={"tie_word_embeddings": True},
+)
+ROWS_AND_COLUMNS = tuple(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2))
 SPLIT = {"size": {"longest_edge": 112}, "max_image_size": {"longest_edge": 56}}
+IDEFICS3 = Family(
+    Idefics3Config,
+    (
+        *("<|endoftext|>", "<end_of_utterance>", "<|im_start|>", "<fake_token_around_image>", "<image>"),
+        *("<global-img>", *ROWS_AND_COLUMNS),
+    ),
+    {"image_token_id": "<image>"},
+    with_parts(IDEFICS, "<image>"),
+    lambda: Idefics3ImageProcessorPil(**SPLIT),
+    vision=TILED | {"image_size": 56, "patch_size": 14},
+    text={"model_type": "llama"},
+    options={"scale_factor": 2},
+    settings={"image_seq_len": 4},
+)
 FAMILIES = {
-    "qwen2_vl": Family(qwen2_vl, QWEN, QWEN2_TEMPLATE, lambda: Qwen2VLImageProcessorPil(size=GRIDS)),
-    "qwen2_5_vl": Family(qwen2_5_vl, QWEN, QWEN2_TEMPLATE, lambda: Qwen2VLImageProcessorPil(size=GRIDS)),
-    "qwen3_vl": Family(qwen3_vl, QWEN, QWEN_TEMPLATE, lambda: Qwen2VLImageProcessorPil(size=GRIDS)),
+    "qwen2_vl": QWEN,
+    "qwen2_5_vl": replace(
+        QWEN, kind=Qwen2_5_VLConfig, vision=VISION | {"window_size": 56, "fullatt_block_indexes": [1]}, options={}
+    ),
+    "qwen3_vl": replace(
+        QWEN,
+        kind=Qwen3VLConfig,
+        template=with_parts(CHATML, "<|vision_start|><|image_pad|><|vision_end|>"),
+        vision=VISION
+        | {"depth": 3, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1], "patch_size": 14},
+        text={"num_hidden_layers": 3, **mrope(4, 2, 2, mrope_interleaved=True)},
+    ),
     "glm4v": Family(
-        glm4v,
+        Glm4vConfig,
+        ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|system|>", "[gMASK]", "<sop>", *GLM_TOKENS.values()),
         GLM_TOKENS,
         with_parts(GLM, "<|begin_of_image|><|image|><|end_of_image|>"),
         lambda: Glm4vImageProcessorPil(size={"shortest_edge": 2 * 56 * 56, "longest_edge": 2 * 28 * 28 * 64}),
+        vision=VISION | {"image_size": 84},
+        text=mrope(2, 1, 1, partial_rotary_factor=0.5),
     ),
     "internvl": Family(
-        internvl,
-        INTERNVL,
+        InternVLConfig,
+        ("<|endoftext|>", "<|im_end|>", "<|im_start|>", *INTERNVL_NAMES.values()),
+        {"image_token_id": "<IMG_CONTEXT>"},
         with_parts(CHATML, "<IMG_CONTEXT>\n"),
         lambda: GotOcr2ImageProcessorPil(size={"height": 56, "width": 56}, max_patches=4, crop_to_patches=True),
+        vision=TILED | {"image_size": [56, 56]},
+        text={"model_type": "qwen2"},
+        options={"image_seq_length": 4, "tie_word_embeddings": False},
         named=INTERNVL_NAMES,
         settings={"image_seq_length": 4},
     ),
-    "idefics3": Family(
-        idefics3,
-        IDEFICS_TOKENS,
-        with_parts(IDEFICS, "<image>"),
-        lambda: Idefics3ImageProcessorPil(**SPLIT),
-        settings={"image_seq_len": 4},
-    ),
-    "smolvlm": Family(
-        smolvlm,
-        IDEFICS_TOKENS,
-        with_parts(IDEFICS, "<image>"),
-        lambda: SmolVLMImageProcessorPil(**SPLIT),
-        settings={"image_seq_len": 4},
-    ),
+    "idefics3": IDEFICS3,
+    "smolvlm": replace(IDEFICS3, kind=SmolVLMConfig, image_processor=lambda: SmolVLMImageProcessorPil(**SPLIT)),
 }

@@ -4,9 +4,7 @@ import torch
 from torch import Tensor
 
 
-def varlen_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def varlen_forward(q, k, v, cu_q, cu_k, max_q, max_k, causal, scale) -> tuple[Tensor, Tensor]:
     _check(q, k, v, cu_q, cu_k, max_q, max_k, causal)
     out = torch.full_like(q, torch.nan)
     lse = q.new_full((q.shape[1], q.shape[0]), torch.nan)
@@ -17,10 +15,7 @@ def varlen_forward(
     return out, lse
 
 
-def varlen_backward(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def varlen_backward(d_out, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, causal, scale) -> tuple[Tensor, Tensor, Tensor]:
     """From p = exp(s - lse): d_s = p * (d_out v^T - rowsum(d_out * out))."""
     _check(q, k, v, cu_q, cu_k, max_q, max_k, causal)
     assert out.shape == d_out.shape == q.shape and d_out.stride(-1) == 1

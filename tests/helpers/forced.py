@@ -1,8 +1,6 @@
 """Completions that do not hang on rounding: one run draws tokens, others are made to draw the same ones, and report
 their own log-probs of them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,8 +1,6 @@
 """Runs of the command line that may be killed: forked from a process that has imported everything, so that each
 starts in a second."""
 
-from __future__ import annotations
-
 import gc
 import multiprocessing
 import os

@@ -1,7 +1,5 @@
 """Two ranks as torchrun would start them, forked from a process that has imported everything."""
 
-from __future__ import annotations
-
 import os
 import socket
 from collections.abc import Callable, Mapping
@@ -9,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.helpers.forked import Run, call
-from tests.helpers.two_ranks import metrics, words
+from tests.helpers.two_ranks import computed, metrics, resumable, words
 from vlmr1.distributed.launch import FSDP2, launch_command
 
 
@@ -42,12 +40,7 @@ def finish_ranks(runs: list[Run]) -> list[int]:
 
 
 def run_forked(
-    engine: str,
-    folder: Path,
-    output: Path,
-    prepare: Callable[[], None] | None = None,
-    environment: dict[str, str] | None = None,
-    **more: Any,
+    engine: str, folder: Path, output: Path, prepare: Any = None, environment: Any = None, **more: Any
 ) -> list[dict[str, float]]:
     """The metrics of a run on two ranks; each has a prompt an update, and calls `prepare` first. `environment` has
     variables that differ from those of the engine's launch."""
@@ -62,11 +55,19 @@ def run_forked(
     return metrics(output)
 
 
-def run_vlmr1(arguments: list[str], prepare: Callable[[], None] | None) -> int:
-    if "ACCELERATE_USE_FSDP" in os.environ:
-        from tests.helpers import fsdp_on_cpu
+def assert_resumes(engine: str, folder: Path, run: Path, update: int = 3, **more: Any) -> Path:
+    """A run that goes on from the checkpoint behind this update of `run` computes the same, bit for bit."""
+    resumed = resumable(run, run.with_name(f"resumed-{update}"), update)
+    assert computed(run_forked(engine, folder, resumed, **more)) == computed(metrics(run))
+    return resumed
 
-        fsdp_on_cpu.allow()
+
+def run_vlmr1(arguments: list[str], prepare: Callable[[], None] | None) -> int:
+    if "ACCELERATE_USE_FSDP" in os.environ:  # accelerate has FSDP for GPUs only, torch for CPUs too
+        from accelerate.state import PartialState
+        from accelerate.utils import DistributedType
+
+        PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
     if prepare is not None:
         prepare()
     from vlmr1.cli import main

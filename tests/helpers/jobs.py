@@ -1,8 +1,5 @@
 """Small jobs to plan."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -34,9 +31,7 @@ def job(config: Any = CONFIG, **given: Any) -> Job:
 class Allocated(DryRun):
     """Equal counter over an ordinary run: what its operators allocate."""
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):

@@ -1,8 +1,10 @@
 """Cases of the ops: every implementation on every device, every objective, and error budgets over several draws."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -12,10 +14,10 @@ from torch import Tensor
 import vlmr1_kernels
 from vlmr1_kernels import GRPOSettings, registry
 from vlmr1_kernels.implementations import EXAMPLE_SHAPES
-from vlmr1_kernels.testing import HEAD, Inputs, Problem, assert_within_budget, cast, eager_logprob, pooled
+from vlmr1_kernels.testing import HEAD, Inputs, Problem, assert_within_budget, cast, eager_logprob, gradients, pooled
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-ON_GPU = pytest.mark.skipif("cuda" not in DEVICES, reason="needs a GPU")
+
 INTERPRETER_LIMIT, FAST_LIMIT = 5_000, 1_000  # logits; Triton's interpreter is slow
 TINY_CHUNK = 1e-6  # MiB: one row at a time
 HALVES = (torch.bfloat16, torch.float16)
@@ -50,12 +52,9 @@ def targets(op: str, *, only: tuple[str, ...] = (), slow: bool = False) -> list[
     """Parameters: every implementation of the table on every device. `slow`: not in the interpreter."""
     found = [Target(op, impl, device) for device in DEVICES for impl in only or registry.implementations(op)]
     return [
-        pytest.param(
-            target,
-            id=target.impl if target.device == "cpu" else f"{target.impl}-{target.device}",
-            marks=[pytest.mark.gpu] if target.device == "cuda" else [],
-        )
+        pytest.param(target, id=target.impl + suffix, marks=[pytest.mark.gpu] if suffix else [])
         for target in found
+        for suffix in ["" if target.device == "cpu" else f"-{target.device}"]
         if not (slow and target.interpreted)
     ]
 
@@ -71,21 +70,14 @@ class Case(Problem):
 
 def grid(op: str, cases: Mapping[str, Case]) -> list[Any]:
     """Parameters (target, case, dtype): each case in its dtypes on every implementation."""
-    return [
-        pytest.param(*target.values, case, dtype, id=f"{name}-{_short(dtype)}-{target.id}", marks=_marks(target, case))
-        for name, case in cases.items()
-        for dtype in case.dtypes
-        for target in targets(op, slow=case.rows * case.vocab > INTERPRETER_LIMIT)
-    ]
-
-
-def _marks(target: Any, case: Case) -> list[Any]:
-    interpreted = target.values[0].interpreted
-    return [*target.marks, *([pytest.mark.slow] if interpreted and case.rows * case.vocab > FAST_LIMIT else [])]
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    found = []
+    for name, case in cases.items():
+        size = case.rows * case.vocab
+        for dtype, target in product(case.dtypes, targets(op, slow=size > INTERPRETER_LIMIT)):
+            slow = [pytest.mark.slow] if target.values[0].interpreted and size > FAST_LIMIT else []
+            title = f"{name}-{str(dtype).removeprefix('torch.')}-{target.id}"
+            found.append(pytest.param(*target.values, case, dtype, id=title, marks=[*target.marks, *slow]))
+    return found
 
 
 Results = Callable[[Inputs, Problem], list[Tensor]]
@@ -143,16 +135,7 @@ OBJECTIVES: dict[str, GRPOSettings] = {
 
 
 def padded_objective(
-    logp: Tensor,
-    lengths: tuple[int, ...],
-    advantages: Tensor,
-    settings: GRPOSettings,
-    *,
-    old_logp: Tensor | None = None,
-    ref_logp: Tensor | None = None,
-    sampling_logp: Tensor | None = None,
-    entropy: Tensor | None = None,
-    normalizer: float | None = None,
+    logp, lengths, advantages, settings, *, old_logp=None, ref_logp=None, sampling_logp=None, entropy=None
 ) -> Tensor:
     """The objective as padded batches [B, T] write it, independent of the package."""
 
@@ -174,22 +157,19 @@ def padded_objective(
         first = (ratio if settings.delta is None else torch.clamp(ratio, max=settings.delta)) * adv
         loss = -torch.min(first, torch.clamp(ratio, 1 - low, 1 + high) * adv)
     if settings.tis_cap is not None:
-        assert sampling_logp is not None
         loss = loss * torch.clamp(torch.exp(old - pad(sampling_logp)), max=settings.tis_cap)
     if settings.beta:
-        assert ref_logp is not None
         d = pad(ref_logp) - logp
         kl = {"k1": -d, "k2": 0.5 * d * d, "k3": torch.exp(d) - d - 1}[settings.kl]
         loss = loss + settings.beta * kl * (ratio if settings.use_bias_correction_kl else 1)
     if settings.entropy_coef:
-        assert entropy is not None
         loss = loss - settings.entropy_coef * pad(entropy)
     loss = loss * mask  # [B, T]
     if loss_type in ("grpo", "gspo"):
-        return (loss.sum(1) / mask.sum(1).clamp(min=1)).sum() / (normalizer or len(lengths))
+        return (loss.sum(1) / mask.sum(1).clamp(min=1)).sum() / len(lengths)
     if loss_type == "dr_grpo":
-        return loss.sum() / ((normalizer or len(lengths)) * (settings.max_completion_length or 1))
-    return loss.sum() / (normalizer or mask.sum())
+        return loss.sum() / (len(lengths) * (settings.max_completion_length or 1))
+    return loss.sum() / mask.sum()
 
 
 def head_of(inputs: Inputs) -> Inputs:
@@ -202,3 +182,46 @@ def eager_loss(inputs: Inputs, problem: Problem) -> Tensor:
     logp, entropy = eager_logprob(**head_of(inputs), temperature=settings.temperature, softcap=problem.softcap)
     given = {name: inputs.get(name) for name in PER_ROW}
     return padded_objective(logp, problem.lengths, inputs["advantages"], settings, entropy=entropy, **given)
+
+
+def on_gpu(test: Callable[..., None]) -> Any:
+    return pytest.mark.gpu(pytest.mark.skipif("cuda" not in DEVICES, reason="needs a GPU")(test))
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """A wait for a GPU raises an error."""
+    if torch.cuda.is_available():
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if torch.cuda.is_available():
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def options_of(case: Case) -> dict[str, Any]:
+    return {"settings": case.settings, "softcap": case.softcap, "chunk_mib": case.chunk_mib}
+
+
+def loss_and_gradients(run: Callable[..., Any], inputs: Inputs, case: Case) -> list[Tensor]:
+    """Of `linear_grpo_loss`; gradients are in the dtype of the inputs."""
+    dtype = inputs["hidden"].dtype
+    loss, metrics = run(**inputs, **options_of(case))
+    values = gradients(loss, inputs)
+    assert {loss.dtype, metrics["logp"].dtype} == {torch.float64 if dtype == torch.float64 else torch.float32}
+    assert {value.dtype for value in values} == {dtype}
+    return [loss.detach(), *values]
+
+
+def eager_loss_and_gradients(inputs: Inputs, case: Case) -> list[Tensor]:
+    loss = eager_loss(inputs, case)
+    return [loss.detach(), *gradients(loss, inputs)]

@@ -1,4 +1,4 @@
-"""Trainers with LoRA whose adapters have learned something, and one update of them."""
+"""Trainers with LoRA whose adapters have learned something."""
 
 import copy
 from dataclasses import replace
@@ -8,13 +8,11 @@ from typing import Any
 import torch
 
 from tests.helpers.maker import Maker
-from tests.helpers.updates import update
 from vlmr1.config import GRPOConfig
 from vlmr1.grpo.packing import make_pack
 from vlmr1.grpo.trainer import GRPOTrainer
 from vlmr1.models import family_of
 from vlmr1.rollout import NativeEngine, SamplingSettings, TransformersEngine
-from vlmr1.types import Group
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8}
 
@@ -32,12 +30,6 @@ def trainer_of(model: Any, processor: Any, output: Path, **settings: Any) -> GRP
     trainer = GRPOTrainer(copy.deepcopy(model), config, [], processor, reward_funcs=["format"])
     perturb(trainer.model)
     return trainer
-
-
-def step(trainer: GRPOTrainer, groups: list[Group]) -> tuple[float, dict, dict]:
-    """Loss, metrics and gradients by name of one update."""
-    loss, metrics = update(trainer, groups)
-    return float(loss), metrics, {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
 
 
 def assert_rollouts_are_adapted(make: Maker, model: Any, processor: Any, trainer: GRPOTrainer, images: tuple) -> None:

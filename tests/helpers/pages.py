@@ -21,6 +21,14 @@ class Page(HTMLParser):
     def of(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.tags if name == tag]
 
+    def boxes(self, legend: int) -> dict[str, list[tuple[float, ...]]]:
+        """Boxes by class, but for halos and the first ones, which are the legend's."""
+        found: dict[str, list[tuple[float, ...]]] = {}
+        for rect in [each for each in self.of("rect") if each["class"] != "halo"][legend:]:
+            place = tuple(float(rect[side] or "nan") for side in ("x", "y", "width", "height"))
+            found.setdefault(str(rect["class"]), []).append(place)
+        return found
+
 
 class Recorder:
     """Stands in for the canvas: keeps the figure, to be looked at."""

@@ -2,8 +2,6 @@
 
 Operations are Python's audit events: `open`, `os.mkdir`, `os.rename`, `os.remove`, ... with their path."""
 
-from __future__ import annotations
-
 import os
 import resource
 import signal

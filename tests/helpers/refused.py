@@ -1,5 +1,7 @@
-"""Settings that are refused."""
+"""What is refused: settings, and the entries of `tests/golden/refusals.jsonl`, which `test_refusals.py` describes."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +10,8 @@ from vlmr1.commands.arguments import parse_config
 from vlmr1.errors import SettingError
 
 CPU = ["--use_cpu", "true"]  # bf16 needs a GPU, or to be told that there is none
+_LIST = Path(__file__).parents[1] / "golden" / "refusals.jsonl"
+REFUSALS: list[dict[str, Any]] = [json.loads(line) for line in _LIST.read_text(encoding="utf-8").splitlines()]
 
 
 def refusal(*arguments: str, **options: Any) -> str:

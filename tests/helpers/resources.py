@@ -1,17 +1,18 @@
-"""Registers, memory and vector widths of the compiled kernels: python -m tests.helpers.resources
+"""Registers, memory and vector widths of the compiled kernels: python -m tests.helpers.resources 90 (or variants)
 
 Needs no GPU: the ops run on meta tensors of training size, and launches are compiled but not run.
 """
 
-import argparse
 import json
 import re
 import subprocess
+import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -33,62 +34,22 @@ from vlmr1_kernels.triton import (
 )
 
 
-@dataclass(frozen=True)
-class Launch:
-    """One launch: kernel, grid and compiled code."""
-
-    name: str
-    grid: tuple[int, ...]
-    compiled: Any
-
-
-@dataclass(frozen=True)
-class Resources:
-    """Resources of one compiled kernel: bytes per program, and instructions in its code by width in bits."""
-
-    case: str
-    name: str
-    capability: int
-    warps: int
-    registers: int
-    stack: int
-    local: int
-    shared: int
-    loads: dict[int, int]
-    stores: dict[int, int]
-    conversions: int  # of layouts, which move elements between lanes
-    products: int  # instructions of tensor cores
-    half_products: int  # those of half-precision operands
-    copies: list[int]  # bytes of each asynchronous copy to shared memory
-
-
-class _Driver:
-    """Stands for the active driver during compilation."""
-
-    def __init__(self, capability: int) -> None:
-        self.capability, self.target = capability, GPUTarget("cuda", capability, 32)
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return self.capability  # compiled kernels are cached by device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
 @contextmanager
-def compiling(capability: int) -> Iterator[list[Launch]]:
-    """Context manager that compiles launches for a compute capability, lists them and runs none."""
-    launches: list[Launch] = []
+def compiling(capability: int) -> Iterator[list[tuple[str, tuple[int, ...], Any]]]:
+    """Compile launches for a compute capability and run none: name, grid and compiled code of each."""
+    launches: list[tuple[str, tuple[int, ...], Any]] = []
     run: Callable[..., Any] = JITFunction.run
+    driver = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", capability, 32),
+        get_current_device=lambda: capability,  # compiled kernels are cached by device
+        get_current_stream=lambda device: 0,
+    )
 
     def compile_only(kernel: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> None:
-        launches.append(Launch(kernel.__name__, grid, run(kernel, *args, grid=grid, warmup=True, **options)))
+        launches.append((kernel.__name__, grid, run(kernel, *args, grid=grid, warmup=True, **options)))
 
     with (
-        patch.object(triton.runtime.driver, "_active", _Driver(capability)),
+        patch.object(triton.runtime.driver, "_active", driver),
         patch.object(JITFunction, "run", compile_only),
         patch.object(head, "gemm_operand", lambda matrix: matrix),
     ):
@@ -100,19 +61,9 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def loss_step(
-    settings: GRPOSettings,
-    *,
-    rows: int = 8192,
-    dim: int = 2048,
-    vocabulary: int = 151_936,
-    sequences: int = 64,
-    dtype: torch.dtype = torch.bfloat16,
-    off_policy: bool = True,
-    needs: tuple[bool, bool, bool] = (True, True, False),
-    bias: bool = False,
-    softcap: float | None = None,
-    rewards: bool = False,
-) -> None:
+    settings: GRPOSettings, *, rows=8192, dim=2048, vocabulary=151_936, sequences=64, dtype=torch.bfloat16,
+    off_policy=True, needs=(True, True, False), bias=False, softcap=None, rewards=False,
+) -> None:  # fmt: skip
     """Run the forward of linear_grpo_loss on meta tensors."""
     ids = meta(rows, dtype=torch.int64)
     old, ref, sampling = (meta(rows) if given else None for given in (off_policy, settings.beta, settings.tis_cap))
@@ -134,16 +85,7 @@ def logprob_step(*, rows: int = 8192, dim: int = 2048, vocabulary: int = 151_936
 
 
 def decode_step(
-    dtype: torch.dtype,
-    head_dim: int,
-    heads: int,
-    kv_heads: int,
-    max_group: int,
-    *,
-    groups: int = 8,
-    max_prefix: int = 1024,
-    blocks: int = 32,
-    rows: int = 70_000,
+    dtype, head_dim, heads, kv_heads, max_group, *, groups=8, max_prefix=1024, blocks=32, rows=70_000
 ) -> None:
     """Run shared_prefix_decode on meta tensors."""
     batch, pool = max_group * groups, meta(kv_heads, rows, head_dim, dtype=dtype)
@@ -188,12 +130,12 @@ def sizes() -> None:
         (4097, 151_937, 4096, 16),
         (1025, 16, 8, 1),
     ]
-    for rows, vocabulary, sequences, dim in shapes:
+    for count, vocabulary, groups, dim in shapes:
         for loss_type in ("dapo", "gspo"):
             settings = GRPOSettings(loss_type, beta=0.1)
-            loss_step(settings, sequences=sequences, rows=rows, vocabulary=vocabulary, dim=dim)
-        logprob_step(rows=rows, vocabulary=vocabulary, dim=dim)
-        group_advantages.group_advantages(meta(sequences * rows), rows, scale="group")
+            loss_step(settings, sequences=groups, rows=count, vocabulary=vocabulary, dim=dim)
+        logprob_step(rows=count, vocabulary=vocabulary, dim=dim)
+        group_advantages.group_advantages(meta(groups * count), count, scale="group")
     for max_group, shape in (
         (8, {}),
         (7, {"groups": 1, "rows": 16}),
@@ -209,53 +151,48 @@ def variants(capability: int) -> dict[str, Any]:
     """Return how often each kernel is compiled for calls of many sizes, and the most dimensions of a grid."""
     with compiling(capability) as launches:
         sizes()
-    compiled: dict[str, set[str]] = {}
-    for launch in launches:
-        compiled.setdefault(launch.name, set()).add(launch.compiled.hash)
-    counts = {name: len(hashes) for name, hashes in compiled.items()}
-    return {"compiled": counts, "dimensions": max(len(launch.grid) for launch in launches)}
+    counts = Counter(name for name, _ in {(name, compiled.hash) for name, _, compiled in launches})
+    return {"compiled": counts, "dimensions": max(len(grid) for _, grid, _ in launches)}
 
 
-def measure(capability: int) -> list[Resources]:
+def measure(capability: int) -> list[dict[str, Any]]:
     """Return the resources of all kernels; a kernel of several cases is listed with the first."""
-    found: dict[str, Resources] = {}
+    found: dict[str, dict[str, Any]] = {}
     for case, step in CASES.items():
         with compiling(capability) as launches:
             step()
-        for launch in launches:
-            if launch.compiled.hash not in found:
-                found[launch.compiled.hash] = _resources(case, launch, capability)
+        for name, _, compiled in launches:
+            if compiled.hash not in found:
+                about = {"case": case, "name": name, "capability": capability}
+                found[compiled.hash] = about | _resources(compiled)
     return list(found.values())
 
 
-def _resources(case: str, launch: Launch, capability: int) -> Resources:
-    compiled = launch.compiled
+def _resources(compiled: Any) -> dict[str, Any]:
+    """Return the bytes per program of a kernel, and the instructions in its code by width in bits."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
         code = _tool("nvdisasm", "-c", file.name)
-
-    def used(name: str) -> int:
-        return int(re.search(rf"\b{name}:(\d+)", usage).group(1))  # pyright: ignore[reportOptionalMemberAccess]
-
+    used = {name: int(value) for name, value in re.findall(r"\b(\w+):(\d+)", usage)}
     ptx = compiled.asm["ptx"]
-    return Resources(
-        case=case,
-        name=launch.name,
-        capability=capability,
-        warps=compiled.metadata.num_warps,
-        registers=used("REG"),
-        stack=used("STACK"),
-        local=used("LOCAL") + len(re.findall(r"\b(?:LDL|STL)\b", code)),
-        shared=compiled.metadata.shared,
-        loads=_widths("LDG", code),
-        stores=_widths("STG", code),
-        conversions=compiled.asm["ttgir"].count("ttg.convert_layout"),
-        products=len(re.findall(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma", ptx)),
-        half_products=len(re.findall(r"mma\S*\.(?:b?f16)\.b?f16", ptx)),
-        copies=[int(size, 16) for size in re.findall(r"cp\.async\.c[ag]\S+ [^;]*, (0x\w+),", ptx)],
-    )
+    return {
+        "warps": compiled.metadata.num_warps,
+        "registers": used["REG"],
+        "stack": used["STACK"],
+        "local": used["LOCAL"] + len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        "shared": compiled.metadata.shared,
+        "loads": _widths("LDG", code),
+        "stores": _widths("STG", code),
+        # of layouts, which move elements between lanes
+        "conversions": compiled.asm["ttgir"].count("ttg.convert_layout"),
+        # instructions of tensor cores, and those of half-precision operands
+        "products": len(re.findall(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma", ptx)),
+        "half_products": len(re.findall(r"mma\S*\.(?:b?f16)\.b?f16", ptx)),
+        # bytes of each asynchronous copy to shared memory
+        "copies": [int(size, 16) for size in re.findall(r"cp\.async\.c[ag]\S+ [^;]*, (0x\w+),", ptx)],
+    }
 
 
 def _tool(name: str, *args: str) -> str:
@@ -263,24 +200,12 @@ def _tool(name: str, *args: str) -> str:
     return subprocess.run([path, *args], capture_output=True, text=True, check=True).stdout
 
 
-def _widths(instruction: str, code: str) -> dict[int, int]:
+def _widths(instruction: str, code: str) -> dict[str, int]:
     """Return the count of an instruction by width in bits."""
-    counts: dict[int, int] = {}
-    for modifiers in re.findall(rf"\b{instruction}((?:\.\w+)*)", code):
-        width = re.search(r"\.[US]?(8|16|64|128)\b", modifiers)
-        bits = int(width.group(1)) if width else 32
-        counts[bits] = counts.get(bits, 0) + 1
-    return counts
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Print the resources of the compiled kernels as JSON.")
-    parser.add_argument("--capability", type=int, default=90)
-    parser.add_argument("--variants", action="store_true", help="compilations by kernel, over calls of many sizes")
-    options = parser.parse_args()
-    found = variants(options.capability) if options.variants else [asdict(each) for each in measure(options.capability)]
-    print(json.dumps(found))
+    widths = (re.search(r"\.[US]?(8|16|64|128)\b", each) for each in re.findall(rf"\b{instruction}((?:\.\w+)*)", code))
+    return Counter(width.group(1) if width else "32" for width in widths)
 
 
 if __name__ == "__main__":
-    main()
+    capability = sys.argv[1]
+    print(json.dumps(variants(90) if capability == "variants" else measure(int(capability))))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers.maker import Maker
+from vlmr1.data.images import open_image
 from vlmr1.models import family_of
 from vlmr1.rollout import NativeEngine, SamplingSettings
 from vlmr1.types import Completion, Group, Prompt
@@ -32,8 +33,8 @@ CASES = {
 }
 
 
-def prompts_of(make: Maker, name: str) -> list[Prompt]:
-    return [make.prompt(text, sizes) for text, sizes in CASES[name]]
+def prompts_of(make: Maker, *names: str) -> list[Prompt]:
+    return [make.prompt(text, sizes) for name in names for text, sizes in CASES[name]]
 
 
 def engine(model: Any, processor: Any, kind: Callable = NativeEngine) -> Any:
@@ -50,6 +51,27 @@ def completions(groups: list[Group]) -> list[Completion]:
 
 def tokens(groups: list[Group]) -> list[list[int]]:
     return [completion.token_ids.tolist() for completion in completions(groups)]
+
+
+def stock_inputs(processor: Any, prompt: Prompt) -> Any:
+    """What the library's processor makes of a prompt."""
+    text = processor.apply_chat_template(prompt.sample.messages, tokenize=False, add_generation_prompt=True)
+    images = [open_image(path, "") for path in prompt.sample.images]
+    return processor(text=[text], images=images or None, return_tensors="pt")
+
+
+def generated(model: Any, processor: Any, prompt: Prompt, length: int, **options: Any) -> tuple[Any, Tensor, Tensor]:
+    """Tokens, their log-probs, and those of what they are drawn from, by the library's own processor and `generate`:
+    one prompt, no padding."""
+    inputs = stock_inputs(processor, prompt)
+    options |= {"max_new_tokens": length, "do_sample": False, "return_dict_in_generate": True}
+    options |= {"suppress_tokens": family_of(model).placeholder_ids(model, processor.tokenizer)}
+    drawn = model.generate(**inputs, **options, output_logits=True, output_scores=True)
+    ids = drawn.sequences[0, inputs["input_ids"].shape[1] :]
+    logp, sampling_logp = (
+        torch.cat(values).log_softmax(-1).gather(-1, ids[:, None])[:, 0] for values in (drawn.logits, drawn.scores)
+    )
+    return ids.tolist(), logp, sampling_logp
 
 
 @contextmanager

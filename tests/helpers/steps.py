@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.helpers.maker import Maker
-from tests.helpers.updates import update
+from tests.helpers.updates import Step, update
 from vlmr1.config import GRPOConfig
 from vlmr1.grpo.packing import make_pack
 from vlmr1.grpo.policy import PackedPolicy
@@ -17,23 +17,24 @@ from vlmr1.grpo.trainer import GRPOTrainer
 from vlmr1.types import Group
 
 TOLERANCE = 1e-5
-
-
 NAIVE = {"share_vision": False, "share_prompt": False, "pack": False}
 
 
-def step(model: Any, processor: Any, groups: list[Group], output: Path, **settings: Any) -> tuple[float, dict, dict]:
-    """Loss, metrics and gradients by name of one update, against a reference model that differs from the policy."""
-    config = GRPOConfig(output_dir=str(output), use_cpu=True, num_generations=2, beta=0.04, **settings)
-    trainer = GRPOTrainer(copy.deepcopy(model), config, [], processor, reward_funcs=["format"])
-    assert trainer.reference is not None
-    torch.manual_seed(1)
-    for parameter in trainer.reference.model.parameters():
-        parameter.add_(0.02 * torch.randn_like(parameter))
+def trainer_of(model: Any, processor: Any, output: Path, rewards: Any = ("format",), **settings: Any) -> GRPOTrainer:
+    """A trainer without data; its reference model, where it has one, differs from the policy."""
+    given = {"use_cpu": True, "num_generations": 2, "beta": 0.04} | settings
+    config = GRPOConfig(output_dir=str(output), **given)
+    trainer = GRPOTrainer(copy.deepcopy(model), config, [], processor, reward_funcs=list(rewards))
+    if trainer.reference is not None:
+        torch.manual_seed(1)
+        for parameter in trainer.reference.model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
     trainer.accelerator.prepare(trainer.model)
-    loss, metrics = update(trainer, groups)
-    gradients = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
-    return float(loss), metrics, gradients
+    return trainer
+
+
+def step(model: Any, processor: Any, groups: list[Group], output: Path, **settings: Any) -> Step:
+    return update(trainer_of(model, processor, output, **settings), groups)
 
 
 def near_the_policy(make: Maker, model: Any, groups: list[Group], noise: float = 0.3) -> list[Group]:
@@ -51,7 +52,7 @@ def near_the_policy(make: Maker, model: Any, groups: list[Group], noise: float =
     return out
 
 
-def assert_equal_steps(one: tuple, other: tuple, tolerance: float = TOLERANCE) -> None:
+def assert_equal_steps(one: Step, other: Step, tolerance: float = TOLERANCE) -> None:
     (loss, metrics, gradients), (loss_, metrics_, gradients_) = one, other
     assert loss == pytest.approx(loss_, rel=tolerance)
     assert metrics == pytest.approx(metrics_, rel=tolerance, abs=1e-9)

@@ -1,20 +1,22 @@
 """A run of the embedded model that takes two seconds, and what two of them must have in common."""
 
-from __future__ import annotations
-
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
+from tests.helpers import digit_runs
+from tests.helpers.digit_runs import STEPS
+from tests.helpers.forked import finish
 from vlmr1.grpo.buffer import ROLLOUTS
 from vlmr1.lifecycle.checkpoint import STAGING, integrity_error
 from vlmr1.report.progress import COMPLETIONS, read_metrics
 from vlmr1.tiny import digits
 
-STEPS = 6
 MEASURED = re.compile("second|memory|power|energy")  # names of metrics that two runs do not share
 # A reward of many values. Where the file `flag` is beside it, its nth call also does what that file says.
 MINE = """
@@ -72,25 +74,24 @@ def during(data: Path, generation: int, code: str) -> None:
 def command(data: Path, output: Path, *more: str) -> list[str]:
     """Two prompts a generation, two updates on each, four updates an epoch: six are an epoch and a half."""
     settings = {
-        "data_file_paths": data / "train.jsonl",
-        "image_folders": data / "images",
-        "output_dir": output,
         "reward_funcs": f"{data / 'mine.py'}:mine",
-        "max_steps": STEPS,
         "save_steps": 1,
         "save_total_limit": 2,
-        "prompts_per_device": 2,
         "num_generations": 2,
         "num_iterations": 2,
         "max_completion_length": 8,
         "temperature": 3.0,
         "learning_rate": 1e-4,
-        "warmup_steps": 0,
         "write_report": "false",
-        "use_cpu": "true",
     }
-    words = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
-    return ["train", "--recipe", "tiny-digits", *words, *more]
+    return digit_runs.command(data, output, *more, **settings)
+
+
+def ended(status: int, words: list[str], log: Path, prepare: Callable[[], None] | None = None) -> str:
+    """The output of `vlmr1 words`, which has to end with this status, and without a traceback."""
+    found, text = finish(words, log, prepare)
+    assert found == status and "Traceback" not in text, text
+    return text
 
 
 def assert_whole(output: Path, undisturbed: Path) -> None:
@@ -110,30 +111,20 @@ def assert_same(output: Path, undisturbed: Path) -> None:
 
 def differences(checkpoint: Path, other: Path) -> list[str]:
     """Names of the tensors in weights, optimizer and rollouts that are not bit-equal."""
-    names = []
-    states = [flat(load_file(folder / "model.safetensors")) for folder in (checkpoint, other)]
-    for file in ("optimizer.pt", "scheduler.pt", ROLLOUTS):
-        there = [(folder / file).exists() for folder in (checkpoint, other)]
-        if there[0] != there[1]:
-            names.append(file)
-        elif there[0]:
-            for state, folder in zip(states, (checkpoint, other), strict=True):
-                state |= {f"{file}/{name}": value for name, value in flat(torch.load(folder / file)).items()}
-    one, two = states
-    return names + [name for name in one | two if name not in one or name not in two or not equal(one[name], two[name])]
+    one, two = map(state_of, (checkpoint, other))
+    return [name for name in one | two if name not in one or name not in two or not equal(one[name], two[name])]
+
+
+def state_of(checkpoint: Path) -> dict[str, Any]:
+    """The leaves of all files by their path."""
+    files = [checkpoint / name for name in ("optimizer.pt", "scheduler.pt", ROLLOUTS)]
+    state = {path.name: torch.load(path) for path in files if path.exists()}
+    state |= load_file(checkpoint / "model.safetensors")
+    return {keystr(path): leaf for path, leaf in tree_flatten_with_path(state)[0]}
 
 
 def equal(one: Any, two: Any) -> bool:
     return torch.equal(one, two) if isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor) else one == two
-
-
-def flat(value: Any, name: str = "") -> dict[str, Any]:
-    """The leaves of nested containers by their path."""
-    if isinstance(value, dict):
-        return {key: leaf for k, v in value.items() for key, leaf in flat(v, f"{name}/{k}").items()}
-    if isinstance(value, list | tuple):
-        return {key: leaf for k, v in enumerate(value) for key, leaf in flat(v, f"{name}/{k}").items()}
-    return {name: value}
 
 
 def metrics(output: Path) -> list[dict[str, float]]:

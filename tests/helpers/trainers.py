@@ -13,6 +13,7 @@ from tests.helpers.updates import update
 from vlmr1.config import GRPOConfig
 from vlmr1.data.samples import load_samples
 from vlmr1.grpo.trainer import GRPOTrainer
+from vlmr1.report.progress import COMPLETIONS, Progress, read_lines
 from vlmr1.tiny import digits
 
 
@@ -38,19 +39,25 @@ def even(prompts: list, completions: list, **columns: Any) -> list[float]:
 
 def gradients(trainer: GRPOTrainer, make: Maker) -> tuple[float, dict[str, torch.Tensor]]:
     """One backward over two fixed groups."""
-    groups = [
-        make.group(make.prompt("Locate the digit 7.", (84,)), (5, 9, 3)),
-        make.group(make.prompt("Locate the digit 3.", (112,)), (4, 2, 6)),
-    ]
+    groups = make.groups(("Locate the digit 7.", (84,), (5, 9, 3)), ("Locate the digit 3.", (112,), (4, 2, 6)))
     with vlmr1_kernels.use(trainer.args.kernels):
-        loss, _ = update(trainer, groups)
-    return float(loss), {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+        loss, _, found = update(trainer, groups)
+    return loss, found
 
 
 def relative(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     assert one.keys() == other.keys()
     flat = [torch.cat([each[name].flatten() for name in one]) for each in (one, other)]
     return float((flat[0] - flat[1]).norm() / flat[1].norm())
+
+
+def recorded(trainer: GRPOTrainer, output: Path) -> list[dict[str, Any]]:
+    """Train; return the completions that are recorded in `output`."""
+    progress = Progress(output, console=False)
+    progress.trainer = trainer
+    trainer.add_callback(progress)
+    trainer.train()
+    return read_lines(output / COMPLETIONS)
 
 
 def shift(trainer: GRPOTrainer, by: float) -> None:

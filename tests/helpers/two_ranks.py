@@ -1,7 +1,5 @@
 """Runs of two processes (gloo, CPU) as `vlmr1 train --launch` starts them, and what they are compared by."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -10,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from vlmr1.commands.arguments import parse_config
+from vlmr1.commands.train import train
 from vlmr1.distributed.launch import launch_command
 
 ENGINES = ("ddp", "zero2", "zero3", "fsdp2")
@@ -51,10 +52,16 @@ def evaluations(output: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (output / "eval.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def computed(step: dict[str, float]) -> dict[str, float]:
-    """What of a step's metrics was not measured."""
+def computed(steps: list[dict[str, float]]) -> list[dict[str, float]]:
+    """What of the metrics of each step was not measured."""
     measured = ("second", "memory", "runtime")
-    return {name: value for name, value in step.items() if not any(word in name for word in measured)}
+    return [{k: v for k, v in step.items() if not any(word in k for word in measured)} for step in steps]
+
+
+def run_alone(folder: Path, output: Path, **more: Any) -> list[dict[str, float]]:
+    """The metrics of one process with the prompts of both."""
+    train(parse_config(words(folder, output, prompts_per_device=2, use_cpu="true", **more)))
+    return metrics(output)
 
 
 def two_ranks(engine: str, arguments: list[str]) -> subprocess.CompletedProcess:
@@ -77,6 +84,20 @@ def run_launched(engine: str, folder: Path, output: Path, **more: Any) -> list[d
     done = two_ranks(engine, words(folder, output, prompts_per_device=1, **more))
     assert done.returncode == 0, done.stderr[-3000:]
     return metrics(output)
+
+
+Weights = dict[str, torch.Tensor]
+
+
+def assert_close(found: Weights, expected: Weights, rtol: float = 1e-3, atol: float = 1e-5) -> None:
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)  # which names what differs
+
+
+def assert_moved(found: Weights, expected: Weights) -> None:
+    """Each layer of an adapter has moved as far: its B, which begins as zeros."""
+    for name in (name for name in expected if "lora_B" in name):
+        assert expected[name].norm() > 1e-5, name
+        assert (found[name] - expected[name]).norm() <= 1e-2 * expected[name].norm(), name
 
 
 def assert_same(found: list[dict[str, float]], expected: list[dict[str, float]]) -> None:

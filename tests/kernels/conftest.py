@@ -4,6 +4,14 @@ import pytest
 import torch
 
 from tests.helpers import interpreter
+from tests.helpers.kernel_cases import targets
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Parameter `target`: every implementation of the module's OP on every device, where a test chooses none."""
+    chosen = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    if "target" in metafunc.fixturenames and not any("target" in names for names in chosen):
+        metafunc.parametrize("target", targets(metafunc.module.OP))
 
 
 @pytest.fixture
@@ -16,11 +24,7 @@ def poison() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(20)
     if interpreter.AVAILABLE:
         monkeypatch.setenv(interpreter.VARIABLE, "1")
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(20)

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers.kernel_cases import OBJECTIVES, Case, Target, targets
+from tests.helpers.kernel_cases import OBJECTIVES, PER_ROW, Case, Target, no_waiting, targets
+from vlmr1_kernels import GRPOSettings
 from vlmr1_kernels.testing import HEAD, Inputs, cast
 
 IMPLEMENTATIONS = ("reference", "triton")
@@ -26,29 +27,20 @@ class Profile:
     @classmethod
     def of(cls, function: Callable[[], Any]) -> "Profile":
         function()  # the first call may compile
-        cuda = torch.cuda.is_available()
         activities = [torch.profiler.ProfilerActivity.CPU]
-        with torch.profiler.profile(activities=activities, record_shapes=True, acc_events=True) as profile:
-            if cuda:
-                torch.cuda.set_sync_debug_mode("error")
-            try:
-                function()
-            finally:
-                if cuda:
-                    torch.cuda.set_sync_debug_mode("default")
-        events = profile.events() or []
-        return cls([(event.name, [list(shape) for shape in event.input_shapes or []]) for event in events])
+        options = {"record_shapes": True, "acc_events": True}
+        with torch.profiler.profile(activities=activities, **options) as profile, no_waiting():
+            function()
+        return cls(
+            [(event.name, [list(shape) for shape in event.input_shapes or []]) for event in profile.events() or []]
+        )
 
     @property
     def gemm_flops(self) -> int:
         """Multiplications in all GEMMs."""
         first = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::addmm_": 1}
-        total = 0
-        for name, shapes in self.events:
-            if name in first:
-                left, right = shapes[first[name] : first[name] + 2]
-                total += torch.Size(left).numel() * right[-1]
-        return total
+        pairs = [shapes[first[name] : first[name] + 2] for name, shapes in self.events if name in first]
+        return sum(torch.Size(left).numel() * right[-1] for left, right in pairs)
 
     @property
     def largest(self) -> int:
@@ -87,22 +79,30 @@ def test_linear_logprob(target: Target, trained: tuple[str, ...], gemms: int) ->
     assert profile.largest < CASE.rows * CASE.vocab
 
 
+def at_sequence_level(**settings: Any) -> GRPOSettings:
+    return GRPOSettings(importance_level="sequence", **settings)
+
+
+LOSSES: dict[str, tuple[tuple[str, ...], GRPOSettings, int, int]] = {
+    # what is trained, settings, GEMMs of the reference and of Triton
+    "trained": (HEAD, OBJECTIVES["grpo"], 3, 3),
+    "frozen head": (("hidden",), OBJECTIVES["grpo, k2, entropy"], 2, 2),
+    "head only": (("weight",), OBJECTIVES["grpo, k3, rollout correction"], 2, 2),
+    "evaluation": ((), OBJECTIVES["grpo"], 1, 1),
+    "sequence level": (HEAD, OBJECTIVES["gspo, k3, everything"], 4, 4),
+    "sequence level, frozen head": (("hidden",), at_sequence_level(beta=0.2, tis_cap=1.1, delta=1.5), 3, 2),
+    "sequence level, frozen head, entropy": (("hidden",), at_sequence_level(entropy_coef=0.1), 3, 3),
+    "sequence level, frozen head, cispo": (("hidden",), OBJECTIVES["cispo, k1, sequence level"], 3, 2),
+    "sequence level, only the head": (("weight", "bias"), at_sequence_level(beta=0.1), 3, 3),
+}
+
+
 @pytest.mark.parametrize("target", targets("linear_grpo_loss", only=IMPLEMENTATIONS))
-@pytest.mark.parametrize(
-    ("trained", "name", "gemms"),
-    [
-        (HEAD, "grpo", 3),
-        (("hidden",), "grpo, k2, entropy", 2),
-        (("weight",), "grpo, k3, rollout correction", 2),
-        ((), "grpo", 1),
-        (HEAD, "gspo, k3, everything", 4),
-    ],
-    ids=["trained", "frozen head", "head only", "evaluation", "sequence level"],
-)
-def test_linear_grpo_loss(target: Target, trained: tuple[str, ...], name: str, gemms: int) -> None:
+@pytest.mark.parametrize(("trained", "settings", "reference", "triton"), LOSSES.values(), ids=LOSSES.keys())
+def test_linear_grpo_loss(target: Target, trained: Any, settings: GRPOSettings, reference: int, triton: int) -> None:
     run, inputs = target.run(torch.float32), inputs_of(CASE, target, trained)
     inputs["rewards"] = inputs.pop("advantages")
-    options = {"settings": OBJECTIVES[name], "normalizer": 7.0, "chunk_mib": CASE.chunk_mib}
+    options = {"settings": settings, "normalizer": 7.0, "chunk_mib": CASE.chunk_mib}
 
     def step() -> None:
         loss, _ = run(**inputs, num_generations=2, **options)
@@ -110,12 +110,13 @@ def test_linear_grpo_loss(target: Target, trained: tuple[str, ...], name: str, g
             loss.backward()
 
     profile = Profile.of(step)
+    gemms = {"reference": reference, "triton": triton}[target.impl]
     assert (profile.gemm_flops, profile.syncs) == (gemms * GEMM, [])
     assert profile.largest < CASE.rows * CASE.vocab
 
 
 @pytest.mark.parametrize("target", targets("linear_grpo_loss", only=IMPLEMENTATIONS))
-def test_one_gemm_without_gradient_and_none_for_dropped_rows(target: Target) -> None:
+def test_one_gemm_without_gradient_none_for_dropped_rows_and_no_second_projection_of_one_chunk(target: Target) -> None:
     run, inputs = target.run(torch.float32), inputs_of(CASE, target)
     inputs["advantages"][0] = 0
     active = torch.arange(15, 24, device=target.device)
@@ -123,13 +124,16 @@ def test_one_gemm_without_gradient_and_none_for_dropped_rows(target: Target) -> 
         assert Profile.of(lambda: run(**inputs)).gemm_flops == GEMM
     profile = Profile.of(lambda: run(**inputs, active_rows=active)[0].backward())
     assert (profile.gemm_flops, profile.syncs) == (3 * GEMM * 9 // 24, [])
+    if target.impl == "triton":
+        profile = Profile.of(lambda: run(**inputs, settings=at_sequence_level())[0].backward())
+        assert (profile.gemm_flops, profile.syncs) == (3 * GEMM, [])
 
 
 @pytest.mark.parametrize("target", targets("grpo_loss", only=IMPLEMENTATIONS))
 @pytest.mark.parametrize("name", ["grpo, k3, rollout correction", "gspo, k3, everything"])
 def test_grpo_loss(target: Target, name: str) -> None:
     run, inputs = target.run(torch.float32), inputs_of(CASE, target)
-    per_row = {key: inputs[key] for key in ("seq_ids", "old_logp", "ref_logp", "sampling_logp")}
+    per_row = {key: inputs[key] for key in ("seq_ids", *PER_ROW)}
     logp = inputs["hidden"].detach()[:, 0].requires_grad_()
     options = {"settings": replace(OBJECTIVES[name], entropy_coef=0.0), "normalizer": 7.0}
 

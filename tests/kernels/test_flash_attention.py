@@ -23,9 +23,8 @@ from tests.helpers.attention import (
     one_by_one,
     separately,
     tensors,
-    with_gradients,
 )
-from tests.helpers.kernel_cases import ON_GPU
+from tests.helpers.kernel_cases import no_waiting, on_gpu
 from vlmr1_kernels import PrefixLayout
 from vlmr1_kernels.flash import kernels, sequences, shared_prefix_attention, varlen_attention
 
@@ -105,17 +104,10 @@ def test_checkpointing_and_no_grad() -> None:
     layout, heads = CASES["ragged branches"]
     inputs = tensors(layout.total_length, *heads)
     attention = partial(shared_prefix_attention.shared_prefix_attention, layout=layout, scale=1.0)
-
-    def checkpointed(*qkv: Tensor) -> Tensor:
-        out = checkpoint(attention, *qkv, use_reentrant=False)
-        assert isinstance(out, Tensor)
-        return out
-
-    expected = with_gradients(attention, inputs, torch.float64)
-    for value, truth in zip(with_gradients(checkpointed, inputs, torch.float64), expected, strict=True):
-        assert torch.equal(value, truth)
+    assert_equals(partial(checkpoint, attention, use_reentrant=False), attention, inputs, rtol=0, atol=0)
     with torch.no_grad():
-        assert torch.equal(attention(*(each.requires_grad_() for each in inputs[:3])), expected[0])
+        expected = attention(*inputs[:3])
+        assert torch.equal(attention(*(each.requires_grad_() for each in inputs[:3])), expected)
 
 
 LAYOUTS = {name: CASES[name][0] for name in ("many groups", "groups without branches", "prefill")}
@@ -186,10 +178,9 @@ def test_the_package_is_preferred(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
     monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", package())
     monkeypatch.setattr(kernels.metadata, "version", {"flash-attn": "2.8.3"}.__getitem__)
-    layout, heads = CASES["groups without branches"]
     kernels._has_package.cache_clear()
     try:
-        test_equals_separate_sequences(layout, heads)
+        test_equals_separate_sequences(*CASES["groups without branches"])
     finally:
         kernels._has_package.cache_clear()
 
@@ -202,16 +193,12 @@ def test_old_packages_are_not_used(version: str, used: bool, monkeypatch: pytest
     assert kernels._has_package.__wrapped__() is used
 
 
-@ON_GPU
-@pytest.mark.gpu
+@on_gpu
 def test_nothing_waits_for_the_device() -> None:
     layout, heads = CASES["many groups"]
     attention = partial(vlmr1_kernels.shared_prefix_attention, layout=layout, impl="flash")
     q, k, v, d_out = (value.to("cuda", torch.bfloat16) for value in tensors(layout.total_length, *heads))
     leaves = [each.requires_grad_() for each in (q, k, v)]
     sequences.plan.cache_clear()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         torch.autograd.grad(attention(*leaves), leaves, d_out)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

@@ -11,8 +11,8 @@ from torch._dynamo.utils import counters
 from torch.nn.attention import flex_attention as torch_flex
 
 import vlmr1_kernels
-from tests.helpers.attention import CASES, check_budget, separately, tensors, with_gradients
-from tests.helpers.kernel_cases import ON_GPU
+from tests.helpers.attention import CASES, assert_equals, check_budget, separately, tensors, with_gradients
+from tests.helpers.kernel_cases import on_gpu
 from vlmr1_kernels import PrefixLayout
 from vlmr1_kernels.flex import shared_prefix_attention as flex
 from vlmr1_kernels.flex.mask import BLOCK, tables, visible_ranges
@@ -76,10 +76,8 @@ def test_equals_separate_sequences(case: str, options: dict[str, Any]) -> None:
     layout, heads = CASES[case]
     problem = [value.float().double() for value in tensors(layout.total_length, *heads)]
     options = {"layout": layout, "scale": 0.3, "window": None, **options}
-    expected = with_gradients(separately, problem, torch.float64, **options)
     ours = partial(flex.shared_prefix_attention, **options)
-    for value, truth in zip(with_gradients(ours, problem, torch.float32), expected, strict=True):
-        torch.testing.assert_close(value.double(), truth, rtol=1e-4, atol=1e-5)
+    assert_equals(ours, partial(separately, **options), problem, torch.float32, rtol=1e-4, atol=1e-5)
 
 
 def compiled_for(layouts: list[PrefixLayout], device: str, dtype: torch.dtype) -> list[int]:
@@ -108,8 +106,7 @@ def test_a_new_layout_does_not_recompile() -> None:
     assert compiled_for(short, "cpu", torch.float32) == [2, 2], "one block only is a graph of its own"
 
 
-@ON_GPU
-@pytest.mark.gpu
+@on_gpu
 @pytest.mark.parametrize(
     ("case", "dtype", "options"),
     [
@@ -127,8 +124,7 @@ def test_error_is_within_budget(case: str, dtype: torch.dtype, options: dict[str
     check_budget(ours, oracle, (layout.total_length, *heads), dtype, "cuda")
 
 
-@ON_GPU
-@pytest.mark.gpu
+@on_gpu
 def test_a_new_layout_does_not_recompile_on_a_gpu() -> None:
     torch._dynamo.reset()
     counters.clear()

@@ -1,4 +1,4 @@
-"""What holds of the gradients of every op: repeated backwards, strides, frozen and tied weights, half precision."""
+"""What holds of the gradients of every op: repeated backwards, strides, frozen weights, half precision, packs."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,17 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.kernel_cases import (
-    HALVES,
-    OBJECTIVES,
-    PER_ROW,
-    Case,
-    Target,
-    check_budget,
-    eager_loss,
-    head_of,
-    targets,
-)
+from tests.helpers.kernel_cases import HALVES, OBJECTIVES, Case, Target, eager_loss, head_of, options_of, targets
+from vlmr1_kernels import GRPOSettings, group_advantages
 from vlmr1_kernels.testing import (
     HEAD,
     Inputs,
@@ -35,7 +26,9 @@ pytestmark = pytest.mark.usefixtures("poison")
 Call = Callable[[Any, Inputs, Any], Tensor]  # an implementation, inputs, a case -> a loss
 # Two rows a chunk: sequences lie in several chunks, and chunks in several sequences.
 SMALL = Case((3, 1, 4, 1), 20, 37, bias=True, softcap=8.0, chunk_mib=2 * 37 * 4 / 2**20)
-TOKEN, SEQUENCE = (replace(SMALL, settings=OBJECTIVES[name]) for name in ("grpo, k2, entropy", "gspo, k1"))
+BY_SEQUENCE = ("grpo", "gspo", "dr_grpo")  # loss types that take the mean over sequences
+NAMES = ("grpo, k2, entropy", "gspo, k1", "cispo, k1, sequence level")
+TOKEN, SEQUENCE, CISPO = (replace(SMALL, settings=OBJECTIVES[name]) for name in NAMES)
 
 
 def by_logprob(run: Any, inputs: Inputs, case: Case) -> Tensor:
@@ -45,13 +38,13 @@ def by_logprob(run: Any, inputs: Inputs, case: Case) -> Tensor:
 
 
 def by_linear_loss(run: Any, inputs: Inputs, case: Case) -> Tensor:
-    return run(**inputs, settings=case.settings, softcap=case.softcap, chunk_mib=case.chunk_mib)[0]
+    return run(**inputs, **options_of(case))[0]
 
 
 def by_loss(run: Any, inputs: Inputs, case: Case) -> Tensor:
     """The leaf is `hidden`: the log-probs are near the old ones."""
     logp = inputs["old_logp"].float() + 0.3 * inputs["hidden"][:, 0]
-    given = {name: inputs[name] for name in ("seq_ids", "advantages", *PER_ROW)}
+    given = {name: value for name, value in inputs.items() if name not in (*HEAD, "targets")}
     return run(logp, **given, settings=replace(case.settings, entropy_coef=0.0))[0]
 
 
@@ -65,6 +58,7 @@ CALLS: dict[str, Call] = {"linear_logprob": by_logprob, "grpo_loss": by_loss, "l
 LINEAR = {"linear_logprob": eager_by_logprob, "linear_grpo_loss": eager_loss}
 of_linear_ops = pytest.mark.parametrize("target", [each for op in LINEAR for each in targets(op)])
 of_all_ops = pytest.mark.parametrize("target", [each for op in CALLS for each in targets(op)])
+of_losses = pytest.mark.parametrize("target", [*targets("grpo_loss"), *targets("linear_grpo_loss")])
 of_both_levels = pytest.mark.parametrize("case", [TOKEN, SEQUENCE], ids=["token", "sequence"])
 
 
@@ -101,62 +95,83 @@ def moved(inputs: Inputs) -> Inputs:
     return given
 
 
+def results(target: Target, case: Case, change: Callable[[Inputs], Inputs], dtype: Any = torch.float32) -> list[Tensor]:
+    """Loss and gradients, with what the op is given changed."""
+    inputs = cast(case.draw(0, dtype), dtype, target.device)
+    loss = CALLS[target.op](target.run(dtype), change(inputs), case)
+    return [loss, *torch.autograd.grad(loss, trained(inputs, target))]
+
+
 @of_all_ops
 @of_both_levels
 def test_layout_and_integer_type_of_the_inputs_do_not_matter(target: Target, case: Case) -> None:
-    run, call, drawn = target.run(torch.float32), CALLS[target.op], case.draw(0, torch.float32)
+    torch.testing.assert_close(results(target, case, moved), results(target, case, dict))
 
-    def results(change: Callable[[Inputs], Inputs]) -> list[Tensor]:
-        inputs = cast(drawn, torch.float32, target.device)
-        loss = call(run, change(inputs), case)
-        return [loss, *torch.autograd.grad(loss, trained(inputs, target))]
 
-    for value, expected in zip(results(moved), results(dict), strict=True):
-        torch.testing.assert_close(value, expected)
+BY_LOSS_TYPE = {settings.loss_type: settings for settings in OBJECTIVES.values()}
+
+
+@of_losses
+@pytest.mark.parametrize("settings", BY_LOSS_TYPE.values(), ids=BY_LOSS_TYPE.keys())
+def test_losses_of_packs_add_up(target: Target, settings: GRPOSettings) -> None:
+    case, count = replace(SMALL, settings=settings), torch.tensor([4 if settings.loss_type in BY_SEQUENCE else 9])
+
+    def part(inputs: Inputs, rows: slice, sequences: slice) -> Inputs:
+        given = {name: value if name in ("weight", "bias") else value[rows] for name, value in inputs.items()}
+        given |= {"advantages": inputs["advantages"][sequences], "seq_ids": given["seq_ids"] - sequences.start}
+        return given | {"normalizer": count.to(target.device) if rows.start else count.item()}
+
+    first = results(target, case, lambda inputs: part(inputs, slice(0, 4), slice(0, 2)))
+    second = results(target, case, lambda inputs: part(inputs, slice(4, 9), slice(2, 4)))
+    added = [one + other for one, other in zip(first, second, strict=True)]
+    torch.testing.assert_close(added, results(target, case, dict))
+
+
+@of_losses
+def test_rewards_in_place_of_advantages(target: Target) -> None:
+    rewards = torch.tensor([1.0, 0.25, 0.1, 0.1], device=target.device)  # the second group is equal
+    apart = {"advantages": group_advantages(rewards, 2, impl=target.impl)}
+    fused = {"advantages": None, "rewards": rewards, "num_generations": 2}
+    found, expected = (results(target, TOKEN, lambda inputs, g=given: inputs | g) for given in (fused, apart))
+    torch.testing.assert_close(found, expected)
+
+
+@of_losses
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "gspo"])
+@pytest.mark.parametrize("form", ["advantages", "rewards", "rewards, first group active"])
+def test_equal_rewards_and_advantages_of_zero_give_zero(target: Target, loss_type: str, form: str) -> None:
+    given: dict[str, Any] = {"advantages": torch.zeros(4, device=target.device)}
+    if form != "advantages":
+        equal = torch.full((4,), 0.1, device=target.device)
+        given = {"advantages": None, "rewards": equal, "num_generations": 2}
+    if "active" in form and target.op == "linear_grpo_loss":
+        given |= {"active_rows": torch.arange(4, device=target.device), "check": True}
+    case = replace(SMALL, settings=GRPOSettings(loss_type=loss_type))
+    values = results(target, case, lambda inputs: inputs | given)
+    assert [value.abs().max().item() for value in values] == [0.0] * len(values)
 
 
 @of_linear_ops
-@of_both_levels
+@pytest.mark.parametrize("case", [TOKEN, SEQUENCE, CISPO], ids=["token", "sequence", "cispo, sequence"])
 @pytest.mark.parametrize("leaves", [("hidden",), ("weight",), ("bias",), ("weight", "bias")], ids="+".join)
 def test_only_what_is_trained_gets_a_gradient(target: Target, case: Case, leaves: tuple[str, ...]) -> None:
     run, call = target.run(torch.float32), CALLS[target.op]
     inputs = cast(case.draw(0, torch.float32), torch.float32, target.device)
-    expected = dict(zip(HEAD, gradients(call(run, inputs, case), inputs), strict=True))
+    whole = call(run, inputs, case)
+    expected = dict(zip(HEAD, gradients(whole, inputs), strict=True))
     for name in set(HEAD) - set(leaves):
         inputs[name].requires_grad_(False)
-    call(run, inputs, case).backward()
+    loss = call(run, inputs, case)
+    loss.backward()
+    torch.testing.assert_close(loss, whole)
     for name in HEAD:
-        if name in leaves:
-            torch.testing.assert_close(inputs[name].grad, expected[name])
-        else:
-            assert inputs[name].grad is None
-
-
-@pytest.mark.slow
-@of_linear_ops
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_gradients_of_a_tied_weight_add_up(target: Target, dtype: torch.dtype) -> None:
-    run, call, eager = target.run(dtype), CALLS[target.op], LINEAR[target.op]
-
-    def tied(loss: Callable[[Inputs], Tensor]) -> Callable[[Inputs, Problem], list[Tensor]]:
-        def gradient(inputs: Inputs, problem: Problem) -> list[Tensor]:
-            embedding = inputs["weight"]
-            given = inputs | {"hidden": torch.tanh(embedding[inputs["targets"].flip(0)])}
-            return list(torch.autograd.grad(loss(given), embedding))
-
-        return gradient
-
-    case = Case((9, 11), 24, 50, OBJECTIVES["grpo, k2, entropy"])
-    ours, plain = tied(lambda inputs: call(run, inputs, case)), tied(lambda inputs: eager(inputs, case))
-    check_budget(("d_weight",), ours, plain, target, case, dtype)
+        torch.testing.assert_close(inputs[name].grad, expected[name] if name in leaves else None)
 
 
 @pytest.mark.slow
 @of_linear_ops
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_half_precision_gradients_do_not_get_worse_with_the_number_of_chunks(
-    target: Target, dtype: torch.dtype
-) -> None:
+def test_half_precision_gradients_do_not_get_worse_with_the_number_of_chunks(target: Target, dtype) -> None:
     run, call, eager, case = target.run(dtype), CALLS[target.op], LINEAR[target.op], Case((24, 26), 16, 20)
     drawn = case.draw(0, dtype)
     for name in ("hidden", "advantages"):

@@ -2,10 +2,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.kernel_cases import Target, targets
+from tests.helpers.kernel_cases import Target
 from vlmr1_kernels import group_advantages
 from vlmr1_kernels.testing import assert_within_budget
 
+OP = "group_advantages"
 pytestmark = pytest.mark.usefixtures("poison")
 
 REWARDS = [1.0, 0.0, 0.5, 0.0, 3.0, 1.0, 1.0, 7.0, 0.1, 0.1, 0.1, 0.1]
@@ -25,7 +26,6 @@ def test_equals_the_formula(scale: str) -> None:
     torch.testing.assert_close(group_advantages(rewards, 4, scale=scale), by_the_formula(rewards, 4, scale))
 
 
-@pytest.mark.parametrize("target", targets("group_advantages"))
 @pytest.mark.parametrize(
     ("groups", "generations", "scale", "dtype"),
     [
@@ -48,7 +48,6 @@ def test_error_is_within_budget(target: Target, groups: int, generations: int, s
     assert_within_budget(["advantages"], [value.cpu()], [by_the_formula(rewards, generations, scale)], [exact])
 
 
-@pytest.mark.parametrize("target", targets("group_advantages"))
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 @pytest.mark.parametrize("value", [0.1, -7.3, 1e30], ids=str)
 def test_equal_rewards_give_exactly_zero(target: Target, scale: str, value: float) -> None:
@@ -57,7 +56,6 @@ def test_equal_rewards_give_exactly_zero(target: Target, scale: str, value: floa
     assert target.run(torch.float32)(rewards, 3, scale=scale).tolist() == [0.0] * 6
 
 
-@pytest.mark.parametrize("target", targets("group_advantages"))
 def test_one_group_of_equal_rewards_among_others(target: Target) -> None:
     rewards = torch.tensor([0.1, 0.1, 0.1, 0.0, 0.0, 1.0], device=target.device)
     advantages = target.run(torch.float32)(rewards, 3)
@@ -65,7 +63,6 @@ def test_one_group_of_equal_rewards_among_others(target: Target) -> None:
     assert advantages[3:].tolist() == pytest.approx([-0.57725, -0.57725, 1.15450], abs=1e-4)
 
 
-@pytest.mark.parametrize("target", targets("group_advantages"))
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 def test_a_group_of_one_and_no_rewards(target: Target, scale: str) -> None:
     run = target.run(torch.float32)
@@ -73,7 +70,6 @@ def test_a_group_of_one_and_no_rewards(target: Target, scale: str) -> None:
     assert run(torch.empty(0, device=target.device), 4, scale=scale).tolist() == []
 
 
-@pytest.mark.parametrize("target", targets("group_advantages"))
 def test_strides_do_not_matter(target: Target) -> None:
     rewards = torch.tensor(REWARDS, device=target.device)
     run = target.run(torch.float32)

@@ -8,18 +8,17 @@ import torch
 from torch import Tensor
 
 from tests.helpers.kernel_cases import OBJECTIVES, PER_ROW, Target, padded_objective, targets
-from vlmr1_kernels import GRPOSettings, group_advantages, grpo_loss
+from vlmr1_kernels import GRPOSettings, grpo_loss
 from vlmr1_kernels.settings import KL_ESTIMATORS, LOSS_TYPES
 from vlmr1_kernels.testing import assert_within_budget, pooled
 
+OP = "grpo_loss"
 pytestmark = pytest.mark.usefixtures("poison")
 
 LENGTHS = (3, 1, 7, 2, 5)
 Inputs = dict[str, Any]
 # The entropy bonus needs the logits: test_linear_grpo_loss.py has the cases as they are.
 SETTINGS = {name: replace(settings, entropy_coef=0.0) for name, settings in OBJECTIVES.items()}
-
-BY_LOSS_TYPE = {settings.loss_type: settings for settings in SETTINGS.values()}
 
 
 def rows(lengths: Sequence[int] = LENGTHS, spread: float = 0.5) -> Inputs:
@@ -51,19 +50,17 @@ def cast(inputs: Inputs, dtype: torch.dtype, device: str = "cpu") -> Inputs:
     return out
 
 
-def padded(inputs: Inputs, settings: GRPOSettings, lengths: Sequence[int], **options: Any) -> Tensor:
+def padded(inputs: Inputs, settings: GRPOSettings, lengths: Sequence[int]) -> Tensor:
     given = {name: inputs[name] for name in PER_ROW}
     logp = inputs["logp"] if inputs["logp"].dtype == torch.float64 else inputs["logp"].float()
-    return padded_objective(logp, tuple(lengths), inputs["advantages"], settings, **given, **options)
+    return padded_objective(logp, tuple(lengths), inputs["advantages"], settings, **given)
 
 
 def with_gradient(loss: Tensor, inputs: Inputs) -> list[Tensor]:
     return [loss.detach(), torch.autograd.grad(loss, inputs["logp"])[0]]
 
 
-def check_budget(
-    target: Target, dtype: torch.dtype, settings: GRPOSettings, draws: Sequence[Inputs], lengths: Sequence[int]
-) -> None:
+def check_budget(target, dtype, settings: GRPOSettings, draws: Sequence[Inputs], lengths: Sequence[int]) -> None:
     run = target.run(dtype)
     # The oracle sees what the dtype can hold.
     exact = [draw | {"logp": draw["logp"].detach().to(dtype).double().requires_grad_()} for draw in draws]
@@ -96,49 +93,27 @@ def test_reference_equals_the_padded_formula(settings: GRPOSettings, on_policy: 
         inputs["old_logp"] = None
     loss, _ = grpo_loss(**inputs, settings=settings, impl="reference")
     expected = padded(inputs, settings, LENGTHS)
-    for value, truth in zip(with_gradient(loss, inputs), with_gradient(expected, inputs), strict=True):
-        torch.testing.assert_close(value, truth)
+    torch.testing.assert_close(with_gradient(loss, inputs), with_gradient(expected, inputs))
 
 
-@pytest.mark.parametrize("target", targets("grpo_loss"))
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
 def test_error_is_within_budget(target: Target, settings: GRPOSettings) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         check_budget(target, dtype, settings, [rows() for _ in range(4)], LENGTHS)
 
 
-@pytest.mark.parametrize("target", targets("grpo_loss"))
 @pytest.mark.parametrize("name", ["grpo", "cispo, k3, rollout correction", "gspo, k1", "dr_grpo, k3, two-sided clip"])
 def test_error_is_within_budget_on_policy(target: Target, name: str) -> None:
     on_policy = [rows() | {"old_logp": None} for _ in range(4)]
     check_budget(target, torch.float32, SETTINGS[name], on_policy, LENGTHS)
 
 
-@pytest.mark.parametrize("target", targets("grpo_loss"))
 @pytest.mark.parametrize("name", ["grpo", "gspo, k2", "dr_grpo, k3, two-sided clip"])
 def test_more_rows_than_a_grid_dimension_holds(target: Target, name: str) -> None:
     lengths = (1, 40_000, 0, 17, 30_001)
     check_budget(target, torch.float32, SETTINGS[name], [rows(lengths) for _ in range(2)], lengths)
 
 
-@pytest.mark.parametrize("target", targets("grpo_loss"))
-@pytest.mark.parametrize("settings", BY_LOSS_TYPE.values(), ids=BY_LOSS_TYPE.keys())
-def test_losses_of_packs_add_up(target: Target, settings: GRPOSettings) -> None:
-    run, inputs = target.run(torch.float32), cast(rows(), torch.float32, target.device)
-    by_sequence = settings.loss_type in ("grpo", "gspo", "dr_grpo")
-    total = len(LENGTHS) if by_sequence else sum(LENGTHS)
-    whole, _ = run(**inputs, settings=settings)
-    cut, sequences = sum(LENGTHS[:2]), 2
-    first = {name: value[: sequences if name == "advantages" else cut] for name, value in inputs.items()}
-    second = {name: value[sequences if name == "advantages" else cut :] for name, value in inputs.items()}
-    second["seq_ids"] = second["seq_ids"] - sequences
-    parts = [run(**part, settings=settings, normalizer=total)[0] for part in (first, second)]
-    torch.testing.assert_close(parts[0] + parts[1], whole)
-    with_tensor, _ = run(**inputs, settings=settings, normalizer=torch.tensor([total], device=target.device))
-    torch.testing.assert_close(with_tensor, whole)
-
-
-@pytest.mark.parametrize("target", targets("grpo_loss"))
 def test_metrics(target: Target) -> None:
     def values(*numbers: float) -> Tensor:
         return torch.tensor(numbers, device=target.device)
@@ -162,24 +137,18 @@ def test_metrics(target: Target) -> None:
     assert run(logp, ids, advantages)[1]["kl"].item() == 0
 
 
-@pytest.mark.parametrize("target", targets("grpo_loss"))
 @pytest.mark.parametrize("name", ["grpo, two-sided clip", "gspo, k1", "cispo, k2, entropy"])
 def test_metrics_are_those_of_the_reference(target: Target, name: str) -> None:
     inputs = rows()
     _, expected = grpo_loss(**inputs, settings=SETTINGS[name], impl="reference")
     _, metrics = target.run(torch.float32)(**cast(inputs, torch.float32, target.device), settings=SETTINGS[name])
-    assert metrics.keys() == expected.keys()
-    for key, value in expected.items():
-        torch.testing.assert_close(metrics[key].cpu(), value.to(metrics[key].dtype))
-        assert metrics[key].dtype in (torch.float32, torch.int64)
+    torch.testing.assert_close(metrics, expected, check_dtype=False, check_device=False, rtol=1.3e-6, atol=1e-5)
+    assert {value.dtype for value in metrics.values()} <= {torch.float32, torch.int64}
 
 
-@pytest.mark.parametrize("target", targets("grpo_loss"))
 @pytest.mark.parametrize("epsilon", [(0.2, 0.2), (0.0, 0.2), (0.2, 0.0), (0.0, 0.0)], ids=str)
 @pytest.mark.parametrize("on_policy", [True, False], ids=["on-policy", "ratio 1"])
-def test_ties_of_the_clip_pass_the_whole_gradient(
-    target: Target, epsilon: tuple[float, float], on_policy: bool
-) -> None:
+def test_ties_of_the_clip_pass_the_whole_gradient(target: Target, epsilon: tuple[float, float], on_policy) -> None:
     logp = torch.tensor([-1.0, -2.0, -0.5], device=target.device, requires_grad=True)
     ids, advantages = (torch.tensor(each, device=target.device) for each in ([0, 0, 1], [2.0, -3.0]))
     old = None if on_policy else logp.detach().clone()
@@ -189,7 +158,7 @@ def test_ties_of_the_clip_pass_the_whole_gradient(
     assert (loss.item(), gradient.tolist()) == (0.5, [-0.5, -0.5, 1.5])
 
 
-@pytest.mark.parametrize("target", targets("grpo_loss", only=("native", "triton")))
+@pytest.mark.parametrize("target", targets(OP, only=("native", "triton")))
 @pytest.mark.parametrize("gap", [1e-4, -3e-2, 0.3, -2.0])
 def test_kl_near_its_zero(target: Target, gap: float) -> None:
     logp = torch.full((7,), -1.25, device=target.device)
@@ -200,31 +169,14 @@ def test_kl_near_its_zero(target: Target, gap: float) -> None:
     assert metrics["kl"].item() == pytest.approx((torch.expm1(d) - d).item(), rel=2e-6)
 
 
-@pytest.mark.parametrize("target", targets("grpo_loss"))
-def test_rewards_in_place_of_advantages(target: Target) -> None:
-    run, inputs = target.run(torch.float32), cast(rows([2, 1, 3, 2, 1, 4]), torch.float32, target.device)
-    del inputs["advantages"]
-    rewards = torch.tensor([1.0, 0.0, 0.25, 0.5, 0.5, 0.5], device=target.device)  # the second group is equal
-    fused = with_gradient(run(**inputs, rewards=rewards, num_generations=3)[0], inputs)
-    advantages = group_advantages(rewards, 3, impl=target.impl)
-    for value, expected in zip(fused, with_gradient(run(**inputs, advantages=advantages)[0], inputs), strict=True):
-        torch.testing.assert_close(value, expected)
-
-
-@pytest.mark.parametrize("target", targets("grpo_loss"))
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "gspo"])
-def test_equal_rewards_and_no_rows_give_zero(target: Target, loss_type: str) -> None:
-    run, settings = target.run(torch.float32), GRPOSettings(loss_type=loss_type)
-    inputs = cast(rows([2, 1, 3, 2]) | {"advantages": None}, torch.float32, target.device)
-    equal = torch.full((4,), 0.1, device=target.device)
-    loss, gradient = with_gradient(run(**inputs, rewards=equal, num_generations=4, settings=settings)[0], inputs)
-    assert (loss.item(), gradient.abs().max().item()) == (0, 0)
+def test_no_rows_give_zero(target: Target, loss_type: str) -> None:
     nothing = torch.empty(0, requires_grad=True, device=target.device)
-    loss, metrics = run(nothing, nothing.detach().long(), equal, settings=settings)
+    ids, scores = nothing.detach().long(), torch.full((4,), 0.1, device=target.device)
+    loss, metrics = target.run(torch.float32)(nothing, ids, scores, settings=GRPOSettings(loss_type=loss_type))
     assert (loss.item(), torch.autograd.grad(loss, nothing)[0].numel(), metrics["tokens"].item()) == (0, 0, 0)
 
 
-@pytest.mark.parametrize("target", targets("grpo_loss"))
 def test_a_sequence_without_rows_counts_in_the_mean(target: Target) -> None:
     run, logp = target.run(torch.float32), torch.tensor([-1.0, -1.0], device=target.device, requires_grad=True)
     ids, advantages = (torch.tensor(v, device=target.device) for v in ([0, 2], [1.0, 5.0, 2.0]))

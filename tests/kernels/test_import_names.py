@@ -1,17 +1,10 @@
 """`kernels/` is only a source root: transformers probes for a PyPI package of that name."""
 
-import subprocess
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.python import ROOT, environment, python
 
 
-def run(code: str) -> str:
-    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+def printed(code: str) -> str:
+    done = python("-c", code, env={"PYTHONPATH": environment()["PYTHONPATH"], "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -26,7 +19,7 @@ ours = spec is not None and (spec.origin or "").startswith(%r)
 print(import_utils.is_kernels_available() == installed, ours)
 import transformers.integrations.hub_kernels
 """
-    assert run(code % str(ROOT)) == "True False"
+    assert printed(code % str(ROOT)) == "True False"
 
 
 def test_our_package_needs_neither_transformers_nor_triton() -> None:
@@ -34,4 +27,4 @@ def test_our_package_needs_neither_transformers_nor_triton() -> None:
 import sys, vlmr1_kernels
 print([name for name in ("transformers", "triton", "flash_attn", "vlmr1", "trl") if name in sys.modules])
 """
-    assert run(code) == "[]"
+    assert printed(code) == "[]"

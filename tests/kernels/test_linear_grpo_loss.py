@@ -1,4 +1,5 @@
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,19 +13,16 @@ from tests.helpers.kernel_cases import (
     Target,
     check_budget,
     eager_loss,
+    eager_loss_and_gradients,
     grid,
+    loss_and_gradients,
+    options_of,
     targets,
 )
-from vlmr1_kernels import GRPOSettings, group_advantages, grpo_loss, linear_grpo_loss, linear_logprob
-from vlmr1_kernels.testing import (
-    HEAD,
-    Inputs,
-    Problem,
-    cast,
-    gradients,
-    relative_error,
-)
+from vlmr1_kernels import GRPOSettings, grpo_loss, linear_grpo_loss, linear_logprob
+from vlmr1_kernels.testing import HEAD, Inputs, Problem, cast, gradients, relative_error
 
+OP = "linear_grpo_loss"
 pytestmark = pytest.mark.usefixtures("poison")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -53,69 +51,47 @@ BY_OBJECTIVE = {
 }
 
 
-def with_gradients(loss: Tensor, inputs: Inputs) -> list[Tensor]:
-    return [loss.detach(), *gradients(loss, inputs)]
-
-
-def eager(inputs: Inputs, problem: Problem) -> list[Tensor]:
-    return with_gradients(eager_loss(inputs, problem), inputs)
-
-
-def options(problem: Problem) -> dict[str, Any]:
-    chunk = {"chunk_mib": problem.chunk_mib} if isinstance(problem, Case) else {}
-    return {"settings": problem.settings, "softcap": problem.softcap, **chunk}
-
-
 @pytest.mark.parametrize("chunk_mib", [None, TINY_CHUNK], ids=["one chunk", "row by row"])
 @pytest.mark.parametrize("case", BY_OBJECTIVE.values(), ids=BY_OBJECTIVE.keys())
 def test_reference_equals_the_padded_formula(case: Case, chunk_mib: float | None) -> None:
     inputs = cast(case.draw(0, torch.float64), torch.float64)
-    loss, _ = linear_grpo_loss(**inputs, **options(replace(case, chunk_mib=chunk_mib)), impl="reference")
-    for value, truth in zip(with_gradients(loss, inputs), eager(inputs, case), strict=True):
-        torch.testing.assert_close(value, truth)
+    found = loss_and_gradients(partial(linear_grpo_loss, impl="reference"), inputs, replace(case, chunk_mib=chunk_mib))
+    torch.testing.assert_close(found, eager_loss_and_gradients(inputs, case))
 
 
-@pytest.mark.parametrize(
-    ("target", "case", "dtype"), grid("linear_grpo_loss", CASES) + grid("linear_grpo_loss", BY_OBJECTIVE)
-)
+@pytest.mark.parametrize(("target", "case", "dtype"), grid(OP, CASES) + grid(OP, BY_OBJECTIVE))
 def test_error_is_within_budget(target: Target, case: Case, dtype: torch.dtype) -> None:
-    run = target.run(dtype)
-
-    def ours(inputs: Inputs, problem: Problem) -> list[Tensor]:
-        loss, metrics = run(**inputs, **options(problem))
-        assert (loss.dtype, metrics["logp"].dtype) == (torch.float32, torch.float32)
-        values = with_gradients(loss, inputs)
-        assert {value.dtype for value in values[1:]} == {dtype}
-        return values
-
-    check_budget(NAMES, ours, eager, target, case, dtype)
+    check_budget(NAMES, partial(loss_and_gradients, target.run(dtype)), eager_loss_and_gradients, target, case, dtype)
 
 
-def eager_on_policy(inputs: Inputs, problem: Problem) -> list[Tensor]:
-    return eager({name: value for name, value in inputs.items() if name != "old_logp"}, problem)
+def eager_on_policy(inputs: Inputs, case: Case) -> list[Tensor]:
+    return eager_loss_and_gradients({name: value for name, value in inputs.items() if name != "old_logp"}, case)
 
 
-@pytest.mark.parametrize("target", targets("linear_grpo_loss"))
 @pytest.mark.parametrize("name", ["grpo", "grpo, two-sided clip", "cispo, k2, entropy", "gspo, k3, everything"])
 def test_error_is_within_budget_on_policy(target: Target, name: str) -> None:
-    def ours(inputs: Inputs, problem: Problem) -> list[Tensor]:
-        given = {name: value for name, value in inputs.items() if name != "old_logp"}
-        return with_gradients(target.run(torch.float32)(**given, **options(problem))[0], inputs)
+    run = target.run(torch.float32)
+
+    def ours(inputs: Inputs, case: Case) -> list[Tensor]:
+        return loss_and_gradients(run, inputs | {"old_logp": None}, case)
 
     check_budget(NAMES, ours, eager_on_policy, target, BY_OBJECTIVE[name], torch.float32)
 
 
-@pytest.mark.parametrize("target", targets("linear_grpo_loss", slow=True))
+@pytest.mark.parametrize("target", targets(OP, slow=True))
 @pytest.mark.parametrize("name", ["grpo, k3, rollout correction", "gspo, k1"])
 def test_more_rows_than_a_grid_dimension_holds(target: Target, name: str) -> None:
-    def ours(inputs: Inputs, problem: Problem) -> list[Tensor]:
-        return with_gradients(target.run(torch.float32)(**inputs, **options(problem))[0], inputs)
-
     case = Case((1, 40_000, 17, 30_001), 3, 5, OBJECTIVES[name])
-    check_budget(NAMES, ours, eager, target, case, torch.float32)
+    check_budget(
+        NAMES,
+        partial(loss_and_gradients, target.run(torch.float32)),
+        eager_loss_and_gradients,
+        target,
+        case,
+        torch.float32,
+    )
 
 
-@pytest.mark.parametrize("target", targets("linear_grpo_loss"))
 @pytest.mark.parametrize("with_gradient", [True, False], ids=["training", "no grad"])
 @pytest.mark.parametrize("name", ["grpo, k2, entropy", "cispo, k3, rollout correction", "gspo, k1"])
 def test_metrics_are_those_of_grpo_loss(target: Target, name: str, with_gradient: bool) -> None:
@@ -131,16 +107,15 @@ def test_metrics_are_those_of_grpo_loss(target: Target, name: str, with_gradient
     _, expected = grpo_loss(logp, **exact, settings=without_bonus, impl="reference")
     expected["entropy"] = entropy.mean()
     with torch.set_grad_enabled(with_gradient):
-        loss, metrics = run(**cast(drawn, torch.float32, target.device), **options(case))
+        loss, metrics = run(**cast(drawn, torch.float32, target.device), **options_of(case))
     assert loss.requires_grad is with_gradient
     assert metrics.keys() == expected.keys()
     assert 0 < expected["clip_low"] + expected["clip_high"] < 1
-    for key, value in metrics.items():
-        assert not value.requires_grad
-        torch.testing.assert_close(value.cpu(), expected[key].detach().to(value.dtype), rtol=1e-5, atol=1e-6)
+    assert not any(value.requires_grad for value in metrics.values())
+    near = {"check_dtype": False, "check_device": False, "rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(metrics, expected, **near)
 
 
-@pytest.mark.parametrize("target", targets("linear_grpo_loss"))
 @pytest.mark.parametrize("form", ["bool", "indices"])
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "gspo"])
 def test_active_rows_are_exact_and_the_others_are_never_read(target: Target, loss_type: str, form: str) -> None:
@@ -149,58 +124,28 @@ def test_active_rows_are_exact_and_the_others_are_never_read(target: Target, los
     inputs["advantages"] = torch.tensor([0.7, 0.0, 0.0, -1.1], device=target.device)
     active = inputs["advantages"][inputs["seq_ids"]] != 0
     rows = active if form == "bool" else active.nonzero()[:, 0]
-    expected = with_gradients(run(**inputs, **options(case))[0], inputs)
+    expected = loss_and_gradients(run, inputs, case)
     for name in ("hidden", "old_logp", "ref_logp", "sampling_logp"):
         inputs[name].data[~active] = torch.nan
-    loss, metrics = run(**inputs, **options(case), active_rows=rows, check=True)
-    values = with_gradients(loss, inputs)
-    for value, truth in zip(values, expected, strict=True):
-        torch.testing.assert_close(value, truth)
+    loss, metrics = run(**inputs, **options_of(case), active_rows=rows, check=True)
+    values = [loss, *gradients(loss, inputs)]
+    torch.testing.assert_close(values, expected)
     assert values[1][~active].abs().max() == 0
     assert (metrics["tokens"].item(), metrics["dropped_rows"].item()) == (9, 5)
     assert torch.equal(metrics["logp"].isnan(), ~active)
 
 
-@pytest.mark.parametrize("target", targets("linear_grpo_loss"))
-def test_rewards_in_place_of_advantages(target: Target) -> None:
-    run, inputs = target.run(torch.float32), cast(SMALL.draw(0, torch.float32), torch.float32, target.device)
-    del inputs["advantages"]
-    rewards = torch.tensor([1.0, 0.25, 0.1, 0.1], device=target.device)  # the second group is equal
-    fused, _ = run(**inputs, rewards=rewards, num_generations=2, **options(SMALL))
-    advantages = group_advantages(rewards, 2, impl=target.impl)
-    apart, _ = run(**inputs, advantages=advantages, **options(SMALL))
-    for value, expected in zip(with_gradients(fused, inputs), with_gradients(apart, inputs), strict=True):
-        torch.testing.assert_close(value, expected)
-
-
-@pytest.mark.parametrize("target", targets("linear_grpo_loss"))
-@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "gspo"])
-@pytest.mark.parametrize("form", ["advantages", "rewards", "rewards, first group active"])
-def test_equal_rewards_and_advantages_of_zero_give_zero(target: Target, loss_type: str, form: str) -> None:
-    run, case = target.run(torch.float32), replace(SMALL, settings=GRPOSettings(loss_type=loss_type))
-    inputs: dict[str, Any] = cast(case.draw(0, torch.float32), torch.float32, target.device)
-    if form == "advantages":
-        inputs["advantages"] = torch.zeros(4, device=target.device)
-    else:
-        inputs |= {"advantages": None, "rewards": torch.full((4,), 0.1, device=target.device), "num_generations": 2}
-    if "active" in form:
-        inputs |= {"active_rows": torch.arange(4, device=target.device), "check": True}
-    values = with_gradients(run(**inputs, **options(case))[0], inputs)
-    assert [value.abs().max().item() for value in values] == [0.0] * 4
-
-
-@pytest.mark.parametrize("target", targets("linear_grpo_loss", only=("native", "triton")))
+@pytest.mark.parametrize("target", targets(OP, only=("native", "triton")))
 @pytest.mark.parametrize("name", ["hidden", "old_logp", "ref_logp", "sampling_logp", "advantages"])
 def test_nan_is_not_lost_in_a_clip(target: Target, name: str) -> None:
     case = Case((3, 2), 8, 40, GRPOSettings(beta=0.2, tis_cap=1.1, delta=1.5))
     inputs = cast(case.draw(0, torch.float32), torch.float32, target.device)
     inputs[name].data.view(-1)[0] = torch.nan
-    loss, d_hidden, _ = with_gradients(target.run(torch.float32)(**inputs, **options(case))[0], inputs)
+    loss, d_hidden, _ = loss_and_gradients(target.run(torch.float32), inputs, case)
     assert loss.isnan()
     assert d_hidden.isnan().any()
 
 
-@pytest.mark.parametrize("target", targets("linear_grpo_loss"))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("count", [0, 3], ids=["no rows", "no active rows"])
 @pytest.mark.parametrize("settings", [GRPOSettings(), GRPOSettings(loss_type="gspo")], ids=["grpo", "gspo"])
@@ -210,25 +155,12 @@ def test_nothing_to_do_gives_zeros(target: Target, count: int, settings: GRPOSet
     inputs["advantages"] = torch.zeros(2, device=target.device)
     active = torch.zeros(count, dtype=torch.bool, device=target.device) if count else None
     loss, metrics = target.run(dtype)(**inputs, settings=settings, active_rows=active, check=True)
-    loss, d_hidden, d_weight = with_gradients(loss, inputs)
+    d_hidden, d_weight = gradients(loss, inputs)
     assert (loss.item(), d_hidden.abs().sum().item(), d_weight.abs().sum().item()) == (0, 0, 0)
     assert (d_hidden.shape, metrics["tokens"].item()) == ((count, 12), count)
 
 
-@pytest.mark.parametrize("target", targets("linear_grpo_loss"))
-def test_losses_of_packs_add_up(target: Target) -> None:
-    run, inputs = target.run(torch.float32), cast(SMALL.draw(0, torch.float32), torch.float32, target.device)
-    whole = with_gradients(run(**inputs, **options(SMALL))[0], inputs)
-    loss: Any = 0.0
-    for rows, sequences in ((slice(0, 4), slice(0, 2)), (slice(4, 9), slice(2, 4))):
-        part = {name: value if name in ("weight", "bias") else value[rows] for name, value in inputs.items()}
-        part |= {"advantages": inputs["advantages"][sequences], "seq_ids": inputs["seq_ids"][rows] - sequences.start}
-        loss = loss + run(**part, **options(SMALL), normalizer=4)[0]
-    for value, expected in zip(with_gradients(loss, inputs), whole, strict=True):
-        torch.testing.assert_close(value, expected)
-
-
-@pytest.mark.parametrize("target", targets("linear_grpo_loss", slow=True))
+@pytest.mark.parametrize("target", targets(OP, slow=True))
 def test_float16_gradients_survive_many_rows_and_a_loss_scale(target: Target) -> None:
     run, case = target.run(torch.float16), Case((2000, 2096), 8, 16)
     drawn = case.draw(0, torch.float16)

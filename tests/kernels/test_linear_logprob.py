@@ -6,15 +6,10 @@ from torch import Tensor
 
 from tests.helpers.kernel_cases import TINY_CHUNK, Case, Target, check_budget, grid, head_of, targets
 from vlmr1_kernels import GRPOSettings, linear_logprob
-from vlmr1_kernels.testing import (
-    HEAD,
-    Inputs,
-    Problem,
-    cast,
-    eager_logprob,
-    gradients,
-)
+from vlmr1_kernels.linear import chunk_rows
+from vlmr1_kernels.testing import HEAD, Inputs, Problem, cast, eager_logprob, gradients
 
+OP = "linear_logprob"
 pytestmark = pytest.mark.usefixtures("poison")
 
 COLD, HOT = GRPOSettings(temperature=0.3), GRPOSettings(temperature=1.7)
@@ -41,9 +36,8 @@ SMALL = Case((6,), 12, 23, HOT, bias=True, softcap=30.0)
 NAMES = ("logp", "entropy", "d_hidden", "d_weight", "d_bias")
 
 
-def options(problem: Problem) -> dict[str, Any]:
-    chunk = {"chunk_mib": problem.chunk_mib} if isinstance(problem, Case) else {}
-    return {"temperature": problem.settings.temperature, "softcap": problem.softcap, **chunk}
+def options(case: Case) -> dict[str, Any]:
+    return {"temperature": case.settings.temperature, "softcap": case.softcap, "chunk_mib": case.chunk_mib}
 
 
 def eager_outputs(inputs: Inputs, problem: Problem) -> tuple[Tensor, Tensor]:
@@ -61,7 +55,7 @@ def eager(inputs: Inputs, problem: Problem) -> list[Tensor]:
     return mixed(eager_outputs(inputs, problem), inputs)
 
 
-@pytest.mark.parametrize(("target", "case", "dtype"), grid("linear_logprob", CASES))
+@pytest.mark.parametrize(("target", "case", "dtype"), grid(OP, CASES))
 def test_error_is_within_budget(target: Target, case: Case, dtype: torch.dtype) -> None:
     run = target.run(dtype)
 
@@ -73,30 +67,21 @@ def test_error_is_within_budget(target: Target, case: Case, dtype: torch.dtype) 
     check_budget(NAMES, ours, eager, target, case, dtype)
 
 
-def eager_by_logp(inputs: Inputs, problem: Problem) -> list[Tensor]:
-    return gradients(eager_outputs(inputs, problem)[0].square().sum(), inputs)
+@pytest.mark.parametrize("output", [0, 1], ids=["logp", "entropy"])
+def test_the_gradient_through_each_output_alone(target: Target, output: int) -> None:
+    run, case = target.run(torch.float32), Case((9,), 40, 77, HOT, bias=True, softcap=30.0)
+
+    def ours(inputs: Inputs, case: Case) -> list[Tensor]:
+        found = run(**head_of(inputs), entropy=output == 1, **options(case))
+        return gradients((found[1] if output == 1 else found).square().sum(), inputs)
+
+    def expected(inputs: Inputs, case: Case) -> list[Tensor]:
+        return gradients(eager_outputs(inputs, case)[output].square().sum(), inputs)
+
+    check_budget(NAMES[2:], ours, expected, target, case, torch.float32)
 
 
-def eager_by_entropy(inputs: Inputs, problem: Problem) -> list[Tensor]:
-    return gradients(eager_outputs(inputs, problem)[1].square().sum(), inputs)
-
-
-@pytest.mark.parametrize("target", targets("linear_logprob"))
-def test_the_gradient_through_each_output_alone(target: Target) -> None:
-    run = target.run(torch.float32)
-
-    def by_logp(inputs: Inputs, problem: Problem) -> list[Tensor]:
-        return gradients(run(**head_of(inputs), **options(problem)).square().sum(), inputs)
-
-    def by_entropy(inputs: Inputs, problem: Problem) -> list[Tensor]:
-        return gradients(run(**head_of(inputs), entropy=True, **options(problem))[1].square().sum(), inputs)
-
-    case = Case((9,), 40, 77, HOT, bias=True, softcap=30.0)
-    check_budget(NAMES[2:], by_logp, eager_by_logp, target, case, torch.float32)
-    check_budget(NAMES[2:], by_entropy, eager_by_entropy, target, case, torch.float32)
-
-
-@pytest.mark.parametrize("target", targets("linear_logprob", only=("native", "triton")))
+@pytest.mark.parametrize("target", targets(OP, only=("native", "triton")))
 def test_forbidden_tokens_have_no_part_in_anything(target: Target) -> None:
     inputs = cast(Problem((4,), 8, 90).draw(0, torch.float32), torch.float32, target.device)
     bias = torch.zeros(90, device=target.device)
@@ -108,11 +93,10 @@ def test_forbidden_tokens_have_no_part_in_anything(target: Target) -> None:
         logp, entropy = target.run(torch.float32)(*leaves, wanted, bias=bias[:size], entropy=True)
         d_hidden, d_weight = torch.autograd.grad((logp + entropy).sum(), leaves)
         results.append([logp, entropy, d_hidden, d_weight[:30]])
-    for value, expected in zip(*results, strict=True):
-        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("target", targets("linear_logprob", slow=True))
+@pytest.mark.parametrize("target", targets(OP, slow=True))
 def test_more_rows_than_a_grid_dimension_holds(target: Target) -> None:
     def ours(inputs: Inputs, problem: Problem) -> list[Tensor]:
         return mixed(target.run(torch.float32)(**head_of(inputs), entropy=True), inputs)
@@ -132,7 +116,6 @@ def test_gradcheck(entropy: bool, softcap: float | None) -> None:
     assert torch.autograd.gradcheck(function, [inputs[name] for name in HEAD])
 
 
-@pytest.mark.parametrize("target", targets("linear_logprob"))
 def test_no_rows(target: Target) -> None:
     inputs = cast(Problem((0,), 4, 6).draw(0, torch.float32), torch.float32, target.device)
     values = mixed(target.run(torch.float32)(**head_of(inputs), entropy=True), inputs)
@@ -140,10 +123,28 @@ def test_no_rows(target: Target) -> None:
     assert values[3].abs().max() == 0
 
 
-@pytest.mark.parametrize("target", targets("linear_logprob"))
 def test_autocast_does_not_narrow_the_op(target: Target) -> None:
     run, inputs = target.run(torch.float32), cast(SMALL.draw(0, torch.float32), torch.float32, target.device)
     expected, _ = run(**head_of(inputs), entropy=True)
     with torch.autocast(target.device, dtype=torch.bfloat16):
         value, _ = run(**head_of(inputs), entropy=True)
     assert torch.equal(value, expected)
+
+
+CHUNK_ROWS: dict[str, tuple[int, int, torch.dtype, float | None, int]] = {
+    # rows, vocabulary, dtype, chunk_mib, rows of a chunk
+    "eighth": (4096, 8192, torch.float32, None, 512),
+    "wide logits": (4096, 8192, torch.bfloat16, None, 512),
+    "at least 4 MiB": (256, 8192, torch.float32, None, 128),
+    "small": (512, 500, torch.float32, None, 2098),
+    "none": (0, 8192, torch.float32, None, 128),
+    "bounded": (10**6, 151_936, torch.float32, None, 883),
+    "MiB": (4096, 8192, torch.float32, 1.0, 32),
+    "float64": (4096, 8192, torch.float64, 1.0, 16),
+    "one row": (4096, 8192, torch.float32, 1e-6, 1),
+}
+
+
+@pytest.mark.parametrize(("rows", "vocabulary", "dtype", "chunk_mib", "expected"), CHUNK_ROWS.values(), ids=CHUNK_ROWS)
+def test_chunk_rows(rows, vocabulary, dtype, chunk_mib, expected) -> None:
+    assert chunk_rows(rows, torch.empty(vocabulary, 1, dtype=dtype), chunk_mib) == expected

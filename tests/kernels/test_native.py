@@ -1,19 +1,20 @@
 """What is particular to the native library: its instruction sets, its threads, its memory, and its absence."""
 
 import resource
-import subprocess
-import sys
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.helpers.kernel_cases import Case, Target, check_budget, threads
+from tests.helpers.python import python
 from vlmr1_kernels import GRPOSettings, ImplementationError, group_advantages, linear_grpo_loss, linear_logprob, use
 from vlmr1_kernels.implementations import Request
 from vlmr1_kernels.native import library
 from vlmr1_kernels.registry import explain
-from vlmr1_kernels.testing import Inputs, Problem, assert_within_budget, cast, gradients, pooled
+from vlmr1_kernels.testing import Inputs, Problem, cast, gradients
 
 pytestmark = pytest.mark.skipif(library.unavailable_reason() is not None, reason=str(library.unavailable_reason()))
 
@@ -29,48 +30,39 @@ def _backend(request: pytest.FixtureRequest) -> Iterator[None]:
     library.library().vlmr1_use_backend(None)
 
 
-@pytest.fixture
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def run(inputs: Inputs, problem: Problem, **options: object) -> list[Tensor]:
     loss, metrics = linear_grpo_loss(**inputs, softcap=problem.softcap, settings=problem.settings, **options)
     return [loss, metrics["logp"], metrics["entropy"], *gradients(loss, inputs)]
 
 
+reference = partial(run, impl="reference")
+
+
 PROBLEMS = {
-    "odd sizes": Problem((5, 1, 8), dim=67, vocab=1001, settings=EVERYTHING, bias=True),
-    "probabilities kept": Problem((30, 11), dim=130, vocab=2055),
-    "softcap": Problem((9, 4), dim=33, vocab=515, settings=EVERYTHING, softcap=30.0, spread=20.0),
-    "vocabulary of one tile": Problem((3, 2), dim=8, vocab=17),
+    "odd sizes": Case((5, 1, 8), dim=67, vocab=1001, settings=EVERYTHING, bias=True),
+    "probabilities kept": Case((30, 11), dim=130, vocab=2055),
+    "softcap": Case((9, 4), dim=33, vocab=515, settings=EVERYTHING, softcap=30.0, spread=20.0),
+    "vocabulary of one tile": Case((3, 2), dim=8, vocab=17),
 }
 
 
 @pytest.mark.usefixtures("_backend")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"])
-@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS.keys())
-def test_every_instruction_set_is_within_budget(problem: Problem, dtype: torch.dtype) -> None:
-    draws = [problem.draw(seed, dtype) for seed in range(4)]
-    names = ("loss", "logp", "entropy", "d_hidden", "d_weight", "d_bias")
-    ours = pooled(run(cast(inputs, dtype), problem, impl="native") for inputs in draws)
-    plain = pooled(run(cast(inputs, dtype), problem, impl="reference") for inputs in draws)
-    oracle = pooled(run(cast(inputs, torch.float64), problem, impl="reference") for inputs in draws)
-    assert_within_budget(names[: len(ours)], ours, plain, oracle)
+@pytest.mark.parametrize("case", PROBLEMS.values(), ids=PROBLEMS.keys())
+def test_every_instruction_set_is_within_budget(case: Case, dtype: torch.dtype) -> None:
+    names, target = ("loss", "logp", "entropy", "d_hidden", "d_weight", "d_bias"), Target("", "native", "cpu")
+    check_budget(names, partial(run, impl="native"), reference, target, case, dtype)
 
 
-@pytest.mark.usefixtures("_threads")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_the_number_of_threads_changes_no_bit(dtype: torch.dtype) -> None:
     problem = Problem((40, 60, 33), dim=96, vocab=3001, settings=EVERYTHING, bias=True)
     inputs, results = problem.draw(0, dtype), []
-    for threads in (1, 2, 5):
-        torch.set_num_threads(threads)
-        results.append(run(cast(inputs, dtype), problem, impl="native", chunk_mib=0.8))
+    for count in (1, 2, 5):
+        with threads(count):
+            results.append(run(cast(inputs, dtype), problem, impl="native", chunk_mib=0.8))
     for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+        torch.testing.assert_close(other, results[0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -84,7 +76,7 @@ def test_masked_vocabulary_and_broken_logits(dtype: torch.dtype) -> None:
     allowed = inputs["bias"].isfinite()
     kept = {**inputs, "weight": inputs["weight"][allowed], "bias": inputs["bias"][allowed]}
     kept["targets"] = (allowed.cumsum(0) - 1)[inputs["targets"]]
-    expected = run(cast(kept, torch.float64), problem, impl="reference")
+    expected = reference(cast(kept, torch.float64), problem)
     torch.testing.assert_close(values[1].double(), expected[1], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(values[2].double(), expected[2], rtol=1e-5, atol=1e-5)
     assert all(value.isfinite().all() for value in values)
@@ -108,18 +100,6 @@ def test_targets_and_sequences_outside_their_range_touch_no_memory() -> None:
     inputs["seq_ids"] = torch.tensor([0, 0, 1, 2])
     with pytest.raises(ValueError, match=r"seq_ids must be in 0\.\.B-1"):
         linear_grpo_loss(**inputs, impl="native")
-
-
-@pytest.mark.parametrize("chunk_mib", [None, 0.01], ids=["one chunk", "longer sequences than chunks"])
-@pytest.mark.parametrize("entropy_coef", [0.0, 0.1], ids=["", "entropy"])
-def test_sequence_level_over_chunks(chunk_mib: float | None, entropy_coef: float) -> None:
-    settings = GRPOSettings(loss_type="gspo", beta=0.1, entropy_coef=entropy_coef)
-    problem = Problem((1, 20, 2, 2, 9), dim=24, vocab=300, settings=settings)
-    inputs = problem.draw(3, torch.float32)
-    values = run(cast(inputs, torch.float32), problem, impl="native", chunk_mib=chunk_mib)
-    expected = run(cast(inputs, torch.float64), problem, impl="reference")
-    for value, truth in zip(values, expected, strict=True):
-        torch.testing.assert_close(value.double(), truth, rtol=2e-5, atol=1e-6)
 
 
 def test_without_the_library_auto_takes_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,5 +140,5 @@ def test_one_openmp_runtime() -> None:
         "import torch; from vlmr1_kernels.native import library; library.library();"
         "print({line.split()[-1] for line in open('/proc/self/maps') if 'gomp' in line or 'libomp' in line})"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = python("-c", code, check=True)
     assert done.stdout.count("omp") <= 1, done.stdout

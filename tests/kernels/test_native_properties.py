@@ -1,7 +1,5 @@
 """The native implementation against the reference in float64, over shapes, layouts and settings nobody listed."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.helpers.kernel_cases import Target, padded_objective
+from tests.helpers.kernel_cases import PER_ROW, Target, padded_objective, threads
 from vlmr1_kernels import GRPOSettings, group_advantages, grpo_loss, linear_grpo_loss, linear_logprob
 from vlmr1_kernels.settings import IMPORTANCE_LEVELS, KL_ESTIMATORS, LOSS_TYPES
 from vlmr1_kernels.testing import HEAD, Inputs, Problem, gradients
@@ -24,13 +22,12 @@ pytestmark = [
         reason="native is not available",
     ),
 ]
-quick = settings(deadline=None, derandomize=True, max_examples=150)
+quick = settings(deadline=None, derandomize=True, max_examples=500)
 
 # Of a probability: a fast exp ends before the denormal numbers, kept logits of half precision at about -32.
 LEAST = {torch.float32: 1e-30, torch.bfloat16: 2e-14, torch.float16: 2e-14}
 FLOAT32 = torch.finfo(torch.float32).eps
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
-PER_ROW = ("old_logp", "ref_logp", "sampling_logp")
 
 
 @st.composite
@@ -115,9 +112,7 @@ class Roundings:
         largest = (hidden.abs() @ weight.abs().T + bias.abs()).amax(1)  # [N]
         self.logp = 8 * FLOAT32 * (1 + largest / self.temperature)  # of a log-prob; of a probability, relative
 
-    def gradients(
-        self, d_logp: Tensor, d_entropy: Tensor, dtype: torch.dtype, unsure: Tensor | float = 0
-    ) -> list[Tensor]:
+    def gradients(self, d_logp: Tensor, d_entropy: Tensor, dtype, unsure: Tensor | float = 0) -> list[Tensor]:
         """For hidden, weight and bias, from the gradients of log-probs, known up to `unsure`, and entropies."""
         p, targets = self.log_p.exp(), self.inputs["targets"].long()[:, None]
         one_and_p = p.scatter_add(1, targets, p.new_ones(targets.shape))
@@ -129,14 +124,6 @@ class Roundings:
         hidden, weight = self.inputs["hidden"].abs(), self.inputs["weight"].abs()
         least = torch.finfo(dtype).tiny
         return [sums + least for sums in (error @ weight, error.T @ hidden, error.sum(0))]
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    yield
-    torch.set_num_threads(before)
 
 
 def assert_near(name: str, value: Tensor, exact: Tensor, allowed: Tensor | float) -> None:
@@ -235,8 +222,9 @@ def test_grpo_loss(sizes: list[int], objective: GRPOSettings, missing: set[str],
         loss, metrics = grpo_loss(leaf, **given, impl=impl)
         return [loss, *torch.autograd.grad(loss, leaf), *metrics.values()]
 
-    for value, truth in zip(results(torch.float32, "native"), results(torch.float64, "reference"), strict=True):
-        torch.testing.assert_close(value, truth.to(value.dtype), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        results(torch.float32, "native"), results(torch.float64, "reference"), check_dtype=False, rtol=1e-5, atol=1e-5
+    )
 
 
 @settings(quick)
@@ -248,9 +236,7 @@ def test_grpo_loss(sizes: list[int], objective: GRPOSettings, missing: set[str],
     values=st.sampled_from([1, 2, 1000]),
     stride=st.integers(1, 3),
 )
-def test_group_advantages(
-    prompts: int, generations: int, scale: str, dtype: torch.dtype, values: int, stride: int
-) -> None:
+def test_group_advantages(prompts: int, generations: int, scale: str, dtype, values: int, stride: int) -> None:
     """`values` is the number of different rewards: one gives groups of equal rewards."""
     generator = torch.Generator().manual_seed(prompts)
     rewards = (torch.randint(values, (prompts * generations,), generator=generator) / values).to(dtype)

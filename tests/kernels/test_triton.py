@@ -1,7 +1,5 @@
 """Particulars of the Triton implementations: blocks, buffers, dtypes, levels and grids."""
 
-from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,18 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.kernel_cases import HALVES, eager_loss
+from tests.helpers.kernel_cases import HALVES, Case, Target, check_budget, eager_loss_and_gradients, loss_and_gradients
 from vlmr1_kernels import GRPOSettings, linear_grpo_loss, linear_logprob
 from vlmr1_kernels.inputs import LossInputs
-from vlmr1_kernels.testing import (
-    HEAD,
-    Problem,
-    assert_within_budget,
-    cast,
-    gradients,
-    pooled,
-    relative_error,
-)
+from vlmr1_kernels.testing import Problem, cast, gradients, relative_error
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
@@ -30,63 +20,6 @@ from vlmr1_kernels.triton import head, sequences, softmax  # noqa: E402
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BLOCK = softmax.LAUNCH["BLOCK"]
 EVERYTHING: dict[str, Any] = {"beta": 0.2, "tis_cap": 1.1, "delta": 1.5, "temperature": 0.7}
-
-
-def chunk(problem: Problem, rows: int) -> float:
-    """The `chunk_mib` for a number of rows."""
-    return rows * problem.vocab * 4 / 2**20
-
-
-def run(problem: Problem, impl: str, dtype: torch.dtype, seed: int = 0, **options: Any) -> tuple[Tensor, list[Tensor]]:
-    """Loss and gradients of a drawn call."""
-    inputs = cast(problem.draw(seed, dtype if dtype != torch.float64 else torch.float32), dtype, DEVICE)
-    loss, _ = linear_grpo_loss(**inputs, softcap=problem.softcap, settings=problem.settings, impl=impl, **options)
-    return loss, gradients(loss, inputs)
-
-
-@pytest.fixture
-def count_gemms(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The GEMMs of a call, by name."""
-    calls: list[str] = []
-
-    def counted(name: str, gemm: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        calls.append(name)
-        return gemm(*args, **options)
-
-    for name in ("project_into", "hidden_grad", "accumulate_weight_grad"):
-        monkeypatch.setattr(head, name, partial(counted, name, getattr(head, name)))
-    return calls
-
-
-SEQUENCE_LEVEL: dict[str, tuple[dict[str, Any], tuple[str, ...], int, int]] = {
-    # settings, what is trained, rows a chunk, GEMMs for each of the chunks
-    "one chunk": ({}, HEAD, 20, 3),
-    "trained head": (EVERYTHING, HEAD, 4, 4),
-    "frozen head": (EVERYTHING, ("hidden",), 4, 2),
-    "frozen head and entropy": ({"entropy_coef": 0.1}, ("hidden",), 4, 3),
-    "frozen head, no gradient of the ratio": ({"loss_type": "cispo", "epsilon_high": 1.2}, ("hidden",), 4, 2),
-    "only the head": ({"beta": 0.1}, ("weight", "bias"), 4, 3),
-}
-
-
-@pytest.mark.parametrize(("settings", "trained", "rows", "gemms"), SEQUENCE_LEVEL.values(), ids=SEQUENCE_LEVEL.keys())
-def test_sequence_level_over_chunks(
-    settings: dict[str, Any], trained: tuple[str, ...], rows: int, gemms: int, count_gemms: list[str], poison: None
-) -> None:
-    chosen = GRPOSettings(importance_level="sequence", **settings)
-    problem = Problem((5, 1, 7, 2), 16, 37, chosen, bias=True)
-    results = []
-    for impl, dtype in (("triton", torch.float32), ("reference", torch.float64)):
-        inputs = cast(problem.draw(0, torch.float32), dtype, DEVICE)
-        for name in set(HEAD) - set(trained):
-            inputs[name].requires_grad_(False)
-        loss, metrics = linear_grpo_loss(**inputs, settings=chosen, impl=impl, chunk_mib=chunk(problem, rows))
-        wanted = torch.autograd.grad(loss, [inputs[name] for name in trained])
-        numbers = {name: metrics[name] for name in ("kl", "entropy", "clip_low", "clip_high", "ratio_max", "logp")}
-        results.append([loss, *wanted, *numbers.values()])
-    for value, truth in zip(*results, strict=True):
-        assert relative_error(value, truth) < 2e-6
-    assert len(count_gemms) == gemms * -(-problem.rows // rows)
 
 
 @pytest.fixture
@@ -111,37 +44,27 @@ def half_operands(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(head, replacement.__name__, replacement)
 
 
-BUDGETS: dict[str, tuple[Problem, int]] = {
-    # the problem, rows a chunk
-    "token level": (Problem((9, 1, 14), 32, BLOCK + 99, GRPOSettings(**EVERYTHING)), 9),
-    "entropy": (Problem((3, 4), 32, 500, GRPOSettings(entropy_coef=0.1), bias=True, softcap=4.0), 3),
-    "sequence level": (Problem((3, 4, 2), 32, 500, GRPOSettings(loss_type="gspo", beta=0.1)), 4),
+def case_of(lengths: tuple[int, ...], dim: int, vocab: int, rows: int, **settings: Any) -> Case:
+    """A case of `rows` rows a chunk."""
+    return Case(lengths, dim, vocab, chunk_mib=rows * vocab * 4 / 2**20, draws=6, **settings)
+
+
+CASES: dict[str, Case] = {
+    "token level": case_of((9, 1, 14), 32, BLOCK + 99, 9, settings=GRPOSettings(**EVERYTHING)),
+    "entropy": case_of((3, 4), 32, 500, 3, settings=GRPOSettings(entropy_coef=0.1), bias=True, softcap=4.0),
+    "sequence level": case_of((3, 4, 2), 32, 500, 4, settings=GRPOSettings(loss_type="gspo", beta=0.1)),
 }
-WIDTHS: dict[str, tuple[Problem, int]] = {
-    str(width): (Problem((1, 2), 16, width, GRPOSettings(**EVERYTHING, entropy_coef=0.1), bias=True, softcap=8.0), 2)
-    for width in (1, 1001, BLOCK, BLOCK + 1, 3 * BLOCK + 777)
-}
-WIDTHS["whole vocabulary"] = (replace(WIDTHS["1"][0], vocab=151_936), 2)
+WIDE = {"settings": GRPOSettings(**EVERYTHING, entropy_coef=0.1), "bias": True, "softcap": 8.0}
+WIDTHS = (1, 1001, BLOCK, BLOCK + 1, 3 * BLOCK + 777, 151_936)
+CASES |= {f"{width} wide": case_of((1, 2), 16, width, 2, **WIDE) for width in WIDTHS}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
-@pytest.mark.parametrize(("problem", "rows"), (BUDGETS | WIDTHS).values(), ids=(BUDGETS | WIDTHS).keys())
-def test_error_is_within_budget_with_operands_as_on_cuda(
-    problem: Problem, dtype: torch.dtype, rows: int, half_operands: None, poison: None
-) -> None:
-    ours, plain, oracle = [], [], []
-    for seed in range(3):
-        inputs = problem.draw(seed, dtype)
-        loss, found = run(problem, "triton", dtype, seed, chunk_mib=chunk(problem, rows))
-        assert {value.dtype for value in found} == {dtype}
-        ours.append([loss, *found])
-        for results, kind in ((plain, dtype), (oracle, torch.float64)):
-            leaves = cast(inputs, kind, DEVICE)
-            loss = eager_loss(leaves, problem)
-            results.append([loss, *gradients(loss, leaves)])
-    names = ("loss", "d_hidden", "d_weight", "d_bias")[: len(ours[0])]
-    assert_within_budget(names, pooled(ours), pooled(plain), pooled(oracle))
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_error_is_within_budget_with_operands_as_on_cuda(case, dtype, half_operands: None, poison: None) -> None:
+    target, ours = Target("", "triton", DEVICE), partial(loss_and_gradients, partial(linear_grpo_loss, impl="triton"))
+    check_budget(("loss", "d_hidden", "d_weight", "d_bias"), ours, eager_loss_and_gradients, target, case, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
@@ -152,7 +75,7 @@ def test_half_precision_gradients_of_log_probs(size: float, dtype: torch.dtype, 
     for results, kind, impl in ((values, dtype, "triton"), (oracle, torch.float64, "reference")):
         inputs = cast(problem.draw(0, dtype), kind, DEVICE)
         named = {name: inputs[name] for name in ("hidden", "weight", "targets")}
-        options = {"entropy": True, "chunk_mib": chunk(problem, 4), "impl": impl}
+        options = {"entropy": True, "chunk_mib": 4 * 700 * 4 / 2**20, "impl": impl}
         logp, entropy = linear_logprob(**named, **options)
         mix = torch.linspace(-1, 2, 11, device=DEVICE, dtype=logp.dtype)
         # The factor that the loss scaler of a trainer would take out again.

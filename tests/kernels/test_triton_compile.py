@@ -1,18 +1,15 @@
 """The Triton kernels compiled for GPUs that need not be there: registers, memory, vector widths, variants."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.helpers.python import environment, python
+
 pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[2]
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes a program may have
 VOCABULARY_KERNELS = ("statistics_kernel", "gradient_kernel", "loss_kernel")
 DECODE_KERNELS = ("partials_kernel", "merge_kernel")
@@ -20,19 +17,17 @@ KERNELS = {*VOCABULARY_KERNELS, *DECODE_KERNELS, "objective_kernel", "sequences_
 Kernel = dict[str, Any]
 
 
-def resources(*options: str) -> Any:
+def resources(what: str) -> Any:
     """What `tests.helpers.resources` prints in another interpreter: in this one Triton may be interpreted."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(ROOT / "kernels")
-    command = [sys.executable, "-W", "ignore", "-m", "tests.helpers.resources", *options]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    variables = {name: value for name, value in environment().items() if name != "TRITON_INTERPRET"}
+    done = python("-W", "ignore", "-m", "tests.helpers.resources", what, env=variables)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 @pytest.fixture(scope="module", params=SHARED_MEMORY, ids=lambda capability: f"sm_{capability}")
 def kernels(request: pytest.FixtureRequest) -> list[Kernel]:
-    found = resources("--capability", str(request.param))
+    found = resources(str(request.param))
     assert {kernel["name"] for kernel in found} == KERNELS
     return found
 
@@ -72,7 +67,7 @@ def test_decode(kernels: list[Kernel]) -> None:
 
 
 def test_no_size_compiles_anew_waits_for_the_device_or_outgrows_the_grid() -> None:
-    found = resources("--variants")
+    found = resources("variants")
     # Two where the calls differ: in the normalizer, the level, or the gradient of an entropy.
     two = {"sequences_kernel", "gradient_kernel", "objective_kernel"}
     assert found["compiled"] == {name: 2 if name in two else 1 for name in KERNELS}

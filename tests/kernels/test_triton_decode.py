@@ -1,5 +1,6 @@
 """Particulars of the Triton implementation of the decode step: chunks, tiles, machine code, CUDA graphs."""
 
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -7,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.decode_cases import Arguments, Case, cast, int32, one_by_one
-from tests.helpers.kernel_cases import DEVICES
-from vlmr1_kernels import ImplementationError, shared_prefix_decode
+from tests.helpers.decode_cases import Arguments, Case, cast, check_budget, int32, one_by_one
+from tests.helpers.kernel_cases import DEVICES, on_gpu
+from vlmr1_kernels import shared_prefix_decode
 from vlmr1_kernels.testing import assert_within_budget, relative_error
 
 triton = pytest.importorskip("triton")
@@ -19,14 +20,11 @@ HALF = torch.float16  # the interpreter multiplies bfloat16 as integers
 MODULE = "vlmr1_kernels.triton.shared_prefix_decode"
 
 
+triton_decode = partial(shared_prefix_decode, impl="triton")
+
+
 def run(arguments: Arguments, dtype: torch.dtype, **options: Any) -> Tensor:
-    return shared_prefix_decode(**cast(arguments, dtype, DEVICE), impl="triton", **options).cpu()
-
-
-def check_budget(case: Case, dtype: torch.dtype, **options: Any) -> None:
-    arguments = cast(case.draw(), dtype)
-    exact = one_by_one(**cast(arguments, torch.float64))
-    assert_within_budget(["out"], [run(arguments, dtype, **options)], [one_by_one(**arguments)], [exact])
+    return triton_decode(**cast(arguments, dtype, DEVICE), **options).cpu()
 
 
 CASES: dict[str, tuple[Case, torch.dtype]] = {
@@ -45,12 +43,13 @@ CASES: dict[str, tuple[Case, torch.dtype]] = {
 
 @pytest.mark.parametrize(("case", "dtype"), CASES.values(), ids=CASES.keys())
 def test_chunks_and_tiles(case: Case, dtype: torch.dtype, poison: None) -> None:
-    check_budget(case, dtype)
+    check_budget(triton_decode, case.draw(), dtype, DEVICE)
 
 
 def test_more_partial_results_than_one_block_merges(monkeypatch: pytest.MonkeyPatch, poison: None) -> None:
     monkeypatch.setattr(import_module(MODULE), "LEAST_CHUNK", 16)
-    check_budget(Case((33 * 16, 5), (2, 1), (40, 1, 0), block=16), torch.float32)  # 33 and 3
+    arguments = Case((33 * 16, 5), (2, 1), (40, 1, 0), block=16).draw()  # 33 and 3
+    check_budget(triton_decode, arguments, torch.float32, DEVICE)
 
 
 def test_bounds_may_be_generous(poison: None) -> None:
@@ -68,24 +67,16 @@ def test_scores_of_any_size_do_not_overflow(poison: None) -> None:
         assert relative_error(run(moved, torch.float32), one_by_one(**moved)) < 1e-3
 
 
-def test_refusals_are_named() -> None:
-    with pytest.raises(ImplementationError, match="supports head dimensions up to 256, not 264"):
-        run(Case((3,), (1,), (1,), head_dim=264).draw(), torch.float32)
-    with pytest.raises(ImplementationError, match="supports float32, bfloat16 and float16, not"):
-        run(Case((3,), (1,), (1,)).draw(), torch.float64)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@on_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
 def test_on_the_device(head_dim: int, dtype: torch.dtype, poison: None) -> None:
     suffixes = (0, 1, 300, 17, 64, 65, 2, 128, 129, 5)
-    check_budget(Case((1500, 1, 300), (3, 6, 1), suffixes, 16, 2, head_dim, block=16, padding=2), dtype)
+    case = Case((1500, 1, 300), (3, 6, 1), suffixes, 16, 2, head_dim, block=16, padding=2)
+    check_budget(triton_decode, case.draw(), dtype, DEVICE)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@on_gpu
 def test_one_graph_serves_all_lengths() -> None:
     cases = (
         Case((700, 60, 5), (4, 2, 3), (9, 1, 0, 200, 33, 64, 7, 8, 128), 16, 2, 128, 16, blocks=13),
@@ -117,8 +108,7 @@ def test_one_graph_serves_all_lengths() -> None:
         assert_within_budget(["out"], [out.cpu()], [one_by_one(**arguments)], [exact])
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@on_gpu
 def test_a_pool_of_more_than_2_31_numbers() -> None:
     rows = 2**24 + 4  # of each of two heads
     pool = torch.full((2, rows, 128), torch.nan, dtype=torch.bfloat16, device="cuda")

@@ -160,8 +160,15 @@ SCHEDULES = {
     "buffer": (  # two generations of four updates twice, and one row that is left out
         "--prompts_per_device 2 --steps_per_generation 4 --num_iterations 2",
         17,
-        "a generation serves 8 updates; 16 updates an epoch, 48 in all (3.0 epochs)",
+        "a generation serves 8 updates; 16 updates an epoch, 48 in all (3.0 epochs); "
+        "1 row is left over at the end of an epoch: an update needs 4",
     ),
+    "drop_last left over": (
+        "--dataloader_drop_last true --max_steps 2",
+        15,
+        "2 in all (2.0 epochs); 7 rows are left over at the end of an epoch",
+    ),
+    "stream": ("--streaming true --max_steps 5", None, "streamed rows; an update: 8 prompts x 8 generations"),
 }
 
 
@@ -176,3 +183,5 @@ def test_several_ranks(monkeypatch):
     monkeypatch.setattr(GRPOConfig, "world_size", 4)
     expected = "8 prompts x 8 generations = 64 sequences on 4 devices; 4 updates an epoch, 12 in all"
     assert expected in describe_schedule(config, 30)
+    assert "left over" not in describe_schedule(config, 30)  # the last update has 6 prompts
+    assert "3 rows are left over at the end of an epoch: an update needs 4" in describe_schedule(config, 35)

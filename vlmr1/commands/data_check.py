@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 from tqdm import tqdm
 
-from vlmr1.data.box_coordinates import Setting
+from vlmr1.commands.prompt_lengths import Measure, processor_of, prompt_measure
+from vlmr1.data.box_coordinates import BoxCoordinates, Setting
 from vlmr1.data.faults import RowFault
 from vlmr1.data.findings import Fault, Findings, as_fault
-from vlmr1.data.images import image_faults, open_image
+from vlmr1.data.images import image_faults
+from vlmr1.data.mixture import EVERYTHING, Mixture
 from vlmr1.data.samples import Columns, Samples
 from vlmr1.data.sources import open_sources, split_names
-from vlmr1.data.templates import question_text
 from vlmr1.errors import DataError, SettingError
 from vlmr1.lifecycle.renamed import current_value
 from vlmr1.models.settings import LIMITS
 from vlmr1.rewards.judge import Judge
 from vlmr1.rewards.methods import columns_of_files
+from vlmr1.rewards.question import Question
 from vlmr1.rewards.registry import Reward, get_reward
-from vlmr1.rewards.settings import DEFAULT_METHOD, MODES, RewardSettings
+from vlmr1.rewards.settings import DEFAULT_METHOD, DEFAULT_REWARDS, MODES, RewardSettings
 from vlmr1.types import ImageRef, Sample
 
-Measure = Callable[[Sample], int]  # tokens of a sample's prompt
 UNASKED = Judge("http://localhost", "none")  # rows of the method llm need one; a check asks it nothing
 
 
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser = actions.add_parser("check", help="every fault, by file and line")
     parser.add_argument("files", nargs="+", help="JSON or Parquet files, directories of save_to_disk, OWNER/NAME@SPLIT")
     parser.add_argument("--images", nargs="*", default=[], help="image folders: one for each data file, or one for all")
-    parser.add_argument("--question_template", default="none")
+    parser.add_argument("--question_template", default="auto", help="as in training")
     parser.add_argument("--reward_funcs", nargs="*", default=[], help="rewards that must be able to score each row")
     parser.add_argument("--accu_reward_method", nargs="+", default=[DEFAULT_METHOD], help="one, or one for each file")
     mode = partial(current_value, "reward_mode")
@@ -49,8 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--box_coordinates",
         choices=get_args(Setting),
         default="auto",
-        help="with --model: whether boxes of a row can be converted to pixels of its image",
+        help="original: solutions need not be in pixels; with --model: whether boxes can be converted to pixels",
     )
+    parser.add_argument("--sampling_strategy", nargs="*", default=[], help="check the rows that training takes")
+    parser.add_argument("--data_weights", nargs="*", type=float, default=[], help="as in training")
+    parser.add_argument("--data_seed", type=int, default=Mixture.seed, help="of training: its data_seed, or seed")
     parser.add_argument("--prompt_column", default=Columns.prompt)
     parser.add_argument("--solution_column", default=Columns.solution)
 
@@ -58,26 +62,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, rest: list[str]) -> int:
     """Print what is wrong and how long the prompts are; the exit status: 1 where there is a fault."""
     given = [name for name in ("max_prompt_length", *LIMITS) if getattr(options, name) is not None]
-    given += ["box_coordinates"] * (options.box_coordinates != "auto")
+    given += ["box_coordinates"] * (options.box_coordinates in ("resized", "thousand"))
     if given and options.model is None:
         raise SettingError(f"--{given[0]} needs --model: it concerns the model's processor")
     methods = [name for joint in options.accu_reward_method for name in joint.split(":")]
     settings = RewardSettings(mode=options.reward_mode, accu_reward_method=methods[0], judge=UNASKED)
     measure, family = None, None
+    if settings.mode == "strict":
+        settings = replace(settings, boxes=BoxCoordinates(pixels=options.box_coordinates != "original"))
     if options.model is not None:
         processor, family = processor_of(options.model, {name: getattr(options, name) for name in LIMITS})
         measure = prompt_measure(processor)
         if options.reward_funcs or options.box_coordinates != "auto":
             settings = settings.with_boxes(options.box_coordinates, family, processor.image_processor)
+    question = Question(options.question_template, options.reward_funcs or DEFAULT_REWARDS, methods[0], family)
     findings = check_data(
         options.files,
         options.images,
-        question=question_text(options.question_template, family),
+        question=question,
         rewards=[get_reward(reward, settings) for reward in options.reward_funcs],
         measure=measure,
         max_prompt_length=options.max_prompt_length,
         columns=Columns(options.prompt_column, options.solution_column),
         defaults=columns_of_files(len(split_names(options.files)), methods),
+        mixture=Mixture(options.sampling_strategy, options.data_weights, options.data_seed),
     )
     print(findings.text())
     return findings.status
@@ -87,59 +95,32 @@ def check_data(
     data_file_paths: Sequence[str | Path],
     image_folders: Sequence[str | Path],
     *,
-    question: str = "{question}",
+    question: str | Question = "{question}",
     rewards: Sequence[str | Reward] = (),
     measure: Measure | None = None,
     max_prompt_length: int | None = None,
     columns: Columns | None = None,
     defaults: Sequence[Mapping[str, Any]] = (),
+    mixture: Mixture = EVERYTHING,
 ) -> Findings:
     """Read every row, decode each distinct image once, run the rewards' checks, and measure the prompts.
 
     `defaults` are columns for the rows of each file that lack them. A fault of an image is reported for the first row
     that names it. SettingError for files, folders and rewards that do not exist; faults of rows do not."""
     checks = [reward.check for reward in map(get_reward, rewards) if reward.check]
-    sources = open_sources(data_file_paths, image_folders)
+    if isinstance(question, Question):
+        checks.append(question.count)
+    sources = open_sources(data_file_paths, image_folders, mixture)
     filled = [source for source in sources if len(source[0])]
     of_filled = [each for each, (rows, _) in zip(defaults, sources, strict=True) if len(rows)] if defaults else []
     findings = Findings()
     if filled:
         samples = Samples(filled, question, columns or Columns(), defaults=of_filled)
         findings = _Checker(samples, checks, measure, max_prompt_length).run()
+        findings.header = [] if isinstance(question, str) else samples.describe()
     empty = [rows.name for rows, _ in sources if not len(rows)]
     findings.faults += [Fault(name, "empty file", "no rows in this file") for name in empty]
     return findings
-
-
-def processor_of(model: str, limits: dict[str, int | None]) -> tuple[Any, str]:
-    """Return a model's processor with these limits on images, and the model type."""
-    from transformers import AutoConfig
-
-    from vlmr1.data.image_limits import limit_images
-    from vlmr1.models.processor import load_processor
-    from vlmr1.tiny import model_path
-
-    try:
-        name = model_path(model)
-        processor, model_type = load_processor(name), AutoConfig.from_pretrained(name).model_type
-    except (OSError, ValueError) as error:
-        raise SettingError(f"--model: {error}") from error
-    limit_images(processor, model_type, **limits)
-    return processor, model_type
-
-
-def prompt_measure(processor: Any) -> Measure:
-    """Return a function that counts the tokens of a prompt as the trainer does, image tokens included."""
-
-    def measure(sample: Sample) -> int:
-        text = processor.apply_chat_template(sample.messages, tokenize=False, add_generation_prompt=True)
-        images = [open_image(image, sample.source) for image in sample.images]
-        start = processor.tokenizer.bos_token
-        special = not (start and text.startswith(start))
-        inputs = processor(text=[text], images=images or None, add_special_tokens=special, return_tensors="pt")
-        return inputs["input_ids"].shape[1]
-
-    return measure
 
 
 @dataclass

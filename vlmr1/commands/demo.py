@@ -13,7 +13,6 @@ from vlmr1.commands.arguments import parse_config
 from vlmr1.commands.train import train
 from vlmr1.config import GRPOConfig
 from vlmr1.data.samples import load_samples
-from vlmr1.data.templates import question_text
 from vlmr1.evaluation.evaluate import Evaluation, evaluate
 from vlmr1.lifecycle.checkpoint import last_complete
 from vlmr1.lifecycle.disk import check_output_dir
@@ -22,6 +21,7 @@ from vlmr1.report.curves import reward_curve
 from vlmr1.report.demo import Example, write_report
 from vlmr1.report.progress import read_metrics
 from vlmr1.rewards.answer import predicted_box, solution_box
+from vlmr1.rewards.question import Question
 from vlmr1.tiny import DIGITS, digits, model_path
 from vlmr1.types import Sample
 
@@ -80,9 +80,8 @@ def held_out(config: GRPOConfig, output_dir: Path) -> Sequence[Sample]:
     """Write and load canvases of held-out scans."""
     folder = output_dir / "data"
     path = digits.write(folder, "held_out", HELD_OUT_ROWS, config.seed)
-    return load_samples(
-        [path], [folder / "images"], question=question_text(config.question_template), check_images=False
-    )
+    question = Question(config.question_template, config.reward_funcs, config.accu_reward_method[0])
+    return load_samples([path], [folder / "images"], question=question, check_images=False)
 
 
 def measure(config: GRPOConfig, name: str, samples: Sequence[Sample]) -> Evaluation:

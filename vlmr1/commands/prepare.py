@@ -12,7 +12,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from vlmr1.config import GRPOConfig
 from vlmr1.data.image_limits import limit_images
-from vlmr1.data.samples import validation_split
+from vlmr1.data.samples import Samples, validation_split
 from vlmr1.distributed.ranks import Ranks
 from vlmr1.errors import SettingError
 from vlmr1.evaluation.run_rows import evaluation_samples
@@ -33,7 +33,7 @@ class Prepared:
 
     model: Any
     processor: Any
-    train: Sequence[Sample]
+    train: Samples
     validation: Sequence[Sample] | None  # val_split_ratio of the rows
     evaluated: Sequence[Sample] | None  # during training
 
@@ -54,7 +54,7 @@ def prepare(config: GRPOConfig, *, finished: bool = False) -> Prepared:
     processor = load_processor(name, **settings.source)
     limit_images(processor, model_type, **settings.image_limits)
     reader = RowReader.of(config, model_type, processor.image_processor)
-    train: Sequence[Sample] = reader.read(*_data_files(config, output_dir))
+    train = reader.training(*_data_files(config, output_dir))
     validation = None
     if config.val_split_ratio > 0:
         seed = config.seed if config.data_seed is None else config.data_seed

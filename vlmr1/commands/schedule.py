@@ -9,16 +9,25 @@ from vlmr1.distributed.ranks import Ranks
 from vlmr1.grpo.buffer import BufferSampler
 
 
-def describe_schedule(config: GRPOConfig, rows: int) -> str:
-    """Prompts, generations, sequences and updates, over all ranks, in words."""
+def describe_schedule(config: GRPOConfig, rows: int | None) -> str:
+    """Prompts, generations, sequences and updates, over all ranks, in words. `rows` is None for a stream."""
     ranks = config.world_size
     prompts = config.prompts_per_device * ranks
     repeats = config.steps_per_generation * config.num_iterations
-    epoch = len(BufferSampler.of(config, range(rows), Ranks(config.process_index, ranks)))
-    updates = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * epoch)
+    if rows is None:
+        total = f"{config.max_steps} updates in all"
+    else:
+        sampler = BufferSampler.of(config, range(rows), Ranks(config.process_index, ranks))
+        epoch = len(sampler)
+        updates = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * epoch)
+        total = f"{epoch} updates an epoch, {updates} in all ({updates / epoch:.1f} epochs)"
+        if sampler.unused:
+            plural = "s are" if sampler.unused > 1 else " is"
+            total += f"; {sampler.unused} row{plural} left over at the end of an epoch: an update needs {sampler.least}"
     return (
-        f"{rows} rows; an update: {prompts} prompts x {config.num_generations} generations = "
+        f"{'streamed' if rows is None else rows} rows; "
+        f"an update: {prompts} prompts x {config.num_generations} generations = "
         f"{prompts * config.num_generations} sequences on {ranks} device{'s' if ranks > 1 else ''}; "
         f"{'' if repeats == 1 else f'a generation serves {repeats} updates; '}"
-        f"{epoch} updates an epoch, {updates} in all ({updates / epoch:.1f} epochs)"
+        f"{total}"
     )

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import has_length
 
 from vlmr1.commands.arguments import add_sources, parse_config, show_help
 from vlmr1.commands.prepare import prepare
@@ -82,7 +83,9 @@ def _train(config: GRPOConfig, stop: StopSignals, resuming: ResumeGuard) -> GRPO
         boxes = config.box_coordinates
         trainer.add_callback(EvaluationCallback(trainer, prepared.evaluated, box_coordinates=boxes, stop=stop))
     say = print if ranks.rank == 0 else lambda *words, **options: None
-    say(describe_schedule(config, len(trainer.train_dataset)), flush=True)  # type: ignore[arg-type]
+    rows = len(trainer.train_dataset) if has_length(trainer.train_dataset) else None
+    say(describe_schedule(config, rows), flush=True)
+    say(*prepared.train.describe(), sep="\n", flush=True)
     if resume is not None and trainer.is_finished(resume):
         say(f"{resume}: all {trainer.state.max_steps} updates are done", flush=True)
         return trainer

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from vlmr1.data.faults import RowFault
 from vlmr1.errors import DataError
 
+NAMED = 5  # rows that a message names
 BINS, BAR = 10, 40  # histogram: maximum number of lines, and characters of the longest bar
 
 
@@ -28,6 +29,7 @@ class Fault:
 class Findings:
     """Counts, faults in the order of the rows, and prompt lengths."""
 
+    header: list[str] = field(default_factory=list)  # lines on templates and on files read in part
     rows: int = 0
     images: int = 0  # distinct ones that were decoded, or could not be
     faults: list[Fault] = field(default_factory=list)
@@ -39,12 +41,18 @@ class Findings:
         return 1 if self.faults else 0
 
     def text(self) -> str:
-        """A line a fault, the histogram of the prompts' lengths, and the totals."""
-        lines = [str(fault) for fault in self.faults]
+        """The header, a line a fault, the histogram of the prompts' lengths, and the totals."""
+        lines = self.header + [str(fault) for fault in self.faults]
         lines += ["tokens a prompt:", histogram(self.lengths)] if self.lengths else []
         kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(each.kind for each in self.faults).items())
         found = f"{len(self.faults)} faults ({kinds})" if self.faults else "no faults"
         return "\n".join([*lines, f"{self.rows} rows, {self.images} images: {found}"])
+
+
+def left_out_message(first: Sequence[str], count: int, total: int, why: str, how: str) -> str:
+    """Say that a filter leaves `count` rows out, and name the `first` ones; `how` says what lists all."""
+    more = f" and {count - len(first)} more; {how}" if count > len(first) else ""
+    return f"{count} of {total} rows are left out: {why}: {', '.join(first)}{more}"
 
 
 def as_fault(error: DataError, source: str) -> Fault:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from vlmr1.data.findings import NAMED, left_out_message
 from vlmr1.data.images import MIN_SIDE, encode_image, open_image
 from vlmr1.data.samples import Samples
 from vlmr1.errors import DataError, SettingError
@@ -17,6 +19,7 @@ from vlmr1.models.family import ModelFamily
 from vlmr1.types import ImageInputs, ImageRef, Prompt, Sample
 
 logger = logging.getLogger(__name__)
+THINK_OPENING = re.compile(r"<think>\s*(?:</think>\s*)?\Z")
 
 
 class PromptBuilder:
@@ -41,7 +44,9 @@ class PromptBuilder:
         input_ids = inputs["input_ids"][0]
         self._check(sample, input_ids)
         split = self.family.split_images(self.model, inputs, len(images))
-        return Prompt(sample, input_ids, self.family.positions(self.model, input_ids, split), split)
+        positions = self.family.positions(self.model, input_ids, split)
+        opening = THINK_OPENING.search(text)
+        return Prompt(sample, input_ids, positions, split, opening[0] if opening else "")
 
     def dummy_image(self) -> tuple[ImageRef, ImageInputs]:
         """A small black image, and what the processor makes of it: for passes that have none and call the tower."""
@@ -59,13 +64,19 @@ class PromptBuilder:
 
 def without_overlong(samples: Sequence[Sample], builder: PromptBuilder, limit: int) -> Sequence[Sample]:
     """Return the samples whose prompts have at most `limit` tokens; each prompt is tokenized once to measure it."""
-    reading = tqdm(samples, desc="measuring prompts", delay=2, disable=None)
-    kept = [sample.index for sample in reading if len(builder(sample).input_ids) <= limit]
+    kept, first = [], []
+    for sample in tqdm(samples, desc="measuring prompts", delay=2, disable=None):
+        length = len(builder(sample).input_ids)
+        if length <= limit:
+            kept.append(sample.index)
+        elif len(first) < NAMED:
+            first.append(f"{sample.source} ({length} tokens)")
     if not kept:
         raise SettingError(f"max_prompt_length is {limit}: every one of the {len(samples)} prompts is longer")
-    if len(kept) < len(samples):
-        counts = len(samples) - len(kept), len(samples), limit
-        logger.warning("%d of %d rows are left out: their prompts have more than %d tokens", *counts)
+    if first:
+        why = f"their prompts have more than {limit} tokens"
+        how = f"`vlmr1 data check` with --model and --max_prompt_length {limit} lists all"
+        logger.warning("%s", left_out_message(first, len(samples) - len(kept), len(samples), why, how))
     if isinstance(samples, Samples):
         return samples.select(kept)
     within = set(kept)

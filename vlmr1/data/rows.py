@@ -67,6 +67,7 @@ class LineRows(Rows):
                     self.lines.append(number)
                 at += len(line)
         self.starts.append(at)
+        self.size = at
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -77,7 +78,7 @@ class LineRows(Rows):
     def read(self, index: int) -> Row:
         source = self.source(index)
         with Path(self.name).open("rb") as file:
-            if os.fstat(file.fileno()).st_size != self.starts[-1]:
+            if os.fstat(file.fileno()).st_size != self.size:
                 raise row_fault(source, "changed file", "the file has changed since it was opened")
             file.seek(self.starts[index])
             data = file.read(self.starts[index + 1] - self.starts[index])

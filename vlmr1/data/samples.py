@@ -21,6 +21,7 @@ from vlmr1.data.faults import row_fault
 from vlmr1.data.folder import ImageFolder, image_of, image_values
 from vlmr1.data.images import image_faults
 from vlmr1.data.messages import as_text, check_template, from_prompt, from_turns
+from vlmr1.data.mixture import EVERYTHING, Mixture, describe
 from vlmr1.data.rows import Row, Rows
 from vlmr1.data.sources import open_sources
 from vlmr1.errors import DataError, SettingError
@@ -28,6 +29,7 @@ from vlmr1.types import ImageRef, Sample
 
 RESERVED = ("solution", "prompts", "completions", "completion_ids")  # arguments of a reward function
 
+Question = str | Callable[[Row], str]  # a question template, or that of each row
 OnFault = Callable[[DataError], None]
 
 
@@ -49,12 +51,13 @@ class Samples(Sequence[Sample]):
     def __init__(
         self,
         sources: Sequence[tuple[Rows, ImageFolder]],
-        question: str,
+        question: Question,
         columns: Columns = Columns(),
         indices: Sequence[int] | None = None,
         defaults: Sequence[Mapping[str, Any]] = (),
     ):
-        check_template(question)
+        if isinstance(question, str):
+            check_template(question)
         self.sources = list(sources)
         self.question = question
         self.columns = columns
@@ -77,34 +80,43 @@ class Samples(Sequence[Sample]):
     def sample(self, index: int, on_fault: OnFault = stop) -> Sample:
         """Return the sample with this `Sample.index`. `on_fault` gets the faults of images, which are then left out."""
         rows, folder, place = self._place(index)
-        sample = self._sample(rows.read(place), rows.source(place), index, folder, on_fault)
+        row = rows.read(place)
         if self.defaults:
-            for name, value in self.defaults[bisect_right(self.ends, index)].items():
-                if sample.columns.get(name) is None:
-                    sample.columns[name] = value
-        return sample
+            defaults = self.defaults[self._file(index)[0]].items()
+            row = {**row, **{name: value for name, value in defaults if row.get(name) is None}}
+        return self._sample(row, rows.source(place), index, folder, on_fault)
 
     def source(self, index: int) -> str:
         """ "file:line" of the sample with this `Sample.index`."""
         rows, _, place = self._place(index)
         return rows.source(place)
 
+    def describe(self) -> list[str]:
+        """Return the question templates in words, and a line for each file that is read in part."""
+        return [str(self.question), *describe(self.sources)]
+
     def select(self, indices: Sequence[int]) -> Samples:
         """Return the samples with these values of `Sample.index`, in this order."""
         return Samples(self.sources, self.question, self.columns, indices, self.defaults)
 
     def _place(self, index: int) -> tuple[Rows, ImageFolder, int]:
-        which = bisect_right(self.ends, index)
-        return *self.sources[which], index - (self.ends[which - 1] if which else 0)
+        file, place = self._file(index)
+        return *self.sources[file], place
+
+    def _file(self, index: int) -> tuple[int, int]:
+        """Return the file of a `Sample.index`, and the place of the row in it."""
+        file = bisect_right(self.ends, index)
+        return file, index - (self.ends[file - 1] if file else 0)
 
     def _sample(self, row: Row, source: str, index: int, folder: ImageFolder, on_fault: OnFault) -> Sample:
+        question = self.question if isinstance(self.question, str) else self.question(row)
         values = image_values(row, source)
         if row.get("conversations") is not None or self.columns.prompt not in row:
             used = {"conversations", "image", "images"}
-            messages, solution = from_turns(row.get("conversations"), len(values), self.question, source)
+            messages, solution = from_turns(row.get("conversations"), len(values), question, source)
         else:
             used = {self.columns.prompt, self.columns.solution, "image", "images"}
-            messages = from_prompt(row[self.columns.prompt], len(values), self.question, source)
+            messages = from_prompt(row[self.columns.prompt], len(values), question, source)
             if row.get(self.columns.solution) is None:
                 raise row_fault(source, "solution", f"no solution: the row has no column {self.columns.solution!r}")
             solution = as_text(row[self.columns.solution])
@@ -126,12 +138,13 @@ def load_samples(
     data_file_paths: Sequence[str | Path],
     image_folders: Sequence[str | Path],
     *,
-    question: str,
+    question: Question,
     check_images: bool,
     prompt_column: str = "prompt",
     solution_column: str = "solution",
     checks: Sequence[Callable[[Sample], None]] = (),
     defaults: Sequence[Mapping[str, Any]] = (),
+    mixture: Mixture = EVERYTHING,
 ) -> Samples:
     """Return all rows of all files, in order; `open_sources` lists the kinds of files.
 
@@ -139,8 +152,7 @@ def load_samples(
     that lack them. Each row is read once and passed to the `checks`; with `check_images` each distinct image is decoded
     once. DataError "file:line: ..." for the first row with a fault, SettingError for a missing file or folder.
     """
-    check_template(question)
-    sources = open_sources(data_file_paths, image_folders)
+    sources = open_sources(data_file_paths, image_folders, mixture)
     for rows, _ in sources:
         if not len(rows):
             raise DataError(f"{rows.name}: the data set is empty: no rows in this file")

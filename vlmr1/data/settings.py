@@ -2,27 +2,47 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from vlmr1.data.templates import TEMPLATES, question_text
+from vlmr1.data.mixture import Mixture, Sampling
+from vlmr1.data.templates import AUTO, TEMPLATES, question_text
 from vlmr1.errors import faults_of
 from vlmr1.types import Settings, setting
 
 
+class _Shared(Settings):
+    shared = ("seed", "data_seed")
+    if TYPE_CHECKING:
+        seed: int
+        data_seed: int | None
+
+
 @dataclass
-class DataSettings(Settings):
+class DataSettings(_Shared):
     """The rows that a run reads, and their conversion to prompts."""
 
     group = "Data"
-    shared = ("seed", "data_seed")
 
-    data_file_paths: list[str] = setting([], "JSON lines, JSON, parquet, data set folders or hub ids")
+    data_file_paths: list[str] = setting(
+        [], "JSON lines, JSON, parquet, data set folders, hub ids or YAML lists of them"
+    )
     image_folders: list[str] = setting([], "one for each data file, one for all, or none where rows hold their images")
+    sampling_strategy: list[str] = setting(
+        [], "rows of each data file, or of all: all, first:N, end:N or random:N, N a number or a share in percent"
+    )
+    data_weights: list[float] = setting([], "shares of the data files in an epoch, one for each; no row is repeated")
+    streaming: bool = setting(False, "read rows while training, without a pass before; needs max_steps")
+    shuffle_buffer_size: int = setting(1000, "with streaming: rows of which the next one is drawn; 0: the files' order")
     prompt_column: str = setting("prompt", "column of the prompt in rows in TRL's format")
     solution_column: str = setting("solution", "column of the solution in rows in TRL's format")
-    question_template: str = setting("rec", f"{', '.join(TEMPLATES)}, or a text with {{question}} in it")
+    question_template: str = setting(
+        AUTO,
+        f"{', '.join(TEMPLATES)}, or a text with {{question}} in it; auto: rec where accuracy is by IoU, odLength "
+        "where it is by labelled boxes, gui for points, none where only own functions reward, else default",
+    )
     check_images: bool = setting(True, "decode every image before training")
     val_split_ratio: float = setting(0.0, "share of the rows that are kept from training")
     max_prompt_length: int | None = setting(None, "limit of a prompt in tokens, image tokens included; nothing is cut")
@@ -34,6 +54,26 @@ class DataSettings(Settings):
         yield from self.at_least(1, "max_prompt_length")
         if self.overlong_prompts == "filter" and self.max_prompt_length is None:
             yield "overlong_prompts=filter needs max_prompt_length"
+        for text in self.sampling_strategy:
+            yield from faults_of(lambda text=text: Sampling.of(text).limit if self.streaming else Sampling.of(text))
+        for weight in self.data_weights:
+            if not (math.isfinite(weight) and weight > 0):
+                yield f"data_weights has {weight}: a weight must be above 0"
+        yield from self.at_least(0, "shuffle_buffer_size")
+        if self.streaming:
+            if self.val_split_ratio:
+                yield "val_split_ratio needs all rows, and streaming=true knows none before: use eval_data_file_paths"
+            if self.overlong_prompts == "filter":
+                yield "overlong_prompts=filter measures all rows before training: with streaming=true use error"
+        elif not self.is_default("shuffle_buffer_size"):
+            yield "shuffle_buffer_size has no effect without streaming: all rows are shuffled"
         if not 0 <= self.val_split_ratio < 1:
             yield f"val_split_ratio is {self.val_split_ratio}: it must be at least 0 and below 1"
-        yield from faults_of(lambda: question_text(self.question_template))
+        if self.question_template != AUTO:
+            yield from faults_of(lambda: question_text(self.question_template))
+
+    @property
+    def mixture(self) -> Mixture:
+        """The rows that are taken of each data file."""
+        seed = self.seed if self.data_seed is None else self.data_seed
+        return Mixture(self.sampling_strategy, self.data_weights, seed)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vlmr1.data.folder import ImageFolder
 from vlmr1.data.hub import folder_rows, hub_rows, parquet_rows
+from vlmr1.data.mixture import EVERYTHING, DataFile, Mixture, listed
 from vlmr1.data.rows import Rows, json_rows
 from vlmr1.errors import SettingError
 
@@ -17,28 +18,37 @@ JOINT = re.compile(r":(?![^\[\]]*\])")  # except within a slice, as in train[:10
 
 
 def open_sources(
-    data_file_paths: Sequence[str | Path], image_folders: Sequence[str | Path]
+    data_file_paths: Sequence[str | Path], image_folders: Sequence[str | Path], mixture: Mixture = EVERYTHING
 ) -> list[tuple[Rows, ImageFolder]]:
     """Return the rows of each data file, in order, with its image folder.
 
-    A data file is a JSON or Parquet file, a directory written by `save_to_disk` (DIRECTORY@SPLIT where it has several
-    splits), or a hub data set (OWNER/NAME@SPLIT). Several files or folders may be joined by ':'. There is one folder
-    for all files, one for each, or none where rows hold their images. SettingError for a file or folder that does not
-    exist.
+    A data file is a JSON or Parquet file, a YAML list of data files, a directory written by `save_to_disk`
+    (DIRECTORY@SPLIT where it has several splits), or a hub data set (OWNER/NAME@SPLIT). Several files or folders may be
+    joined by ':'. There is one folder for all files, one for each, or none where rows hold their images. `mixture` says
+    which rows are taken. SettingError for a file or folder that does not exist.
     """
-    files, folders = split_names(data_file_paths), split_names(image_folders)
+    files = mixture.files(split_paths(data_file_paths))
     if not files:
         raise SettingError("data_file_paths is empty: name at least one data file")
+    places = image_places(files, image_folders)
+    rows = mixture.select(files, [open_rows(file.name) for file in files])
+    return list(zip(rows, places, strict=True))
+
+
+def image_places(files: Sequence[DataFile], image_folders: Sequence[str | Path]) -> list[ImageFolder]:
+    """Return the image folder of each file: its own, or that of `image_folders`."""
+    folders = split_paths(image_folders)
     if len(folders) not in (0, 1, len(files)):
         raise SettingError(
             f"image_folders has {len(folders)} folders for {len(files)} data files: give one for all, or one for each"
         )
-    for folder in folders:
+    for folder in [*folders, *(file.folder for file in files if file.folder is not None)]:
         if not Path(folder).is_dir():
             raise SettingError(f"image_folders: {folder} is not a directory")
     places = [ImageFolder(Path(folder)) for folder in folders] or [ImageFolder(None)]
     places *= len(files) if len(places) == 1 else 1
-    return [(open_rows(file), place) for file, place in zip(files, places, strict=True)]
+    own = [None if file.folder is None else ImageFolder(Path(file.folder)) for file in files]
+    return [mine or place for mine, place in zip(own, places, strict=True)]
 
 
 def open_rows(name: str) -> Rows:
@@ -65,6 +75,11 @@ def is_saved(folder: Path) -> bool:
 
 
 def split_names(names: Iterable[str | Path]) -> list[str]:
+    """Return the names of all data files, those of YAML lists in place of the list."""
+    return [file.name for name in split_paths(names) for file in listed(name)]
+
+
+def split_paths(names: Iterable[str | Path]) -> list[str]:
     """Split names joined by ':'; a name that exists as a whole is not split."""
     return [
         part

@@ -23,6 +23,7 @@ TEMPLATES = {
     "no-think": "{question} Output the final answer in <answer> </answer> tags.",
     "none": "{question}",
 }
+AUTO = "auto"  # one of them for each row, by what the rewards read
 ONE_WORDING = {name: DEFAULT for name in ("rec", "ic", "odLength", "gui")}
 OF_FAMILY = {"internvl": ONE_WORDING, "glm4v": ONE_WORDING}  # by model type, where it differs from TEMPLATES
 
@@ -32,5 +33,5 @@ def question_text(template: str, model_type: str | None = None) -> str:
 
     SettingError for an unknown name, or a text without exactly one `{question}`."""
     text = OF_FAMILY.get(model_type or "", {}).get(template) or TEMPLATES.get(template, template)
-    check_template(text, TEMPLATES)
+    check_template(text, (AUTO, *TEMPLATES))
     return text

@@ -38,8 +38,9 @@ class Decoder:
         engine: RolloutEngine | str = "native",
     ):
         family = family_of(model)
-        made = ENGINES[engine](model, family, processor.tokenizer) if isinstance(engine, str) else engine
-        self.engine: RolloutEngine = made
+        if isinstance(engine, str):
+            engine = ENGINES[engine](model, family, processor.tokenizer, chat_template=processor.chat_template)
+        self.engine: RolloutEngine = engine
         self.builder = PromptBuilder(model, family, processor)
         self.sampling = SamplingSettings(max_completion_length, greedy=True)
         self.boxes = None
@@ -58,7 +59,8 @@ class Decoder:
         completion, sample = group.completions[0], group.prompt.sample
         size, extent = self._sizes(group.prompt)
         tokens = tuple(completion.token_ids.tolist())
-        return Record(row, sample.source, tokens, completion.text, completion.finish_reason, size, extent)
+        opening = group.prompt.think_opening
+        return Record(row, sample.source, tokens, completion.text, completion.finish_reason, size, extent, opening)
 
     def _sizes(self, prompt: Prompt) -> tuple[Size | None, Size | None]:
         """Size and extent of the image; None unless the row has one image, since a box would be ambiguous."""

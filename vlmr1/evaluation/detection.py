@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,8 @@ from vlmr1.evaluation.coco import AveragePrecision, ImageBoxes, ScoredBox, TrueB
 from vlmr1.evaluation.records import Record
 from vlmr1.evaluation.scoring import Scored, completion_metrics
 from vlmr1.report.cases import Case, LabelledBox
-from vlmr1.rewards.answer import FENCE, find_answer, labelled_boxes, true_text
+from vlmr1.rewards import answer
+from vlmr1.rewards.answer import labelled_boxes, true_text, with_only_label
 from vlmr1.rewards.strict.detection import true_boxes
 from vlmr1.types import Sample
 
@@ -55,18 +55,20 @@ def asked_labels(sample: Sample) -> list[str]:
     return [label.strip().casefold() for label in sample.columns.get(LABELS) or []]
 
 
-def predicted_boxes(text: str, extent: Size, original: Size) -> tuple[ScoredBox, ...] | None:
-    """Return the boxes of a completion's answer in px of the file; None where it is not a list of boxes.
+def predicted_boxes(
+    text: str, extent: Size, original: Size, labels: Collection[str] = ()
+) -> tuple[ScoredBox, ...] | None:
+    """Return the boxes of a completion's answer in px of the file; None where it has none and does not say None.
 
-    A box's score is its numeric `score` or `confidence`, else 1, 1/2, 1/3, ... by its place in the list."""
-    answer = find_answer(text)
-    boxes = None if answer is None else labelled_boxes(answer)
-    if answer is None or boxes is None:
+    A box's score is its numeric `score` or `confidence`, else 1, 1/2, 1/3, ... by its place in the answer. Boxes in a
+    form without labels have the label of `labels` where that is the only one."""
+    boxes = answer.predicted_boxes(text)
+    if boxes is None:
         return None
-    scores, scale = _scores(answer, len(boxes)), scale_between(extent, original)
+    scale = scale_between(extent, original)
     return tuple(
-        ScoredBox(label, None if box is None else scale_box(box, scale), score)
-        for (label, box), score in zip(boxes, scores, strict=True)
+        ScoredBox(each.label, None if each.box is None else scale_box(each.box, scale), _score(each.fields, 1 / place))
+        for place, each in enumerate(with_only_label(boxes, labels), start=1)
     )
 
 
@@ -104,19 +106,7 @@ def image_f1(boxes: ImageBoxes) -> float:
     return 2 * matched / (len(truths) + len(boxes.predictions))
 
 
-def _scores(answer: str, count: int) -> list[float]:
-    """One score for each box of an answer that `labelled_boxes` can parse."""
-    fenced = FENCE.fullmatch(answer.strip())
-    by_place = [1 / (1 + place) for place in range(count)]
-    if not count:
-        return by_place
-    # As in `labelled_boxes`: integers of any length.
-    value = json.loads(fenced[1] if fenced else answer, parse_int=float)
-    entries: Sequence[dict[str, Any]] = [value] if isinstance(value, dict) else value
-    return [_score(entry, default) for entry, default in zip(entries, by_place, strict=True)]
-
-
-def _score(entry: dict[str, Any], default: float) -> float:
+def _score(entry: Mapping[str, Any], default: float) -> float:
     for name in SCORES:
         value = entry.get(name)
         if isinstance(value, float) and math.isfinite(value):
@@ -136,7 +126,10 @@ class DetectionScores:
 
 def detection_scores(samples: Sequence[Sample], records: Sequence[Record]) -> DetectionScores:
     """Match the boxes of one completion a row with the true ones."""
-    answers = [predicted_boxes(record.completion, *record.sizes) for record in records]
+    answers = [
+        predicted_boxes(record.text, *record.sizes, {true.label for true in true_boxes_of(sample)})
+        for sample, record in zip(samples, records, strict=True)
+    ]
     images = [ImageBoxes(true_boxes_of(sample), boxes or ()) for sample, boxes in zip(samples, answers, strict=True)]
     labels = {label for sample in samples for label in asked_labels(sample)}
     labels |= {true.label for image in images for true in image.truths}

@@ -48,7 +48,8 @@ def evaluate_during_training(
             if stopped():
                 return None
             drawn = decoder.groups(samples[start : start + size])
-            groups = score_groups(drawn, trainer.rewards, pool=trainer.reward_pool)
+            working = trainer.working_rewards
+            groups = score_groups(drawn, trainer.rewards, pool=trainer.reward_pool, working=working)
             for i, group in enumerate(groups):
                 assert group.rewards is not None
                 scored.append((start + i, group.rewards[0].tolist(), decoder.record(drawn[i], start + i)))

@@ -35,6 +35,7 @@ def evaluate_model(name: str, options: Options, output: OutputOptions, ranks: Ra
     inputs = fingerprint(name, source.path, model, options, data)
     files = RecordFiles(folder, len(samples), options.batch_size)
     if ranks.is_first:
+        print(*samples.describe(), sep="\n", flush=True)
         begin(folder, inputs)
         files.gather()
     ranks.barrier()  # before any rank reads or writes

@@ -7,15 +7,17 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal, get_args, get_type_hints
 
 from vlmr1.data.box_coordinates import Setting
-from vlmr1.data.templates import question_text
+from vlmr1.data.templates import AUTO, question_text
 from vlmr1.errors import SettingError
 from vlmr1.rewards.judge import Judge, judge_of
+from vlmr1.rewards.question import auto_template
 from vlmr1.rewards.settings import RewardSettings
 from vlmr1.types import Settings, setting
 from vlmr1_kernels.registry import ImplementationError, parse_choices
 
 Task = Literal["rec", "ovd", "vqa"]
-TEMPLATE_OF: dict[str, str] = {"rec": "rec", "ovd": "odLength", "vqa": "default"}
+# The reward by which question_template auto chooses.
+REWARD_OF: dict[str, str] = {"rec": "iou", "ovd": "odLength", "vqa": "accuracy"}
 LENGTH_OF: dict[str, int] = {"rec": 256, "ovd": 1024, "vqa": 1024}  # tokens
 
 
@@ -30,7 +32,9 @@ class Options(Settings):
     task: Task = setting(MISSING, "one box; boxes with labels; answers in words")
     data: list[str] = setting(MISSING, "data files as in training, RefCOCO JSON, COCO annotation JSON")
     images: list[str] = setting([], "image folders: one for each data file, or one for all")
-    question_template: str = setting("", _by_task(TEMPLATE_OF))
+    question_template: str = setting(
+        AUTO, "as in training; auto: by the task (rec, odLength), for vqa by the accuracy method"
+    )
     accu_reward_method: list[str] = setting([], "of vqa: one, or one for each file; a row's column wins")
     judge_url: str | None = setting(None, "OpenAI-compatible API of accu_reward_method llm")
     judge_model: str | None = setting(None, "model that judge_url serves")
@@ -52,7 +56,8 @@ class Options(Settings):
     def __post_init__(self) -> None:
         for fault in self.check():
             raise SettingError(f"--{fault}")
-        question_text(self.template)
+        if self.template != AUTO:
+            question_text(self.template)
         judge_of(self)
 
     def check(self) -> Iterator[str]:
@@ -73,7 +78,10 @@ class Options(Settings):
 
     @property
     def template(self) -> str:
-        return self.question_template or TEMPLATE_OF[self.task]
+        """The name or text of the template; auto for vqa, where it is by the method of the row."""
+        if self.question_template != AUTO or self.task == "vqa":
+            return self.question_template
+        return auto_template([REWARD_OF[self.task]], self.methods[0])
 
     @property
     def tokens(self) -> int:

@@ -66,7 +66,7 @@ def check_rec(sample: Sample) -> None:
 
 def score_rec_rows(samples: Sequence[Sample], records: Sequence[Record]) -> Scored:
     """Metrics with bootstrap intervals, and one case a row."""
-    texts = [record.completion for record in records]
+    texts = [record.text for record in records]
     sizes = [record.sizes for record in records]
     result = score_rec(texts, [sample.solution for sample in samples], sizes)
     boxes = [answered_box(text, *size) for text, size in zip(texts, sizes, strict=True)]

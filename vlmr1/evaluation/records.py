@@ -27,6 +27,12 @@ class Record:
     finish_reason: str  # "stop" | "length"
     image_size: Size | None = None  # width and height of the upright file in px, for rows with one image
     box_extent: Size | None = None  # the lower right corner of that image in the coordinates of the model
+    think_opening: str = ""  # with which the prompt ends
+
+    @property
+    def text(self) -> str:
+        """The completion behind the `<think>` that the prompt has opened."""
+        return self.think_opening + self.completion
 
     @property
     def sizes(self) -> tuple[Size, Size]:

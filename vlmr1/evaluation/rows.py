@@ -12,13 +12,13 @@ from typing import Any
 from vlmr1.data.rows import Rows
 from vlmr1.data.samples import Columns, Samples, check_rows
 from vlmr1.data.sources import open_sources, split_names
-from vlmr1.data.templates import question_text
 from vlmr1.errors import DataError
 from vlmr1.evaluation.annotations import annotation_rows
-from vlmr1.evaluation.options import Options
+from vlmr1.evaluation.options import REWARD_OF, Options
 from vlmr1.evaluation.tasks import check_of
 from vlmr1.lifecycle.checkpoint import sha256_of_file
 from vlmr1.rewards.methods import columns_of_files
+from vlmr1.rewards.question import Question
 from vlmr1.types import ImageRef, Sample
 
 
@@ -26,7 +26,7 @@ from vlmr1.types import ImageRef, Sample
 class Data:
     """The rows of an evaluation, and the sha256 of their content, independent of the question template."""
 
-    samples: Sequence[Sample]
+    samples: Samples
     digest: str
 
 
@@ -42,9 +42,10 @@ def load_rows(options: Options, model_type: str) -> Data:
         if not len(rows):
             raise DataError(f"{rows.name}: the data set is empty: no rows in this file")
     defaults = columns_of_files(len(split_names(options.data)), options.methods)
-    every = Samples(opened, question_text(options.template, model_type), columns, defaults=defaults)
-    samples: Sequence[Sample] = every.select(range(min(len(every), options.limit or len(every))))
-    check_rows(samples, [check_of(options.task, options.rewards())])
+    question = Question(options.question_template, [REWARD_OF[options.task]], options.methods[0], model_type)
+    every = Samples(opened, question, columns, defaults=defaults)
+    samples = every.select(range(min(len(every), options.limit or len(every))))
+    check_rows(samples, [question.count, check_of(options.task, options.rewards())])
     return Data(samples, rows_digest([rows for rows, _ in opened], samples))
 
 

@@ -34,7 +34,7 @@ def check_one_image(sample: Sample, task: str) -> None:
 def completion_metrics(records: Sequence[Record], failed: Sequence[bool]) -> dict[str, Metric]:
     """Shares of completions with the format, with an unreadable answer (`failed`), truncated; and their length."""
     return {
-        "format_share": ratio([float(has_format(record.completion)) for record in records]),
+        "format_share": ratio([float(has_format(record.text)) for record in records]),
         "parse_failure_share": ratio([float(each) for each in failed]),
         "truncated_share": ratio([float(record.finish_reason == "length") for record in records]),
         "completion_length": ratio([float(len(record.token_ids)) for record in records]),

@@ -55,7 +55,7 @@ def score_vqa_rows(
     metrics = {
         "score": ratio(scores),
         **(by_method if len(by_method) > 1 else {}),
-        **completion_metrics(records, failed=[not find_answer(record.completion) for record in records]),
+        **completion_metrics(records, failed=[not find_answer(record.text) for record in records]),
     }
     counts = {
         "rows": len(records),

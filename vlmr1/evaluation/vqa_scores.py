@@ -38,6 +38,6 @@ def _group(sample: Sample, record: Record, settings: RewardSettings) -> Group:
         scale = scale_between(record.image_size, record.box_extent)
         solution = json.dumps(list(scale_box(true_box(solution), scale)))
     nothing = torch.zeros(0, dtype=torch.long)
-    prompt = Prompt(replace(sample, images=(), solution=solution), nothing, nothing[None])
+    prompt = Prompt(replace(sample, images=(), solution=solution), nothing, nothing[None], (), record.think_opening)
     ids = torch.tensor(record.token_ids, dtype=torch.long)
     return Group(prompt, (Completion(ids, None, None, record.completion, record.finish_reason),))

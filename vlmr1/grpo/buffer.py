@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import BatchSampler, Sampler
+from transformers.trainer_utils import has_length
 
 from vlmr1.distributed.ranks import ALONE, Ranks
 from vlmr1.errors import SettingError
@@ -42,7 +43,7 @@ class BufferSampler(BatchSampler):
             drop_last=args.dataloader_drop_last,
             ranks=ranks,
         )
-        if not len(made):
+        if has_length(sampler) and not len(made):
             each = "" if ranks.world_size == 1 else f" on each of {ranks.world_size} ranks"
             raise SettingError(
                 f"{len(sampler)} rows are too few: an update needs one{each}, and steps_per_generation is "
@@ -57,9 +58,15 @@ class BufferSampler(BatchSampler):
                 yield from ([] for _ in range(self.updates - 1))  # the Trainer's loop takes a batch an update
 
     def __len__(self) -> int:
+        """The updates of an epoch. TypeError for a sampler without end."""
         rows: int = len(self.sampler)  # type: ignore[arg-type]
-        last = rows % self.batch_size
-        return self.updates * (rows // self.batch_size + (not self.drop_last and last >= self.least))
+        return self.updates * (rows // self.batch_size + (rows % self.batch_size > self.unused))
+
+    @property
+    def unused(self) -> int:
+        """The rows at the end of an epoch that are too few for a batch."""
+        last = len(self.sampler) % self.batch_size  # type: ignore[arg-type]
+        return last if self.drop_last or last < self.least else 0
 
 
 @dataclass(frozen=True)

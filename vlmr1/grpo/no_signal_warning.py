@@ -52,8 +52,13 @@ def reason(logs: Mapping[str, float]) -> str:
         return f"{truncated:.0%} of the completions end at the length limit: raise max_completion_length"
     if unread > MOST:
         return (
-            f"{unread:.0%} of the completions have no closed <answer>: the prompt has to ask for one "
-            "(question_template), or the model has to learn the format first"
+            f"{unread:.0%} of the completions have no closed <answer>, and no box where one is read: the prompt has to "
+            "ask for one (question_template), or the model has to learn the format first"
+        )
+    if logs.get("empty_think", 0.0) > MOST:
+        return (
+            f"{logs['empty_think']:.0%} of the completions have an empty <think> block, for which the reward format is "
+            "0: allow_empty_think=true counts them, else the prompt has to ask for a thought"
         )
     if logs.get("box_failures", 0.0) > MOST:
         return (
@@ -62,6 +67,8 @@ def reason(logs: Mapping[str, float]) -> str:
         )
     if logs.get("reward_timeouts", 0.0) > 0:
         return f"{logs['reward_timeouts']:.0f} scores a step were not done in time and are 0: raise reward_timeout"
+    if logs.get("reward_errors", 0.0) > 0:
+        return f"for {logs['reward_errors']:.0f} scores a step a reward function raised, and they are 0: see the log"
     if 0 <= logs.get("entropy", 1.0) < 0.01:
         return f"the completions of a group are the same (entropy {logs['entropy']:.4f}): raise the temperature"
     if rewards and all(value == 0 for value in rewards.values()):

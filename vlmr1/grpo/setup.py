@@ -54,6 +54,14 @@ def make_dataset(model: Any, family: Any, processor: Any, samples: Sequence[Samp
     return PromptDataset(samples, PromptBuilder(model, family, processor, max_prompt_length=args.max_prompt_length))
 
 
+def make_sampler(trainer: Any) -> Any:
+    """The order of the rows: a permutation an epoch, or that of a stream."""
+    args, streamed = trainer.args, getattr(trainer.train_dataset, "samples", None)
+    if hasattr(streamed, "sampler"):
+        return streamed.sampler(args.mixture.seed, args.shuffle_buffer_size)
+    return trainer._get_train_sampler()
+
+
 def make_features(model: Any, family: Any, args: Any) -> FeatureCache | None:
     """A cache where the tower is frozen: its features are those of every pass of a step."""
     frozen = not any(parameter.requires_grad for parameter in family.vision_parameters(model))
@@ -75,6 +83,7 @@ def make_engine(trainer: Any, model: Any, features: FeatureCache | None = None) 
         features=features,
         kv_mib=trainer.args.rollout_kv_mib,
         cuda_graphs=trainer.args.cuda_graphs,
+        chat_template=trainer.processor.chat_template,
     )
 
 

@@ -29,7 +29,7 @@ from vlmr1.grpo.loss import Objective, logp_difference, normalizer
 from vlmr1.grpo.pack_runner import PackRunner
 from vlmr1.grpo.policy import PackedPolicy, call, weights_for_rollout
 from vlmr1.grpo.reference import SyncReference
-from vlmr1.rewards.groups import TimedOut, score_groups
+from vlmr1.rewards.groups import TimedOut, failure_counts, score_groups
 from vlmr1.training.hf_trainer import HFTrainer
 from vlmr1.types import Group, Pack, Prompt, Sample, StepMetrics
 from vlmr1_kernels import use
@@ -79,6 +79,7 @@ class GRPOTrainer(HFTrainer):
         self.members += [self.reservoir] if self.reservoir is not None else []
         self.members += [self.runner.budget] + ([] if args.save_only_model else [self.buffer])
         self.timed_out: list[TimedOut] = []  # of the last generation
+        self.working_rewards: set[str] = set()  # names of functions that have scored a completion
         self.resampling: dict[str, float] = {}  # metrics of the last generation
         self.last_groups: list[Group] = []
 
@@ -144,7 +145,8 @@ class GRPOTrainer(HFTrainer):
     def score(self, groups: Sequence[Group]) -> list[Group]:
         """The groups with their rewards [G, R]."""
         with self.phases("reward"):
-            return score_groups(groups, self.rewards, pool=self.reward_pool, timed_out=self.timed_out)
+            zeros, working = self.timed_out, self.working_rewards
+            return score_groups(groups, self.rewards, pool=self.reward_pool, timed_out=zeros, working=working)
 
     def resample(self, groups: Sequence[Group], reservoir: PromptReservoir) -> list[Group]:
         """The groups after further rounds for those without signal; rollout statistics are of all rounds."""
@@ -233,7 +235,7 @@ class GRPOTrainer(HFTrainer):
     def get_train_dataloader(self) -> DataLoader:
         """The prompts of one generation in a batch, then empty batches for the other updates that it serves: the
         Trainer's loop takes one an update."""
-        sampler = BufferSampler.of(self.args, self._get_train_sampler(), self.ranks)
+        sampler = BufferSampler.of(self.args, setup.make_sampler(self), self.ranks)
         return prompt_loader(self.train_dataset, sampler, self.args, self.accelerator)
 
     def _metrics(self, minibatch: Minibatch, *, drawn: bool) -> dict[str, float]:
@@ -241,7 +243,7 @@ class GRPOTrainer(HFTrainer):
         groups = minibatch.groups
         own = group_metrics(groups, self.rewards, self.reward_weights) | minibatch.metrics | self.runner.counts
         if drawn:
-            own |= self.engine.stats.values() | {"reward_timeouts": float(len(self.timed_out))} | self.resampling
+            own |= self.engine.stats.values() | failure_counts(self.timed_out) | self.resampling
         return over_ranks(own, len(groups), self.ranks)
 
     def totals(self) -> dict[str, float]:

@@ -50,7 +50,7 @@ def rollout(job: Job, policy: PackedPolicy, prompts: Sequence[Prompt], dry: DryR
     dtype = policy.dtype or model.dtype
     settings = job.args.sampling()
     request = Request(prompts, size, settings, 0)
-    engine = NativeEngine(model, policy.family, None, dtype=policy.dtype, features=policy.features)
+    engine = NativeEngine(model, policy.family, None, dtype=policy.dtype, features=policy.features, ignore_eos=True)
     model.eval()
     with autocast(model.device, policy.dtype):
         with dry.of(KV):

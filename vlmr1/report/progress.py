@@ -104,8 +104,12 @@ class Progress(TrainerCallback):
                 "rewards": [None if math.isnan(value) else value for value in group.rewards[i].tolist()],
                 "advantage": float(group.advantages[i]),
                 "finish_reason": completion.finish_reason,
-                "timed_out": [t.reward for t in late if (t.source, t.completion) == (sample.source, i)],
+                "timed_out": [
+                    t.reward for t in late if (t.source, t.completion, t.raised) == (sample.source, i, False)
+                ],
             }
+            raised = [t.reward for t in late if (t.source, t.completion, t.raised) == (sample.source, i, True)]
+            record |= {"raised": raised} if raised else {}
             self._append(COMPLETIONS, record)
 
     def _box_scale(self, prompt: Prompt) -> tuple[float, float] | None:

@@ -15,7 +15,7 @@ from vlmr1.report.html import Shape, render, shapes
 from vlmr1.report.panels import run_curves
 from vlmr1.report.pictures import Picture, data_uri, read_picture
 from vlmr1.report.progress import COMPLETIONS, METRICS, read_lines
-from vlmr1.rewards.answer import find_answer, labelled_boxes, predicted_box, solution_box, true_text
+from vlmr1.rewards.answer import box_text, labelled_boxes, predicted_box, solution_box, true_text
 
 NAME = "training.html"
 STEPS = 12  # maximum steps with completions: the first, the last, and others at equal distances
@@ -88,7 +88,7 @@ def _shapes(record: Mapping[str, Any]) -> list[Shape]:
 
 def completion_boxes(text: str) -> list[Box]:
     """Return the boxes of a completion's answer: a single box, or a list with labels."""
-    return _boxes(predicted_box(text), find_answer(text))
+    return _boxes(predicted_box(text), box_text(text))
 
 
 def true_boxes(solution: str) -> list[Box]:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from difflib import get_close_matches
 
 from vlmr1.errors import DataError, SettingError
-from vlmr1.rewards.answer import true_text
-from vlmr1.rewards.methods import METHOD, converts, method_of
+from vlmr1.rewards.answer import labelled_boxes, parse_box, true_text
+from vlmr1.rewards.methods import CONVERTED, METHOD, WRITTEN_BOXES, converts, method_of
 from vlmr1.rewards.score import score
 from vlmr1.rewards.settings import DEFAULTS, RewardSettings
 from vlmr1.rewards.strict.accuracy import METHODS
@@ -33,6 +33,7 @@ def check_accuracy(sample: Sample, settings: RewardSettings = DEFAULTS) -> None:
         if settings.mode == "strict" and not true_text(sample.solution):
             raise DataError(f"{sample.source}: the solution is empty")
         return
+    check_true_boxes(method, sample, settings)
     _probe("accuracy", sample, settings, method)
     if converts("accuracy", method):
         settings.boxes.check(sample)
@@ -52,6 +53,7 @@ def check_solution(name: str) -> Callable[..., None]:
     """Return a check that the scorer `name` can score the solution."""
 
     def check(sample: Sample, settings: RewardSettings = DEFAULTS) -> None:
+        check_true_boxes(name, sample, settings)
         _probe(name, sample, settings, settings.accu_reward_method)
         if converts(name, ""):
             settings.boxes.check(sample)
@@ -63,6 +65,15 @@ def check_lengths(sample: Sample, settings: RewardSettings = DEFAULTS) -> None:
     """Raise SettingError where the reward overlong lacks its setting."""
     if settings.overlong_cache_length is None or settings.max_completion_length is None:
         raise SettingError("reward_funcs has overlong: it needs overlong_cache_length")
+
+
+def check_true_boxes(method: str, sample: Sample, settings: RewardSettings) -> None:
+    """Raise DataError for a box of the solution that the method reads and that cannot be one in its coordinates."""
+    if settings.mode == "strict" and method in (*CONVERTED, *WRITTEN_BOXES):
+        text = true_text(sample.solution)
+        boxes = [box for _, box in labelled_boxes(text) or ()] or [parse_box(text)]
+        converted = method in (*CONVERTED, "iou_qwen")
+        settings.boxes.check_truth(sample, [box for box in boxes if box is not None], converted=converted)
 
 
 def _probe(name: str, sample: Sample, settings: RewardSettings, method: str) -> None:

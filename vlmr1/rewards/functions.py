@@ -48,8 +48,9 @@ def _simple(name: str, *, truth: bool = False, images: bool = False) -> Callable
         **columns: list[Any],
     ) -> list[float]:
         truths = [""] * len(completions) if solution is None else solution
+        common = {"allow_empty_think": settings.allow_empty_think}
         return [
-            score(name, text_of(completion), truth, mode=settings.mode, **row_options(columns, i))
+            score(name, text_of(completion), truth, mode=settings.mode, **common | row_options(columns, i))
             for i, (completion, truth) in enumerate(zip(completions, truths, strict=True))
         ]
 
@@ -74,7 +75,7 @@ point_in_box_reward = _simple("point_in_box", truth=True)
 
 def row_options(columns: dict[str, list[Any]], i: int) -> dict[str, Any]:
     """The columns of one row that scorers take."""
-    names = ("image_grid_thw", "image_size", "box_scale")
+    names = ("image_grid_thw", "image_size", "box_scale", "think_opening")
     return {name: columns[name][i] for name in names if name in columns}
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -12,24 +14,35 @@ import torch
 
 from vlmr1.data.boxes import Scale
 from vlmr1.data.images import upright_size
-from vlmr1.errors import RewardError
+from vlmr1.errors import RewardError, UserError
+from vlmr1.rewards.judge import JudgeError
 from vlmr1.rewards.methods import METHOD, converts, method_of
 from vlmr1.rewards.pool import Outcome, RewardPool, WorkerDied
 from vlmr1.rewards.registry import Reward, get_reward
+from vlmr1.rewards.watch import log_print, watched
 from vlmr1.types import Completion, Group, Prompt
 
+logger = logging.getLogger(__name__)
+FOR_THE_USER = (UserError, JudgeError)  # exceptions that say what to mend
 FLOAT32_MAX = torch.finfo(torch.float32).max
 NUMBER = (int, float, np.integer, np.floating, np.bool_)
 
 
 @dataclass(frozen=True)
 class TimedOut:
-    """A completion that a reward did not score within the time limit, so its score is 0."""
+    """A completion whose score is 0 because the reward did not end within the time limit, or raised an exception."""
 
     reward: str
     source: str  # file:line of the row
     group: int  # place in the groups that were scored
     completion: int  # place in its group
+    raised: bool = False
+
+
+def failure_counts(zeros: Sequence[TimedOut]) -> dict[str, float]:
+    """Return the metrics `reward_timeouts`, and `reward_errors` where there are some."""
+    errors = sum(each.raised for each in zeros)
+    return {"reward_timeouts": float(len(zeros) - errors)} | ({"reward_errors": float(errors)} if errors else {})
 
 
 @dataclass(frozen=True)
@@ -46,6 +59,7 @@ def score_groups(
     *,
     pool: RewardPool | None = None,
     timed_out: list[TimedOut] | None = None,
+    working: set[str] | None = None,
 ) -> list[Group]:
     """Return the groups with their rewards [G, R] float32, one column a reward function; NaN where it returned None.
 
@@ -53,6 +67,11 @@ def score_groups(
     called for one completion at a time in a worker process, within the pool's time limit. Isolated are built-in rewards
     that may be slow, and functions from a module or file with `function.isolated = True`. A completion that exceeds the
     limit scores 0 and is added to `timed_out`.
+
+    What a function prints is logged with its name and the row, or the rows of its batch; so is a call that takes long.
+    With `working`, the names of the functions that have scored before, a completion for which a function raises scores
+    0, is logged, and is added to `timed_out`. A function that raises for all of a call and has not worked before is an
+    error, and so is every exception that tells the user what to mend (UserError, JudgeError).
 
     RewardError names the function and the row: it raised, returned a wrong number of values or one that is not a finite
     number, or its process died.
@@ -64,32 +83,42 @@ def score_groups(
     ]
     if not rows:
         return list(groups)
-    columns = [_call(get_reward(reward), rows, pool, timed_out) for reward in reward_functions]  # R lists of B
+    zeros: list[TimedOut] = []
+    columns = [_call(get_reward(reward), rows, pool, zeros, working) for reward in reward_functions]  # R lists of B
+    if timed_out is not None:
+        timed_out += zeros
     rewards = torch.tensor(columns, dtype=torch.float32).reshape(len(columns), len(rows)).T  # [B, R]
     parts = rewards.split([len(group.completions) for group in groups])
     return [replace(group, rewards=part.contiguous()) for group, part in zip(groups, parts, strict=True)]
 
 
 def _call(
-    reward: Reward, rows: Sequence[_Row], pool: RewardPool | None, timed_out: list[TimedOut] | None
+    reward: Reward, rows: Sequence[_Row], pool: RewardPool | None, zeros: list[TimedOut], working: set[str] | None
 ) -> list[float]:
-    """Return one reward's B scores."""
+    """Return one reward's B scores; `zeros` gets the completions that it could not score."""
     apart = [] if pool is None else [i for i, row in enumerate(rows) if _goes_to_pool(reward, row)]
     together = sorted(set(range(len(rows))) - set(apart))
-    values: dict[int, float] = {}
+    results: dict[int, float | Outcome] = {}
     if together:
         here = [rows[i] for i in together]
-        values |= zip(together, _call_here(reward, here), strict=True)
+        results |= zip(together, _call_here(reward, here, tolerant=working is not None), strict=True)
     if apart and pool is not None:
         there = [rows[i] for i in apart]
-        outcomes = _run(reward, there, pool)
-        values |= zip(
-            apart, (_value(outcome, reward, row) for outcome, row in zip(outcomes, there, strict=True)), strict=True
-        )
-        late = [row for outcome, row in zip(outcomes, there, strict=True) if outcome.kind == "timeout"]
-        if timed_out is not None:
-            timed_out += [TimedOut(reward.name, row.prompt.sample.source, row.group, row.place) for row in late]
-    return [values[i] for i in range(len(rows))]
+        results |= zip(apart, map(_value, _run(reward, there, pool), there, repeat(reward)), strict=True)
+    failed = {i: each for i, each in results.items() if isinstance(each, Outcome)}
+    errors = [i for i, each in failed.items() if each.kind == "error"]
+    if errors and (working is None or (len(errors) == len(rows) and reward.name not in working)):
+        raise _raised(reward, failed[errors[0]].value, _describe(rows[errors[0]]))
+    if working is not None and len(errors) < len(rows):
+        working.add(reward.name)
+    for i, outcome in sorted(failed.items()):
+        row, is_error = rows[i], outcome.kind == "error"
+        limit = 0.0 if pool is None else pool.timeout
+        what = f"raised {outcome.value!r}" if is_error else f"was not done in {limit:g} s"
+        logger.warning("reward %s %s %s: its score is 0", reward.name, what, _describe(row))
+        zeros.append(TimedOut(reward.name, row.prompt.sample.source, row.group, row.place, is_error))
+    scores = [results[i] for i in range(len(rows))]
+    return [0.0 if isinstance(each, Outcome) else each for each in scores]
 
 
 def _goes_to_pool(reward: Reward, row: _Row) -> bool:
@@ -106,25 +135,58 @@ def _run(reward: Reward, rows: Sequence[_Row], pool: RewardPool) -> list[Outcome
     spec = reward.spec
     assert spec is not None
     try:
-        return pool.run([(spec, _arguments(reward, [row]) | reward.options) for row in rows])
+        tasks = [(spec, _arguments(reward, [row]) | reward.options) for row in rows]
+        return pool.run(tasks, lambda index, line: log_print(reward.name, _describe(rows[index]), line))
     except WorkerDied as error:
         raise RewardError(f"reward {reward.name}: {error} {_describe(rows[error.index])}") from error
 
 
-def _value(outcome: Outcome, reward: Reward, row: _Row) -> float:
-    if outcome.kind == "timeout":
-        return 0.0
-    if outcome.kind == "error":
-        raise RewardError(f"reward {reward.name}: raised {outcome.value!r} {_describe(row)}") from outcome.value
-    return _numbers(outcome.value, reward, [row])[0]
+def _value(outcome: Outcome, row: _Row, reward: Reward) -> float | Outcome:
+    """Return the score of a worker's outcome, or the outcome where it has none."""
+    if isinstance(outcome.value, FOR_THE_USER):
+        raise _raised(reward, outcome.value, _describe(row))
+    return _numbers(outcome.value, reward, [row])[0] if outcome.kind == "value" else outcome
 
 
-def _call_here(reward: Reward, rows: Sequence[_Row]) -> list[float]:
+def _call_here(reward: Reward, rows: Sequence[_Row], *, tolerant: bool) -> Sequence[float | Outcome]:
+    """Return the scores of a batch. Where `tolerant`, after an exception the function is called for each row alone."""
     try:
-        values = reward(**_arguments(reward, rows))
+        return _called(reward, rows)
+    except RewardError:
+        raise
     except Exception as error:  # user code may raise anything
-        raise RewardError(f"reward {reward.name}: raised {error!r} {_blame(reward, rows, error)}") from error
+        if not tolerant or isinstance(error, FOR_THE_USER):
+            raise _raised(reward, error, _blame(reward, rows, error)) from error
+        outcomes = [_outcome(reward, row) for row in rows]
+        if not any(isinstance(each, Outcome) for each in outcomes):
+            raise _raised(reward, error, f"{_span(rows)}; no single row raises alone") from error
+        return outcomes
+
+
+def _outcome(reward: Reward, row: _Row) -> float | Outcome:
+    """Return the score of one row, or the exception that the function raises for it."""
+    try:
+        return _called(reward, [row])[0]
+    except RewardError:
+        raise
+    except Exception as error:  # user code may raise anything
+        if isinstance(error, FOR_THE_USER):
+            raise _raised(reward, error, _describe(row)) from error
+        return Outcome("error", error)
+
+
+def _called(reward: Reward, rows: Sequence[_Row]) -> list[float]:
+    where = _describe(rows[0]) if len(rows) == 1 else _span(rows)
+    with watched(reward.name, where):
+        values = reward(**_arguments(reward, rows))
     return _numbers(values, reward, rows)
+
+
+def _raised(reward: Reward, error: BaseException, where: str) -> RewardError:
+    """Return the error for an exception of a reward function, which it has as its cause."""
+    raised = RewardError(f"reward {reward.name}: raised {error!r} {where}")
+    raised.__cause__ = error
+    return raised
 
 
 def _numbers(values: Any, reward: Reward, rows: Sequence[_Row]) -> list[float]:
@@ -153,6 +215,7 @@ def _arguments(reward: Reward, rows: Sequence[_Row]) -> dict[str, list[Any]]:
         arguments = _image_columns(rows) | arguments
     if reward.settings is not None:
         arguments["box_scale"] = [_box_scale(reward, row) for row in rows]
+        arguments["think_opening"] = [row.prompt.think_opening for row in rows]
     return arguments | {
         "prompts": [sample.messages for sample in samples],
         "completions": [[{"role": "assistant", "content": row.completion.text}] for row in rows],
@@ -196,7 +259,7 @@ def _blame(reward: Reward, rows: Sequence[_Row], error: Exception) -> str:
         return _describe(rows[index])
     for row in rows:
         try:
-            reward(**_arguments(reward, [row]))
+            _called(reward, [row])
         except Exception:  # user code; the first exception is the chained one
             return _describe(row)
     return f"{_span(rows)}; no single row raises alone"

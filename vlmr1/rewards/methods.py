@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 METHOD = "accu_reward_method"  # setting, and column of a row
 CONVERTED = ("iou", "map", "od_ap", "od_ap50", "odLength", "weighted_sum", "point_in_box")  # methods of accuracy
+WRITTEN_BOXES = ("iou_qwen", "iou_internvl", "iou_glm")  # methods with VLM-R1's own conversions, or none
 BOX_REWARDS = ("iou", "point_in_box")
 METHOD_REWARDS = ("accuracy", "length")  # rewards that read an answer as the row's method does
 

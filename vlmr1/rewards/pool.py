@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, Literal
@@ -26,6 +26,7 @@ sys.path[:] = json.loads(sys.argv[2])
 from vlmr1.rewards.worker import main
 main(int(sys.argv[1]), sys.argv[3] == '1')"""
 
+MESSAGES = 1000  # of a worker whose time is over, that are still read
 Task = tuple[str, dict[str, Any]]  # a Reward's spec, and arguments
 
 
@@ -85,10 +86,14 @@ class RewardPool:
         self.timeout = timeout
         self._idle: list[_Worker] = []
         self._busy: list[_Worker] = []
+        self._on_print: Callable[[int, str], None] = _print_line
         atexit.register(self.close)
 
-    def run(self, tasks: Sequence[Task]) -> list[Outcome]:
-        """Return the outcomes in the order of the tasks. WorkerDied where a worker ends by itself."""
+    def run(self, tasks: Sequence[Task], on_print: Callable[[int, str], None] | None = None) -> list[Outcome]:
+        """Return the outcomes in the order of the tasks. WorkerDied where a worker ends by itself.
+
+        `on_print` gets the place of a task and a line that it printed; without it lines go to standard output."""
+        self._on_print = on_print or _print_line
         outcomes: list[Outcome] = [Outcome("timeout")] * len(tasks)
         waiting = list(enumerate(tasks))[::-1]
         try:
@@ -98,7 +103,7 @@ class RewardPool:
                     self._busy[-1].send(*waiting.pop())
                 for worker in self._replies():
                     self._read(worker, outcomes)
-                self._end_overrunning()
+                self._end_overrunning(outcomes)
         except BaseException:
             self.close()
             raise
@@ -125,17 +130,26 @@ class RewardPool:
             worker.is_ready = True
         elif kind == "started":
             worker.deadline = time.monotonic() + self.timeout
+        elif kind == "printed":
+            self._on_print(worker.index, value)
         else:
             outcomes[worker.index] = Outcome(kind, value)
             self._busy.remove(worker)
             self._idle.append(worker)
 
-    def _end_overrunning(self) -> None:
+    def _end_overrunning(self, outcomes: list[Outcome]) -> None:
         now = time.monotonic()
         for worker in [worker for worker in self._busy if worker.deadline <= now]:
-            if worker.connection.poll():  # it has just answered
+            for _ in range(MESSAGES):  # what it has sent in time; a function may print without end
+                if worker in self._busy and worker.connection.poll():
+                    self._read(worker, outcomes)
+            if worker not in self._busy or worker.deadline > now:  # it has just answered, or started
                 continue
             self._busy.remove(worker)
             worker.stop()
             if not worker.is_ready:
                 raise WorkerDied(worker.index, f"did not start in {START_LIMIT:g} s")
+
+
+def _print_line(index: int, line: str) -> None:
+    print(line)

@@ -27,8 +27,9 @@ def score(reward: str, content: str, solution: str, *, mode: str = "strict", **k
         mode: "vlm_r1" computes what VLM-R1 published, faults and exceptions included; "strict" has them corrected.
         kwargs: `accu_reward_method` (accuracy; default "iou"), `image_grid_thw` and `image_size` (iou_qwen),
             `tokenizer` (length), `judge` (the method llm), `box_scale` (mode strict: factors (sx, sy) from the
-            completion's boxes and points to px of the image file, default 1). Others are ignored: a row may have any
-            columns.
+            completion's boxes and points to px of the image file, default 1), `think_opening` (mode strict: the
+            `<think>` with which the prompt ends), `allow_empty_think` (mode strict: format). Others are ignored: a row
+            may have any columns.
 
     SettingError for an unknown name or mode; a reward raises ValueError for a solution that it cannot score.
     """
@@ -37,6 +38,8 @@ def score(reward: str, content: str, solution: str, *, mode: str = "strict", **k
         raise SettingError(f"reward_mode is {mode!r}: one of {', '.join(MODES)}")
     if reward not in SCORERS[mode]:
         raise SettingError(f"unknown reward {reward!r}; known: {', '.join(SCORERS[mode])}")
+    if mode == "strict":
+        content = (kwargs.get("think_opening") or "") + content
     if reward == "accuracy":
         kwargs.setdefault(METHOD, "iou")
         if kwargs[METHOD] == "llm":

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 Mode = Literal["strict", "vlm_r1"]
 MODES = ("strict", "vlm_r1")
 DEFAULT_METHOD = "iou"
+DEFAULT_REWARDS = ["accuracy", "format"]
 AS_THEY_STAND = BoxCoordinates()
 
 
@@ -28,7 +29,8 @@ class RewardSettings:
 
     `accu_reward_method` is of rows without a column of that name; `overlong_cache_length` and
     `max_completion_length` are the L_cache and L_max of `overlong`; `length_reward_max` the tokens from which `length`
-    is flat; `boxes` what coordinates completions have. Raises SettingError for a value out of range.
+    is flat; `boxes` what coordinates completions have; `allow_empty_think` is of `format`. Raises SettingError for a
+    value out of range.
     """
 
     mode: Mode = "strict"
@@ -38,6 +40,7 @@ class RewardSettings:
     overlong_cache_length: int | None = None
     length_reward_max: int = COSINE_MAX
     boxes: BoxCoordinates = AS_THEY_STAND
+    allow_empty_think: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mode", current_value("reward_mode", self.mode))
@@ -52,6 +55,10 @@ class RewardSettings:
         if self.mode == "vlm_r1" and self.boxes != AS_THEY_STAND:
             raise SettingError(
                 f"boxes are {self.boxes.space} with reward_mode vlm_r1: the published code converts its own"
+            )
+        if self.mode == "vlm_r1" and self.allow_empty_think:
+            raise SettingError(
+                "allow_empty_think is true with reward_mode vlm_r1, whose code counts empty blocks anyway: leave it out"
             )
         cache, longest = self.overlong_cache_length, self.max_completion_length
         if cache is not None and (longest is None or not 1 <= cache < longest):
@@ -83,7 +90,7 @@ class RewardOptions(_Shared):
 
     group = "Rewards"
 
-    reward_funcs: list[str] = setting(["accuracy", "format"], "names of reward functions")
+    reward_funcs: list[str] = setting(DEFAULT_REWARDS, "names of reward functions")
     reward_weights: list[float] | None = setting(None, "one for each reward; default: 1 each")
     reward_mode: Literal["strict", "vlm_r1"] = setting(
         "strict", "vlm_r1 scores as VLM-R1's published code does, its faults included"
@@ -92,6 +99,9 @@ class RewardOptions(_Shared):
         "auto",
         "units of the boxes in completions: pixels of the file, pixels of the resized image, or thousandths; auto: by "
         "the model type. Boxes are scored in pixels of the file",
+    )
+    allow_empty_think: bool = setting(
+        False, "the rewards `format` and `format_rec_*` count a completion whose `<think>` block is empty"
     )
     accu_reward_method: list[str] = setting(
         [DEFAULT_METHOD], "method of the accuracy reward: one for all data files, or one for each; a row's column wins"
@@ -126,7 +136,7 @@ class RewardOptions(_Shared):
 
     def rewards(self) -> RewardSettings:
         """Return the settings that the rewards of a run share; SettingError where a setting is out of range."""
-        shared = ("max_completion_length", "overlong_cache_length", "length_reward_max")
+        shared = ("max_completion_length", "overlong_cache_length", "length_reward_max", "allow_empty_think")
         return RewardSettings(
             mode=self.reward_mode,
             accu_reward_method=self.accu_reward_method[0],

@@ -6,12 +6,14 @@ import os
 import pickle
 import threading
 import time
+from contextlib import closing, redirect_stdout
 from functools import cache
 from multiprocessing.connection import Connection
 from typing import Any
 
 from vlmr1.lifecycle.processes import ignore_stop_signals, kill_with_parent
 from vlmr1.rewards.registry import resolve
+from vlmr1.rewards.watch import LineWriter
 
 WATCH = 1.0  # seconds between checks of the parent process
 
@@ -19,7 +21,9 @@ function_of = cache(resolve)
 
 
 def main(descriptor: int, of_main_thread: bool) -> None:
-    """Serve (spec, arguments) from the socket until it closes: send "ready", then "started" and its outcome."""
+    """Serve (spec, arguments) from the socket until it closes: send "ready", then "started" and its outcome.
+
+    Each line that a function prints is sent at once as "printed"."""
     ignore_stop_signals()
     if of_main_thread:  # the parent thread lasts as long as its process
         kill_with_parent()
@@ -38,9 +42,10 @@ def main(descriptor: int, of_main_thread: bool) -> None:
 
 def _outcome(connection: Connection, spec: str, arguments: dict[str, Any]) -> tuple[str, Any]:
     try:
-        function = function_of(spec)
-        connection.send(("started", None))
-        return "value", _plain(function(**arguments))
+        with closing(LineWriter(lambda line: connection.send(("printed", line)))) as printed, redirect_stdout(printed):
+            function = function_of(spec)
+            connection.send(("started", None))
+            return "value", _plain(function(**arguments))
     except Exception as error:  # user code may raise anything
         return "error", _portable(error)
 

@@ -14,6 +14,7 @@ from vlmr1.models.attention import autocast
 from vlmr1.models.family import ModelFamily
 from vlmr1.models.features import FeatureCache
 from vlmr1.rollout.sampling import SamplingSettings
+from vlmr1.rollout.stop_tokens import decode, stop_token_ids
 from vlmr1.types import Completion, Group, Prompt
 
 STOP_TEXT_WINDOW = 64  # last tokens of a completion that are searched for a stop text
@@ -68,9 +69,8 @@ class RolloutStats:
 class StopCriteria:
     """Ends a completion at one of the model's stop tokens or at a stop text."""
 
-    def __init__(self, model: Any, tokenizer: Any, texts: Sequence[str]):
-        eos = model.generation_config.eos_token_id
-        self.ids = frozenset([eos] if isinstance(eos, int) else eos or [])
+    def __init__(self, ids: frozenset[int], tokenizer: Any, texts: Sequence[str]):
+        self.ids = ids
         self.texts = texts
         self.tokenizer = tokenizer
 
@@ -98,6 +98,8 @@ class RolloutEngine(ABC):
     features: FeatureCache | None = None  # of a frozen vision tower
     kv_mib: float | None = None  # of the KV cache; None: as the prompts need, on CUDA at most half the free memory
     cuda_graphs: bool | None = None  # capture decode steps; None: where supported
+    chat_template: str | None = None  # of the processor; None: the tokenizer's
+    ignore_eos: bool = False  # no token ends a completion: for measurements
     stats: RolloutStats = field(default_factory=RolloutStats, init=False)
 
     @torch.no_grad()
@@ -117,7 +119,8 @@ class RolloutEngine(ABC):
             self.model.train(training)
         self.stats.seconds = perf_counter() - clock
         self.stats.tokens = sum(len(each.tokens) for each in sampled)
-        completions = [self._completion(each) for each in sampled]
+        stops = self.stop_ids()
+        completions = [self._completion(each, stops) for each in sampled]
         groups = (completions[i * num_generations : (i + 1) * num_generations] for i in range(len(prompts)))
         return [Group(prompt, tuple(group)) for prompt, group in zip(prompts, groups, strict=True)]
 
@@ -125,16 +128,19 @@ class RolloutEngine(ABC):
     def sample(self, request: Request) -> list[SampledCompletion]:
         """Return P * G completions, those of a prompt adjacent."""
 
+    def stop_ids(self) -> frozenset[int]:
+        """Return the token ids that end a completion. SettingError where the model has none."""
+        return frozenset() if self.ignore_eos else stop_token_ids(self.model, self.tokenizer, self.chat_template)
+
     def suppressed_ids(self) -> torch.Tensor:
         """Return the token ids that are never sampled: image and video placeholders."""
         return torch.tensor(self.family.placeholder_ids(self.model, self.tokenizer), device=self.model.device)
 
-    def _completion(self, sampled: SampledCompletion) -> Completion:
-        ids = torch.tensor(sampled.tokens)
+    def _completion(self, sampled: SampledCompletion, stops: frozenset[int]) -> Completion:
         return Completion(
-            token_ids=ids,
+            token_ids=torch.tensor(sampled.tokens),
             logp=torch.tensor(sampled.logp),
             sampling_logp=torch.tensor(sampled.sampling_logp),
-            text=self.tokenizer.decode(ids, skip_special_tokens=True),
+            text=decode(self.tokenizer, sampled.tokens, stops),
             finish_reason=sampled.finish_reason,
         )

@@ -39,7 +39,7 @@ class Scheduler:
         self.model, self.family, self.stats = engine.model, engine.family, engine.stats
         self.settings = request.settings
         self.suppressed_ids = engine.suppressed_ids()
-        self.stop_criteria = StopCriteria(engine.model, engine.tokenizer, request.settings.stop)
+        self.stop_criteria = StopCriteria(engine.stop_ids(), engine.tokenizer, request.settings.stop)
         generations = range(request.num_generations)
         groups = range(len(request.prompts))
         self.waiting = deque(p for p in groups if any((p, g) not in done for g in generations))

@@ -17,10 +17,10 @@ from vlmr1.types import Prompt
 
 
 @contextmanager
-def _plain_generation(model: Any) -> Iterator[None]:
+def _plain_generation(model: Any, stops: frozenset[int], padding: int) -> Iterator[None]:
     """Ignore the checkpoint's own sampling settings (penalties, truncation)."""
     before = model.generation_config
-    model.generation_config = GenerationConfig(eos_token_id=before.eos_token_id, pad_token_id=before.pad_token_id)
+    model.generation_config = GenerationConfig(eos_token_id=sorted(stops) or None, pad_token_id=padding)
     try:
         yield
     finally:
@@ -33,7 +33,8 @@ class TransformersEngine(RolloutEngine):
     def sample(self, request: Request) -> list[SampledCompletion]:
         settings, prompts = request.settings, request.prompts
         inputs = self._inputs([p for p in prompts for _ in range(request.num_generations)], self.model.device)
-        with torch.random.fork_rng(), _plain_generation(self.model):
+        stops = StopCriteria(self.stop_ids(), self.tokenizer, settings.stop)
+        with torch.random.fork_rng(), _plain_generation(self.model, stops.ids, self._padding):
             torch.manual_seed(int(hash_keys(settings.seed, request.step)) % 2**63)
             generated = self.model.generate(
                 **inputs,
@@ -54,12 +55,16 @@ class TransformersEngine(RolloutEngine):
             scores.log_softmax(-1).gather(-1, tokens[..., None])[..., 0].tolist()
             for scores in (full, torch.stack(generated.scores, 1).float())
         )
-        stops = StopCriteria(self.model, self.tokenizer, settings.stop)
         return [_cut(*each, stops) for each in zip(tokens.tolist(), logp, sampling_logp, strict=True)]
+
+    @property
+    def _padding(self) -> int:
+        """The token behind the end of a completion, and before a prompt."""
+        return self.model.generation_config.pad_token_id or self.tokenizer.pad_token_id or 0
 
     def _inputs(self, prompts: Sequence[Prompt], device: torch.device) -> dict[str, Tensor]:
         width = max(len(p.input_ids) for p in prompts)
-        padding = self.model.generation_config.pad_token_id or 0
+        padding = self._padding
         ids = [pad(p.input_ids, (width - len(p.input_ids), 0), value=padding) for p in prompts]
         masks = [pad(torch.ones_like(p.input_ids), (width - len(p.input_ids), 0)) for p in prompts]
         input_ids = torch.stack(ids)

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from tests.helpers.digit_runs import command
+from tests.helpers.trainers import trainer_of
 from vlmr1.cli import main
-from vlmr1.config import GRPOConfig
-from vlmr1.data.samples import load_samples
 from vlmr1.errors import DivergedError
 from vlmr1.grpo.trainer import GRPOTrainer
 from vlmr1.lifecycle.checkpoint import last_complete
@@ -22,10 +21,9 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-REWARDS = {"raises": "raise KeyError('gone')", "NaN": "return [float('nan')] * len(completions)"}
-
-
-@pytest.mark.parametrize("body", REWARDS.values(), ids=REWARDS.keys())
+@pytest.mark.parametrize(
+    "body", ["raise KeyError('gone')", "return [float('nan')] * len(completions)"], ids=["raises", "NaN"]
+)
 def test_reward_that_fails_names_the_row_and_keeps_the_checkpoint(body, data, capsys):
     """The reward works for two steps and fails in the third."""
     source = "calls = []\ndef mine(prompts, completions, **columns):\n    calls.append(1)\n    if len(calls) > 2:\n"
@@ -39,26 +37,6 @@ def test_reward_that_fails_names_the_row_and_keeps_the_checkpoint(body, data, ca
     assert last_complete(data / "out") == data / "out" / "checkpoint-2"
 
 
-def trainer_of(data: Path, model, processor, **settings) -> GRPOTrainer:
-    config = GRPOConfig(
-        output_dir=str(data / "out"),
-        use_cpu=True,
-        num_generations=2,
-        prompts_per_device=2,
-        max_completion_length=6,
-        learning_rate=1e-3,
-        disable_tqdm=True,
-        **settings,
-    )
-    samples = load_samples([data / "train.jsonl"], [data / "images"], question="{question}", check_images=False)
-    return GRPOTrainer(model, config, samples, processor, reward_funcs=[alternating])
-
-
-def alternating(prompts, completions, **columns) -> list[float]:
-    """A reward of 0 and 1 in turn: every group has a gradient."""
-    return [float(i % 2) for i in range(len(completions))]
-
-
 def poison(trainer: GRPOTrainer, steps: set[int]) -> None:
     """Make the loss NaN at these steps."""
     clean = trainer.policy.loss
@@ -70,11 +48,10 @@ def poison(trainer: GRPOTrainer, steps: set[int]) -> None:
     trainer.policy.loss = poisoned
 
 
-def test_update_that_is_not_finite_is_skipped_and_counted(data, model, processor, caplog):
-    trainer = trainer_of(data, model, processor, max_steps=3, save_strategy="no")
+def test_update_that_is_not_finite_is_skipped_and_counted(tmp_path, model, processor, caplog):
+    trainer = trainer_of(model, processor, tmp_path, max_steps=3)
     poison(trainer, {1})
-    states = []
-    step = trainer._get_grad_norm
+    states, step = [], trainer._get_grad_norm
 
     def watched(*args, **kwargs):
         norm = step(*args, **kwargs)
@@ -92,9 +69,9 @@ def test_update_that_is_not_finite_is_skipped_and_counted(data, model, processor
     assert trainer.skipped == 1
 
 
-def test_run_stops_after_five_in_a_row(data, model, processor):
-    trainer = trainer_of(data, model, processor, max_steps=20, save_strategy="steps", save_steps=2)
+def test_run_stops_after_five_in_a_row(tmp_path, model, processor):
+    trainer = trainer_of(model, processor, tmp_path, max_steps=20, save_strategy="steps", save_steps=2)
     poison(trainer, set(range(3, 20)))
     with pytest.raises(DivergedError, match="stopped at step 8: 5 updates in a row"):
         trainer.train()
-    assert last_complete(data / "out") == data / "out" / "checkpoint-6"
+    assert last_complete(tmp_path) == tmp_path / "checkpoint-6"

@@ -10,7 +10,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from vlmr1.data.box_coordinates import SPACES, space_of
-from vlmr1.data.boxes import scale_between, scale_box
+from vlmr1.data.boxes import box_fault, scale_between, scale_box
 from vlmr1.data.image_grid import PatchGrid
 from vlmr1.data.images import enlarged
 from vlmr1.errors import SettingError
@@ -64,3 +64,32 @@ def test_the_size_is_that_of_the_processor(name, width, height):
 def test_processors_of_tiles_have_no_such_size():
     with pytest.raises(SettingError, match=r"^GotOcr2ImageProcessorPil does not resize images to a grid of merged"):
         PatchGrid.of(GotOcr2ImageProcessorPil(size={"height": 56, "width": 56}))
+
+
+WIDE = [(600, 300)]
+FAULTS = {  # box, sizes of the images, what the fault says; None: a possible box
+    "fractions": ((0.1, 0.2, 0.5, 0.6), WIDE, "in fractions of 1"),
+    "fractions of the whole image": ((0, 0, 1, 1), WIDE, "in fractions of 1"),
+    "fractions without an image": ((0.1, 0.2, 0.5, 0.6), [], "in fractions of 1"),
+    "a line": ((10, 10, 10.5, 40), WIDE, "smaller than a pixel"),
+    "x": ((50, 10, 20, 40), WIDE, "x2 is below x1: perhaps it is x, y, width, height"),
+    "y": ((50, 100, 90, 40), WIDE, "y2 is below y1: perhaps it is x, y, width, height"),
+    "thousandths": ((500, 500, 600, 600), WIDE, "600 x 300 px by more than 2 px: perhaps it is in thousandths"),
+    "another size": ((100, 100, 1500, 290), WIDE, "of the image at another size"),
+    "turned": ((10, 350, 200, 590), WIDE, "turned by 90 degrees"),
+    "negative": ((-10, 0, 50, 50), WIDE, "negative"),
+    "three px outside": ((0, 0, 603, 300), WIDE, "leaves the image"),
+    "neither of two": ((0, 0, 500, 500), [(600, 300), (300, 600)], "leaves the image of 600 x 300"),
+    "two px outside": ((-2, -1.5, 602, 301.9), WIDE, None),
+    "a pixel": ((5, 5, 6, 6), WIDE, None),
+    "the second image": ((10, 350, 200, 590), [(600, 300), (300, 600)], None),
+    "no image": ((0, 0, 5000, 5000), [], None),
+}
+
+
+@pytest.mark.parametrize(("box", "sizes", "says"), FAULTS.values(), ids=FAULTS.keys())
+def test_impossible_boxes(box, sizes, says):
+    found = box_fault(box, sizes, pixels=True)
+    assert (says is None and found is None) or says in found
+    otherwise = box_fault(box, sizes, pixels=False)  # corners in the wrong order are wrong in any coordinates
+    assert otherwise == (found if says and "is below" in says else None)

@@ -4,6 +4,7 @@ import argparse
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,9 +13,12 @@ from PIL import Image
 
 from tests.helpers.pictures import png_of
 from vlmr1.cli import main
-from vlmr1.commands.data_check import add_arguments, check_data, prompt_measure
+from vlmr1.commands.data_check import add_arguments, check_data
 from vlmr1.commands.data_check import run as run_command
+from vlmr1.commands.prompt_lengths import prompt_measure
+from vlmr1.data.prompts import without_overlong
 from vlmr1.data.samples import load_samples
+from vlmr1.errors import SettingError
 from vlmr1.models import load_processor
 from vlmr1.rewards.registry import Reward
 from vlmr1.tiny import CHECKPOINT
@@ -152,7 +156,8 @@ def test_the_command_prints_each_fault(folder, capsys):
     path = write(folder, [row(), row(image="none.png"), row(gpt="x")])
     status = run(path, "--images", folder / "images", "--reward_funcs", "accuracy")
     assert status == 1
-    missing, solution, total = capsys.readouterr().out.splitlines()
+    template, missing, solution, total = capsys.readouterr().out.splitlines()
+    assert template == "question_template auto: rec"
     assert missing == f"{path}:2: missing image: image none.png is missing in {folder}/images"
     assert solution.startswith(f"{path}:3: solution: the solution has no box")
     assert total == "3 rows, 1 images: 2 faults (1 missing image, 1 solution)"
@@ -161,8 +166,12 @@ def test_the_command_prints_each_fault(folder, capsys):
 def test_the_command_counts_tokens(folder, capsys):
     path = write(folder, [row(), row(), row("1 + 1?", image=None)])
     assert run(path, "--images", folder / "images", "--model", "tiny", "--question_template", "rec") == 0
-    first, *bars, last = capsys.readouterr().out.splitlines()
-    assert (first, last) == ("tokens a prompt:", "3 rows, 1 images: no faults")
+    template, first, *bars, last = capsys.readouterr().out.splitlines()
+    assert (template, first, last) == (
+        "question_template: rec",
+        "tokens a prompt:",
+        "3 rows, 1 images: no faults",
+    )
     assert [int(bar.split()[-1]) for bar in bars if bar.split()[-1] != "0"] == [1, 2]
 
 
@@ -186,6 +195,7 @@ def test_rows_of_a_recipe(recipe, capsys):
     settings = settings_of(recipe)
     words = ["--reward_funcs", *settings["reward_funcs"], "--question_template", settings["question_template"]]
     words += ["--accu_reward_method", *settings.get("accu_reward_method", ["iou"])]
+    words += ["--box_coordinates", settings.get("box_coordinates", "auto")]
     status = command([STANDINS / f"{recipe}.jsonl"], *words, "--reward_mode", settings.get("reward_mode", "strict"))
     assert status == 0, capsys.readouterr().out
 
@@ -209,3 +219,103 @@ def test_the_mode_decides(tmp_path, capsys):
         path.write_text(json.dumps(shared | {"solution": solution}))
         assert command([path], "--reward_funcs", "accuracy") == strict
         assert command([path], "--reward_funcs", "accuracy", "--reward_mode", "vlm_r1") == 1 - strict
+
+
+# Boxes of solutions that cannot be true: image a.png has 56 x 56 px
+
+FRACTIONS, THOUSANDTHS, CORNERS = (0.1, 0.2, 0.5, 0.6), (100, 100, 700, 700), (40, 10, 20, 30)
+
+
+def boxes_of(*boxes):
+    return json.dumps([{"bbox_2d": box, "label": "cat"} for box in boxes])
+
+
+IMPOSSIBLE = {  # method, solution, what the fault says
+    "iou": ("iou", boxes_of(FRACTIONS), "the box [0.1, 0.2, 0.5, 0.6] of the solution: it lies within one pixel"),
+    "bare": (
+        "iou",
+        str(list(THOUSANDTHS)),
+        "it leaves the image of 56 x 56 px by more than 2 px: perhaps it is in thou",
+    ),
+    "one of two": ("od_ap", boxes_of((0, 0, 4, 4), THOUSANDTHS), "the box [100, 100, 700, 700] of the solution"),
+    "in a fence": ("weighted_sum", f"```json\n{boxes_of(CORNERS)}\n```", "x2 is below x1: perhaps it is x, y, width"),
+    "click": ("point_in_box", boxes_of((3, 3, 3.5, 9)), "it is smaller than a pixel"),
+    "resized by the reward": ("iou_qwen", boxes_of(FRACTIONS), "in fractions of 1"),
+    "as written": ("iou_glm", boxes_of(CORNERS), "x2 is below x1"),
+}
+
+
+def check_and_train(folder, method, solution, *more):
+    """The statuses of `data check` and `train` on a good row and one with this solution."""
+    path = write(folder, [row(), row(gpt=f"<answer>{solution}</answer>", accu_reward_method=method)])
+    both = ["--reward_funcs", "accuracy", "--model", "tiny", *more]
+    checked = main(["data", "check", str(path), "--images", str(folder / "images"), *both])
+    files = ["--data_file_paths", str(path), "--image_folders", str(folder / "images")]
+    small = ["--output_dir", str(folder / "out"), "--use_cpu", "true", "--max_steps", "1", "--write_report", "false"]
+    small += ["--prompts_per_device", "1", "--num_generations", "2", "--max_completion_length", "4"]
+    both[2] = "--model_name_or_path"
+    return checked, main(["train", *files, *small, *both])
+
+
+@pytest.mark.parametrize(("method", "solution", "says"), IMPOSSIBLE.values(), ids=IMPOSSIBLE.keys())
+def test_an_impossible_box_is_a_fault_of_its_row(method, solution, says, folder, capsys):
+    assert check_and_train(folder, method, solution) == (1, 2)
+    found = capsys.readouterr()
+    assert any(
+        line.startswith(f"{folder}/data.jsonl:2: solution: ") and says in line for line in found.out.splitlines()
+    )
+    assert f"vlmr1: {folder}/data.jsonl:2: the box" in found.err and says in found.err
+
+
+@pytest.mark.parametrize(
+    ("method", "solution", "more"),
+    [
+        pytest.param("iou", boxes_of(FRACTIONS), ["--box_coordinates", "original"], id="original"),
+        pytest.param("od_ap", boxes_of(THOUSANDTHS), ["--box_coordinates", "original"], id="original, detection"),
+        pytest.param("iou_internvl", boxes_of(THOUSANDTHS), [], id="compared as written"),
+        pytest.param("iou", boxes_of((-2, 0, 58, 57)), [], id="two pixels outside"),
+        pytest.param("default", str(list(THOUSANDTHS)), [], id="no box is read"),
+        pytest.param("od_ap", "None", [], id="no box"),
+    ],
+)
+def test_a_box_that_may_be_true_trains(method, solution, more, folder):
+    assert check_and_train(folder, method, solution, *more) == (0, 0)
+
+
+def test_boxes_are_checked_without_a_model(folder):
+    path = write(folder, [row(gpt=f"<answer>{list(THOUSANDTHS)}</answer>")])
+    shared = [path, "--images", folder / "images", "--reward_funcs", "accuracy"]
+    assert [run(*shared), run(*shared, "--box_coordinates", "original")] == [1, 0]
+    assert run(*shared, "--reward_mode", "vlm_r1") == 0  # the published code compares as it does
+
+
+@pytest.mark.parametrize(
+    ("limit", "says"),
+    [
+        (7, "2 of 9 rows are left out: their prompts have more than 7 tokens: {0}:8 (8 tokens), {0}:9 (9 tokens)"),
+        (4, "5 of 9 rows are left out: their prompts have more than 4 tokens: {0}:5 (5 tokens), "),
+        (1, "{0}:6 (6 tokens) and 3 more; `vlmr1 data check` with --model and --max_prompt_length 1 lists all"),
+    ],
+)
+def test_rows_that_are_left_out_are_named(limit, says, folder, caplog):
+    path = write(folder, [row("x" * (i + 1), image=None) for i in range(9)])
+    samples = load_samples([path], [], question="{question}", check_images=False)
+
+    def build(sample):
+        return SimpleNamespace(input_ids=sample.messages[0]["content"][0]["text"])  # a token a letter
+
+    assert [sample.index for sample in without_overlong(samples, build, limit)] == list(range(limit))
+    (message,) = caplog.messages
+    assert says.format(path) in message and ("more" in message.split("tokens:")[1]) == (limit == 1)
+    with pytest.raises(SettingError, match="max_prompt_length is 0: every one of the 9 prompts is longer"):
+        without_overlong(samples, build, 0)
+
+
+def test_several_rows_take_part(folder, capsys):
+    """The rows that the settings of a run take of each file, with their own lines."""
+    path = write(folder, [row(gpt="x"), row(), row(gpt="x")])
+    shared = [path, "--images", folder / "images", "--reward_funcs", "accuracy", "--sampling_strategy"]
+    assert run(*shared, "end:2") == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == f"{path}: 2 of 3 rows are taken" and lines[2].startswith(f"{path}:3: solution")
+    assert lines[-1] == "2 rows, 1 images: 1 faults (1 solution)"

@@ -1,8 +1,6 @@
 """Rows for two ranks, laid out by the seeded order of the data so that in the first update one rank has no image, in
 the second one rank has only groups of equal rewards."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -10,19 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.golden.cases import REWARD
 from tests.helpers.two_ranks import ROOT, ROWS, words
 from vlmr1.commands.arguments import parse_config
 from vlmr1.data.loader import as_list
 from vlmr1.grpo.trainer import GRPOTrainer
 from vlmr1.models import load_model, load_processor
-
-REWARD = """
-import zlib
-
-def noise(prompts, completions, flat, **columns):
-    texts = [completion[0]["content"] for completion in completions]
-    return [0.0 if same else zlib.crc32(text.encode()) % 1000 / 1000 for text, same in zip(texts, flat)]
-"""
 
 
 def order_of_rows(folder: Path) -> list[int]:

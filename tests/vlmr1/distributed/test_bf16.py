@@ -4,8 +4,6 @@ The oracle is one process with the same arithmetic, which an engine equals but f
 run would be none: in four updates bfloat16 leaves it by 3 to 20%, as rounding has it on a processor. All runs draw the
 tokens that a float32 run drew."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForImageTextToText
 
 from tests.helpers.bf16_ranks import AsEngine, OnCPU
 from tests.helpers.forced import Tokens, recording
-from tests.helpers.forked_ranks import run_forked
-from tests.helpers.two_ranks import ROOT, computed, metrics, resumable, words
-from vlmr1.commands.arguments import parse_config
-from vlmr1.commands.train import train
+from tests.helpers.forked_ranks import assert_resumes, run_forked
+from tests.helpers.two_ranks import ENGINES, ROOT, assert_close, run_alone
 from vlmr1.rollout import scheduler
 
 # An epsilon beside which the rounding of gradients is small: else Adam moves weights by signs that are rounding alone.
@@ -34,15 +31,9 @@ FULL = {"learning_rate": 1e-3, "adam_epsilon": 5e-2, "beta": 0.04, "pack": "fals
 LORA = FULL | {"learning_rate": 1e-2, "adam_epsilon": 1e-2, "use_peft": "true", "lora_r": 4, "lora_alpha": 8}
 KINDS = {"full": FULL, "lora": LORA, "without KL": FULL | {"beta": 0.0}}
 BF16, F32 = "torch.bfloat16", "torch.float32"
-# Of what is trained: dtype of the weights that forwards gather or read, and of the export.
-CASES = {
-    ("zero2", "full"): (BF16, BF16),
-    ("zero2", "lora"): (BF16, BF16),
-    ("zero3", "full"): (BF16, BF16),
-    ("zero3", "lora"): (F32, F32),
-    ("fsdp2", "full"): (F32, F32),
-    ("fsdp2", "lora"): (F32, F32),
-}
+# Of what is trained: dtype of the weights that forwards gather or read, and that are exported.
+CASES = {(engine, kind): BF16 if engine == "zero2" else F32 for engine in ENGINES[1:] for kind in ("full", "lora")}
+CASES["zero3", "full"] = BF16
 
 
 @dataclass(frozen=True)
@@ -67,25 +58,25 @@ def exact(folder: Path) -> Run:
     output = folder / "exact"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scheduler, "sample_tokens", recording(tokens))
-        train(parse_config(words(folder, output, prompts_per_device=2, use_cpu="true", **FULL)))
+        found = run_alone(folder, output, **FULL)
     (folder / "tokens.json").write_text(json.dumps(list(tokens.items())), encoding="utf-8")
-    return Run(metrics(output), exported(output / "checkpoint-4"))
+    return Run(found, exported(output / "checkpoint-4"))
 
 
-def run_alone(engine: str, folder: Path, output: Path, **more: Any) -> Run:
+def run_as(engine: str, folder: Path, output: Path, **more: Any) -> Run:
     """One process with the arithmetic of this engine."""
     tokens = dict(json.loads((folder / "tokens.json").read_text(encoding="utf-8")))
     more |= {"bf16": "true", "save_strategy": "no"}
     with pytest.MonkeyPatch.context() as patch:
         process = AsEngine(engine, tokens, patch)
-        train(parse_config(words(folder, output, prompts_per_device=2, use_cpu="true", **more)))
-    return Run(metrics(output), process.weights)
+        found = run_alone(folder, output, **more)
+    return Run(found, process.weights)
 
 
-def run_two(engine: str, folder: Path, output: Path, **more: Any) -> list[dict[str, float]]:
-    output.mkdir(exist_ok=True)
-    prepare = OnCPU(folder / "tokens.json", output)
-    return run_forked(engine, folder, output, prepare=prepare, bf16="true", **more)
+def on_two(folder: Path, output: Path, kind: str) -> dict[str, Any]:
+    """What a run on two ranks is given; what they see goes to `output`."""
+    output.mkdir()
+    return {"prepare": OnCPU(folder / "tokens.json", output), "bf16": "true", **KINDS[kind]}
 
 
 def change(weights: dict[str, Tensor], start: dict[str, Tensor]) -> Tensor:
@@ -114,11 +105,8 @@ def state_dtypes(engine: str, checkpoint: Path) -> set[str]:
 
 
 def large(value: Any) -> list[Tensor]:
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        return [tensor for each in value for tensor in large(each)]
-    return [value] if isinstance(value, Tensor) and value.is_floating_point() and value.numel() > 1 else []
+    tensors = [each for each in tree_leaves(value) if isinstance(each, Tensor)]
+    return [each for each in tensors if each.is_floating_point() and each.numel() > 1]
 
 
 def check_dtypes(engine: str, output: Path, working: str, trained: int) -> None:
@@ -137,17 +125,14 @@ def check_same(found: list[dict[str, float]], masters: dict[str, Tensor], single
     for one, other in zip(found, single.steps, strict=True):
         for name in ("loss", "grad_norm", "kl", "entropy"):
             assert one[name] == pytest.approx(other[name], rel=1e-5, abs=1e-7), (name, one["step"])
-    for name, value in single.weights.items():
-        torch.testing.assert_close(
-            masters[name], value, rtol=1e-6, atol=1e-8, msg=lambda said, at=name: f"{at}: {said}"
-        )
+    assert_close({name: masters[name] for name in single.weights}, single.weights, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.slow
 def test_bf16_is_near_float32(folder, exact, tmp_path):
     """By the change of weights in four updates, of one process with the arithmetic of the engines."""
     start = exported(ROOT / "vlmr1/tiny/checkpoint")
-    single = run_alone("fsdp2", folder, tmp_path, **FULL)
+    single = run_as("fsdp2", folder, tmp_path, **FULL)
     path = change(single.weights, start)
     names = single.weights.keys()
     expected = change({name: exact.weights[name] for name in names}, start)
@@ -155,27 +140,25 @@ def test_bf16_is_near_float32(folder, exact, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine, kind", [pytest.param(*case, id="-".join(case)) for case in CASES])
+@pytest.mark.parametrize("engine, kind", CASES)
 def test_bf16_on_two_ranks(engine, kind, folder, exact, tmp_path):
     """One rank has no image in the first update; the checkpoint lies between two updates of one generation."""
-    working, written = CASES[engine, kind]
-    single = run_alone(engine, folder, tmp_path / "alone", **KINDS[kind])
-    found = run_two(engine, folder, tmp_path / "run", **KINDS[kind])
+    single = run_as(engine, folder, tmp_path / "alone", **KINDS[kind])
+    more = on_two(folder, tmp_path / "run", kind)
+    found = run_forked(engine, folder, tmp_path / "run", **more)
     assert found[0]["kl"] == 0  # policy and reference round alike
     checkpoint = tmp_path / "run" / "checkpoint-4"
     masters, weights = masters_of(engine, checkpoint), exported(checkpoint)
-    assert {str(value.dtype) for value in weights.values()} == {written}
+    assert {str(value.dtype) for value in weights.values()} == {CASES[engine, kind]}
     for name, value in weights.items():
         assert masters[name].dtype == torch.float32
         assert torch.equal(value, masters[name].to(value.dtype)), name
-    check_dtypes(engine, tmp_path / "run", working, sum(map(torch.numel, masters.values())) - tied(masters))
+    check_dtypes(engine, tmp_path / "run", CASES[engine, kind], sum(map(torch.numel, masters.values())) - tied(masters))
     check_same(found, masters, single)
 
     if kind == "lora":
         return  # what resumes is the engine's state, whatever is trained
-    again = run_two(engine, folder, resumable(tmp_path / "run", tmp_path / "resumed"), **KINDS[kind])
-    assert [computed(step) for step in again] == [computed(step) for step in found]
-    resumed = exported(tmp_path / "resumed" / "checkpoint-4")
+    resumed = exported(assert_resumes(engine, folder, tmp_path / "run", **more) / "checkpoint-4")
     assert resumed.keys() == weights.keys()
     assert all(torch.equal(value, resumed[name]) for name, value in weights.items())
 
@@ -189,7 +172,7 @@ def tied(weights: dict[str, Tensor]) -> int:
 @pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp2"])
 def test_bf16_where_a_rank_has_no_signal(engine, folder, exact, tmp_path):
     """Without a KL, groups of equal rewards have no part in the passes: one rank has nothing else in an update."""
-    single = run_alone(engine, folder, tmp_path / "alone", **KINDS["without KL"])
-    found = run_two(engine, folder, tmp_path / "run", **KINDS["without KL"])
+    single = run_as(engine, folder, tmp_path / "alone", **KINDS["without KL"])
+    found = run_forked(engine, folder, tmp_path / "run", **on_two(folder, tmp_path / "run", "without KL"))
     assert found[1]["dropped_rows"] == single.steps[1]["dropped_rows"] > 0
     check_same(found, masters_of(engine, tmp_path / "run" / "checkpoint-4"), single)

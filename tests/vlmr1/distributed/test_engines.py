@@ -1,7 +1,5 @@
 """Two processes (gloo, CPU) against one: the same losses, gradient norms and rewards for the same global batches."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -9,39 +7,26 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers.forked_ranks import run_forked
+from tests.helpers.forked_ranks import assert_resumes, run_forked
 from tests.helpers.two_ranks import (
     ENGINES,
     ROOT,
     ROWS,
     assert_same,
-    computed,
     evaluations,
-    metrics,
-    resumable,
+    run_alone,
     run_launched,
     two_ranks,
     words,
 )
-from vlmr1.commands.arguments import parse_config
-from vlmr1.commands.train import train
 from vlmr1.distributed.launch import LAUNCHES, launch_command
-from vlmr1.errors import SettingError
-from vlmr1.lifecycle.checkpoint import last_complete
-from vlmr1.lifecycle.run_settings import LAUNCH, check_settings
 from vlmr1.models import load_model
 
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> dict[float, list[dict[str, float]]]:
     """One process with twice the prompts, by beta."""
-    found = {}
-    for beta in (0.0, 0.04):
-        output = folder / f"alone-{beta}"
-        arguments = words(folder, output, prompts_per_device=2, beta=beta, use_cpu="true")
-        train(parse_config(arguments))
-        found[beta] = metrics(output)
-    return found
+    return {beta: run_alone(folder, folder / f"alone-{beta}", beta=beta) for beta in (0.0, 0.04)}
 
 
 @pytest.mark.slow
@@ -54,10 +39,7 @@ def test_two_ranks_do_what_one_process_does_and_resume_exactly(engine, folder, a
     assert_same(found, alone[0.04])
     assert found[1]["kl"] > 0
 
-    resumed = resumable(tmp_path / "run", tmp_path / "resumed")
-    again = run_forked(engine, folder, resumed, beta=0.04)
-    assert [computed(step) for step in again] == [computed(step) for step in found]
-
+    resumed = assert_resumes(engine, folder, tmp_path / "run", beta=0.04)
     exported = [load_file(path / "checkpoint-4" / "model.safetensors") for path in (tmp_path / "run", resumed)]
     assert exported[0].keys() == exported[1].keys()
     for name, value in exported[0].items():
@@ -76,15 +58,13 @@ def test_a_frozen_tower_that_is_sharded(engine, folder, tmp_path):
     evaluation."""
     more = {"beta": 0.04, "freeze_vision": "true", "eval_steps": 2}
     more |= {"eval_data_file_paths": folder / "data.jsonl", "eval_image_folders": folder}
-    train(parse_config(words(folder, tmp_path / "alone", prompts_per_device=2, use_cpu="true", **more)))
-    found = run_forked(engine, folder, tmp_path / "run", **more)
-    assert_same(found, metrics(tmp_path / "alone"))
+    expected = run_alone(folder, tmp_path / "alone", **more)
+    assert_same(run_forked(engine, folder, tmp_path / "run", **more), expected)
     one, other = evaluations(tmp_path / "run"), evaluations(tmp_path / "alone")
     assert [row["step"] for row in one] == [2, 4] and [row["rows"] for row in one] == [ROWS, ROWS]
     for row, expected in zip(one, other, strict=True):
         assert row == pytest.approx(expected, rel=1e-5)
-    again = run_forked(engine, folder, resumable(tmp_path / "run", tmp_path / "resumed"), **more)
-    assert [computed(step) for step in again] == [computed(step) for step in found]
+    assert_resumes(engine, folder, tmp_path / "run", **more)
 
 
 @pytest.mark.slow
@@ -98,23 +78,11 @@ def test_a_rank_without_signal_joins_every_pass(engine, folder, alone, tmp_path)
 @pytest.mark.slow
 def test_the_rank_that_fails_says_why_and_ends_all(folder, tmp_path):
     reward = tmp_path / "bad.py"
-    reward.write_text(
-        "import os\n\ndef bad(prompts, completions, **columns):\n"
-        "    return ['x' if os.environ['RANK'] == '1' else 0.0 for _ in completions]\n",
-        encoding="utf-8",
-    )
+    text = "import os\ndef bad(completions, **columns):\n    return "
+    reward.write_text(text + "['x' if os.environ['RANK'] == '1' else 0.0 for _ in completions]\n", encoding="utf-8")
     done = two_ranks("ddp", words(folder, tmp_path / "run", prompts_per_device=1, reward_funcs=f"{reward}:bad"))
     assert done.returncode != 0
     assert done.stderr.count(f"vlmr1: rank 1: reward {reward}:bad: returned 'x'") == 1, done.stderr[-3000:]
-
-
-def test_another_number_of_processes_is_refused(folder, tmp_path):
-    config = parse_config(words(folder, tmp_path, prompts_per_device=2, use_cpu="true"))
-    written = json.loads(config.to_json_string()) | {"processes": 2, "launch": "ddp"}
-    (tmp_path / "settings.json").write_text(json.dumps(written), encoding="utf-8")
-    with pytest.raises(SettingError, match=r"processes is 1, but the run in .* was started with 2"):
-        check_settings(config, LAUNCH, tmp_path / "checkpoint-3")
-    assert last_complete(tmp_path) is None
 
 
 def test_launch_commands():
@@ -125,10 +93,6 @@ def test_launch_commands():
     at = command.index("vlmr1.cli")
     assert command[at - 1 : at + 4] == ["-m", "vlmr1.cli", "train", "--recipe", "rec-3b"]
     assert "SIGUSR1" in command[command.index("--signals-to-handle") + 1]
-    with pytest.raises(SettingError, match="unknown 'zero4'; known: ddp, fsdp2, zero2, zero3, zero3-offload"):
-        launch_command("zero4", 2, [])
-    with pytest.raises(SettingError, match="--processes is 0"):
-        launch_command("ddp", 0, [])
     for name in LAUNCHES:
         if name.startswith("zero"):
             path = Path(LAUNCHES[name]["ACCELERATE_DEEPSPEED_CONFIG_FILE"])

@@ -1,20 +1,27 @@
 """What can be known of a run before its model is read is said before: nothing has been loaded then."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys
-from collections import namedtuple
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+from transformers.integrations.deepspeed import (
+    HfDeepSpeedConfig,
+    deepspeed_config,
+    is_deepspeed_zero3_enabled,
+    unset_hf_deepspeed_config,
+)
 
 from vlmr1.commands.arguments import parse_config
 from vlmr1.commands.train import train
+from vlmr1.distributed.launch import CONFIGS
+from vlmr1.distributed.preflight import undivided
 from vlmr1.errors import SettingError
 from vlmr1.lifecycle.checkpoint import STAGING, publish
 from vlmr1.lifecycle.disk import checkpoint_bytes
@@ -28,20 +35,20 @@ class Loaded(Exception):
     """The run has come to the point where it reads weights."""
 
 
+def config_of(folder: Path, **more: Any) -> Any:
+    settings = {"data_file_paths": folder / "train.jsonl", "image_folders": folder / "images"}
+    settings |= {"model_name_or_path": "tiny", "use_cpu": "true", "output_dir": folder / "out", **more}
+    return parse_config([word for name, value in settings.items() for word in (f"--{name}", str(value))])
+
+
 @pytest.fixture
 def begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Begins a run with further settings, under an engine, which ends where weights would be read."""
+    """Begins a run with further settings, under an engine, which has to come to where weights would be read."""
     digits.write(tmp_path, "train", 4, seed=3)
-
-    def read(*_: Any, **__: Any) -> None:
-        raise Loaded
-
-    monkeypatch.setattr("vlmr1.commands.prepare.load_model", read)
+    monkeypatch.setattr("vlmr1.commands.prepare.load_model", Mock(side_effect=Loaded))
 
     def begin(engine: str = "", **more: Any) -> None:
-        settings = {"data_file_paths": tmp_path / "train.jsonl", "image_folders": tmp_path / "images"}
-        settings |= {"model_name_or_path": "tiny", "use_cpu": "true", "output_dir": tmp_path / "out", **more}
-        config = parse_config([word for name, value in settings.items() for word in (f"--{name}", str(value))])
+        config = config_of(tmp_path, **more)
         if engine.startswith("zero"):
             config.deepspeed_plugin = SimpleNamespace(zero_stage=int(engine[-1]), dschf=None)
         if engine.startswith("fsdp"):
@@ -49,26 +56,23 @@ def begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             monkeypatch.setenv("FSDP_VERSION", engine[-1])
         if engine == "apart":
             monkeypatch.setenv("WORLD_SIZE", "2")
-        train(config)
+        with pytest.raises(Loaded):
+            train(config)
 
     return begin
 
 
+SYNCED = {"use_peft": "true", "reference": "copy", "sync_ref_model": "true"}
+ROUNDED = {"model_dtype": "bfloat16", "optim": "adamw_torch_8bit", "stochastic_rounding": "true"}
 REFUSED = {
     "offload": ("zero3", {"reference": "offload"}, "reference=offload is not supported with zero3"),
     "dora": ("zero3", {"use_peft": "true", "use_dora": "true"}, "use_dora is not supported with zero3"),
-    "synced-adapter": (
-        "zero3",
-        {"use_peft": "true", "reference": "copy", "sync_ref_model": "true"},
-        "sync_ref_model with use_peft is not supported with zero3",
-    ),
+    "synced-adapter": ("zero3", SYNCED, "sync_ref_model with use_peft is not supported with zero3"),
+    "4-bit, zero3": ("zero3", {"use_peft": "true", "load_in_4bit": "true"}, "load_in_4bit.*zero3"),
+    "4-bit, fsdp2": ("fsdp2", {"use_peft": "true", "load_in_4bit": "true"}, "load_in_4bit.*fsdp2"),
     "weights-only": ("fsdp2", {"save_only_model": "true"}, "save_only_model is not supported with fsdp2"),
     "old-fsdp": ("fsdp1", {}, "fsdp_version"),
-    "rounding": (
-        "zero2",
-        {"model_dtype": "bfloat16", "optim": "adamw_torch_8bit", "stochastic_rounding": "true"},
-        "stochastic_rounding needs one process",
-    ),
+    "rounding": ("zero2", ROUNDED, "stochastic_rounding needs one process"),
 }
 
 
@@ -80,8 +84,7 @@ def test_settings_that_an_engine_cannot_honour(engine, settings, says, begin):
 
 @pytest.mark.parametrize("name", ["kl_in_reward", "sync_ref_model", "dynamic_sampling"])
 def test_settings_that_sharded_weights_honour(name, begin):
-    with pytest.raises(Loaded):
-        begin("fsdp2", **{name: "true"})
+    begin("fsdp2", **{name: "true"})
 
 
 def test_processes_that_do_not_see_each_other(begin):
@@ -102,50 +105,60 @@ def test_a_checkpoint_that_no_run_goes_on_from(begin, tmp_path):
     with pytest.raises(SettingError, match=r"checkpoint-2 has no optimizer state \(save_only_model\)"):
         begin()
     checkpoint(tmp_path / "out", step=4)  # the run has ended: there is nothing to go on with
-    with pytest.raises(Loaded):
-        begin()
+    begin()
 
 
-def test_a_checkpoint_of_other_settings(begin, tmp_path):
-    checkpoint(tmp_path / "out", step=4)
-    written = json.loads(parse_config(["--use_cpu", "true"]).to_json_string()) | {"beta": 0.5}
-    (tmp_path / "out" / "settings.json").write_text(json.dumps(written), encoding="utf-8")
-    with pytest.raises(SettingError, match="was started with"):
-        begin()
+OTHERS = {  # settings of the run before, and what is said of them
+    "setting": ({"num_iterations": 4}, "num_iterations is 1, but the run in {} was started with 4"),
+    "processes": ({"processes": 2, "launch": "ddp"}, "processes is 1, but the run in {} was started with 2"),
+}
 
 
-def test_a_finished_run_on_a_full_disk(begin, tmp_path, monkeypatch, caplog):
-    usage = namedtuple("usage", "total used free")(2**40, 2**40, 0)
+@pytest.mark.parametrize("settings, says", OTHERS.values(), ids=OTHERS.keys())
+def test_a_checkpoint_of_other_settings(settings, says, begin, tmp_path):
+    """Whatever directory the run is to write to. A setting that it was written without may have any value."""
+    run, written = tmp_path / "out", json.loads(config_of(tmp_path).to_json_string())
+    checkpoint(run, step=4)
+    (run / "settings.json").write_text(json.dumps(written | settings), encoding="utf-8")
+    for more in ({}, {"output_dir": tmp_path / "other", "resume_from_checkpoint": run / "checkpoint-4"}):
+        with pytest.raises(SettingError, match=says.format(run)):
+            begin(**more)
+    absent = {name: value for name, value in written.items() if name not in settings}
+    (run / "settings.json").write_text(json.dumps(absent), encoding="utf-8")
+    begin()
+
+
+@pytest.fixture
+def free(monkeypatch):
+    """5 MiB are free: enough for an adapter and its optimizer, not for the model and its own."""
+    usage = SimpleNamespace(total=2**40, used=2**40, free=5 * 2**20)
     monkeypatch.setattr("vlmr1.lifecycle.disk.shutil.disk_usage", lambda path: usage)
+    return usage
+
+
+def test_a_finished_run_on_a_full_disk(begin, free, tmp_path, caplog):
+    free.free = 0
     checkpoint(tmp_path / "out", step=4)
-    with pytest.raises(Loaded):
-        begin()
+    begin()
     assert "a checkpoint takes about" not in caplog.text
 
 
 def test_what_a_killed_run_left_is_gone_before_the_room_is_looked_at(begin, tmp_path):
     left = tmp_path / "out" / f"{STAGING}checkpoint-2"
     left.mkdir(parents=True)
-    with pytest.raises(Loaded):
-        begin()
+    begin()
     assert not left.exists()
 
 
 @pytest.mark.parametrize("engine", ["", "zero3"])
-def test_a_full_disk(engine, begin, tmp_path, monkeypatch, caplog):
-    """5 MiB are enough for an adapter and its optimizer, not for the model and its own."""
-    usage = namedtuple("usage", "total used free")(2**40, 2**40, 5 * 2**20)
-    monkeypatch.setattr("vlmr1.lifecycle.disk.shutil.disk_usage", lambda path: usage)
+def test_a_full_disk(engine, begin, free, monkeypatch, caplog):
     monkeypatch.setattr("vlmr1.distributed.preflight.set_hf_deepspeed_config", lambda config: None)
-    with pytest.raises(Loaded):
-        begin(engine, use_peft="true", lora_r=4)
+    begin(engine, use_peft="true", lora_r=4)
     assert "a checkpoint takes about" not in caplog.text
-    with pytest.raises(Loaded):
-        begin(engine)
+    begin(engine)
     assert "has 0.00 GiB free, but a checkpoint takes about 0.03 GiB" in caplog.text
     caplog.clear()
-    with pytest.raises(Loaded):
-        begin(engine, save_strategy="no")
+    begin(engine, save_strategy="no")
     assert "a checkpoint takes about" not in caplog.text
 
 
@@ -178,3 +191,26 @@ def test_a_model_is_planned_as_it_is_read(tmp_path, monkeypatch):
     config = parse_config(["--use_cpu", "true", "--trust_remote_code", "true"])
     planned = planned_model(str(tmp_path / "model"), ParameterSettings.of(config))
     assert type(planned).__name__ == "Own" and planned.config._attn_implementation == config.attn_implementation
+
+
+# Models that one rank makes alone, under ZeRO-3
+
+
+@pytest.fixture
+def zero3() -> Any:
+    """What transformers goes by when it makes a model; it holds the configuration weakly."""
+    pytest.importorskip("deepspeed")
+    yield HfDeepSpeedConfig(json.loads((CONFIGS / "zero3.json").read_text(encoding="utf-8")))
+    unset_hf_deepspeed_config()
+
+
+@pytest.mark.parametrize("failing", [False, True], ids=["done", "failed"])
+def test_a_model_that_one_rank_makes_is_whole(failing, zero3):
+    with undivided(None):  # without a plugin nothing changes
+        assert is_deepspeed_zero3_enabled()
+    with suppress(OSError), undivided(SimpleNamespace(dschf=zero3)):
+        assert not is_deepspeed_zero3_enabled()
+        if failing:
+            raise OSError
+    assert is_deepspeed_zero3_enabled()
+    assert deepspeed_config() is zero3.config

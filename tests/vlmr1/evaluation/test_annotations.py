@@ -12,7 +12,6 @@ from vlmr1.evaluation.detection import asked_labels, true_boxes_of
 from vlmr1.evaluation.options import Options
 from vlmr1.evaluation.rows import load_rows
 from vlmr1.rewards.answer import solution_box
-from vlmr1.tiny import digits
 
 
 @pytest.fixture
@@ -68,19 +67,11 @@ def fault(folder, content, task="rec", **options):
     return str(caught.value).replace(str(folder), "F")
 
 
-def test_refcoco_faults(folder):
-    gone = [REF[0], {**REF[1], "image": "c.png"}]
-    assert fault(folder, gone) == "F/data.json:19: image c.png is missing in F/images"
-    assert fault(folder, [{**REF[1], "solution": [1, 2, 1, 9]}]).startswith("F/data.json:2: the solution has no box")
-    assert fault(folder, [REF[0], {"image": "a.png", "solution": [1, 2, 3, 4]}]).startswith("F/data.json:19: no conv")
-    assert fault(folder, [{**REF[0], "image": ["a.png", "a.png"]}]) == (
-        "F/data.json:2: --task rec needs one image a row, this one has 2"
-    )
-
-
 def test_an_image_that_cannot_be_decoded(folder):
     (folder / "images/a.png").write_bytes(b"no image")
     assert fault(folder, REF).startswith("F/data.json:19: image F/images/a.png cannot be decoded")
+    # Of several faults the first is named: the image waits for its decoder while the second row is read.
+    assert fault(folder, [REF[1], {**REF[0], "solution": "no box"}]).startswith("F/data.json:2: image F/images/a.png")
 
 
 def test_limit_and_digest(folder):
@@ -128,59 +119,11 @@ def test_coco_with_labels_of_each_image(folder):
     assert asked_labels(two) == ["cat", "traffic light"]
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"categories": [{"id": 0, "name": "Cat"}]}, "annotations[0]: category_id 3 is not among the categories"),
-        ({"images": [COCO["images"][0] | {"text": [1]}]}, "images[0]: text is not a list of labels"),
-        ({"images": [COCO["images"][0] | {"file_name": "c.png"}]}, "images[0]: image c.png is missing in F/images"),
-        ({"images": []}, "F/data.json: annotations of the image 7"),
-    ],
-)
-def test_coco_faults(change, message, folder):
-    assert message in fault(folder, COCO | change, "ovd")
-
-
 def test_other_json_is_as_in_training(folder):
     row = {"image": "a.png", "prompt": "Where?", "solution": "[1, 2, 3, 4]"}
     (sample,) = load(folder, json.dumps(row) + "\n").samples  # JSON lines in a .json file
     assert words(sample) == "Where?" and sample.source == f"{folder}/data.json:1"
     turns = [{"from": "human", "value": "<image>Where?"}, {"from": "gpt", "value": "[1, 2, 3, 4]"}]
-    (sample,) = load(
-        folder, json.dumps({"image": "a.png", "conversations": turns, "problem": "x"}), name="d.jsonl"
-    ).samples
+    row = {"image": "a.png", "conversations": turns, "problem": "x"}
+    (sample,) = load(folder, json.dumps(row), name="d.jsonl").samples
     assert words(sample) == "Where?" and sample.columns == {"problem": "x"}
-
-
-METHOD = "accu_reward_method"
-BOX = json.dumps({"bbox_2d": [1, 2, 3, 4], "label": "a"})
-VQA = {
-    "method unknown": ({METHOD: "mcp"}, "F/data.jsonl:1: accu_reward_method 'mcp' is unknown"),
-    "boxes": (
-        {METHOD: "odLength", "solution": BOX},
-        "F/data.jsonl:1: accu_reward_method odLength: --task vqa has no boxes, --task ovd has",
-    ),
-    "no answer": ({"solution": ""}, "F/data.jsonl:1: the solution is empty"),
-}
-
-
-@pytest.mark.parametrize("change, message", VQA.values(), ids=VQA)
-def test_vqa_faults(change, message, folder):
-    row = {"image": "a.png", "prompt": "How many?", "solution": "some"} | change
-    assert fault(folder, json.dumps(row), "vqa", name="data.jsonl").startswith(message)
-
-
-# Of several faults the first is named
-
-
-def test_an_image_before_a_solution(tmp_path):
-    """The image of the first row waits for its decoder while the second row is read."""
-    digits.write(tmp_path, "held_out", 2, seed=3)
-    path = tmp_path / "held_out.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    image = tmp_path / "images" / rows[0]["image"]
-    image.write_bytes(image.read_bytes()[:200])
-    rows[1]["conversations"][1]["value"] = "no box"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(DataError, match=r"held_out\.jsonl:1: "):
-        load_rows(Options("rec", (str(path),), (str(tmp_path / "images"),)), "qwen2_5_vl")

@@ -4,24 +4,23 @@ import json
 import random
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 
+from tests.helpers.evaluations import evaluated
 from vlmr1.config import GRPOConfig
 from vlmr1.data.samples import load_samples
 from vlmr1.errors import DataError, OutputError, SettingError
 from vlmr1.evaluation.callback import EVALUATIONS, EvaluationCallback
 from vlmr1.evaluation.during_training import evaluate_during_training
 from vlmr1.evaluation.evaluate import evaluate
-from vlmr1.evaluation.run_rows import evaluation_samples
-from vlmr1.evaluation.settings import EvaluationSettings
 from vlmr1.grpo.trainer import GRPOTrainer
 from vlmr1.lifecycle.signals import StopSignals
 from vlmr1.models import load_model
 from vlmr1.report.progress import Progress, read_metrics
-from vlmr1.rewards.rows import RowReader
 from vlmr1.tiny import CHECKPOINT, digits
 
 ROWS = 5
@@ -36,24 +35,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings_of(data: Path, output: Path, **more: Any) -> GRPOConfig:
-    given = {
-        "num_generations": 2,
-        "prompts_per_device": 2,
-        "max_completion_length": 32,
-        "max_steps": 2,
-        "use_cpu": True,
-    }
-    given |= {"disable_tqdm": True, "save_strategy": "no", "learning_rate": 1e-3, "output_dir": str(output)} | more
-    if given.get("eval_steps") or given.get("eval_on_start"):
-        given.setdefault("eval_data_file_paths", [str(data / "held_out.jsonl")])
-        given.setdefault("eval_image_folders", [str(data / "images")])
-    return GRPOConfig(**given)
-
-
-def evaluated(config: GRPOConfig, processor: Any, validation: Any = None) -> Any:
-    """The rows that a run with these settings evaluates."""
-    reader = RowReader.of(config, "qwen2_5_vl", processor.image_processor)
-    return evaluation_samples(EvaluationSettings.of(config), reader, validation)
+    given = {"num_generations": 2, "prompts_per_device": 2, "max_completion_length": 32, "max_steps": 2}
+    given |= {"use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "learning_rate": 1e-3}
+    if more.get("eval_steps") or more.get("eval_on_start"):
+        given |= {"eval_data_file_paths": [str(data / "held_out.jsonl")], "eval_image_folders": [str(data / "images")]}
+    return GRPOConfig(output_dir=str(output), **(given | more))
 
 
 def trainer_of(data: Path, output: Path, processor: Any, **more: Any) -> GRPOTrainer:
@@ -140,16 +126,19 @@ def test_a_resumed_run_drops_later_lines(data, tmp_path, processor, monkeypatch)
     assert evaluations(tmp_path / "out") == [{"step": 0}, {"step": 2}, {"step": 4, "rows": ROWS, "eval/x": 1.0}]
 
 
+def written(data: Path, path: Path, solutions: list[str | None], **columns: str) -> list[str]:
+    """The first rows of the data with other solutions and more columns."""
+    rows = [json.loads(line) for line in (data / "held_out.jsonl").read_text().splitlines()]
+    for row, solution in zip(rows, solutions, strict=False):
+        row["conversations"][1]["value"] = solution or row["conversations"][1]["value"]
+    path.write_text("".join(json.dumps(row | columns) + "\n" for row in rows[: len(solutions)]))
+    return [str(path)]
+
+
 def test_detection_metrics(data, tmp_path, processor):
     """The model answers one box with its label: of one image it is right, of the other it is of a label too many."""
-    rows = [json.loads(line) for line in (data / "held_out.jsonl").read_text().splitlines()[:2]]
-    rows[1]["conversations"][1]["value"] = "None"
-    for row in rows:
-        row["accu_reward_method"] = "od_ap"
-    (tmp_path / "ovd.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    trainer = trainer_of(
-        data, tmp_path / "out", processor, eval_steps=1, eval_data_file_paths=[str(tmp_path / "ovd.jsonl")]
-    )
+    paths = written(data, tmp_path / "ovd.jsonl", [None, "None"], accu_reward_method="od_ap")
+    trainer = trainer_of(data, tmp_path / "out", processor, eval_steps=1, eval_data_file_paths=paths)
     values = evaluate_during_training(trainer, trainer.callback_handler.callbacks[-1].samples)
     assert values["eval/rewards/accuracy/mean"] > 0
     assert {name for name in values if "/ovd/" in name} == {"eval/ovd/ap", "eval/ovd/ap50", "eval/ovd/nms_ap"}
@@ -173,33 +162,11 @@ def test_rows_are_checked_and_limited(data, tmp_path, processor):
         evaluated(without, processor)
 
 
-REFUSED = {
-    "zero": ({"eval_steps": 0}, "eval_steps is 0: it must be a whole number, at least 1"),
-    "limit alone": ({"eval_limit": 3}, "eval_limit needs eval_steps or eval_on_start"),
-}
-
-
-@pytest.mark.parametrize("settings, message", REFUSED.values(), ids=REFUSED)
-def test_refused(settings, message, tmp_path):
-    with pytest.raises(SettingError) as caught:
-        GRPOConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
-    assert str(caught.value).startswith(message)
-
-
 def test_a_solution_that_only_the_published_code_reads(data, tmp_path, processor):
     """A box without area; there are no box metrics of such rows."""
-    rows = [json.loads(line) for line in (data / "held_out.jsonl").read_text().splitlines()[:2]]
-    for row in rows:
-        row["conversations"][1]["value"] = "<answer>[30, 40, 1, 2]</answer>"
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    trainer = trainer_of(
-        data,
-        tmp_path / "out",
-        processor,
-        eval_steps=1,
-        reward_mode="vlm_r1",
-        eval_data_file_paths=[str(tmp_path / "rows.jsonl")],
-    )
+    paths = written(data, tmp_path / "rows.jsonl", ["<answer>[30, 40, 1, 2]</answer>"] * 2)
+    settings = {"eval_steps": 1, "reward_mode": "vlm_r1", "eval_data_file_paths": paths}
+    trainer = trainer_of(data, tmp_path / "out", processor, **settings)
     values = evaluate_during_training(trainer, trainer.callback_handler.callbacks[-1].samples)
     assert values is not None and "eval/rewards/accuracy/mean" in values
     assert [name for name in values if "/rec/" in name] == []
@@ -262,11 +229,7 @@ def test_it_is_asked_before_each_batch(runs):
 
 def test_a_full_disk_and_a_closed_terminal(callback, tmp_path, monkeypatch):
     callback.trainer.args.disable_tqdm = False
-
-    def gone(*_: Any) -> None:
-        raise BrokenPipeError
-
-    monkeypatch.setattr("vlmr1.evaluation.callback.tqdm.write", gone)
+    monkeypatch.setattr("vlmr1.evaluation.callback.tqdm.write", Mock(side_effect=BrokenPipeError))
     at(callback, 2)
     path = tmp_path / "out" / EVALUATIONS
     path.unlink()

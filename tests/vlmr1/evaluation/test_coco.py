@@ -3,6 +3,7 @@
 import io
 import json
 from contextlib import redirect_stdout
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,6 +32,8 @@ def near(box, iou):
     return x1, y1, x1 + (x2 - x1) * iou, y2
 
 
+STRAY = [image([("a", A)], [("a", A, 0.5)]), image([], [("a", C, 1.0)])]
+CROWD = ImageBoxes((TrueBox("a", A), TrueBox("a", C, True)), (ScoredBox("a", C, 2.0), ScoredBox("a", A, 1.0)))
 HAND = {
     "right": ([image([("a", A)], [("a", A, 1.0)])], 1.0),
     "nothing said": ([image([("a", A)], [])], 0.0),
@@ -38,19 +41,13 @@ HAND = {
     "a false box ranked first": ([image([("a", A)], [("a", C, 1.0), ("a", A, 0.5)])], 0.5),
     "a false box ranked last": ([image([("a", A)], [("a", A, 1.0), ("a", C, 0.5)])], 1.0),
     "IoU 0.77: six of ten thresholds": ([image([("a", A)], [("a", near(A, 0.77), 1.0)])], 0.6),
-    "a false box in an image without the label": (
-        [image([("a", A)], [("a", A, 0.5)]), image([], [("a", C, 1.0)])],
-        0.5,
-    ),
+    "a false box in an image without the label": (STRAY, 0.5),
     "labels count alike": ([image([("a", A), ("b", B), ("b", C)], [("a", A, 1.0)])], 0.5),
     "a label without true boxes has no part": ([image([("a", A)], [("a", A, 1.0), ("c", C, 2.0)])], 1.0),
     "an unknown label has no part": ([image([("a", A)], [("a", A, 1.0), ("zebra", C, 2.0), (None, C, 2.0)])], 1.0),
     "a box that could not be read has no part": ([image([("a", A)], [("a", None, 2.0), ("a", A, 1.0)])], 1.0),
     "an inverted box is false": ([image([("a", A)], [("a", (10.0, 10.0, 0.0, 0.0), 2.0), ("a", A, 1.0)])], 0.5),
-    "a box on a crowd is not counted": (
-        [ImageBoxes((TrueBox("a", A), TrueBox("a", C, True)), (ScoredBox("a", C, 2.0), ScoredBox("a", A, 1.0)))],
-        1.0,
-    ),
+    "a box on a crowd is not counted": ([CROWD], 1.0),
 }
 
 
@@ -59,13 +56,10 @@ def test_by_hand(images, expected):
     assert ap(images, ["a", "b", "c"]) == pytest.approx(expected, abs=1e-12)
 
 
-def test_thresholds():
+def test_thresholds_and_labels():
     images = [image([("a", A), ("a", B)], [("a", near(A, 0.8), 1.0), ("a", near(B, 0.6), 0.5)])]
     assert ap(images, ["a"], "ap50") == pytest.approx(1.0)
     assert ap(images, ["a"], "ap75") == pytest.approx(51 / 101)
-
-
-def test_by_label():
     found = AveragePrecision([image([("a", A), ("b", B)], [("a", A, 1.0)])], ["a", "b", "c"]).by_label()
     assert found == {"a": pytest.approx(1.0), "b": 0.0}
 
@@ -126,9 +120,8 @@ def test_against_pycocotools_on_files(seed, tmp_path):
     images = random_images(seed)
     found = AveragePrecision(images, ["a", "b", "c"])
     assert 0.05 < found.value("ap") < 0.95
-    np.testing.assert_allclose(
-        [found.value(name) for name in ("ap", "ap50", "ap75")], on_files(images, ["a", "b", "c"], tmp_path), atol=1e-12
-    )
+    values = [found.value(name) for name in ("ap", "ap50", "ap75")]
+    np.testing.assert_allclose(values, on_files(images, ["a", "b", "c"], tmp_path), atol=1e-12)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -138,8 +131,7 @@ def test_replicates_are_those_of_the_repeated_images(seed):
     # Distinct scores: among equal ones, the boxes of an image that stands twice would change places.
     images = [
         ImageBoxes(
-            each.truths,
-            tuple(ScoredBox(b.label, b.box, b.score - i / 100 - j / 1e4) for j, b in enumerate(each.predictions)),
+            each.truths, tuple(replace(b, score=b.score - i / 100 - j / 1e4) for j, b in enumerate(each.predictions))
         )
         for i, each in enumerate(images)
     ]
@@ -152,9 +144,6 @@ def test_replicates_are_those_of_the_repeated_images(seed):
             assert values[i] == pytest.approx(expected.value(name), abs=1e-12), name
 
 
-# NMS-AP
-
-
 def kept(boxes):
     return [(box.label, box.score) for box in keep_best(boxes).predictions]
 
@@ -162,10 +151,8 @@ def kept(boxes):
 def test_a_wrong_label_on_the_same_object_raises_ap_but_not_nms_ap():
     """One model says one label of each object, the other both; of the second only the better ranked box is counted."""
     one = [image([("cat", A)], [("dog", A, 1.0)]), image([("dog", A)], [("dog", A, 1.0)])]
-    both = [
-        image([("cat", A)], [("dog", A, 1.0), ("cat", A, 0.5)]),
-        image([("dog", A)], [("dog", A, 1.0), ("cat", A, 0.5)]),
-    ]
+    said = [("dog", A, 1.0), ("cat", A, 0.5)]
+    both = [image([("cat", A)], said), image([("dog", A)], said)]
     labels = ["cat", "dog"]
     # dog: the false box and the right one have equal scores, and the false one stands first.
     assert ap(one, labels) == pytest.approx((0 + 0.5) / 2)
@@ -175,29 +162,19 @@ def test_a_wrong_label_on_the_same_object_raises_ap_but_not_nms_ap():
     assert kept(both[0]) == [("dog", 1.0)]
 
 
+D, E, F = ((left, 0.0, left + 10.0, 10.0) for left in (4.0, 3.0, 2.0))  # they overlap with A and each other
+UNREAD = [("a", None, 0.9), ("a", A, 0.5)]
 NMS = {
-    "best of another true box stays": (
-        # The true boxes overlap: the first prediction is near the first of them only, the second near both.
-        [("a", A), ("a", (4.0, 0.0, 14.0, 10.0))],
-        [("a", (0.0, 0.0, 10.0, 10.0), 0.9), ("a", (3.0, 0.0, 13.0, 10.0), 0.8)],
-        [("a", 0.9), ("a", 0.8)],
-    ),
-    "second on both goes": (
-        [("a", A), ("a", (4.0, 0.0, 14.0, 10.0))],
-        [("a", (2.0, 0.0, 12.0, 10.0), 0.9), ("a", (3.0, 0.0, 13.0, 10.0), 0.8)],
-        [("a", 0.9)],
-    ),
+    # The first prediction is near the first true box only, the second near both.
+    "best of another true box stays": ([("a", A), ("a", D)], [("a", A, 0.9), ("a", E, 0.8)], [("a", 0.9), ("a", 0.8)]),
+    "second on both goes": ([("a", A), ("a", D)], [("a", F, 0.9), ("a", E, 0.8)], [("a", 0.9)]),
     "near none stays": ([("a", A)], [("a", C, 0.1), ("b", C, 0.1)], [("a", 0.1), ("b", 0.1)]),
     "an IoU of 0.5 is not near": ([("a", A)], [("a", A, 0.9), ("a", near(A, 0.5), 0.8)], [("a", 0.9), ("a", 0.8)]),
     "an IoU above 0.5 is": ([("a", A)], [("a", A, 0.9), ("a", near(A, 0.51), 0.8)], [("a", 0.9)]),
     "the first of equal ones": ([("a", A)], [("b", A, 0.5), ("a", A, 0.5)], [("b", 0.5)]),
     "the highest score, not the first": ([("a", A)], [("b", A, 0.4), ("a", A, 0.5)], [("a", 0.5)]),
     "a label that could not be read takes part": ([("a", A)], [(None, A, 0.9), ("a", A, 0.5)], [(None, 0.9)]),
-    "a box that could not be read is near none": (
-        [("a", A)],
-        [("a", None, 0.9), ("a", A, 0.5)],
-        [("a", 0.9), ("a", 0.5)],
-    ),
+    "a box that could not be read is near none": ([("a", A)], UNREAD, [("a", 0.9), ("a", 0.5)]),
     "no true boxes": ([], [("a", A, 0.9), ("a", A, 0.5)], [("a", 0.9), ("a", 0.5)]),
 }
 

@@ -45,8 +45,16 @@ def test_predicted(answer, expected):
     assert said(answer) == expected
 
 
-def test_without_an_answer_there_is_no_list():
-    assert predicted_boxes('[{"bbox_2d": [1, 2, 3, 4], "label": "a"}]', SIZE, SIZE) is None
+def test_the_answer_may_lack_its_tags_but_not_its_end():
+    text = '[{"bbox_2d": [1, 2, 3, 4], "label": "a"}]'
+    assert predicted_boxes(text, SIZE, SIZE) == (ScoredBox("a", BOX, 1.0),)
+    assert predicted_boxes(f"<answer>{text}", SIZE, SIZE) is None
+
+
+def test_a_form_without_labels_has_the_only_one():
+    text = "<box>[[1, 2, 3, 4], [1, 2, 3, 4]]</box>"
+    for labels, label in (({"cat"}, "cat"), ({"cat", "dog"}, None), ((), None)):
+        assert predicted_boxes(text, SIZE, SIZE, labels) == (ScoredBox(label, BOX, 1.0), ScoredBox(label, BOX, 0.5))
 
 
 def test_boxes_go_to_pixels():

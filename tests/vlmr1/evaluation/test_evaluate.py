@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from vlmr1.cli import main
+from vlmr1.evaluation.decode import Decoder
 from vlmr1.evaluation.records import read_records
 from vlmr1.models import load_model
 from vlmr1.models.processor import load_processor, save_processor
@@ -27,8 +28,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(data: Path, output: Path, *more: str, model: str = "tiny") -> list[str]:
-    words = ["evaluate", "--model", model, "--task", "rec", "--data", str(data / "held_out.jsonl")]
+def command(data: Path, output: Path, *more: str, model="tiny", task="rec", file: Path | None = None) -> list[str]:
+    words = ["evaluate", "--model", model, "--task", task, "--data", str(file or data / "held_out.jsonl")]
     words += ["--images", str(data / "images"), "--output_dir", str(output), "--use_cpu"]
     return [*words, "--max_completion_length", "40", "--batch_size", "2", "--pictures", "2", *more]
 
@@ -71,39 +72,35 @@ def test_again_elsewhere(whole, data, tmp_path):
     assert_same(tmp_path / "deep/er/tiny", whole)
 
 
-def test_interrupted_in_the_midst_of_a_line(whole, data, tmp_path, monkeypatch):
-    """What a killed evaluation leaves: some batches, then half a batch that ends in half a line."""
-    folder = tmp_path / "tiny"
-    folder.mkdir()
+def begun(whole: Path, output: Path, name: str = "completions.jsonl", content: bytes = b"") -> Path:
+    """What a killed evaluation leaves: its settings, and completions in this file."""
+    folder = output / "tiny"
+    folder.mkdir(parents=True)
     (folder / "evaluation.json").write_bytes((whole / "evaluation.json").read_bytes())
+    (folder / name).write_bytes(content)
+    return folder
+
+
+def test_interrupted_in_the_midst_of_a_line(whole, data, tmp_path, monkeypatch):
+    """Some batches are there, then half a batch that ends in half a line."""
     lines = (whole / "completions.jsonl").read_bytes().splitlines(keepends=True)
-    (folder / "completions.jsonl").write_bytes(b"".join(lines[:5]) + lines[5][:-20])
-    decoded = []
-    from vlmr1.evaluation.decode import Decoder
-
-    original = Decoder.__call__
+    folder = begun(whole, tmp_path, content=b"".join(lines[:5]) + lines[5][:-20])
+    decoded, original = [], Decoder.__call__
     monkeypatch.setattr(Decoder, "__call__", lambda self, s, rows: decoded.extend(rows) or original(self, s, rows))
-    assert main(command(data, tmp_path)) == 0
-    assert decoded == [4, 5, 6, 7, 8, 9]  # the unfinished batch is made again
-    assert_same(folder, whole)
-    decoded.clear()
-    assert main(command(data, tmp_path)) == 0
-    assert decoded == []
-    assert_same(folder, whole)
+    for missing in ([4, 5, 6, 7, 8, 9], []):  # the unfinished batch is made again
+        assert main(command(data, tmp_path)) == 0
+        assert decoded == missing
+        assert_same(folder, whole)
+        decoded.clear()
 
 
-def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", **more}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.slow
 def test_killed(whole, data, tmp_path):
-    run = subprocess.Popen(
-        [sys.executable, "-m", "vlmr1.cli", *command(data, tmp_path)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=environment(),
-    )
+    words = [sys.executable, "-m", "vlmr1.cli", *command(data, tmp_path)]
+    run = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
     path = tmp_path / "tiny" / "completions.jsonl"
     while not (path.exists() and path.read_bytes().count(b"\n") >= 2) and run.poll() is None:
         time.sleep(0.01)
@@ -121,13 +118,10 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 @pytest.mark.slow
 def test_two_ranks(whole, data, tmp_path):
     """Some batches are there already; the ranks share the rest."""
-    folder = tmp_path / "tiny"
-    folder.mkdir()
-    (folder / "evaluation.json").write_bytes((whole / "evaluation.json").read_bytes())
     lines = (whole / "completions.jsonl").read_bytes().splitlines(keepends=True)
-    (folder / "completions.rank-1.jsonl").write_bytes(b"".join(lines[2:4]))
+    folder = begun(whole, tmp_path, "completions.rank-1.jsonl", b"".join(lines[2:4]))
     words = [*TORCHRUN, "-m", "vlmr1.cli", *command(data, tmp_path)]
-    done = subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=300)
+    done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("mean IoU") == 1  # one rank speaks
     assert_same(folder, whole)
@@ -135,12 +129,10 @@ def test_two_ranks(whole, data, tmp_path):
     assert json.loads((folder / "run.json").read_text())["processes"] == 2
 
 
-def refused(capsys, whole, data, tmp_path, *more: str, **options: str) -> str:
+def refused(capsys, whole, data, tmp_path, *more: str) -> str:
     """The message of a second command in a directory where another was begun."""
-    output = tmp_path / "out"
-    (output / "tiny").mkdir(parents=True)
-    (output / "tiny" / "evaluation.json").write_bytes((whole / "evaluation.json").read_bytes())
-    return error(capsys, *command(data, output, *more, **options))
+    begun(whole, tmp_path / "out")
+    return error(capsys, *command(data, tmp_path / "out", *more))
 
 
 @pytest.mark.parametrize(
@@ -167,24 +159,25 @@ def test_changed_data_are_refused(whole, data, tmp_path, capsys):
     assert "rows.sha256 is " in refused(capsys, whole, changed, tmp_path)
 
 
-def test_a_changed_model_is_refused(data, tmp_path, capsys):
-    """Equal name, other weights."""
-    folder = tmp_path / "model"
+def saved(folder: Path, change: float = 0) -> Path:
+    """The embedded model under another name, with one weight changed."""
     model = load_model(CHECKPOINT)
+    model.lm_head.weight.data[-1, -1] += change
     model.save_pretrained(folder)
     save_processor(load_processor(CHECKPOINT), folder)
-    words = command(data, tmp_path / "out", "--limit", "2", model=str(folder))
+    return folder
+
+
+def test_a_changed_model_is_refused(data, tmp_path, capsys):
+    words = command(data, tmp_path / "out", "--limit", "2", model=str(saved(tmp_path / "model")))
     assert main(words) == 0
-    model.lm_head.weight.data[-1, -1] += 1
-    model.save_pretrained(folder)
+    saved(tmp_path / "model", change=1)
     assert "vlmr1: model.digest is " in error(capsys, *words)
 
 
 def test_two_models_and_their_comparison(data, tmp_path, capsys):
     """The second one is cut short, so that it answers nothing."""
-    folder = tmp_path / "model"
-    load_model(CHECKPOINT).save_pretrained(folder)
-    save_processor(load_processor(CHECKPOINT), folder)
+    folder = saved(tmp_path / "model")
     words = command(data, tmp_path / "out", "--limit", "4")
     words[2:3] = ["tiny", str(folder)]
     assert main(words) == 0
@@ -200,19 +193,13 @@ def test_two_models_and_their_comparison(data, tmp_path, capsys):
     text = (tmp_path / "table.md").read_text()
     assert text == capsys.readouterr().out
     long, short = (json.loads((Path(f) / "results.json").read_text()) for f in (pair[0], f"{pair[1]}/tiny"))
-    rows = {
-        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
-        for line in text.splitlines()
-        if line.startswith("|")
-    }
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    rows = {name: values for name, *values in cells}
     value = long["metrics"]["mean_iou"]["value"]
     assert rows["mean IoU"][0].startswith(f"{value:.4f} (") and rows["mean IoU"][1] == "0.0000 (0.0000 to 0.0000)"
     assert rows["mean IoU"][2].startswith(f"{-value:+.4f} (") and short["metrics"]["mean_iou"]["value"] == 0
-    assert rows["answer not read"] == [
-        "0.0000 (0.0000 to 0.0000)",
-        "1.0000 (1.0000 to 1.0000)",
-        "+1.0000 (+1.0000 to +1.0000)",
-    ]
+    values = ("0.0000 (0.0000 to 0.0000)", "1.0000 (1.0000 to 1.0000)", "+1.0000 (+1.0000 to +1.0000)")
+    assert tuple(rows["answer not read"]) == values
     assert rows["tokens a completion"][1] == "2.0 (2.0 to 2.0)"
 
 
@@ -231,19 +218,12 @@ def test_detection(data, tmp_path, capsys):
         "images": [{"id": i, "file_name": row["image"], "text": [answers[i]["label"]]} for i, row in enumerate(rows)],
         "categories": [{"id": i, "name": label} for i, label in enumerate(labels)],
         "annotations": [
-            {
-                "id": i,
-                "image_id": i,
-                "category_id": labels.index(answer["label"]),
-                "bbox": [*answer["bbox_2d"][:2], *(answer["bbox_2d"][k + 2] - answer["bbox_2d"][k] for k in (0, 1))],
-            }
-            for i, answer in enumerate(answers)
+            {"id": i, "image_id": i, "category_id": labels.index(answer["label"]), "bbox": [x1, y1, x2 - x1, y2 - y1]}
+            for i, (answer, (x1, y1, x2, y2)) in enumerate((answer, answer["bbox_2d"]) for answer in answers)
         ],
     }
     (tmp_path / "coco.json").write_text(json.dumps(content))
-    words = ["evaluate", "--model", "tiny", "--task", "ovd", "--data", str(tmp_path / "coco.json"), "--use_cpu"]
-    words += ["--images", str(data / "images"), "--output_dir", str(tmp_path), "--max_completion_length", "40"]
-    assert main(words) == 0
+    assert main(command(data, tmp_path, task="ovd", file=tmp_path / "coco.json")) == 0
     shown = capsys.readouterr().out
     results = json.loads((tmp_path / "tiny" / "results.json").read_text())
     assert set(results["metrics"]) >= {"ap", "ap50", "ap75", "nms_ap", "unknown_label_share"} and "NMS-AP" in shown
@@ -254,22 +234,17 @@ def test_answers_in_words(data, tmp_path, capsys):
     row = {"prompt": "Locate the digit 1.", "image": "held_out-00000.png", "solution": "x"}
     rows = [row, row | {"accu_reward_method": "yes_no", "solution": "yes"}]
     (tmp_path / "vqa.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
-    words = ["evaluate", "--model", "tiny", "--task", "vqa", "--data", str(tmp_path / "vqa.jsonl"), "--use_cpu"]
-    words += ["--images", str(data / "images"), "--output_dir", str(tmp_path), "--max_completion_length", "8"]
+    words = command(data, tmp_path, task="vqa", file=tmp_path / "vqa.jsonl")
     assert main([*words, "--accu_reward_method", "all_match", "--reward_workers", "0"]) == 0
     shown = capsys.readouterr().out
     assert "mean score, all_match" in shown and "mean score, yes_no" in shown
     counts = json.loads((tmp_path / "tiny" / "results.json").read_text())["counts"]
     assert counts["rows_by_method"] == {"all_match": 1, "yes_no": 1}
-    assert "accu_reward_method has 2 methods for 1 data files" in error(
-        capsys, *words, "--accu_reward_method", "math", "mcq"
-    )
 
 
 def test_faults_are_found_before_a_model_is_loaded(data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("vlmr1.evaluation.loading.load_model", lambda *_, **__: pytest.fail("loaded"))
     (tmp_path / "data.jsonl").write_text((data / "held_out.jsonl").read_text().replace("held_out-00003.png", "no.png"))
-    words = command(data, tmp_path / "out")
-    words[words.index("--data") + 1] = str(tmp_path / "data.jsonl")
+    words = command(data, tmp_path / "out", file=tmp_path / "data.jsonl")
     assert error(capsys, *words) == f"vlmr1: {tmp_path}/data.jsonl:4: image no.png is missing in {data}/images\n"
     assert not (tmp_path / "out").exists()

@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from tests.helpers.evaluations import evaluated
 from vlmr1.config import GRPOConfig
 from vlmr1.errors import DataError, SettingError
-from vlmr1.evaluation.run_rows import evaluation_samples, kind_of_boxes
-from vlmr1.evaluation.settings import EvaluationSettings
-from vlmr1.rewards.rows import RowReader
+from vlmr1.evaluation.run_rows import kind_of_boxes
 from vlmr1.rewards.settings import RewardSettings
 from vlmr1.types import Sample
 
@@ -27,18 +26,10 @@ def write(folder: Path, *rows: dict[str, Any]) -> Path:
     return path
 
 
-def evaluated(config: GRPOConfig, processor: Any, validation: Any = None) -> Any:
-    """The rows that a run with these settings evaluates."""
-    reader = RowReader.of(config, "qwen2_5_vl", processor.image_processor)
-    return evaluation_samples(EvaluationSettings.of(config), reader, validation)
-
-
 def samples_of(path: Path, processor: Any, *methods: str, **more: Any) -> Any:
     settings = {"eval_steps": 1, "eval_data_file_paths": [str(path)], "eval_image_folders": [str(path.parent)]}
-    config = GRPOConfig(
-        output_dir=str(path.parent / "out"), use_cpu=True, accu_reward_method=list(methods), **settings | more
-    )
-    return evaluated(config, processor)
+    settings |= {"output_dir": str(path.parent / "out"), "use_cpu": True, "accu_reward_method": list(methods)} | more
+    return evaluated(GRPOConfig(**settings), processor)
 
 
 FAULTS = {

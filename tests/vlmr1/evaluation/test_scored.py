@@ -22,9 +22,8 @@ def sample(solution, **columns) -> Sample:
 
 
 def record(row, answer, reason="stop", extent=SIZE, tokens=4) -> Record:
-    return Record(
-        row, "data.jsonl:1", (1,) * tokens, f"<think>a</think><answer>{answer}</answer>", reason, SIZE, extent
-    )
+    text = f"<think>a</think><answer>{answer}</answer>"
+    return Record(row, "data.jsonl:1", (1,) * tokens, text, reason, SIZE, extent)
 
 
 def values(scored) -> dict[str, float | None]:
@@ -37,7 +36,7 @@ def test_rec():
         record(0, "[0, 0, 10, 10]"),
         record(1, "[0, 0, 100, 50]", extent=(1000, 1000), tokens=8),  # 10 x 5 px: 0.5, which is not above
         record(2, "here", "length"),
-        Record(3, "data.jsonl:1", (), "[0, 0, 10, 10]", "stop", SIZE, SIZE),
+        Record(3, "data.jsonl:1", (), "[0, 0, 10, 10]", "stop", SIZE, SIZE, "<think>"),
     ]
     assert values(score_task("rec", samples, records)) == {
         "acc@0.5": 0.25,
@@ -102,9 +101,8 @@ def test_vqa_by_method():
 
 
 def test_vqa_of_one_method_has_one_score():
-    scored = score_task(
-        "vqa", [sample("1/2")], [record(0, "\\frac{1}{2}")], rewards=RewardSettings(accu_reward_method="math")
-    )
+    rewards = RewardSettings(accu_reward_method="math")
+    scored = score_task("vqa", [sample("1/2")], [record(0, "\\frac{1}{2}")], rewards=rewards)
     assert [name for name in scored.metrics if name.startswith("score")] == ["score"]
     assert scored.metrics["score"].value == 1.0
 
@@ -114,12 +112,6 @@ def test_clicks_are_compared_in_the_models_coordinates():
     samples = [sample("[10, 10, 20, 20]")] * 2
     records = [record(0, "(150, 150)", extent=(1000, 1000)), record(1, "(15, 15)", extent=(1000, 1000))]
     assert [case.score for case in score_task("vqa", samples, records, rewards=rewards).cases] == [1.0, 0.0]
-
-
-# Shares and means over known boxes
-
-
-SOLUTION = "<answer>[0, 0, 10, 10]</answer>"
 
 
 def test_score_rec():
@@ -133,7 +125,7 @@ def test_score_rec():
         "",
         "<answer>[0, 0, 10, 10]",
     ]
-    result = score_rec(texts, [SOLUTION] * 8)
+    result = score_rec(texts, ["<answer>[0, 0, 10, 10]</answer>"] * 8)
     assert result.ious == pytest.approx((1, 1 / 3, 0.5, 0.51, 0, 0, 0, 0))
     assert result.accuracy == 2 / 8
     assert result.mean_iou == pytest.approx((1 + 1 / 3 + 0.5 + 0.51) / 8)

@@ -1,7 +1,6 @@
 """Groups without signal give way to groups of other prompts: which, in which order, how often, and after a resume."""
 
 import shutil
-import threading
 from dataclasses import replace
 from math import nan
 from pathlib import Path
@@ -11,12 +10,13 @@ import pytest
 import torch
 
 from tests.helpers.digit_runs import command, weights
+from tests.helpers.threads import on_ranks
+from tests.helpers.tiny_runs import metrics
 from tests.helpers.trainers import trainer_of
 from vlmr1.cli import main
 from vlmr1.grpo.buffer import ROLLOUTS
 from vlmr1.grpo.dynamic_sampling import RESERVOIR, PromptReservoir, has_equal_rewards, resample
 from vlmr1.grpo.reference import REFERENCE
-from vlmr1.report.progress import read_metrics
 from vlmr1.rewards.registry import get_reward
 from vlmr1.tiny import digits
 from vlmr1.types import Completion, Group, Prompt, Sample
@@ -41,12 +41,9 @@ def test_reservoir_passes_over_held_samples():
     held = {10 * (order[0] + 1), 10 * (order[2] + 1)}
     assert reservoir.take(2, held) == [order[1], order[3]] and reservoir.position == 4
     assert reservoir.take(1, ()) == [order[4]]
-
-
-def test_reservoir_gives_what_there_is():
-    reservoir = PromptReservoir(range(4), seed=0)
-    assert sorted(reservoir.take(9, {1, 2})) == [0, 3] and reservoir.position == 4
-    assert reservoir.take(3, {0, 1, 2, 3}) == [] and PromptReservoir([], seed=0).take(1, ()) == []
+    few = PromptReservoir(range(4), seed=0)
+    assert sorted(few.take(9, {1, 2})) == [0, 3] and few.position == 4  # what there is
+    assert few.take(3, {0, 1, 2, 3}) == [] and PromptReservoir([], seed=0).take(1, ()) == []
 
 
 def test_reservoir_gives_no_row_twice_at_once():
@@ -115,19 +112,17 @@ def test_rounds_go_on_until_every_group_has_signal():
     )
 
 
-def test_what_is_missing_after_the_last_round_is_kept():
+@pytest.mark.parametrize("rows, rounds", [(12, 2), (7, 9)], ids=["rounds", "prompts"])
+def test_what_is_missing_after_the_last_round_is_kept(rows, rounds):
+    """No prompt is drawn twice for one generation: of 7 rows nothing is left for a third round."""
     draw = Draws(set())
-    kept, metrics = resample(FIRST, draw, PromptReservoir(range(12), seed=0), [1.0, 1.0], rounds=2)
-    assert [number for number, _ in draw.asked] == [1, 2] and [len(places) for _, places in draw.asked] == [2, 2]
+    kept, metrics = resample(FIRST, draw, PromptReservoir(range(rows), seed=0), [1.0, 1.0], rounds=rounds)
+    assert [(number, len(places)) for number, places in draw.asked] == [(1, 2), (2, 2 if rows == 12 else 1)]
+    places = [place for _, places in draw.asked for place in places]
+    assert len(set(places)) == len(places) == metrics["dynamic_sampling/groups_discarded"]
+    assert set(places) <= set(range(4, rows)) and metrics["dynamic_sampling/rounds"] == 2
     assert all(a is b for a, b in zip(kept, FIRST, strict=True))
-    assert metrics["dynamic_sampling/groups_left_flat"] == 2 and metrics["dynamic_sampling/groups_discarded"] == 4
-
-
-def test_no_prompt_is_drawn_twice_for_one_generation():
-    draw = Draws(set())
-    _, metrics = resample(FIRST, draw, PromptReservoir(range(7), seed=0), [1.0, 1.0], rounds=9)
-    assert sorted(place for _, places in draw.asked for place in places) == [4, 5, 6]
-    assert metrics["dynamic_sampling/rounds"] == 2  # nothing is left for a third
+    assert metrics["dynamic_sampling/groups_left_flat"] == 2
 
 
 def test_nothing_is_drawn_where_all_groups_have_signal():
@@ -137,54 +132,32 @@ def test_nothing_is_drawn_where_all_groups_have_signal():
     assert metrics["dynamic_sampling/rounds"] == metrics["dynamic_sampling/groups_discarded"] == 0
 
 
-@pytest.mark.parametrize(
-    ("rewards", "weights", "expected"),
-    [
-        ([[1.0, 0.0], [0.0, 1.0]], [1.0, 1.0], True),
-        ([[1.0, 0.0], [0.0, 1.0]], [1.0, 0.5], False),
-        ([[1.0, 0.0], [1.0, 1.0]], [1.0, 0.0], True),
-        ([[1.0, nan], [nan, 1.0]], [1.0, 1.0], True),
-        ([[1.0, nan], [nan, nan]], [1.0, 1.0], True),
-        ([[1.0, nan], [nan, 1.0]], [1.0, 0.5], False),
-    ],
-    ids=["equal", "other weights", "does not count", "does not apply", "one is scored", "do not apply"],
-)
+SIGNALS = {
+    "equal sums": ([[1.0, 0.0], [0.0, 1.0]], [1.0, 1.0], True),
+    "other weights": ([[1.0, 0.0], [0.0, 1.0]], [1.0, 0.5], False),
+    "a reward that does not count": ([[1.0, 0.0], [1.0, 1.0]], [1.0, 0.0], True),
+    "one that does not apply": ([[1.0, nan], [nan, 1.0]], [1.0, 1.0], True),
+    "only one is scored": ([[1.0, nan], [nan, nan]], [1.0, 1.0], True),
+    "other weights, none applies to both": ([[1.0, nan], [nan, 1.0]], [1.0, 0.5], False),
+}
+
+
+@pytest.mark.parametrize(("rewards", "weights", "expected"), SIGNALS.values(), ids=SIGNALS.keys())
 def test_signal_is_of_the_weighted_sum(rewards, weights, expected):
     assert has_equal_rewards(replace(FIRST[0], rewards=torch.tensor(rewards)), weights) == expected
 
 
-class Ranks:
-    """Lists of several threads, joined in their order."""
-
-    def __init__(self, count: int):
-        self.barrier = threading.Barrier(count, timeout=20)
-        self.given: list[list[int]] = [[] for _ in range(count)]
-
-    def gather(self, rank: int, values: list[int]) -> list[int]:
-        self.given[rank] = values
-        self.barrier.wait()
-        joined = [value for each in self.given for value in each]
-        self.barrier.wait()
-        return joined
-
-
 def test_ranks_agree_on_rounds_and_share_the_reservoir():
     """The second rank has signal everywhere: it joins each round, and its reservoir moves as the first one's does."""
-    ranks = Ranks(2)
     firsts = [[FIRST[1], FIRST[3]], [FIRST[0], FIRST[2]]]
     order = PromptReservoir(range(12), seed=0).take(12, {0, 1, 2, 3})
     draws, reservoirs = [Draws({order[2]}), Draws(set())], [PromptReservoir(range(12), seed=0) for _ in range(2)]
-    found = {}
 
-    def run(rank: int) -> None:
-        options: Any = {"rank": rank, "gather": lambda values: ranks.gather(rank, values)}
-        found[rank] = resample(firsts[rank], draws[rank], reservoirs[rank], [1.0, 1.0], rounds=2, **options)
+    def run(ranks: Any) -> Any:
+        own = firsts[ranks.rank], draws[ranks.rank], reservoirs[ranks.rank]
+        return resample(*own, [1.0, 1.0], rounds=2, rank=ranks.rank, gather=ranks.all_gather_list)
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
+    found = on_ranks(2, run)
     assert draws[0].asked == [(1, order[:2]), (2, order[2:4])] and draws[1].asked == [(1, []), (2, [])]
     assert [g.prompt.sample.index for g in found[0][0]] == [order[2], 3]
     assert [found[rank][1]["dynamic_sampling/rounds"] for rank in range(2)] == [2, 2]
@@ -196,11 +169,7 @@ def test_ranks_agree_on_rounds_and_share_the_reservoir():
 
 def only_some(prompts: list, completions: list, solution: list, **columns: Any) -> list[float]:
     """Differs within the groups of half of the rows of the data."""
-    return [float(i % 3) * (hash_of(text) % 2) for i, text in enumerate(solution)]
-
-
-def hash_of(text: str) -> int:
-    return sum(map(ord, text))
+    return [float(i % 3) * (sum(map(ord, text)) % 2) for i, text in enumerate(solution)]
 
 
 def run_of(model: Any, processor: Any, output: Path, **settings: Any) -> Any:
@@ -237,12 +206,8 @@ def test_a_run_trains_on_groups_with_signal(model, processor, tmp_path, monkeypa
     for one, other in zip(plain.last_groups, trainer.last_groups, strict=True):
         same = [torch.equal(a.token_ids, b.token_ids) for a, b in zip(one.completions, other.completions, strict=True)]
         assert (all(same) and one.prompt.sample.index == other.prompt.sample.index) or has_equal_rewards(one, [1.0])
-    drawn = trainer.engine.stats
-    assert (
-        drawn.tokens
-        == sum(len(c.token_ids) for g in trainer.last_groups for c in g.completions)
-        + row["dynamic_sampling/tokens_discarded"]
-    )
+    kept = sum(len(c.token_ids) for g in trainer.last_groups for c in g.completions)
+    assert trainer.engine.stats.tokens == kept + row["dynamic_sampling/tokens_discarded"]
 
 
 # Resumed
@@ -285,14 +250,10 @@ def test_a_run_goes_on_bit_equal(more, tmp_path):
     expected, found, before = weights(whole), weights(again), weights(whole, 2)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert any(not torch.equal(before[name], expected[name]) for name in expected)
-    histories = [[{k: v for k, v in row.items() if timeless(k)} for row in read_metrics(run)] for run in (whole, again)]
+    histories = [metrics(run) for run in (whole, again)]
     assert histories[1] == histories[0][2:]
     if kept != ROLLOUTS:  # which hold what was measured too
         last, other = ((run / "checkpoint-6" / kept).read_bytes() for run in (whole, again))
         assert last == other != (whole / "checkpoint-2" / kept).read_bytes()
     if kept == RESERVOIR:
         assert sum(row["dynamic_sampling/groups_replaced"] for row in histories[0]) > 0
-
-
-def timeless(name: str) -> bool:
-    return not any(word in name for word in ("seconds", "per_second", "memory", "runtime", "flos"))

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,11 +14,11 @@ from tests.helpers.handmade import group, prompt
 from tests.helpers.maker import Maker
 from tests.helpers.steps import near_the_policy
 from tests.helpers.trainers import relative, trainer_of
-from tests.helpers.updates import as_drawn
+from tests.helpers.updates import backward, generate, gradients_of
 from vlmr1.distributed.ranks import ALONE
 from vlmr1.errors import SettingError
 from vlmr1.grpo.advantages import with_advantages
-from vlmr1.grpo.buffer import ROLLOUTS, Buffer, Minibatch
+from vlmr1.grpo.buffer import ROLLOUTS, Buffer
 from vlmr1.grpo.importance_sampling import set_importance_denominators
 from vlmr1.grpo.kl_penalty import with_kl
 from vlmr1.grpo.naive import NaivePolicy
@@ -30,10 +31,7 @@ EPSILON = 0.2
 
 
 def groups_of(make: Maker, model: Any) -> list[Group]:
-    groups = [
-        make.group(make.prompt("Locate the digit 9.", (56,)), (3, 7, 2)),
-        make.group(make.prompt("What is seven?"), (6, 5, 1)),
-    ]
+    groups = make.groups(("Locate the digit 9.", (56,), (3, 7, 2)), ("What is seven?", (), (6, 5, 1)))
     return near_the_policy(make, model, groups, noise=0.5)
 
 
@@ -41,70 +39,38 @@ def clipped(ratio: Tensor, advantage: Tensor, cap: float = math.inf) -> Tensor:
     return -torch.minimum(ratio.clamp(max=cap) * advantage, ratio.clamp(1 - EPSILON, 1 + EPSILON) * advantage)
 
 
-# Each: of one sequence's log-probs, entropies, engine log-probs [C], its advantage -> loss of its tokens [C]
+# Losses of a sequence's tokens [C], of their log-probs, entropies and engine's log-probs, and of its advantage
 
 
-def plain(logp: Tensor, entropy: Tensor, engine: Tensor, advantage: Tensor) -> Tensor:
-    return clipped((logp - engine).exp(), advantage)
-
-
-def delta(logp: Tensor, entropy: Tensor, engine: Tensor, advantage: Tensor) -> Tensor:
-    return clipped((logp - engine).exp(), advantage, cap=1.3)
-
-
-def sequence(logp: Tensor, entropy: Tensor, engine: Tensor, advantage: Tensor) -> Tensor:
-    return clipped((logp - engine).mean().exp().expand(len(logp)), advantage)
-
-
-def bonus(logp: Tensor, entropy: Tensor, engine: Tensor, advantage: Tensor) -> Tensor:
-    return plain(logp, entropy, engine, advantage) - 0.3 * entropy
-
-
-def corrected(mode: str) -> Any:
+def corrected(mode: str, logp: Tensor, entropy: Tensor, engine: Tensor, advantage: Tensor) -> Tensor:
     """Recomputed old log-probs: the ratio is 1, and the weight is of policy over engine."""
-
-    def objective(logp: Tensor, entropy: Tensor, engine: Tensor, advantage: Tensor) -> Tensor:
-        old = logp.detach()
-        difference = old - engine
-        ratio = (difference.sum().expand(len(old)) if mode.startswith("sequence") else difference).exp()
-        weight = ratio.clamp(max=CAP) if mode.endswith("truncate") else torch.where(ratio > CAP, 0.0, ratio)
-        return weight * clipped((logp - old).exp(), advantage)
-
-    objective.__name__ = mode
-    return objective
+    old = logp.detach()
+    difference = old - engine
+    ratio = (difference.sum().expand(len(old)) if mode.startswith("sequence") else difference).exp()
+    weight = ratio.clamp(max=CAP) if mode.endswith("truncate") else torch.where(ratio > CAP, 0.0, ratio)
+    return weight * clipped((logp - old).exp(), advantage)
 
 
 def correction(mode: str) -> dict[str, Any]:
     return {"importance_sampling_correction": mode, "importance_sampling_cap": CAP, "old_logprobs": "recompute"}
 
 
-CORRECTED = [corrected(mode) for mode in ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")]
+CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+LOSSES = {
+    "plain": lambda logp, _, engine, advantage: clipped((logp - engine).exp(), advantage),
+    "delta": lambda logp, _, engine, advantage: clipped((logp - engine).exp(), advantage, cap=1.3),
+    "sequence": lambda logp, _, engine, advantage: clipped((logp - engine).mean().exp().expand(len(logp)), advantage),
+    "bonus": lambda logp, entropy, engine, advantage: clipped((logp - engine).exp(), advantage) - 0.3 * entropy,
+} | {mode: partial(corrected, mode) for mode in CORRECTIONS}
 SETTINGS = {
-    plain: {},
-    delta: {"delta": 1.3},
-    sequence: {"importance_sampling_level": "sequence"},
-    bonus: {"entropy_coef": 0.3},
-    **{each: correction(each.__name__) for each in CORRECTED},
-}
-SETTINGS_DAPO = {each: {**SETTINGS[each], "loss_type": "dapo"} for each in (sequence, bonus, CORRECTED[-1])}
+    "plain": {},
+    "delta": {"delta": 1.3},
+    "sequence": {"importance_sampling_level": "sequence"},
+    "bonus": {"entropy_coef": 0.3},
+} | {mode: correction(mode) for mode in CORRECTIONS}
 
 
-def generated(trainer: Any, groups: list[Group]) -> Minibatch:
-    """One generation of the trainer from these completions and rewards on."""
-    trainer.rollout = lambda prompts, number=0: as_drawn(groups)
-    trainer.score = lambda groups: groups
-    (minibatch,) = trainer.generate(trainer.model, [])
-    return minibatch
-
-
-def of_the_trainer(trainer: Any, groups: list[Group]) -> tuple[float, dict[str, Tensor]]:
-    minibatch = generated(trainer, groups)
-    trainer.model.zero_grad()
-    loss, _ = trainer.backward(trainer.model, minibatch.groups)
-    return float(loss), {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
-
-
-def written_out(objective: Any, trainer: Any, groups: list[Group], dapo: bool) -> tuple[float, dict[str, Tensor]]:
+def written_out(loss_of: Any, trainer: Any, groups: list[Group], dapo: bool) -> tuple[float, dict[str, Tensor]]:
     """Equal from the naive forward's log-probs and entropies, the loss in float64."""
     rows = plan_packs(with_advantages(groups, [1.0], "group"), tokens_per_pack=0, share_prompt=False, pack=False)
     naive = NaivePolicy(trainer.model, trainer.family, temperature=1.0)
@@ -116,32 +82,31 @@ def written_out(objective: Any, trainer: Any, groups: list[Group], dapo: bool) -
         for i, alone in enumerate(row):
             own, engine = pack.seq_ids == i, alone.completions[0].logp
             assert alone.advantages is not None and engine is not None
-            loss = objective(logp[own], entropy[own], engine.double(), alone.advantages.double())
+            loss = loss_of(logp[own], entropy[own], engine.double(), alone.advantages.double())
             means.append(loss.mean())
             sums.append(loss.sum())
             tokens += len(loss)
     total = torch.stack(sums).sum() / tokens if dapo else torch.stack(means).mean()
     total.backward()
-    return float(total.detach()), {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+    return float(total.detach()), gradients_of(trainer.model)
 
 
 @pytest.mark.parametrize(
-    ("objective", "settings", "dapo"),
-    [(each, settings, False) for each, settings in SETTINGS.items()]
-    + [(each, settings, True) for each, settings in SETTINGS_DAPO.items()],
-    ids=[each.__name__ for each in SETTINGS] + [f"{each.__name__} dapo" for each in SETTINGS_DAPO],
+    ("name", "dapo"),
+    [*((name, False) for name in SETTINGS), *((name, True) for name in ("sequence", "bonus", "sequence_mask"))],
 )
-def test_the_step_is_the_one_written_out(objective, settings, dapo, model, processor, make, tmp_path):
-    groups = groups_of(make, model)
+def test_the_step_is_the_one_written_out(name, dapo, model, processor, make, tmp_path):
+    groups, settings = groups_of(make, model), SETTINGS[name] | ({"loss_type": "dapo"} if dapo else {})
     trainer = trainer_of(model, processor, tmp_path, beta=0.0, **settings)
     trainer.reward_weights = [1.0]
-    loss, gradients = of_the_trainer(trainer, groups)
-    expected, oracle = written_out(objective, trainer, groups, dapo)
+    minibatch = generate(trainer, groups)
+    trainer.model.zero_grad()
+    loss, _, gradients = backward(trainer, minibatch.groups)
+    expected, oracle = written_out(LOSSES[name], trainer, groups, dapo)
     assert loss == pytest.approx(expected, rel=1e-5, abs=1e-7)
     assert relative(gradients, oracle) < 2e-5
-    if objective is not plain:
-        other = written_out(plain, trainer, groups, dapo)[1]
-        assert relative(gradients, other) > 1e-2
+    if name != "plain":
+        assert relative(gradients, written_out(LOSSES["plain"], trainer, groups, dapo)[1]) > 1e-2
 
 
 # The weights of the correction
@@ -268,7 +233,7 @@ def test_kl_in_reward_of_a_run(old, model, processor, make, tmp_path):
     for parameter in trainer.reference.model.parameters():
         parameter.mul_(1.05)
     groups = groups_of(make, model)
-    minibatch = generated(trainer, groups)
+    minibatch = generate(trainer, groups)
     assert trainer.settings.beta == 0
     policy, reference = NaivePolicy(trainer.model, trainer.family, temperature=1.0), trainer.reference.model
     for before, after in zip(groups, minibatch.groups, strict=True):
@@ -292,7 +257,7 @@ def test_a_buffer_keeps_what_it_needs(model, processor, make, tmp_path):
     settings = {"beta": 0.5, "kl_in_reward": True, "num_iterations": 2, **correction("sequence_mask")}
     trainer = trainer_of(model, processor, tmp_path, **settings)
     trainer.reward_weights = [1.0]
-    minibatch = generated(trainer, groups_of(make, model))
+    minibatch = generate(trainer, groups_of(make, model))
     prompts = {group.prompt.sample.index: group.prompt for group in minibatch.groups}
     buffer, again = (Buffer(2, prompts.__getitem__) for _ in range(2))
     buffer.fill([minibatch])

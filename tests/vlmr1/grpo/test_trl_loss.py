@@ -1,23 +1,14 @@
-"""The step's loss is the one that TRL's own GRPOTrainer computes on the same log-probs and advantages.
+"""The step's loss is the one that TRL's own GRPOTrainer computes on the same log-probs and advantages."""
 
-What runs of TRL is `GRPOTrainer._compute_loss`, and `_generate_and_score_completions` for the advantages, on
-an instance made by `__new__` with the attributes that they read. Replaced are the model pass
-(`_get_per_token_logps_and_entropies` gives the log-probs it is told), generation and reward functions.
-`use_bias_correction_kl`, on by default in TRL, is off: it multiplies the KL by the ratio, which no
-setting does here.
-"""
-
-from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
+from tests.helpers.trl import trl_advantages, trl_loss
 from vlmr1.config import GRPOConfig
 from vlmr1.grpo.advantages import with_advantages
 from vlmr1.grpo.loss import Objective, normalizer
@@ -102,52 +93,6 @@ def our_loss(logp: Tensor, ref: Tensor, groups: list[Group], config: GRPOConfig,
     return total
 
 
-def trl_loss(logp: Tensor, ref: Tensor, groups: list[Group], config: GRPOConfig) -> Tensor:
-    """TRL's, on one padded batch of all sequences."""
-    trl = pytest.importorskip("trl")
-    completions = [completion for group in groups for completion in group.completions]
-    lengths = [len(completion.token_ids) for completion in completions]
-
-    def padded(rows: Tensor) -> Tensor:
-        return pad_sequence(list(rows.split(lengths)), batch_first=True)  # [B, C]
-
-    trainer: Any = trl.GRPOTrainer.__new__(trl.GRPOTrainer)
-    gspo = config.loss_type == "gspo"
-    vars(trainer).update(
-        _get_per_token_logps_and_entropies=lambda *_, **__: (padded(logp), padded(torch.ones_like(logp)), None),
-        loss_type="grpo" if gspo else config.loss_type,
-        importance_sampling_level="sequence" if gspo else config.importance_sampling_level or "token",
-        beta=config.beta,
-        epsilon_low=config.epsilon,
-        epsilon_high=config.epsilon if config.epsilon_high is None else config.epsilon_high,
-        max_completion_length=config.max_completion_length,
-        top_entropy_quantile=1.0,
-        off_policy_mask_threshold=None,
-        aux_loss_enabled=False,
-        use_vllm=False,
-        _entropy_bonus_enabled=False,
-        current_gradient_accumulation_steps=1,
-        args=SimpleNamespace(delta=config.delta, use_bias_correction_kl=False, steps_per_generation=1),
-        model=SimpleNamespace(training=True),
-        accelerator=SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x),
-        _metrics={"train": defaultdict(list)},
-    )
-    mask = padded(torch.ones(len(logp), dtype=torch.long))
-    inputs = {
-        "prompt_ids": torch.zeros(len(completions), 1, dtype=torch.long),
-        "prompt_mask": torch.ones(len(completions), 1, dtype=torch.long),
-        "completion_ids": torch.zeros_like(mask),
-        "completion_mask": mask,
-        "advantages": torch.cat([group.advantages for group in groups if group.advantages is not None]),
-        "num_items_in_batch": mask.sum(),
-        "ref_per_token_logps": padded(ref),
-    }
-    old = [completion.logp for completion in completions if completion.logp is not None]
-    if old:
-        inputs["old_per_token_logps"] = padded(torch.cat(old))
-    return trainer._compute_loss(None, inputs)
-
-
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_loss_and_gradient_are_those_of_trl(case: Case, tmp_path: Path) -> None:
     config = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, num_generations=2, **case.settings)
@@ -157,7 +102,11 @@ def test_loss_and_gradient_are_those_of_trl(case: Case, tmp_path: Path) -> None:
     ref = old + 0.3 * torch.randn(len(old), generator=random)
     logp = (old + case.noise * torch.randn(len(old), generator=random)).requires_grad_()
     loss = our_loss(logp, ref, groups, config, case.packs)
-    expected = trl_loss(logp, ref, groups, config)
+    completions = [completion for group in groups for completion in group.completions]
+    advantages = torch.cat([group.advantages for group in groups])
+    rows = {"logp": logp, "ref_logp": ref, "advantages": advantages} | ({} if case.on_policy else {"old_logp": old})
+    lengths = [len(completion.token_ids) for completion in completions]
+    expected = trl_loss(config.objective(), lengths, rows, torch.ones_like(logp))
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-7)
     gradient, expected_gradient = (torch.autograd.grad(each, logp)[0] for each in (loss, expected))
     assert float(expected_gradient.norm()) > 1e-4
@@ -185,43 +134,3 @@ def test_advantages_are_those_of_trl(
     ours = torch.cat([group.advantages for group in made])  # type: ignore[misc]
     expected = trl_advantages(torch.cat(columns), torch.tensor(weights), len(rewards[0]), scale, aggregation)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
-
-
-def trl_advantages(rewards: Tensor, weights: Tensor, num_generations: int, scale: str, aggregation: str) -> Tensor:
-    """rewards [B, R] -> [B] by TRL's `_generate_and_score_completions`, generation and rewards replaced."""
-    trl = pytest.importorskip("trl")
-    size, count = rewards.shape
-    trainer: Any = trl.GRPOTrainer.__new__(trl.GRPOTrainer)
-    vars(trainer).update(
-        _generate=lambda _: ([[1]] * size, [[1]] * size, None, [""] * size, None, {}, None, None),
-        _calculate_rewards=lambda *_: rewards,
-        num_generations=num_generations,
-        scale_rewards=scale,
-        reward_weights=weights,
-        reward_func_names=[str(i) for i in range(count)],
-        multi_objective_aggregation=aggregation,
-        reward_funcs=[None] * count,
-        environment_factories=None,
-        environments=None,
-        tools=None,
-        mask_truncated_completions=False,
-        pad_to_multiple_of=None,
-        num_iterations=1,
-        use_vllm=False,
-        beta=0.0,
-        log_multimodal=False,
-        _tokenizer=SimpleNamespace(pad_token_id=0),
-        args=SimpleNamespace(
-            per_device_train_batch_size=size,
-            steps_per_generation=1,
-            gradient_accumulation_steps=1,
-            gradient_checkpointing_kwargs=None,
-        ),
-        model=SimpleNamespace(training=True, is_gradient_checkpointing=False),
-        accelerator=SimpleNamespace(device=torch.device("cpu"), process_index=0, gather=lambda x: x),
-        _metrics={"train": defaultdict(list)},
-        _logs={"prompt": [], "completion": [], "rewards": defaultdict(list), "advantages": []},
-        _pending_extra_logs={},
-        _pending_metrics={},
-    )
-    return trainer._generate_and_score_completions([{"prompt": ""}] * size)["advantages"]

@@ -1,22 +1,26 @@
 """What interrupts a run from outside: disks that are full or cannot be written, files that are gone, processes that
-die."""
+die. SIGTERM, SIGUSR1, Ctrl-C: a checkpoint at the end of the step, a message, the exit status that shells expect."""
 
-import ctypes
 import os
+import re
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch.distributed as dist
 
-from tests.helpers.forked import call, finish, start
-from tests.helpers.plants import At, Grow
-from tests.helpers.tiny_runs import assert_same, command, during, write_data
+from tests.helpers.forked import start
+from tests.helpers.forked_ranks import finish_ranks, start_ranks
+from tests.helpers.plants import At, Grow, kill
+from tests.helpers.tiny_runs import assert_same, assert_whole, command, during, ended
 from vlmr1.cli import main
+from vlmr1.grpo.buffer import ROLLOUTS
 from vlmr1.lifecycle.checkpoint import STAGING, last_complete
 
 pytestmark = pytest.mark.slow  # seconds each
@@ -25,22 +29,6 @@ for pid, line in children().items():
     if "rewards.worker" not in line:
         os.system(f"(sleep 0.2; kill -KILL {pid}) &")
 """
-TRY = ["unshare", "--map-root-user", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
-MOUNTS = bool(shutil.which("unshare")) and subprocess.run(TRY, capture_output=True).returncode == 0
-needs_mounts = pytest.mark.skipif(not MOUNTS, reason="mounting in a namespace of our own is not permitted here")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def undisturbed(data, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    status, output = finish(command(data, folder / "out", "--save_total_limit", "0"), folder / "log")
-    assert status == 0, output
-    return folder / "out"
 
 
 # Disks
@@ -54,74 +42,38 @@ LIMITS = {
 }
 
 
+@dataclass(frozen=True)
+class SmallDisk:
+    """In a run: a disk of 10 GiB that has the output directory alone, and a limit of a file."""
+
+    output: Path
+    limit: At
+
+    def __call__(self) -> None:
+        shutil.disk_usage = lambda path: SimpleNamespace(free=free_beside(self.output))  # type: ignore[assignment]
+        self.limit()
+
+
+def free_beside(output: Path) -> int:
+    return 10 * 2**30 - sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+
+
 @pytest.mark.parametrize(("limit", "what"), LIMITS.values(), ids=LIMITS.keys())
-def test_a_file_that_cannot_grow(limit, what, data, tmp_path):
-    """What the system says to a write that goes beyond a limit comes out as one message; nothing half-written stays."""
+def test_a_file_that_cannot_grow(limit, what, undisturbed, run, tmp_path):
+    """What the system says to a write that goes beyond a limit comes out as one message; nothing half-written stays,
+    nor counts as used; and the same command goes on where there is room again."""
     output = tmp_path / "out"
-    status, text = finish(command(data, output), tmp_path / "log", limit)
-    assert status == 2, text
-    assert f"vlmr1: {what} cannot be written to {output}: " in text and " GiB free" in text
-    assert "Traceback" not in text
+    text = run(2, prepare=SmallDisk(output, limit))
+    free = f"{free_beside(output) / 2**30:.2f} GiB free without it"
+    assert re.search(f"vlmr1: {what} cannot be written to {output}: [^;]+; {free}", text), text
     assert [path.name for path in output.iterdir() if path.name.startswith(STAGING) or path.suffix == ".tmp"] == []
     if what == "settings.json":
         assert last_complete(output) is None and not (output / what).exists()
     else:
         assert last_complete(output) == output / "checkpoint-2"
         assert "checkpoint-2 is complete: fix the problem and run the same command to resume from it\n" in text
-
-
-@needs_mounts
-def test_a_full_disk_and_the_same_command_after_room_is_made(data, tmp_path):
-    """A file system of 130 MB, of which two checkpoints of 31 MB leave the third half of what it needs."""
-    run = call(on_a_small_disk, data, tmp_path / "disk", log=tmp_path / "log")
-    assert run.status() == 0, run.output
-
-
-def on_a_small_disk(data: Path, disk: Path) -> int:
-    disk.mkdir()
-    mount("tmpfs", disk, "tmpfs", "size=130m")
-    output, filler = disk / "out", disk / "filler"
-    words = command(data, output)
-    filler.write_bytes(bytes(130 * 2**20 - 77_000_000))
-    status, text = in_fork(words, disk.parent / "first")
-    assert status == 2, text
-    assert f"checkpoint-3 cannot be written to {output}: " in text and "; 0.01 GiB free without it. " in text
-    assert not list(output.glob(f"{STAGING}*")) and last_complete(output) == output / "checkpoint-2"
-    filler.unlink()
-    status, text = in_fork(words, disk.parent / "second")
-    assert status == 0 and "continuing from" in text, text
-    undisturbed = disk.parent / "undisturbed"
-    status, text = in_fork(command(data, undisturbed), disk.parent / "third")
-    assert status == 0, text
-    assert_same(output, undisturbed)
-    return 0
-
-
-def in_fork(words: list[str], log: Path) -> tuple[int, str]:
-    """A run in a fork of this process, which sees the same mounts."""
-    child = os.fork()
-    if not child:
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
-        os._exit(main(words))
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return status, log.read_text()
-
-
-def mount(source: str, target: Path, kind: str, options: str, flags: int = 0) -> None:
-    """In a mount namespace of this process's own, which is made first; as an ordinary user in one of users too."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    users = 0 if os.geteuid() == 0 else 0x10000000
-    user = os.getuid()
-    if libc.unshare(0x20000 | users):
-        raise OSError(ctypes.get_errno(), "unshare")
-    if users:
-        Path("/proc/self/setgroups").write_text("deny")
-        Path("/proc/self/uid_map").write_text(f"0 {user} 1")
-    libc.mount(None, b"/", None, 0x4000 | 0x40000, None)  # nothing of it is seen elsewhere
-    if libc.mount(source.encode(), str(target).encode(), kind.encode(), flags, options.encode()):
-        raise OSError(ctypes.get_errno(), "mount")
+    assert ("continuing from" in run(0)) == (what != "settings.json")
+    assert_same(output, undisturbed.output)
 
 
 NO_MODEL = ["train", "--model_name_or_path", "/no/such/model"]
@@ -141,38 +93,24 @@ def test_an_output_directory_that_cannot_be(words, place, tmp_path, capsys):
     assert f"vlmr1: output_dir {place(tmp_path)} cannot be written: " in capsys.readouterr().err
 
 
-@needs_mounts
-def test_a_read_only_file_system(tmp_path):
-    run = call(on_a_read_only_disk, tmp_path / "disk", log=tmp_path / "log")
-    assert run.status() == 2
-    assert f"output_dir {tmp_path / 'disk' / 'out'} cannot be written: Read-only file system\n" in run.output
-
-
-def on_a_read_only_disk(disk: Path) -> int:
-    disk.mkdir()
-    mount("tmpfs", disk, "tmpfs", "size=1m", flags=1)
-    return main([*NO_MODEL, "--output_dir", str(disk / "out"), "--use_cpu", "true"])
-
-
 # Files that are gone
 
 
-def test_checkpoints_that_the_user_deletes_are_not_missed(data, undisturbed, tmp_path):
+def test_checkpoints_that_the_user_deletes_are_not_missed(undisturbed, run, tmp_path):
     """Both, in the midst of step 3: rotation and the next checkpoints go on."""
     output = tmp_path / "out"
-    during(data, 2, f"[shutil.rmtree(p) for p in pathlib.Path({str(output)!r}).glob('checkpoint-*')]")
-    status, text = finish(command(data, output), tmp_path / "log")
-    assert status == 0, text
+    during(undisturbed.data, 2, f"[shutil.rmtree(p) for p in pathlib.Path({str(output)!r}).glob('checkpoint-*')]")
+    run(0)
     assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-5", "checkpoint-6"]
-    assert_same(output, undisturbed)
+    assert_same(output, undisturbed.output)
 
 
 @pytest.fixture
 def stopped(undisturbed, tmp_path) -> Path:
     """The output directory of a run that ended after step 2."""
     output = tmp_path / "out"
-    shutil.copytree(undisturbed / "checkpoint-2", output / "checkpoint-2")
-    shutil.copy(undisturbed / "settings.json", output)
+    shutil.copytree(undisturbed.output / "checkpoint-2", output / "checkpoint-2")
+    shutil.copy(undisturbed.output / "settings.json", output)
     return output
 
 
@@ -183,11 +121,9 @@ GONE = {  # at which opening of a file, in a run that goes on
 
 
 @pytest.mark.parametrize(("file", "opening"), GONE.values(), ids=GONE.keys())
-def test_a_checkpoint_that_is_deleted_while_it_is_read(file, opening, data, stopped, tmp_path):
+def test_a_checkpoint_that_is_deleted_while_it_is_read(file, opening, stopped, run):
     """The library would go on with the weights and a new optimizer."""
-    deletion = At("open", file, partial(delete, stopped / "checkpoint-2"), count=opening)
-    status, text = finish(command(data, stopped), tmp_path / "log", deletion)
-    assert status == 2 and "Traceback" not in text, text
+    text = run(2, prepare=At("open", file, partial(delete, stopped / "checkpoint-2"), count=opening))
     assert f"vlmr1: {stopped / 'checkpoint-2'} was deleted or changed while it was read (" in text
 
 
@@ -196,13 +132,11 @@ def delete(folder: Path, _path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "settings.json"])
-def test_a_file_with_other_content(name, data, stopped, tmp_path):
+def test_a_file_with_other_content(name, stopped, run):
     """An optimizer is too large for a digest in the manifest; the settings are not part of the checkpoint."""
     path = stopped / "checkpoint-2" / name if name == "optimizer.pt" else stopped / name
     path.write_bytes(bytes(path.stat().st_size))
-    status, text = finish(command(data, stopped), tmp_path / "log")
-    assert status == 2 and "Traceback" not in text, text
-    assert f"vlmr1: {stopped / 'checkpoint-2' if name == 'optimizer.pt' else path} cannot be read (" in text
+    assert f"vlmr1: {stopped / 'checkpoint-2' if name == 'optimizer.pt' else path} cannot be read (" in run(2)
 
 
 # Processes
@@ -215,17 +149,16 @@ DEATHS = {
 
 
 @pytest.mark.parametrize(("code", "reward", "says"), DEATHS.values(), ids=DEATHS.keys())
-def test_a_process_that_dies_is_named(code, reward, says, data, tmp_path):
-    during(data, 1, code)
-    more = ["--reward_funcs", f"{data / 'mine.py'}:{reward}", "--dataloader_num_workers", "1"]
-    status, text = finish(command(data, tmp_path / "out", *more), tmp_path / "log")
-    assert status == 2 and "Traceback" not in text, text
+def test_a_process_that_dies_is_named(code, reward, says, undisturbed, run):
+    during(undisturbed.data, 1, code)
+    text = run(2, "--reward_funcs", f"{undisturbed.data / 'mine.py'}:{reward}", "--dataloader_num_workers", "1")
     said = [line for line in text.splitlines() if line.startswith("vlmr1: ")]
     assert len(said) == 1 and says in said[0], text
 
 
-def test_no_process_outlives_the_run(data, tmp_path):
+def test_no_process_outlives_the_run(undisturbed, tmp_path):
     """One prepares prompts, one is in a reward that lets no other thread of its process run."""
+    data = undisturbed.data
     hanging = data / "hangs"
     more = ["--reward_funcs", f"{data / 'mine.py'}:hangs", "--dataloader_num_workers", "1", "--reward_timeout", "1000"]
     run = start(command(data, tmp_path / "out", *more), tmp_path / "log")
@@ -255,3 +188,129 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+# Signals
+
+
+SELF = "os.kill(os.getpid(), signal.{})".format
+WITHIN = "import vlmr1.lifecycle.signals; vlmr1.lifecycle.signals.DUPLICATE_S"
+TELL_ALL = "[os.kill(pid, signal.SIGTERM) for pid in [*children(), os.getpid()]]"
+NO_READER = "read, write = os.pipe(); os.close(read); os.dup2(write, 1); os.dup2(write, 2)"
+EVERY = ["--logging_steps", "2", "--save_total_limit", "0"]  # signals find a line half-counted
+RARELY = [*EVERY, "--save_steps", "100"]
+SIGNALS = {
+    "SIGTERM": ("SIGTERM", RARELY),
+    "SIGUSR1": ("SIGUSR1", [*EVERY, "--save_strategy", "epoch"]),
+    "SIGINT": ("Ctrl-C", EVERY),
+}
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_a_signal_ends_the_run_after_its_step(name, undisturbed, run, tmp_path):
+    """In step 3, the first of two on its generation; the checkpoint is written once, whatever else asks for it."""
+    shown, more = SIGNALS[name]
+    during(undisturbed.data, 2, SELF(name))
+    output = tmp_path / "out"
+    twice = At("os.rename", "out/checkpoint-3/", kill, count=2, argument=1)
+    text = run(128 + signal.Signals[name], *more, prepare=twice)
+    assert f"vlmr1: stopped by {shown} after step 3 of 6; run the same command to resume\n" in text, text
+    assert text.count("stopping after this step") == 1
+    assert last_complete(output) == output / "checkpoint-3" and (output / "checkpoint-3" / ROLLOUTS).exists()
+    assert_whole(output, undisturbed.output)
+    assert "continuing from" in run(0, *more)
+    if name == "SIGTERM":
+        ended(0, command(undisturbed.data, tmp_path / "whole", *EVERY), tmp_path / "log")
+        assert_same(output, tmp_path / "whole")
+
+
+BEFORE = "before its first step; run the same command to start again\n"
+SENT = {  # signal and status, at which opening of a file, and what is said
+    "SIGTERM": ("SIGTERM", 143, "tiny/checkpoint/config.json", BEFORE),
+    "SIGINT": ("SIGINT", 130, "tiny/checkpoint/config.json", BEFORE),
+    "while a checkpoint is written": (
+        *("SIGTERM", 143, f"{STAGING}checkpoint-2/checkpoint-2/trainer_state.json"),
+        "stopped by SIGTERM after step 2 of 6; run the same command to resume\n",
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "status", "file", "says"), SENT.values(), ids=SENT.keys())
+def test_a_signal_outside_of_a_step(name, status, file, says, run, tmp_path):
+    """No step is begun that would have to be waited for."""
+    assert says in run(status, prepare=At("open", file, partial(send, signal.Signals[name])))
+    last = tmp_path / "out" / "checkpoint-2"
+    assert last_complete(tmp_path / "out") == (None if says == BEFORE else last)
+
+
+def test_a_second_signal_ends_it_at_once(undisturbed, tmp_path):
+    """A repetition within a second does not count: terminals and launchers both send it."""
+    data = undisturbed.data
+    during(data, 1, f"{WITHIN}=1e9; {SELF('SIGTERM')}; {SELF('SIGTERM')}; {WITHIN}=0; {SELF('SIGTERM')}")
+    run = start(command(data, tmp_path / "out"), tmp_path / "log")
+    assert run.status() == -signal.SIGTERM
+    assert run.output.count("send it again to stop at once") == 2 and "Traceback" not in run.output
+    assert last_complete(tmp_path / "out") is None
+
+
+def test_ctrl_c_in_another_command(undisturbed, tmp_path):
+    data = undisturbed.data
+    words = ["evaluate", "--model", "tiny", "--data", str(data / "train.jsonl"), "--images", str(data / "images")]
+    words += ["--task", "rec", "--output_dir", str(tmp_path / "out")]
+    at = At("open", "tiny/checkpoint/config.json", partial(send, signal.SIGINT))
+    assert "vlmr1: stopped by Ctrl-C\n" in ended(130, words, tmp_path / "log", at)
+
+
+def send(number: int, _path: Path) -> None:
+    os.kill(os.getpid(), number)
+
+
+def test_signals_to_every_process_of_a_run(undisturbed, run, tmp_path):
+    """As schedulers send them: the processes that score and that prepare prompts go on until the step is done."""
+    during(undisturbed.data, 2, TELL_ALL)
+    rewards = [f"{undisturbed.data / 'mine.py'}:{name}" for name in ("apart", "mine")]
+    run(143, *RARELY, "--reward_funcs", *rewards, "--dataloader_num_workers", "1")
+    assert last_complete(tmp_path / "out") == tmp_path / "out" / "checkpoint-3"
+
+
+def test_nobody_reads_the_output_any_more(undisturbed, run, tmp_path):
+    """`vlmr1 train | tee log`, and Ctrl-C, which ends tee too: the run still saves, and says so by its status."""
+    during(undisturbed.data, 2, f"{NO_READER}; {SELF('SIGINT')}")
+    run(130, *EVERY)
+    assert last_complete(tmp_path / "out") == tmp_path / "out" / "checkpoint-3"
+    assert_whole(tmp_path / "out", undisturbed.output)
+
+
+def test_ranks_stop_at_the_same_step(tmp_path):
+    """The signal comes to one of them, in step 2."""
+    ranks = start_ranks(stop_in_step_2, tmp_path / "out", logs=tmp_path / "rank")
+    assert finish_ranks(ranks) == [143, 143], [run.output for run in ranks]
+    said = "stopped by SIGTERM after step 2 of 4; run the same command to resume"
+    assert all(said in run.output.splitlines() for run in ranks)
+
+
+def stop_in_step_2(output: Path) -> int:
+    from transformers import TrainerControl, TrainerState
+
+    from vlmr1.config import GRPOConfig
+    from vlmr1.errors import Stopped
+    from vlmr1.lifecycle.signals import StopSignals
+
+    dist.init_process_group("gloo")
+    args = GRPOConfig(output_dir=str(output), use_cpu=True)
+    state, control = TrainerState(max_steps=4), TrainerControl()
+    with StopSignals() as stop:
+        stop.on_train_begin(args, state, control)
+        while not control.should_training_stop:
+            stop.on_step_begin(args, state, control)
+            if (dist.get_rank(), state.global_step) == (1, 1):
+                os.kill(os.getpid(), signal.SIGTERM)
+            state.global_step += 1
+            stop.on_step_end(args, state, control)
+        stop.on_train_end(args, state, control)
+        try:
+            stop.raise_if_stopped()
+        except Stopped as stopped:
+            print(stopped, flush=True)
+            return stopped.status
+    return 0

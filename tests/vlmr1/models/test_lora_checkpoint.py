@@ -9,11 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers.digit_runs import STEPS, command, start_with
+from tests.helpers.digit_runs import STEPS, command
 from tests.helpers.maker import Maker
 from vlmr1.cli import main
 from vlmr1.commands.merge import merge
-from vlmr1.errors import SettingError
 from vlmr1.grpo.packing import make_pack
 from vlmr1.grpo.policy import PackedPolicy
 from vlmr1.models import family_of, load_model, load_processor
@@ -61,40 +60,14 @@ def test_a_checkpoint_holds_the_adapter_only(run):
     assert before.keys() == after.keys() and all(not torch.equal(before[name], after[name]) for name in after)
 
 
-def assert_same_adapter(one: Path, other: Path) -> None:
-    expected, found = (adapter_weights(folder / f"checkpoint-{STEPS}") for folder in (one, other))
-    assert expected.keys() == found.keys()
-    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
-
-
 def test_a_run_that_goes_on_ends_with_the_same_adapter(run, data, tmp_path, capsys):
     shutil.copytree(run / "checkpoint-4", tmp_path / "checkpoint-4")
     assert main(command(data, tmp_path, *LORA, *KINDS[kind_of(run)])) == 0
-    assert "continuing from" in capsys.readouterr().out
-    assert_same_adapter(run, tmp_path)
-
-
-@pytest.mark.slow
-def test_killed_run_ends_with_the_same_adapter(data, tmp_path):
-    whole = start_with(command(data, tmp_path / "whole", *LORA))  # a process as the others: to the last bit
-    output, _ = whole.communicate()
-    assert whole.returncode == 0, output
-    first = start_with(command(data, tmp_path, *LORA), kill_before=4)
-    first.communicate()
-    assert first.returncode == 9
-    assert not (tmp_path / f"checkpoint-{STEPS}").exists()
-    again = start_with(command(data, tmp_path, *LORA))
-    output, _ = again.communicate()
-    assert again.returncode == 0, output
-    assert "continuing from" in output and "missing keys" not in output
-    assert_same_adapter(tmp_path / "whole", tmp_path)
-
-
-def test_the_adapter_of_another_run_is_refused(run, data, tmp_path, capsys):
-    shutil.copytree(run / "checkpoint-4", tmp_path / "checkpoint-4")
-    words = [*LORA, *KINDS[kind_of(run)], "--lora_target_modules", "q_proj"]
-    assert main(command(data, tmp_path, *words)) == 2
-    assert "its adapter is not the one of this run" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "continuing from" in said.out and "missing keys" not in said.out + said.err
+    expected, found = (adapter_weights(folder / f"checkpoint-{STEPS}") for folder in (run, tmp_path))
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
 
 
 def test_load_model_reads_base_and_adapter(run, image_files):
@@ -131,16 +104,6 @@ def test_merge_command(run, tmp_path, capsys):
     assert main(words) == 0
     assert ("was trained in 4 bits" in capsys.readouterr().out) == (kind_of(run) == "qlora")
     assert {each.dtype for each in load_file(output / "model.safetensors").values()} == {torch.bfloat16}
-    assert main(words) == 2
-    assert f"--output: {output} exists" in capsys.readouterr().err
-
-
-def test_refusals(run, data, tmp_path, capsys):
-    with pytest.raises(SettingError, match="holds no adapter"):
-        merge(CHECKPOINT, tmp_path / "merged")
-    checkpoint = run / f"checkpoint-{STEPS}"
-    assert main(command(data, tmp_path, "--model_name_or_path", str(checkpoint))) == 2
-    assert "holds an adapter only; `vlmr1 merge`" in capsys.readouterr().err
 
 
 def test_a_dora_adapter_merges(data, tmp_path, image_files):

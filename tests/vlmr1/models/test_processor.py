@@ -1,4 +1,5 @@
-"""Processors where torchvision is not installed: image-only, from every place where a checkpoint keeps its parts."""
+"""Processors where torchvision is not installed: image-only, from every place where a checkpoint keeps its parts. Which
+family a checkpoint gets, and what is refused: by the configuration alone."""
 
 import json
 import pickle
@@ -8,17 +9,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from PIL import Image
-from transformers import Idefics3Processor, SmolVLMProcessor
+from transformers import AutoConfig, Idefics3Processor, SmolVLMProcessor
 
-from tests.helpers.families import FAMILIES, build
-from vlmr1.models import load_processor
+from tests.helpers.families import assert_same, checkpoints, config_of, outputs
+from vlmr1.errors import SettingError
+from vlmr1.models import BY_TYPE, HOW_TO_ADD, check_dropout, family_for, load_model, load_processor
 from vlmr1.models import processor as module
 from vlmr1.models.processor import PROCESSOR_MAPPING, save_processor
 
-MESSAGES = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Where is it?"}]}]
 SETTINGS = {"internvl": "image_seq_length", "idefics3": "image_seq_len", "smolvlm": "image_seq_len"}
+checkpoint = checkpoints()
 
 
 @pytest.fixture(autouse=True)
@@ -26,45 +26,21 @@ def no_torchvision(monkeypatch):
     monkeypatch.setattr(module, "is_torchvision_available", lambda: False)
 
 
-@pytest.fixture(scope="session", params=FAMILIES)
-def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(request.param, tmp_path_factory.mktemp("processors") / request.param)
-
-
 @pytest.fixture
-def folder(built: Path, tmp_path: Path) -> Path:
+def folder(checkpoint: Path, tmp_path: Path) -> Path:
     """A copy, to change; the name says the family."""
-    return Path(shutil.copytree(built, tmp_path / built.name))
-
-
-def outputs(processor: Any) -> dict[str, torch.Tensor]:
-    text = processor.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
-    images = [Image.linear_gradient("L").convert("RGB").resize((112, 56))]
-    return dict(processor(text=[text], images=images, return_tensors="pt"))
-
-
-def assert_same(one: Any, other: Any) -> None:
-    assert type(one) is type(other) and one.chat_template == other.chat_template
-    first, second = outputs(one), outputs(other)
-    assert first.keys() == second.keys() and len(first) >= 3
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    return Path(shutil.copytree(checkpoint, tmp_path / checkpoint.name))
 
 
 def test_image_only(folder):
     processor = load_processor(folder)
     assert processor.get_attributes() == ["image_processor", "tokenizer"]
-    stock = {"smolvlm": Idefics3Processor}.get(folder.name, PROCESSOR_MAPPING[type(config_of(folder))])
+    stock = {"smolvlm": Idefics3Processor}.get(folder.name, PROCESSOR_MAPPING[type(config_of(folder.name))])
     assert isinstance(processor, stock)
     if (name := SETTINGS.get(folder.name)) is not None:
         assert getattr(processor, name) == 4
     shown = outputs(processor)["input_ids"][0]
-    assert int((shown == processor.image_token_id).sum()) == {"internvl": 12, "idefics3": 12, "smolvlm": 12}.get(
-        folder.name, 8
-    )
-
-
-def config_of(folder: Path) -> Any:
-    return module.AutoConfig.from_pretrained(folder)
+    assert int((shown == processor.image_token_id).sum()) == (12 if folder.name in SETTINGS else 8)
 
 
 def test_saved_and_read_again(folder, tmp_path):
@@ -74,7 +50,8 @@ def test_saved_and_read_again(folder, tmp_path):
     shutil.copy(folder / "config.json", saved)
     assert_same(load_processor(saved), processor)
     written = json.loads((saved / "processor_config.json").read_text())
-    assert written["processor_class"] == PROCESSOR_MAPPING[type(config_of(folder))].__name__  # what AutoProcessor reads
+    stock = PROCESSOR_MAPPING[type(config_of(folder.name))].__name__  # what AutoProcessor reads
+    assert written["processor_class"] == stock
     if (name := SETTINGS.get(folder.name)) is not None:
         assert written[name] == 4
     image_processor = json.loads((saved / "preprocessor_config.json").read_text())
@@ -140,3 +117,86 @@ def test_smolvlm_writes_what_idefics3_writes(rows, columns):
         for stock in (Idefics3Processor, SmolVLMProcessor)
     )
     assert one == other and one.count("<image>") == 3 * (rows * columns + 1)
+
+
+# The family of a checkpoint
+
+
+SUPPORTED = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "glm4v", "idefics3", "smolvlm"}
+
+
+def config(model_type: str, **decoder: Any) -> Any:
+    """The library's default configuration, with some of the decoder's settings given."""
+    given = AutoConfig.for_model(model_type)
+    for name, value in decoder.items():
+        setattr(given.get_text_config(decoder=True), name, value)
+    return given
+
+
+def written(folder: Path, settings: dict[str, Any]) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_families():
+    assert set(BY_TYPE) == SUPPORTED
+    for model_type, kind in BY_TYPE.items():
+        family = family_for(config(model_type))
+        assert type(family) is kind and model_type in family.model_types
+
+
+SLIDES = "has layers of sliding_attention, which only sees a part"
+REFUSED = {
+    "linear attention": ("qwen3_5", {}, "qwen3_5 has layers of linear_attention, which would read one branch"),
+    "experts": ("qwen3_vl_moe", {}, "qwen3_vl_moe routes tokens to experts (num_experts), which was not tested"),
+    "experts of GLM": ("glm4v_moe", {}, "glm4v_moe routes tokens to experts (num_local_experts), which was not tested"),
+    "some layers slide": ("gemma3", {}, f"gemma3 {SLIDES}"),
+    "all layers slide": ("internvl", {"layer_types": ["sliding_attention"] * 2}, f"internvl {SLIDES}"),
+    "a window and no kinds of layers": ("smolvlm", {"sliding_window": 64}, f"smolvlm {SLIDES}"),
+    "chunks": ("internvl", {"layer_types": ["chunked_attention"]}, "internvl has layers of chunked_attention"),
+    "experts in a known family": ("internvl", {"num_local_experts": 8}, "internvl routes tokens to experts"),
+    "another family": ("llava", {}, "llava is not supported, only qwen2_vl, qwen2_5_vl, qwen3_vl"),
+    "no images": ("llama", {}, "llama is not supported"),
+}
+
+
+@pytest.mark.parametrize("model_type, decoder, message", REFUSED.values(), ids=REFUSED.keys())
+def test_refused(model_type, decoder, message):
+    """In one line that says why, and where adding a family is described."""
+    with pytest.raises(SettingError) as refusal:
+        family_for(config(model_type, **decoder))
+    text = str(refusal.value)
+    assert text.startswith(f"model_name_or_path: {message}") and text.endswith(HOW_TO_ADD)
+    assert (Path(__file__).parents[3] / HOW_TO_ADD.split()[0]).is_file()
+
+
+def test_path_has_no_part_in_the_choice(tmp_path):
+    """A directory named after one family with the configuration of another."""
+    path = written(tmp_path / "qwen2_5_vl-something", {"model_type": "llava"})
+    with pytest.raises(SettingError, match="model_name_or_path: llava"):
+        load_model(path)
+    other = written(tmp_path / "llava-something", config("internvl").to_dict())
+    assert family_for(AutoConfig.from_pretrained(other)).model_types == ("internvl",)
+    with pytest.raises(SettingError, match=r"model_name_or_path: .*model\.safetensors"):  # only its weights are missing
+        load_model(other)
+
+
+UNREADABLE = {
+    "unknown type": ({"model_type": "no_such_model"}, "model_name_or_path: .*`no_such_model`"),
+    "no type": ({"hidden_size": 8}, "model_name_or_path: .*model_type"),
+}
+
+
+@pytest.mark.parametrize("settings, message", UNREADABLE.values(), ids=UNREADABLE.keys())
+def test_unreadable(settings, message, tmp_path):
+    with pytest.raises(SettingError, match=message) as refusal:
+        load_model(written(tmp_path / "model", settings))
+    assert str(refusal.value).endswith(HOW_TO_ADD) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("model_type", sorted(SUPPORTED))
+def test_dropout(model_type):
+    check_dropout(config(model_type))
+    with pytest.raises(SettingError, match=r"share_prompt and pack .* attention_dropout is 0\.1: set both to false"):
+        check_dropout(config(model_type, attention_dropout=0.1))

@@ -3,15 +3,15 @@ setting changes what it says and nothing else, and what cannot be is refused by 
 
 import sys
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
-from tests.helpers.families import FAMILIES, build
+from tests.helpers.families import build
 from tests.helpers.lora_steps import LORA, perturb
-from tests.helpers.refused import CPU, refusal
+from tests.helpers.refused import refusal
 from tests.helpers.trainers import gradients, relative, trainer_of
-from vlmr1.commands.arguments import parse_config
 from vlmr1.config import GRPOConfig
 from vlmr1.errors import SettingError
 from vlmr1.grpo.packing import make_pack
@@ -29,32 +29,7 @@ def test_what_is_not_installed_is_named(module, arguments, monkeypatch):
     assert refusal(*arguments) == f"{setting} needs {module}: pip install 'vlmr1[quant]'"
 
 
-ALLOWED = {
-    "dropout": [*PEFT, "--lora_dropout", "0.1"],
-    "bfloat16 below an adapter": [*PEFT, "--model_dtype", "bfloat16"],
-    "a copy beside an adapter": [*PEFT, "--reference", "copy"],
-    "freeze_vision, which an adapter does anyway": [*PEFT, "--freeze_vision", "true"],
-}
-
-
-@pytest.mark.parametrize("arguments", ALLOWED.values(), ids=ALLOWED.keys())
-def test_allowed(arguments):
-    assert parse_config([*CPU, *arguments]).use_peft
-
-
 # Tower and projector
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_projector_is_a_part_of_the_vision_parameters(family, tmp_path):
-    model = load_model(build(family, tmp_path))
-    family = family_of(model)
-    merger, vision = (
-        {id(p) for p in part} for part in (family.merger_parameters(model), family.vision_parameters(model))
-    )
-    assert merger < vision and len(merger) >= 1
-    rows = family.merger_parameters(model)[-1].shape[0]
-    assert rows == model.config.text_config.hidden_size  # it ends where the decoder begins
 
 
 FREEZE = {
@@ -79,6 +54,24 @@ def test_freeze(settings, tower, merger, cached, model, processor, make, tmp_pat
     expected = plain.keys() - (set() if tower else of_tower) - (set() if merger else of_merger)
     assert of_merger and of_tower and found.keys() == expected
     assert relative(found, {name: plain[name] for name in expected}) < 1e-5
+
+
+ENCODED = {  # images of each call
+    "shared": ({"max_steps": 2}, [2, 2]),
+    "not shared": ({"share_vision": False, "share_prompt": False}, [2, 2 * 3, 2 * 3]),
+}
+
+
+@pytest.mark.parametrize("settings, images", ENCODED.values(), ids=ENCODED.keys())
+def test_a_frozen_tower_encodes_an_image_once_a_step(settings, images, model, processor, tmp_path, monkeypatch):
+    """For rollout, reference and policy; without share_vision again for each completion of a pass."""
+    trainer = trainer_of(model, processor, tmp_path, freeze_vision=True, **settings)
+    encode, counts = trainer.family.encode_images, []
+    monkeypatch.setattr(trainer.family, "encode_images", lambda m, them: counts.append(len(them)) or encode(m, them))
+    trainer.train()
+    assert [count for count in counts if count] == images
+    assert (trainer.features is None) == ("share_vision" in settings)
+    assert trainer.features is None or trainer.features.kept == {}  # freed after each step
 
 
 # The reference
@@ -231,10 +224,7 @@ def test_liger_has_no_layers_for_every_family(tmp_path, as_on_a_gpu):
 
 def test_liger_that_does_not_fit_the_library_is_named(model, processor, tmp_path, monkeypatch, as_on_a_gpu):
     """Liger 0.8 imports names of Qwen-VL modules that transformers 5.23 does not have."""
-
-    def fails(*_: Any) -> None:
-        raise ImportError("cannot import name 'Output'")
-
+    fails = Mock(side_effect=ImportError("cannot import name 'Output'"))
     monkeypatch.setattr("vlmr1.models.trainable.apply_liger_kernel", fails)
     with pytest.raises(SettingError, match=r"do not fit qwen2_5_vl here \(Liger .*\): cannot import name 'Output'"):
         trainer_of(model, processor, tmp_path, use_liger_kernel=True)

@@ -1,15 +1,12 @@
 """Each setting moves the causes that it should, by the bytes that it should, and no other."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
 import torch
 
-from tests.helpers.families import FAMILIES, tokenizer
+from tests.helpers.families import FAMILIES, config_of
 from tests.helpers.jobs import CONFIG, args_of, job
-from vlmr1.errors import SettingError
 from vlmr1.models.trainable import planned_model
 from vlmr1.planner import peak_bytes
 from vlmr1.planner.plan import CAUSES, Plan, Planner
@@ -43,12 +40,12 @@ def changed(one: Plan, other: Plan, phase: str) -> set[str]:
 
 def test_weights_gradients_optimizer_and_reference_are_counted_to_the_byte():
     phases = planned().phases
-    for phase in phases:
-        assert phases[phase]["weights"] == 4 * ALL + BUFFERS
-        assert phases[phase]["reference model"] == 4 * ALL + BUFFERS
-        assert phases[phase]["optimizer"] == 8 * ALL
+    for causes in phases.values():
+        assert causes["weights"] == causes["reference model"] == 4 * ALL + BUFFERS
+        assert causes["optimizer"] == 8 * ALL
     assert phases["policy"]["gradients"] == phases["update"]["gradients"] == 4 * ALL
     assert phases["rollout"]["gradients"] == phases["reference"]["gradients"] == 0
+    assert "reference" not in planned(beta=0.0).phases
 
 
 def kv_bytes(groups: int, dtype: torch.dtype) -> int:
@@ -56,35 +53,12 @@ def kv_bytes(groups: int, dtype: torch.dtype) -> int:
     return block_bytes(CONFIG.get_text_config(), dtype) * (groups * group + 1)  # and the scratch block
 
 
-KV = {
-    "float32": ({}, kv_bytes(4, torch.float32)),
-    "bf16": ({"bf16": True}, kv_bytes(4, torch.bfloat16)),
-    "two generations of prompts": ({"steps_per_generation": 2}, kv_bytes(8, torch.float32)),
-    "a budget below a group": ({"rollout_kv_mib": 1e-6}, kv_bytes(1, torch.float32)),
-}
-
-
-@pytest.mark.parametrize(("settings", "expected"), KV.values(), ids=KV.keys())
-def test_kv_cache_is_the_pool_of_blocks(settings, expected):
-    plan = planned(**settings)
-    assert plan.phases["rollout"]["kv cache"] == expected
-    assert all(plan.phases[phase]["kv cache"] == 0 for phase in plan.phases if phase != "rollout")
-
-
-def test_a_kv_budget_is_kept():
-    each = block_bytes(CONFIG.get_text_config(), torch.float32)
-    found = planned(rollout_kv_mib=25 * each / 2**20).phases["rollout"]["kv cache"]
-    assert found == 26 * each
-
-
 # Setting -> the causes that differ in the update phase, where nothing depends on where a peak is.
+ROUNDED = {"model_dtype": "bfloat16", "stochastic_rounding": True, "optim": "adamw_torch_8bit"}
 UPDATE = {
     "optim": ({"optim": "adamw_bnb_8bit"}, {"optimizer"}),
     "freeze_vision": ({"freeze_vision": True}, {"gradients", "optimizer", "reference model"}),
-    "bfloat16 weights": (
-        {"model_dtype": "bfloat16", "stochastic_rounding": True, "optim": "adamw_torch_8bit"},
-        {"weights", "optimizer", "reference model"},
-    ),
+    "bfloat16 weights": (ROUNDED, {"weights", "optimizer", "reference model"}),
     "bf16 compute": ({"bf16": True}, set()),
     "no reference": ({"beta": 0.0}, {"reference model"}),
     "reference in host memory": ({"reference": "offload"}, {"reference model"}),
@@ -102,12 +76,13 @@ def test_what_a_setting_changes_outside_of_the_passes(settings, expected):
 
 
 # Setting -> the causes that differ in the rollout and in the policy pass, and by how much activations must fall there.
+COMPUTED = {"activations", "vision tower", "logits"}
 PASSES = {
     "optim": ({"optim": "sgd"}, {"optimizer"}, {"optimizer"}),
     "no reference": ({"beta": 0.0}, {"reference model"}, {"reference model"}),
-    "rollout_kv_mib": ({"rollout_kv_mib": 0.1}, {"kv cache", "activations", "vision tower", "logits"}, set()),
-    "activation_checkpointing": ({"activation_checkpointing": True}, set(), {"activations", "vision tower", "logits"}),
-    "tokens_per_pack": ({"tokens_per_pack": 256}, set(), {"activations", "vision tower", "logits"}),
+    "rollout_kv_mib": ({"rollout_kv_mib": 0.1}, {"kv cache"} | COMPUTED, set()),
+    "activation_checkpointing": ({"activation_checkpointing": True}, set(), COMPUTED),
+    "tokens_per_pack": ({"tokens_per_pack": 256}, set(), COMPUTED),
 }
 
 
@@ -122,16 +97,12 @@ def test_what_a_setting_changes_in_the_passes(settings, rollout, policy):
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_checkpointing_and_smaller_packs_take_less(device):
     long = {"device": device, "max_completion_length": 129}
-    policy = {
-        name: planned(**long, **more).phases["policy"]["activations"]
-        for name, more in {
-            "all": {"tokens_per_pack": 4096},
-            "a group": {"tokens_per_pack": 512},
-            "kept": {"tokens_per_pack": 4096, "activation_checkpointing": True},
-        }.items()
-    }
-    assert policy["a group"] < 0.4 * policy["all"]  # 440 tokens of 1,760
-    assert policy["kept"] < 0.6 * policy["all"]
+
+    def activations(tokens_per_pack: int, **more: Any) -> int:
+        return planned(**long, tokens_per_pack=tokens_per_pack, **more).phases["policy"]["activations"]
+
+    assert activations(512) < 0.4 * activations(4096)  # 440 tokens of 1,760
+    assert activations(4096, activation_checkpointing=True) < 0.6 * activations(4096)
 
 
 def test_frozen_vision_keeps_features_and_nothing_else():
@@ -143,64 +114,49 @@ def test_frozen_vision_keeps_features_and_nothing_else():
     assert frozen.phases["update"]["optimizer"] == 8 * numbers("decoder")
 
 
-STATES = {
-    "adamw_torch_fused": 8 * ALL,
-    "sgd": 0,
-    "lion_32bit": 4 * ALL,
-}
-
-
-@pytest.mark.parametrize(("optim", "expected"), STATES.items(), ids=STATES.keys())
-def test_bytes_of_optimizer_states(optim, expected):
-    assert planned(optim=optim).phases["policy"]["optimizer"] == expected
-
-
-def test_adamw_over_lists_needs_one_copy_more_while_it_steps():
-    plan = planned(optim="adamw_torch")
-    assert plan.phases["policy"]["optimizer"] == 8 * ALL
-    assert plan.phases["update"]["optimizer"] == 12 * ALL
-
-
 def in_8_bits(name: str, count: int) -> int:
     """Bytes of a parameter's moment: embeddings and small tensors stay float32, blocks of 256 share a scale."""
     return 4 * count if count < 4096 or "embed_tokens" in name else count + 4 * -(-count // 256)
 
 
-def test_8_bit_states_leave_embeddings_and_small_tensors_wide():
-    expected = sum(2 * in_8_bits(name, p.numel()) for name, p in MODEL.named_parameters())
-    assert planned(optim="adamw_bnb_8bit").phases["policy"]["optimizer"] == expected
+BLOCK = block_bytes(CONFIG.get_text_config(), torch.float32)
+# 16 tokens are 64 patches of 14 x 14 px, two frames, three channels; and a grid of three int64. Of two generations.
+IMAGES = 2 * 4 * (64 * 3 * 2 * 14 * 14 * 4 + 3 * 8)
+# Pages hold the states of parameters from 100,000 numbers on; scales are no part of them.
+PAGES = sum(8 * p.numel() for p in MODEL.parameters() if p.numel() >= 1e5)
+PAGED = {"host optimizer": PAGES, "policy optimizer": 8 * ALL - PAGES, "update optimizer": 8 * ALL}
+REFERENCE = {f"{place} reference model": 4 * ALL + BUFFERS for place in ("host", "reference")}
+REFERENCE |= {f"{phase} reference model": 0 for phase in ("rollout", "policy", "update")}
+IN_8_BITS = sum(2 * in_8_bits(name, p.numel()) for name, p in MODEL.named_parameters())
+BYTES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {  # settings -> bytes by phase, or of the host, and cause
+    "defaults": ({}, {"rollout kv cache": kv_bytes(4, torch.float32), "host images": IMAGES, "update images": 0}),
+    "bf16": ({"bf16": True}, {"rollout kv cache": kv_bytes(4, torch.bfloat16)}),
+    "two generations of prompts": ({"steps_per_generation": 2}, {"rollout kv cache": kv_bytes(8, torch.float32)}),
+    "a budget below a group": ({"rollout_kv_mib": 1e-6}, {"rollout kv cache": kv_bytes(1, torch.float32)}),
+    "a budget": ({"rollout_kv_mib": 25 * BLOCK / 2**20}, {"rollout kv cache": 26 * BLOCK}),
+    "adamw_torch_fused": ({"optim": "adamw_torch_fused"}, {"policy optimizer": 8 * ALL, "update optimizer": 8 * ALL}),
+    "adamw over lists": ({"optim": "adamw_torch"}, {"policy optimizer": 8 * ALL, "update optimizer": 12 * ALL}),
+    "sgd": ({"optim": "sgd"}, {"policy optimizer": 0}),
+    "lion_32bit": ({"optim": "lion_32bit"}, {"policy optimizer": 4 * ALL}),
+    "adamw_bnb_8bit": ({"optim": "adamw_bnb_8bit"}, {"policy optimizer": IN_8_BITS}),
+    "paged": ({"optim": "paged_adamw_32bit"}, PAGED),
+    "paged, cpu": (
+        {"optim": "paged_adamw_32bit", "device": "cpu"},
+        {"host optimizer": 0, "policy optimizer": 8 * ALL, "update images": IMAGES},
+    ),
+    "reference in host memory": ({"reference": "offload"}, REFERENCE),
+    "no images": ({"image_tokens": 0}, {"host images": 0}),
+}
 
 
-def test_paged_states_are_on_the_device_only_while_it_steps():
-    """Pages hold the states of parameters from 100,000 numbers on; scales are no part of them."""
-    plan, flat = planned(optim="paged_adamw_32bit"), planned(optim="adamw_torch_fused")
-    large = sum(8 * p.numel() for p in MODEL.parameters() if p.numel() >= 1e5)
-    assert 0 < large < 8 * ALL
-    assert plan.host["optimizer"] == large
-    assert plan.phases["policy"]["optimizer"] == 8 * ALL - large
-    assert plan.phases["update"]["optimizer"] == flat.phases["update"]["optimizer"] == 8 * ALL
-    cpu = planned(optim="paged_adamw_32bit", device="cpu")
-    assert (cpu.host["optimizer"], cpu.phases["policy"]["optimizer"]) == (0, 8 * ALL)
-
-
-def test_a_reference_in_host_memory_is_on_the_device_for_its_pass():
-    plan = planned(reference="offload")
-    assert {phase: plan.phases[phase]["reference model"] for phase in plan.phases} == {
-        "rollout": 0,
-        "reference": 4 * ALL + BUFFERS,
-        "policy": 0,
-        "update": 0,
-    }
-    assert plan.host["reference model"] == 4 * ALL + BUFFERS
-
-
-def test_images_of_two_generations_are_in_host_memory():
-    """16 tokens are 64 patches of 14 x 14 px, two frames, three channels; and a grid of three int64."""
-    each = 64 * 3 * 2 * 14 * 14 * 4 + 3 * 8
-    assert planned().host["images"] == 2 * 4 * each
-    assert planned().phases["update"]["images"] == 0
-    assert planned(device="cpu").phases["update"]["images"] == 2 * 4 * each
-    assert planned(image_tokens=0).host["images"] == 0
+@pytest.mark.parametrize(("settings", "expected"), BYTES.values(), ids=BYTES.keys())
+def test_bytes(settings, expected):
+    plan = planned(**settings)
+    found = {f"{phase} {cause}": n for phase, causes in plan.phases.items() for cause, n in causes.items()}
+    found |= {f"host {cause}": n for cause, n in plan.host.items()}
+    assert {name: found[name] for name in expected} == expected
+    assert all(found[f"{phase} kv cache"] == 0 for phase in plan.phases if phase != "rollout")
+    assert 0 < PAGES < 8 * ALL
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
@@ -208,7 +164,7 @@ def test_images_of_two_generations_are_in_host_memory():
 def test_every_family_is_planned(family, device):
     """In the rollout keys and values to the byte, in the policy pass a gradient for every trained parameter, and
     activations that grow with the completions."""
-    config = FAMILIES[family].config(tokenizer(FAMILIES[family]).get_vocab())
+    config = config_of(family)
     settings: dict[str, Any] = {"device": device, "tokens_per_pack": 4096}
     one, longer = (Planner().plan(job(config, max_completion_length=length, **settings)) for length in (33, 65))
     assert one.phases["update"]["gradients"] == 4 * one.parameters == 4 * one.trained
@@ -232,10 +188,6 @@ def test_what_is_not_shared_takes_more(settings):
     assert planned(**one, **settings).total(phase) > planned(**one).total(phase)
 
 
-def test_without_a_reference_there_is_no_pass_of_it():
-    assert "reference" not in planned(beta=0.0).phases
-
-
 def test_checkpoints_in_host_memory():
     """For each layer its input, [tokens, D] float32, and the three that the norm behind them keeps."""
     plan = planned(activation_checkpointing=True, activation_offload=True)
@@ -247,19 +199,15 @@ def test_checkpoints_in_host_memory():
     assert plan.phases["policy"]["activations"] < kept.phases["policy"]["activations"]
 
 
-ZERO = {
-    0: {},
-    1: {"optimizer"},
-    2: {"optimizer", "gradients"},
-    3: {"optimizer", "gradients", "weights", "reference model"},
-}
+ZERO = [set(), {"optimizer"}, {"optimizer", "gradients"}]
+ZERO += [ZERO[2] | {"weights", "reference model"}]
 
 
-@pytest.mark.parametrize(("stage", "shared"), ZERO.items())
-def test_zero_divides_by_the_number_of_gpus(stage, shared):
+@pytest.mark.parametrize("stage", range(4))
+def test_zero_divides_by_the_number_of_gpus(stage):
     one, four = planned(), planned(gpus=4, zero=stage)
-    assert changed(one, four, "update") == set(shared)
-    for cause in set(shared) - {"weights"}:
+    assert changed(one, four, "update") == ZERO[stage]
+    for cause in ZERO[stage] - {"weights"}:
         assert four.phases["update"][cause] == -(-one.phases["update"][cause] // 4)
 
 
@@ -298,16 +246,11 @@ def test_a_merged_adapter_costs_a_copy_of_its_layers_in_the_rollout():
     assert changed(plain, merged, "policy") == changed(plain, merged, "update") == set()
 
 
-QLORA: dict[str, Any] = {"use_peft": True, "load_in_4bit": True, "model_dtype": "bfloat16", "bf16": True}
-
-
 def test_parameters_in_4_bits_are_counted_as_numbers():
-    four, plain = planned(**QLORA), planned(use_peft=True)
+    qlora: dict[str, Any] = {"use_peft": True, "load_in_4bit": True, "model_dtype": "bfloat16", "bf16": True}
+    four, plain = planned(**qlora), planned(use_peft=True)
     assert (four.parameters, four.trained) == (plain.parameters, plain.trained)
-
-
-def test_dora_over_4_bits_is_planned():
-    assert planned(**QLORA, use_dora=True).trained - planned(**QLORA).trained == WIDTHS
+    assert planned(**qlora, use_dora=True).trained - four.trained == WIDTHS
 
 
 # On a CPU the implementations that run are counted
@@ -323,12 +266,3 @@ def test_reference_attention_on_a_cpu_has_the_scores_of_the_whole_pack():
     assert dense.peak - auto.peak > 1.5 * scores
     fields = {"device": "cpu", "image_tokens": 16, "text_tokens": 40}
     assert peak_bytes(auto.job.args, CONFIG, **fields) == auto.peak
-
-
-WRONG = {"gpus": 0, "text_tokens": 0, "image_tokens": -1, "zero": 4}
-
-
-@pytest.mark.parametrize(("name", "value"), WRONG.items())
-def test_what_is_no_job(name, value):
-    with pytest.raises(SettingError, match=f"{name} is {value}"):
-        job(**{name: value})

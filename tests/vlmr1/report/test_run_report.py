@@ -13,13 +13,13 @@ from PIL import Image
 
 from tests.helpers.digit_runs import command
 from tests.helpers.pages import Page, Recorder
-from tests.helpers.trainers import trainer_of
+from tests.helpers.trainers import recorded, trainer_of
 from vlmr1.cli import main
 from vlmr1.commands.report import report_of_run
 from vlmr1.errors import OutputError
 from vlmr1.report.panels import run_curves
 from vlmr1.report.pictures import keep_picture, read_picture
-from vlmr1.report.progress import METRICS, Progress
+from vlmr1.report.progress import METRICS
 from vlmr1.report.training import chosen_steps, completion_boxes, true_boxes, write_run_report
 from vlmr1.types import ImageBytes
 
@@ -61,36 +61,34 @@ def decoded(uri: str | None) -> Image.Image:
     return Image.open(io.BytesIO(b64decode(uri.partition(",")[2])))
 
 
-def drawn(page: Page) -> dict[str, list[tuple[float, ...]]]:
-    """Boxes by class, but for halos and the two of the legend."""
-    found: dict[str, list[tuple[float, ...]]] = {}
-    for rect in [each for each in page.of("rect") if each["class"] != "halo"][2:]:
-        place = tuple(float(rect[side] or "nan") for side in ("x", "y", "width", "height"))
-        found.setdefault(str(rect["class"]), []).append(place)
-    return found
-
-
 def test_boxes_are_in_pixels_of_the_upright_image(tmp_path, photo):
     text, page = write(tmp_path, [record(images=[str(photo)])])
     picture = decoded(page.of("img")[1]["src"])
     assert picture.size == (448, 336) and '<svg viewBox="0 0 1200 900">' in text
-    assert drawn(page) == {"true": [(12, 20, 18, 32)], "after": [(10, 20, 20, 30)]}
+    assert page.boxes(2) == {"true": [(12, 20, 18, 32)], "after": [(10, 20, 20, 30)]}
     assert "rewards 0.75, 1" in text and "advantage -0.50" in text and "a.jsonl:3" in text
 
 
-def test_boxes_of_other_coordinates_are_scaled(tmp_path, photo):
-    _, page = write(tmp_path, [record(images=[str(photo)], box_scale=[1.2, 0.9])])
-    assert drawn(page) == {"true": [(12, 20, 18, 32)], "after": [(12, 18, 24, 27)]}
+DRAWN = {  # changes of a record -> pictures, boxes that are drawn
+    "other coordinates": ({"box_scale": [1.2, 0.9]}, 1, {"true": [(12, 20, 18, 32)], "after": [(12, 18, 24, 27)]}),
+    "no box": ({"completion": "<answer>B</answer>", "solution": "B"}, 1, {}),
+    "several images": ({"images": [""] * 6, "pictures": [None] * 6}, 4, {}),
+}
 
 
-def test_several_boxes_and_none(tmp_path, photo):
+@pytest.mark.parametrize("changes, pictures, boxes", DRAWN.values(), ids=DRAWN.keys())
+def test_boxes_are_scaled_and_belong_to_one_image(changes, pictures, boxes, tmp_path, photo):
+    made = record(**{"images": [""]} | changes)
+    _, page = write(tmp_path, [made | {"images": [str(photo)] * len(made["images"])}])
+    assert len(page.of("img")) == 1 + pictures and page.boxes(2) == boxes
+
+
+def test_several_boxes_and_none():
     several = '<answer>[{"bbox_2d": [1, 2, 3, 4], "label": "a"}, {"bbox_2d": [5, 6, 9, 9]}]</answer>'
     assert completion_boxes(several) == [(1, 2, 3, 4), (5, 6, 9, 9)]
     assert true_boxes("```json\n" + several[8:-9] + "\n```") == [(1, 2, 3, 4), (5, 6, 9, 9)]
     for text in ("no answer", "<answer>B</answer>", "<answer>None</answer>", several.replace("answer", "thing")):
         assert completion_boxes(text) == []
-    _, page = write(tmp_path, [record(images=[str(photo)], completion="<answer>B</answer>", solution="B")])
-    assert drawn(page) == {}
 
 
 def test_images_that_are_bytes_missing_or_broken(tmp_path, photo):
@@ -146,11 +144,6 @@ def test_small_images_keep_their_pixels(tmp_path):
     assert np.array_equal(np.asarray(decoded(picture.uri)), pixels)
 
 
-def test_several_images_have_no_boxes(tmp_path, photo):
-    _, page = write(tmp_path, [record(images=[str(photo)] * 6, pictures=[None] * 6)])
-    assert len(page.of("img")) == 1 + 4 and drawn(page) == {}
-
-
 def test_everything_is_escaped_and_nothing_is_fetched(tmp_path):
     evil = "<script>alert(1)</script>"
     cut = {"finish_reason": "length", "timed_out": [evil]}
@@ -175,9 +168,7 @@ def test_a_long_run_shows_a_few_of_its_steps(tmp_path):
     assert "<h3>Step 1</h3>" in text and "<h3>Step 200</h3>" in text
 
 
-def test_a_run_that_has_just_begun(tmp_path, capsys):
-    assert main(["report", str(tmp_path)]) == 2
-    assert "no run to report" in capsys.readouterr().err
+def test_a_run_that_has_just_begun(tmp_path):
     (tmp_path / "completions.jsonl").write_text(json.dumps(record()) + "\n" + json.dumps(record(2))[:40])
     assert main(["report", str(tmp_path), "--out", str(tmp_path / "page.html")]) == 0
     page = Page((tmp_path / "page.html").read_text())
@@ -208,15 +199,14 @@ def test_the_curves_are_those_of_the_metrics(monkeypatch):
     assert run_curves([]) is None
 
 
-def test_completions_of_a_run_are_recorded_for_the_page(model, processor, tmp_path):
-    trainer = trainer_of(model, processor, tmp_path, log_completions=2)
-    progress = Progress(tmp_path, console=False)
-    progress.trainer = trainer
-    trainer.add_callback(progress)
-    trainer.train()
+@pytest.mark.parametrize("count", [0, 2])
+def test_completions_of_a_run_are_recorded_for_the_page(count, model, processor, tmp_path):
+    rows = recorded(trainer_of(model, processor, tmp_path, log_completions=count), tmp_path)
+    assert [(row["step"], len(row["rewards"])) for row in rows] == [(1, 2)] * count
+    assert all(row["images"][0].endswith(".png") for row in rows)
     page = Page(write_run_report(tmp_path).read_text())
-    assert len(page.of("article")) == 2 and len(page.of("img")) == 3
-    assert len(drawn(page)["true"]) == 2
+    assert len(page.of("article")) == count and len(page.of("img")) == 1 + count
+    assert len(page.boxes(2).get("true", [])) == count
 
 
 @pytest.mark.slow

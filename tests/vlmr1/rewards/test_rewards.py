@@ -41,7 +41,7 @@ def test_accuracy():
     texts = [
         answered("[5, 0, 15, 10]"),
         answered("seven"),
-        "[0, 0, 10, 10]",
+        "<think>[0, 0, 10, 10]",
         answered("[0,0,9,9]") + answered("[0,0,10,10]"),
     ]
     assert score_one("accuracy", *texts)[:, 0].tolist() == pytest.approx([1 / 3, 0, 0, 1])
@@ -49,7 +49,12 @@ def test_accuracy():
 
 def test_parsing_is_linear():
     """200,000 characters of tags take milliseconds; a backtracking parser would take minutes."""
-    for text in ("<answer>" * 25_000, "</think><answer>" * 12_500, "</answer>" * 22_000, "<think>" + " " * 200_000):
+    texts = ["<answer>" * 25_000, "</think><answer>" * 12_500, "</answer>" * 22_000, "<think>" + " " * 200_000]
+    texts += [
+        part * (200_000 // len(part))
+        for part in ("<box>", "[", "[ ", "{", '{"', "(1", "(1,2),", "<ref>", "[1", "```", "[x")
+    ]
+    for text in [*texts, "(1" + " " * 200_000, "(" + "1" * 200_000]:
         assert score_one("accuracy", text).item() == 0
         assert not has_format(text)
 

@@ -93,7 +93,8 @@ def test_an_image_without_objects(method, right):
 @pytest.mark.parametrize("method", ["default", "mcq", "yes_no", "math", "all_match", "map", "iou", "counting"])
 def test_without_an_answer_there_is_nothing(method):
     right = {"mcq": "A", "yes_no": "no", "map": "[]", "iou": "[0, 0, 1, 1]"}.get(method, "3")
-    for content in ("", right, f"<answer>{right}", "<answer></answer>"):
+    bare = [] if method in ("map", "iou") else [right]  # boxes are read without an answer
+    for content in ("", *bare, f"<answer>{right}", f"<think>{right}", "<answer></answer>"):
         assert score("accuracy", content, f"<answer>{right}</answer>", accu_reward_method=method) == 0
 
 

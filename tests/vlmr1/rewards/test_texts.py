@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 
 from vlmr1.rewards import format_reward
-from vlmr1.rewards.answer import find_answer, has_format, parse_box, solution_box
+from vlmr1.rewards.answer import find_answer, has_format, parse_box, parse_point, predicted_box, solution_box
 from vlmr1.rewards.formula import normal_form, unboxed
 from vlmr1.rewards.strict.counting import count
 from vlmr1.rewards.strict.text import choice, decision
 from vlmr1.rewards.vlm_r1.repair import repair
 
 READERS = (choice, decision, count, find_answer, parse_box, solution_box, has_format, repair, normal_form, unboxed)
+READERS += (predicted_box, parse_point)
 BY_NAME = {reader.__name__: reader for reader in READERS}
 PATH = Path(__file__).parents[2] / "data" / "reward_texts.jsonl"
 CASES = [json.loads(line) for line in PATH.read_text(encoding="utf-8").splitlines()]
@@ -22,7 +23,7 @@ CASES = [json.loads(line) for line in PATH.read_text(encoding="utf-8").splitline
 def test_what_is_read(case):
     found = BY_NAME[case["function"]](case["text"])
     expected = case["expected"]
-    assert found == (tuple(expected) if case["function"].endswith("_box") and expected else expected)
+    assert found == (tuple(expected) if case["function"].endswith(("_box", "_point")) and expected else expected)
     if case["function"] == "has_format":
         assert format_reward([[]], [[{"role": "assistant", "content": case["text"]}]]) == [float(expected)]
 

@@ -1,47 +1,37 @@
 """The native engine against `model.generate`, and its log-probs against the training forward's."""
 
 from dataclasses import replace
-from typing import Any
+from itertools import product
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.rollouts import CASES, GREEDY, assert_close, changed_logits, completions, engine, prompts_of, tokens
-from vlmr1.data.images import open_image
+from tests.helpers.rollouts import (
+    CASES,
+    GREEDY,
+    assert_close,
+    changed_logits,
+    completions,
+    engine,
+    generated,
+    prompts_of,
+    tokens,
+)
 from vlmr1.grpo.naive import NaivePolicy
 from vlmr1.grpo.packing import make_pack, plan_packs
 from vlmr1.grpo.policy import PackedPolicy
 from vlmr1.models import family_of
 from vlmr1.rollout import NativeEngine, SamplingSettings, TransformersEngine
-from vlmr1.types import Prompt
 
 KINDS = [NativeEngine, TransformersEngine]
 
 
-def generated(model: Any, processor: Any, prompt: Prompt, length: int) -> tuple[list[int], Tensor]:
-    """Tokens and their log-probs from the library's own processor and `generate`, one prompt, no padding."""
-    text = processor.apply_chat_template(prompt.sample.messages, tokenize=False, add_generation_prompt=True)
-    images = [open_image(path, "") for path in prompt.sample.images]
-    inputs = processor(text=[text], images=images or None, return_tensors="pt")
-    drawn = model.generate(
-        **inputs,
-        max_new_tokens=length,
-        do_sample=False,
-        suppress_tokens=family_of(model).placeholder_ids(model),
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
-    ids = drawn.sequences[0, inputs["input_ids"].shape[1] :]
-    return ids.tolist(), torch.cat(drawn.logits).log_softmax(-1).gather(-1, ids[:, None])[:, 0]
-
-
-@pytest.mark.parametrize("generations", [1, 3])
+@pytest.mark.parametrize("generations, length", [(1, 20), (3, 20), (3, 1)])
 @pytest.mark.parametrize("case", CASES)
-def test_greedy_equals_generate(case, generations, make, model, processor):
-    prompts = prompts_of(make, case)
-    groups = engine(model, processor).generate(prompts, generations, GREEDY)
-    fallback = engine(model, processor, TransformersEngine).generate(prompts, generations, GREEDY)
+def test_greedy_equals_generate(case, generations, length, make, model, processor):
+    prompts, settings = prompts_of(make, case), replace(GREEDY, max_completion_length=length)
+    groups, fallback = (engine(model, processor, kind).generate(prompts, generations, settings) for kind in KINDS)
     assert tokens(groups) == tokens(fallback)
     for one, other in zip(completions(groups), completions(fallback), strict=True):
         assert_close(one.logp, other.logp)
@@ -49,7 +39,7 @@ def test_greedy_equals_generate(case, generations, make, model, processor):
         assert (one.text, one.finish_reason) == (other.text, other.finish_reason)
     for prompt, group in zip(prompts, groups, strict=True):
         assert group.prompt is prompt and len(group.completions) == generations
-        ids, logp = generated(model, processor, prompt, GREEDY.max_completion_length)
+        ids, logp, _ = generated(model, processor, prompt, length)
         for completion in group.completions:
             assert completion.token_ids.tolist() == ids
             assert_close(completion.logp, logp)
@@ -64,16 +54,11 @@ def test_generation_config_of_the_model_has_no_part_in_a_rollout(kind, make, mod
     assert tokens(engine(model, processor, kind).generate(prompts, 1, GREEDY)) == tokens(plain)
 
 
-@pytest.mark.parametrize(
-    "kind, case, temperature",
-    [
-        (NativeEngine, "text_beside_images", 1.0),
-        (NativeEngine, "text_beside_images", 0.7),
-        (NativeEngine, "mixed_lengths", 1.0),
-        (NativeEngine, "mixed_lengths", 0.7),
-        (TransformersEngine, "mixed_lengths", 0.7),
-    ],
-)
+PASSES = [(NativeEngine, *each) for each in product(("text_beside_images", "mixed_lengths"), (1.0, 0.7))]
+PASSES += [(TransformersEngine, "mixed_lengths", 0.7)]
+
+
+@pytest.mark.parametrize("kind, case, temperature", PASSES)
 def test_logp_equals_the_training_forward(kind, case, temperature, make, model, processor):
     """Completions of different lengths: the branches are cut after 20, 13, 6 and 1 tokens."""
     settings = SamplingSettings(20, temperature, seed=3)
@@ -87,10 +72,8 @@ def test_logp_equals_the_training_forward(kind, case, temperature, make, model, 
     for forward, shared in ((PackedPolicy, True), (NaivePolicy, False)):
         policy = forward(model, family, temperature=temperature)
         rows = plan_packs(groups, tokens_per_pack=10**6, share_prompt=shared, pack=shared)
-        packs = [make_pack(row, share_vision=shared) for row in rows]
-        logp = torch.cat([policy.logprobs(pack) for pack in packs])
-        expected = torch.cat([completion.logp for completion in completions(groups)])
-        assert_close(logp, expected)
+        logp = torch.cat([policy.logprobs(make_pack(row, share_vision=shared)) for row in rows])
+        assert_close(logp, torch.cat([completion.logp for completion in completions(groups)]))
 
 
 @pytest.mark.parametrize(
@@ -171,15 +154,6 @@ def test_stop_token_and_length_limit(make, model, processor):
         assert processor.tokenizer.eos_token not in completion.text
 
 
-def test_one_token(make, model, processor):
-    (prompt,) = prompts_of(make, "one_image")
-    groups = engine(model, processor).generate([prompt], 3, replace(GREEDY, max_completion_length=1))
-    ids, logp = generated(model, processor, prompt, 1)
-    assert tokens(groups) == [ids] * 3 and len(ids) == 1
-    for completion in completions(groups):
-        assert_close(completion.logp, logp)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_stop_text_ends_a_completion(kind, make, model, processor):
     """With the token that completes it, wherever its tokens are cut."""
@@ -204,24 +178,11 @@ def test_repetition_penalty_is_that_of_generate(kind, make, model, processor):
     plain = engine(model, processor, kind).generate(prompts, 2, GREEDY)
     assert tokens(groups) != tokens(plain)
     for prompt, group in zip(prompts, groups, strict=True):
-        inputs = {"input_ids": prompt.input_ids[None]}
-        family = family_of(model)
-        inputs |= family.generation_inputs(model, inputs["input_ids"], [prompt.images])
-        drawn = model.generate(
-            **inputs,
-            max_new_tokens=20,
-            do_sample=False,
-            repetition_penalty=1.8,
-            suppress_tokens=family.placeholder_ids(model),
-            return_dict_in_generate=True,
-            output_logits=True,
-            output_scores=True,
-        )
-        ids = drawn.sequences[0, prompt.input_ids.shape[0] :]
+        ids, logp, sampling_logp = generated(model, processor, prompt, 20, repetition_penalty=1.8)
         for completion in group.completions:
-            assert completion.token_ids.tolist() == ids.tolist()
-            for found, values in ((completion.logp, drawn.logits), (completion.sampling_logp, drawn.scores)):
-                assert_close(found, torch.cat(values).log_softmax(-1).gather(-1, ids[:, None])[:, 0])
+            assert completion.token_ids.tolist() == ids
+            assert_close(completion.logp, logp)
+            assert_close(completion.sampling_logp, sampling_logp)
 
 
 def test_stats_count_what_was_drawn(make, model, processor):

@@ -24,10 +24,10 @@ SCANS_SHA256 = "87ff0c9e40dc7e2c0e34e7257799c2e3f3aec1a016363bb11cad869ec428a826
 QUESTION = prompt_text(0).replace(digits.question(0), "{question}")
 
 
-@pytest.fixture(scope="module")
-def built() -> Any:
-    """The tokenizer that a fresh build trains."""
-    return build.tokenizer()
+@pytest.fixture(scope="module", params=["shipped", "built"])
+def tokenizer(request, processor) -> Any:
+    """That of the checkpoint, and the one that a fresh build trains."""
+    return processor.tokenizer if request.param == "shipped" else build.tokenizer()
 
 
 def drawn(count: int, split: digits.Split = "train", seed: int = 0) -> list[digits.Canvas]:
@@ -173,16 +173,16 @@ def test_same_seed_same_bytes(tmp_path):
 # The model, the tokenizer, the processor
 
 
-def test_built_model(built):
+def test_built_model(tokenizer):
     with torch.device("meta"):
-        model = Qwen2_5_VLForConditionalGeneration(build.config(built))
+        model = Qwen2_5_VLForConditionalGeneration(build.config(tokenizer))
     assert sum(parameter.numel() for parameter in model.parameters()) < 3_000_000
     text, vision = model.config.text_config, model.config.vision_config
     assert 1 <= len(vision.fullatt_block_indexes) < vision.depth  # the others are windowed
     assert vision.window_size < min(digits.CANVAS)
     assert text.num_key_value_heads < text.num_attention_heads
     assert 2 * sum(text.rope_parameters["mrope_section"]) == text.hidden_size // text.num_attention_heads
-    assert text.vocab_size == len(built)
+    assert text.vocab_size == len(tokenizer)
 
 
 TEXTS = {
@@ -195,16 +195,12 @@ TEXTS = {
 }
 
 
-@pytest.mark.parametrize("shipped", [True, False], ids=["shipped", "built"])
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
-def test_tokenizer_round_trip(text, shipped, built, processor):
-    tokenizer = processor.tokenizer if shipped else built
+def test_tokenizer_round_trip(text, tokenizer):
     assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
-@pytest.mark.parametrize("shipped", [True, False], ids=["shipped", "built"])
-def test_special_tokens(shipped, built, processor):
-    tokenizer = processor.tokenizer if shipped else built
+def test_special_tokens(tokenizer):
     ids = {token: tokenizer(f"a{token}b").input_ids for token in build.SPECIAL}
     assert {len(each) for each in ids.values()} == {3}
     assert len({each[1] for each in ids.values()}) == len(build.SPECIAL) == 14
@@ -218,24 +214,20 @@ CONVERSATION = [
     {"role": "user", "content": [{"type": "text", "text": "See "}, {"type": "image"}, {"type": "text", "text": "?"}]},
     {"role": "assistant", "content": "A 7."},
 ]
-RENDERED = (
-    "<|im_start|>system\nBe brief.<|im_end|>\n"
-    "<|im_start|>user\nSee <|vision_start|><|image_pad|><|vision_end|>?<|im_end|>\n"
-    "<|im_start|>assistant\nA 7.<|im_end|>\n"
-)
-DEFAULT = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+SYSTEM = "<|im_start|>system\n{}<|im_end|>\n"
+USER = "<|im_start|>user\nSee <|vision_start|><|image_pad|><|vision_end|>?<|im_end|>\n"
+TURN = "<|im_start|>assistant\n"
+RENDERED = {
+    "whole": (CONVERSATION, False, SYSTEM.format("Be brief.") + USER + TURN + "A 7.<|im_end|>\n"),
+    "prompt": (CONVERSATION, True, SYSTEM.format("Be brief.") + USER + TURN + "A 7.<|im_end|>\n" + TURN),
+    "default": (CONVERSATION[1:2], True, SYSTEM.format("You are a helpful assistant.") + USER + TURN),
+}
 
 
-def test_chat_template(processor):
+@pytest.mark.parametrize("messages, prompt, expected", RENDERED.values(), ids=RENDERED.keys())
+def test_chat_template(messages, prompt, expected, processor):
     """As Qwen2.5-VL's own template renders them."""
-
-    def render(messages: list[dict], prompt: bool = False) -> str:
-        return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-
-    user = "<|im_start|>user\nSee <|vision_start|><|image_pad|><|vision_end|>?<|im_end|>\n"
-    assert render(CONVERSATION) == RENDERED
-    assert render(CONVERSATION, prompt=True) == RENDERED + "<|im_start|>assistant\n"
-    assert render(CONVERSATION[1:2], prompt=True) == DEFAULT + user + "<|im_start|>assistant\n"
+    assert processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt) == expected
 
 
 @pytest.mark.parametrize("size", digits.CANVAS)
@@ -245,9 +237,8 @@ def test_pixel_values_are_plain_patches(size, processor):
     out = processor.image_processor([canvas.pixels], return_tensors="pt")
     mean, std = (np.array(getattr(processor.image_processor, f"image_{name}")) for name in ("mean", "std"))
     image = ((canvas.pixels / 255 - mean) / std).transpose(2, 0, 1)  # [3, H, W]
-    corners = [
-        (y + dy, x + dx) for y in range(0, size, 28) for x in range(0, size, 28) for dy in (0, 14) for dx in (0, 14)
-    ]
+    square, patch = range(0, size, 28), (0, 14)
+    corners = [(y + dy, x + dx) for y in square for x in square for dy in patch for dx in patch]
     patches = [np.repeat(image[:, None, y : y + 14, x : x + 14], 2, axis=1).ravel() for y, x in corners]
     torch.testing.assert_close(out["pixel_values"].double(), torch.tensor(np.stack(patches)), rtol=0, atol=1e-5)
     assert out["image_grid_thw"].tolist() == [[1, size // 14, size // 14]]
@@ -267,12 +258,9 @@ def test_shipped_checkpoint():
 def test_shipped_checkpoint_is_what_build_describes(model, processor):
     expected = build.config(processor.tokenizer)
     for part in ("text_config", "vision_config"):
-        wanted = getattr(expected, part).to_dict()
-        shipped = getattr(model.config, part).to_dict()
         ignored = {"dtype", "_attn_implementation_internal"}
-        assert {k: v for k, v in shipped.items() if k not in ignored} == {
-            k: v for k, v in wanted.items() if k not in ignored
-        }
+        wanted, shipped = (getattr(config, part).to_dict().items() for config in (expected, model.config))
+        assert {k: v for k, v in shipped if k not in ignored} == {k: v for k, v in wanted if k not in ignored}
     assert model.lm_head.weight is model.get_input_embeddings().weight
     ids = processor.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     assert model.generation_config.eos_token_id == ids

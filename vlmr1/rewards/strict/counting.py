@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any
 
-from vlmr1.rewards.answer import find_answer, labelled_boxes, true_text
+from vlmr1.rewards.answer import find_answer, true_text, written_boxes
 
 INTEGER = re.compile(r"(?<![\d.,])\d+(?![\d]|[.,]\d)")
 
@@ -25,15 +25,15 @@ def counting(content: str, solution: str, **options: Any) -> float:
 
 def count(text: str) -> int | None:
     """Return the number in a text, or the length of a list; None for no number or several."""
-    boxes = labelled_boxes(text)
-    if boxes is not None and text.strip()[:1] in ("[", "`", "{"):
-        return len(boxes)
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
         value = None
     if isinstance(value, list):
         return len(value)
+    boxes = written_boxes(text) if text.strip()[:1] in ("[", "`", "{", "<") else None
+    if boxes is not None:
+        return len(boxes)
     if isinstance(value, float) and value.is_integer() and value >= 0:
         return int(value)
     numbers = set(INTEGER.findall(text))

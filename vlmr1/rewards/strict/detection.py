@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vlmr1.data.boxes import Box, Scale, area, scale_box, to_xywh
-from vlmr1.rewards.answer import LabelledBox, find_answer, labelled_boxes, true_text
+from vlmr1.rewards.answer import LabelledBox, labelled_boxes, predicted_boxes, true_text, with_only_label
 from vlmr1.rewards.coco import AP, IOU_THRESHOLDS, RECALLS, box_ious
 
 THRESHOLD = 0.5  # IoU from which two boxes match
@@ -34,7 +34,8 @@ def mean_ap(
     list, else 0. `by_count` multiplies it by min(1, true / predicted). `box_scale` converts the answer's boxes to px of
     the file.
     """
-    truths, predictions = true_boxes(solution), _predicted(content, box_scale)
+    truths = true_boxes(solution)
+    predictions = _predicted(content, truths, box_scale)
     if predictions is None:
         return 0.0
     if not truths or not predictions:
@@ -52,7 +53,8 @@ def weighted_sum(content: str, solution: str, *, box_scale: Scale | None = None,
 
     Boxes of one label match from an IoU of 0.5 on, those of highest IoU first. Without true boxes: see `mean_ap`.
     """
-    truths, predictions = true_boxes(solution), _predicted(content, box_scale)
+    truths = true_boxes(solution)
+    predictions = _predicted(content, truths, box_scale)
     if predictions is None:
         return 0.0
     if not truths or not predictions:
@@ -75,10 +77,12 @@ def true_boxes(solution: str) -> list[LabelledBox]:
     return boxes
 
 
-def _predicted(content: str, scale: Scale | None) -> list[LabelledBox] | None:
-    answer = find_answer(content)
-    boxes = None if answer is None else labelled_boxes(answer)
-    return boxes and [(label, None if box is None else scale_box(box, scale)) for label, box in boxes]
+def _predicted(content: str, truths: Sequence[LabelledBox], scale: Scale | None) -> list[LabelledBox] | None:
+    boxes = predicted_boxes(content)
+    if boxes is None:
+        return None
+    boxes = with_only_label(boxes, {label for label, _ in truths if label is not None})
+    return [(each.label, None if each.box is None else scale_box(each.box, scale)) for each in boxes]
 
 
 def _by_label(boxes: Sequence[LabelledBox]) -> dict[str | None, list[Box | None]]:

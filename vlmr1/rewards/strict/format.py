@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -11,18 +12,21 @@ from vlmr1.rewards.length import COSINE_MAX, cosine, count_tokens
 from vlmr1.rewards.strict.accuracy import accuracy
 
 TOKEN = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\s\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
+FENCE = re.compile(r"```(?:json)?(.*)```", re.DOTALL)
 WORDS = 6  # words of an n-gram
 CORRECT = 0.7  # accuracy from which an answer is correct
 
 
-def answer_format(content: str, solution: str, **options: Any) -> float:
-    """Return 1 where the completion is `<think>..</think><answer>..</answer>` with neither part empty, else 0."""
-    return float(has_format(content))
+def answer_format(content: str, solution: str, *, allow_empty_think: bool = False, **options: Any) -> float:
+    """Return 1 where the completion is `<think>..</think><answer>..</answer>` with neither part empty, else 0.
+
+    With `allow_empty_think` the thought may be empty."""
+    return float(has_format(content, allow_empty_think=allow_empty_think))
 
 
 def rec_format(content: str, solution: str, **options: Any) -> float:
-    """Return 1 where the completion has the format and its answer is one box, else 0."""
-    return float(has_format(content) and predicted_box(content) is not None)
+    """Return 1 where the completion has the format, as `answer_format`, and one box in its answer, else 0."""
+    return float(answer_format(content, solution, **options) == 1 and predicted_box(content) is not None)
 
 
 def length(
@@ -46,11 +50,22 @@ def repetition(content: str, solution: str, **options: Any) -> float:
     A Chinese, Japanese or Korean character is a word.
     """
     answer = find_answer(content)
-    boxes = labelled_boxes(content if answer is None else answer) or []
+    said = content if answer is None else answer
+    boxes = (labelled_boxes(said) or []) if _is_json(said) else []
     text = content.replace(answer, " ") if boxes and answer else "" if boxes else content
     words = TOKEN.findall(text.lower())
     ngrams = list(zip(*(words[i:] for i in range(WORDS)), strict=False))
     return min(_repeated(boxes), _repeated(ngrams))
+
+
+def _is_json(text: str) -> bool:
+    """Return whether the whole text is JSON, in a code fence or not."""
+    fenced = FENCE.fullmatch(text.strip())
+    try:
+        json.loads(fenced[1] if fenced else text, parse_int=float)
+    except (json.JSONDecodeError, RecursionError):
+        return False
+    return True
 
 
 def _repeated(parts: Sequence[Any]) -> float:
