@@ -86,6 +86,7 @@ class Completion:
     old_logp: Tensor | None = None  # [C] float32 of the old policy, in the ratio; None: the update's own forward
     ref_logp: Tensor | None = None  # [C] float32 of the reference model
     importance_denominator: Tensor | None = None  # [C] float32: the weight is min(exp(old_logp - this), cap)
+    logged: dict[str, Any] = field(default_factory=dict)  # columns that reward functions add to its row of the log
 
     def on_host(self) -> Completion:
         """A copy whose tensors are in host memory and have storage of their own, for checkpoints and other ranks."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +140,7 @@ def _state(minibatch: Minibatch) -> dict[str, Any]:
             "rewards": group.rewards,
             "advantages": group.advantages,
             "kl": group.kl,
-            "completions": [vars(completion.on_host()) for completion in group.completions],
+            "completions": [vars(replace(completion.on_host(), logged={})) for completion in group.completions],
         }
         for group in minibatch.groups
     ]

@@ -14,7 +14,7 @@ from vlmr1.models.features import FeatureCache
 from vlmr1.models.settings import ParameterSettings
 from vlmr1.models.trainable import apply_liger, choose_trained
 from vlmr1.rewards.pool import RewardPool
-from vlmr1.rewards.registry import Reward, get_reward
+from vlmr1.rewards.registry import Reward, RewardContext, get_reward
 from vlmr1.rollout import ENGINES
 from vlmr1.types import Sample
 
@@ -34,6 +34,11 @@ def make_rewards(
 def make_reward_pool(args: Any) -> RewardPool | None:
     """Processes for rewards that may hang."""
     return RewardPool(args.reward_workers, args.reward_timeout) if args.reward_workers else None
+
+
+def make_reward_context() -> RewardContext:
+    """What users' functions may ask of the trainer."""
+    return RewardContext()
 
 
 def prepare_model(model: Any, args: Any) -> tuple[Any, Any]:

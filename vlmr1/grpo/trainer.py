@@ -53,6 +53,7 @@ class GRPOTrainer(HFTrainer):
         self.dtype = torch.bfloat16 if args.bf16 else None
         self.rewards, self.reward_weights = setup.make_rewards(args, model, processor, reward_funcs)
         self.reward_pool = setup.make_reward_pool(args)
+        self.reward_context = setup.make_reward_context()
         self.family, trained = setup.prepare_model(model, args)
         dataset = setup.make_dataset(model, self.family, processor, samples, args)
         super().__init__(
@@ -145,8 +146,10 @@ class GRPOTrainer(HFTrainer):
     def score(self, groups: Sequence[Group]) -> list[Group]:
         """The groups with their rewards [G, R]."""
         with self.phases("reward"):
-            zeros, working = self.timed_out, self.working_rewards
-            return score_groups(groups, self.rewards, pool=self.reward_pool, timed_out=zeros, working=working)
+            self.reward_context.trainer_state = self.state
+            options: dict[str, Any] = {"pool": self.reward_pool, "timed_out": self.timed_out}
+            options |= {"working": self.working_rewards, "context": self.reward_context}
+            return score_groups(groups, self.rewards, **options)
 
     def resample(self, groups: Sequence[Group], reservoir: PromptReservoir) -> list[Group]:
         """The groups after further rounds for those without signal; rollout statistics are of all rounds."""
@@ -244,6 +247,7 @@ class GRPOTrainer(HFTrainer):
         own = group_metrics(groups, self.rewards, self.reward_weights) | minibatch.metrics | self.runner.counts
         if drawn:
             own |= self.engine.stats.values() | failure_counts(self.timed_out) | self.resampling
+            own |= self.reward_context.take()
         return over_ranks(own, len(groups), self.ranks)
 
     def totals(self) -> dict[str, float]:

@@ -110,6 +110,7 @@ class Progress(TrainerCallback):
             }
             raised = [t.reward for t in late if (t.source, t.completion, t.raised) == (sample.source, i, True)]
             record |= {"raised": raised} if raised else {}
+            record |= {name: value for name, value in completion.logged.items() if name not in record}
             self._append(COMPLETIONS, record)
 
     def _box_scale(self, prompt: Prompt) -> tuple[float, float] | None:
@@ -123,7 +124,7 @@ class Progress(TrainerCallback):
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
         with guard_writes(name, self.output_dir), (self.output_dir / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(record, default=str) + "\n")
 
 
 def read_metrics(output_dir: Path) -> list[dict[str, float]]:

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from inspect import iscoroutinefunction
 from itertools import repeat
 from typing import Any
 
@@ -15,10 +16,11 @@ import torch
 from vlmr1.data.boxes import Scale
 from vlmr1.data.images import upright_size
 from vlmr1.errors import RewardError, UserError
+from vlmr1.rewards.calls import Finished, awaited, run_together
 from vlmr1.rewards.judge import JudgeError
 from vlmr1.rewards.methods import METHOD, converts, method_of
 from vlmr1.rewards.pool import Outcome, RewardPool, WorkerDied
-from vlmr1.rewards.registry import Reward, get_reward
+from vlmr1.rewards.registry import Reward, RewardContext, get_reward
 from vlmr1.rewards.watch import log_print, watched
 from vlmr1.types import Completion, Group, Prompt
 
@@ -60,13 +62,15 @@ def score_groups(
     pool: RewardPool | None = None,
     timed_out: list[TimedOut] | None = None,
     working: set[str] | None = None,
+    context: RewardContext | None = None,
 ) -> list[Group]:
     """Return the groups with their rewards [G, R] float32, one column a reward function; NaN where it returned None.
 
     Without a pool each function is called once, for all completions, in this process. With a pool, isolated rewards are
     called for one completion at a time in a worker process, within the pool's time limit. Isolated are built-in rewards
     that may be slow, and functions from a module or file with `function.isolated = True`. A completion that exceeds the
-    limit scores 0 and is added to `timed_out`.
+    limit scores 0 and is added to `timed_out`. Functions that are `async` run at the same time, in this process.
+    With a `context` users' functions get TRL's arguments of the trainer too.
 
     What a function prints is logged with its name and the row, or the rows of its batch; so is a call that takes long.
     With `working`, the names of the functions that have scored before, a completion for which a function raises scores
@@ -84,12 +88,33 @@ def score_groups(
     if not rows:
         return list(groups)
     zeros: list[TimedOut] = []
-    columns = [_call(get_reward(reward), rows, pool, zeros, working) for reward in reward_functions]  # R lists of B
+    rewards = [replace(get_reward(reward), context=context) for reward in reward_functions]
+    rewards = _with_async_called(rewards, rows)
+    columns = [_call(reward, rows, pool, zeros, working) for reward in rewards]  # R lists of B
     if timed_out is not None:
         timed_out += zeros
-    rewards = torch.tensor(columns, dtype=torch.float32).reshape(len(columns), len(rows)).T  # [B, R]
-    parts = rewards.split([len(group.completions) for group in groups])
+    scores = torch.tensor(columns, dtype=torch.float32).reshape(len(columns), len(rows)).T  # [B, R]
+    parts = scores.split([len(group.completions) for group in groups])
     return [replace(group, rewards=part.contiguous()) for group, part in zip(groups, parts, strict=True)]
+
+
+def _with_async_called(rewards: Sequence[Reward], rows: Sequence[_Row]) -> list[Reward]:
+    """Return the rewards; where several are `async`, they have been called, at the same time."""
+    found = [reward for reward in rewards if iscoroutinefunction(reward.function)]
+    if len(found) < 2:
+        return list(rewards)
+    with watched(", ".join(reward.name for reward in found), _span(rows)):
+        outcomes = run_together([_invoke(reward, rows) for reward in found])
+    done = {id(reward): outcome for reward, outcome in zip(found, outcomes, strict=True)}
+    called = (replace(each, function=Finished(each.function, done[id(each)])) for each in found)
+    return [next(called) if id(reward) in done else reward for reward in rewards]
+
+
+def _invoke(reward: Reward, rows: Sequence[_Row]) -> Any:
+    told = {}
+    if reward.context is not None:
+        told = reward.context.arguments(reward.function, [row.completion for row in rows])
+    return reward(**told | _arguments(reward, rows))
 
 
 def _call(
@@ -178,7 +203,7 @@ def _outcome(reward: Reward, row: _Row) -> float | Outcome:
 def _called(reward: Reward, rows: Sequence[_Row]) -> list[float]:
     where = _describe(rows[0]) if len(rows) == 1 else _span(rows)
     with watched(reward.name, where):
-        values = reward(**_arguments(reward, rows))
+        values = awaited(_invoke(reward, rows))
     return _numbers(values, reward, rows)
 
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import logging
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cache, partial
 from pathlib import Path
@@ -22,12 +23,48 @@ from typing import Any, TypeVar
 
 from vlmr1.errors import SettingError
 from vlmr1.rewards.settings import DEFAULTS, RewardSettings
-from vlmr1.types import Sample
+from vlmr1.types import Completion, Sample
 
 logger = logging.getLogger(__name__)
 Function = TypeVar("Function", bound=Callable[..., Any])
 Check = Callable[..., None]
 Isolated = Callable[[RewardSettings, str], bool]
+
+
+@dataclass
+class RewardContext:
+    """What functions with TRL's signature may ask for: `trainer_state`, `log_extra` and `log_metric`."""
+
+    trainer_state: Any = None
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+
+    def arguments(self, function: Callable[..., Any], completions: Sequence[Completion]) -> dict[str, Any]:
+        """Keyword arguments for a user's function, of those that it takes. `log_extra(column, values)` adds a column to
+        the logged completions, `log_metric(name, value)` a metric to the logs."""
+        if getattr(function, "__module__", "").startswith("vlmr1."):
+            return {}
+        every = {"trainer_state": self.trainer_state, "log_metric": self.log_metric}
+        every["log_extra"] = partial(log_extra, completions)
+        parameters = inspect.signature(function).parameters
+        if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values()):
+            return every
+        return {name: value for name, value in every.items() if name in parameters}
+
+    def log_metric(self, name: str, value: float) -> None:
+        self.metrics.setdefault(name, []).append(float(value))
+
+    def take(self) -> dict[str, float]:
+        """Return the mean of each metric, and forget them."""
+        metrics, self.metrics = self.metrics, {}
+        return {name: sum(values) / len(values) for name, values in metrics.items()}
+
+
+def log_extra(completions: Sequence[Completion], column: str, values: Sequence[Any]) -> None:
+    """Add a value to each completion's row of the log. ValueError: another number of values than completions."""
+    if len(values) != len(completions):
+        raise ValueError(f"log_extra({column!r}): {len(values)} values for {len(completions)} completions")
+    for completion, value in zip(completions, values, strict=True):
+        completion.logged[column] = value
 
 
 @dataclass(frozen=True)
@@ -46,6 +83,7 @@ class Reward:
     settings: RewardSettings | None = None  # None where the function takes none
     isolated: Isolated | None = None
     images: bool = False  # whether it takes the columns image_size and image_grid_thw
+    context: RewardContext | None = None  # arguments of the trainer, set by each call
 
     def __call__(self, /, prompts: list, completions: list, **columns: list) -> Any:
         return self.function(prompts=prompts, completions=completions, **columns, **self.options)
