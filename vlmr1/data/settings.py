@@ -35,6 +35,7 @@ class DataSettings(_Shared):
     )
     data_weights: list[float] = setting([], "shares of the data files in an epoch, one for each; no row is repeated")
     streaming: bool = setting(False, "read rows while training, without a pass before; needs max_steps")
+    shuffle_dataset: bool = setting(True, "draw the rows in a random order; false: in the order of the files")
     shuffle_buffer_size: int = setting(1000, "with streaming: rows of which the next one is drawn; 0: the files' order")
     prompt_column: str = setting("prompt", "column of the prompt in rows in TRL's format")
     solution_column: str = setting("solution", "column of the solution in rows in TRL's format")
@@ -65,6 +66,8 @@ class DataSettings(_Shared):
                 yield "val_split_ratio needs all rows, and streaming=true knows none before: use eval_data_file_paths"
             if self.overlong_prompts == "filter":
                 yield "overlong_prompts=filter measures all rows before training: with streaming=true use error"
+            if not self.shuffle_dataset:
+                yield "shuffle_dataset has no effect with streaming: shuffle_buffer_size=0 keeps the files' order"
         elif not self.is_default("shuffle_buffer_size"):
             yield "shuffle_buffer_size has no effect without streaming: all rows are shuffled"
         if not 0 <= self.val_split_ratio < 1:

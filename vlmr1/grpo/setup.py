@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch.utils.data import SequentialSampler
+
 from vlmr1.data.prompts import PromptBuilder, PromptDataset, without_overlong
 from vlmr1.errors import SettingError
 from vlmr1.grpo.naive import policy_for
@@ -64,7 +66,7 @@ def make_sampler(trainer: Any) -> Any:
     args, streamed = trainer.args, getattr(trainer.train_dataset, "samples", None)
     if hasattr(streamed, "sampler"):
         return streamed.sampler(args.mixture.seed, args.shuffle_buffer_size)
-    return trainer._get_train_sampler()
+    return trainer._get_train_sampler() if args.shuffle_dataset else SequentialSampler(trainer.train_dataset)
 
 
 def make_features(model: Any, family: Any, args: Any) -> FeatureCache | None:

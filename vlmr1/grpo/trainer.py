@@ -46,6 +46,7 @@ class GRPOTrainer(HFTrainer):
         processor: Any,
         reward_funcs: Sequence[Any] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
+        optimizers: tuple[Any, Any] = (None, None),
     ):
         self.processor = processor
         self.settings = args.objective()
@@ -63,6 +64,7 @@ class GRPOTrainer(HFTrainer):
             processing_class=processor.tokenizer,
             data_collator=as_list,
             callbacks=list(callbacks),
+            optimizers=optimizers,
         )
         self.features = setup.make_features(model, self.family, args)
         self.policy: PackedPolicy = setup.make_policy(self, model)
