@@ -24,7 +24,7 @@ COMMANDS = {  # module below commands/, help
     "evaluate": ("evaluate", "greedy evaluation of checkpoints, and its comparison"),
     "report": ("report", "one HTML page of a training run, which may still be running"),
     "merge": ("merge", "a checkpoint with an adapter -> an ordinary model directory"),
-    "data": ("data_check", "check data files before training"),
+    "data": ("data", "check data files before training, or rate their rows by a model"),
     "doctor": ("doctor", "what this machine has, and which kernels it would use"),
     "bench": ("bench", "what is gained on this machine, and by which switch"),
 }
@@ -73,7 +73,7 @@ def _parse(arguments: Sequence[str] | None) -> tuple[ModuleType, argparse.Namesp
                 module.add_arguments(each)
     try:
         options, rest = parser.parse_known_args(words)
-        if rest and options.command not in TAKE_MORE:
+        if rest and options.command not in TAKE_MORE and not hasattr(options, "takes_settings"):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
     except BrokenPipeError:  # nobody reads the help to its end
         redirect_broken_streams()

@@ -51,6 +51,14 @@ class Sample:
     source: str
     index: int
     columns: dict[str, Any] = field(default_factory=dict)  # everything else the row held
+    other_solutions: tuple[str, ...] = ()  # accepted as well as `solution`
+
+    def each_solution(self) -> list[Sample]:
+        """Return this sample once for each accepted solution, which is then its only one."""
+        if not self.other_solutions:
+            return [self]
+        every = (self.solution, *self.other_solutions)
+        return [replace(self, solution=solution, other_solutions=()) for solution in every]
 
 
 @dataclass(frozen=True)

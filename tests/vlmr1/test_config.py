@@ -166,7 +166,7 @@ SCHEDULES = {
     "drop_last left over": (
         "--dataloader_drop_last true --max_steps 2",
         15,
-        "2 in all (2.0 epochs); 7 rows are left over at the end of an epoch",
+        "(2.0 epochs); 7 rows are left over at the end of an epoch: a generation has 8, and dataloader_drop_last",
     ),
     "stream": ("--streaming true --max_steps 5", None, "streamed rows; an update: 8 prompts x 8 generations"),
 }

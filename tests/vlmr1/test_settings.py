@@ -217,7 +217,13 @@ def test_defaults_of_trl():
 
 
 HELP = [[name, "--help"] for name in COMMANDS if name != "data"]
-HELP += [["--help"], ["data", "--help"], ["data", "check", "--help"], ["train", "--help", "beta"]]
+HELP += [
+    ["--help"],
+    ["data", "--help"],
+    ["data", "check", "--help"],
+    ["data", "rate", "--help"],
+    ["train", "--help", "beta"],
+]
 
 
 @pytest.mark.parametrize("words", HELP, ids=" ".join)

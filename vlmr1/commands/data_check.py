@@ -33,8 +33,6 @@ UNASKED = Judge("http://localhost", "none")  # rows of the method llm need one; 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", required=True)
-    parser = actions.add_parser("check", help="every fault, by file and line")
     parser.add_argument("files", nargs="+", help="JSON or Parquet files, directories of save_to_disk, OWNER/NAME@SPLIT")
     parser.add_argument("--images", nargs="*", default=[], help="image folders: one for each data file, or one for all")
     parser.add_argument("--question_template", default="auto", help="as in training")
@@ -57,6 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data_seed", type=int, default=Mixture.seed, help="of training: its data_seed, or seed")
     parser.add_argument("--prompt_column", default=Columns.prompt)
     parser.add_argument("--solution_column", default=Columns.solution)
+    parser.add_argument("--image_column", default=Columns.image)
+    parser.add_argument("--system_prompt", help="as in training")
+    parser.add_argument("--images_outside_folders", nargs="?", const="true", choices=("true", "false"), default="false")
 
 
 def run(options: argparse.Namespace, rest: list[str]) -> int:
@@ -83,7 +84,13 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
         rewards=[get_reward(reward, settings) for reward in options.reward_funcs],
         measure=measure,
         max_prompt_length=options.max_prompt_length,
-        columns=Columns(options.prompt_column, options.solution_column),
+        columns=Columns(
+            options.prompt_column,
+            options.solution_column,
+            options.image_column,
+            options.system_prompt,
+            options.images_outside_folders == "true",
+        ),
         defaults=columns_of_files(len(split_names(options.files)), methods),
         mixture=Mixture(options.sampling_strategy, options.data_weights, options.data_seed),
     )
@@ -154,9 +161,10 @@ class _Checker:
             except DataError as error:
                 self.found.append((index, as_fault(error, source)))
                 continue
-            for check in self.checks:
+            self.findings.tally.add(sample)
+            for check, each in ((check, each) for check in self.checks for each in sample.each_solution()):
                 try:
-                    check(sample)
+                    check(each)
                 except DataError as error:
                     errors.append(error)
             if sample.images:

@@ -12,6 +12,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from vlmr1.config import GRPOConfig
 from vlmr1.data.image_limits import limit_images
+from vlmr1.data.pass_rates import PassRates, within_pass_rates
 from vlmr1.data.samples import Samples, validation_split
 from vlmr1.distributed.ranks import Ranks
 from vlmr1.errors import SettingError
@@ -36,6 +37,7 @@ class Prepared:
     train: Samples
     validation: Sequence[Sample] | None  # val_split_ratio of the rows
     evaluated: Sequence[Sample] | None  # during training
+    pass_rates: PassRates | None = None  # of the rows before those out of bounds are left out
 
 
 def prepare(config: GRPOConfig, *, finished: bool = False) -> Prepared:
@@ -55,10 +57,13 @@ def prepare(config: GRPOConfig, *, finished: bool = False) -> Prepared:
     limit_images(processor, model_type, **settings.image_limits)
     reader = RowReader.of(config, model_type, processor.image_processor)
     train = reader.training(*_data_files(config, output_dir))
+    if config.process_index == 0 and train.tally is not None:
+        print(*train.tally.lines(), sep="\n", flush=True)
     validation = None
     if config.val_split_ratio > 0:
         seed = config.seed if config.data_seed is None else config.data_seed
         train, validation = validation_split(train, config.val_split_ratio, seed)
+    train, rates = within_pass_rates(train, config)
     if config.should_save and config.save_strategy != SaveStrategy.NO and not finished:
         planned = planned_model(name, settings)
         size = checkpoint_bytes(planned, settings.optimizer, weights_only=config.save_only_model)
@@ -71,7 +76,7 @@ def prepare(config: GRPOConfig, *, finished: bool = False) -> Prepared:
         **settings.source,
     )
     evaluated = evaluation_samples(EvaluationSettings.of(config), reader, validation)
-    return Prepared(model, processor, train, validation, evaluated)
+    return Prepared(model, processor, train, validation, evaluated, rates)
 
 
 def _data_files(config: GRPOConfig, output_dir: Path) -> tuple[list[str], list[str]]:

@@ -23,7 +23,10 @@ def describe_schedule(config: GRPOConfig, rows: int | None) -> str:
         total = f"{epoch} updates an epoch, {updates} in all ({updates / epoch:.1f} epochs)"
         if sampler.unused:
             plural = "s are" if sampler.unused > 1 else " is"
-            total += f"; {sampler.unused} row{plural} left over at the end of an epoch: an update needs {sampler.least}"
+            why = f"an update needs {sampler.least}"
+            if sampler.drop_last:
+                why = f"a generation has {sampler.batch_size}, and dataloader_drop_last is set"
+            total += f"; {sampler.unused} row{plural} left over at the end of an epoch: {why}"
     return (
         f"{'streamed' if rows is None else rows} rows; "
         f"an update: {prompts} prompts x {config.num_generations} generations = "

@@ -73,7 +73,7 @@ def _train(config: GRPOConfig, stop: StopSignals, resuming: ResumeGuard) -> GRPO
         output_dir.mkdir(parents=True, exist_ok=True)
         keep_settings(config, spread, output_dir)
     ranks.barrier()
-    progress = Progress(output_dir, console=not config.disable_tqdm)
+    progress = Progress(output_dir, console=not config.disable_tqdm, pass_rates=prepared.pass_rates)
     callbacks = [progress, NoSignalWarning(), stop, resuming]
     trainer = GRPOTrainer(prepared.model, config, prepared.train, prepared.processor, callbacks=callbacks)
     trainer.remove_callback(ProgressCallback)

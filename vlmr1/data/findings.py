@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from vlmr1.data.faults import RowFault
+from vlmr1.data.media import Tally
 from vlmr1.errors import DataError
 
 NAMED = 5  # rows that a message names
@@ -34,6 +35,7 @@ class Findings:
     images: int = 0  # distinct ones that were decoded, or could not be
     faults: list[Fault] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)  # tokens of each prompt that could be made
+    tally: Tally = field(default_factory=Tally)  # of the rows that could be read
 
     @property
     def status(self) -> int:
@@ -41,9 +43,10 @@ class Findings:
         return 1 if self.faults else 0
 
     def text(self) -> str:
-        """The header, a line a fault, the histogram of the prompts' lengths, and the totals."""
+        """The header, a line a fault, the histogram of prompt lengths, columns and rows with images, and the totals."""
         lines = self.header + [str(fault) for fault in self.faults]
         lines += ["tokens a prompt:", histogram(self.lengths)] if self.lengths else []
+        lines += self.tally.lines(self.rows)
         kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(each.kind for each in self.faults).items())
         found = f"{len(self.faults)} faults ({kinds})" if self.faults else "no faults"
         return "\n".join([*lines, f"{self.rows} rows, {self.images} images: {found}"])

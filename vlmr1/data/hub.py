@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlmr1.data.faults import row_fault
 from vlmr1.data.rows import Row, Rows
 from vlmr1.errors import SettingError, import_for
 
@@ -21,7 +22,20 @@ class DatasetRows(Rows):
         return len(self.dataset)
 
     def read(self, index: int) -> Row:
-        return self.dataset[index : index + 1].to_pylist()[0]
+        return table_row(self.dataset[index : index + 1], self.source(index))
+
+
+def table_row(table: Any, source: str) -> Row:
+    """Return the row of a table of one row. DataError for text that is not UTF-8 or a date out of range."""
+    from pyarrow import ArrowException
+
+    try:
+        return table.to_pylist()[0]
+    except (ValueError, OverflowError, ArrowException) as error:
+        raise row_fault(source, "table", f"the row cannot be read: {error}") from error
+
+    def table(self, places: Sequence[int]) -> Any:
+        return self.dataset.select(places)
 
 
 def parquet_rows(path: Path) -> DatasetRows:
@@ -54,9 +68,15 @@ def _made(name: str, load: Callable[[], Any]) -> DatasetRows:
 
     try:
         return DatasetRows(name, load())
-    except (OSError, ValueError, ArrowException, DatasetsError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SettingError(f"data_file_paths: {name} cannot be read: {reason}") from error
+    except (OSError, ValueError, TypeError, ArrowException, DatasetsError) as error:
+        raise SettingError(f"data_file_paths: {name} cannot be read: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of the innermost error: `datasets` says only that it failed where the types of a column differ."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _split_of(loaded: Any, split: str | None, name: str) -> Any:

@@ -11,10 +11,12 @@ from vlmr1.errors import SettingError
 
 MARKER = "<image>"
 QUESTION = "{question}"
-ROLES = {"human": "user", "gpt": "assistant"}
 CHAT_ROLES = ("system", "user", "assistant")
 
-Part = dict[str, str]  # {"type": "image"} or {"type": "text", "text": ...}
+IMAGE_KEYS = ("image", "image_url", "url", "path", "bytes", "base64")  # of an image part, and of an image as a dict
+VALUE = "value"  # of an image part that holds its image, until it is placed
+
+Part = dict[str, Any]  # {"type": "image"} or {"type": "text", "text": ...}
 Message = dict[str, Any]  # {"role": ..., "content": [Part]}
 
 
@@ -25,65 +27,34 @@ def check_template(question: str, known: Iterable[str] = ()) -> None:
         raise SettingError(f"question_template is {question!r}: {names} must hold {QUESTION} once, and no {MARKER}")
 
 
-def from_turns(turns: Any, num_images: int, question: str, source: str) -> tuple[list[Message], str]:
-    """Convert VLM-R1's conversation to the messages of its prompt and the solution.
+def finished(
+    messages: list[Message], values: Sequence[Any], question: str, source: str
+) -> tuple[list[Message], list[Any]]:
+    """Put the template into the last message, and the images of the row's column at their markers.
 
-    The last turn is by gpt and is the solution. The turns before it are the prompt; its last one gets the template."""
-    if not isinstance(turns, list) or not turns:
-        raise row_fault(
-            source, "conversations", "no conversations: a row needs a list with a human and a gpt turn, or a prompt"
-        )
-    for turn in turns:
-        if not isinstance(turn, dict) or "value" not in turn or turn.get("from") not in ROLES:
-            what = f'a turn is {{"from": "human" or "gpt", "value": ...}}, not {short(turn)}'
-            raise row_fault(source, "turn", what)
-    *turns, last = turns
-    if last["from"] != "gpt" or last["value"] is None:
-        raise row_fault(source, "solution", "no gpt turn at the end of conversations: it is the solution")
-    if not turns or turns[-1]["from"] != "human":
-        raise row_fault(source, "turn", "no human turn before the last gpt turn")
-    for turn in turns:
-        if not isinstance(turn["value"], str):
-            raise row_fault(source, "turn", f"a {turn['from']} turn is not text but {kind_of(turn['value'])}")
-    messages = [message(ROLES[turn["from"]], stripped(parts_of(turn["value"]))) for turn in turns]
-    return finished(messages, num_images, question, source), as_text(last["value"])
-
-
-def from_prompt(prompt: Any, num_images: int, question: str, source: str) -> list[Message]:
-    """Convert TRL's prompt, a text or a list of messages, to messages; the last one gets the template."""
-    if isinstance(prompt, str):
-        return finished([message("user", stripped(parts_of(prompt)))], num_images, question, source)
-    if not isinstance(prompt, list) or not prompt:
-        raise row_fault(source, "prompt", f"the prompt is neither text nor a list of messages but {short(prompt)}")
-    messages = []
-    for each in prompt:
-        if not isinstance(each, dict) or each.get("role") not in CHAT_ROLES:
-            what = f'a message is {{"role": {" or ".join(CHAT_ROLES)}, "content": ...}}, not {short(each)}'
-            raise row_fault(source, "turn", what)
-        content = each.get("content")
-        parts = parts_of(content) if isinstance(content, str) else _parts(content, source)
-        messages.append(message(each["role"], parts))
-    if messages[-1]["role"] != "user":
-        raise row_fault(source, "turn", f"the last message of the prompt is of {messages[-1]['role']}, not of user")
-    return finished(messages, num_images, question, source)
-
-
-def finished(messages: list[Message], num_images: int, question: str, source: str) -> list[Message]:
-    """Put the template into the last message, and the images at their markers.
-
-    Without markers, all images precede the text of the first user message."""
-    marked = sum(part["type"] == "image" for each in messages for part in each["content"])
-    if marked not in (0, num_images):
-        count = f"{marked} {MARKER} markers in the prompt for {num_images} image{'' if num_images == 1 else 's'}"
+    Without markers, they precede the text of the first user message. Return the messages with the images of all parts,
+    in the order of their places."""
+    parts = [part for each in messages for part in each["content"]]
+    marked = sum(part == {"type": "image"} for part in parts)
+    own = sum(VALUE in part for part in parts)
+    if marked not in (0, len(values)):
+        count = f"{marked} {MARKER} markers in the prompt for {len(values)} image{'' if len(values) == 1 else 's'}"
         raise row_fault(source, "markers", count)
-    if not marked:
+    if own and values and not marked:
+        what = f"{own} images in the parts of the prompt, and {len(values)} more in a column without markers"
+        raise row_fault(source, "markers", what)
+    if values and not marked:
         first = next(each for each in messages if each["role"] == "user")
-        first["content"] = [*({"type": "image"} for _ in range(num_images)), *first["content"]]
+        first["content"] = [*({"type": "image"} for _ in values), *first["content"]]
     messages[-1]["content"] = with_template(messages[-1]["content"], question)
+    images, left = [], iter(values)
     for each in messages:
         if not each["content"]:
             raise row_fault(source, "empty turn", f"a turn of {each['role']} is empty")
-    return messages
+        for part in each["content"]:
+            if part["type"] == "image":
+                images.append(part.pop(VALUE) if VALUE in part else next(left))
+    return messages, images
 
 
 def message(role: str, content: list[Part]) -> Message:
@@ -152,17 +123,20 @@ def short(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _parts(content: Any, source: str) -> list[Part]:
-    """Check a message's list of parts; unused keys of a part are null in some files."""
-    if not isinstance(content, list):
-        raise row_fault(source, "turn", f"the content of a message is neither text nor parts but {kind_of(content)}")
+def text_and_images(content: Sequence[Any], source: str) -> list[Part]:
+    """Convert a message's list of parts; unused keys of a part are null in some files.
+
+    Text parts have markers as texts do. An image part may hold its image under one of `IMAGE_KEYS`."""
     parts: list[Part] = []
     for part in content:
         used: Mapping[str, Any] = {k: v for k, v in part.items() if v is not None} if isinstance(part, dict) else {}
-        if used == {"type": "image"}:
-            parts.append({"type": "image"})
+        held = [key for key in used if key in IMAGE_KEYS]
+        if used.get("type") in ("image", "image_url") and used.keys() == {"type", *held} and len(held) <= 1:
+            parts.append({"type": "image"} | ({VALUE: used[held[0]]} if held else {}))
         elif used.keys() == {"type", "text"} and used["type"] == "text" and isinstance(used["text"], str):
-            parts.append({"type": "text", "text": used["text"]})
+            parts += parts_of(used["text"])
+        elif str(used.get("type")).startswith(("video", "audio", "input_audio")):
+            raise row_fault(source, "video", f"a part of type {used['type']}: only text and images are trained on")
         else:
             what = f'a part is {{"type": "text", "text": ...}} or {{"type": "image"}}, not {short(part)}'
             raise row_fault(source, "turn", what)

@@ -100,6 +100,9 @@ class SelectedRows(Rows):
     def source(self, index: int) -> str:
         return self.rows.source(self.places[index])
 
+    def table(self, places: Sequence[int]) -> Any:
+        return self.rows.table([self.places[place] for place in places])
+
 
 @dataclass(frozen=True)
 class Mixture:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from vlmr1.data.findings import NAMED, left_out_message
 from vlmr1.data.images import MIN_SIDE, encode_image, open_image
+from vlmr1.data.pass_rates import within_pass_rates
 from vlmr1.data.samples import Samples
 from vlmr1.errors import DataError, SettingError
 from vlmr1.models.family import ModelFamily
@@ -81,6 +82,14 @@ def without_overlong(samples: Sequence[Sample], builder: PromptBuilder, limit: i
         return samples.select(kept)
     within = set(kept)
     return [sample for sample in samples if sample.index in within]
+
+
+def without_left_out(samples: Sequence[Sample], builder: PromptBuilder, settings: Any) -> Sequence[Sample]:
+    """Return the samples without those that the pass rates or `overlong_prompts` leave out."""
+    samples, _ = within_pass_rates(samples, settings)
+    if settings.overlong_prompts == "filter" and settings.max_prompt_length is not None:
+        samples = without_overlong(samples, builder, settings.max_prompt_length)
+    return samples
 
 
 class PromptDataset(Dataset[Prompt]):

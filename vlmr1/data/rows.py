@@ -37,6 +37,10 @@ class Rows(ABC):
         """ "file:line" """
         return f"{self.name}:{self.line(index)}"
 
+    def table(self, places: Sequence[int]) -> Any:
+        """Return these rows as a `datasets.Dataset`; None where they are rows of JSON."""
+        return None
+
 
 class ListRows(Rows):
     """Rows in memory."""

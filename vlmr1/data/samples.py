@@ -1,15 +1,12 @@
-"""Rows -> samples, read on access; every fault of a row is found before training.
+"""Rows -> samples, read on access; every fault of a row is found before training. `formats.py` has the formats of rows.
 
-A row is in VLM-R1's format, `{"id", "image": str | [str], "conversations": [{"from": "human", "value": "<image>Locate
-..."}, {"from": "gpt", "value": "<answer>...</answer>"}], ...}`, or in TRL's, `{"prompt": text | [message], "image" or
-"images", "solution", ...}`. Without images it is text only.
+A row without images is text only. Columns that are neither prompt, images nor solution go to the reward functions.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import accumulate
 from pathlib import Path
@@ -19,8 +16,11 @@ from tqdm import tqdm
 
 from vlmr1.data.faults import row_fault
 from vlmr1.data.folder import ImageFolder, image_of, image_values
-from vlmr1.data.images import image_faults
-from vlmr1.data.messages import as_text, check_template, from_prompt, from_turns
+from vlmr1.data.formats import DEFAULT, Columns, read_row, with_system
+from vlmr1.data.grounding import fill
+from vlmr1.data.images import image_faults, upright_size
+from vlmr1.data.media import Tally, check_tokens, check_unread, check_videos
+from vlmr1.data.messages import check_template, finished
 from vlmr1.data.mixture import EVERYTHING, Mixture, describe
 from vlmr1.data.rows import Row, Rows
 from vlmr1.data.sources import open_sources
@@ -37,22 +37,16 @@ def stop(fault: DataError) -> None:
     raise fault
 
 
-@dataclass(frozen=True)
-class Columns:
-    """The columns of prompt and solution in rows of TRL's format."""
-
-    prompt: str = "prompt"
-    solution: str = "solution"
-
-
 class Samples(Sequence[Sample]):
     """The rows of several data files as samples, built on each access; no image is held."""
+
+    tally: Tally | None = None  # counts of a check of every row
 
     def __init__(
         self,
         sources: Sequence[tuple[Rows, ImageFolder]],
         question: Question,
-        columns: Columns = Columns(),
+        columns: Columns = DEFAULT,
         indices: Sequence[int] | None = None,
         defaults: Sequence[Mapping[str, Any]] = (),
     ):
@@ -91,6 +85,11 @@ class Samples(Sequence[Sample]):
         rows, _, place = self._place(index)
         return rows.source(place)
 
+    def place(self, index: int) -> tuple[Rows, int]:
+        """Return the file of the sample with this `Sample.index`, and its place there."""
+        rows, _, place = self._place(index)
+        return rows, place
+
     def describe(self) -> list[str]:
         """Return the question templates in words, and a line for each file that is read in part."""
         return [str(self.question), *describe(self.sources)]
@@ -109,29 +108,37 @@ class Samples(Sequence[Sample]):
         return file, index - (self.ends[file - 1] if file else 0)
 
     def _sample(self, row: Row, source: str, index: int, folder: ImageFolder, on_fault: OnFault) -> Sample:
+        def image(place: int, value: Any) -> ImageRef:
+            return image_of(value, folder, f"{place + 1} of {source}", source, outside=self.columns.images_outside)
+
+        def size(place: int) -> tuple[int, int]:
+            if place not in range(len(values)):
+                raise row_fault(source, "objects", f"image_id of objects is {place!r}: there are {len(values)} images")
+            return upright_size(image(place, values[place]), source)
+
         question = self.question if isinstance(self.question, str) else self.question(row)
-        values = image_values(row, source)
-        if row.get("conversations") is not None or self.columns.prompt not in row:
-            used = {"conversations", "image", "images"}
-            messages, solution = from_turns(row.get("conversations"), len(values), question, source)
-        else:
-            used = {self.columns.prompt, self.columns.solution, "image", "images"}
-            messages = from_prompt(row[self.columns.prompt], len(values), question, source)
-            if row.get(self.columns.solution) is None:
-                raise row_fault(source, "solution", f"no solution: the row has no column {self.columns.solution!r}")
-            solution = as_text(row[self.columns.solution])
+        check_videos(row, source)
+        values = image_values(row, source, self.columns.image)
+        reading = fill(read_row(row, self.columns, source), row.get("objects"), size, source)
+        messages = with_system(reading.messages, self.columns.system_prompt)
+        messages, placed = finished(messages, values, question, source)
+        check_tokens(messages, source)
+        used = reading.used | ({self.columns.image} if self.columns.image else {"image", "images"})
         columns = {key: value for key, value in row.items() if key not in used}
         for name in RESERVED:
             if name in columns:
                 what = f"a column cannot be called {name!r}: reward functions get ours by this name"
                 raise row_fault(source, "column", what)
-        images: list[Any] = []
-        for place, value in enumerate(values):
+        if not placed:
+            check_unread(columns, source)
+        images: list[ImageRef] = []
+        for place, value in enumerate(placed):
             try:
-                images.append(image_of(value, folder, f"{place + 1} of {source}", source))
+                images.append(image(place, value))
             except DataError as error:
                 on_fault(error)
-        return Sample(messages, tuple(images), solution, source, index, columns)
+        first, *others = reading.solutions
+        return Sample(messages, tuple(images), first, source, index, columns, tuple(others))
 
 
 def load_samples(
@@ -140,8 +147,7 @@ def load_samples(
     *,
     question: Question,
     check_images: bool,
-    prompt_column: str = "prompt",
-    solution_column: str = "solution",
+    columns: Columns = DEFAULT,
     checks: Sequence[Callable[[Sample], None]] = (),
     defaults: Sequence[Mapping[str, Any]] = (),
     mixture: Mixture = EVERYTHING,
@@ -156,35 +162,39 @@ def load_samples(
     for rows, _ in sources:
         if not len(rows):
             raise DataError(f"{rows.name}: the data set is empty: no rows in this file")
-    samples = Samples(sources, question, Columns(prompt_column, solution_column), defaults=defaults)
-    check_rows(samples, checks, images=check_images)
+    samples = Samples(sources, question, columns, defaults=defaults)
+    samples.tally = check_rows(samples, checks, images=check_images)
     return samples
 
 
-def check_rows(samples: Sequence[Sample], checks: Sequence[Callable[[Sample], None]], *, images: bool = True) -> None:
-    """Read each row, pass it to the checks, and with `images` decode each distinct image once.
+def check_rows(samples: Sequence[Sample], checks: Sequence[Callable[[Sample], None]], *, images: bool = True) -> Tally:
+    """Read each row, pass it to the checks, and with `images` decode each distinct image once. Return the counts.
 
     Raise the DataError of the first row with a fault."""
     faults: list[DataError] = []
-    every = _checked_images(samples, checks, faults)
+    tally = Tally()
+    every = _checked_images(samples, checks, faults, tally)
     for fault in image_faults(every) if images else (None for _ in every):
         if fault is not None:
             raise fault
     if faults:
         raise faults[0]
+    return tally
 
 
 def _checked_images(
-    samples: Sequence[Sample], checks: Sequence[Callable[[Sample], None]], faults: list[DataError]
+    samples: Sequence[Sample], checks: Sequence[Callable[[Sample], None]], faults: list[DataError], tally: Tally
 ) -> Iterator[tuple[ImageRef, str]]:
-    """Yield the images of all rows, up to the first row with another fault, which is added to `faults`.
+    """Yield the images of all rows, up to the first row with another fault, which is added to `faults`; count the rows.
 
     It is not raised at once: images of earlier rows, still waiting for a decoder, come first."""
     for place in tqdm(range(len(samples)), desc="checking rows", delay=2, disable=None):
         try:
             sample = samples[place]
             for check in checks:
-                check(sample)
+                for each in sample.each_solution():
+                    check(each)
+            tally.add(sample)
         except DataError as error:
             faults.append(error)
             return

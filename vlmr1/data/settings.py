@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from vlmr1.data.formats import Columns
 from vlmr1.data.mixture import Mixture, Sampling
 from vlmr1.data.templates import AUTO, TEMPLATES, question_text
 from vlmr1.errors import faults_of
@@ -29,7 +30,10 @@ class DataSettings(_Shared):
     data_file_paths: list[str] = setting(
         [], "JSON lines, JSON, parquet, data set folders, hub ids or YAML lists of them"
     )
-    image_folders: list[str] = setting([], "one for each data file, one for all, or none where rows hold their images")
+    image_folders: list[str] = setting(
+        [], "directories, .zip or .tar files: one a data file, or one for all; none where rows hold images"
+    )
+    images_outside_folders: bool = setting(False, "allow names of images that lead out of image_folders")
     sampling_strategy: list[str] = setting(
         [], "rows of each data file, or of all: all, first:N, end:N or random:N, N a number or a share in percent"
     )
@@ -37,8 +41,10 @@ class DataSettings(_Shared):
     streaming: bool = setting(False, "read rows while training, without a pass before; needs max_steps")
     shuffle_dataset: bool = setting(True, "draw the rows in a random order; false: in the order of the files")
     shuffle_buffer_size: int = setting(1000, "with streaming: rows of which the next one is drawn; 0: the files' order")
-    prompt_column: str = setting("prompt", "column of the prompt in rows in TRL's format")
-    solution_column: str = setting("solution", "column of the solution in rows in TRL's format")
+    prompt_column: str = setting("prompt", "column of the prompt, beside those of the known formats of rows")
+    solution_column: str = setting("solution", "column of the solution; dots lead into nested values: a.b")
+    image_column: str = setting("", "column of the images; default: image or images")
+    system_prompt: str | None = setting(None, "system message of rows that have none")
     question_template: str = setting(
         AUTO,
         f"{', '.join(TEMPLATES)}, or a text with {{question}} in it; auto: rec where accuracy is by IoU, odLength "
@@ -50,6 +56,20 @@ class DataSettings(_Shared):
     overlong_prompts: Literal["error", "filter"] = setting(
         "error", "a longer prompt stops the run, or its row is left out before the run begins"
     )
+    min_pass_rate: float | None = setting(
+        None, "train on rows with at least this pass_rate, a column that `vlmr1 data rate` writes"
+    )
+    max_pass_rate: float | None = setting(None, "train on rows with at most this pass_rate")
+
+    @property
+    def columns(self) -> Columns:
+        return Columns(
+            self.prompt_column,
+            self.solution_column,
+            self.image_column,
+            self.system_prompt,
+            self.images_outside_folders,
+        )
 
     def check(self) -> Iterator[str]:
         yield from self.at_least(1, "max_prompt_length")
@@ -68,10 +88,18 @@ class DataSettings(_Shared):
                 yield "overlong_prompts=filter measures all rows before training: with streaming=true use error"
             if not self.shuffle_dataset:
                 yield "shuffle_dataset has no effect with streaming: shuffle_buffer_size=0 keeps the files' order"
+            if self.min_pass_rate is not None or self.max_pass_rate is not None:
+                yield "min_pass_rate and max_pass_rate choose rows before training, and streaming=true knows none then"
         elif not self.is_default("shuffle_buffer_size"):
             yield "shuffle_buffer_size has no effect without streaming: all rows are shuffled"
         if not 0 <= self.val_split_ratio < 1:
             yield f"val_split_ratio is {self.val_split_ratio}: it must be at least 0 and below 1"
+        for name in ("min_pass_rate", "max_pass_rate"):
+            if (value := getattr(self, name)) is not None and not 0 <= value <= 1:
+                yield f"{name} is {value:g}: it must be between 0 and 1"
+        low, high = self.min_pass_rate, self.max_pass_rate
+        if low is not None and high is not None and low > high:
+            yield f"min_pass_rate is {low:g}: it is above max_pass_rate, {high:g}"
         if self.question_template != AUTO:
             yield from faults_of(lambda: question_text(self.question_template))
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from vlmr1.data.archives import is_archive
 from vlmr1.data.folder import ImageFolder
 from vlmr1.data.hub import folder_rows, hub_rows, parquet_rows
 from vlmr1.data.mixture import EVERYTHING, DataFile, Mixture, listed
@@ -24,8 +25,8 @@ def open_sources(
 
     A data file is a JSON or Parquet file, a YAML list of data files, a directory written by `save_to_disk`
     (DIRECTORY@SPLIT where it has several splits), or a hub data set (OWNER/NAME@SPLIT). Several files or folders may be
-    joined by ':'. There is one folder for all files, one for each, or none where rows hold their images. `mixture` says
-    which rows are taken. SettingError for a file or folder that does not exist.
+    joined by ':'. There is one folder for all files, one for each, or none where rows hold their images; it may be a
+    .zip or .tar file. `mixture` says which rows are taken. SettingError for a file or folder that does not exist.
     """
     files = mixture.files(split_paths(data_file_paths))
     if not files:
@@ -43,8 +44,8 @@ def image_places(files: Sequence[DataFile], image_folders: Sequence[str | Path])
             f"image_folders has {len(folders)} folders for {len(files)} data files: give one for all, or one for each"
         )
     for folder in [*folders, *(file.folder for file in files if file.folder is not None)]:
-        if not Path(folder).is_dir():
-            raise SettingError(f"image_folders: {folder} is not a directory")
+        if not Path(folder).is_dir() and not is_archive(folder):
+            raise SettingError(f"image_folders: {folder} is not a directory, nor a .zip or .tar file")
     places = [ImageFolder(Path(folder)) for folder in folders] or [ImageFolder(None)]
     places *= len(files) if len(places) == 1 else 1
     own = [None if file.folder is None else ImageFolder(Path(file.folder)) for file in files]

@@ -14,16 +14,16 @@ from typing import Any
 from torch.utils.data import Sampler
 
 from vlmr1.data.folder import ImageFolder
-from vlmr1.data.hub import imported
+from vlmr1.data.formats import DEFAULT, Columns
+from vlmr1.data.hub import imported, table_row
 from vlmr1.data.mixture import DataFile, Mixture, Sampling
 from vlmr1.data.rows import LineRows, Row, Rows
-from vlmr1.data.samples import Columns, OnFault, Question, Samples, stop
+from vlmr1.data.samples import OnFault, Question, Samples, stop
 from vlmr1.data.sources import image_places, open_rows, split_paths
 from vlmr1.errors import DataError, SettingError
 from vlmr1.types import Sample
 
 AHEAD = 1000  # lines that are indexed together
-COLUMNS = Columns()
 GROUPS = 4  # row groups of a Parquet file that are held
 
 
@@ -97,11 +97,11 @@ class ParquetGroups(Rows):
         return vars(self) | {"groups": OrderedDict()}
 
     def read(self, index: int) -> Row:
-        number = 0
+        number, source = 0, self.source(index)
         while index >= self.sizes[number]:
             index -= self.sizes[number]
             number += 1
-        return self._group(number).slice(index, 1).to_pylist()[0]
+        return table_row(self._group(number).slice(index, 1), source)
 
     def _group(self, number: int) -> Any:
         import pyarrow.parquet
@@ -124,7 +124,7 @@ class StreamedSamples(Samples):
         files: Sequence[DataFile],
         sources: Sequence[tuple[Rows, ImageFolder]],
         question: Question,
-        columns: Columns = COLUMNS,
+        columns: Columns = DEFAULT,
         defaults: Sequence[Mapping[str, Any]] = (),
         checks: Sequence[Callable[[Sample], None]] = (),
     ):
@@ -142,10 +142,14 @@ class StreamedSamples(Samples):
     def __getitem__(self, index: Any) -> Any:
         return self.sample(index)
 
+    def __iter__(self) -> Iterator[Sample]:
+        raise TypeError("the samples of a stream are read in the order of its sampler")
+
     def sample(self, index: int, on_fault: OnFault = stop) -> Sample:
         sample = super().sample(index, on_fault)
         for check in self.checks:
-            check(sample)
+            for each in sample.each_solution():
+                check(each)
         return sample
 
     def sampler(self, seed: int, buffer_size: int) -> StreamSampler:

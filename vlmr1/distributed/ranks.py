@@ -82,6 +82,8 @@ class Ranks:
             self.store.set(FAILED, f"rank {self.rank}: {error}")
 
     def _failure(self) -> str | None:
+        if self.store is None:
+            return None
         try:
             return self.store.get(FAILED).decode() if self.store.check([FAILED]) else None
         except RuntimeError:  # the process that held the store has ended

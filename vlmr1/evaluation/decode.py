@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -14,11 +14,13 @@ from vlmr1.data.images import upright_size
 from vlmr1.data.prompts import PromptBuilder
 from vlmr1.distributed.ranks import Ranks
 from vlmr1.errors import UserError
-from vlmr1.evaluation.records import Record, RecordFiles, append
+from vlmr1.evaluation.records import Record, RecordFiles, RowRecord, append
 from vlmr1.models import family_of
 from vlmr1.rollout import ENGINES, SamplingSettings
 from vlmr1.rollout.engine import RolloutEngine
 from vlmr1.types import Group, Prompt, Sample
+
+Decode = Callable[[Sequence[Sample], Sequence[int]], Iterable[RowRecord]]  # samples and their places in the data
 
 
 class Decoder:
@@ -38,9 +40,10 @@ class Decoder:
         engine: RolloutEngine | str = "native",
     ):
         family = family_of(model)
-        if isinstance(engine, str):
-            engine = ENGINES[engine](model, family, processor.tokenizer, chat_template=processor.chat_template)
-        self.engine: RolloutEngine = engine
+        made = engine
+        if isinstance(made, str):
+            made = ENGINES[made](model, family, processor.tokenizer, chat_template=processor.chat_template)
+        self.engine: RolloutEngine = made
         self.builder = PromptBuilder(model, family, processor)
         self.sampling = SamplingSettings(max_completion_length, greedy=True)
         self.boxes = None
@@ -72,7 +75,7 @@ class Decoder:
 
 
 def decode_missing(
-    decoder: Decoder, samples: Sequence[Sample], files: RecordFiles, done: Mapping[int, Record], ranks: Ranks
+    decoder: Decode, samples: Sequence[Sample], files: RecordFiles, done: Mapping[int, RowRecord], ranks: Ranks
 ) -> int:
     """Decode this rank's share of the missing batches and append their records; return the number of rows decoded."""
     for row, record in done.items():

@@ -8,14 +8,13 @@ import os
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file
 
 from vlmr1.data.sources import split_names
 from vlmr1.errors import SettingError
-from vlmr1.evaluation.options import Options
 from vlmr1.evaluation.rows import Data, file_digests
 from vlmr1.lifecycle.checkpoint import is_adapter, replace_text, sha256_of_file
 from vlmr1.models.lora import base_name
@@ -34,7 +33,19 @@ CODE = "*.py"  # run with trust_remote_code
 PACKAGES = ("vlmr1", "torch", "transformers", "pillow", "numpy", "pycocotools")
 
 
-def fingerprint(name: str, path: str, model: Any, options: Options, data: Data) -> dict[str, Any]:
+class Inputs(Protocol):
+    """Options that determine results: those of `vlmr1 evaluate`, or of `vlmr1 data rate`."""
+
+    @property
+    def revision(self) -> str: ...
+    @property
+    def data(self) -> list[str]: ...
+    @property
+    def kernels(self) -> str: ...
+    def written(self) -> dict[str, Any]: ...
+
+
+def fingerprint(name: str, path: str, model: Any, options: Inputs, data: Data) -> dict[str, Any]:
     """Return all that determines the results of the model called `name`, read from `path`."""
     return {
         "model": {

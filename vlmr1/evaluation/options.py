@@ -7,6 +7,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal, get_args, get_type_hints
 
 from vlmr1.data.box_coordinates import Setting
+from vlmr1.data.formats import Columns
 from vlmr1.data.templates import AUTO, question_text
 from vlmr1.errors import SettingError
 from vlmr1.rewards.judge import Judge, judge_of
@@ -45,8 +46,11 @@ class Options(Settings):
     batch_size: int = setting(32, "rows that are decoded together; it alone determines the batches")
     limit: int | None = setting(None, "evaluate the first rows only")
     box_coordinates: Setting = setting("auto", "in which the model writes boxes")
-    prompt_column: str = setting("prompt", "of rows in TRL's format")
-    solution_column: str = setting("solution", "of rows in TRL's format")
+    prompt_column: str = setting("prompt", "as in training")
+    solution_column: str = setting("solution", "as in training")
+    image_column: str = setting("", "as in training")
+    system_prompt: str | None = setting(None, "as in training")
+    images_outside_folders: bool = setting(False, "as in training")
     revision: str = setting("main", "of a hub model")
     trust_remote_code: bool = setting(False, "run code that a hub model ships")
     dtype: Literal["float32", "bfloat16"] = setting("float32", "of weights and computation")
@@ -82,6 +86,11 @@ class Options(Settings):
         if self.question_template != AUTO or self.task == "vqa":
             return self.question_template
         return auto_template([REWARD_OF[self.task]], self.methods[0])
+
+    @property
+    def columns(self) -> Columns:
+        names = self.prompt_column, self.solution_column, self.image_column
+        return Columns(*names, self.system_prompt, self.images_outside_folders)
 
     @property
     def tokens(self) -> int:

@@ -16,6 +16,7 @@ from vlmr1.evaluation.fingerprint import as_json
 from vlmr1.evaluation.scoring import Scored
 from vlmr1.lifecycle.checkpoint import replace_text
 from vlmr1.report.cases import Case, write_cases
+from vlmr1.report.pass_rates import Bar
 
 RESULTS = "results.json"
 REPLICATES = "bootstrap.json"
@@ -28,6 +29,10 @@ TITLES = {
     "ap75": "AP75",
     "nms_ap": "NMS-AP",
     "score": "mean score",
+    "pass_rate": "pass rate",
+    "mean_reward": "mean reward",
+    "always_pass_share": "rows that always pass",
+    "never_pass_share": "rows that never pass",
     "format_share": "with the format",
     "parse_failure_share": "answer not read",
     "unknown_label_share": "boxes of unknown labels",
@@ -63,11 +68,13 @@ def write_results(folder: Path, what: Mapping[str, Any], scored: Scored) -> Resu
     return Results(content, scored.metrics)
 
 
-def write_page(folder: Path, results: Results, cases: Sequence[Case], count: int) -> None:
-    """Write the page with the metrics, and up to `count` worst and as many best cases."""
+def write_page(
+    folder: Path, results: Results, cases: Sequence[Case], count: int, histogram: Sequence[Bar] = ()
+) -> None:
+    """Write the page with the metrics, a histogram of pass rates, up to `count` worst and as many best cases."""
     content = results.content
     title = f"{results.model}: {content['options']['task']}, {content['rows']['count']} rows"
-    write_cases(folder / PAGE, title=title, rows=results.table(), cases=cases, count=count)
+    write_cases(folder / PAGE, title=title, rows=results.table(), cases=cases, count=count, histogram=histogram)
 
 
 def read_results(folder: Path) -> Results:

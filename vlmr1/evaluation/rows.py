@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmr1.data.rows import Rows
-from vlmr1.data.samples import Columns, Samples, check_rows
+from vlmr1.data.faults import row_fault
+from vlmr1.data.samples import Samples, check_rows
 from vlmr1.data.sources import open_sources, split_names
 from vlmr1.errors import DataError
 from vlmr1.evaluation.annotations import annotation_rows
@@ -19,7 +19,7 @@ from vlmr1.evaluation.tasks import check_of
 from vlmr1.lifecycle.checkpoint import sha256_of_file
 from vlmr1.rewards.methods import columns_of_files
 from vlmr1.rewards.question import Question
-from vlmr1.types import ImageRef, Sample
+from vlmr1.types import ImageRef
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,10 @@ class Data:
     samples: Samples
     digest: str
 
+    @classmethod
+    def of(cls, samples: Samples) -> Data:
+        return cls(samples, rows_digest(samples))
+
 
 def load_rows(options: Options, model_type: str) -> Data:
     """Return the samples to evaluate, in the order of the files, at most `limit`.
@@ -36,7 +40,7 @@ def load_rows(options: Options, model_type: str) -> Data:
     Every row is read and checked against its task, and each image is decoded once. DataError "file:line: ..." for the
     first fault, SettingError for files and folders that do not exist."""
     sources = open_sources(options.data, options.images)
-    columns = Columns(options.prompt_column, options.solution_column)
+    columns = options.columns
     opened = [(annotation_rows(rows, columns.prompt, columns.solution), folder) for rows, folder in sources]
     for rows, _ in opened:
         if not len(rows):
@@ -45,17 +49,20 @@ def load_rows(options: Options, model_type: str) -> Data:
     question = Question(options.question_template, [REWARD_OF[options.task]], options.methods[0], model_type)
     every = Samples(opened, question, columns, defaults=defaults)
     samples = every.select(range(min(len(every), options.limit or len(every))))
-    check_rows(samples, [question.count, check_of(options.task, options.rewards())])
-    return Data(samples, rows_digest([rows for rows, _ in opened], samples))
+    several = check_rows(samples, [question.count, check_of(options.task, options.rewards())]).several
+    if several and options.task != "vqa":
+        what = f"several accepted solutions: --task {options.task} needs one a row, --task vqa takes the best score"
+        raise row_fault(several, "solution", what)
+    return Data.of(samples)
 
 
-def rows_digest(files: Sequence[Rows], samples: Sequence[Sample]) -> str:
+def rows_digest(samples: Samples) -> str:
     """Return the sha256 over the rows of the samples and the bytes of their images."""
     digest = hashlib.sha256()
     known: dict[ImageRef, str] = {}
-    every = (rows.read(place) for rows in files for place in range(len(rows)))
-    for row, sample in zip(every, samples, strict=False):
-        digest.update(json.dumps(row, sort_keys=True, default=_plain).encode())
+    for sample in samples:
+        rows, place = samples.place(sample.index)
+        digest.update(json.dumps(rows.read(place), sort_keys=True, default=_plain).encode())
         for image in sample.images:
             if image not in known:
                 known[image] = sha256_of_file(image) if isinstance(image, Path) else image.key

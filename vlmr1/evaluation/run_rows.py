@@ -52,13 +52,15 @@ def _read(settings: EvaluationSettings, reader: RowReader) -> Samples:
 
 
 def kind_of_boxes(samples: Sequence[Sample], settings: RewardSettings) -> str | None:
-    """rec or ovd, where the accuracy method of every row is of that kind and every row has one image; else None, as
-    with reward_mode vlm_r1, whose code has solutions that these metrics cannot read."""
+    """rec or ovd, where the accuracy method of every row is of that kind and every row has one image and one solution.
+
+    Else None, as with reward_mode vlm_r1, whose code has solutions that these metrics cannot read."""
     if settings.mode != "strict":
         return None
     kinds: set[str | None] = set()
     for sample in samples:
-        kinds.add(_kind(sample, settings) if len(sample.images) == 1 else None)
+        single = len(sample.images) == 1 and not sample.other_solutions
+        kinds.add(_kind(sample, settings) if single else None)
         if len(kinds) > 1 or None in kinds:
             return None
     return kinds.pop() if kinds else None

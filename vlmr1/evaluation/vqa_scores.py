@@ -32,12 +32,13 @@ def score_vqa(
 
 
 def _group(sample: Sample, record: Record, settings: RewardSettings) -> Group:
-    """A group of one completion; a click's true box is converted to the coordinates that the model writes."""
-    solution = sample.solution
+    """A group of one completion; the true boxes of a click are converted to the coordinates that the model writes."""
     if method_of(sample, settings) == CLICK and record.box_extent and record.image_size:
         scale = scale_between(record.image_size, record.box_extent)
-        solution = json.dumps(list(scale_box(true_box(solution), scale)))
+        boxes = [true_box(each) for each in (sample.solution, *sample.other_solutions)]
+        solution, *others = [json.dumps(list(scale_box(box, scale))) for box in boxes]
+        sample = replace(sample, solution=solution, other_solutions=tuple(others))
     nothing = torch.zeros(0, dtype=torch.long)
-    prompt = Prompt(replace(sample, images=(), solution=solution), nothing, nothing[None], (), record.think_opening)
+    prompt = Prompt(replace(sample, images=()), nothing, nothing[None], (), record.think_opening)
     ids = torch.tensor(record.token_ids, dtype=torch.long)
     return Group(prompt, (Completion(ids, None, None, record.completion, record.finish_reason),))

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.utils.data import SequentialSampler
 
-from vlmr1.data.prompts import PromptBuilder, PromptDataset, without_overlong
+from vlmr1.data.prompts import PromptBuilder, PromptDataset, without_left_out
 from vlmr1.errors import SettingError
 from vlmr1.grpo.naive import policy_for
 from vlmr1.grpo.reference import Reference, make_reference
@@ -55,17 +55,17 @@ def prepare_model(model: Any, args: Any) -> tuple[Any, Any]:
 
 
 def make_dataset(model: Any, family: Any, processor: Any, samples: Sequence[Sample], args: Any) -> PromptDataset:
-    """The prompts of the samples, without those that `overlong_prompts` filters."""
-    if args.overlong_prompts == "filter" and args.max_prompt_length is not None:
-        samples = without_overlong(samples, PromptBuilder(model, family, processor), args.max_prompt_length)
+    """The prompts of the samples, without those that the pass rates or `overlong_prompts` leave out."""
+    samples = without_left_out(samples, PromptBuilder(model, family, processor), args)
     return PromptDataset(samples, PromptBuilder(model, family, processor, max_prompt_length=args.max_prompt_length))
 
 
 def make_sampler(trainer: Any) -> Any:
     """The order of the rows: a permutation an epoch, or that of a stream."""
-    args, streamed = trainer.args, getattr(trainer.train_dataset, "samples", None)
-    if hasattr(streamed, "sampler"):
-        return streamed.sampler(args.mixture.seed, args.shuffle_buffer_size)
+    args = trainer.args
+    make = getattr(getattr(trainer.train_dataset, "samples", None), "sampler", None)  # of a stream
+    if make is not None:
+        return make(args.mixture.seed, args.shuffle_buffer_size)
     return trainer._get_train_sampler() if args.shuffle_dataset else SequentialSampler(trainer.train_dataset)
 
 

@@ -140,9 +140,16 @@ def replace_text(path: Path, text: str) -> None:
 
 def replace_bytes(path: Path, data: bytes) -> None:
     """Write a file atomically: at any time it has its old or its new content."""
+    with replacing(path) as replacement:
+        replacement.write_bytes(data)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Context manager for a file to be written, which then replaces the one at `path` atomically."""
     replacement = path.with_name(f"{path.name}.tmp")
     try:
-        replacement.write_bytes(data)
+        yield replacement
         _sync(replacement)
         replacement.replace(path)
     except OSError:

@@ -9,6 +9,7 @@ from pathlib import Path
 from vlmr1.data.boxes import Box
 from vlmr1.data.images import open_image, upright_size
 from vlmr1.report.html import render, shapes
+from vlmr1.report.pass_rates import Bar
 from vlmr1.report.pictures import CRISP_BELOW, Picture, data_uri, encoded
 from vlmr1.types import ImageRef, Sample
 
@@ -53,13 +54,20 @@ class Case:
 
 
 def write_cases(
-    path: Path, *, title: str, rows: Sequence[tuple[str, str, str]], cases: Sequence[Case], count: int
+    path: Path,
+    *,
+    title: str,
+    rows: Sequence[tuple[str, str, str]],
+    cases: Sequence[Case],
+    count: int,
+    histogram: Sequence[Bar] = (),
 ) -> Path:
-    """Write the page and return its path: a table of (metric, value, interval), then up to `count` worst and as many
-    best cases."""
+    """Write the page and return its path: a table of (metric, value, interval), the histogram of pass rates if there is
+    one, then up to `count` worst and as many best cases."""
     worst, best = choose(cases, count)
     sections = {"Worst": worst, "Best": best}
-    text = render("cases.html", title=title, rows=rows, sections=sections, count=len(cases), legend=LEGEND)
+    values = {"sections": sections, "count": len(cases), "legend": LEGEND, "histogram": histogram}
+    text = render("cases.html", title=title, rows=rows, **values)
     path.write_text(text, encoding="utf-8")
     return path
 

@@ -11,10 +11,12 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from vlmr1.data.pass_rates import PassRates
 from vlmr1.errors import DataError
 from vlmr1.lifecycle.checkpoint import truncate_after
 from vlmr1.lifecycle.console import ignore_broken_pipe
 from vlmr1.lifecycle.disk import guard_writes
+from vlmr1.report.pass_rates import keep_pass_rates
 from vlmr1.report.pictures import keep_picture
 from vlmr1.rewards.methods import converts, method_of
 from vlmr1.rewards.settings import DEFAULTS
@@ -52,9 +54,10 @@ def step_line(logs: dict[str, float], step: int, width: int = WIDTH) -> str:
 class Progress(TrainerCallback):
     """Console output and the two log files; a resumed run drops lines that it will write again."""
 
-    def __init__(self, output_dir: Path, *, console: bool = True):
+    def __init__(self, output_dir: Path, *, console: bool = True, pass_rates: PassRates | None = None):
         self.output_dir = output_dir
         self.console = console
+        self.pass_rates = pass_rates  # of the run's rows, where they were chosen by them
         self.bar: tqdm | None = None
         self.trainer: Any = None  # set later; completions are taken from its last groups
 
@@ -64,6 +67,8 @@ class Progress(TrainerCallback):
         for name in (METRICS, COMPLETIONS):
             with guard_writes(name, self.output_dir):
                 truncate_after(self.output_dir / name, state.global_step)
+        if self.pass_rates is not None:
+            keep_pass_rates(self.pass_rates, self.output_dir)
         if self.console:
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", file=sys.stderr)
 

@@ -13,6 +13,7 @@ from vlmr1.data.boxes import Box, scale_box
 from vlmr1.errors import SettingError
 from vlmr1.report.html import Shape, render, shapes
 from vlmr1.report.panels import run_curves
+from vlmr1.report.pass_rates import histogram, read_pass_rates
 from vlmr1.report.pictures import Picture, data_uri, read_picture
 from vlmr1.report.progress import COMPLETIONS, METRICS, read_lines
 from vlmr1.rewards.answer import box_text, labelled_boxes, predicted_box, solution_box, true_text
@@ -41,6 +42,7 @@ def write_run_report(run: Path, out: Path | None = None) -> Path:
         rows=rows,
         curves=None if curves is None else data_uri(curves, "image/png"),
         last=_texts(rows[-1]) if rows else [],
+        histogram=histogram(read_pass_rates(run)),
         legend=LEGEND,
         step_count=len(steps),
         steps={step: _cards(run, records, step) for step in chosen_steps(steps)},

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from difflib import get_close_matches
 
 from vlmr1.errors import DataError, SettingError
-from vlmr1.rewards.answer import labelled_boxes, parse_box, true_text
+from vlmr1.rewards.answer import labelled_boxes, true_text
 from vlmr1.rewards.methods import CONVERTED, METHOD, WRITTEN_BOXES, converts, method_of
 from vlmr1.rewards.score import score
 from vlmr1.rewards.settings import DEFAULTS, RewardSettings
@@ -70,10 +70,8 @@ def check_lengths(sample: Sample, settings: RewardSettings = DEFAULTS) -> None:
 def check_true_boxes(method: str, sample: Sample, settings: RewardSettings) -> None:
     """Raise DataError for a box of the solution that the method reads and that cannot be one in its coordinates."""
     if settings.mode == "strict" and method in (*CONVERTED, *WRITTEN_BOXES):
-        text = true_text(sample.solution)
-        boxes = [box for _, box in labelled_boxes(text) or ()] or [parse_box(text)]
-        converted = method in (*CONVERTED, "iou_qwen")
-        settings.boxes.check_truth(sample, [box for box in boxes if box is not None], converted=converted)
+        boxes = [box for _, box in labelled_boxes(true_text(sample.solution)) or () if box is not None]
+        settings.boxes.check_truth(sample, boxes, converted=method in (*CONVERTED, "iou_qwen"))
 
 
 def _probe(name: str, sample: Sample, settings: RewardSettings, method: str) -> None:

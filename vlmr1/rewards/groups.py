@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from inspect import iscoroutinefunction
-from itertools import repeat
+from itertools import islice, repeat
 from typing import Any
 
 import numpy as np
@@ -90,7 +90,7 @@ def score_groups(
     zeros: list[TimedOut] = []
     rewards = [replace(get_reward(reward), context=context) for reward in reward_functions]
     rewards = _with_async_called(rewards, rows)
-    columns = [_call(reward, rows, pool, zeros, working) for reward in rewards]  # R lists of B
+    columns = [_best(reward, rows, pool, zeros, working) for reward in rewards]  # R lists of B
     if timed_out is not None:
         timed_out += zeros
     scores = torch.tensor(columns, dtype=torch.float32).reshape(len(columns), len(rows)).T  # [B, R]
@@ -115,6 +115,22 @@ def _invoke(reward: Reward, rows: Sequence[_Row]) -> Any:
     if reward.context is not None:
         told = reward.context.arguments(reward.function, [row.completion for row in rows])
     return reward(**told | _arguments(reward, rows))
+
+
+def _best(reward: Reward, rows: Sequence[_Row], *options: Any) -> list[float]:
+    """Return one reward's B scores. A built-in reward is called for each accepted solution; the best score counts.
+
+    `options` are further arguments of `_call`."""
+    if reward.settings is None:
+        return _call(reward, rows, *options)
+    each = [row.prompt.sample.each_solution() for row in rows]
+    every = [
+        row if sample is row.prompt.sample else replace(row, prompt=replace(row.prompt, sample=sample))
+        for row, samples in zip(rows, each, strict=True)
+        for sample in samples
+    ]
+    values = iter(_call(reward, every, *options))
+    return [max(islice(values, len(samples))) for samples in each]
 
 
 def _call(
@@ -245,7 +261,10 @@ def _arguments(reward: Reward, rows: Sequence[_Row]) -> dict[str, list[Any]]:
         "prompts": [sample.messages for sample in samples],
         "completions": [[{"role": "assistant", "content": row.completion.text}] for row in rows],
         "completion_ids": [row.completion.token_ids.tolist() for row in rows],
-        "solution": [sample.solution for sample in samples],
+        "solution": [
+            [sample.solution, *sample.other_solutions] if sample.other_solutions else sample.solution
+            for sample in samples
+        ],
     }
 
 

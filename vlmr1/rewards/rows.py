@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlmr1.data.mixture import EVERYTHING, Mixture
-from vlmr1.data.samples import Columns, Samples, load_samples
+from vlmr1.data.samples import Samples, load_samples
 from vlmr1.data.settings import DataSettings
 from vlmr1.data.sources import split_names
 from vlmr1.data.stream import stream_samples
@@ -43,7 +43,7 @@ class RowReader:
             folders,
             self.data.mixture,
             question=self.question(),
-            columns=Columns(self.data.prompt_column, self.data.solution_column),
+            columns=self.data.columns,
             defaults=columns_of_files(len(split_names(files)), self.options.accu_reward_method),
             checks=checks_of(self.options.reward_funcs, self.rewards),
         )
@@ -67,8 +67,7 @@ class RowReader:
             folders,
             question=question,
             check_images=self.data.check_images,
-            prompt_column=self.data.prompt_column,
-            solution_column=self.data.solution_column,
+            columns=self.data.columns,
             checks=[question.count, *checks, *checks_of(self.options.reward_funcs, self.rewards)],
             defaults=defaults,
             mixture=mixture,

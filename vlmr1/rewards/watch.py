@@ -54,13 +54,15 @@ def log_print(name: str, where: str, line: str) -> None:
 def watched(name: str, where: str) -> Iterator[None]:
     """Log each line that the block prints, at once; warn while it takes long."""
     done = threading.Event()
-    threading.Thread(target=_warn_while_slow, args=(done, name, where), daemon=True).start()
+    waiting = threading.Thread(target=_warn_while_slow, args=(done, name, where), daemon=True)
+    waiting.start()
     writer = LineWriter(lambda line: log_print(name, where, line))
     try:
         with redirect_stdout(writer):
             yield
     finally:
         done.set()
+        waiting.join()  # no warning comes after the call
         writer.close()
 
 

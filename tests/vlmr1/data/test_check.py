@@ -13,7 +13,8 @@ from PIL import Image
 
 from tests.helpers.pictures import png_of
 from vlmr1.cli import main
-from vlmr1.commands.data_check import add_arguments, check_data
+from vlmr1.commands.data import add_arguments
+from vlmr1.commands.data_check import check_data
 from vlmr1.commands.data_check import run as run_command
 from vlmr1.commands.prompt_lengths import prompt_measure
 from vlmr1.data.prompts import without_overlong
@@ -61,7 +62,7 @@ PLANTED = {
     "encoding": '{"image": "é"}'.encode("latin-1"),
     "not a row": [1, 2],
     "conversations": {"image": "a.png"},
-    "turn": row(conversations=[{"from": "system", "value": "x"}]),
+    "turn": row(conversations=[{"from": "tool", "value": "x"}]),
     "markers": row("<image> or <image>?"),
     "image name": row(image=3),
     "missing image": row(image="none.png"),
@@ -156,20 +157,22 @@ def test_the_command_prints_each_fault(folder, capsys):
     path = write(folder, [row(), row(image="none.png"), row(gpt="x")])
     status = run(path, "--images", folder / "images", "--reward_funcs", "accuracy")
     assert status == 1
-    template, missing, solution, total = capsys.readouterr().out.splitlines()
+    template, missing, solution, counts, total = capsys.readouterr().out.splitlines()
     assert template == "question_template auto: rec"
     assert missing == f"{path}:2: missing image: image none.png is missing in {folder}/images"
     assert solution.startswith(f"{path}:3: solution: the solution has no box")
+    assert counts == "2 of 3 rows have images"
     assert total == "3 rows, 1 images: 2 faults (1 missing image, 1 solution)"
 
 
 def test_the_command_counts_tokens(folder, capsys):
     path = write(folder, [row(), row(), row("1 + 1?", image=None)])
     assert run(path, "--images", folder / "images", "--model", "tiny", "--question_template", "rec") == 0
-    template, first, *bars, last = capsys.readouterr().out.splitlines()
-    assert (template, first, last) == (
+    template, first, *bars, counts, last = capsys.readouterr().out.splitlines()
+    assert (template, first, counts, last) == (
         "question_template: rec",
         "tokens a prompt:",
+        "2 of 3 rows have images",
         "3 rows, 1 images: no faults",
     )
     assert [int(bar.split()[-1]) for bar in bars if bar.split()[-1] != "0"] == [1, 2]

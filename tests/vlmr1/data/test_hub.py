@@ -3,9 +3,13 @@
 import io
 import pickle
 import sys
+from datetime import date
+from decimal import Decimal
 
 import datasets
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -140,6 +144,48 @@ def test_a_broken_image_names_its_row(tmp_path):
     with pytest.raises(DataError) as caught:
         load(tmp_path / "rows.parquet")
     assert str(caught.value).startswith(f"{tmp_path}/rows.parquet:2: image x.png cannot be decoded: ")
+
+
+def table(path, **columns):
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
+MIXED = {
+    "decimals": ({"solution": [Decimal(1)]}, ":1: the solution is neither text nor a JSON value: .*Decimal"),
+    "dates": ({"solution": [date(2020, 1, 1)]}, ":1: the solution is neither text nor a JSON value: .*date"),
+    "bytes as text": ({"prompt": pyarrow.array([b"a"])}, ":1: the prompt is neither text nor a list of messages but"),
+    "numbers as images": ({"image": [[1, 2]]}, ":1: image is neither a file name nor .*, but 1"),
+    "text in no encoding": (
+        {"prompt": pyarrow.StringArray.from_buffers(1, *pyarrow.array([b"\xff"]).buffers()[1:])},
+        ":1: the row cannot be read: .*utf-8",
+    ),
+}
+
+
+@pytest.mark.parametrize("columns, expected", MIXED.values(), ids=MIXED)
+def test_columns_of_other_types(tmp_path, columns, expected):
+    path = table(tmp_path / "rows.parquet", **{"prompt": ["a"], "solution": ["x"]} | columns)
+    with pytest.raises(DataError, match=rf"rows\.parquet{expected}"):
+        load(path)
+
+
+def test_a_column_of_two_types_is_named(tmp_path):
+    """The files of a directory differ: a text and a number."""
+    datasets.Dataset.from_dict({"prompt": ["a"] * 2, "solution": ["x"] * 2}).save_to_disk(tmp_path / "a", num_shards=2)
+    datasets.Dataset.from_dict({"prompt": ["a"], "solution": [3]}).save_to_disk(tmp_path / "b")
+    (other,) = (tmp_path / "b").glob("*.arrow")
+    other.rename(tmp_path / "a" / "data-00001-of-00002.arrow")
+    with pytest.raises(SettingError, match=r"/a cannot be read: .*solution has incompatible types: string vs int64$"):
+        load(tmp_path / "a")
+
+
+def test_a_column_twice(tmp_path):
+    columns = [pyarrow.array(["a"])] * 3
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays(columns, names=["prompt", "prompt", "solution"]), path)
+    with pytest.raises(SettingError, match=r"rows\.parquet cannot be read: Multiple matches .*prompt"):
+        load(path)
 
 
 def test_file_names_in_a_table(tmp_path):

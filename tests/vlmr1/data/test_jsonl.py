@@ -158,7 +158,7 @@ def test_several_files_and_folders(folder, split):
         ),
         pytest.param(row(image=None), "1 <image> markers in the prompt for 0 images", id="marker-no-image"),
         pytest.param(row(image=["a.png", 3]), "image is neither a file name nor a list of", id="image-a-number"),
-        pytest.param(row(image={"path": "a.png"}), "image is neither a file name nor a list", id="image-a-dict"),
+        pytest.param(row(image={"size": 3}), "image is neither a file name nor a list", id="image-a-dict"),
         pytest.param(row(image=0), "image is neither a file name nor a list", id="image-zero"),
         pytest.param(row(image=""), "image  is missing in", id="empty-name"),
         pytest.param(row(image="sub"), "image sub is missing in", id="a-folder"),
@@ -180,7 +180,8 @@ def test_a_symlink_may_not_leave_the_folder(folder):
     assert len(load(folder, row(image="in.png"))) == 1
     for name in ("out.png", "parent/outside.png"):
         assert fault(folder, row(), row(image=name)) == (
-            f"{folder}/data.jsonl:2: image {name} leaves the image folder {folder}/images"
+            f"{folder}/data.jsonl:2: image {name} leaves the image folder {folder}/images; "
+            "images_outside_folders=true allows it"
         )
 
 

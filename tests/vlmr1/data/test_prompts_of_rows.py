@@ -8,9 +8,10 @@ import pytest
 from PIL import Image
 
 from vlmr1.data.folder import ImageFolder
+from vlmr1.data.formats import Columns
 from vlmr1.data.images import open_image
 from vlmr1.data.rows import ListRows
-from vlmr1.data.samples import Columns, Samples
+from vlmr1.data.samples import Samples
 from vlmr1.errors import DataError
 from vlmr1.types import ImageBytes
 
@@ -64,11 +65,7 @@ PROMPTS = {
     "messages": ([SYSTEM, user("Where?")], 1, [("system", ["Be brief."]), WHERE]),
     "turns of parts": (TURNS, 2, SAID),
     "nulls of a table": (NULLS, 1, [WHERE]),
-    "a marker in a part is text": (
-        [user([text("Print <image> here")])],
-        1,
-        [("user", ["I", "Look. Print <image> here Answer."])],
-    ),
+    "a marker in a part": ([user([text("In <image>?")])], 1, [("user", ["Look. In ", "I", "? Answer."])]),
 }
 
 
@@ -94,6 +91,7 @@ def test_without_a_template_messages_stay_as_they_are(folder):
         pytest.param({"bytes": encoded((1, 2, 4)), "path": None}, (1, 2, 4), "1 of rows:1", id="struct"),
         pytest.param({"bytes": encoded((1, 2, 5)), "path": "cat.png"}, (1, 2, 5), "cat.png", id="named-struct"),
         pytest.param({"bytes": None, "path": "a.png"}, (7, 8, 9), None, id="struct-of-a-file"),
+        pytest.param({"path": "a.png"}, (7, 8, 9), None, id="path-only"),
         pytest.param(Image.new("RGB", (40, 30), (1, 2, 6)), (1, 2, 6), "1 of rows:1", id="open"),
     ],
 )
@@ -131,7 +129,7 @@ def test_named_columns(folder):
         pytest.param({"prompt": ["a"]}, 'a message is {"role": system or user or assistant', id="no-message"),
         pytest.param({"prompt": [{"role": "user"}]}, "the content of a message is neither text nor parts", id="empty"),
         pytest.param({"prompt": " "}, "a turn of user is empty", id="blank"),
-        pytest.param({"prompt": "a", "image": {"path": "a.png"}}, "image is neither a file name nor a", id="path-only"),
+        pytest.param({"prompt": "a", "image": {"size": 3}}, "image is neither a file name nor a", id="no-path"),
         pytest.param(
             {"prompt": "a", "image": Image.new("F", (9, 9), 7)}, "image 1 of rows:1 cannot be read", id="range"
         ),

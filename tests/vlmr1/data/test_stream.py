@@ -164,6 +164,9 @@ def test_prompts_of_a_stream(stream, make: Maker):
     index = next(islice(StreamSampler(samples, seed=3, buffer_size=0), 30, None))
     assert dataset[index].sample == dataset.of_sample(index).sample
     assert dataset[index].sample.solution == ALL[30] and dataset[index].sample.index == index
+    for unknown in (len, list):
+        with pytest.raises(TypeError, match="stream"):
+            unknown(dataset.samples)
     with pytest.raises(TypeError):
         len(dataset)
 

@@ -1,6 +1,7 @@
 """Records -> metrics of each task, with numbers worked out by hand."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,8 @@ def test_clicks_are_compared_in_the_models_coordinates():
     samples = [sample("[10, 10, 20, 20]")] * 2
     records = [record(0, "(150, 150)", extent=(1000, 1000)), record(1, "(15, 15)", extent=(1000, 1000))]
     assert [case.score for case in score_task("vqa", samples, records, rewards=rewards).cases] == [1.0, 0.0]
+    several = [replace(each, solution="[50, 50, 60, 60]", other_solutions=(each.solution,)) for each in samples]
+    assert [case.score for case in score_task("vqa", several, records, rewards=rewards).cases] == [1.0, 0.0]
 
 
 def test_score_rec():

@@ -1,16 +1,18 @@
 """Rewards, the registry and the scoring of groups."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from tests.helpers.rewards import answered, group, sample
 from vlmr1.data.boxes import iou
+from vlmr1.data.samples import check_rows
 from vlmr1.errors import DataError, RewardError, SettingError
 from vlmr1.rewards import Reward, accuracy_reward, check_samples, get_reward, register, score_groups
 from vlmr1.rewards.answer import has_format
-from vlmr1.rewards.registry import REWARDS
+from vlmr1.rewards.registry import REWARDS, checks_of
 
 
 def score_one(function, *texts, row=None):
@@ -45,6 +47,30 @@ def test_accuracy():
         answered("[0,0,9,9]") + answered("[0,0,10,10]"),
     ]
     assert score_one("accuracy", *texts)[:, 0].tolist() == pytest.approx([1 / 3, 0, 0, 1])
+
+
+def test_the_best_of_several_solutions():
+    """A built-in reward counts for the best solution; the user's own function gets them all."""
+    row = replace(sample(), solution="[0, 0, 10, 10]", other_solutions=("[5, 0, 15, 10]", "[0, 0, 20, 10]"))
+    texts = [answered("[5, 0, 15, 10]"), answered("[0, 0, 20, 10]"), answered("[0, 0, 5, 10]"), "none"]
+    seen = []
+
+    def mine(solution, **columns):
+        seen.extend(solution)
+        return [float(len(each)) for each in solution]
+
+    groups = [group(row, *texts), group(sample(), *texts)]
+    several, one = (scored.rewards.T.tolist() for scored in score_groups(groups, ["accuracy", "format", mine]))
+    assert several[0] == pytest.approx([1, 1, 0.5, 0])
+    assert several[1] == one[1]
+    assert one[0] == score_one("accuracy", *texts)[:, 0].tolist()
+    assert several[2] == [3.0] * 4 and seen[0] == [row.solution, *row.other_solutions]
+
+
+def test_every_accepted_solution_is_checked():
+    row = replace(sample(), other_solutions=("no box",))
+    with pytest.raises(DataError, match="no box"):
+        check_rows([row], checks_of(["accuracy"]), images=False)
 
 
 def test_parsing_is_linear():
