@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, dataclass, fields
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy
@@ -124,6 +124,11 @@ class GRPOConfig(
     """Settings of a GRPO run; names follow TRL where TRL has one. A setting of `transformers.TrainingArguments` works
     as documented there, or is refused by name."""
 
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "chat_template_kwargs"]  # may be given as JSON
+    # Of a subclass: settings of TrainingArguments that it honours too, and settings that it checks itself.
+    also_supported: ClassVar[frozenset[str]] = frozenset()
+    not_checked: ClassVar[tuple[type[Settings], ...]] = ()
+
     # Defaults that differ from TrainingArguments
     output_dir: str | None = setting("output", "directory of checkpoints, logs and report")
     learning_rate: float = 1e-6
@@ -140,7 +145,7 @@ class GRPOConfig(
         for part in parts():
             wrong = list(part.wrong_types(self))
             works = works and not wrong
-            faults += wrong or part.check(self)
+            faults += wrong or ([] if part in self.not_checked else part.check(self))
         if works:
             faults += self.check()
         _refuse(faults or list(faults_of(self.objective)))
@@ -171,7 +176,7 @@ class GRPOConfig(
         if self.save_strategy == SaveStrategy.BEST:
             yield "save_strategy is 'best': no checkpoint is chosen by an evaluation; use 'steps' or 'epoch'"
         for name, value in (("ignore_data_skip", False), ("dataloader_in_order", True)):
-            if self.steps_per_generation * self.num_iterations > 1 and getattr(self, name) != value:
+            if self.updates_per_generation * self.num_iterations > 1 and getattr(self, name) != value:
                 yield (
                     f"{name}={not value} cannot be used where a generation serves several updates "
                     "(steps_per_generation, num_iterations): prompts and updates would not meet"
@@ -198,7 +203,7 @@ def groups() -> dict[str, list[str]]:
 
 
 def _unsupported(config: GRPOConfig) -> Iterator[str]:
-    supported = {name for names in SUPPORTED_ARGS.values() for name in names}
+    supported = {name for names in SUPPORTED_ARGS.values() for name in names} | config.also_supported
     for inherited in fields(TrainingArguments):
         if inherited.name not in supported and _changed(inherited, getattr(config, inherited.name)):
             reason = RENAMED_ARGS.get(inherited.name, "it has no effect on GRPO, or is not supported yet")

@@ -52,6 +52,7 @@ class Sample:
     index: int
     columns: dict[str, Any] = field(default_factory=dict)  # everything else the row held
     other_solutions: tuple[str, ...] = ()  # accepted as well as `solution`
+    as_given: dict[str, Any] = field(default_factory=dict)  # arguments of users' reward functions, in place of these
 
     def each_solution(self) -> list[Sample]:
         """Return this sample once for each accepted solution, which is then its only one."""

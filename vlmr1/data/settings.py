@@ -45,6 +45,7 @@ class DataSettings(_Shared):
     solution_column: str = setting("solution", "column of the solution; dots lead into nested values: a.b")
     image_column: str = setting("", "column of the images; default: image or images")
     system_prompt: str | None = setting(None, "system message of rows that have none")
+    chat_template_kwargs: dict | str | None = setting(None, "further variables of the chat template, as JSON")
     question_template: str = setting(
         AUTO,
         f"{', '.join(TEMPLATES)}, or a text with {{question}} in it; auto: rec where accuracy is by IoU, odLength "
@@ -73,6 +74,8 @@ class DataSettings(_Shared):
 
     def check(self) -> Iterator[str]:
         yield from self.at_least(1, "max_prompt_length")
+        if isinstance(self.chat_template_kwargs, str):
+            yield f"chat_template_kwargs is {self.chat_template_kwargs!r}: it must be a JSON object"
         if self.overlong_prompts == "filter" and self.max_prompt_length is None:
             yield "overlong_prompts=filter needs max_prompt_length"
         for text in self.sampling_strategy:

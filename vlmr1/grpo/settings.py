@@ -36,6 +36,11 @@ class BatchSettings(Settings):
     tokens_per_pack: int = setting(16384, "tokens of one packed row, at most")
     kernels: str = setting("", "op=impl,... ; see `vlmr1 doctor`")
 
+    @property
+    def updates_per_generation(self) -> int:
+        """Updates of the rows of one generation, each of which `num_iterations` repeats."""
+        return self.steps_per_generation
+
     def check(self) -> Iterator[str]:
         yield from self.at_least(1, "prompts_per_device", "steps_per_generation", "num_iterations", "tokens_per_pack")
         if self.share_prompt and not self.share_vision:

@@ -13,6 +13,7 @@ from vlmr1.grpo.naive import policy_for
 from vlmr1.grpo.reference import Reference, make_reference
 from vlmr1.models import check_dropout, family_of
 from vlmr1.models.features import FeatureCache
+from vlmr1.models.lora import base_of
 from vlmr1.models.settings import ParameterSettings
 from vlmr1.models.trainable import apply_liger, choose_trained
 from vlmr1.rewards.pool import RewardPool
@@ -43,21 +44,26 @@ def make_reward_context() -> RewardContext:
     return RewardContext()
 
 
-def prepare_model(model: Any, args: Any) -> tuple[Any, Any]:
-    """The model's family, and what is trained: the model, frozen in part, or a `peft.PeftModel` around it."""
+def prepare_model(given: Any, args: Any) -> tuple[Any, Any]:
+    """The model's family, and what is trained: the model, frozen in part, or a `peft.PeftModel` around it, which may be
+    given."""
+    model = base_of(given)
     family = family_of(model)
     if args.share_prompt or args.pack:
         check_dropout(model.config)
     args.check_device()
     if args.use_liger_kernel:
         args.liger_kernel_config = apply_liger(model)
-    return family, choose_trained(model, family, ParameterSettings.of(args))
+    return family, choose_trained(given, family, ParameterSettings.of(args))
 
 
 def make_dataset(model: Any, family: Any, processor: Any, samples: Sequence[Sample], args: Any) -> PromptDataset:
     """The prompts of the samples, without those that the pass rates or `overlong_prompts` leave out."""
-    samples = without_left_out(samples, PromptBuilder(model, family, processor), args)
-    return PromptDataset(samples, PromptBuilder(model, family, processor, max_prompt_length=args.max_prompt_length))
+    samples = without_left_out(
+        samples, PromptBuilder(model, family, processor, template_kwargs=args.chat_template_kwargs), args
+    )
+    options = {"max_prompt_length": args.max_prompt_length, "template_kwargs": args.chat_template_kwargs}
+    return PromptDataset(samples, PromptBuilder(model, family, processor, **options))
 
 
 def make_sampler(trainer: Any) -> Any:
@@ -91,6 +97,7 @@ def make_engine(trainer: Any, model: Any, features: FeatureCache | None = None) 
         kv_mib=trainer.args.rollout_kv_mib,
         cuda_graphs=trainer.args.cuda_graphs,
         chat_template=trainer.processor.chat_template,
+        skip_special_tokens=trainer.args.skip_special_tokens,
     )
 
 
@@ -98,7 +105,7 @@ def make_dummy_image(trainer: Any, model: Any) -> Any:
     """The image of passes that have none, where every rank has to call the tower in each; None where not."""
     if not trainer.parallel.in_lockstep or trainer.features is not None:
         return None
-    return PromptBuilder(model, trainer.family, trainer.processor).dummy_image()
+    return trainer.train_dataset.builder.dummy_image()
 
 
 def make_reference_model(trainer: Any, model: Any, trained: Any) -> Reference | None:

@@ -25,10 +25,11 @@ from vlmr1.grpo.dynamic_sampling import PromptReservoir, resample
 from vlmr1.grpo.group_metrics import group_metrics, warn_if_logp_differs
 from vlmr1.grpo.importance_sampling import set_importance_denominators
 from vlmr1.grpo.kl_penalty import with_kl
-from vlmr1.grpo.loss import Objective, logp_difference, normalizer
+from vlmr1.grpo.loss import Objective, clipped_shares, logp_difference, normalizer
 from vlmr1.grpo.pack_runner import PackRunner
 from vlmr1.grpo.policy import PackedPolicy, call, weights_for_rollout
 from vlmr1.grpo.reference import SyncReference
+from vlmr1.models.lora import base_of
 from vlmr1.rewards.groups import TimedOut, failure_counts, score_groups
 from vlmr1.training.hf_trainer import HFTrainer
 from vlmr1.types import Group, Pack, Prompt, Sample, StepMetrics
@@ -47,6 +48,7 @@ class GRPOTrainer(HFTrainer):
         reward_funcs: Sequence[Any] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         optimizers: tuple[Any, Any] = (None, None),
+        eval_dataset: Any = None,
     ):
         self.processor = processor
         self.settings = args.objective()
@@ -56,6 +58,7 @@ class GRPOTrainer(HFTrainer):
         self.reward_pool = setup.make_reward_pool(args)
         self.reward_context = setup.make_reward_context()
         self.family, trained = setup.prepare_model(model, args)
+        model = base_of(model)
         dataset = setup.make_dataset(model, self.family, processor, samples, args)
         super().__init__(
             model=trained,
@@ -65,6 +68,7 @@ class GRPOTrainer(HFTrainer):
             data_collator=as_list,
             callbacks=list(callbacks),
             optimizers=optimizers,
+            eval_dataset=eval_dataset,
         )
         self.features = setup.make_features(model, self.family, args)
         self.policy: PackedPolicy = setup.make_policy(self, model)
@@ -136,14 +140,16 @@ class GRPOTrainer(HFTrainer):
         self.timed_out = self.ranks.all_gather_list(self.timed_out)  # groups may go to other ranks
         return [Minibatch(own, self.prepare(model, own)) for own in self.balance(groups)]
 
-    def rollout(self, prompts: Sequence[Prompt], number: int = 0) -> list[Group]:
-        """Prompts -> groups of completions, drawn from the present policy; `number` of the round varies the draws."""
+    def rollout(self, prompts: Sequence[Prompt], number: int = 0, count: int | None = None) -> list[Group]:
+        """Prompts -> groups of `count` completions (num_generations), drawn from the present policy; `number` of the round
+        varies the draws."""
         step = self.state.global_step + (number << 32)
         trained, merge = self.accelerator.unwrap_model(self.model), self.args.lora_merge_rollout
         with weights_for_rollout(self.model, trained, self.sharding, merge_adapter=merge):
             if not prompts:  # other ranks have some, and gathered the weights with this one
                 return []
-            return self.engine.generate(prompts, self.args.num_generations, self.sampling, step=step)
+            count = count or self.args.num_generations
+            return self.engine.generate(prompts, count, self.sampling, step=step)
 
     def score(self, groups: Sequence[Group]) -> list[Group]:
         """The groups with their rewards [G, R]."""
@@ -175,7 +181,7 @@ class GRPOTrainer(HFTrainer):
         """The groups of each update that this rank trains on: about as many tokens on every rank."""
         tokens = [self.runner.tokens_of(group) for group in groups]
         dataset: Any = self.train_dataset
-        parts = exchange(groups, tokens, self.args.steps_per_generation, self.ranks, dataset.of_sample)
+        parts = exchange(groups, tokens, self.args.updates_per_generation, self.ranks, dataset.of_sample)
         self.runner.encode_ahead(self.model, [group for part in parts for group in part])
         return parts
 
@@ -202,7 +208,7 @@ class GRPOTrainer(HFTrainer):
     def _needs_old_logprobs(self) -> bool:
         """With one update a generation the update's own forward computes them, unless they are needed before."""
         needed = self.args.kl_in_reward or self.args.importance_sampling_correction != "none"
-        return needed or self.args.steps_per_generation * self.args.num_iterations > 1
+        return needed or self.args.updates_per_generation * self.args.num_iterations > 1
 
     def _policy_logprobs(self, model: Any, pack: Pack) -> Tensor:
         model.eval()
@@ -232,7 +238,7 @@ class GRPOTrainer(HFTrainer):
                 loss = loss * pack.weight
             with self.phases("backward"):
                 self.accelerator.backward(loss * self.ranks.world_size)  # engines take the mean over ranks
-        metrics |= logp_difference(metrics["logp"], pack)
+        metrics |= logp_difference(metrics["logp"], pack) | clipped_shares(metrics["logp"], pack, self.settings)
         return loss.detach(), metrics if pack.weight else metrics | {"dropped_rows": metrics["tokens"]}
 
     # Data and metrics

@@ -77,7 +77,7 @@ class Progress(TrainerCallback):
             with ignore_broken_pipe():
                 self.bar.update(1)
         if state.is_world_process_zero and self.trainer is not None:
-            self._completions(state.global_step, self.trainer.last_groups, args.log_completions)
+            self._completions(state.global_step, self.trainer.last_groups, args.completions_to_log)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or "kl" not in logs:

@@ -248,6 +248,7 @@ def _numbers(values: Any, reward: Reward, rows: Sequence[_Row]) -> list[float]:
 def _arguments(reward: Reward, rows: Sequence[_Row]) -> dict[str, list[Any]]:
     """Arguments of a reward function, B values each. A column that some rows lack is left out, except the method."""
     samples = [row.prompt.sample for row in rows]
+    given = [{} if reward.settings is not None else sample.as_given for sample in samples]
     shared = set.intersection(*(set(sample.columns) for sample in samples))
     arguments = {name: [sample.columns[name] for sample in samples] for name in sorted(shared)}
     if any(METHOD in sample.columns for sample in samples):
@@ -265,6 +266,7 @@ def _arguments(reward: Reward, rows: Sequence[_Row]) -> dict[str, list[Any]]:
             [sample.solution, *sample.other_solutions] if sample.other_solutions else sample.solution
             for sample in samples
         ],
+        **{name: [each.get(name) for each in given] for name in given[0]},
     }
 
 
