@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, dataclass, fields
 from functools import wraps
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from vlmr1.data.settings import DataSettings
 from vlmr1.errors import SettingError, faults_of
-from vlmr1.evaluation.settings import EvaluationSettings
+from vlmr1.evaluation.settings import BEST_METRIC, EvaluationSettings
 from vlmr1.grpo.settings import BatchSettings, ObjectiveSettings
+from vlmr1.lifecycle.peer_flags import from_peers
 from vlmr1.lifecycle.renamed import RENAMED, current
 from vlmr1.models.settings import ParameterSettings
 from vlmr1.report.settings import ReportSettings
@@ -24,11 +27,13 @@ from vlmr1.types import Settings, setting
 
 # Settings of `TrainingArguments` that have a better name here.
 RENAMED_ARGS = {
-    "per_device_train_batch_size": "use prompts_per_device; passes are cut by tokens_per_pack",
-    "gradient_accumulation_steps": "use prompts_per_device; passes are cut by tokens_per_pack",
     "auto_find_batch_size": "use tokens_per_pack",
+    "deepspeed": "use `vlmr1 train --launch zero2 | zero3 | zero3-offload`, or --deepspeed FILE on its command line",
     "eval_strategy": "use `vlmr1 evaluate` on a checkpoint, or eval_steps",
+    "fp16": "use bf16; float16 overflows without a scaled loss",
+    "fsdp": "use `vlmr1 train --launch fsdp2`",
     "push_to_hub": "push the checkpoint directory with `hf upload`",
+    "torch_compile": "packs differ in shape and would be compiled again and again; use `kernels`, or use_liger_kernel",
 }
 # Settings of `TrainingArguments` that mean here what they mean there, by group; any other is refused, not ignored.
 SUPPORTED_ARGS = {
@@ -79,7 +84,13 @@ SUPPORTED_ARGS = {
         "skip_memory_metrics",
     ],
     "Checkpoints": ["save_strategy", "save_steps", "save_total_limit", "save_only_model", "ignore_data_skip"],
-    "Evaluation during training": ["eval_steps", "eval_on_start"],
+    "Evaluation during training": [
+        "eval_steps",
+        "eval_on_start",
+        "load_best_model_at_end",
+        "metric_for_best_model",
+        "greater_is_better",
+    ],
     "Processes": ["accelerator_config", "ddp_backend", "ddp_timeout", "ddp_bucket_cap_mb", "local_rank"],
     "Data loader": [
         "dataloader_drop_last",
@@ -96,12 +107,13 @@ T = TypeVar("T", bound=type)
 
 
 def _with_old_names(cls: T) -> T:
-    """The class, whose constructor also takes the old names of settings."""
+    """The class, whose constructor also takes the old names of settings, and settings of other trainers."""
     construct: Callable[..., None] = cls.__init__
 
     @wraps(construct)
-    def init(self: Any, *args: Any, **settings: Any) -> None:
-        construct(self, *args, **current(settings))
+    def init(self: Any, *args: Any, **given: Any) -> None:
+        settings, faults = from_peers(current(given))
+        _refuse([*faults, *faults_of(lambda: construct(self, *args, **settings))])
 
     cls.__init__ = init
     return cls
@@ -140,7 +152,7 @@ class GRPOConfig(
     def __post_init__(self):
         faults = list(_unsupported(self))
         if not faults:
-            faults += faults_of(lambda: TrainingArguments.__post_init__(self))
+            faults += faults_of(self._as_training_arguments)
         works = not faults  # as TrainingArguments: its values have their types
         for part in parts():
             wrong = list(part.wrong_types(self))
@@ -154,6 +166,23 @@ class GRPOConfig(
         self.ddp_broadcast_buffers = False  # they are constants
         if self.n_gpu > 1:
             self._n_gpu = 1  # one process drives one device
+
+    def _as_training_arguments(self) -> None:
+        """Check and convert as TrainingArguments does. It would compare `eval_strategy` for the best model."""
+        best, self.load_best_model_at_end = self.load_best_model_at_end, False
+        if (best or self.save_strategy == SaveStrategy.BEST) and self.metric_for_best_model is None:
+            self.metric_for_best_model = BEST_METRIC
+        TrainingArguments.__post_init__(self)
+        self.load_best_model_at_end = best
+
+    def _validate_args(self) -> None:
+        """As the library, which knows bfloat16 on a CPU only with `use_cpu`; DeepSpeed is used on one without."""
+        before = self.use_cpu
+        self.use_cpu = before or os.environ.get("DS_ACCELERATOR") == "cpu"
+        try:
+            super()._validate_args()
+        finally:
+            self.use_cpu = before
 
     def __getattr__(self, name: str) -> Any:
         if name in RENAMED:
@@ -169,12 +198,14 @@ class GRPOConfig(
                 "sync_ref_model needs reference=copy or offload: with LoRA the reference is the frozen base model, "
                 "which cannot be updated"
             )
+        if self.max_steps < -1:
+            yield f"max_steps is {self.max_steps}: it must not be negative; -1 leaves it to num_train_epochs"
+        if self.num_train_epochs < 0:
+            yield f"num_train_epochs is {self.num_train_epochs}: it must not be negative"
         if self.streaming and self.max_steps <= 0:
             yield "streaming=true needs max_steps: the number of rows is not known, and so not that of an epoch"
         if self.streaming and self.dynamic_sampling:
             yield "dynamic_sampling draws from all rows, and streaming=true knows none before: leave one of them out"
-        if self.save_strategy == SaveStrategy.BEST:
-            yield "save_strategy is 'best': no checkpoint is chosen by an evaluation; use 'steps' or 'epoch'"
         for name, value in (("ignore_data_skip", False), ("dataloader_in_order", True)):
             if self.updates_per_generation * self.num_iterations > 1 and getattr(self, name) != value:
                 yield (
@@ -184,8 +215,13 @@ class GRPOConfig(
 
     def check_device(self, device: str | None = None) -> None:
         """SettingError for what this machine cannot do: the preflight of a run, which a plan leaves out."""
-        device = device or self.device.type
-        _refuse([fault for part in parts() for fault in part.check_device(self, device)])
+        _refuse(self.device_faults(device))
+
+    def device_faults(self, device: str | None = None) -> list[str]:
+        """Return what this machine cannot do, also of settings that are refused otherwise."""
+        if device is None:
+            device = "cpu" if self.use_cpu or not torch.cuda.is_available() else "cuda"
+        return [fault for part in parts() for fault in part.check_device(self, device)]
 
 
 def parts() -> list[type[Settings]]:

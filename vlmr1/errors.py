@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 
@@ -21,6 +22,12 @@ def import_for(needed_by: str, module: str, install: str) -> Any:
         return import_module(module)
     except ImportError as error:
         raise SettingError(f"{needed_by} needs {module.partition('.')[0]}: pip install '{install}'") from error
+
+
+def missing_package(needed_by: str, module: str, install: str) -> Iterator[str]:
+    """Yield what to install for a setting whose module is not installed."""
+    if find_spec(module) is None:
+        yield f"{needed_by} needs {module.replace('_', '-')}: pip install '{install}'"
 
 
 def faults_of(check: Callable[[], object]) -> Iterator[str]:

@@ -118,7 +118,7 @@ class Group:
 @dataclass(frozen=True)
 class Pack:
     """View of several Groups as one row: prompts first, then branches. It can be made again at any time, and holds
-    nothing that its groups do not, except the weight 0 and the image of a dummy pass."""
+    nothing that its groups do not, except the weight 0 of a dummy pass and the dummy image of a pass without images."""
 
     input_ids: Tensor  # [L] int64
     positions: Tensor  # [K, L] int64

@@ -43,8 +43,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def command_line(entry: dict[str, Any]) -> list[str]:
     """The entry's words behind the defaults of its command, which they replace."""
     command, *words = entry["arguments"]
-    defaults = [] if entry.get("bare") else DEFAULTS.get(command, "").split()
-    return [command, *words] if words[:1] == ["compare"] else [command, *defaults, *words]
+    defaults = [] if entry.get("bare") else DEFAULTS.get(command, "").split(" --")
+    pairs = [each.removeprefix("--").split() for each in defaults if each]
+    kept = [word for name, *value in pairs if f"--{name}" not in words for word in (f"--{name}", *value)]
+    return [command, *words] if words[:1] == ["compare"] else [command, *kept, *words]
 
 
 @pytest.mark.slow

@@ -24,7 +24,8 @@ def command(data: Path, output: Path, *more: str, **given: Any) -> list[str]:
         "use_cpu": "true",
         "warmup_steps": 0,
     }
-    words = [str(word) for name, value in (settings | given).items() for word in (f"--{name}", value)]
+    settings = {name: value for name, value in (settings | given).items() if f"--{name}" not in more}
+    words = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
     return ["train", "--recipe", "tiny-digits", *words, *more]
 
 

@@ -66,7 +66,7 @@ FILES = {
     "not a name": ("3: 1\n", "unknown setting '3' in {path}"),
     "a bad value": ("num_generations: many\n", "num_generations"),
     "an empty list": ("reward_funcs: []\n", "reward_funcs"),
-    "replaced": ("gradient_accumulation_steps: 4\n", "gradient_accumulation_steps cannot be set"),
+    "replaced": ("auto_find_batch_size: true\n", "auto_find_batch_size cannot be set"),
 }
 
 

@@ -63,7 +63,7 @@ FAULTS = {
     ),
     "between packages": (
         {"reference": "adapter", "save_strategy": "best", "top_k": -1},
-        ["top_k is -1", "reference=adapter needs use_peft", "save_strategy"],
+        ["top_k is -1", "reference=adapter needs use_peft", "save_strategy=best needs eval_steps"],
     ),
 }
 
@@ -119,7 +119,7 @@ def test_the_preflight_reports_all_faults_together():
 
 
 def test_what_a_gpu_can_do_passes(monkeypatch):
-    monkeypatch.setattr("vlmr1.models.settings.find_spec", lambda name: True)
+    monkeypatch.setattr("vlmr1.errors.find_spec", lambda name: True)
     GRPOConfig(use_cpu=True, **{name: value for each in DEVICE.values() for name, value in each.items()}).check_device(
         "cuda"
     )
@@ -135,7 +135,7 @@ NEW = {"kl_estimator": "k2", "rollout_logp_warn_threshold": 0.5, "reward_mode": 
 
 @pytest.fixture
 def notes(caplog):
-    renamed._note.cache_clear()
+    renamed.note_spelling.cache_clear()
     caplog.set_level(logging.WARNING, "vlmr1")
     return caplog
 

@@ -11,34 +11,68 @@ from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 from vlmr1.commands.settings_help import every_setting, one_setting
 from vlmr1.config import GRPOConfig
-from vlmr1.errors import SettingError
+from vlmr1.errors import SettingError, faults_of
 from vlmr1.lifecycle.console import ignore_broken_pipe
+from vlmr1.lifecycle.peer_flags import PEER_FLAGS, REPLACES, instead_of
 from vlmr1.lifecycle.renamed import RENAMED, current_name, current_value
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 class SettingsParser(HfArgumentParser):
-    """The command line of GRPOConfig. Values that are refused are collected, and their settings left out."""
+    """The command line of GRPOConfig, and of settings that stand for its own. What is refused is collected, and left
+    out of the namespace, as what is not given is."""
 
     def __init__(self) -> None:
         settings: Any = GRPOConfig
         super().__init__(settings, allow_abbrev=False, add_help=False)
+        for name, kind in PEER_FLAGS.items():
+            names = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+            switch: dict[str, Any] = {"type": string_to_bool, "nargs": "?", "const": True} if kind is bool else {}
+            self.add_argument(*names, dest=name, **switch)
+        for action in self._actions:
+            action.default = argparse.SUPPRESS
+            if action.dest == "report_to":  # the library's parser takes one
+                action.nargs = "+"
         self.faults: list[str] = []
+        self.seen: dict[str, tuple[Any, list[str]]] = {}  # value and words of each setting of one source
+
+    def parse(self, words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+        """Return the settings of one source by name, and the words that are unknown."""
+        self.seen.clear()
+        namespace, unknown = self.parse_known_args(words)
+        return vars(namespace), unknown
 
     def error(self, message: str) -> NoReturn:
         raise SettingError("\n".join([*self.faults, message]))
 
+    def _match_argument(self, action: argparse.Action, arg_strings_pattern: str) -> int:
+        try:
+            return super()._match_argument(action, arg_strings_pattern)
+        except argparse.ArgumentError as error:  # no value
+            self.faults.append(str(error))
+            return 0
+
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        if not arg_strings and action.nargs in (None, "+"):
+            return argparse.SUPPRESS
         given = [current_value(action.dest, each) for each in arg_strings]
         try:
-            return super()._get_values(action, given)
+            found = super()._get_values(action, given)
         except argparse.ArgumentError as error:
-            self.faults.append(str(error))
-            return action.default
+            comma = action.nargs == "+" and any("," in each for each in arg_strings)
+            self.faults.append(f"{error}; a list takes spaces" if comma else str(error))
+            return argparse.SUPPRESS
+        value = action.const if action.nargs == 0 else found
+        before, first = self.seen.setdefault(action.dest, (value, arg_strings))
+        if before != value:
+            both = " and ".join(" ".join(each) or str(action.const) for each in (first, arg_strings))
+            self.faults.append(f"{action.dest} is given twice: {both}")
+        return found
 
 
 def add_sources(parser: argparse.ArgumentParser) -> None:
@@ -51,28 +85,50 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def parse_config(arguments: Sequence[str], *, recipe: str | None = None, config: Path | None = None) -> GRPOConfig:
-    """Settings of a run: the recipe's, then the config file's, then `--name value` of the command line.
+def parse_config(
+    arguments: Sequence[str], *, recipe: str | None = None, config: Path | None = None, changes: Sequence[str] = ()
+) -> GRPOConfig:
+    """Settings of a run: the recipe's, then the config file's, then `--name value` of the command line, then `changes`.
 
     Raises one SettingError with everything that is wrong, a line each."""
+    return make_config(*read_settings(arguments, recipe=recipe, config=config, changes=changes))
+
+
+def read_settings(
+    arguments: Sequence[str], *, recipe: str | None = None, config: Path | None = None, changes: Sequence[str] = ()
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the settings that the sources give, and the faults of what cannot be read."""
     faults: list[str] = []
-    words: list[str] = []
-    if recipe is not None:
-        path = RECIPES / f"{recipe}.yaml"
-        if recipe not in recipe_names():
-            raise SettingError(f"--recipe: unknown recipe {recipe!r}; known: {', '.join(recipe_names())}")
-        words += _words(path, faults)
+    sources: list[list[str]] = []
+    if recipe in recipe_names():
+        sources.append(_words(RECIPES / f"{recipe}.yaml", faults))
+    elif recipe is not None:
+        faults.append(f"--recipe: unknown recipe {recipe!r}; known: {', '.join(recipe_names())}")
     if config is not None:
-        words += _words(config, faults)
+        unreadable = list(faults_of(lambda: sources.append(_words(config, faults))))
+        faults += unreadable
     parser = SettingsParser()
-    namespace, unknown = parser.parse_known_args([*words, *map(_with_current_name, arguments)])
-    faults += [*parser.faults, *_unknown_words(unknown)]
-    try:
-        made = GRPOConfig(**vars(namespace))
-    except SettingError as error:
-        faults += str(error).splitlines()
-    if faults:
-        raise SettingError("\n".join(faults))
+    settings: dict[str, Any] = {}
+    unknown: list[str] = []
+    sources += [[_with_current_name(word) for word in words] for words in (arguments, changes)]
+    for words in sources:
+        given, more = parser.parse(words)
+        unknown += more
+        for name in (replaced for each in given for replaced in REPLACES.get(each, ())):
+            settings.pop(name, None)
+        settings |= given
+    return settings, [*faults, *parser.faults, *_unknown_words(unknown)]
+
+
+def make_config(settings: dict[str, Any], faults: Sequence[str] = (), *, preflight: bool = False) -> GRPOConfig:
+    """Return the configuration; one SettingError with `faults` and all others. `preflight`: also with what this machine
+    cannot do or does not have."""
+    made = object.__new__(GRPOConfig)
+    found = [*faults, *faults_of(lambda: GRPOConfig.__init__(made, **settings))]
+    if preflight:
+        found += made.device_faults()
+    if found:
+        raise SettingError("\n".join(dict.fromkeys("\n".join(found).splitlines())))
     return made
 
 
@@ -89,7 +145,8 @@ def show_help(name: str = "") -> None:
 def _words(path: Path, faults: list[str]) -> list[str]:
     """A YAML mapping of settings as command-line words; unknown names are faults."""
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        text = path.read_text(encoding="utf-8")
+        settings = yaml.safe_load(text) or {}
     except OSError as error:
         raise SettingError(f"--config: {error}") from error
     except yaml.YAMLError as error:
@@ -97,9 +154,11 @@ def _words(path: Path, faults: list[str]) -> list[str]:
     if not isinstance(settings, dict):
         raise SettingError(f"{path}: a mapping of settings is expected")
     words = []
+    names = [str(key.value) for key, _ in yaml.compose(text).value] if settings else []
+    faults += [f"{name} is given twice in {path}" for name in dict.fromkeys(names) if names.count(name) > 1]
     for name, value in settings.items():
         name = current_name(str(name))
-        if name in GRPOConfig.__dataclass_fields__:
+        if name in GRPOConfig.__dataclass_fields__ or name in PEER_FLAGS:
             words += _word(name, value)
         else:
             faults.append(_unknown(name, f"in {path}"))
@@ -131,5 +190,8 @@ def _unknown(word: str, where: str) -> str:
     name = word.lstrip("-")
     if not word.startswith("-") and name not in GRPOConfig.__dataclass_fields__ and "in " not in where:
         return f"unexpected argument {word!r} {where}"
+    instead = instead_of(name.replace("-", "_"))
+    if instead is not None:
+        return f"unknown setting {name!r} {where}: {instead}"
     near = get_close_matches(name, GRPOConfig.__dataclass_fields__, n=1)
     return f"unknown setting {name!r} {where}" + (f"; did you mean {near[0]!r}?" if near else "")

@@ -47,7 +47,7 @@ def demo(seed: int, output_dir: Path, changes: Sequence[str] = ()) -> None:
     `changes` are further settings, as on the command line."""
     begin = time.monotonic()
     arguments = ["--output_dir", str(output_dir), "--seed", str(seed), "--data_file_paths", DIGITS]
-    config = parse_config([*arguments, *changes], recipe="tiny-digits")
+    config = parse_config(arguments, recipe="tiny-digits", changes=changes)
     config.check_device()
     check_output_dir(output_dir)
     samples = held_out(config, output_dir)

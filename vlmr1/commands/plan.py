@@ -34,13 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, settings: Sequence[str]) -> None:
     """Print the plan; `settings` are those of `vlmr1 train`."""
     room = bytes_of(options.gpu)
-    words = [*settings, "--use_cpu", "true"]  # the planning machine need not have the job's device
+    own = ["--use_cpu", "true"]  # the planning machine need not have the job's device
     if options.model is not None:
-        words += ["--model_name_or_path", options.model]
+        own += ["--model_name_or_path", options.model]
 
     def change(changed: Mapping[str, Any]) -> Any:
-        more = [word for name, value in changed.items() for word in (f"--{name}", str(value))]
-        return parse_config([*words, *more], recipe=options.recipe, config=options.config)
+        more = own + [word for name, value in changed.items() for word in (f"--{name}", str(value))]
+        return parse_config(settings, recipe=options.recipe, config=options.config, changes=more)
 
     args = change({})
     if not args.model_name_or_path:

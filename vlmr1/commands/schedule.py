@@ -19,7 +19,7 @@ def describe_schedule(config: GRPOConfig, rows: int | None) -> str:
     else:
         sampler = BufferSampler.of(config, range(rows), Ranks(config.process_index, ranks))
         epoch = len(sampler)
-        updates = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * epoch)
+        updates = config.max_steps if config.max_steps >= 0 else math.ceil(config.num_train_epochs * epoch)
         total = f"{epoch} updates an epoch, {updates} in all ({updates / epoch:.1f} epochs)"
         if sampler.unused:
             plural = "s are" if sampler.unused > 1 else " is"

@@ -8,12 +8,12 @@ from pathlib import Path
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import has_length
 
-from vlmr1.commands.arguments import add_sources, parse_config, show_help
 from vlmr1.commands.prepare import prepare
 from vlmr1.commands.report import report_of_run
 from vlmr1.commands.schedule import describe_schedule
+from vlmr1.commands.start import add_arguments, start
 from vlmr1.config import GRPOConfig
-from vlmr1.distributed.launch import launch, launch_name
+from vlmr1.distributed.launch import launch_name
 from vlmr1.distributed.preflight import check_scale
 from vlmr1.distributed.ranks import Ranks
 from vlmr1.evaluation.callback import EvaluationCallback
@@ -27,23 +27,13 @@ from vlmr1.lifecycle.run_settings import check_settings, keep_settings
 from vlmr1.lifecycle.signals import StopSignals
 from vlmr1.report.progress import Progress
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_sources(parser)
-    parser.add_argument("--launch", help="start one process a GPU: ddp, fsdp2, zero2, zero3 or zero3-offload")
-    parser.add_argument("--processes", type=int, help="number of processes for --launch; default: one a GPU")
-    parser.add_argument("-h", "--help", nargs="?", const="", metavar="SETTING", help="all settings, or one in full")
+__all__ = ["add_arguments", "run", "train"]
 
 
 def run(options: argparse.Namespace, rest: list[str]) -> None:
-    if options.help is not None:
-        show_help(options.help)
-        return
-    if options.launch is not None:
-        chosen = {"--recipe": options.recipe, "--config": options.config}
-        given = [word for name, value in chosen.items() if value is not None for word in (name, str(value))]
-        launch(options.launch, options.processes, [*given, *rest])
-    train(parse_config(rest, recipe=options.recipe, config=options.config))
+    config = start(options, rest)
+    if config is not None:
+        train(config)
 
 
 def train(config: GRPOConfig) -> GRPOTrainer:
@@ -93,6 +83,9 @@ def _train(config: GRPOConfig, stop: StopSignals, resuming: ResumeGuard) -> GRPO
         say(f"continuing from {resume}", flush=True)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     stop.raise_if_stopped()
-    if config.write_report and trainer.is_world_process_zero():
+    best = trainer.state.best_model_checkpoint
+    if best is not None:
+        say(f"best       {best}: {config.metric_for_best_model} {trainer.state.best_metric:.4f}", flush=True)
+    if config.write_report and trainer.state.global_step and trainer.is_world_process_zero():
         report_of_run(output_dir)
     return trainer

@@ -9,16 +9,16 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
-from vlmr1.errors import SettingError
+from vlmr1.distributed.deepspeed_file import CONFIGS, VARIABLE, engine_of_environment
+from vlmr1.errors import SettingError, missing_package
 
 # torchrun forwards the signals and waits, while ranks finish their step and write a checkpoint.
 SIGNALS = ("--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "--shutdown-timeout", "3600")
-CONFIGS = Path(__file__).parent / "configs"
+OWN_FILE = "--deepspeed"  # in place of a name
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
@@ -30,7 +30,7 @@ FSDP2 = {
 
 
 def _deepspeed(name: str) -> dict[str, str]:
-    return {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(CONFIGS / f"{name}.json")}
+    return {"ACCELERATE_USE_DEEPSPEED": "true", VARIABLE: str(CONFIGS / f"{name}.json")}
 
 
 LAUNCHES: Mapping[str, Mapping[str, str]] = {
@@ -39,6 +39,7 @@ LAUNCHES: Mapping[str, Mapping[str, str]] = {
     "zero2": _deepspeed("zero2"),
     "zero3": _deepspeed("zero3"),
     "zero3-offload": _deepspeed("zero3-offload"),
+    OWN_FILE: {},  # each process reads it
 }
 
 
@@ -46,19 +47,25 @@ def launch_command(name: str, processes: int, arguments: Sequence[str]) -> tuple
     """Return (environment variables to add, command) that trains with `arguments` in `processes` local processes.
 
     SettingError for an unknown engine, fewer than one process, or an engine that needs GPUs where there are none."""
+    faults = []
     if name not in LAUNCHES:
-        raise SettingError(f"--launch: unknown {name!r}; known: {', '.join(LAUNCHES)}")
+        known = ", ".join(each for each in LAUNCHES if each != OWN_FILE)
+        faults.append(f"--launch: unknown {name!r}; known: {known}, or --deepspeed FILE")
     if processes < 1:
-        raise SettingError(f"--processes is {processes}: it must be at least 1")
+        faults.append(f"--processes is {processes}: it must be at least 1")
+    if name.startswith("zero") or name == OWN_FILE:
+        faults += missing_package(name if name == OWN_FILE else f"--launch {name}", "deepspeed", "vlmr1[scale]")
+    if faults:
+        raise SettingError("\n".join(faults))
     environment = dict(LAUNCHES[name])
     if not torch.cuda.is_available():
-        more, flags = _on_cpu(name)
+        more, flags = on_cpu(name)
         environment, arguments = environment | more, [*arguments, *flags]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *SIGNALS]
     return environment, [sys.executable, *torchrun, "-m", "vlmr1.cli", "train", *arguments]
 
 
-def _on_cpu(name: str) -> tuple[dict[str, str], list[str]]:
+def on_cpu(name: str) -> tuple[dict[str, str], list[str]]:
     """Return (environment variables, arguments) that an engine needs additionally on CPU."""
     if name == "ddp":
         return {}, ["--use_cpu", "true"]
@@ -85,10 +92,13 @@ def check_launched(world: int, accelerator: Any) -> None:
             raise SettingError(f"{name} is set, but accelerate uses {accelerator.distributed_type.value} here")
 
 
-def launch(name: str, processes: int | None, arguments: Sequence[str]) -> NoReturn:
-    """Print the launch command and replace this process by it; one process per GPU by default."""
-    count = processes or torch.cuda.device_count() or 1
-    environment, command = launch_command(name, count, arguments)
+def default_processes() -> int:
+    """Return one process per GPU."""
+    return torch.cuda.device_count() or 1
+
+
+def launch(environment: Mapping[str, str], command: list[str]) -> NoReturn:
+    """Print a launch command and replace this process by it."""
     words = [f"{key}={shlex.quote(value)}" for key, value in environment.items()]
     print(" ".join([*words, *map(shlex.quote, command)]), flush=True)
     os.execvpe(command[0], command, os.environ | environment)
@@ -99,6 +109,5 @@ def launch_name() -> str:
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         return "fsdp2"
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-        path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
-        return Path(path).stem if path else f"zero{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', 2)}"
+        return engine_of_environment()
     return "ddp"

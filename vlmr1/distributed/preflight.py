@@ -28,6 +28,8 @@ def check_saving(args: TrainingArguments) -> None:
     """SettingError where a checkpoint without optimizer would hold shards."""
     if args.save_only_model and launch_name() == "fsdp2":
         raise SettingError("save_only_model is not supported with fsdp2, whose checkpoints are in shards")
+    if args.save_only_model and args.load_best_model_at_end and args.deepspeed_plugin is not None:
+        raise SettingError("save_only_model is not supported with load_best_model_at_end and DeepSpeed")
 
 
 def planned_sharding(args: TrainingArguments) -> Sharding | None:

@@ -43,6 +43,10 @@ def check_sharded(args: Any, sharding: Sharding | None, *, engine: bool) -> None
         raise SettingError("stochastic_rounding needs one process: several sum gradients in the dtype of the weights")
     if sharding is None:
         return
+    if getattr(args, "load_best_model_at_end", False):
+        raise SettingError(
+            f"load_best_model_at_end is not supported with {sharding}, which shards weights: use save_strategy=best"
+        )
     if args.load_in_4bit:
         raise SettingError(f"load_in_4bit is not supported with {sharding}, which shards weights: use ddp or zero2")
     if args.use_dora and sharding == "zero3":

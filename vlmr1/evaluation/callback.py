@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 from transformers import TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 
 from vlmr1.data.box_coordinates import Setting
+from vlmr1.errors import SettingError
 from vlmr1.evaluation.during_training import decoder_of, evaluate_during_training
-from vlmr1.lifecycle.checkpoint import truncate_after
+from vlmr1.evaluation.settings import metric_name
+from vlmr1.lifecycle.checkpoint import checkpoint_path, truncate_after
 from vlmr1.lifecycle.console import ignore_broken_pipe
 from vlmr1.lifecycle.disk import guard_writes
 from vlmr1.report.progress import read_lines
@@ -57,7 +60,8 @@ class EvaluationCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # At the last step it is always set.
         stops = control.should_training_stop and state.global_step < state.max_steps
-        if self._is_due(args, state) and not stops:
+        compared = args.metric_for_best_model is not None and state.global_step == state.max_steps
+        if (self._is_due(args, state) or compared) and not stops:
             self._evaluate(args, state, control)
             if self._is_stopped():
                 assert self.stop is not None
@@ -71,7 +75,10 @@ class EvaluationCallback(TrainerCallback):
 
     def _evaluate(self, args: Any, state: Any, control: Any) -> None:
         values = evaluate_during_training(self.trainer, self.samples, self.decoder, self._is_stopped)
-        if values is None or not state.is_world_process_zero:
+        if values is None:
+            return
+        self._compare(args, state, control, values)
+        if not state.is_world_process_zero:
             return
         record = {"step": state.global_step, "rows": len(self.samples), **values}
         with guard_writes(EVALUATIONS, Path(args.output_dir)), self._path(args).open("a", encoding="utf-8") as file:
@@ -81,6 +88,23 @@ class EvaluationCallback(TrainerCallback):
             with ignore_broken_pipe():
                 tqdm.write(f"evaluation at step {state.global_step}  {numbers}")
         self._log({name.replace("eval/", "eval_", 1): value for name, value in values.items()}, control)
+
+    def _compare(self, args: Any, state: Any, control: Any, values: dict[str, float]) -> None:
+        """Record the checkpoint of this step as the best where its metric is; with save_strategy=best only then there
+        is one."""
+        by_best = args.save_strategy == SaveStrategy.BEST
+        if args.metric_for_best_model is None or state.global_step == 0 or not (by_best or control.should_save):
+            return
+        name = f"eval/{metric_name(args.metric_for_best_model)}"
+        if name not in values:
+            raise SettingError(
+                f"metric_for_best_model is {name!r}: an evaluation of these rows has {', '.join(values)}"
+            )
+        sign = 1 if args.greater_is_better else -1
+        if state.best_metric is None or sign * values[name] > sign * state.best_metric:
+            state.best_metric = values[name]
+            state.best_model_checkpoint = str(checkpoint_path(Path(args.output_dir), state.global_step))
+            control.should_save = True
 
     def _log(self, values: dict[str, float], control: Any) -> None:
         """Send values to the trackers, which show names with "eval_" as "eval/...".

@@ -36,9 +36,9 @@ def evaluate_during_training(
 ) -> dict[str, float] | None:
     """Decode one greedy completion for each sample and return metrics by name.
 
-    They are `eval/rewards/NAME/mean` for each reward of the run, lengths, and `eval/rec/...` or `eval/ovd/...` where
-    `accuracy` scores all rows by IoU or by labelled boxes. The model's mode and all random states are unchanged. Return
-    None where `stopped()`, called before each batch, is true."""
+    They are `eval/rewards/NAME/mean` for each reward of the run, `eval/reward` with their weights, lengths, and
+    `eval/rec/...` or `eval/ovd/...` where `accuracy` scores all rows by IoU or by labelled boxes. The model's mode
+    and all random states are unchanged. Return None where `stopped()`, called before each batch, is true."""
     decoder = decoder or decoder_of(trainer)
     size = trainer.args.prompts_per_device * trainer.args.num_generations  # as many as in a rollout
     ranks = trainer.ranks
@@ -58,6 +58,8 @@ def evaluate_during_training(
     records = [record for _, _, record in rows]
     means = rewards.nanmean(0).tolist()
     values = {f"eval/rewards/{reward.name}/mean": mean for reward, mean in zip(trainer.rewards, means, strict=True)}
+    weights = trainer.args.reward_weights or [1.0] * len(means)
+    values["eval/reward"] = sum(weight * mean for weight, mean in zip(weights, means, strict=True))
     values |= _box_metrics(trainer, samples, records)
     values["eval/completion_length"] = sum(len(record.token_ids) for record in records) / len(records)
     values["eval/truncated"] = sum(record.finish_reason == "length" for record in records) / len(records)

@@ -8,12 +8,21 @@ from typing import TYPE_CHECKING
 
 from vlmr1.types import Settings, setting
 
+BEST_METRIC = "reward"  # default of metric_for_best_model
+
 
 class _Shared(Settings):
-    shared = ("eval_steps", "eval_on_start")
+    shared = ("eval_steps", "eval_on_start", "load_best_model_at_end", "metric_for_best_model", "greater_is_better")
+    shared += ("save_strategy", "save_steps", "reward_funcs")
     if TYPE_CHECKING:
         eval_steps: float | None
         eval_on_start: bool
+        load_best_model_at_end: bool
+        metric_for_best_model: str | None
+        greater_is_better: bool | None
+        save_strategy: str
+        save_steps: float
+        reward_funcs: list[str]
 
 
 @dataclass
@@ -38,3 +47,35 @@ class EvaluationSettings(_Shared):
         for name in ("eval_data_file_paths", "eval_limit"):
             if getattr(self, name) and self.eval_steps is None and not self.eval_on_start:
                 yield f"{name} needs eval_steps or eval_on_start: nothing is evaluated without"
+        yield from self._check_best()
+
+    def _check_best(self) -> Iterator[str]:
+        """Faults of the choice of a checkpoint by an evaluation."""
+        names = ("load_best_model_at_end", "metric_for_best_model", "greater_is_better")
+        given = [name for name in names if getattr(self, name) not in (None, False)]
+        saves = getattr(self.save_strategy, "value", self.save_strategy)
+        if saves == "best":
+            given.insert(0, "save_strategy=best")
+        elif given and not self.load_best_model_at_end:
+            yield f"{given[0]} has no effect without load_best_model_at_end or save_strategy=best"
+            return
+        if not given:
+            return
+        if self.eval_steps is None:
+            yield f"{given[0]} needs eval_steps: checkpoints are compared by their evaluations"
+        elif saves in ("no", "epoch"):
+            yield f"{given[0]} needs save_strategy steps or best, it is {saves}"
+        elif saves == "steps" and self.eval_steps >= 1 and self.save_steps % self.eval_steps:
+            yield (
+                f"{given[0]}: save_steps, {self.save_steps:g}, is no multiple of eval_steps, {self.eval_steps:g}: each "
+                "checkpoint needs an evaluation"
+            )
+        known = [BEST_METRIC, "completion_length", "truncated", *(f"rewards/{each}/mean" for each in self.reward_funcs)]
+        name = metric_name(self.metric_for_best_model or BEST_METRIC)
+        if name not in known and not name.startswith(("rec/", "ovd/")):
+            yield f"metric_for_best_model is {name!r}: known are {', '.join(known)}, rec/... and ovd/..."
+
+
+def metric_name(name: str) -> str:
+    """Return the name of an evaluation's metric without the prefix that trackers and eval.jsonl give it."""
+    return name.removeprefix("eval_").removeprefix("eval/")

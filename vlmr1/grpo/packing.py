@@ -189,6 +189,7 @@ def _branches(group: Group, which: list[int]) -> Group:
         completions=tuple(group.completions[i] for i in which),
         rewards=None if group.rewards is None else group.rewards[which],
         advantages=None if group.advantages is None else group.advantages[which],
+        kl=None if group.kl is None else group.kl[which],
     )
 
 

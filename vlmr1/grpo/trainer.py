@@ -237,7 +237,8 @@ class GRPOTrainer(HFTrainer):
                 loss, metrics = call(model, self.policy.model, lambda: self.policy.loss(pack, objective))
                 loss = loss * pack.weight
             with self.phases("backward"):
-                self.accelerator.backward(loss * self.ranks.world_size)  # engines take the mean over ranks
+                if loss.requires_grad:  # not where the vision tower alone is trained and the pack has no image
+                    self.accelerator.backward(loss * self.ranks.world_size)  # engines take the mean over ranks
         metrics |= logp_difference(metrics["logp"], pack) | clipped_shares(metrics["logp"], pack, self.settings)
         return loss.detach(), metrics if pack.weight else metrics | {"dropped_rows": metrics["tokens"]}
 

@@ -100,8 +100,8 @@ def last_complete(output_dir: Path) -> Path | None:
     return None
 
 
-def rotate(output_dir: Path, limit: int | None, newest: Path) -> None:
-    """Remove checkpoints until `limit` are left (None or 0: no limit), `newest` among them.
+def rotate(output_dir: Path, limit: int | None, newest: Path, best: str | None = None) -> None:
+    """Remove checkpoints until `limit` are left (None or 0: no limit), `newest` and `best` among them in any case.
 
     Checkpoints of later steps, which a resumed run has abandoned, are removed first, then the oldest. Directories
     without a manifest are left alone."""
@@ -109,7 +109,8 @@ def rotate(output_dir: Path, limit: int | None, newest: Path) -> None:
         return
     others = [path for path in _by_step(output_dir) if path != newest and (path / MANIFEST).is_file()]
     others.sort(key=lambda path: _step(path) < _step(newest))  # stable: ordered by step otherwise
-    for checkpoint in others[: max(0, len(others) + 1 - limit)]:
+    removable = [path for path in others if best is None or path.name != Path(best).name]
+    for checkpoint in removable[: max(0, len(others) + 1 - limit)]:
         try:
             remove(checkpoint)
         except OSError as error:
@@ -173,6 +174,11 @@ def is_adapter(folder: str | Path) -> bool:
 def _by_step(output_dir: Path) -> list[Path]:
     found = [path for path in output_dir.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
     return sorted(found, key=_step)
+
+
+def checkpoint_path(output_dir: Path, step: int) -> Path:
+    """Return the directory of the checkpoint of a step."""
+    return output_dir / f"{PREFIX}{step}"
 
 
 def _step(checkpoint: Path) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import traceback
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -16,11 +16,17 @@ from vlmr1.errors import CheckpointError, SettingError
 from vlmr1.lifecycle.checkpoint import integrity_error, is_adapter, last_complete
 
 
-def find_checkpoint(output_dir: Path, named: str | None) -> Path | None:
+def find_checkpoint(output_dir: Path, named: str | Literal[False] | None) -> Path | None:
     """The checkpoint to continue from: `named` (resume_from_checkpoint), or the last complete one of the output
-    directory."""
-    if named is None:
-        return last_complete(output_dir)
+    directory. SettingError where there is one, and the run is to start from the beginning (False)."""
+    if named is None or named is False:
+        found = last_complete(output_dir)
+        if found is not None and named is False:
+            raise SettingError(
+                f"resume_from_checkpoint is false, and {found} is there: remove it or give another output_dir to start "
+                "over, or leave the setting out to continue"
+            )
+        return found
     fault = integrity_error(Path(named))
     if fault:
         raise SettingError(f"resume_from_checkpoint: {named} is not a complete checkpoint: {fault}")

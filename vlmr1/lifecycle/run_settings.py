@@ -21,6 +21,7 @@ RESUMABLE_CHANGES = {
     *("rollout_logp_warn_threshold", "check_images", "ddp_timeout", "local_rank"),
     *(f"dataloader_{name}" for name in ("num_workers", "prefetch_factor", "persistent_workers", "pin_memory")),
     *(f"eval_{name}" for name in ("steps", "on_start", "limit", "data_file_paths", "image_folders")),
+    *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
 }
 LAUNCH = {"processes": 1, "launch": "ddp"}  # how a run is spread over processes, where its settings do not say
 

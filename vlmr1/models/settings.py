@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from vlmr1.errors import faults_of
+from vlmr1.errors import faults_of, missing_package
 from vlmr1.models.precision import check_optimizer, optimizer_name
 from vlmr1.types import Settings, setting
 
+FLASH = {  # modules of attn_implementation, and what to install
+    "flash_attention_2": ("flash_attn", "flash-attn"),
+    "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
+}
 LIMITS = ("min_pixels", "max_pixels", "max_anyres_num")  # of images
 
 
@@ -42,7 +45,15 @@ class ModelSettings(Settings):
         if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
             yield f"min_pixels is {self.min_pixels}: it is above max_pixels, {self.max_pixels}"
         if self.load_in_4bit:
-            yield from missing_package("load_in_4bit", "bitsandbytes", "quant")
+            yield from missing_package("load_in_4bit", "bitsandbytes", "vlmr1[quant]")
+
+    def check_device(self, device: str) -> Iterator[str]:
+        name = self.attn_implementation
+        if name.startswith("flash_attention"):
+            missing = list(missing_package(f"attn_implementation={name}", *FLASH.get(name, FLASH["flash_attention_2"])))
+            yield from missing
+            if not missing and device != "cuda":
+                yield f"attn_implementation={name} needs a GPU: on {device} use sdpa"
 
     @property
     def source(self) -> dict[str, Any]:
@@ -80,7 +91,7 @@ class LoraSettings(Settings):
         yield from self.at_least(1, "lora_r", "lora_alpha")
         if not 0 <= self.lora_dropout < 1:
             yield f"lora_dropout is {self.lora_dropout}: it must be at least 0 and below 1"
-        yield from missing_package("use_peft", "peft", "quant")
+        yield from missing_package("use_peft", "peft", "vlmr1[quant]")
 
 
 class _Shared(Settings):
@@ -158,10 +169,4 @@ class ParameterSettings(LoraSettings, ModelSettings, _Shared):
         if self.use_liger_kernel and device != "cuda":
             yield f"use_liger_kernel needs a GPU: its kernels do not run on {device}"
         elif self.use_liger_kernel:
-            yield from missing_package("use_liger_kernel", "liger_kernel", "gpu")
-
-
-def missing_package(name: str, module: str, extra: str) -> Iterator[str]:
-    """The fault of a setting whose package is not installed."""
-    if find_spec(module) is None:
-        yield f"{name} needs {module.replace('_', '-')}: pip install 'vlmr1[{extra}]'"
+            yield from missing_package("use_liger_kernel", "liger_kernel", "vlmr1[gpu]")

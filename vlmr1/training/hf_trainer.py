@@ -57,6 +57,12 @@ class HFTrainer(Trainer):
         self.add_callback(UpdateEnd(self.end_update))
         self._staging: Path | None = None
 
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple:
+        """Numbers of epochs, steps and rows; no epoch where there is no update to make (`max_steps` 0), for which the
+        library makes one."""
+        epochs, *others, max_steps = super().set_initial_training_values(args, dataloader)
+        return (epochs if max_steps else 0, *others, max_steps)
+
     # Around an update
 
     def begin_update(self) -> None:
@@ -139,16 +145,29 @@ class HFTrainer(Trainer):
                 save_pending(self, checkpoint)
         self._staging = None
         if self.ranks.rank == 0:
-            rotate(output_dir, self.args.save_total_limit, output_dir / name)
+            rotate(output_dir, self.args.save_total_limit, output_dir / name, self.state.best_model_checkpoint)
 
     def is_finished(self, checkpoint: Path) -> bool:
         """Return whether this is the last checkpoint of a run, and load its weights and state. `train` would go on."""
         if not is_final(checkpoint):
             return False
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
         if self.sharding is None:
-            load_weights(self.model, str(checkpoint), adapter=self.args.use_peft)
+            load_weights(self.model, best or str(checkpoint), adapter=self.args.use_peft)
         return True
+
+    def _load_best_model(self) -> None:
+        """What the library calls at the end of a run with `load_best_model_at_end`; it knows no staged checkpoints."""
+        load_weights(self.model, str(self.state.best_model_checkpoint), adapter=self.args.use_peft)
+
+    def _finalize_training(self, *args: Any, **options: Any) -> Any:
+        """Keep the last checkpoint beside the best, also with `save_total_limit` 1: a finished run is known by it."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **options)
+        finally:
+            self.args.save_total_limit = limit
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.is_fsdp_enabled:

@@ -1,6 +1,7 @@
 """Two processes (gloo, CPU) against one: the same losses, gradient norms and rewards for the same global batches."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from tests.helpers.two_ranks import (
     words,
 )
 from vlmr1.distributed.launch import LAUNCHES, launch_command
+from vlmr1.errors import SettingError
 from vlmr1.models import load_model
 
 
@@ -85,7 +87,7 @@ def test_the_rank_that_fails_says_why_and_ends_all(folder, tmp_path):
     assert done.stderr.count(f"vlmr1: rank 1: reward {reward}:bad: returned 'x'") == 1, done.stderr[-3000:]
 
 
-def test_launch_commands():
+def test_launch_commands(monkeypatch):
     environment, command = launch_command("zero3", 2, ["--recipe", "rec-3b"])
     config = json.loads(Path(environment["ACCELERATE_DEEPSPEED_CONFIG_FILE"]).read_text(encoding="utf-8"))
     assert config["zero_optimization"]["stage"] == 3
@@ -93,6 +95,12 @@ def test_launch_commands():
     at = command.index("vlmr1.cli")
     assert command[at - 1 : at + 4] == ["-m", "vlmr1.cli", "train", "--recipe", "rec-3b"]
     assert "SIGUSR1" in command[command.index("--signals-to-handle") + 1]
+    with (
+        pytest.raises(SettingError, match=r"--launch zero3 needs deepspeed: pip install 'vlmr1\[scale\]'"),
+        monkeypatch.context() as patch,
+    ):
+        patch.setitem(sys.modules, "deepspeed", None)
+        launch_command("zero3", 2, [])
     for name in LAUNCHES:
         if name.startswith("zero"):
             path = Path(LAUNCHES[name]["ACCELERATE_DEEPSPEED_CONFIG_FILE"])

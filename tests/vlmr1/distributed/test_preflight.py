@@ -62,6 +62,7 @@ def begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return begin
 
 
+BEST = {"load_best_model_at_end": "true", "eval_steps": 100, "val_split_ratio": 0.5}
 SYNCED = {"use_peft": "true", "reference": "copy", "sync_ref_model": "true"}
 ROUNDED = {"model_dtype": "bfloat16", "optim": "adamw_torch_8bit", "stochastic_rounding": "true"}
 REFUSED = {
@@ -71,6 +72,8 @@ REFUSED = {
     "4-bit, zero3": ("zero3", {"use_peft": "true", "load_in_4bit": "true"}, "load_in_4bit.*zero3"),
     "4-bit, fsdp2": ("fsdp2", {"use_peft": "true", "load_in_4bit": "true"}, "load_in_4bit.*fsdp2"),
     "weights-only": ("fsdp2", {"save_only_model": "true"}, "save_only_model is not supported with fsdp2"),
+    "best-of-shards": ("zero3", BEST, "load_best_model_at_end is not supported with zero3"),
+    "best-of-weights-only": ("zero2", BEST | {"save_only_model": "true"}, "save_only_model is not supported with load"),
     "old-fsdp": ("fsdp1", {}, "fsdp_version"),
     "rounding": ("zero2", ROUNDED, "stochastic_rounding needs one process"),
 }
@@ -106,6 +109,13 @@ def test_a_checkpoint_that_no_run_goes_on_from(begin, tmp_path):
         begin()
     checkpoint(tmp_path / "out", step=4)  # the run has ended: there is nothing to go on with
     begin()
+
+
+def test_a_run_that_starts_over_beside_a_checkpoint(begin, tmp_path):
+    begin(resume_from_checkpoint="false")
+    checkpoint(tmp_path / "out", step=2)
+    with pytest.raises(SettingError, match=r"resume_from_checkpoint is false, and .*checkpoint-2 is there"):
+        begin(resume_from_checkpoint="False")
 
 
 OTHERS = {  # settings of the run before, and what is said of them

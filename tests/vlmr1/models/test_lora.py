@@ -235,6 +235,13 @@ def test_vision_modules_by_name(model, processor, tmp_path):
     assert names and all(".visual.blocks." in name and ".qkv." in name for name in names)
 
 
+@one_family()
+def test_text_alone_moves_no_adapter_of_the_tower(make, model, processor, tmp_path):
+    trainer = trainer_of(model, processor, tmp_path, **LORA, lora_vision=True, lora_target_modules=["qkv"])
+    loss, _, gradients = update(trainer, [make.group(make.prompt("What is seven?"), (4, 6), (1.0, -1.0))])
+    assert loss != 0 and gradients == {}
+
+
 # Weights in 4 bits
 
 

@@ -24,7 +24,7 @@ PEFT = ["--use_peft", "true"]
 
 @pytest.mark.parametrize("module, arguments", [("peft", PEFT), ("bitsandbytes", [*PEFT, "--load_in_4bit", "true"])])
 def test_what_is_not_installed_is_named(module, arguments, monkeypatch):
-    monkeypatch.setattr("vlmr1.models.settings.find_spec", lambda name: None if name == module else True)
+    monkeypatch.setattr("vlmr1.errors.find_spec", lambda name: None if name == module else True)
     setting = arguments[-2].lstrip("-")
     assert refusal(*arguments) == f"{setting} needs {module}: pip install 'vlmr1[quant]'"
 

@@ -75,7 +75,10 @@ def planned(wide: Path, planner: Planner, tmp_path: Path, capsys: Any, monkeypat
 
     def plan(*words: str, gpu: str = "1000GiB") -> tuple[str, dict[str, Any]]:
         path = tmp_path / "plan.json"
-        status = main(["plan", "--model", str(wide), *small, *words, "--gpu", gpu, "--json", str(path)])
+        given = [*small, *words]
+        last = dict(zip(given[::2], given[1::2], strict=True))  # a remedy may change what one before it has set
+        settings = [word for pair in last.items() for word in pair]
+        status = main(["plan", "--model", str(wide), *settings, "--gpu", gpu, "--json", str(path)])
         said = capsys.readouterr()
         assert status == 0, said.err
         return said.out, json.loads(path.read_text())

@@ -87,7 +87,7 @@ def test_several_boxes_and_none():
     several = '<answer>[{"bbox_2d": [1, 2, 3, 4], "label": "a"}, {"bbox_2d": [5, 6, 9, 9]}]</answer>'
     assert completion_boxes(several) == [(1, 2, 3, 4), (5, 6, 9, 9)]
     assert true_boxes("```json\n" + several[8:-9] + "\n```") == [(1, 2, 3, 4), (5, 6, 9, 9)]
-    for text in ("no answer", "<answer>B</answer>", "<answer>None</answer>", several.replace("answer", "thing")):
+    for text in ("no answer", "<answer>B</answer>", "<answer>None</answer>", several.replace("<answer>", "<think>")):
         assert completion_boxes(text) == []
 
 
