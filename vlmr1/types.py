@@ -194,6 +194,8 @@ class Settings:
             value, wanted = getattr(config, name), hints[name]
             if get_origin(wanted) is not ClassVar and not _fits(value, wanted):
                 shown = str(getattr(wanted, "__name__", wanted)).replace("typing.", "")
+                if get_origin(wanted) is Literal:
+                    shown = f"one of {', '.join(map(str, get_args(wanted)))}"
                 yield f"{name} is {value!r}: it must be {shown}"
 
     def check(self) -> Iterator[str]:

@@ -189,6 +189,7 @@ class GRPOConfig(Base):
         steps = self.steps_per_generation
         if not all(isinstance(each, int) and each >= 1 for each in (size, passes, self.num_generations or 1)):
             yield "per_device_train_batch_size, gradient_accumulation_steps and num_generations must be at least 1"
+            self.steps_per_generation = self.accumulation = 1
             return
         if self.generation_batch_size is not None:
             ranks = int(os.environ.get("WORLD_SIZE", "1"))

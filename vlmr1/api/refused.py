@@ -40,7 +40,6 @@ REASONS = {
     "transformers_continuous_batching_config": CONTINUOUS,
     "use_transformers_paged": CONTINUOUS,
 }
-LOSSES = ("sapo", "luspo", "vespo")
 # Arguments of the trainer.
 ARGUMENTS = {
     "tools": NO_TOOLS,
@@ -56,8 +55,6 @@ def refused(config: Any) -> Iterator[str]:
         value = getattr(config, name)
         if (value or None) != (type(config).__dataclass_fields__[name].default or None):
             yield f"{name} is {value!r}: {reason}"
-    if config.loss_type in LOSSES:
-        yield f"loss_type is {config.loss_type!r}: known are grpo, bnpo, dr_grpo, dapo, cispo and gspo"
     if config.loss_type == "bnpo" and config.gradient_accumulation_steps > 1:
         yield (
             "loss_type=bnpo divides each pass by its own tokens in TRL, and gradient_accumulation_steps is "
