@@ -1,8 +1,11 @@
 """What a built package holds, and what no file may name."""
 
+import os
 import re
 import runpy
+import shutil
 import subprocess
+import sys
 import tomllib
 from contextlib import chdir
 from pathlib import Path
@@ -19,14 +22,22 @@ MACHINE = re.compile(r"(?<![\w.~})-])/(?:wo" + "rk|home|Users)/")
 
 
 @pytest.fixture(scope="module")
-def built() -> set[str]:
-    """The sources of a build, relative to the root; nothing is built."""
+def mapping() -> dict[str, str]:
+    """Each file of a build with its source, relative to the root; nothing is built."""
     arguments = {}
     with chdir(ROOT), mock.patch("setuptools.setup", arguments.update):
         runpy.run_path("setup.py")
         command = Distribution({**arguments, "script_name": "setup.py"}).get_command_obj("build_py")
         command.ensure_finalized()
-        return set(command.get_output_mapping().values())
+        folder = Path(command.build_lib)
+        files = command.get_output_mapping().items()
+        return {str(Path(target).relative_to(folder)): source for target, source in files}
+
+
+@pytest.fixture(scope="module")
+def built(mapping) -> set[str]:
+    """The sources of a build."""
+    return set(mapping.values())
 
 
 def tracked() -> list[Path]:
@@ -46,6 +57,25 @@ def test_every_source_file_is_built(built):
 def test_all_data_beside_the_sources_is_built(built):
     data = {path for path in tracked() if path.suffix != ".py" and any(path.is_relative_to(root) for root in SOURCES)}
     assert {str(path.relative_to(ROOT)) for path in data} - built == set()
+
+
+@pytest.mark.slow
+def test_a_build_runs_apart_from_the_checkout(mapping, tmp_path):
+    """It finds recipes, tiny model, digits, configurations and templates among its own files."""
+    for target, source in mapping.items():
+        (tmp_path / target).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / source, tmp_path / target)
+    short = "--max_steps 1 --num_generations 2 --prompts_per_device 1 --max_completion_length 8 --use_cpu true"
+    commands = ["doctor", "plan --model Qwen/Qwen2.5-VL-3B-Instruct --recipe rec-3b-lora"]
+    commands += [f"train --recipe tiny-digits --output_dir run {short}"]
+    code = f"import sys, vlmr1.cli as cli; sys.exit(max(cli.main(each.split()) for each in {commands}) or 0)"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    code = f"{code} if cli.__file__.startswith({str(tmp_path)!r}) else sys.exit('another vlmr1')"
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stderr
+    assert (tmp_path / "run" / "training.html").exists() and (tmp_path / "run" / "model.safetensors").exists()
 
 
 def test_metadata():

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, dataclass, fields
 from functools import wraps
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -32,8 +33,9 @@ RENAMED_ARGS = {
     "eval_strategy": "use `vlmr1 evaluate` on a checkpoint, or eval_steps",
     "fp16": "use bf16; float16 overflows without a scaled loss",
     "fsdp": "use `vlmr1 train --launch fsdp2`",
-    "push_to_hub": "push the checkpoint directory with `hf upload`",
     "torch_compile": "packs differ in shape and would be compiled again and again; use `kernels`, or use_liger_kernel",
+    "hub_token": "set the variable HF_TOKEN or use `hf auth login`: settings are written to checkpoints",
+    "hub_strategy": "the model is pushed once, when the run has finished",
 }
 # Settings of `TrainingArguments` that mean here what they mean there, by group; any other is refused, not ignored.
 SUPPORTED_ARGS = {
@@ -84,6 +86,7 @@ SUPPORTED_ARGS = {
         "skip_memory_metrics",
     ],
     "Checkpoints": ["save_strategy", "save_steps", "save_total_limit", "save_only_model", "ignore_data_skip"],
+    "Hub": ["push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision"],
     "Evaluation during training": [
         "eval_steps",
         "eval_on_start",
@@ -193,7 +196,7 @@ class GRPOConfig(
         """Yield the faults of settings of two packages, and of those of TrainingArguments."""
         if self.reference == "adapter" and not self.use_peft:
             yield "reference=adapter needs use_peft: it is the policy with its adapter switched off"
-        if self.sync_ref_model and (self.reference == "adapter" or (self.use_peft and self.reference == "auto")):
+        if self.sync_ref_model and self.reference_kind == "adapter":
             yield (
                 "sync_ref_model needs reference=copy or offload: with LoRA the reference is the frozen base model, "
                 "which cannot be updated"
@@ -206,6 +209,9 @@ class GRPOConfig(
             yield "streaming=true needs max_steps: the number of rows is not known, and so not that of an epoch"
         if self.streaming and self.dynamic_sampling:
             yield "dynamic_sampling draws from all rows, and streaming=true knows none before: leave one of them out"
+        for name in ("model_name_or_path", "adapter"):
+            if _is_folder(getattr(self, name), self.output_dir):
+                yield f"output_dir is the directory of {name}, whose files the new model would replace: give another"
         for name, value in (("ignore_data_skip", False), ("dataloader_in_order", True)):
             if self.updates_per_generation * self.num_iterations > 1 and getattr(self, name) != value:
                 yield (
@@ -244,6 +250,13 @@ def _unsupported(config: GRPOConfig) -> Iterator[str]:
         if inherited.name not in supported and _changed(inherited, getattr(config, inherited.name)):
             reason = RENAMED_ARGS.get(inherited.name, "it has no effect on GRPO, or is not supported yet")
             yield f"{inherited.name} cannot be set: {reason}"
+
+
+def _is_folder(name: str | None, folder: str | None) -> bool:
+    """Return whether a name is of this existing directory."""
+    if name is None or folder is None or not Path(name).is_dir():
+        return False
+    return Path(name).resolve() == Path(folder).resolve()
 
 
 def _changed(setting: Field, value: object) -> bool:

@@ -90,10 +90,15 @@ def bfloat16_beside_adapter() -> None:
     prepare_trained(model, anything(bf16=False, stochastic_rounding=False, use_peft=True))
 
 
-def liger_with_reference() -> None:
-    names = ("stochastic_rounding", "load_in_4bit", "use_dora", "sync_ref_model", "use_peft")
-    args = anything(**dict.fromkeys(names, False), reference="auto", use_liger_kernel=True, beta=0.04)
-    check_sharded(args, "zero3", engine=True)
+def with_zero3(**settings: Any) -> None:
+    names = ("stochastic_rounding", "load_in_4bit", "use_dora", "sync_ref_model", "use_peft", "use_liger_kernel")
+    known = dict.fromkeys(names, False) | {"reference": "auto", "reference_kind": "copy", "adapter": None, "beta": 0.04}
+    check_sharded(anything(**known | settings), "zero3", engine=True)
+
+
+def no_token(patch: Patch) -> None:
+    patch.setattr("vlmr1.training.settings.get_token", lambda: None)
+    GRPOConfig(use_cpu=True, push_to_hub=True).check_device("cpu")
 
 
 def other_rows() -> None:
@@ -152,7 +157,8 @@ CASES: dict[str, Callable[..., Any]] = {
     "The environment asks for FSDP or DeepSpeed and accelerate uses another engine": lambda patch: patched(
         patch, os.environ, "ACCELERATE_USE_FSDP", "true", check_launched, 1, NO_ENGINE
     ),
-    "use_liger_kernel is set with a reference and ZeRO-3": liger_with_reference,
+    "use_liger_kernel is set with a reference and ZeRO-3": lambda: with_zero3(use_liger_kernel=True),
+    "A run starts from an adapter with ZeRO-3 and a copied reference": lambda: with_zero3(use_peft=True, adapter="a"),
     "Memory runs out in a pass of a run of several ranks, which cannot repack alone": shrink,
     "DeepSpeed has applied an update whose loss is not finite": diverged,
     "The process of a reward died before it took a completion": dead_worker,
@@ -175,6 +181,7 @@ CASES: dict[str, Callable[..., Any]] = {
         "iou_qwen", "<answer>[0, 0, 9, 9]</answer>", "<answer>[0, 0, 9, 9]</answer>", mode="vlm_r1"
     ),
     "full_determinism is set on a GPU": lambda: GRPOConfig(use_cpu=True, full_determinism=True).check_device("cuda"),
+    "push_to_hub is set and there is no token": no_token,
     "settings.json of a run that is resumed cannot be read": unreadable_settings,
 }
 LISTED = {e["condition"]: e for e in REFUSALS if e.get("test", "").endswith("::test_refused_in_python")}

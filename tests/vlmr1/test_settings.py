@@ -207,7 +207,7 @@ def test_help_of_one_setting():
     text = one_setting("loss_type")
     assert "grpo | bnpo | dapo | dr_grpo | cispo | gspo" in text and "Objective" in text
     assert [line.split()[-1] for line in text.splitlines() if "default" in line] == ["grpo", "dapo"]  # ours, TRL's
-    assert "refused" in one_setting("push_to_hub")
+    assert "refused" in one_setting("hub_token")
 
 
 def test_defaults_of_trl():

@@ -10,16 +10,15 @@ import torch
 
 from vlmr1.errors import SettingError
 from vlmr1.lifecycle.checkpoint import is_adapter, publish
-from vlmr1.models import load_model, load_processor
-from vlmr1.models.lora import base_name, read_adapter
-from vlmr1.models.processor import save_processor
+from vlmr1.models.adapters import base_name
 from vlmr1.models.quantization import quantization_of
+from vlmr1.training.weights import write_merged
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", required=True, type=Path)
+    parser.add_argument("--checkpoint", required=True, type=Path, help="a checkpoint, or any directory of an adapter")
     parser.add_argument("--output", required=True, type=Path, help="a directory that does not exist")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the weights")
 
@@ -36,17 +35,11 @@ def merge(checkpoint: Path, output: Path, *, dtype: str = "float32") -> None:
         raise SettingError(f"--checkpoint: {checkpoint} holds no adapter")
     if output.exists():
         raise SettingError(f"--output: {output} exists")
-    name, revision = base_name(checkpoint)
-    compute_dtype = quantization_of(checkpoint)
-    base = load_model(name, dtype=torch.float32, revision=revision, compute_dtype=compute_dtype)
-    if compute_dtype is not None:
-        base.dequantize(torch.float32)
+    name = base_name(checkpoint)[0]
+    if quantization_of(checkpoint) is not None:
         print(f"{name} was trained in 4 bits: its layers are written as they were then, in {dtype}", flush=True)
-    model = read_adapter(base, checkpoint).merge_and_unload(safe_merge=True).to(DTYPES[dtype])
     staging = output.parent / f".staging-{output.name}"
     shutil.rmtree(staging, ignore_errors=True)  # left by a killed merge
-    staging.mkdir(parents=True)
-    model.save_pretrained(staging)
-    save_processor(load_processor(checkpoint), staging)
+    write_merged(checkpoint, staging, DTYPES[dtype])
     publish(staging, output)
     print(f"{output}: {checkpoint} merged into {name}, {dtype}", flush=True)

@@ -18,7 +18,6 @@ from vlmr1.distributed.ranks import Ranks
 from vlmr1.errors import SettingError
 from vlmr1.evaluation.run_rows import evaluation_samples
 from vlmr1.evaluation.settings import EvaluationSettings
-from vlmr1.lifecycle.checkpoint import is_adapter
 from vlmr1.lifecycle.disk import checkpoint_bytes, warn_if_low_space
 from vlmr1.models import load_model, load_processor, model_type_of
 from vlmr1.models.settings import ParameterSettings
@@ -50,10 +49,8 @@ def prepare(config: GRPOConfig, *, finished: bool = False) -> Prepared:
     if not config.data_file_paths:
         raise SettingError(f"data_file_paths is not set: JSONL files, or {DIGITS!r}")
     name = model_path(settings.model_name_or_path)
-    if is_adapter(name):
-        raise SettingError(f"model_name_or_path: {name} holds an adapter only; `vlmr1 merge` makes a model of it")
     model_type = model_type_of(name, **settings.source)
-    processor = load_processor(name, **settings.source)
+    processor = load_processor(settings.adapter or name, base=name, **settings.source)
     limit_images(processor, model_type, **settings.image_limits)
     reader = RowReader.of(config, model_type, processor.image_processor)
     train = reader.training(*_data_files(config, output_dir))

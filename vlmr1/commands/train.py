@@ -8,8 +8,8 @@ from pathlib import Path
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import has_length
 
+from vlmr1.commands.finish import finish
 from vlmr1.commands.prepare import prepare
-from vlmr1.commands.report import report_of_run
 from vlmr1.commands.schedule import describe_schedule
 from vlmr1.commands.start import add_arguments, start
 from vlmr1.config import GRPOConfig
@@ -78,6 +78,7 @@ def _train(config: GRPOConfig, stop: StopSignals, resuming: ResumeGuard) -> GRPO
     say(*prepared.train.describe(), sep="\n", flush=True)
     if resume is not None and trainer.is_finished(resume):
         say(f"{resume}: all {trainer.state.max_steps} updates are done", flush=True)
+        finish(trainer, resume)
         return trainer
     if resume is not None:
         say(f"continuing from {resume}", flush=True)
@@ -86,6 +87,5 @@ def _train(config: GRPOConfig, stop: StopSignals, resuming: ResumeGuard) -> GRPO
     best = trainer.state.best_model_checkpoint
     if best is not None:
         say(f"best       {best}: {config.metric_for_best_model} {trainer.state.best_metric:.4f}", flush=True)
-    if config.write_report and trainer.state.global_step and trainer.is_world_process_zero():
-        report_of_run(output_dir)
+    finish(trainer)
     return trainer

@@ -63,6 +63,10 @@ def check_sharded(args: Any, sharding: Sharding | None, *, engine: bool) -> None
         raise SettingError(
             "use_liger_kernel needs beta 0 with zero3, which loads the reference again without its kernels"
         )
+    if sharding == "zero3" and args.adapter is not None and args.reference_kind == "copy":
+        raise SettingError(
+            "adapter needs beta 0 or reference=adapter with zero3, whose reference has no adapter: use fsdp2"
+        )
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from vlmr1.data.sources import split_names
 from vlmr1.errors import SettingError
 from vlmr1.evaluation.rows import Data, file_digests
 from vlmr1.lifecycle.checkpoint import is_adapter, replace_text, sha256_of_file
-from vlmr1.models.lora import base_name
+from vlmr1.models.adapters import base_name
 from vlmr1_kernels.registry import ENVIRONMENT_VARIABLE
 
 BEGUN = "evaluation.json"
@@ -27,8 +27,8 @@ PART = 4096  # bytes that are hashed of a tensor's start, middle and end
 # Files beside the weights that affect a model's answers.
 READ = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json")
 READ += ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json")
-READ += ("video_preprocessor_config.json", "adapter_config.json", "vocab.json", "merges.txt")
-READ += ("added_tokens.json", "special_tokens_map.json", "tokenizer.model")
+READ += ("video_preprocessor_config.json", "adapter_config.json", "quantization_config.json", "vocab.json")
+READ += ("merges.txt", "added_tokens.json", "special_tokens_map.json", "tokenizer.model")
 CODE = "*.py"  # run with trust_remote_code
 PACKAGES = ("vlmr1", "torch", "transformers", "pillow", "numpy", "pycocotools")
 

@@ -161,11 +161,14 @@ def make_reference(
     sharding: Sharding | None = None,
     source: Mapping[str, Any] | None = None,
 ) -> Reference:
-    """The reference of the policy that `forward` is of, as the setting `reference` says; `wrapped` is that policy, or
-    the `peft.PeftModel` around it; `source` (revision, trust_remote_code) is how the policy was read."""
+    """The reference of the policy that `forward` is of, of the kind "copy", "adapter" or "offload"; `wrapped` is that
+    policy, or the `peft.PeftModel` around it; `source` (revision, trust_remote_code) is how the policy was read.
+
+    What is copied is what is trained. For a run that starts from an adapter that is the adapter as it was read, which
+    the copy adds to the policy's own base: TRL keeps such a copy as a second adapter."""
     policy = forward.model
     device = None if accelerator is None else accelerator.device  # engines move the policy there later
-    if kind == "adapter" or (kind == "auto" and wrapped is not policy):
+    if kind == "adapter":
         return AdapterReference(forward, policy, wrapped)
     if kind == "offload":
         return HostReference(forward, policy, device)

@@ -63,16 +63,31 @@ class ReferenceSettings(Settings):
     """The reference model, which the KL is taken to."""
 
     group = "Reference model"
+    if TYPE_CHECKING:
+
+        @property
+        def use_peft(self) -> bool: ...
+        @property
+        def adapter(self) -> str | None: ...
 
     beta: float = setting(0.04, "weight of the KL to the reference; 0: no reference model")
     reference: Literal["auto", "copy", "adapter", "offload"] = setting(
         "auto",
         "a copy, the policy with its adapter switched off, or a copy in host memory; auto: adapter with use_peft, else "
-        "copy",
+        "copy, also where the run starts from an adapter",
     )
     sync_ref_model: bool = setting(False, "update the reference from the policy")
     ref_model_sync_steps: int = setting(512, "updates of the policy between two of the reference")
     ref_model_mixup_alpha: float = setting(0.6, "reference = alpha * policy + (1 - alpha) * reference")
+
+    @property
+    def reference_kind(self) -> Literal["none", "copy", "adapter", "offload"]:
+        """The kind of reference that a run has. One that starts from an adapter has a copy of base and adapter."""
+        if self.beta <= 0:
+            return "none"
+        if self.reference == "auto":
+            return "adapter" if self.use_peft and self.adapter is None else "copy"
+        return self.reference
 
     def check(self) -> Iterator[str]:
         if self.beta < 0:

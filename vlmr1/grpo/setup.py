@@ -111,10 +111,10 @@ def make_dummy_image(trainer: Any, model: Any) -> Any:
 def make_reference_model(trainer: Any, model: Any, trained: Any) -> Reference | None:
     """The reference of the KL; None with beta 0."""
     args = trainer.args
-    if args.beta <= 0:
+    if args.reference_kind == "none":
         return None
     return make_reference(
-        args.reference,
+        args.reference_kind,
         make_policy(trainer, model),
         trained,
         accelerator=trainer.accelerator,

@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from vlmr1.errors import CheckpointError, SettingError
-from vlmr1.lifecycle.checkpoint import integrity_error, is_adapter, last_complete
+from vlmr1.lifecycle.checkpoint import integrity_error, last_complete
 
 
 def find_checkpoint(output_dir: Path, named: str | Literal[False] | None) -> Path | None:
@@ -44,10 +44,9 @@ def check_resumable(checkpoint: Path) -> None:
     has_state = any(checkpoint.glob("rng_state*.pth"))  # written with the optimizer state by every engine
     if has_state or is_final(checkpoint):
         return
-    merge = ", after `vlmr1 merge`" if is_adapter(checkpoint) else ""
     raise SettingError(
         f"{checkpoint} has no optimizer state (save_only_model) and cannot be resumed. Start another run from its "
-        f"weights, with another output_dir and model_name_or_path={checkpoint}{merge}"
+        f"weights, with another output_dir and model_name_or_path={checkpoint}"
     )
 
 

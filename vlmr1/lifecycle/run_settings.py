@@ -19,6 +19,7 @@ RESUMABLE_CHANGES = {
     *("output_dir", "resume_from_checkpoint", "save_steps", "save_strategy", "save_total_limit", "run_name"),
     *("logging_steps", "log_completions", "memory_by_phase", "write_report", "log_level", "report_to", "disable_tqdm"),
     *("rollout_logp_warn_threshold", "check_images", "ddp_timeout", "local_rank"),
+    *("lora_merge_final", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision"),
     *(f"dataloader_{name}" for name in ("num_workers", "prefetch_factor", "persistent_workers", "pin_memory")),
     *(f"eval_{name}" for name in ("steps", "on_start", "limit", "data_file_paths", "image_folders")),
     *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),

@@ -10,15 +10,16 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConf
 
 from vlmr1.errors import SettingError
 from vlmr1.lifecycle.checkpoint import is_adapter
+from vlmr1.models.adapters import base_name, check_not_both
 from vlmr1.models.families.glm4v import Glm4vFamily
 from vlmr1.models.families.idefics3 import Idefics3Family
 from vlmr1.models.families.internvl import InternVLFamily
 from vlmr1.models.families.qwen3_vl import Qwen3VLFamily
 from vlmr1.models.families.qwen_vl import QwenVLFamily
 from vlmr1.models.family import ModelFamily
-from vlmr1.models.lora import base_name, base_of, read_adapter
+from vlmr1.models.lora import adapts_head, base_of, read_adapter
 from vlmr1.models.processor import load_processor
-from vlmr1.models.quantization import check_layers, four_bit, quantization_of
+from vlmr1.models.quantization import check_layers, check_not_quantized, four_bit, quantization_of
 
 FAMILIES: tuple[type[ModelFamily], ...] = (QwenVLFamily, Qwen3VLFamily, InternVLFamily, Glm4vFamily, Idefics3Family)
 BY_TYPE: dict[str, type[ModelFamily]] = {model_type: family for family in FAMILIES for model_type in family.model_types}
@@ -94,10 +95,14 @@ def load_model(
     checkpoint the base model is loaded, quantized as in training, and the adapter is applied."""
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if is_adapter(name):
+        check_not_both(name, "model_name_or_path")
         options["revision"] = base_name(name)[1]
         compute_dtype = compute_dtype or quantization_of(name)
         options |= {"dtype": dtype, "attn_implementation": attn_implementation, "compute_dtype": compute_dtype}
-        return base_of(read_adapter(load_model(base_name(name)[0], **options), name))
+        adapted = base_of(read_adapter(load_model(base_name(name)[0], **options), name))
+        if adapts_head(adapted):
+            raise SettingError(f"{name}: its adapter is at head or embeddings: `vlmr1 merge` makes a model of it")
+        return adapted
     try:
         config = _config(name, options)
         if compute_dtype is not None:
@@ -134,7 +139,10 @@ def empty_model(
 
 
 def model_type_of(name: str | Path, *, revision: str = "main", trust_remote_code: bool = False) -> str:
-    """Return the model type of a local directory or hub id. SettingError where it is not supported."""
+    """Return the model type of a local directory or hub id, of an adapter its base's. SettingError where it is not
+    supported."""
+    if is_adapter(name):
+        name, revision = base_name(name)
     try:
         config = _config(name, {"revision": revision, "trust_remote_code": trust_remote_code})
     except OSError as error:
@@ -144,8 +152,11 @@ def model_type_of(name: str | Path, *, revision: str = "main", trust_remote_code
 
 
 def _config(name: str | Path, options: dict[str, Any]) -> Any:
+    check_not_quantized(name)
     try:
-        return AutoConfig.from_pretrained(name, **options)
+        config = AutoConfig.from_pretrained(name, **options)
     except ValueError as error:  # an unknown model type, or none
         reason = str(error).splitlines()[0]
         raise SettingError(f"model_name_or_path: {reason}; {HOW_TO_ADD}") from error
+    check_not_quantized(name, config)
+    return config

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
@@ -10,20 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from vlmr1.errors import SettingError, import_for
-from vlmr1.lifecycle.checkpoint import ADAPTER_CONFIG
 from vlmr1.models.family import ModelFamily
 from vlmr1.models.settings import ParameterSettings
 
 
 def with_lora(model: Any, family: ModelFamily, settings: ParameterSettings) -> Any:
     """The model with an adapter at its linear layers, as a `peft.PeftModel`: the adapter is trained, in float32
-    whatever the dtype of the weights, and the rest is frozen. The adapter's first weights follow from `seed`.
+    whatever the dtype of the weights, and the rest is frozen. The adapter's first weights are those in the directory
+    `adapter`, or follow from `seed`.
 
-    SettingError: peft is not installed, or `lora_target_modules` or `lora_modules_to_save` name what cannot be."""
+    SettingError: peft is not installed, or the modules that get an adapter cannot have one."""
     peft = import_for("use_peft", "peft", "vlmr1[quant]")
+    if settings.adapter is not None:
+        return _with_adapter_of(peft, model, family, settings, settings.adapter)
     config = peft.LoraConfig(
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
@@ -60,6 +62,35 @@ def check_adapter(model: Any, family: ModelFamily) -> None:
         _kept_modules(base, family, config.modules_to_save)
 
 
+def _with_adapter_of(peft: Any, model: Any, family: ModelFamily, settings: ParameterSettings, folder: str) -> Any:
+    """The model with the adapter in a directory; on the meta device, with its shapes."""
+    config = peft.LoraConfig.from_pretrained(folder)
+    config.inference_mode, config.lora_dropout = False, settings.lora_dropout
+    config.init_lora_weights = True  # the weights are read below
+    config.base_model_name_or_path = None  # peft fills in the name of the model
+    config.revision = None if settings.model_revision == "main" else settings.model_revision
+    config.modules_to_save = _kept_modules(model, family, config.modules_to_save or ()) or None
+    linear = set(target_modules(model, family, (), vision=True))
+    try:
+        adapted = peft.get_peft_model(model, config)
+    except ValueError as error:
+        raise SettingError(f"adapter: {folder} does not fit the model: {str(error).splitlines()[0]}") from error
+    others = sorted(set(adapted.base_model.targeted_module_names) - linear)
+    if others:
+        raise SettingError(
+            f"adapter: {folder} has weights at {others[0]}; only linear layers of decoder, tower and projector can "
+            "have some. `vlmr1 merge` makes a model of it, from which a run can start"
+        )
+    if settings.freeze_vision and any(parameter.requires_grad for parameter in family.vision_parameters(model)):
+        raise SettingError(f"freeze_vision: the adapter in {folder} has weights in the vision tower")
+    if model.device.type != "meta":
+        try:
+            restore_adapter(adapted, folder)
+        except SafetensorError as error:
+            raise SettingError(f"adapter: {folder} cannot be read: {error}") from error
+    return adapted
+
+
 def base_of(model: Any) -> Any:
     """The model that a `peft.PeftModel` wraps, adapter included; any other model as it is."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -71,7 +102,7 @@ def target_modules(model: Any, family: ModelFamily, names: Sequence[str], *, vis
     places = [family.decoder_path, *(family.vision_paths if vision else ())]
     inside = [(place, *each) for place in places for each in attrgetter(place)(model).named_modules()]
     linear = [f"{place}.{name}" for place, name, layer in inside if isinstance(layer, nn.Linear)]
-    if not names:
+    if not names or list(names) == ["all-linear"]:
         return linear
     for name in names:
         if not any(_ends(each, name) for each in linear):
@@ -119,28 +150,38 @@ def merged(model: Any) -> Iterator[None]:
             layer.get_base_layer().weight.data = weight
 
 
-def base_name(folder: str | Path) -> tuple[str, str]:
-    """The model that an adapter in a directory was trained on: local directory or hub id, and revision."""
-    config = json.loads((Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    name = config.get("base_model_name_or_path")
-    if not name:
-        raise SettingError(f"{folder}: its {ADAPTER_CONFIG} does not name the model that it is for")
-    return name, config.get("revision") or "main"
-
-
 def read_adapter(model: Any, folder: str | Path) -> Any:
     """The `peft.PeftModel` of a base model and the adapter in a directory."""
     peft = import_for(f"{folder} holds an adapter, which", "peft", "vlmr1[quant]")
-    return peft.PeftModel.from_pretrained(model, str(folder))
+    config = peft.PeftConfig.from_pretrained(str(folder))
+    if config.is_prompt_learning:
+        raise SettingError(f"{folder} holds an adapter of type {config.peft_type.value}, which is not in the weights")
+    try:
+        adapted = peft.PeftModel.from_pretrained(model, str(folder))
+    except (ValueError, RuntimeError) as error:
+        raise SettingError(f"{folder}: its adapter does not fit the model: {str(error).splitlines()[0]}") from error
+    restore_adapter(adapted, folder)  # peft ignores weights that it does not know
+    return adapted
+
+
+def adapts_head(model: Any) -> bool:
+    """Return whether an adapter has weights at the head or the embeddings of a model."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return any(hasattr(end, "base_layer") or hasattr(end, "modules_to_save") for end in ends)
 
 
 def restore_adapter(model: Any, folder: str | Path) -> None:
-    """The weights of an adapter checkpoint into a model that has such an adapter: every one, or a SettingError."""
-    from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+    """The weights of an adapter in a directory into a model that has such an adapter: every one, or a SettingError."""
+    from peft import load_peft_weights, set_peft_model_state_dict
 
-    saved = load_peft_weights(str(folder), device="cpu")
-    own = get_peft_model_state_dict(model, save_embedding_layers=False)
-    different = sorted(saved.keys() ^ own.keys()) + [n for n in own if n in saved and own[n].shape != saved[n].shape]
-    if different:
-        raise SettingError(f"{folder}: its adapter is not the one of this run; they differ in {different[0]}")
-    set_peft_model_state_dict(model, saved)
+    different = f"{folder}: its adapter does not fit this model or run; they differ in"
+    try:
+        result = set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+    except KeyError as error:  # a module that is saved whole is missing
+        raise SettingError(f"{different} {error.args[0]}") from error
+    except RuntimeError as error:  # shapes, a line each
+        raise SettingError(f"{different} {str(error).splitlines()[-1].strip()}") from error
+    own = {name for name in model.state_dict() if "default" in name.split(".")}  # the name of the only adapter
+    wrong = [*result.unexpected_keys, *(name for name in result.missing_keys if name in own)]
+    if wrong:
+        raise SettingError(f"{different} {wrong[0]}")

@@ -14,7 +14,8 @@ from vlmr1.errors import SettingError
 from vlmr1.models.family import ModelFamily
 
 BLOCK = 64  # weights that share a scale
-CONFIG = "config.json"  # of a checkpoint: of the model, with how it was quantized
+QUANTIZATION = "quantization_config.json"  # of an adapter checkpoint: how its base was quantized
+CONFIGS = (QUANTIZATION, "config.json")  # earlier checkpoints have the configuration of the base
 
 
 def four_bit(family: ModelFamily, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -63,10 +64,39 @@ def numbers_of(weight: torch.Tensor) -> int:
 
 def quantization_of(folder: str | Path) -> torch.dtype | None:
     """Return the compute dtype of the 4-bit base of an adapter, or None where it is not quantized."""
-    path = Path(folder) / CONFIG
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    quantization = config.get("quantization_config")
-    return getattr(torch, quantization["bnb_4bit_compute_dtype"]) if quantization else None
+    for path in (Path(folder) / name for name in CONFIGS):
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        quantization = config if path.name == QUANTIZATION else config.get("quantization_config")
+        if quantization:
+            return getattr(torch, quantization["bnb_4bit_compute_dtype"])
+    return None
+
+
+def save_quantization(model: Any, folder: str | Path) -> None:
+    """Write how a base model was quantized, if it was, into the directory of its adapter."""
+    config = getattr(model.config, "quantization_config", None)
+    if config is not None:
+        (Path(folder) / QUANTIZATION).write_text(json.dumps(config.to_dict(), indent=1), encoding="utf-8")
+
+
+def check_not_quantized(name: str | Path, config: Any = None) -> None:
+    """SettingError for a local directory, file or hub id with quantized weights: GGUF, or what its `config` says."""
+    kind = None
+    if config is None:
+        files = {path.suffix for path in Path(name).glob("*.*")} if Path(name).is_dir() else set()
+        is_gguf = str(name).lower().endswith("gguf") or (".gguf" in files and ".safetensors" not in files)
+        kind = "GGUF" if is_gguf else None
+    else:
+        parts = (config, getattr(config, "text_config", None))
+        found: Any = next(filter(None, (getattr(part, "quantization_config", None) for part in parts)), None)
+        if found is not None:
+            method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
+            kind = str(getattr(method, "value", method) or "quantized").upper()
+    if kind is not None:
+        raise SettingError(
+            f"model_name_or_path: {name} has {kind} weights, which are not read here. Give the model that they were "
+            "made from; use_peft with load_in_4bit quantizes it while it is read"
+        )
 
 
 def check_layers(model: Any) -> None:

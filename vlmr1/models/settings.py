@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from vlmr1.errors import faults_of, missing_package
+from vlmr1.errors import SettingError, faults_of, missing_package
+from vlmr1.models.adapters import start_from_adapter
 from vlmr1.models.precision import check_optimizer, optimizer_name
 from vlmr1.types import Settings, setting
 
@@ -72,26 +73,36 @@ class LoraSettings(Settings):
     group = "LoRA"
 
     use_peft: bool = setting(False, "train a LoRA adapter; everything else is frozen")
+    adapter: str | None = setting(
+        None, "directory of a PEFT adapter to go on training; its base: model_name_or_path, or the one that it names"
+    )
     lora_r: int = setting(64, "rank")
     lora_alpha: int = setting(128, "scale of the adapter is alpha / r")
     lora_dropout: float = setting(0.0, "dropout of the adapter's inputs; a shared prompt has one mask a pass")
-    lora_target_modules: list[str] = setting([], "names of linear layers; default: all of the decoder")
+    lora_target_modules: list[str] = setting([], "names of linear layers; default and all-linear: all of the decoder")
     lora_vision: bool = setting(False, "adapters in the vision tower and projector too")
     lora_modules_to_save: list[str] = setting([], "modules that are trained whole beside the adapter")
     use_rslora: bool = setting(False, "scale by alpha / sqrt(r), not alpha / r")
     use_dora: bool = setting(False, "adapters of the direction, and a trained magnitude")
     lora_merge_rollout: bool = setting(False, "merge the adapter for the rollout; costs a copy of its layers' weights")
+    lora_merge_final: bool = setting(False, "leave the merged model in output_dir when the run has finished")
 
     def check(self) -> Iterator[str]:
+        try:
+            yield from start_from_adapter(self)
+        except SettingError as error:
+            yield str(error)
         if not self.use_peft:
             for name in LoraSettings.__annotations__:
-                if name != "use_peft" and not self.is_default(name):
+                if name not in ("use_peft", "adapter") and not self.is_default(name):
                     yield f"{name} needs use_peft: there is no adapter without it"
             return
         yield from self.at_least(1, "lora_r", "lora_alpha")
         if not 0 <= self.lora_dropout < 1:
             yield f"lora_dropout is {self.lora_dropout}: it must be at least 0 and below 1"
         yield from missing_package("use_peft", "peft", "vlmr1[quant]")
+        if "all-linear" in self.lora_target_modules and len(self.lora_target_modules) > 1:
+            yield "lora_target_modules: all-linear stands for all names: give it alone"
 
 
 class _Shared(Settings):

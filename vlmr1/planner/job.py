@@ -52,11 +52,7 @@ class Job:
     @property
     def reference(self) -> Literal["none", "copy", "adapter", "offload"]:
         """The kind of reference model that the run has."""
-        if self.args.beta == 0:
-            return "none"
-        if self.args.reference == "auto":
-            return "adapter" if self.args.use_peft else "copy"
-        return self.args.reference
+        return self.args.reference_kind
 
     @property
     def offloads(self) -> bool:

@@ -10,6 +10,7 @@ from transformers import AutoConfig
 
 from vlmr1.errors import SettingError
 from vlmr1.models import family_for
+from vlmr1.models.quantization import check_not_quantized
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -23,6 +24,7 @@ def config_named(name: str) -> Any:
     """The configuration of a shipped model, by hub id or its last part, or of a local directory; nothing is fetched.
 
     SettingError: the name is neither, or its family is not supported."""
+    check_not_quantized(name)
     shipped = {id_.split("/")[-1]: id_ for id_ in known_models()} | {id_: id_ for id_ in known_models()}
     if name in shipped:
         values = json.loads((CONFIGS / f"{shipped[name].replace('/', '__')}.json").read_text(encoding="utf-8"))
@@ -37,5 +39,6 @@ def config_named(name: str) -> Any:
             f"model_name_or_path: {name!r} is no local directory with a config.json, and `vlmr1 plan` fetches nothing; "
             f"it knows {', '.join(known_models())}"
         )
+    check_not_quantized(name, config)
     family_for(config)
     return config

@@ -19,6 +19,7 @@ from vlmr1.lifecycle.disk import guard_writes
 from vlmr1.lifecycle.resume import is_final
 from vlmr1.telemetry.nvml import GpuMeter
 from vlmr1.telemetry.phases import Phases, peak_memory_mib
+from vlmr1.training.final_model import leave_and_push
 from vlmr1.training.parallel import make_parallel
 from vlmr1.training.pending_metrics import PendingMetrics, load_pending, save_pending
 from vlmr1.training.weights import complete_model_directory, load_weights
@@ -201,12 +202,24 @@ class HFTrainer(Trainer):
         if self.is_fsdp_enabled:
             self._save(output_dir, full_state_dict(self.model, trained_only=self.args.use_peft))
         else:
-            super().save_model(output_dir, _internal_call)
+            super().save_model(output_dir, _internal_call=True)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             complete_model_directory(output_dir or self.args.output_dir or ".", self.model, self.processor)
+
+    # Hub: the model alone is pushed, once; the library would push every checkpoint, and all of output_dir
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Nothing: `push_to_hub` makes the repository."""
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing."""
+
+    def push_to_hub(self, commit_message: str = "End of training") -> str | None:
+        """Leave the model in output_dir and upload it, on every rank; return the repository's address on the first."""
+        return leave_and_push(self, None, commit_message)
 
 
 class UpdateEnd(TrainerCallback):

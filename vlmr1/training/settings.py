@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from huggingface_hub import get_token
 
 from vlmr1.types import Settings, setting
 
@@ -13,6 +16,10 @@ class TrainerSettings(Settings):
     """When a run warns or stops, and what it measures."""
 
     group = "Checks and measurements"
+    if TYPE_CHECKING:
+
+        @property
+        def push_to_hub(self) -> bool: ...
 
     max_nonfinite: int = setting(5, "stop after this many updates in a row that were not finite")
     rollout_logp_warn_threshold: float = setting(
@@ -23,3 +30,11 @@ class TrainerSettings(Settings):
     def check(self) -> Iterator[str]:
         yield from self.at_least(1, "max_nonfinite")
         yield from self.above_zero("rollout_logp_warn_threshold")
+        if not self.push_to_hub:
+            for name in ("hub_model_id", "hub_private_repo", "hub_revision"):
+                if getattr(self, name) is not None:
+                    yield f"{name} has no effect without push_to_hub"
+
+    def check_device(self, device: str) -> Iterator[str]:
+        if self.push_to_hub and get_token() is None:
+            yield "push_to_hub needs a token: use `hf auth login`, or set the variable HF_TOKEN"

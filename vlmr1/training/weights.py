@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import torch
+
+from vlmr1.errors import SettingError
 from vlmr1.lifecycle.checkpoint import is_adapter
-from vlmr1.models import load_model
-from vlmr1.models.lora import base_of, restore_adapter
+from vlmr1.models import load_model, load_processor
+from vlmr1.models.adapters import base_name
+from vlmr1.models.lora import adapts_head, base_of, read_adapter, restore_adapter
 from vlmr1.models.processor import save_processor
+from vlmr1.models.quantization import quantization_of, save_quantization
 
 
 def load_weights(model: Any, checkpoint: str, *, adapter: bool) -> None:
@@ -19,8 +25,24 @@ def load_weights(model: Any, checkpoint: str, *, adapter: bool) -> None:
 
 
 def complete_model_directory(folder: str, model: Any, processor: Any) -> None:
-    """Add the processor, and to an adapter the configuration of its base model: the processor's class, and how the
-    weights were quantized, are read from it."""
+    """Add the processor, and to an adapter how its base model was quantized. A config.json beside an adapter would have
+    transformers look for a whole model there."""
     save_processor(processor, folder)
     if is_adapter(folder):
-        base_of(model).config.save_pretrained(folder)
+        save_quantization(base_of(model), folder)
+
+
+def write_merged(checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Write the base model of an adapter with the adapter merged into its weights, and the processor."""
+    name, revision = base_name(checkpoint)
+    compute_dtype = quantization_of(checkpoint)
+    base: Any = load_model(name, dtype=torch.float32, revision=revision, compute_dtype=compute_dtype)
+    if compute_dtype is not None:
+        base.dequantize(torch.float32)
+    adapted = read_adapter(base, checkpoint)
+    if base.config.tie_word_embeddings and adapts_head(base):
+        raise SettingError(
+            f"{checkpoint}: its adapter is at head or embeddings, which share weights: it cannot be merged"
+        )
+    adapted.merge_and_unload(safe_merge=True).to(dtype).save_pretrained(folder)
+    save_processor(load_processor(checkpoint), folder)

@@ -16,6 +16,7 @@ from vlmr1.commands.merge import merge
 from vlmr1.grpo.packing import make_pack
 from vlmr1.grpo.policy import PackedPolicy
 from vlmr1.models import family_of, load_model, load_processor
+from vlmr1.models.quantization import quantization_of
 from vlmr1.tiny import CHECKPOINT
 
 LORA = ["--use_peft", "true", "--lora_r", "4", "--lora_alpha", "8", "--learning_rate", "3e-3"]
@@ -48,14 +49,14 @@ def logprobs(model: Any, processor: Any, image_files: Any) -> torch.Tensor:
 def test_a_checkpoint_holds_the_adapter_only(run):
     checkpoint = run / f"checkpoint-{STEPS}"
     names = {path.name for path in checkpoint.iterdir()}
-    assert {"adapter_config.json", "adapter_model.safetensors", "config.json", "tokenizer.json"} <= names
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= names
+    assert "config.json" not in names  # transformers would look for a whole model
     assert not [name for name in names if name.startswith("model")]
     sizes = {each.dtype for each in adapter_weights(checkpoint).values()}
     assert sizes == {torch.float32}
     of_base = (CHECKPOINT / "model.safetensors").stat().st_size
     assert (checkpoint / "adapter_model.safetensors").stat().st_size < of_base / 10
-    config = json.loads((checkpoint / "config.json").read_text())
-    assert ("quantization_config" in config) == (kind_of(run) == "qlora")
+    assert ("quantization_config.json" in names) == (kind_of(run) == "qlora")
     before, after = adapter_weights(run / "checkpoint-4"), adapter_weights(checkpoint)
     assert before.keys() == after.keys() and all(not torch.equal(before[name], after[name]) for name in after)
 
@@ -104,6 +105,17 @@ def test_merge_command(run, tmp_path, capsys):
     assert main(words) == 0
     assert ("was trained in 4 bits" in capsys.readouterr().out) == (kind_of(run) == "qlora")
     assert {each.dtype for each in load_file(output / "model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_a_checkpoint_with_the_configuration_of_its_base_is_read(run, tmp_path):
+    """As they were written before: how the base was quantized stands in there."""
+    checkpoint = Path(shutil.copytree(run / f"checkpoint-{STEPS}", tmp_path / "checkpoint"))
+    model = load_model(checkpoint)
+    model.config.save_pretrained(checkpoint)
+    (checkpoint / "quantization_config.json").unlink(missing_ok=True)
+    expected, found = quantization_of(run / f"checkpoint-{STEPS}"), quantization_of(checkpoint)
+    assert expected == found and (found is not None) == (kind_of(run) == "qlora")
+    assert {type(module) for module in model.modules()} == {type(module) for module in load_model(checkpoint).modules()}
 
 
 def test_a_dora_adapter_merges(data, tmp_path, image_files):

@@ -99,6 +99,22 @@ def test_older_layout(folder):
     assert_same(load_processor(folder), expected)
 
 
+@pytest.mark.parametrize("place", ["video_preprocessor_config.json", "processor_config.json"])
+def test_settings_of_videos_are_kept(place, folder, tmp_path):
+    """From both places where a base has them, over two generations of checkpoints."""
+    settings = {"video_processor_type": "SomeVideoProcessor", "max_frames": 7, "size": {"longest_edge": 99}}
+    written = json.loads((folder / place).read_text()) if (folder / place).exists() else {}
+    nested = {"video_processor": settings} if place == "processor_config.json" else settings
+    (folder / place).write_text(json.dumps(written | nested))
+    for generation in ("first", "second"):
+        saved = tmp_path / generation
+        save_processor(load_processor(folder), saved)
+        assert json.loads((saved / "video_preprocessor_config.json").read_text()) == settings
+        assert "video_processor" not in json.loads((saved / "processor_config.json").read_text())
+        shutil.copy(folder / "config.json", saved)
+        folder = saved
+
+
 def test_stock_processor_where_torchvision_is(monkeypatch):
     calls = []
     monkeypatch.setattr(module, "is_torchvision_available", lambda: True)
