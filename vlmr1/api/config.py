@@ -141,10 +141,12 @@ class GRPOConfig(Base):
         self.reads_dtype = False  # whether the weights have the dtype of the checkpoint
         self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
         self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)  # type: ignore
-        faults = [*refused(self), *self._batches(), *self.read_kwargs()]
+        faults = [*refused(self), *self._batches(), *self.read_kwargs(), *self._evaluation()]
         # The trainer's loop must not group updates: an update is one step of it.
         self.accumulation, self.gradient_accumulation_steps = self.gradient_accumulation_steps, 1
         self.dataloader_drop_last = True  # TRL drops a last generation that is not whole
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "loss"
         asked = self._as_checked()
         try:
             super().__post_init__()
@@ -216,6 +218,14 @@ class GRPOConfig(Base):
         else:
             self.prompts_per_device = max(1, size * passes // (self.num_generations or 1))
         self.accumulation = passes
+
+    def _evaluation(self) -> Iterator[str]:
+        """Yield what is wrong with the settings of evaluations."""
+        by, saved = (str(getattr(each, "value", each)) for each in (self.eval_strategy, self.save_strategy))
+        if self.load_best_model_at_end and by != saved:
+            yield f"load_best_model_at_end needs eval_strategy and save_strategy to be the same, they are {by} and {saved}"
+        elif self.load_best_model_at_end and by == "steps" and self.save_steps % (self.eval_steps or self.logging_steps):
+            yield f"load_best_model_at_end needs save_steps, {self.save_steps}, to be a multiple of eval_steps"
 
     def read_kwargs(self) -> Iterator[str]:
         """Set the settings that model_init_kwargs and generation_kwargs hold; yield what is wrong with them. Scripts

@@ -27,6 +27,9 @@ def evaluate(trainer: GRPOTrainer, samples: Sequence[Sample], prefix: str) -> di
     clock, phases = perf_counter(), trainer.phases
     metrics, trainer.reward_context.metrics = trainer.reward_context.metrics, {}
     trainer.phases = Phases()
+    features, kept = trainer.features, {}
+    if features is not None:  # of the images of training
+        kept, features.kept = features.kept, {}
     try:
         with untouched(), use(trainer.args.kernels):
             groups = _scored(trainer, samples)
@@ -37,6 +40,8 @@ def evaluate(trainer: GRPOTrainer, samples: Sequence[Sample], prefix: str) -> di
         values |= kl | trainer.reward_context.take()
     finally:
         trainer.phases, trainer.reward_context.metrics = phases, metrics
+        if features is not None:
+            features.kept = kept
     seconds = perf_counter() - clock
     values |= {"runtime": seconds, "samples_per_second": len(samples) / seconds}
     return {f"{prefix}_{name}": value for name, value in values.items()}

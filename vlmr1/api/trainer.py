@@ -18,11 +18,15 @@ from vlmr1.api.refused import refused_arguments
 from vlmr1.api.rows import samples_of
 from vlmr1.errors import SettingError
 from vlmr1.grpo.trainer import GRPOTrainer as CoreTrainer
-from vlmr1.lifecycle.checkpoint import remove_staging
+from vlmr1.lifecycle.checkpoint import checkpoint_path, remove_staging
 from vlmr1.lifecycle.resume import check_resumable, find_checkpoint
 from vlmr1.report.progress import Progress
 from vlmr1.report.training import write_run_report
+from vlmr1.training.final_model import leave_model
+from vlmr1.training.hub import push_model
 from vlmr1.types import Group
+
+CARD = "README.md"
 
 
 class GRPOTrainer(CoreTrainer):
@@ -65,6 +69,9 @@ class GRPOTrainer(CoreTrainer):
             eval_dataset=eval_dataset,
         )
         self.progress.trainer = self
+        for reward in self.rewards:
+            if reward.check is not None:  # as `vlmr1 train` checks every row
+                reward.check(samples[0])
         if not _in_notebook():  # there the library's table is shown, and no line of ours
             self.remove_callback(ProgressCallback)
             self.remove_callback(PrinterCallback)
@@ -109,6 +116,16 @@ class GRPOTrainer(CoreTrainer):
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
         return self.evaluate()
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Return whether this evaluation is the best. The library would note the directory in which a checkpoint is
+        staged."""
+        best = super()._determine_best_metric(metrics, trial)
+        if best:
+            self.state.best_global_step = None
+            folder = checkpoint_path(Path(self.args.output_dir or "."), self.state.global_step)
+            self.state.best_model_checkpoint = str(folder)
+        return best
+
     # Metrics
 
     def backward(self, model: Any, groups: Sequence[Group]) -> tuple[Tensor, dict[str, float]]:
@@ -139,6 +156,25 @@ class GRPOTrainer(CoreTrainer):
         tags = [tags] if isinstance(tags, str) else list(tags or [])
         known = {"dataset": dataset_name} if dataset_name is not None else {}
         super().create_model_card(model_name=model_name, tags=[*tags, "grpo", "vlmr1"], **known, **more)
+
+    def push_to_hub(
+        self,
+        commit_message: str = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        **card: Any,
+    ) -> str | None:
+        """Leave the model in output_dir with its card and upload both; return the repository's address on the first rank.
+        `card` are arguments of `create_model_card`."""
+        if token is not None:
+            raise SettingError("push_to_hub: token: use `hf auth login`, or set the variable HF_TOKEN")
+        self.args.hub_revision = revision or self.args.hub_revision
+        names = leave_model(self, None)
+        if not self.ranks.is_first:
+            return None
+        self.create_model_card(**card)
+        return push_model(self.args, [*names, CARD], commit_message)
 
 
 def _refuse(given: dict[str, Any]) -> None:

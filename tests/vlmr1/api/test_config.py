@@ -72,6 +72,11 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no_dict": (dict(generation_kwargs="top_k=1"), ["generation_kwargs"]),
     "template": (dict(chat_template_kwargs="thinking"), ["chat_template_kwargs"]),
     "hub_strategy": (dict(hub_strategy="checkpoint"), ["hub_strategy"]),
+    "best": (dict(load_best_model_at_end=True, eval_strategy="steps"), ["load_best_model_at_end"]),
+    "best_of_others": (
+        dict(load_best_model_at_end=True, eval_strategy="steps", save_strategy="steps", save_steps=3, eval_steps=2),
+        ["save_steps"],
+    ),
     "batch": (dict(per_device_train_batch_size=0), ["per_device_train_batch_size"]),
 }
 
