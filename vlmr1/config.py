@@ -139,7 +139,7 @@ class GRPOConfig(
     """Settings of a GRPO run; names follow TRL where TRL has one. A setting of `transformers.TrainingArguments` works
     as documented there, or is refused by name."""
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "chat_template_kwargs"]  # may be given as JSON
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "chat_template_kwargs"]
     # Of a subclass: settings of TrainingArguments that it honours too, and settings that it checks itself.
     also_supported: ClassVar[frozenset[str]] = frozenset()
     not_checked: ClassVar[tuple[type[Settings], ...]] = ()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass, replace
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
 
 from vlmr1.api.refused import refused
 from vlmr1.config import GRPOConfig as CoreConfig
@@ -60,7 +61,7 @@ class GRPOConfig(Base):
     """Settings of a GRPO run with the names, defaults and units of TRL. A setting that cannot be honoured is an error
     that names it. Settings of vlmr1 that TRL has not may be given too."""
 
-    _VALID_DICT_FIELDS = [*CoreConfig._VALID_DICT_FIELDS, "model_init_kwargs", "generation_kwargs"]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*CoreConfig._VALID_DICT_FIELDS, "model_init_kwargs", "generation_kwargs"]
     also_supported = frozenset(KEPT)
     not_checked = (EvaluationSettings,)
 
@@ -134,7 +135,7 @@ class GRPOConfig(Base):
     off_policy_mask_threshold: float | None = _taken(None)
     log_completions_hub_repo: str | None = _taken(None)
     use_transformers_continuous_batching: bool = _taken(False)
-    transformers_continuous_batching_config: dict | str | None = _taken(None)
+    transformers_continuous_batching_config: dict | str | None = _taken(None)  # noqa: RUF009
     use_transformers_paged: bool = _taken(False)
 
     def __post_init__(self) -> None:
@@ -222,9 +223,11 @@ class GRPOConfig(Base):
     def _evaluation(self) -> Iterator[str]:
         """Yield what is wrong with the settings of evaluations."""
         by, saved = (str(getattr(each, "value", each)) for each in (self.eval_strategy, self.save_strategy))
-        if self.load_best_model_at_end and by != saved:
-            yield f"load_best_model_at_end needs eval_strategy and save_strategy to be the same, they are {by} and {saved}"
-        elif self.load_best_model_at_end and by == "steps" and self.save_steps % (self.eval_steps or self.logging_steps):
+        if not self.load_best_model_at_end:
+            return
+        if by != saved:
+            yield f"load_best_model_at_end needs eval_strategy={saved}, as save_strategy; it is {by}"
+        elif by == "steps" and self.save_steps % (self.eval_steps or self.logging_steps):
             yield f"load_best_model_at_end needs save_steps, {self.save_steps}, to be a multiple of eval_steps"
 
     def read_kwargs(self) -> Iterator[str]:
@@ -233,10 +236,8 @@ class GRPOConfig(Base):
         for name, known in (("model_init_kwargs", LOADING), ("generation_kwargs", GENERATION)):
             given = getattr(self, name) or {}
             if isinstance(given, str):
-                try:
+                with suppress(ValueError):
                     given = json.loads(given)
-                except ValueError:
-                    pass
             if not isinstance(given, dict):
                 yield f"{name} is {given!r}: it must be a dict, or a JSON object"
                 continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -16,13 +16,10 @@ from vlmr1.telemetry.phases import Phases
 from vlmr1.types import Group, Sample
 from vlmr1_kernels import use
 
-if TYPE_CHECKING:
-    from vlmr1.api.trainer import GRPOTrainer
-
 ROUND = 1 << 20  # of the first batch; rounds of training have smaller numbers, so that the draws differ
 
 
-def evaluate(trainer: GRPOTrainer, samples: Sequence[Sample], prefix: str) -> dict[str, float]:
+def evaluate(trainer: Any, samples: Sequence[Sample], prefix: str) -> dict[str, float]:
     """Return metrics by name, each with the prefix. Random states and the logs of training are unchanged."""
     clock, phases = perf_counter(), trainer.phases
     metrics, trainer.reward_context.metrics = trainer.reward_context.metrics, {}
@@ -47,13 +44,13 @@ def evaluate(trainer: GRPOTrainer, samples: Sequence[Sample], prefix: str) -> di
     return {f"{prefix}_{name}": value for name, value in values.items()}
 
 
-def _scored(trainer: GRPOTrainer, samples: Sequence[Sample]) -> list[Group]:
+def _scored(trainer: Any, samples: Sequence[Sample]) -> list[Group]:
     """Groups of this rank's rows, in batches of per_device_eval_batch_size completions."""
     args, ranks = trainer.args, trainer.ranks
     count = args.num_generations_eval or args.num_generations
     size = max(1, args.per_device_eval_batch_size // count)
     rounds = -(-len(samples) // (size * ranks.world_size))
-    builder: Any = trainer.train_dataset.builder  # type: ignore[union-attr]
+    builder: Any = trainer.train_dataset.builder
     groups: list[Group] = []
     for number in range(rounds):
         start = (number * ranks.world_size + ranks.rank) * size
@@ -65,7 +62,7 @@ def _scored(trainer: GRPOTrainer, samples: Sequence[Sample]) -> list[Group]:
     return groups
 
 
-def _loss(trainer: GRPOTrainer, groups: Sequence[Group]) -> tuple[float, dict[str, float]]:
+def _loss(trainer: Any, groups: Sequence[Group]) -> tuple[float, dict[str, float]]:
     """The loss of the present policy, without the entropy bonus, and its KL to the reference."""
     args, ranks = trainer.args, trainer.ranks
     options = {"aggregation": args.multi_objective_aggregation}

@@ -63,7 +63,7 @@ def metrics_of(facts: Facts, names: Sequence[str], weights: Sequence[float]) -> 
 
 
 def clip_ratios(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The shares of clipped tokens. Completions that are left out of the pass have advantage 0: none is clipped there."""
+    """The shares of clipped tokens. Completions that the pass leaves out have advantage 0: none is clipped there."""
     tokens, dropped = metrics["tokens"], metrics["dropped_rows"]
     share = (tokens - dropped) / max(tokens, 1.0)
     low, high = share * metrics["clip_low"], share * metrics["clip_high"]

@@ -23,7 +23,7 @@ NOT_TOLD = ("prompt", "completion", "completion_ids")  # columns that reward fun
 
 
 class RowSamples(Samples):
-    """Rows in the format of TRL: `prompt`, a list of messages; `image` or `images`; any other column for the rewards."""
+    """Rows in the format of TRL: `prompt`, a list of messages; `image` or `images`; other columns for the rewards."""
 
     def __init__(self, rows: Rows):
         super().__init__([(rows, ImageFolder(Path()))], QUESTION)

@@ -16,17 +16,11 @@ from vlmr1.api.evaluate import evaluate
 from vlmr1.api.metrics import Facts, clip_ratios, metrics_of
 from vlmr1.api.refused import refused_arguments
 from vlmr1.api.rows import samples_of
+from vlmr1.api.runs import checkpoint_of, present_checkpoint, push, write_report
 from vlmr1.errors import SettingError
 from vlmr1.grpo.trainer import GRPOTrainer as CoreTrainer
-from vlmr1.lifecycle.checkpoint import checkpoint_path, remove_staging
-from vlmr1.lifecycle.resume import check_resumable, find_checkpoint
 from vlmr1.report.progress import Progress
-from vlmr1.report.training import write_run_report
-from vlmr1.training.final_model import leave_model
-from vlmr1.training.hub import push_model
 from vlmr1.types import Group
-
-CARD = "README.md"
 
 
 class GRPOTrainer(CoreTrainer):
@@ -80,22 +74,12 @@ class GRPOTrainer(CoreTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
         """Train to the end, from the last complete checkpoint of output_dir with `resume_from_checkpoint=True`."""
-        folder = Path(self.args.output_dir or ".")
-        if self.ranks.rank == 0:
-            remove_staging(folder)
-        self.ranks.barrier()
-        if resume_from_checkpoint:
-            named = None if resume_from_checkpoint is True else str(resume_from_checkpoint)
-            checkpoint = find_checkpoint(folder, named)
-            if checkpoint is None:
-                raise SettingError(f"resume_from_checkpoint: there is no complete checkpoint in {folder}")
-            check_resumable(checkpoint)
-            resume_from_checkpoint = str(checkpoint)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **options)
+        checkpoint = checkpoint_of(self, resume_from_checkpoint)
+        return super().train(resume_from_checkpoint=checkpoint, **options)
 
     def report(self, path: str | Path | None = None) -> Path:
         """Write the HTML report of the run, and return its path; by default training.html in output_dir."""
-        return write_run_report(Path(self.args.output_dir or "."), None if path is None else Path(path))
+        return write_report(self, path)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -122,8 +106,7 @@ class GRPOTrainer(CoreTrainer):
         best = super()._determine_best_metric(metrics, trial)
         if best:
             self.state.best_global_step = None
-            folder = checkpoint_path(Path(self.args.output_dir or "."), self.state.global_step)
-            self.state.best_model_checkpoint = str(folder)
+            self.state.best_model_checkpoint = present_checkpoint(self)
         return best
 
     # Metrics
@@ -165,16 +148,12 @@ class GRPOTrainer(CoreTrainer):
         revision: str | None = None,
         **card: Any,
     ) -> str | None:
-        """Leave the model in output_dir with its card and upload both; return the repository's address on the first rank.
+        """Upload the model and its card, which are left in output_dir; return the repository's address (first rank).
         `card` are arguments of `create_model_card`."""
         if token is not None:
             raise SettingError("push_to_hub: token: use `hf auth login`, or set the variable HF_TOKEN")
         self.args.hub_revision = revision or self.args.hub_revision
-        names = leave_model(self, None)
-        if not self.ranks.is_first:
-            return None
-        self.create_model_card(**card)
-        return push_model(self.args, [*names, CARD], commit_message)
+        return push(self, commit_message, card)
 
 
 def _refuse(given: dict[str, Any]) -> None:

@@ -11,11 +11,10 @@ from vlmr1.data.prompts import PromptBuilder, PromptDataset, without_left_out
 from vlmr1.errors import SettingError
 from vlmr1.grpo.naive import policy_for
 from vlmr1.grpo.reference import Reference, make_reference
-from vlmr1.models import check_dropout, family_of
+from vlmr1.models import check_dropout
 from vlmr1.models.features import FeatureCache
-from vlmr1.models.lora import base_of
 from vlmr1.models.settings import ParameterSettings
-from vlmr1.models.trainable import apply_liger, choose_trained
+from vlmr1.models.trainable import apply_liger, base_and_family, choose_trained
 from vlmr1.rewards.pool import RewardPool
 from vlmr1.rewards.registry import Reward, RewardContext, get_reward
 from vlmr1.rollout import ENGINES
@@ -44,17 +43,16 @@ def make_reward_context() -> RewardContext:
     return RewardContext()
 
 
-def prepare_model(given: Any, args: Any) -> tuple[Any, Any]:
-    """The model's family, and what is trained: the model, frozen in part, or a `peft.PeftModel` around it, which may be
-    given."""
-    model = base_of(given)
-    family = family_of(model)
+def prepare_model(given: Any, args: Any) -> tuple[Any, Any, Any]:
+    """The model, its family, and what is trained: the model, frozen in part, or a `peft.PeftModel` around it, which may
+    be given."""
+    model, family = base_and_family(given)
     if args.share_prompt or args.pack:
         check_dropout(model.config)
     args.check_device()
     if args.use_liger_kernel:
         args.liger_kernel_config = apply_liger(model)
-    return family, choose_trained(given, family, ParameterSettings.of(args))
+    return model, family, choose_trained(given, family, ParameterSettings.of(args))
 
 
 def make_dataset(model: Any, family: Any, processor: Any, samples: Sequence[Sample], args: Any) -> PromptDataset:

@@ -29,7 +29,6 @@ from vlmr1.grpo.loss import Objective, clipped_shares, logp_difference, normaliz
 from vlmr1.grpo.pack_runner import PackRunner
 from vlmr1.grpo.policy import PackedPolicy, call, weights_for_rollout
 from vlmr1.grpo.reference import SyncReference
-from vlmr1.models.lora import base_of
 from vlmr1.rewards.groups import TimedOut, failure_counts, score_groups
 from vlmr1.training.hf_trainer import HFTrainer
 from vlmr1.types import Group, Pack, Prompt, Sample, StepMetrics
@@ -57,8 +56,7 @@ class GRPOTrainer(HFTrainer):
         self.rewards, self.reward_weights = setup.make_rewards(args, model, processor, reward_funcs)
         self.reward_pool = setup.make_reward_pool(args)
         self.reward_context = setup.make_reward_context()
-        self.family, trained = setup.prepare_model(model, args)
-        model = base_of(model)
+        model, self.family, trained = setup.prepare_model(model, args)
         dataset = setup.make_dataset(model, self.family, processor, samples, args)
         super().__init__(
             model=trained,
@@ -141,8 +139,8 @@ class GRPOTrainer(HFTrainer):
         return [Minibatch(own, self.prepare(model, own)) for own in self.balance(groups)]
 
     def rollout(self, prompts: Sequence[Prompt], number: int = 0, count: int | None = None) -> list[Group]:
-        """Prompts -> groups of `count` completions (num_generations), drawn from the present policy; `number` of the round
-        varies the draws."""
+        """Prompts -> groups of `count` completions (num_generations), drawn from the present policy; `number` of
+        the round varies the draws."""
         step = self.state.global_step + (number << 32)
         trained, merge = self.accelerator.unwrap_model(self.model), self.args.lora_merge_rollout
         with weights_for_rollout(self.model, trained, self.sharding, merge_adapter=merge):

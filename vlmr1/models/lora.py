@@ -42,7 +42,7 @@ def with_lora(model: Any, family: ModelFamily, settings: ParameterSettings) -> A
 
 
 def check_adapter(model: Any, family: ModelFamily) -> None:
-    """SettingError for a `peft.PeftModel` whose adapter is not at linear layers of decoder, tower or projector alone."""
+    """SettingError for a `peft.PeftModel` whose adapter is not at linear layers of decoder, tower and projector."""
     from peft.tuners.lora import LoraLayer
 
     base = base_of(model)

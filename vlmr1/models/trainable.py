@@ -23,6 +23,12 @@ COMPOSED = ("internvl", "smolvlm")  # whose decoder Liger looks up by its own ty
 OWN_ROPE = ("qwen2_vl", "qwen2_5_vl", "glm4v")
 
 
+def base_and_family(given: Any) -> tuple[Any, ModelFamily]:
+    """The model, which may be given in a `peft.PeftModel`, and its family."""
+    model = base_of(given)
+    return model, family_of(model)
+
+
 def choose_trained(model: Any, family: ModelFamily, settings: ParameterSettings) -> Any:
     """The model that is trained: the given one, partly frozen as `settings` say, or the `peft.PeftModel` around it.
     A given `peft.PeftModel` is trained as it is."""

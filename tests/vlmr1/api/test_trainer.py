@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -137,7 +133,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no_data": (dict(train_dataset=3), "train_dataset is neither"),
     "no_prompt": (dict(train_dataset=[{"image": None}]), "train_dataset:1: the column prompt"),
     "text": (dict(train_dataset=[{"prompt": "Where?"}]), "train_dataset:1: the prompt is text"),
-    "answered": (dict(train_dataset=[{"prompt": [{"role": "assistant", "content": "Yes"}]}]), "of assistant, not of user"),
+    "answered": (
+        dict(train_dataset=[{"prompt": [{"role": "assistant", "content": "Yes"}]}]),
+        "of assistant, not of user",
+    ),
     "both": (dict(train_dataset=[rows(1)[0] | {"images": rows(1)[0]["image"]}]), "both a column image and"),
     "no_model": (dict(model="no/such-model", processing_class=None), "model_name_or_path"),
 }
@@ -152,7 +151,7 @@ def test_arguments_that_cannot_be_used(given: dict[str, Any], words: str, tiny: 
 def test_models_that_cannot_be_trained(tiny: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = AutoModelForImageTextToText.from_pretrained(tiny)
-    with pytest.raises(SettingError, match="processing_class is a .*: a processor of text and images"):
+    with pytest.raises(SettingError, match=r"processing_class is a .*: a processor of text and images"):
         trainer_of(tiny, tmp_path, dict(processing_class=load_processor(tiny).tokenizer))  # type: ignore[attr-defined]
     with pytest.raises(SettingError, match="bfloat16"):
         trainer_of(tiny, tmp_path, model_init_kwargs={"dtype": "bfloat16"})
@@ -163,7 +162,9 @@ def test_models_that_cannot_be_trained(tiny: Path, tmp_path: Path) -> None:
     adapted = peft.get_peft_model(model, peft.LoraConfig(**LORA))
     with pytest.raises(SettingError, match="peft_config"):
         trainer_of(tiny, tmp_path, dict(model=adapted, peft_config=peft.LoraConfig(**LORA)))
-    head = peft.get_peft_model(AutoModelForImageTextToText.from_pretrained(tiny), peft.LoraConfig(target_modules=["lm_head"]))
+    head = peft.get_peft_model(
+        AutoModelForImageTextToText.from_pretrained(tiny), peft.LoraConfig(target_modules=["lm_head"])
+    )
     with pytest.raises(SettingError, match="the adapter has weights at lm_head"):
         trainer_of(tiny, tmp_path, dict(model=head))
     with pytest.raises(TypeError, match="tokenizer"):
@@ -181,7 +182,12 @@ def test_settings_of_a_script_that_come_later_are_read(tiny: Path, tmp_path: Pat
     from tests.helpers.api import settings_of
 
     args = settings_of(tmp_path)
-    args.model_init_kwargs = {"attn_implementation": "eager", "dtype": torch.float32, "revision": "main", "device_map": None}
+    args.model_init_kwargs = {
+        "attn_implementation": "eager",
+        "dtype": torch.float32,
+        "revision": "main",
+        "device_map": None,
+    }
     trainer = trainer_of(tiny, tmp_path, dict(args=args))
     assert trainer.model.config._attn_implementation == "eager"
 
