@@ -78,6 +78,7 @@ def decoder_of(trainer: GRPOTrainer, box_coordinates: Setting = "auto") -> Decod
         engine=make_engine(trainer, model),
     )
     decoder.sampling = replace(trainer.sampling, greedy=True)  # with the run's stop strings and penalty
+    decoder.builder.template_kwargs = dict(trainer.args.chat_template_kwargs or {})
     return decoder
 
 
