@@ -9,6 +9,8 @@ from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
 
+import torch
+
 from vlmr1.api.refused import refused
 from vlmr1.config import GRPOConfig as CoreConfig
 from vlmr1.errors import SettingError
@@ -140,7 +142,8 @@ class GRPOConfig(Base):
 
     def __post_init__(self) -> None:
         self.reads_dtype = False  # whether the weights have the dtype of the checkpoint
-        self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
+        if self.bf16 is None:  # on, but for machines without a GPU, where the library refuses it without use_cpu
+            self.bf16 = not self.fp16 and (self.use_cpu or torch.cuda.is_available())
         self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)  # type: ignore
         faults = [*refused(self), *self._batches(), *self.read_kwargs(), *self._evaluation()]
         # The trainer's loop must not group updates: an update is one step of it.

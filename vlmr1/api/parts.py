@@ -26,7 +26,7 @@ def name_of(model: Any) -> str:
 
 def default_config(model: Any) -> GRPOConfig:
     """TRL's settings where a script gives none."""
-    return GRPOConfig(f"{Path(name_of(model)).name}-GRPO", use_cpu=not torch.cuda.is_available())
+    return GRPOConfig(f"{Path(name_of(model)).name}-GRPO")
 
 
 def load(model: Any, peft_config: Any, args: GRPOConfig) -> Any:

@@ -44,7 +44,7 @@ class RewardContext:
     def arguments(self, function: Callable[..., Any], completions: Sequence[Completion]) -> dict[str, Any]:
         """Keyword arguments for a user's function, of those that it takes. `log_extra(column, values)` adds a column to
         the logged completions, `log_metric(name, value)` a metric to the logs."""
-        if getattr(function, "__module__", "").startswith("vlmr1."):
+        if (getattr(function, "__module__", None) or "").startswith("vlmr1."):  # None in `exec`
             return {}
         every = {"trainer_state": self.trainer_state, "log_metric": self.log_metric}
         every["log_extra"] = partial(log_extra, completions)
