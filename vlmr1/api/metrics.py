@@ -38,7 +38,7 @@ class Facts:
         every = [each for part in ranks.all_gather(own) for each in part]
         completions = [each for _, known, _ in every for each in known]
         return cls(
-            torch.cat([rewards for rewards, _, _ in every]).double(),
+            torch.cat([rewards for rewards, _, _ in every if rewards is not None]).double(),
             torch.tensor([i for i, (_, known, _) in enumerate(every) for _ in known]),
             torch.tensor([length for length, _ in completions], dtype=torch.float64),
             torch.tensor([reason == "stop" for _, reason in completions]),

@@ -51,7 +51,7 @@ def load(model: Any, peft_config: Any, args: GRPOConfig) -> Any:
             )
         peft = import_for("peft_config", "peft", "vlmr1[quant]")
         model = peft.get_peft_model(model, peft_config)
-    args.use_peft = given or peft_config is not None
+    args.use_peft = given or peft_config is not None  # type: ignore[reportAttributeAccessIssue]
     if given and args.beta > 0 and args.reference == "auto":
         args.reference = "copy"  # of base and adapter as they are given
     if args.disable_dropout:
@@ -59,7 +59,7 @@ def load(model: Any, peft_config: Any, args: GRPOConfig) -> Any:
     return model
 
 
-def without_dropout(model: nn.Module) -> None:
+def without_dropout(model: Any) -> None:
     """Set every probability of dropout to 0, those of adapters and of attention too."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):

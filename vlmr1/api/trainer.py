@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils.import_utils import is_in_notebook
 
 from vlmr1.api import parts
 from vlmr1.api.config import GRPOConfig
@@ -51,7 +52,7 @@ class GRPOTrainer(CoreTrainer):
         model = parts.load(model, peft_config, args)
         samples = samples_of(train_dataset, "train_dataset", parts.needed_rows(args))
         self.prompt_tokens = 0
-        self.progress = Progress(Path(args.output_dir or "."), console=not (args.disable_tqdm or _in_notebook()))
+        self.progress = Progress(Path(args.output_dir or "."), console=not (args.disable_tqdm or is_in_notebook()))
         super().__init__(
             model,
             args,
@@ -66,7 +67,7 @@ class GRPOTrainer(CoreTrainer):
         for reward in self.rewards:
             if reward.check is not None:  # as `vlmr1 train` checks every row
                 reward.check(samples[0])
-        if not _in_notebook():  # there the library's table is shown, and no line of ours
+        if not is_in_notebook():  # there the library's table is shown, and no line of ours
             self.remove_callback(ProgressCallback)
             self.remove_callback(PrinterCallback)
 
@@ -160,9 +161,3 @@ def _refuse(given: dict[str, Any]) -> None:
     faults = list(refused_arguments(given))
     if faults:
         raise SettingError("\n".join(faults))
-
-
-def _in_notebook() -> bool:
-    from transformers.utils import is_in_notebook
-
-    return is_in_notebook()

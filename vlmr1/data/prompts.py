@@ -63,8 +63,8 @@ class PromptBuilder:
         """A small black image, and what the processor makes of it: for passes that have none and call the tower."""
         image = encode_image(Image.new("RGB", (2 * MIN_SIDE, 2 * MIN_SIDE)), "dummy image")
         message = {"role": "user", "content": [{"type": "image"}]}
-        known = {"template_kwargs": self.template_kwargs}  # without a limit of length
-        builder = PromptBuilder(self.model, self.family, self.processor, **known)
+        template_kwargs = self.template_kwargs
+        builder = PromptBuilder(self.model, self.family, self.processor, template_kwargs=template_kwargs)  # no limit
         prompt = builder(Sample([message], (image,), "", "dummy image", -1))
         return image, prompt.images[0]
 

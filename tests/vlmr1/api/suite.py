@@ -43,11 +43,11 @@ ENDS = range(7, 107)  # tokens of Qwen's tiny tokenizer that are no special ones
 def llava(ids: dict[str, int]) -> Any:
     sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, projection_dim=32)
     vision = dict(model_type="clip_vision_model", image_size=56, patch_size=14, **sizes)
-    known = dict(image_token_id=ids["<image>"], image_seq_length=16, vision_config=vision)
+    known: Any = dict(image_token_id=ids["<image>"], image_seq_length=16, vision_config=vision)
     return transformers.LlavaConfig(text_config=text(ids, LLAVA, model_type="llama"), **known)
 
 
-SIDES = {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}}
+SIDES: Any = {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}}
 PATCHES: Any = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
 TEMPLATE = with_parts(CHATML, "<image>\n")
 FAMILIES["llava"] = Family(llava, LLAVA, TEMPLATE, lambda: CLIPImageProcessorPil(**SIDES), settings=PATCHES)
@@ -122,7 +122,7 @@ def folder_of(family: str) -> Path:
     if family != "judge":
         return build(family, place)
     tokens = tokenizer(FAMILIES[MAIN])
-    known = transformers.Qwen2Config(**text(tokens.get_vocab(), QWEN, num_hidden_layers=1), num_labels=1)
+    known = transformers.Qwen2Config(**text(tokens.get_vocab(), QWEN, num_hidden_layers=1), num_labels=1)  # type: ignore
     torch.manual_seed(0)
     AutoModelForSequenceClassification.from_config(known).save_pretrained(place)
     tokens.save_pretrained(place)

@@ -17,7 +17,7 @@ from vlmr1.api.refused import REASONS
 from vlmr1.config import GRPOConfig as CoreConfig
 from vlmr1.errors import SettingError
 
-OTHERS: dict[str, Any] = {bool: True, int: 7, float: 0.5, str: "other", type(None): 1}  # values by the default's type
+OTHERS: dict[type, Any] = {bool: True, int: 7, float: 0.5, str: "other", type(None): 1}  # values by the default's type
 
 
 def test_every_field_of_trl_is_there_with_its_default() -> None:

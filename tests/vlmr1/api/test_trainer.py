@@ -213,3 +213,29 @@ def test_registered_rewards_read_the_solution_as_text(tiny: Path, tmp_path: Path
 
     with pytest.raises(DataError, match="train_dataset:1"):
         trainer_of(tiny, tmp_path, dict(reward_funcs="accuracy", train_dataset=rows(solution=lambda _: "no box")))
+
+
+def test_dropout_of_model_and_adapter_can_be_switched_off(tiny: Path, tmp_path: Path) -> None:
+    """A model with dropout is refused with shared prompts, but not where its dropout is off."""
+    peft = pytest.importorskip("peft")
+    model = AutoModelForImageTextToText.from_pretrained(tiny)
+    model.config.get_text_config().attention_dropout = 0.1
+    with pytest.raises(SettingError, match="attention_dropout"):
+        trainer_of(tiny, tmp_path, dict(model=model))
+    given = dict(model=model, peft_config=peft.LoraConfig(**LORA))
+    trainer = trainer_of(tiny, tmp_path, given, disable_dropout=True)
+    dropouts = [module.p for module in trainer.model.modules() if isinstance(module, torch.nn.Dropout)]
+    assert dropouts and set(dropouts) == {0.0}
+
+
+def test_the_reference_of_a_given_adapter_is_the_adapter_as_given(tiny: Path, tmp_path: Path) -> None:
+    """So that the KL begins at 0, although the adapter has changed the model."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(AutoModelForImageTextToText.from_pretrained(tiny), peft.LoraConfig(**LORA))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    trainer = trainer_of(tiny, tmp_path, dict(model=model), beta=0.1, disable_dropout=True)
+    trainer.train()
+    first, second = lines(trainer)
+    assert first["kl"] == pytest.approx(0, abs=1e-6) and second["kl"] > 1e-4
