@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+
 from vlmr1.errors import SettingError
 from vlmr1.lifecycle.checkpoint import checkpoint_path, remove_staging
 from vlmr1.lifecycle.resume import check_resumable, find_checkpoint
@@ -29,6 +32,18 @@ def checkpoint_of(trainer: Any, named: str | bool | None) -> str | None:
         raise SettingError(f"resume_from_checkpoint: there is no complete checkpoint in {folder}")
     check_resumable(checkpoint)
     return str(checkpoint)
+
+
+def is_done(trainer: Any, checkpoint: str) -> bool:
+    """Return whether the updates that the settings ask for were made before this checkpoint, and load its weights and
+    state: the library would make one more."""
+    args = trainer.args
+    state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+    if args.max_steps > 0:
+        done = state.global_step >= args.max_steps
+    else:
+        done = state.epoch is not None and state.epoch >= args.num_train_epochs
+    return done and trainer.is_finished(Path(checkpoint))
 
 
 def present_checkpoint(trainer: Any) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import TrainOutput
 from transformers.utils.import_utils import is_in_notebook
 
 from vlmr1.api import parts
@@ -17,7 +18,7 @@ from vlmr1.api.evaluate import evaluate
 from vlmr1.api.metrics import Facts, clip_ratios, metrics_of
 from vlmr1.api.refused import refused_arguments
 from vlmr1.api.rows import samples_of
-from vlmr1.api.runs import checkpoint_of, present_checkpoint, push, write_report
+from vlmr1.api.runs import checkpoint_of, is_done, present_checkpoint, push, write_report
 from vlmr1.errors import SettingError
 from vlmr1.grpo.trainer import GRPOTrainer as CoreTrainer
 from vlmr1.report.progress import Progress
@@ -76,6 +77,8 @@ class GRPOTrainer(CoreTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
         """Train to the end, from the last complete checkpoint of output_dir with `resume_from_checkpoint=True`."""
         checkpoint = checkpoint_of(self, resume_from_checkpoint)
+        if checkpoint is not None and is_done(self, checkpoint):
+            return TrainOutput(self.state.global_step, 0.0, {})
         return super().train(resume_from_checkpoint=checkpoint, **options)
 
     def report(self, path: str | Path | None = None) -> Path:
@@ -119,7 +122,7 @@ class GRPOTrainer(CoreTrainer):
     def _metrics(self, minibatch: Any, *, drawn: bool) -> dict[str, float]:
         """The metrics of the core, and those of TRL, which take the place of others of the same name."""
         facts = Facts.of(minibatch.groups, self.ranks)
-        if drawn:
+        if self.buffer.used <= len(self.buffer.minibatches):  # not in further iterations
             self.state.num_input_tokens_seen += facts.tokens
         own = metrics_of(facts, [reward.name for reward in self.rewards], self.reward_weights)
         own["num_tokens"] = float(self.state.num_input_tokens_seen)

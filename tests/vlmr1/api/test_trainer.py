@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, TrainerCallback
+from transformers import AutoModelForImageTextToText, TrainerCallback, set_seed
+from transformers.trainer_callback import ProgressCallback
 
 from tests.helpers.api import rows, sums, trainer_of
 from vlmr1.api.rows import samples_of
 from vlmr1.errors import DataError, SettingError
 from vlmr1.models.processor import load_processor
+from vlmr1.rollout.stop_tokens import decode
 
 LORA = dict(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.05, task_type="CAUSAL_LM")
 
@@ -82,13 +85,19 @@ def test_a_stream_is_read_in_its_order_and_again(tiny: Path, tmp_path: Path) -> 
     assert seen == [0, 1, 2, 0]
 
 
+def noisy(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    return [sum(ids) % 7 + random.random() for ids in completion_ids]
+
+
 def test_an_evaluation_changes_no_training(tiny: Path, tmp_path: Path) -> None:
-    given = dict(eval_dataset=rows(3))
+    given = dict(eval_dataset=rows(3), reward_funcs=noisy)
+    settings: dict[str, Any] = dict(eval_steps=1, beta=0.1)
     plain, evaluated = (
-        trainer_of(tiny, tmp_path / how, given, eval_strategy=how, eval_steps=1, beta=0.1) for how in ("no", "steps")
+        trainer_of(tiny, tmp_path / how, given, eval_strategy=how, **settings) for how in ("no", "steps")
     )
-    plain.train()
-    evaluated.train()
+    for trainer in (plain, evaluated):
+        set_seed(0)
+        trainer.train()
     assert_equal(weights(plain), weights(evaluated))
     assert lines(plain) == lines(evaluated)
     assert sum("eval_reward" in line for line in evaluated.state.log_history) == 2
@@ -111,7 +120,9 @@ def test_the_loss_of_an_evaluation_is_that_of_its_advantages_and_kl(tiny: Path, 
     """With ratios of 1 and equal lengths the advantages cancel, and beta times the KL is left."""
     trainer = trainer_of(tiny, tmp_path, dict(eval_dataset=rows(4)), beta=0.5, use_bias_correction_kl=False)
     trainer.train()
+    phases = trainer.phases
     found = trainer.evaluate()
+    assert trainer.phases is phases
     assert found["eval_completions/clipped_ratio"] == 1 and found["eval_kl"] > 1e-3
     assert found["eval_loss"] == pytest.approx(0.5 * found["eval_kl"], rel=1e-4)
 
@@ -239,3 +250,50 @@ def test_the_reference_of_a_given_adapter_is_the_adapter_as_given(tiny: Path, tm
     trainer.train()
     first, second = lines(trainer)
     assert first["kl"] == pytest.approx(0, abs=1e-6) and second["kl"] > 1e-4
+
+
+@pytest.mark.parametrize("notebook", [False, True])
+def test_a_step_is_shown_once(
+    notebook: bool, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By our line, or in a notebook by the library's table, which takes the place of its bar there."""
+    monkeypatch.setattr("vlmr1.api.trainer.is_in_notebook", lambda: notebook)
+    trainer = trainer_of(tiny, tmp_path, disable_tqdm=False)
+    shown = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, ProgressCallback)]
+    assert len(shown) == int(notebook)
+    for callback in shown:
+        trainer.remove_callback(callback)
+    trainer.train()
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in printed] == ([] if notebook else ["step 1", "step 2"])
+
+
+def test_a_finished_run_is_not_trained_again(tiny: Path, tmp_path: Path) -> None:
+    settings = dict(save_strategy="steps", save_steps=1)
+    first = trainer_of(tiny, tmp_path, **settings)
+    first.train()
+    again = trainer_of(tiny, tmp_path, **settings)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 2
+    assert_equal(weights(again), weights(first))
+
+
+def test_tokens_of_a_generation_are_counted_once(tiny: Path, tmp_path: Path) -> None:
+    """Two updates on its halves, each made twice."""
+    settings = dict(steps_per_generation=2, num_iterations=2, max_steps=4)
+    trainer = trainer_of(tiny, tmp_path, dict(train_dataset=rows(7)), **settings)
+    trainer.train()
+    prompts = {i: len(trainer.train_dataset[i].input_ids) for i in range(7)}
+    assert len(set(prompts.values())) == 1
+    counts = [line["num_tokens"] for line in lines(trainer)]
+    half = [4 * prompts[0] + 4 * line["completions/mean_length"] for line in lines(trainer)]
+    assert counts == [half[0], half[0] + half[1], half[0] + half[1], half[0] + half[1]]
+
+
+def test_special_tokens_are_no_part_of_a_completion(tiny: Path, tmp_path: Path) -> None:
+    """As in TRL. The command line keeps those that end no completion."""
+    tokens: Any = load_processor(tiny).tokenizer  # type: ignore[attr-defined]
+    ids = [*tokens("Where").input_ids, tokens.convert_tokens_to_ids("<|im_start|>")]
+    texts = [decode(tokens, ids, frozenset(), skip_special=skip) for skip in (True, False)]
+    assert texts == ["Where", "Where<|im_start|>"]
+    assert trainer_of(tiny, tmp_path).engine.skip_special_tokens
