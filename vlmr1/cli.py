@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from vlmr1.errors import Stopped, UserError
-from vlmr1.lifecycle.console import print_fatal, redirect_broken_streams
+from vlmr1.lifecycle.console import print_fatal, quiet_imports, redirect_broken_streams
 from vlmr1.lifecycle.processes import exit_process
 from vlmr1_kernels.registry import ImplementationError
 
@@ -35,6 +35,7 @@ NO_MODEL = ("doctor", "bench")  # they do not need transformers
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; the user's mistakes are on stderr, with exit status 2; signals have 128 + their number."""
+    quiet_imports()
     try:  # around the import of the command too, which takes seconds
         command, options, rest = _parse(arguments)
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")

@@ -8,6 +8,7 @@ from dataclasses import MISSING, Field, dataclass, fields
 from functools import wraps
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
+from warnings import catch_warnings, filterwarnings
 
 import torch
 from transformers import TrainingArguments
@@ -175,7 +176,9 @@ class GRPOConfig(
         best, self.load_best_model_at_end = self.load_best_model_at_end, False
         if (best or self.save_strategy == SaveStrategy.BEST) and self.metric_for_best_model is None:
             self.metric_for_best_model = BEST_METRIC
-        TrainingArguments.__post_init__(self)
+        with catch_warnings():  # of gradient_checkpointing, the only name in some versions, and TRL's
+            filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
+            TrainingArguments.__post_init__(self)
         self.load_best_model_at_end = best
 
     def _validate_args(self) -> None:

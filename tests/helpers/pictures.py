@@ -1,7 +1,18 @@
 """Image files made by hand."""
 
+import io
 import struct
 import zlib
+
+from PIL import ExifTags, Image
+
+
+def encoded(size=(40, 30), colour=(200, 90, 10), kind="PNG", orientation=1):
+    """The bytes of a file of one colour."""
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.new("RGB", size, colour).save(buffer, kind, exif=exif)
+    return buffer.getvalue()
 
 
 def png_of(width, height):

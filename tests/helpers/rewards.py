@@ -25,3 +25,7 @@ def answered(text):
 def values(groups):
     """Rewards [G][R] of each group."""
     return [group.rewards.tolist() for group in groups]
+
+
+def box(*numbers, label="cat"):
+    return {"bbox_2d": list(numbers), "label": label}

@@ -1,10 +1,10 @@
 """The trainer is imported without packages that only some rewards and reports need; a missing one is named."""
 
-import subprocess
 import sys
 
 import pytest
 
+from tests.helpers.python import python
 from vlmr1.errors import SettingError
 from vlmr1.rewards import score
 
@@ -14,8 +14,17 @@ BOXES = '<answer>[{"bbox_2d": [0, 0, 10, 10], "label": "a"}]</answer>'
 
 def test_the_trainer_needs_torch_and_transformers_only():
     code = f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL})); import vlmr1.grpo.trainer, vlmr1.rewards"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    result = python("-c", code)
     assert result.returncode == 0, result.stderr
+
+
+LIGHT = {"data.samples": {"datasets", "pyarrow", "torch"}, "rewards.worker": {"torch"}}
+
+
+@pytest.mark.parametrize("module, absent", LIGHT.items(), ids=LIGHT)
+def test_what_a_module_does_not_import(module, absent):
+    found = python("-c", f"import sys, vlmr1.{module}; print({absent} & set(sys.modules))", check=True)
+    assert found.stdout == "set()\n"
 
 
 @pytest.mark.parametrize("mode", ["strict", "vlm_r1"])

@@ -77,18 +77,6 @@ def test_all_faults_are_reported_together(settings, expected):
     assert all(any(line.startswith(each) for line in lines) for each in expected)
 
 
-def test_all_faults_of_a_command_are_reported_together(tmp_path):
-    path = tmp_path / "run.yaml"
-    path.write_text("lerning_rate: 1\nnum_itrations: 2\ntop_k: -1\n")
-    words = ["--foo", "3", "--max_step=3", "--num_generations", "many", "--loss_type", "ppo", "--temperature", "0"]
-    with pytest.raises(SettingError) as caught:
-        parse_config([*CPU, *words], config=path)
-    lines = str(caught.value).splitlines()
-    names = ["lerning_rate", "num_itrations", "top_k", "foo", "max_step", "num_generations", "loss_type", "temperature"]
-    assert len(lines) == len(names)
-    assert all(sum(name in line for line in lines) >= 1 for name in names)
-
-
 # What this machine cannot do
 
 DEVICE = {
@@ -140,26 +128,19 @@ def notes(caplog):
     return caplog
 
 
-def has_new(config: GRPOConfig, caplog: pytest.LogCaptureFixture) -> None:
-    assert {name: getattr(config, name) for name in NEW} == NEW
-    assert len(caplog.records) == 3
-    assert all(any(name in record.getMessage() for record in caplog.records) for name in (*OLD, *NEW))
-
-
-def test_old_names_in_python(notes):
-    config = GRPOConfig(use_cpu=True, **OLD)
-    has_new(config, notes)
-    assert (config.kl, config.rollout_logp_alarm) == ("k2", 0.5)  # read by older code
-
-
-def test_old_names_on_the_command_line(notes):
-    has_new(parse_config([*CPU, "--kl", "k2", "--rollout-logp-alarm=0.5", "--reward_mode", "vlmr1"]), notes)
-
-
-def test_old_names_in_a_file(notes, tmp_path):
+@pytest.mark.parametrize("source", ["python", "command line", "file"])
+def test_old_names(source, notes, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("kl: k2\nrollout_logp_alarm: 0.5\nreward_mode: vlmr1\n")
-    has_new(parse_config(CPU, config=path), notes)
+    words = ["--kl", "k2", "--rollout-logp-alarm=0.5", "--reward_mode", "vlmr1"]
+    if source == "python":
+        config = GRPOConfig(use_cpu=True, **OLD)
+    else:
+        config = parse_config([*CPU, *words]) if source == "command line" else parse_config(CPU, config=path)
+    assert {name: getattr(config, name) for name in NEW} == NEW
+    assert len(notes.records) == 3
+    assert all(any(name in record.getMessage() for record in notes.records) for name in (*OLD, *NEW))
+    assert (config.kl, config.rollout_logp_alarm) == ("k2", 0.5)  # read by older code
 
 
 def test_old_mode_of_a_score(notes):

@@ -22,6 +22,7 @@ from vlmr1.data.sources import open_sources, split_names
 from vlmr1.errors import DataError, SettingError
 from vlmr1.lifecycle.renamed import current_value
 from vlmr1.models.settings import LIMITS
+from vlmr1.rewards.check import check_box_of_image
 from vlmr1.rewards.judge import Judge
 from vlmr1.rewards.methods import columns_of_files
 from vlmr1.rewards.question import Question
@@ -33,8 +34,15 @@ UNASKED = Judge("http://localhost", "none")  # rows of the method llm need one; 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("files", nargs="+", help="JSON or Parquet files, directories of save_to_disk, OWNER/NAME@SPLIT")
-    parser.add_argument("--images", nargs="*", default=[], help="image folders: one for each data file, or one for all")
+    parser.add_argument("files", nargs="*", help="JSON or Parquet files, directories of save_to_disk, OWNER/NAME@SPLIT")
+    parser.add_argument("--data_file_paths", nargs="+", default=[], help="the same, as in training")
+    parser.add_argument(
+        "--images",
+        "--image_folders",
+        nargs="*",
+        default=[],
+        help="image folders: one for each data file, or one for all",
+    )
     parser.add_argument("--question_template", default="auto", help="as in training")
     parser.add_argument("--reward_funcs", nargs="*", default=[], help="rewards that must be able to score each row")
     parser.add_argument("--accu_reward_method", nargs="+", default=[DEFAULT_METHOD], help="one, or one for each file")
@@ -66,6 +74,9 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     given += ["box_coordinates"] * (options.box_coordinates in ("resized", "thousand"))
     if given and options.model is None:
         raise SettingError(f"--{given[0]} needs --model: it concerns the model's processor")
+    files = [*options.files, *options.data_file_paths]
+    if not files:
+        raise SettingError("no data file is given: vlmr1 data check FILE [FILE ...] [--images FOLDER ...]")
     methods = [name for joint in options.accu_reward_method for name in joint.split(":")]
     settings = RewardSettings(mode=options.reward_mode, accu_reward_method=methods[0], judge=UNASKED)
     measure, family = None, None
@@ -78,10 +89,11 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
             settings = settings.with_boxes(options.box_coordinates, family, processor.image_processor)
     question = Question(options.question_template, options.reward_funcs or DEFAULT_REWARDS, methods[0], family)
     findings = check_data(
-        options.files,
+        files,
         options.images,
         question=question,
         rewards=[get_reward(reward, settings) for reward in options.reward_funcs],
+        checks=[] if options.reward_funcs else [partial(check_box_of_image, settings=settings)],
         measure=measure,
         max_prompt_length=options.max_prompt_length,
         columns=Columns(
@@ -91,7 +103,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
             options.system_prompt,
             options.images_outside_folders == "true",
         ),
-        defaults=columns_of_files(len(split_names(options.files)), methods),
+        defaults=columns_of_files(len(split_names(files)), methods),
         mixture=Mixture(options.sampling_strategy, options.data_weights, options.data_seed),
     )
     print(findings.text())
@@ -104,17 +116,18 @@ def check_data(
     *,
     question: str | Question = "{question}",
     rewards: Sequence[str | Reward] = (),
+    checks: Sequence[Callable[[Sample], None]] = (),
     measure: Measure | None = None,
     max_prompt_length: int | None = None,
     columns: Columns | None = None,
     defaults: Sequence[Mapping[str, Any]] = (),
     mixture: Mixture = EVERYTHING,
 ) -> Findings:
-    """Read every row, decode each distinct image once, run the rewards' checks, and measure the prompts.
+    """Read every row, decode each distinct image once, run the checks and those of the rewards, measure the prompts.
 
     `defaults` are columns for the rows of each file that lack them. A fault of an image is reported for the first row
     that names it. SettingError for files, folders and rewards that do not exist; faults of rows do not."""
-    checks = [reward.check for reward in map(get_reward, rewards) if reward.check]
+    checks = [*checks, *(reward.check for reward in map(get_reward, rewards) if reward.check)]
     if isinstance(question, Question):
         checks.append(question.count)
     sources = open_sources(data_file_paths, image_folders, mixture)

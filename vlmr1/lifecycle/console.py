@@ -1,13 +1,23 @@
-"""Survive closed pipes: a run continues without its console output."""
+"""Survive closed pipes: a run continues without its console output. No messages that libraries log when imported."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from tqdm import tqdm
+
+# They report optional kernels that cannot be loaded, and names that other libraries register.
+NOISY = ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops")
+
+
+def quiet_imports() -> None:
+    """Keep messages that no setting can change off the screen; to be called before these libraries are imported."""
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @contextmanager

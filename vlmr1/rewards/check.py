@@ -74,6 +74,12 @@ def check_true_boxes(method: str, sample: Sample, settings: RewardSettings) -> N
         settings.boxes.check_truth(sample, boxes, converted=method in (*CONVERTED, "iou_qwen"))
 
 
+def check_box_of_image(sample: Sample, settings: RewardSettings = DEFAULTS) -> None:
+    """Check as `check_true_boxes` by the row's method, where the row has an image; for a check without rewards."""
+    if sample.images:
+        check_true_boxes(method_of(sample, settings), sample, settings)
+
+
 def _probe(name: str, sample: Sample, settings: RewardSettings, method: str) -> None:
     """Score a valid completion: an exception then is due to the solution, and becomes a DataError."""
     try:

@@ -6,8 +6,6 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
-from jinja2 import TemplateError
-
 from vlmr1.errors import SettingError
 
 WORDS = "words of the assistant"  # a turn whose end is looked for
@@ -40,6 +38,8 @@ def end_of_turn(tokenizer: Any, chat_template: str | None = None) -> frozenset[i
 
 @lru_cache(maxsize=8)
 def _end_of_turn(tokenizer: Any, template: str) -> frozenset[int]:
+    from jinja2 import TemplateError  # with the template, not with the trainer
+
     turns = [("user", "question"), ("assistant", WORDS), ("user", "question")]
     for as_parts in (True, False):  # templates of text models take strings only
         messages = [

@@ -1,7 +1,6 @@
 """Rewards that fail and updates that are not finite: one message that names the place, nothing lost."""
 
 import logging
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,29 +11,30 @@ from vlmr1.cli import main
 from vlmr1.errors import DivergedError
 from vlmr1.grpo.trainer import GRPOTrainer
 from vlmr1.lifecycle.checkpoint import last_complete
-from vlmr1.tiny import digits
 
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    digits.write(tmp_path / "data", "train", 4, seed=1)
-    return tmp_path / "data"
+MINE = """
+from vlmr1.errors import DataError
+calls = []
+def mine(prompts, completions, **columns):
+    calls.append(1)
+    if len(calls) > 2:
+        {}
+    return [float(len(calls))] * len(completions)
+"""
 
 
 @pytest.mark.parametrize(
-    "body", ["raise KeyError('gone')", "return [float('nan')] * len(completions)"], ids=["raises", "NaN"]
+    "body", ["raise DataError('gone')", "return [float('nan')] * len(completions)"], ids=["raises", "NaN"]
 )
-def test_reward_that_fails_names_the_row_and_keeps_the_checkpoint(body, data, capsys):
+def test_reward_that_fails_names_the_row_and_keeps_the_checkpoint(body, data, tmp_path, capsys):
     """The reward works for two steps and fails in the third."""
-    source = "calls = []\ndef mine(prompts, completions, **columns):\n    calls.append(1)\n    if len(calls) > 2:\n"
-    source += f"        {body}\n    return [float(len(calls))] * len(completions)\n"
-    (data / "mine.py").write_text(source)
-    more = ["--reward_funcs", f"{data / 'mine.py'}:mine", "--num_generations", "2", "--save_steps", "1"]
-    assert main(command(data, data / "out", *more, "--max_completion_length", "6")) == 2
+    (tmp_path / "mine.py").write_text(MINE.format(body))
+    more = ["--reward_funcs", f"{tmp_path / 'mine.py'}:mine", "--num_generations", "2", "--save_steps", "1"]
+    assert main(command(data, tmp_path / "out", *more, "--max_completion_length", "6")) == 2
     message = capsys.readouterr().err
     assert "mine" in message
     assert f"{data / 'train.jsonl'}:" in message
-    assert last_complete(data / "out") == data / "out" / "checkpoint-2"
+    assert last_complete(tmp_path / "out") == tmp_path / "out" / "checkpoint-2"
 
 
 def poison(trainer: GRPOTrainer, steps: set[int]) -> None:

@@ -19,7 +19,7 @@ from vlmr1.lifecycle import renamed
 from vlmr1.lifecycle.checkpoint import last_complete
 from vlmr1.models import load_model
 from vlmr1.report.progress import METRICS, read_lines
-from vlmr1.tiny import CHECKPOINT, digits
+from vlmr1.tiny import CHECKPOINT
 
 CPU = ["--use_cpu", "true"]
 BATCH = "--per_device_train_batch_size {} --gradient_accumulation_steps {}"
@@ -90,41 +90,53 @@ def test_each_reading_is_said(caplog):
     assert "per_device_train_batch_size 8 x gradient_accumulation_steps 2 is read as prompts_per_device 2" in said[-1]
 
 
-def test_all_faults_of_flags_are_reported_together(tmp_path, capsys):
-    words = "--use_vllm true --beta 1 --beta 2 --learning_rate --fp16 true --report_to wandb --vllm_mode colocate"
-    words += (
-        f" --top_k -1 --data_file_paths {tmp_path}/a.jsonl:{tmp_path}/b.parquet --deepspeed {tmp_path}/ds.json"
-        " --reward_funcs a,b"
-    )
-    assert main(["train", *words.split()]) == 2
+TOGETHER = {  # words, a file of --config, a part of each line of the message
+    "own settings": (
+        "--use_cpu true --foo 3 --max_step=3 --num_generations many --loss_type ppo --temperature 0",
+        "lerning_rate: 1\nnum_itrations: 2\ntop_k: -1\n",
+        "lerning_rate | num_itrations | top_k | foo | max_step | num_generations | loss_type | temperature",
+    ),
+    "flags of peers": (
+        "--use_vllm true --beta 1 --beta 2 --learning_rate --fp16 true --report_to wandb --vllm_mode colocate "
+        "--top_k -1 --data_file_paths a.jsonl:b.parquet --deepspeed ds.json --reward_funcs a,b",
+        "",
+        "use_vllm | beta | learning_rate | fp16 | wandb | vllm_mode | top_k | a.jsonl | b.parquet | ds.json | a,b",
+    ),
+    "options of the command": (
+        "--launch ddp --launch zero2 --processes two --recipe none --temperature 0",
+        "beta: 0.1\nepsilon: 0.2\nbeta: 0.2\n",
+        "launch is given twice: ddp and zero2 | --processes is 'two' | --recipe: unknown recipe 'none' | "
+        "beta is given twice in run.yaml | temperature is 0.0",
+    ),
+    "a launch and a file": (
+        '--launch zero3 --processes 0 --deepspeed {"zero_optimization":{"stage":3}}',
+        "",
+        "--launch zero3 and --deepspeed | --processes is 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("words, file, expected", TOGETHER.values(), ids=TOGETHER)
+def test_all_faults_of_a_command_are_reported_together(words, file, expected, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(file)
+    assert main(["train", *words.split(), *(["--config", "run.yaml"] if file else [])]) == 2
     lines = capsys.readouterr().err.partition("vlmr1: ")[2].splitlines()
-    names = [
-        "use_vllm",
-        "beta",
-        "learning_rate",
-        "fp16",
-        "wandb",
-        "vllm_mode",
-        "top_k",
-        "a.jsonl",
-        "b.parquet",
-        "ds.json",
-    ]
-    assert len(lines) == len(names) + 1 and all(any(name in line for line in lines) for name in [*names, "a,b"]), lines
+    assert len(lines) == len(expected.split(" | "))
+    assert [each for each in expected.split(" | ") if not any(each in line for line in lines)] == [], lines
 
 
 # No update
 
 
 @pytest.mark.parametrize("name", ["max_steps", "num_train_epochs"])
-def test_no_update_is_made(name, tmp_path, capsys):
+def test_no_update_is_made(name, data, tmp_path, capsys):
     """Everything is read and evaluated, nothing is trained or saved."""
-    digits.write(tmp_path / "data", "train", 4, seed=1)
-    more = ["--eval_on_start", "true", "--eval_data_file_paths", str(tmp_path / "data" / "train.jsonl")]
-    more += ["--eval_image_folders", str(tmp_path / "data" / "images"), "--eval_limit", "1"]
+    more = ["--eval_on_start", "true", "--eval_data_file_paths", str(data / "train.jsonl")]
+    more += ["--eval_image_folders", str(data / "images"), "--eval_limit", "1"]
     steps = {"max_steps": "-1"} | {name: "0"}
     more += [word for name, value in steps.items() for word in (f"--{name}", value)]
-    words = command(tmp_path / "data", tmp_path / "out", *more)
+    words = command(data, tmp_path / "out", *more)
     trainer = train(parse_config(words[3:], recipe=words[2]))
     assert "0 in all" in capsys.readouterr().out
     before, after = load_model(CHECKPOINT).state_dict(), trainer.model.state_dict()
@@ -184,20 +196,3 @@ def test_configurations_that_are_refused(content, expected, tmp_path):
     lines = str(caught.value).splitlines()
     assert len(lines) == len(expected)
     assert all(str(file) in line and words in line for line, words in zip(lines, expected, strict=True))
-
-
-def test_options_of_the_command_are_checked_with_its_settings(tmp_path, capsys):
-    file = tmp_path / "run.yaml"
-    file.write_text("beta: 0.1\nepsilon: 0.2\nbeta: 0.2\n")
-    words = f"--launch ddp --launch zero2 --processes two --recipe none --config {file} --temperature 0"
-    assert main(["train", *words.split()]) == 2
-    lines = capsys.readouterr().err.partition("vlmr1: ")[2].splitlines()
-    expected = ["launch is given twice: ddp and zero2", "--processes is 'two'", "--recipe: unknown recipe 'none'"]
-    expected += [f"beta is given twice in {file}", "temperature is 0.0"]
-    assert len(lines) == len(expected) and all(any(line.startswith(each) for line in lines) for each in expected), lines
-
-
-def test_a_launch_and_a_file_are_not_both_given(capsys):
-    assert main(["train", "--launch", "zero3", "--deepspeed", json.dumps(OFFLOAD), "--processes", "0"]) == 2
-    message = capsys.readouterr().err
-    assert "--launch zero3 and --deepspeed" in message and "--processes is 0" in message

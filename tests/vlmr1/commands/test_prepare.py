@@ -1,12 +1,11 @@
 """What a run starts from: files joined as VLM-R1's scripts join them, one pass over the rows, the validation split,
 images as the settings limit them."""
 
-import json
-
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.helpers.rows import row, write
 from vlmr1.cli import main
 from vlmr1.commands.arguments import parse_config
 from vlmr1.commands.prepare import prepare
@@ -14,8 +13,6 @@ from vlmr1.commands.train import train
 from vlmr1.data.rows import LineRows
 from vlmr1.errors import DataError, SettingError
 from vlmr1.models import load_processor
-
-BOX = '<answer>{"bbox_2d": [0, 0, 28, 28]}</answer>'
 
 
 @pytest.fixture
@@ -26,16 +23,6 @@ def folder(tmp_path):
         Image.fromarray(noise).save(tmp_path / name / "a.png")
     (tmp_path / "one" / "cut.png").write_bytes((tmp_path / "one" / "a.png").read_bytes()[:-900])
     return tmp_path
-
-
-def row(image="a.png", gpt=BOX, **columns):
-    turns = [{"from": "human", "value": "<image>Where?"}, {"from": "gpt", "value": gpt}]
-    return {"image": image, "conversations": turns} | columns
-
-
-def write(path, *rows):
-    path.write_text("".join(json.dumps(each) + "\n" for each in rows))
-    return path
 
 
 def config(folder, files, folders, *more):
@@ -69,11 +56,11 @@ def test_each_row_is_read_once(folder, monkeypatch):
 @pytest.mark.parametrize(
     "rows, expected",
     [
-        ([row(), row("cut.png"), row(gpt="none")], ":2: image .*cut.png cannot be decoded"),
-        ([row(), row(gpt="none"), row("cut.png")], ":2: the solution has no box"),
-        ([row("cut.png", gpt="none"), row("gone.png")], ":1: the solution has no box"),
-        ([row("cut.png"), row("gone.png")], ":1: image .*cut.png cannot be decoded"),
-        ([row(), row("gone.png"), row("cut.png")], ":2: image gone.png is missing"),
+        ([row(), row(image="cut.png"), row(gpt="none")], ":2: image .*cut.png cannot be decoded"),
+        ([row(), row(gpt="none"), row(image="cut.png")], ":2: the solution has no box"),
+        ([row(image="cut.png", gpt="none"), row(image="gone.png")], ":1: the solution has no box"),
+        ([row(image="cut.png"), row(image="gone.png")], ":1: image .*cut.png cannot be decoded"),
+        ([row(), row(image="gone.png"), row(image="cut.png")], ":2: image gone.png is missing"),
     ],
     ids=["image-first", "reward-first", "same-row", "image-before-row", "row-before-image"],
 )
@@ -86,13 +73,9 @@ def test_the_first_row_with_a_fault_is_named(rows, expected, folder):
 def test_several_images_of_different_scale_stop_the_run_before_training(folder, capsys):
     """The second file is 84 px, which the processor leaves; the first is made of odd sides."""
     Image.new("RGB", (75, 133)).save(folder / "two" / "odd.png")
-    both = {"image": ["odd.png", "a.png"]}
-    path = write(folder / "a.jsonl", row(), row() | both)
+    path = write(folder / "a.jsonl", row(), row("Where?", image=["odd.png", "a.png"]))
     words = ["train", "--model_name_or_path", "tiny", "--use_cpu", "true", "--output_dir", f"{folder}/out"]
     words += ["--data_file_paths", str(path), "--image_folders", f"{folder}/two"]
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    rows[1]["conversations"][0]["value"] = "Where?"
-    write(path, *rows)
     assert main(words) == 2
     (message,) = capsys.readouterr().err.splitlines()[-1:]
     assert message.startswith(f"vlmr1: {path}:2: its 2 images have different scales") and not (folder / "out").exists()
@@ -147,9 +130,7 @@ def test_limits_reach_the_check_of_data_files(folder, capsys):
 
 def test_the_check_of_data_files_knows_box_coordinates(folder, capsys):
     Image.new("RGB", (75, 133)).save(folder / "one" / "odd.png")
-    path = write(folder / "a.jsonl", row(["a.png", "odd.png"]) | {"conversations": row()["conversations"]})
-    text = path.read_text().replace("<image>Where?", "Where?")
-    path.write_text(text)
+    path = write(folder / "a.jsonl", row("Where?", image=["a.png", "odd.png"]))
     words = ["data", "check", str(path), "--images", f"{folder}/one", "--reward_funcs", "accuracy"]
     assert main(words) == 0
     assert main([*words, "--model", "tiny"]) == 1

@@ -84,7 +84,7 @@ def test_a_recipe_trains(recipe, model, tmp_path):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_rewards_of_a_recipe_fit_its_data(recipe, model, tmp_path):
-    """Every reward gives the true answer 1; the wrong one has the format alone, and one without tags not even it."""
+    """Every reward gives the true answer 1; the wrong one has the format alone; without tags only boxes are read."""
     config = parse_config(words(recipe, model, tmp_path), recipe=recipe)
     prepared = prepare(config)
     builder = PromptBuilder(prepared.model, family_of(prepared.model), prepared.processor)
@@ -103,7 +103,7 @@ def test_the_rewards_of_a_recipe_fit_its_data(recipe, model, tmp_path):
         ((of_right, of_wrong, of_bare),) = values(score_groups(groups, rewards))
         assert of_right == pytest.approx([1, 1], abs=1e-6), sample.source
         assert of_wrong[0] < 0.1 and of_wrong[1] == 1, sample.source
-        assert of_bare == [0, 0], sample.source
+        assert of_bare == pytest.approx([float("[" in answer or answer == "None"), 0], abs=1e-6), sample.source
         shown = prepared.processor.tokenizer.decode(prompt.input_ids)  # no character is unknown to the tiny models
         question = json.loads(line_of(sample))["conversations"][0]["value"].replace("<image>", "")
         assert template.format(question=question) in shown

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.families import build
+from tests.helpers.python import python
 from vlmr1.cli import main
 from vlmr1.report.progress import read_metrics
 
@@ -69,8 +67,7 @@ def test_a_published_command_line_trains(name, models, tmp_path):
         "--max_steps": "2",
         "--processes": "1",
     }
-    command = [sys.executable, "-m", "vlmr1.cli", "train", *words(name, tmp_path, replaced)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = python("-m", "vlmr1.cli", "train", *words(name, tmp_path, replaced))
     assert done.returncode == 0, done.stderr[-3000:]
     (output,) = (tmp_path / "checkpoints" / "rl").iterdir()
     steps = read_metrics(output)

@@ -6,14 +6,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
-from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from vlmr1.data.box_coordinates import SPACES, space_of
+from vlmr1.data.box_coordinates import SPACES
 from vlmr1.data.boxes import box_fault, scale_between, scale_box
 from vlmr1.data.image_grid import PatchGrid
 from vlmr1.data.images import enlarged
-from vlmr1.errors import SettingError
 from vlmr1.models import BY_TYPE
 
 SIDE = st.integers(1, 20_000)
@@ -38,12 +36,6 @@ def test_there_and_back(box, size, extent):
     assert scale_box(box, None) == box == scale_box(box, scale_between(size, size))
 
 
-def test_unknown_families_are_refused():
-    with pytest.raises(SettingError, match=r"^box_coordinates is auto, but it is not known how llava writes boxes"):
-        space_of("auto", "llava")
-    assert space_of("thousand", "llava") == "thousand"
-
-
 @pytest.mark.parametrize("name", PROCESSORS)
 @settings(max_examples=30, deadline=None)
 @given(width=st.integers(1, 500), height=st.integers(1, 500))
@@ -59,11 +51,6 @@ def test_the_size_is_that_of_the_processor(name, width, height):
         return
     _, rows, columns = processor(images=[image], return_tensors="np")["image_grid_thw"][0] * processor.patch_size
     assert PatchGrid.of(processor).resized(image.size) == (columns, rows)
-
-
-def test_processors_of_tiles_have_no_such_size():
-    with pytest.raises(SettingError, match=r"^GotOcr2ImageProcessorPil does not resize images to a grid of merged"):
-        PatchGrid.of(GotOcr2ImageProcessorPil(size={"height": 56, "width": 56}))
 
 
 WIDE = [(600, 300)]

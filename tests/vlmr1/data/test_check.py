@@ -1,6 +1,5 @@
 """`vlmr1 data check`: every planted fault is found at its line, and nothing else."""
 
-import argparse
 import json
 import re
 from pathlib import Path
@@ -11,20 +10,19 @@ import pytest
 import yaml
 from PIL import Image
 
+from tests.helpers.digit_runs import command
 from tests.helpers.pictures import png_of
+from tests.helpers.rows import row, write
 from vlmr1.cli import main
-from vlmr1.commands.data import add_arguments
 from vlmr1.commands.data_check import check_data
-from vlmr1.commands.data_check import run as run_command
 from vlmr1.commands.prompt_lengths import prompt_measure
 from vlmr1.data.prompts import without_overlong
 from vlmr1.data.samples import load_samples
-from vlmr1.errors import SettingError
+from vlmr1.errors import DataError, SettingError
 from vlmr1.models import load_processor
 from vlmr1.rewards.registry import Reward
 from vlmr1.tiny import CHECKPOINT
 
-BOX = '<answer>{"bbox_2d": [0, 0, 4, 4]}</answer>'
 LIMIT = 60  # tokens
 
 
@@ -43,18 +41,6 @@ def folder(tmp_path):
     (images / "cut.png").write_bytes((images / "cut.png").read_bytes()[:-900])
     (images / "bomb.png").write_bytes(png_of(30_000, 30_000))
     return tmp_path
-
-
-def row(human="<image>Where?", gpt=BOX, **columns):
-    turns = [{"from": "human", "value": human}, {"from": "gpt", "value": gpt}]
-    return {"image": "a.png", "conversations": turns} | columns
-
-
-def write(folder, lines):
-    encoded = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
-    path = folder / "data.jsonl"
-    path.write_bytes(b"\n".join(encoded) + b"\n")
-    return path
 
 
 PLANTED = {
@@ -82,7 +68,7 @@ def test_exactly_the_planted_faults_are_found(folder, measure):
     for kind, line in PLANTED.items():
         lines += [line, row(image=None, human="Where?"), b""]
         expected.append((f"{folder}/data.jsonl:{len(lines) - 2}", kind))
-    path = write(folder, lines)
+    path = write(folder / "data.jsonl", *lines)
     findings = check_data(
         [path], [folder / "images"], rewards=["accuracy", "format"], measure=measure, max_prompt_length=LIMIT
     )
@@ -93,7 +79,9 @@ def test_exactly_the_planted_faults_are_found(folder, measure):
 
 
 def test_every_fault_of_a_row_is_found(folder):
-    path = write(folder, [row("<image><image><image>?", "no box", image=["x.png", "cut.png", "../outside.png"])])
+    path = write(
+        folder / "data.jsonl", row("<image><image><image>?", "no box", image=["x.png", "cut.png", "../outside.png"])
+    )
     findings = check_data([path], [folder / "images"], rewards=["accuracy"])
     assert sorted((fault.source, fault.kind) for fault in findings.faults) == [
         (f"{path}:1", "image outside"),
@@ -105,7 +93,7 @@ def test_every_fault_of_a_row_is_found(folder):
 
 def test_faults_of_several_files_are_in_their_order(folder):
     rows = [row(image="none.png"), row(image="cut.png"), row(image="cut.png"), row(gpt=None)]
-    path = write(folder, rows)
+    path = write(folder / "data.jsonl", *rows)
     (folder / "empty.jsonl").write_text("\n")
     (folder / "more.jsonl").write_bytes(path.read_bytes())
     findings = check_data([path, folder / "empty.jsonl", folder / "more.jsonl"], [folder / "images"])
@@ -120,13 +108,11 @@ def test_faults_of_several_files_are_in_their_order(folder):
 
 
 def test_a_reward_of_the_users_own(folder):
-    from vlmr1.errors import DataError
-
     def check(sample):
         if "digit" not in sample.columns:
             raise DataError(f"{sample.source}: no digit")
 
-    path = write(folder, [row(digit=3), row()])
+    path = write(folder / "data.jsonl", row(digit=3), row())
     reward = Reward("mine", lambda **_: [], check)
     (fault,) = check_data([path], [folder / "images"], rewards=[reward]).faults
     assert str(fault) == f"{path}:2: solution: no digit"
@@ -134,29 +120,32 @@ def test_a_reward_of_the_users_own(folder):
 
 def test_an_image_that_the_processor_does_not_take(folder, measure):
     Image.new("L", (28, 6000)).save(folder / "images" / "thin.png")
-    path = write(folder, [row(image="thin.png")])
+    path = write(folder / "data.jsonl", row(image="thin.png"))
     (fault,) = check_data([path], [folder / "images"], measure=measure).faults
     assert re.fullmatch(r".*:1: prompt: absolute aspect ratio must be smaller than 200, got 214\.2.*", str(fault))
 
 
 def test_lengths_are_those_of_the_trainer(folder, measure, make):
-    path = write(folder, [row(), row("Where is <image> in <image>?", image=["a.png", "b.png"]), row("1?", image=None)])
+    path = write(
+        folder / "data.jsonl",
+        row(),
+        row("Where is <image> in <image>?", image=["a.png", "b.png"]),
+        row("1?", image=None),
+    )
     samples = load_samples([path], [folder / "images"], question="{question}", check_images=False)
     findings = check_data([path], [folder / "images"], measure=measure)
     assert findings.lengths == [len(make.builder(sample).input_ids) for sample in samples]
     assert findings.faults == []
 
 
-def run(*words):
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return run_command(parser.parse_args(["check", *map(str, words)]), [])
+def check(images, *words):
+    """The status of the command."""
+    return main(["data", "check", *map(str, words), "--images", str(images)])
 
 
 def test_the_command_prints_each_fault(folder, capsys):
-    path = write(folder, [row(), row(image="none.png"), row(gpt="x")])
-    status = run(path, "--images", folder / "images", "--reward_funcs", "accuracy")
-    assert status == 1
+    path = write(folder / "data.jsonl", row(), row(image="none.png"), row(gpt="x"))
+    assert check(folder / "images", path, "--reward_funcs", "accuracy") == 1
     template, missing, solution, counts, total = capsys.readouterr().out.splitlines()
     assert template == "question_template auto: rec"
     assert missing == f"{path}:2: missing image: image none.png is missing in {folder}/images"
@@ -166,8 +155,8 @@ def test_the_command_prints_each_fault(folder, capsys):
 
 
 def test_the_command_counts_tokens(folder, capsys):
-    path = write(folder, [row(), row(), row("1 + 1?", image=None)])
-    assert run(path, "--images", folder / "images", "--model", "tiny", "--question_template", "rec") == 0
+    path = write(folder / "data.jsonl", row(), row(), row("1 + 1?", image=None))
+    assert check(folder / "images", path, "--model", "tiny", "--question_template", "rec") == 0
     template, first, *bars, counts, last = capsys.readouterr().out.splitlines()
     assert (template, first, counts, last) == (
         "question_template: rec",
@@ -182,46 +171,38 @@ def test_the_command_counts_tokens(folder, capsys):
 
 
 STANDINS = Path(__file__).parents[2] / "data" / "standins"
+IMAGES = STANDINS / "images"
 RECIPES = Path(__file__).parents[3] / "vlmr1" / "recipes"
-
-
-def command(path, *more):
-    return main(["data", "check", *map(str, path), "--images", str(STANDINS / "images"), *more])
-
-
-def settings_of(recipe):
-    return yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text())
 
 
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in STANDINS.glob("*.jsonl")))
 def test_rows_of_a_recipe(recipe, capsys):
-    settings = settings_of(recipe)
+    settings = yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text())
     words = ["--reward_funcs", *settings["reward_funcs"], "--question_template", settings["question_template"]]
     words += ["--accu_reward_method", *settings.get("accu_reward_method", ["iou"])]
     words += ["--box_coordinates", settings.get("box_coordinates", "auto")]
-    status = command([STANDINS / f"{recipe}.jsonl"], *words, "--reward_mode", settings.get("reward_mode", "strict"))
-    assert status == 0, capsys.readouterr().out
+    words += ["--reward_mode", settings.get("reward_mode", "strict")]
+    assert check(IMAGES, STANDINS / f"{recipe}.jsonl", *words) == 0, capsys.readouterr().out
 
 
 def test_a_method_for_each_file(capsys):
     files = [STANDINS / "rec-3b.jsonl", STANDINS / "ovd-3b.jsonl"]
     words = ["--reward_funcs", "accuracy", "--accu_reward_method"]
-    assert command(files, *words, "iou:odLength") == command(files, *words, "iou", "odLength") == 0
-    assert command(files, *words, "odLength:iou") == command(files, *words, "iou") == 1
-    assert command(files[1:], *words, "llm") == 0  # the judge is not asked
+    assert check(IMAGES, *files, *words, "iou:odLength") == check(IMAGES, *files, *words, "iou", "odLength") == 0
+    assert check(IMAGES, *files, *words, "odLength:iou") == check(IMAGES, *files, *words, "iou") == 1
+    assert check(IMAGES, *files[1:], *words, "llm") == 0  # the judge is not asked
     capsys.readouterr()
-    assert command(files, *words, "iou", "map", "mcq") == 2
+    assert check(IMAGES, *files, *words, "iou", "map", "mcq") == 2
     assert "accu_reward_method has 3 methods for 2 data files" in capsys.readouterr().err
 
 
 def test_the_mode_decides(tmp_path, capsys):
     """The published code reads a box without area, and needs the tags."""
-    path = tmp_path / "rows.jsonl"
-    shared = {"image": sorted(path.name for path in (STANDINS / "images").iterdir())[0], "prompt": "<image>?"}
+    shared = {"image": min(path.name for path in IMAGES.iterdir()), "prompt": "<image>?"}
     for solution, strict in (("<answer>[30, 40, 1, 2]</answer>", 1), ("[1, 2, 30, 40]", 0)):
-        path.write_text(json.dumps(shared | {"solution": solution}))
-        assert command([path], "--reward_funcs", "accuracy") == strict
-        assert command([path], "--reward_funcs", "accuracy", "--reward_mode", "vlm_r1") == 1 - strict
+        path = write(tmp_path / "rows.jsonl", shared | {"solution": solution})
+        assert check(IMAGES, path, "--reward_funcs", "accuracy") == strict
+        assert check(IMAGES, path, "--reward_funcs", "accuracy", "--reward_mode", "vlm_r1") == 1 - strict
 
 
 # Boxes of solutions that cannot be true: image a.png has 56 x 56 px
@@ -235,11 +216,7 @@ def boxes_of(*boxes):
 
 IMPOSSIBLE = {  # method, solution, what the fault says
     "iou": ("iou", boxes_of(FRACTIONS), "the box [0.1, 0.2, 0.5, 0.6] of the solution: it lies within one pixel"),
-    "bare": (
-        "iou",
-        str(list(THOUSANDTHS)),
-        "it leaves the image of 56 x 56 px by more than 2 px: perhaps it is in thou",
-    ),
+    "bare": ("iou", str(list(THOUSANDTHS)), "it leaves the image of 56 x 56 px by more than 2 px: perhaps it is in"),
     "one of two": ("od_ap", boxes_of((0, 0, 4, 4), THOUSANDTHS), "the box [100, 100, 700, 700] of the solution"),
     "in a fence": ("weighted_sum", f"```json\n{boxes_of(CORNERS)}\n```", "x2 is below x1: perhaps it is x, y, width"),
     "click": ("point_in_box", boxes_of((3, 3, 3.5, 9)), "it is smaller than a pixel"),
@@ -250,14 +227,12 @@ IMPOSSIBLE = {  # method, solution, what the fault says
 
 def check_and_train(folder, method, solution, *more):
     """The statuses of `data check` and `train` on a good row and one with this solution."""
-    path = write(folder, [row(), row(gpt=f"<answer>{solution}</answer>", accu_reward_method=method)])
-    both = ["--reward_funcs", "accuracy", "--model", "tiny", *more]
-    checked = main(["data", "check", str(path), "--images", str(folder / "images"), *both])
-    files = ["--data_file_paths", str(path), "--image_folders", str(folder / "images")]
-    small = ["--output_dir", str(folder / "out"), "--use_cpu", "true", "--max_steps", "1", "--write_report", "false"]
-    small += ["--prompts_per_device", "1", "--num_generations", "2", "--max_completion_length", "4"]
-    both[2] = "--model_name_or_path"
-    return checked, main(["train", *files, *small, *both])
+    path = write(folder / "data.jsonl", row(), row(gpt=f"<answer>{solution}</answer>", accu_reward_method=method))
+    more = ["--reward_funcs", "accuracy", *more]
+    checked = check(folder / "images", path, "--model", "tiny", *more)
+    small = {"max_steps": 1, "write_report": "false", "prompts_per_device": 1, "num_generations": 2}
+    given = small | {"max_completion_length": 4, "data_file_paths": path}
+    return checked, main(command(folder, folder / "out", *more, **given))
 
 
 @pytest.mark.parametrize(("method", "solution", "says"), IMPOSSIBLE.values(), ids=IMPOSSIBLE.keys())
@@ -286,10 +261,14 @@ def test_a_box_that_may_be_true_trains(method, solution, more, folder):
 
 
 def test_boxes_are_checked_without_a_model(folder):
-    path = write(folder, [row(gpt=f"<answer>{list(THOUSANDTHS)}</answer>")])
-    shared = [path, "--images", folder / "images", "--reward_funcs", "accuracy"]
-    assert [run(*shared), run(*shared, "--box_coordinates", "original")] == [1, 0]
-    assert run(*shared, "--reward_mode", "vlm_r1") == 0  # the published code compares as it does
+    path = write(folder / "data.jsonl", row(gpt=f"<answer>{list(THOUSANDTHS)}</answer>"))
+    shared = [folder / "images", path, "--reward_funcs", "accuracy"]
+    assert [check(*shared), check(*shared, "--box_coordinates", "original")] == [1, 0]
+    assert check(*shared, "--reward_mode", "vlm_r1") == 0  # the published code compares as it does
+    as_in_training = ["--data_file_paths", path, "--image_folders", folder / "images"]
+    assert [check(*shared[:2]), main(["data", "check", *map(str, as_in_training)])] == [1, 1]
+    text_only = write(folder / "text.jsonl", row("Where?", image=None, gpt=str(list(THOUSANDTHS))))
+    assert check(folder / "images", text_only) == 0  # a list of numbers
 
 
 @pytest.mark.parametrize(
@@ -301,7 +280,7 @@ def test_boxes_are_checked_without_a_model(folder):
     ],
 )
 def test_rows_that_are_left_out_are_named(limit, says, folder, caplog):
-    path = write(folder, [row("x" * (i + 1), image=None) for i in range(9)])
+    path = write(folder / "data.jsonl", *(row("x" * (i + 1), image=None) for i in range(9)))
     samples = load_samples([path], [], question="{question}", check_images=False)
 
     def build(sample):
@@ -316,9 +295,9 @@ def test_rows_that_are_left_out_are_named(limit, says, folder, caplog):
 
 def test_several_rows_take_part(folder, capsys):
     """The rows that the settings of a run take of each file, with their own lines."""
-    path = write(folder, [row(gpt="x"), row(), row(gpt="x")])
-    shared = [path, "--images", folder / "images", "--reward_funcs", "accuracy", "--sampling_strategy"]
-    assert run(*shared, "end:2") == 1
+    path = write(folder / "data.jsonl", row(gpt="x"), row(), row(gpt="x"))
+    shared = [folder / "images", path, "--reward_funcs", "accuracy", "--sampling_strategy"]
+    assert check(*shared, "end:2") == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == f"{path}: 2 of 3 rows are taken" and lines[2].startswith(f"{path}:3: solution")
     assert lines[-1] == "2 rows, 1 images: 1 faults (1 solution)"

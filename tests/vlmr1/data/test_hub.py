@@ -1,6 +1,5 @@
 """Hugging Face data sets as rows: saved directories, Parquet with image bytes, and what cannot be read."""
 
-import io
 import pickle
 import sys
 from datetime import date
@@ -13,8 +12,12 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from tests.helpers.pictures import encoded
+from tests.helpers.rows import row, shown
+from vlmr1.data.folder import ImageFolder
+from vlmr1.data.hub import DatasetRows
 from vlmr1.data.images import open_image
-from vlmr1.data.samples import load_samples, validation_split
+from vlmr1.data.samples import Samples, load_samples, validation_split
 from vlmr1.data.sources import open_rows
 from vlmr1.errors import DataError, SettingError
 from vlmr1.types import ImageBytes
@@ -28,16 +31,6 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
 
 
-def encoded(colour):
-    buffer = io.BytesIO()
-    Image.new("RGB", (40, 30), colour).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def conversations(i):
-    return [{"from": "human", "value": "<image>Where?"}, {"from": "gpt", "value": f"answer {i}"}]
-
-
 def load(name, folders=(), **options):
     return load_samples([name], folders, question="{question}", check_images=True, **options)
 
@@ -46,59 +39,52 @@ def colours(samples):
     return [open_image(image, "").getpixel((0, 0)) for sample in samples for image in sample.images]
 
 
-def with_image_feature():
-    features = datasets.Features(
-        {"image": datasets.Image(), "prompt": datasets.Value("string"), "solution": datasets.Value("string")}
-    )
+def table(path, **columns):
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def made():
+    """Three rows with the image feature of datasets."""
     images = [Image.new("RGB", (40, 30), colour) for colour in COLOURS]
     rows = {"image": images, "prompt": ["Where?"] * 3, "solution": ["a", "b", "c"]}
-    return datasets.Dataset.from_dict(rows, features)
+    text = datasets.Value("string")
+    return datasets.Dataset.from_dict(rows, datasets.Features(image=datasets.Image(), prompt=text, solution=text))
 
 
-def test_a_saved_directory(tmp_path):
-    with_image_feature().save_to_disk(tmp_path / "saved")
-    samples = load(tmp_path / "saved")
-    assert [sample.source for sample in samples] == [f"{tmp_path}/saved:{i}" for i in (1, 2, 3)]
+def test_a_saved_directory(tmp_path, made):
+    path = tmp_path / "saved"
+    made.save_to_disk(path)
+    samples = load(path)
+    assert [sample.source for sample in samples] == [f"{path}:{i}" for i in (1, 2, 3)]
     assert [sample.solution for sample in samples] == ["a", "b", "c"]
-    assert samples[0].messages[0]["content"] == [{"type": "image"}, {"type": "text", "text": "Where?"}]
+    assert shown(samples[0]) == [("user", ["I", "Where?"])]
     assert colours(samples) == COLOURS
+    with pytest.raises(SettingError, match=r"saved is a single data set, it has no split 'train'$"):
+        load(f"{path}@train")
 
 
-def test_splits_of_a_saved_directory(tmp_path):
-    data = with_image_feature()
-    datasets.DatasetDict({"train": data.select([0, 1]), "test": data.select([2])}).save_to_disk(tmp_path / "saved")
-    assert colours(load(f"{tmp_path}/saved@test")) == COLOURS[2:]
-    assert load(f"{tmp_path}/saved@test")[0].source == f"{tmp_path}/saved@test:1"
+def test_splits_of_a_saved_directory(tmp_path, made):
+    datasets.DatasetDict({"train": made.select([0, 1]), "test": made.select([2])}).save_to_disk(tmp_path / "saved")
+    samples = load(f"{tmp_path}/saved@test")
+    assert colours(samples) == COLOURS[2:] and samples[0].source == f"{tmp_path}/saved@test:1"
     for name in ("saved", "saved@validation"):
         with pytest.raises(SettingError, match=r"name a split of .*/saved, .*/saved@SPLIT: one of train, test$"):
             load(f"{tmp_path}/{name}")
-
-
-def test_the_only_split_needs_no_name(tmp_path):
-    datasets.DatasetDict({"train": with_image_feature()}).save_to_disk(tmp_path / "saved")
-    assert colours(load(tmp_path / "saved")) == COLOURS
-
-
-def test_a_single_data_set_has_no_split(tmp_path):
-    with_image_feature().save_to_disk(tmp_path / "saved")
-    with pytest.raises(SettingError, match=r"saved is a single data set, it has no split 'train'$"):
-        load(f"{tmp_path}/saved@train")
+    datasets.DatasetDict({"train": made}).save_to_disk(tmp_path / "one")  # which needs no name
+    assert colours(load(tmp_path / "one")) == COLOURS
 
 
 @pytest.fixture
 def parquet(tmp_path):
     """VLM-R1's rows as a table: images as structs of bytes and path, one row with two, one without any."""
-    structs = [{"bytes": encoded(colour), "path": f"{i}.png"} for i, colour in enumerate(COLOURS)]
-    text_only = [{"from": "human", "value": "1 + 1?"}, {"from": "gpt", "value": "2"}]
-    two = [{"from": "human", "value": "<image> or <image>?"}, {"from": "gpt", "value": "the first"}]
-    rows = {
-        "images": [structs[:1], None, structs[1:]],
-        "conversations": [conversations(0), text_only, two],
-        "source": ["a", "b", "c"],
-    }
-    path = tmp_path / "rows.parquet"
-    datasets.Dataset.from_dict(rows).to_parquet(path)
-    return path
+    structs = [{"bytes": encoded(colour=colour), "path": f"{i}.png"} for i, colour in enumerate(COLOURS)]
+    said = [("<image>Where?", "answer 0"), ("1 + 1?", "2"), ("<image> or <image>?", "the first")]
+    turns = [row(*each)["conversations"] for each in said]
+    rows = {"images": [structs[:1], None, structs[1:]], "conversations": turns, "source": ["a", "b", "c"]}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "rows.parquet")
+    return tmp_path / "rows.parquet"
 
 
 def test_parquet_with_image_bytes(parquet):
@@ -107,23 +93,16 @@ def test_parquet_with_image_bytes(parquet):
     assert colours(samples) == COLOURS
     assert [str(image) for sample in samples for image in sample.images] == ["0.png", "1.png", "2.png"]
     assert [sample.solution for sample in samples] == ["answer 0", "2", "the first"]
-    assert samples[2].messages[0]["content"] == [
-        {"type": "image"},
-        {"type": "text", "text": "or "},
-        {"type": "image"},
-        {"type": "text", "text": "?"},
-    ]
+    assert shown(samples[2]) == [("user", ["I", "or ", "I", "?"])]
     assert samples[1].columns == {"source": "b"}
 
 
 def test_equal_images_of_two_rows_are_one(tmp_path):
-    rows = {"image": [{"bytes": encoded(COLOURS[0]), "path": None}] * 2, "prompt": ["a", "b"], "solution": ["x", "y"]}
-    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "rows.parquet")
-    one, two = load(tmp_path / "rows.parquet")
+    image = {"bytes": encoded(), "path": None}
+    path = table(tmp_path / "rows.parquet", image=[image] * 2, prompt=["a", "b"], solution=["x", "y"])
+    one, two = load(path)
     assert one.images == two.images
-    assert [image.name for each in (one, two) for image in each.images] == [
-        f"1 of {tmp_path}/rows.parquet:{i}" for i in (1, 2)
-    ]
+    assert [image.name for each in (one, two) for image in each.images] == [f"1 of {path}:{i}" for i in (1, 2)]
 
 
 def test_a_table_travels_to_a_worker_and_is_split(parquet):
@@ -134,21 +113,11 @@ def test_a_table_travels_to_a_worker_and_is_split(parquet):
 
 
 def test_a_broken_image_names_its_row(tmp_path):
-    good, bad = encoded(COLOURS[0]), encoded(COLOURS[1])[:-30]
-    rows = {
-        "image": [{"bytes": data, "path": "x.png"} for data in (good, bad)],
-        "prompt": ["a"] * 2,
-        "solution": ["x"] * 2,
-    }
-    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "rows.parquet")
+    images = [{"bytes": data, "path": "x.png"} for data in (encoded(), encoded()[:-30])]
+    path = table(tmp_path / "rows.parquet", image=images, prompt=["a"] * 2, solution=["x"] * 2)
     with pytest.raises(DataError) as caught:
-        load(tmp_path / "rows.parquet")
-    assert str(caught.value).startswith(f"{tmp_path}/rows.parquet:2: image x.png cannot be decoded: ")
-
-
-def table(path, **columns):
-    pyarrow.parquet.write_table(pyarrow.table(columns), path)
-    return path
+        load(path)
+    assert str(caught.value).startswith(f"{path}:2: image x.png cannot be decoded: ")
 
 
 MIXED = {
@@ -181,27 +150,20 @@ def test_a_column_of_two_types_is_named(tmp_path):
 
 
 def test_a_column_twice(tmp_path):
-    columns = [pyarrow.array(["a"])] * 3
-    path = tmp_path / "rows.parquet"
-    pyarrow.parquet.write_table(pyarrow.Table.from_arrays(columns, names=["prompt", "prompt", "solution"]), path)
+    path, names = tmp_path / "rows.parquet", ["prompt", "prompt", "solution"]
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 3, names=names), path)
     with pytest.raises(SettingError, match=r"rows\.parquet cannot be read: Multiple matches .*prompt"):
         load(path)
 
 
 def test_file_names_in_a_table(tmp_path):
-    Image.new("RGB", (40, 30), COLOURS[1]).save(tmp_path / "a.png")
-    rows = {"image": ["a.png"], "prompt": ["a"], "solution": ["x"]}
-    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "rows.parquet")
-    (sample,) = load(tmp_path / "rows.parquet", [tmp_path])
+    (tmp_path / "a.png").write_bytes(encoded())
+    (sample,) = load(table(tmp_path / "rows.parquet", image=["a.png"], prompt=["a"], solution=["x"]), [tmp_path])
     assert sample.images == (tmp_path / "a.png",)
 
 
-def test_in_memory_data_sets_keep_their_bytes():
-    from vlmr1.data.folder import ImageFolder
-    from vlmr1.data.hub import DatasetRows
-    from vlmr1.data.samples import Samples
-
-    samples = Samples([(DatasetRows("mine", with_image_feature()), ImageFolder(None))], "{question}")
+def test_in_memory_data_sets_keep_their_bytes(made):
+    samples = Samples([(DatasetRows("mine", made), ImageFolder(None))], "{question}")
     assert colours(samples) == COLOURS
     assert all(isinstance(sample.images[0], ImageBytes) for sample in samples)
     assert np.asarray(open_image(samples[0].images[0], "")).shape == (30, 40, 3)
@@ -223,12 +185,12 @@ def test_unreadable(tmp_path, name, expected):
     assert str(caught.value).startswith(expected.format(folder=tmp_path))
 
 
-def test_a_hub_name_asks_for_its_split(monkeypatch):
+def test_a_hub_name_asks_for_its_split(monkeypatch, made):
     asked = []
 
     def load_dataset(*names, **options):
         asked.append((names, options))
-        return with_image_feature()
+        return made
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     samples = load("owner/name@train[:3]:owner/other@test")

@@ -1,8 +1,5 @@
 """Images without a file on their way to a pack: the same tensors as from a file, encoded once."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -44,9 +41,3 @@ def test_equal_bytes_are_encoded_once(prompts, make):
     assert torch.allclose(
         encode(make.family, make.model, keys[1:2], images[1:2], cache)[0].rows, direct.rows, atol=1e-5
     )
-
-
-def test_files_need_no_datasets_package():
-    code = "import sys, vlmr1.data.samples; print(sorted({'datasets', 'pyarrow', 'torch'} & set(sys.modules)))"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout == "[]\n"

@@ -69,16 +69,12 @@ def test_internvl_makes_no_more_tiles(size, most, expected, folders, tmp_path):
         assert int((inputs["input_ids"] == each.image_token_id).sum()) == 4 * expected
 
 
-@pytest.mark.parametrize("setting", ["min_pixels", "max_pixels"])
-@pytest.mark.parametrize("name", TILES)
-def test_tiles_have_no_area(name, setting, folders):
-    with pytest.raises(
-        SettingError, match=rf"^{setting} cannot be set for {name}: .* does not resize images to a grid"
-    ):
+AREA, NUMBER = "does not resize images to a grid", "has no number of tiles$"
+REFUSED = [(name, setting, AREA) for name in TILES for setting in ("min_pixels", "max_pixels")]
+REFUSED += [(name, "max_anyres_num", NUMBER) for name in (*GRIDS, *TILES) if name != "internvl"]
+
+
+@pytest.mark.parametrize("name, setting, says", REFUSED)
+def test_limits_that_a_family_does_not_have(name, setting, says, folders):
+    with pytest.raises(SettingError, match=rf"^{setting} cannot be set for {name}: .* {says}"):
         limit_images(load_processor(folders[name]), name, **{setting: 5000})
-
-
-@pytest.mark.parametrize("name", [*GRIDS, "idefics3", "smolvlm"])
-def test_only_internvl_has_a_number_of_tiles(name, folders):
-    with pytest.raises(SettingError, match=rf"^max_anyres_num cannot be set for {name}: .* has no number of tiles$"):
-        limit_images(load_processor(folders[name]), name, max_anyres_num=6)

@@ -1,6 +1,7 @@
 """Images by name, in archives, out of their folder, and encoded in the row."""
 
 import base64
+import io
 import pickle
 import tarfile
 import zipfile
@@ -11,26 +12,28 @@ import pytest
 from PIL import Image
 
 from tests.data.formats import make
-from tests.vlmr1.data.test_prompts_of_rows import encoded
+from tests.helpers.pictures import encoded
 from vlmr1.cli import main
 from vlmr1.data.folder import ImageFolder
 from vlmr1.data.formats import DEFAULT, Columns
+from vlmr1.data.images import open_image
 from vlmr1.data.rows import ListRows
 from vlmr1.data.samples import Samples
 from vlmr1.data.sources import open_sources
 from vlmr1.errors import DataError, SettingError
+from vlmr1.types import ImageBytes
 
-PNG, OTHER = encoded((1, 2, 3)), encoded((4, 5, 6))
+PNG, OTHER = encoded(colour=(1, 2, 3)), encoded(colour=(4, 5, 6))
 FREE = Columns(images_outside=True)
 
 
-def samples(folder, value, columns=DEFAULT):
-    rows = ListRows("rows", [{"prompt": "Q", "solution": "x", "image": value}])
+def samples(folder, value, columns=DEFAULT, name="image"):
+    rows = ListRows("rows", [{"prompt": "Q", "solution": "x", name: value}])
     return Samples([(rows, ImageFolder(folder))], "{question}", columns)
 
 
-def image(folder, value, columns=DEFAULT):
-    (found,) = samples(folder, value, columns)[0].images
+def image(folder, value, columns=DEFAULT, name="image"):
+    (found,) = samples(folder, value, columns, name)[0].images
     return found
 
 
@@ -59,6 +62,26 @@ ENCODED = {
 @pytest.mark.parametrize("write", ENCODED.values(), ids=ENCODED)
 def test_encoded_images(tmp_path, write):
     assert data(tmp_path, write(base64.b64encode(PNG).decode())) == PNG
+
+
+VALUES = {  # and the name of the image; None: of a file
+    "name": ("a.png", None),
+    "path": ({"path": "a.png"}, None),
+    "struct of a file": ({"bytes": None, "path": "a.png"}, None),
+    "bytes": (PNG, "1 of rows:1"),
+    "struct": ({"bytes": PNG, "path": None}, "1 of rows:1"),
+    "named struct": ({"bytes": PNG, "path": "cat.png"}, "cat.png"),
+    "open": (Image.open(io.BytesIO(PNG)), "1 of rows:1"),
+}
+
+
+@pytest.mark.parametrize("value, name", VALUES.values(), ids=VALUES)
+@pytest.mark.parametrize("column", ["image", "images"])
+def test_images_of_a_row(tmp_path, value, name, column):
+    (tmp_path / "a.png").write_bytes(PNG)
+    found = image(tmp_path, [value] if column == "images" else value, name=column)
+    assert found == tmp_path / "a.png" if name is None else isinstance(found, ImageBytes) and found.name == name
+    assert open_image(found, "x").tobytes() == bytes([1, 2, 3]) * 40 * 30
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"])

@@ -51,8 +51,8 @@ def test_workers_make_the_same_prompts_in_the_same_order(data, model, processor)
 
 
 def command(data, output, workers, *more):
-    small = ("--num_generations", 2, "--max_completion_length", 8, "--max_steps", 4)
-    return digit_runs.command(data, output, *map(str, (*small, "--dataloader_num_workers", workers, *more)))
+    small = {"num_generations": 2, "max_completion_length": 8, "max_steps": 4, "dataloader_num_workers": workers}
+    return digit_runs.command(data, output, *map(str, more), **small)
 
 
 @pytest.mark.slow

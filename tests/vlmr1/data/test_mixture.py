@@ -1,25 +1,19 @@
 """Which rows of several files are taken."""
 
-import json
-
 import pytest
 import yaml
 
+from tests.helpers.rows import SIZES, numbered_files
 from vlmr1.data.mixture import Mixture, Sampling
 from vlmr1.data.samples import load_samples
 from vlmr1.data.sources import split_names
 from vlmr1.errors import SettingError
 
-SIZES = {"a": 10, "b": 40, "c": 7}
-
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name, count in SIZES.items():
-        rows = [json.dumps({"prompt": "?", "solution": f"{name}{i}"}) + "\n" for i in range(count)]
-        (tmp_path / f"{name}.jsonl").write_text("".join(rows))
-    return [f"{name}.jsonl" for name in SIZES]
+    return [path.name for path in numbered_files(tmp_path)]
 
 
 def taken(files, sampling=(), weights=(), seed=42):

@@ -8,6 +8,7 @@ from itertools import islice
 import pytest
 
 from tests.helpers.maker import Maker
+from tests.helpers.rows import NUMBERED, numbered_files
 from vlmr1.data.hub import parquet_rows
 from vlmr1.data.mixture import Mixture
 from vlmr1.data.prompts import PromptDataset
@@ -78,9 +79,7 @@ def test_parquet_by_row_groups(tmp_path, monkeypatch):
 @pytest.fixture
 def stream(tmp_path):
     """A function that streams files a, b and c with 10, 40 and 7 rows."""
-    for name, count in (("a", 10), ("b", 40), ("c", 7)):
-        lines = [json.dumps({"prompt": "?", "solution": f"{name}{i}"}) + "\n" for i in range(count)]
-        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    numbered_files(tmp_path)
 
     def make(names="abc", sampling=(), weights=(), **options):
         files = [str(tmp_path / f"{name}.jsonl") for name in names]
@@ -94,21 +93,18 @@ def order(samples, count, buffer_size=0, seed=3):
     return [samples.sample(index).solution for index in islice(sampler, count)]
 
 
-ALL = [f"{name}{i}" for name, count in (("a", 10), ("b", 40), ("c", 7)) for i in range(count)]
-
-
 def test_files_follow_each_other_and_begin_anew(stream):
-    assert order(stream(), 120) == [*ALL, *ALL, *ALL[:6]]
-    assert order(stream(sampling=["first:2", "all", "first:100"]), 50) == [*ALL[:2], *ALL[10:], "a0"]
+    assert order(stream(), 120) == [*NUMBERED, *NUMBERED, *NUMBERED[:6]]
+    assert order(stream(sampling=["first:2", "all", "first:100"]), 50) == [*NUMBERED[:2], *NUMBERED[10:], "a0"]
 
 
 def test_a_buffer_shuffles(stream):
-    drawn = order(stream(), 2 * len(ALL), buffer_size=16)
-    one, two = drawn[: len(ALL)], drawn[len(ALL) :]
-    assert sorted(one) == sorted(two) == sorted(ALL) and one != ALL and one != two
+    drawn = order(stream(), 2 * len(NUMBERED), buffer_size=16)
+    one, two = drawn[: len(NUMBERED)], drawn[len(NUMBERED) :]
+    assert sorted(one) == sorted(two) == sorted(NUMBERED) and one != NUMBERED and one != two
     assert order(stream(), 114, buffer_size=16) == drawn != order(stream(), 114, buffer_size=16, seed=4)
-    assert all(ALL.index(row) < place + 16 for place, row in enumerate(one))  # no row is read before it is near
-    assert sorted(order(stream(), 57, buffer_size=1000)) == sorted(ALL)
+    assert all(NUMBERED.index(row) < place + 16 for place, row in enumerate(one))  # no row is read before it is near
+    assert sorted(order(stream(), 57, buffer_size=1000)) == sorted(NUMBERED)
 
 
 def test_weights_draw_the_file_of_each_row(stream):
@@ -146,7 +142,7 @@ def test_a_row_is_checked_when_it_is_read(stream):
             raise DataError(f"{sample.source}: not seven")
 
     samples = stream("ab", checks=[check])
-    assert order(samples, 17) == ALL[:17]
+    assert order(samples, 17) == NUMBERED[:17]
     with pytest.raises(DataError, match=r"b\.jsonl:8: not seven"):
         order(samples, 18)
     with pytest.raises(DataError, match=r"a\.jsonl:1: "):  # the first row of each file, at once
@@ -163,7 +159,7 @@ def test_prompts_of_a_stream(stream, make: Maker):
     dataset = PromptDataset(samples, make.builder)
     index = next(islice(StreamSampler(samples, seed=3, buffer_size=0), 30, None))
     assert dataset[index].sample == dataset.of_sample(index).sample
-    assert dataset[index].sample.solution == ALL[30] and dataset[index].sample.index == index
+    assert dataset[index].sample.solution == NUMBERED[30] and dataset[index].sample.index == index
     for unknown in (len, list):
         with pytest.raises(TypeError, match="stream"):
             unknown(dataset.samples)
@@ -188,9 +184,3 @@ def test_what_cannot_be_streamed(name, content, sampling, says, tmp_path, monkey
         (tmp_path / name).write_text(content)
     with pytest.raises(SettingError, match=says):
         stream_samples([name], [], Mixture(sampling), question="{question}")
-
-
-def test_an_empty_file(tmp_path):
-    (tmp_path / "rows.jsonl").write_text("\n\n")
-    with pytest.raises(DataError, match=r"rows\.jsonl: the data set is empty"):
-        stream_samples([str(tmp_path / "rows.jsonl")], [], Mixture(), question="{question}")

@@ -10,10 +10,11 @@ import pytest
 import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from PIL import ExifTags, Image
+from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from tests.helpers.families import FAMILIES, build
+from tests.helpers.pictures import encoded
 from tests.helpers.rewards import answered, group, sample, values
 from vlmr1.data.box_coordinates import SPACES, BoxCoordinates
 from vlmr1.data.boxes import box_fault, scale_between, scale_box
@@ -27,6 +28,8 @@ from vlmr1.types import ImageBytes
 
 IMAGE = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Where?"}]}]
 LABELLED = ("map", "od_ap", "od_ap50", "odLength", "weighted_sum")
+PHOTO = ImageBytes.of(encoded((640, 480)), "image")
+RIGHT = "[0, 0, 320, 480]"  # its left half
 QWEN = Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 64})
 
 
@@ -36,14 +39,6 @@ def family(request, tmp_path_factory):
     model, processor = load_model(folder), load_processor(folder)
     builder = PromptBuilder(model, family_of(model), processor)
     return SimpleNamespace(name=request.param, builder=builder, image_processor=processor.image_processor)
-
-
-def encoded(width, height, orientation=1, kind="PNG"):
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = orientation
-    buffer = io.BytesIO()
-    Image.new("RGB", (width, height), (200, 90, 10)).save(buffer, kind, exif=exif)
-    return buffer.getvalue()
 
 
 def boxes_of(name, image_processor, **options):
@@ -68,7 +63,7 @@ SIXTEENTHS = st.integers(0, 15)
 def test_a_box_in_the_familys_coordinates_is_right(family, tmp_path_factory, size, orientation, corner, kind, as_bytes):
     """A true box in pixels of the upright file, written by a model in its own coordinates, has IoU 1."""
     assume(max(size) <= 50 * min(size))
-    data = encoded(*size, orientation, kind)
+    data = encoded(size, kind=kind, orientation=orientation)
     image = ImageBytes.of(data, "image")
     if not as_bytes:
         image = tmp_path_factory.mktemp("file") / f"image.{kind.lower()}"
@@ -118,45 +113,40 @@ def scored(box, solution, coordinates, images, grids=(), method="iou", **columns
     ],
 )
 def test_known_numbers(space, processor, grid, box, expected):
-    image = ImageBytes.of(encoded(640, 480), "image")
     coordinates = BoxCoordinates.of(space, "qwen2_5_vl", processor)
-    assert scored(box, "[0, 0, 320, 480]", coordinates, [image], [grid]) == pytest.approx(expected, rel=1e-6)
+    assert scored(box, RIGHT, coordinates, [PHOTO], [grid]) == pytest.approx(expected, rel=1e-6)
 
 
 def test_points_are_converted_too():
-    image = ImageBytes.of(encoded(640, 480), "image")
     thousand = BoxCoordinates("thousand")
     for point, expected in (([400, 400], 1), ([600, 400], 0), ({"point_2d": [499, 1]}, 1), ([0, 0, 900, 900], 1)):
-        assert scored(point, "[0, 0, 320, 480]", thousand, [image], method="point_in_box") == expected
+        assert scored(point, RIGHT, thousand, [PHOTO], method="point_in_box") == expected
 
 
 @pytest.mark.parametrize("method", ["iou_internvl", "iou_glm", "iou_qwen"])
 def test_methods_of_a_family_do_as_they_say(method):
     """No second conversion: iou_qwen has its own, by patches of 14; the others compare as it stands."""
-    image = ImageBytes.of(encoded(640, 480), "image")
     box = [0, 0, 140, 140] if method == "iou_qwen" else [0, 0, 320, 480]
     for coordinates in (BoxCoordinates(), BoxCoordinates("thousand"), BoxCoordinates.of("resized", "qwen2_vl", QWEN)):
-        value = scored(box, "[0, 0, 320, 480]", coordinates, [image], [[1, 10, 20]], method=method)
+        value = scored(box, RIGHT, coordinates, [PHOTO], [[1, 10, 20]], method=method)
         assert value == pytest.approx(1, rel=1e-6)
     options = {"image_grid_thw": [1, 10, 20], "image_size": [640, 480], "box_scale": (9.0, 9.0)}
     for name in ("accuracy", method):
-        value = score(name, answered(json.dumps(box)), "[0, 0, 320, 480]", accu_reward_method=method, **options)
+        value = score(name, answered(json.dumps(box)), RIGHT, accu_reward_method=method, **options)
         assert value == pytest.approx(1, rel=1e-12)
 
 
 def test_the_length_reward_asks_the_same_accuracy():
-    image = ImageBytes.of(encoded(640, 480), "image")
     for space, correct in (("thousand", True), ("original", False)):
-        row = sample(1, "[0, 0, 320, 480]", [image], accu_reward_method="iou")
+        row = sample(1, RIGHT, [PHOTO], accu_reward_method="iou")
         reward = get_reward("length", RewardSettings(boxes=BoxCoordinates(space)))
         ((value,),) = values(score_groups([group(row, answered("[0, 0, 500, 1000]"), images=[{}])], [reward]))
         assert (value[0] > 0) is correct
 
 
 def test_a_column_of_the_rows_own_is_not_taken_for_the_scale():
-    image = ImageBytes.of(encoded(640, 480), "image")
     for space, box in (("original", [0, 0, 320, 480]), ("thousand", [0, 0, 500, 1000])):
-        value = scored(box, "[0, 0, 320, 480]", BoxCoordinates(space), [image], box_scale=[9, 9])
+        value = scored(box, RIGHT, BoxCoordinates(space), [PHOTO], box_scale=[9, 9])
         assert value == pytest.approx(1, rel=1e-6)
 
 
@@ -165,7 +155,7 @@ def test_the_published_mode_converts_nothing():
     with pytest.raises(SettingError, match="boxes are thousand with reward_mode vlm_r1"):
         RewardSettings(mode="vlm_r1", boxes=BoxCoordinates("thousand"))
     solution = "<answer>[0, 0, 320, 480]</answer>"
-    value = score("iou", answered("[0, 0, 320, 480]"), solution, mode="vlm_r1", box_scale=(9.0, 9.0))
+    value = score("iou", answered(RIGHT), solution, mode="vlm_r1", box_scale=(9.0, 9.0))
     assert value == 1
 
 
@@ -177,12 +167,12 @@ def test_auto_is_the_familys(name):
 
 def test_coordinates_that_a_model_cannot_have():
     internvl = FAMILIES["internvl"].image_processor()
-    with pytest.raises(
-        SettingError, match=r"^box_coordinates is resized, but GotOcr2ImageProcessorPil does not resize"
-    ):
+    no_grid = "GotOcr2ImageProcessorPil does not resize images to a grid of merged patches"
+    with pytest.raises(SettingError, match=f"^box_coordinates is resized, but {no_grid}"):
         BoxCoordinates.of("resized", "internvl", internvl)
     with pytest.raises(SettingError, match=r"^box_coordinates is auto, but it is not known how llava writes boxes"):
         BoxCoordinates.of("auto", "llava", internvl)
+    assert BoxCoordinates.of("thousand", "llava", internvl).space == "thousand"
 
 
 # Rows that have no one scale
@@ -192,7 +182,7 @@ RESIZED = BoxCoordinates.of("resized", "qwen2_5_vl", QWEN)
 
 
 def images(*names):
-    return [ImageBytes.of(encoded(*SIZES[name], 6 if name == "turned" else 1), name) for name in names]
+    return [ImageBytes.of(encoded(SIZES[name], orientation=6 if name == "turned" else 1), name) for name in names]
 
 
 @pytest.mark.parametrize(
@@ -231,7 +221,7 @@ def test_rows_without_one_scale_are_found_before_training(coordinates, names, re
 
 
 def test_an_image_that_the_processor_refuses():
-    row = sample(3, "[0, 0, 9, 9]", [ImageBytes.of(encoded(28, 6000), "thin")] * 2)
+    row = sample(3, "[0, 0, 9, 9]", [ImageBytes.of(encoded((28, 6000)), "thin")] * 2)
     with pytest.raises(DataError, match=r"^data\.jsonl:3: the processor refuses the row: absolute aspect ratio"):
         check_samples(["iou"], [row], RewardSettings(boxes=RESIZED))
 
@@ -248,7 +238,7 @@ def test_the_embedded_digits_are_not_resized(tmp_path):
     rewards = [get_reward("accuracy", RewardSettings(boxes=boxes)) for boxes in (coordinates, BoxCoordinates())]
     rng = np.random.default_rng(0)
     for size in digits.CANVAS:
-        image = ImageBytes.of(encoded(size, size), "canvas")
+        image = ImageBytes.of(encoded((size, size)), "canvas")
         row = replace(sample(1, "[14, 28, 70, 84]", [image]), messages=IMAGE)
         prompt = builder(row)
         assert coordinates.scale(prompt) == (1.0, 1.0)

@@ -4,14 +4,10 @@ import json
 
 import pytest
 
+from tests.helpers.rewards import box
 from vlmr1.errors import DataError, SettingError
-from vlmr1.rewards import RewardSettings, check_samples, score
+from vlmr1.rewards import RewardSettings, accuracy_reward, check_samples, score
 from vlmr1.types import Sample
-
-
-def box(*numbers, label="cat"):
-    return {"bbox_2d": list(numbers), "label": label}
-
 
 CAT = box(0, 0, 100, 100)
 
@@ -30,13 +26,20 @@ def row(solution, **columns):
         ("accuracy", "point_in_box", "[1, 2]", "the solution has no box"),
         ("length", "iou", "[1, 2]", "the solution has no box"),
         ("iou", None, "[1, 2]", "the solution has no box"),
+        ("accuracy", None, "[1, 1, 1, 1]", "the solution has no box"),
+        (
+            accuracy_reward,
+            None,
+            "7",
+            "the solution has no box: '<answer>7</answer>'; it must hold {",
+        ),
         ("counting", None, "many", "the solution is no count"),
         ("point_in_box", None, "[1, 2]", "the solution has no box"),
     ],
 )
 def test_a_solution_that_cannot_be_scored_is_found_before_training(reward, method, solution, message):
     with pytest.raises(DataError) as caught:
-        check_samples([reward], [row(solution, accu_reward_method=method)])
+        check_samples(["format", reward], [row(solution, accu_reward_method=method)])
     assert str(caught.value).startswith(f"data.jsonl:7: {message}")
 
 
@@ -60,19 +63,6 @@ def test_a_solution_that_the_published_code_cannot_score():
     with pytest.raises(DataError, match=r"data.jsonl:7: JSONDecodeError: Expecting value"):
         check_samples(["accuracy"], [row("seven")], settings)
     check_samples(["accuracy"], [row("seven", accu_reward_method="mcp")], settings)
-
-
-@pytest.mark.parametrize(
-    "values, message",
-    [
-        ({"overlong_cache_length": 9}, "overlong_cache_length is 9: it must be at least 1 and below"),
-        ({"overlong_cache_length": 9, "max_completion_length": 9}, "overlong_cache_length is 9"),
-    ],
-)
-def test_settings_out_of_range(values, message):
-    with pytest.raises(SettingError) as caught:
-        RewardSettings(**values)
-    assert str(caught.value).startswith(message)
 
 
 def test_the_published_length_needs_no_method():

@@ -60,6 +60,9 @@ def test_rewards_of_length_count_the_tokens():
 def test_overlong_without_its_setting():
     with pytest.raises(RewardError, match="the reward overlong needs overlong_cache_length"):
         score_groups([group(sample(1), "x")], ["overlong"])
+    for most in (0, 9):
+        with pytest.raises(SettingError, match=r"^overlong_cache_length is 9: it must be at least 1 and below"):
+            RewardSettings(overlong_cache_length=9, max_completion_length=most)
 
 
 def test_length_by_a_judge_is_refused():

@@ -54,15 +54,13 @@ def written(form, family, *boxes):
     return before + between.join(box.format(*each) for each in numbers) + behind
 
 
-def rewards_of(family, texts, reward, solution, tmp_path, **columns):
-    """The scores of completions by a model of the family, all of the image of SIZE."""
-    Image.new("RGB", SIZE).save(tmp_path / "a.png")
+def rewards_of(family, texts, reward, solution, tmp_path, boxes=None, size=SIZE, grid=(1, 10, 20), **columns):
+    """The scores of completions by a model of the family, all of an image of this size."""
+    Image.new("RGB", size).save(tmp_path / "a.png")
     row = sample(1, solution, [tmp_path / "a.png"], **columns)
-    boxes = BoxCoordinates.of("auto", family, HALVED)
-    images = [{"image_grid_thw": torch.tensor([[1, 10, 20]])}]
-    (scores,) = values(
-        score_groups([group(row, *texts, images=images)], [get_reward(reward, RewardSettings(boxes=boxes))])
-    )
+    function = get_reward(reward, RewardSettings(boxes=boxes or BoxCoordinates.of("auto", family, HALVED)))
+    groups = [group(row, *texts, images=[{"image_grid_thw": torch.tensor([grid])}])]
+    ((*scores,),) = values(score_groups(groups, [function]))
     return [each for (each,) in scores]
 
 
@@ -100,12 +98,10 @@ def test_every_family_has_forms():
     ],
 )
 def test_coordinates_of_a_family_and_of_a_model_trained_otherwise(family, box, coordinates, expected, tmp_path):
-    Image.new("RGB", (600, 300)).save(tmp_path / "a.png")
-    row = sample(1, "[300, 150, 360, 180]", [tmp_path / "a.png"])
-    grid = [{"image_grid_thw": torch.tensor([[1, 22, 44]])}]
-    settings = RewardSettings(boxes=BoxCoordinates.of(coordinates, family, Qwen2VLImageProcessorPil()))
-    groups = [group(row, f"<answer>{box}</answer>", images=grid)]
-    assert values(score_groups(groups, [get_reward("iou", settings)])) == [[[pytest.approx(expected, abs=1e-6)]]]
+    boxes = BoxCoordinates.of(coordinates, family, Qwen2VLImageProcessorPil())
+    more = {"boxes": boxes, "size": (600, 300), "grid": (1, 22, 44)}
+    found = rewards_of(family, [f"<answer>{box}</answer>"], "iou", "[300, 150, 360, 180]", tmp_path, **more)
+    assert found == pytest.approx([expected], abs=1e-6)
 
 
 LABELLED = '[{"bbox_2d": [0, 0, 9, 9], "label": "cat"}, {"bbox_2d": [20, 0, 29, 9], "label": "dog"}]'

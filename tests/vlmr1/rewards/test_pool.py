@@ -178,11 +178,6 @@ def test_the_processes_end_with_theirs(mine, text):
     assert done.stdout == ("[1.0]\n" if text == "1" else "")
 
 
-def test_a_worker_starts_without_torch():
-    code = "import sys, vlmr1.rewards.worker; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
-
-
 @pytest.mark.parametrize("workers, timeout, message", [(0, 1, "reward_workers is 0"), (1, 0, "reward_timeout is 0")])
 def test_settings_out_of_range(workers, timeout, message):
     with pytest.raises(SettingError, match=message):

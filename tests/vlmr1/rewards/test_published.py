@@ -43,17 +43,6 @@ def test_recorded(case):
         assert math.copysign(1, value) == (-1 if expected else 1)
 
 
-FENCED = '<answer>```json\n[{"bbox_2d": [0, 0, 10, 10], "label": "a"}]\n```</answer>'
-
-
-def fenced(*boxes):
-    return f"<answer>```json\n{json.dumps(list(boxes))}\n```</answer>"
-
-
-def box(*numbers, label="a"):
-    return {"bbox_2d": list(numbers), "label": label}
-
-
 SIDES = st.one_of(st.integers(-5, 25), st.floats(-5, 25), st.sampled_from([0, 10, 1e5, -1e5, 2e5]))
 NUMBERS = st.lists(SIDES, min_size=4, max_size=4)
 BOXES = st.lists(st.tuples(st.sampled_from("abc"), NUMBERS), max_size=8)

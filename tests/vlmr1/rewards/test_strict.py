@@ -6,17 +6,9 @@ import math
 
 import pytest
 
+from tests.helpers.rewards import answered, box
 from vlmr1.rewards import score
 from vlmr1.rewards.length import cosine, overlong
-from vlmr1.rewards.strict.point import parse_point
-
-
-def answered(text):
-    return f"<think>so</think><answer>{text}</answer>"
-
-
-def box(*numbers, label="cat"):
-    return {"bbox_2d": list(numbers), "label": label}
 
 
 def accuracy(method, said, right):
@@ -96,13 +88,6 @@ def test_without_an_answer_there_is_nothing(method):
     bare = [] if method in ("map", "iou") else [right]  # boxes are read without an answer
     for content in ("", *bare, f"<answer>{right}", f"<think>{right}", "<answer></answer>"):
         assert score("accuracy", content, f"<answer>{right}</answer>", accu_reward_method=method) == 0
-
-
-def test_parse_point():
-    assert parse_point('```json\n[{"point_2d": [1, 2]}]\n```') == (1, 2)
-    assert parse_point("3.5, -4") == (3.5, -4)
-    for text in ("[1]", "[1, 2, 3]", "1", "", "null", '{"point_2d": "1, 2"}'):
-        assert parse_point(text) is None
 
 
 def test_iou_of_boxes_in_px_of_the_model_input():

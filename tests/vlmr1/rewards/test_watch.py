@@ -127,8 +127,13 @@ def test_a_function_that_raises_on_one_row_scores_the_others(caplog):
 
 @pytest.mark.parametrize("working", [None, set()], ids=["strict", "never worked"])
 def test_a_function_that_never_works_is_an_error(working):
-    with pytest.raises(RewardError, match=r"reward fragile: raised ZeroDivisionError.* data\.jsonl:2 .*'c'") as caught:
-        score_groups([group(sample(2, divisor=0), "c", "d")], [fragile], working=working)
+    groups = [group(sample(1, divisor=0), "b" * 500, "d")]
+    if working is None:
+        groups.insert(0, group(sample(4, divisor=2), "a"))
+    with pytest.raises(RewardError) as caught:
+        score_groups(groups, [fragile], working=working)
+    words = "reward fragile: raised ZeroDivisionError('division by zero') for the row data.jsonl:1 and the completion"
+    assert str(caught.value).startswith(f"{words} '{'b' * 117}...'")
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
