@@ -20,9 +20,10 @@ from vlmr1.api.refused import refused_arguments
 from vlmr1.api.rows import samples_of
 from vlmr1.api.runs import checkpoint_of, is_done, present_checkpoint, push, write_report
 from vlmr1.errors import SettingError
+from vlmr1.grpo.loss import clipped_shares
 from vlmr1.grpo.trainer import GRPOTrainer as CoreTrainer
 from vlmr1.report.progress import Progress
-from vlmr1.types import Group
+from vlmr1.types import Group, Pack
 
 
 class GRPOTrainer(CoreTrainer):
@@ -114,6 +115,9 @@ class GRPOTrainer(CoreTrainer):
         return best
 
     # Metrics
+
+    def pass_metrics(self, logp: Tensor, pack: Pack) -> dict[str, Tensor]:
+        return super().pass_metrics(logp, pack) | clipped_shares(logp, pack, self.settings)
 
     def backward(self, model: Any, groups: Sequence[Group]) -> tuple[Tensor, dict[str, float]]:
         loss, metrics = super().backward(model, groups)

@@ -25,7 +25,7 @@ from vlmr1.grpo.dynamic_sampling import PromptReservoir, resample
 from vlmr1.grpo.group_metrics import group_metrics, warn_if_logp_differs
 from vlmr1.grpo.importance_sampling import set_importance_denominators
 from vlmr1.grpo.kl_penalty import with_kl
-from vlmr1.grpo.loss import Objective, clipped_shares, logp_difference, normalizer
+from vlmr1.grpo.loss import Objective, logp_difference, normalizer
 from vlmr1.grpo.pack_runner import PackRunner
 from vlmr1.grpo.policy import PackedPolicy, call, weights_for_rollout
 from vlmr1.grpo.reference import SyncReference
@@ -237,10 +237,14 @@ class GRPOTrainer(HFTrainer):
             with self.phases("backward"):
                 if loss.requires_grad:  # not where the vision tower alone is trained and the pack has no image
                     self.accelerator.backward(loss * self.ranks.world_size)  # engines take the mean over ranks
-        metrics |= logp_difference(metrics["logp"], pack) | clipped_shares(metrics["logp"], pack, self.settings)
+        metrics |= self.pass_metrics(metrics["logp"], pack)
         return loss.detach(), metrics if pack.weight else metrics | {"dropped_rows": metrics["tokens"]}
 
     # Data and metrics
+
+    def pass_metrics(self, logp: Tensor, pack: Pack) -> dict[str, Tensor]:
+        """Metrics of a pack's log-probs [N]."""
+        return logp_difference(logp, pack)
 
     def get_train_dataloader(self) -> DataLoader:
         """The prompts of one generation in a batch, then empty batches for the other updates that it serves: the

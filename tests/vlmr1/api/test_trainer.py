@@ -269,7 +269,7 @@ def test_a_step_is_shown_once(
 
 
 def test_a_finished_run_is_not_trained_again(tiny: Path, tmp_path: Path) -> None:
-    settings = dict(save_strategy="steps", save_steps=1)
+    settings: dict[str, Any] = dict(save_strategy="steps", save_steps=1)
     first = trainer_of(tiny, tmp_path, **settings)
     first.train()
     again = trainer_of(tiny, tmp_path, **settings)
@@ -280,7 +280,7 @@ def test_a_finished_run_is_not_trained_again(tiny: Path, tmp_path: Path) -> None
 
 def test_tokens_of_a_generation_are_counted_once(tiny: Path, tmp_path: Path) -> None:
     """Two updates on its halves, each made twice."""
-    settings = dict(steps_per_generation=2, num_iterations=2, max_steps=4)
+    settings: dict[str, Any] = dict(steps_per_generation=2, num_iterations=2, max_steps=4)
     trainer = trainer_of(tiny, tmp_path, dict(train_dataset=rows(7)), **settings)
     trainer.train()
     prompts = {i: len(trainer.train_dataset[i].input_ids) for i in range(7)}
