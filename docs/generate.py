@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
+from vlmr1.api.config import GRPOConfig
+from vlmr1.api.refused import ARGUMENTS, REASONS
 from vlmr1.commands.settings_help import TRL_DEFAULTS, default_text, help_text
+from vlmr1.config import GRPOConfig as CoreConfig
 from vlmr1.config import groups
 from vlmr1.lifecycle.renamed import RENAMED, RENAMED_VALUES
 
@@ -60,7 +64,23 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
-MARKERS = {"<!-- settings -->": settings, "<!-- renamed settings -->": renamed_settings, "<!-- refusals -->": refusals}
+def refused_in_python() -> Iterator[str]:
+    """A table of TRL's settings and arguments that are refused."""
+    yield "| setting or argument | reason |\n|---|---|"
+    yield from (f"| `{name}` | {_cell(reason)} |" for name, reason in (REASONS | ARGUMENTS).items())
+
+
+def defaults_in_python() -> Iterator[str]:
+    """A table of the defaults that differ between the Python API and the command line."""
+    yield "| setting | Python and TRL | command line |\n|---|---|---|"
+    for each in fields(GRPOConfig):
+        other = CoreConfig.__dataclass_fields__.get(each.name)
+        if each.init and other is not None and other.default != each.default:
+            yield f"| `{each.name}` | `{each.default}` | `{other.default}` |"
+
+
+MARKERS = {"<!-- refused in Python -->": refused_in_python, "<!-- defaults in Python -->": defaults_in_python}
+MARKERS |= {"<!-- settings -->": settings, "<!-- renamed settings -->": renamed_settings, "<!-- refusals -->": refusals}
 
 
 def on_page_markdown(markdown: str, **options: object) -> str:

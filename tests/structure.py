@@ -33,7 +33,7 @@ training
 grpo
 sft evaluation report planner tiny
 config
-commands __init__
+commands api __init__
 cli
 """
 LEVEL = {name: level for level, line in enumerate(ORDER.strip().splitlines()) for name in line.split()}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, dataclass, fields
 from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 from warnings import catch_warnings, filterwarnings
 
 import torch
@@ -140,6 +140,11 @@ class GRPOConfig(
     """Settings of a GRPO run; names follow TRL where TRL has one. A setting of `transformers.TrainingArguments` works
     as documented there, or is refused by name."""
 
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "chat_template_kwargs"]
+    # Of a subclass: settings of TrainingArguments that it honours too, and settings that it checks itself.
+    also_supported: ClassVar[frozenset[str]] = frozenset()
+    not_checked: ClassVar[tuple[type[Settings], ...]] = ()
+
     # Defaults that differ from TrainingArguments
     output_dir: str | None = setting("output", "directory of checkpoints, logs and report")
     learning_rate: float = 1e-6
@@ -154,7 +159,9 @@ class GRPOConfig(
             faults += faults_of(self._as_training_arguments)
         works = not faults  # as TrainingArguments: its values have their types
         for part in parts():
-            faults += part.check(self)
+            wrong = list(part.wrong_types(self))
+            works = works and not wrong
+            faults += wrong or ([] if part in self.not_checked else part.check(self))
         if works:
             faults += self.check()
         _refuse(faults or list(faults_of(self.objective)))
@@ -190,11 +197,6 @@ class GRPOConfig(
 
     def check(self) -> Iterator[str]:
         """Yield the faults of settings of two packages, and of those of TrainingArguments."""
-        if self.lora_dropout and (self.share_prompt or self.pack):
-            yield (
-                f"lora_dropout is {self.lora_dropout}, which needs share_prompt=false pack=false: branches of a prompt "
-                "would share what was dropped from it"
-            )
         if self.reference == "adapter" and not self.use_peft:
             yield "reference=adapter needs use_peft: it is the policy with its adapter switched off"
         if self.sync_ref_model and self.reference_kind == "adapter":
@@ -214,7 +216,7 @@ class GRPOConfig(
             if _is_folder(getattr(self, name), self.output_dir):
                 yield f"output_dir is the directory of {name}, whose files the new model would replace: give another"
         for name, value in (("ignore_data_skip", False), ("dataloader_in_order", True)):
-            if self.steps_per_generation * self.num_iterations > 1 and getattr(self, name) != value:
+            if self.updates_per_generation * self.num_iterations > 1 and getattr(self, name) != value:
                 yield (
                     f"{name}={not value} cannot be used where a generation serves several updates "
                     "(steps_per_generation, num_iterations): prompts and updates would not meet"
@@ -246,7 +248,7 @@ def groups() -> dict[str, list[str]]:
 
 
 def _unsupported(config: GRPOConfig) -> Iterator[str]:
-    supported = {name for names in SUPPORTED_ARGS.values() for name in names}
+    supported = {name for names in SUPPORTED_ARGS.values() for name in names} | config.also_supported
     for inherited in fields(TrainingArguments):
         if inherited.name not in supported and _changed(inherited, getattr(config, inherited.name)):
             reason = RENAMED_ARGS.get(inherited.name, "it has no effect on GRPO, or is not supported yet")

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from copy import copy
 from dataclasses import FrozenInstanceError, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from types import NoneType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,6 +52,7 @@ class Sample:
     index: int
     columns: dict[str, Any] = field(default_factory=dict)  # everything else the row held
     other_solutions: tuple[str, ...] = ()  # accepted as well as `solution`
+    as_given: dict[str, Any] = field(default_factory=dict)  # arguments of users' reward functions, in place of these
 
     def each_solution(self) -> list[Sample]:
         """Return this sample once for each accepted solution, which is then its only one."""
@@ -93,6 +95,7 @@ class Completion:
     old_logp: Tensor | None = None  # [C] float32 of the old policy, in the ratio; None: the update's own forward
     ref_logp: Tensor | None = None  # [C] float32 of the reference model
     importance_denominator: Tensor | None = None  # [C] float32: the weight is min(exp(old_logp - this), cap)
+    logged: dict[str, Any] = field(default_factory=dict)  # columns that reward functions add to its row of the log
 
     def on_host(self) -> Completion:
         """A copy whose tensors are in host memory and have storage of their own, for checkpoints and other ranks."""
@@ -183,6 +186,18 @@ class Settings:
             raise FrozenInstanceError(f"cannot set {name}: {type(self).__name__} is read-only")
         super().__setattr__(name, value)
 
+    @classmethod
+    def wrong_types(cls, config: Any) -> Iterator[str]:
+        """Yield the settings of this class whose value in `config` is not of the declared type."""
+        hints = get_type_hints(cls)
+        for name in vars(cls).get("__annotations__", {}):
+            value, wanted = getattr(config, name), hints[name]
+            if get_origin(wanted) is not ClassVar and not _fits(value, wanted):
+                shown = str(getattr(wanted, "__name__", wanted)).replace("typing.", "")
+                if get_origin(wanted) is Literal:
+                    shown = f"one of {', '.join(map(str, get_args(wanted)))}"
+                yield f"{name} is {value!r}: it must be {shown}"
+
     def check(self) -> Iterator[str]:
         """Yield the faults of these settings; fills in values that follow from others."""
         return iter(())
@@ -208,3 +223,16 @@ class Settings:
     def is_default(self, name: str) -> bool:
         """Return whether a setting has its default value, or is an empty list."""
         return getattr(self, name) in (type(self).__dataclass_fields__[name].default, [])  # type: ignore[attr-defined]
+
+
+def _fits(value: Any, wanted: Any) -> bool:
+    """Return whether a value is of an annotation. A path is a text and an int a float; a bool is neither."""
+    origin, choices = get_origin(wanted), get_args(wanted)
+    if origin is Literal:
+        return value in choices
+    if origin is list:
+        return isinstance(value, list | tuple) and all(_fits(each, choices[0]) for each in value)
+    if choices:
+        return any(_fits(value, each) for each in choices)
+    kinds: dict[Any, tuple[type, ...]] = {float: (float, int), str: (str, Path), None: (NoneType,)}
+    return isinstance(value, kinds.get(wanted, (wanted,))) and (wanted is bool or not isinstance(value, bool))

@@ -115,10 +115,10 @@ def tokenizer(family: Family) -> PreTrainedTokenizerFast:
     )
 
 
-def build(name: str, folder: Path, seed: int = 0) -> Path:
+def build(name: str | Family, folder: Path, seed: int = 0) -> Path:
     """Write the family's tiny checkpoint: random float32 weights, three times as wide as usual, so that attention is
     far from uniform."""
-    family = FAMILIES[name]
+    family = FAMILIES[name] if isinstance(name, str) else name
     tokens = tokenizer(family)
     config = family.config(tokens.get_vocab())
     torch.manual_seed(seed)

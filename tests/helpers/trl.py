@@ -65,7 +65,7 @@ def trl_loss(settings: GRPOSettings, lengths: list[int], rows: dict[str, Tensor]
     return pytest.importorskip("trl").GRPOTrainer._compute_loss(this, None, inputs)
 
 
-def trl_advantages(rewards: Tensor, weights: Tensor, num_generations: int, scale: str) -> Tensor:
+def trl_advantages(rewards: Tensor, weights: Tensor, num_generations: int, scale: str, aggregation: str) -> Tensor:
     """rewards [B, R] -> [B]."""
     trl = pytest.importorskip("trl")
     size, count = rewards.shape
@@ -77,7 +77,8 @@ def trl_advantages(rewards: Tensor, weights: Tensor, num_generations: int, scale
         scale_rewards=scale,
         reward_weights=weights,
         reward_func_names=[str(i) for i in range(count)],
-        multi_objective_aggregation="sum_then_normalize",
+        multi_objective_aggregation=aggregation,
+        reward_funcs=[None] * count,
         **dict.fromkeys(("environment_factories", "environments", "tools", "pad_to_multiple_of")),
         mask_truncated_completions=False,
         num_iterations=1,

@@ -117,6 +117,7 @@ def test_grpo_settings_of_the_defaults():
         ({"loss_type": "gspo", "importance_sampling_level": "sequence"}, SEQUENCE_GSPO),
         ({"entropy_coef": 0.1}, {"entropy_coef": 0.1}),
         ({"kl_in_reward": True}, {"beta": 0.0}),
+        ({"use_bias_correction_kl": True}, {"use_bias_correction_kl": True}),
         ({"importance_sampling_correction": "token_mask", "old_logprobs": "recompute"}, {"tis_cap": 3.0}),
         (
             {
@@ -133,6 +134,16 @@ def test_grpo_settings_of_the_defaults():
 def test_grpo_settings(setting, expected):
     defaults = vars(GRPOConfig(use_cpu=True).objective())
     assert vars(GRPOConfig(use_cpu=True, **setting).objective()) == defaults | expected
+
+
+WRONG = {"scale_rewards": "bogus", "rollout_engine": "vllm", "old_logprobs": "x", "model_dtype": "float16"}
+WRONG |= {"max_completion_length": None, "num_generations": 2.5, "beta": True, "reward_weights": 1.0, "pack": "yes"}
+
+
+def test_types_are_checked_from_python_too():
+    with pytest.raises(SettingError) as caught:
+        GRPOConfig(use_cpu=True, learning_rate=1, reward_funcs=("format",), output_dir=Path("out"), **WRONG)
+    assert [line.partition(" is ")[0] for line in sorted(str(caught.value).splitlines())] == sorted(WRONG)
 
 
 # words, rows, what is said

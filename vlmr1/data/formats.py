@@ -166,7 +166,12 @@ def _prompt(prompt: Any, row: Row, source: str) -> list[Message]:
         return [message("user", stripped(parts_of(text)))]
     if not isinstance(prompt, list) or not prompt:
         raise row_fault(source, "prompt", f"the prompt is neither text nor a list of messages but {short(prompt)}")
-    return [_message(_turn(each, source), source) for each in prompt]
+    return read_messages(prompt, source)
+
+
+def read_messages(prompt: Sequence[Any], source: str, *, markers: bool = True) -> list[Message]:
+    """Return the messages of a list of turns. Unless `markers` is false, "<image>" in a text stands for an image."""
+    return [_message(_turn(each, source), source, markers=markers) for each in prompt]
 
 
 def _turn(turn: Any, source: str) -> tuple[str, str, Any]:
@@ -180,12 +185,13 @@ def _turn(turn: Any, source: str) -> tuple[str, str, Any]:
     return ROLES[word], word, given.get("content", given.get("value"))
 
 
-def _message(turn: tuple[str, str, Any], source: str, *, strip: bool = False) -> Message:
+def _message(turn: tuple[str, str, Any], source: str, *, strip: bool = False, markers: bool = True) -> Message:
     role, word, content = turn
     if not isinstance(content, str | list):
         what = f"the content of a message is neither text nor parts but {kind_of(content)}, in a {word} turn"
         raise row_fault(source, "turn", what)
-    parts = parts_of(content) if isinstance(content, str) else text_and_images(content, source)
+    content = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    parts = text_and_images(content, source, markers=markers)
     return message(role, stripped(parts) if strip else parts)
 
 

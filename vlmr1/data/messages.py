@@ -123,10 +123,11 @@ def short(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def text_and_images(content: Sequence[Any], source: str) -> list[Part]:
+def text_and_images(content: Sequence[Any], source: str, *, markers: bool = True) -> list[Part]:
     """Convert a message's list of parts; unused keys of a part are null in some files.
 
-    Text parts have markers as texts do. An image part may hold its image under one of `IMAGE_KEYS`."""
+    Text parts have markers as texts do, unless `markers` is false. An image part may hold its image under one of
+    `IMAGE_KEYS`."""
     parts: list[Part] = []
     for part in content:
         used: Mapping[str, Any] = {k: v for k, v in part.items() if v is not None} if isinstance(part, dict) else {}
@@ -134,7 +135,7 @@ def text_and_images(content: Sequence[Any], source: str) -> list[Part]:
         if used.get("type") in ("image", "image_url") and used.keys() == {"type", *held} and len(held) <= 1:
             parts.append({"type": "image"} | ({VALUE: used[held[0]]} if held else {}))
         elif used.keys() == {"type", "text"} and used["type"] == "text" and isinstance(used["text"], str):
-            parts += parts_of(used["text"])
+            parts += parts_of(used["text"]) if markers else [{"type": "text", "text": used["text"]}]
         elif str(used.get("type")).startswith(("video", "audio", "input_audio")):
             raise row_fault(source, "video", f"a part of type {used['type']}: only text and images are trained on")
         else:

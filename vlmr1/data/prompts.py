@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from PIL import Image
@@ -26,14 +26,24 @@ THINK_OPENING = re.compile(r"<think>\s*(?:</think>\s*)?\Z")
 class PromptBuilder:
     """Tokenize a Sample with its model's processor; each image is read and held once."""
 
-    def __init__(self, model: Any, family: ModelFamily, processor: Any, *, max_prompt_length: int | None = None):
+    def __init__(
+        self,
+        model: Any,
+        family: ModelFamily,
+        processor: Any,
+        *,
+        max_prompt_length: int | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ):
         self.model = model
         self.family = family
         self.processor = processor
         self.max_prompt_length = max_prompt_length
+        self.template_kwargs = dict(template_kwargs or {})  # variables of the chat template
 
     def __call__(self, sample: Sample) -> Prompt:
-        text = self.processor.apply_chat_template(sample.messages, tokenize=False, add_generation_prompt=True)
+        options = {"tokenize": False, "add_generation_prompt": True, **self.template_kwargs}
+        text = self.processor.apply_chat_template(sample.messages, **options)
         images = [open_image(path, sample.source) for path in sample.images]
         start = self.processor.tokenizer.bos_token
         special = not (start and text.startswith(start))  # the template may contain the start token
@@ -53,7 +63,8 @@ class PromptBuilder:
         """A small black image, and what the processor makes of it: for passes that have none and call the tower."""
         image = encode_image(Image.new("RGB", (2 * MIN_SIDE, 2 * MIN_SIDE)), "dummy image")
         message = {"role": "user", "content": [{"type": "image"}]}
-        builder = PromptBuilder(self.model, self.family, self.processor)  # without a limit of length
+        template_kwargs = self.template_kwargs
+        builder = PromptBuilder(self.model, self.family, self.processor, template_kwargs=template_kwargs)  # no limit
         prompt = builder(Sample([message], (image,), "", "dummy image", -1))
         return image, prompt.images[0]
 

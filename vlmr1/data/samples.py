@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from hashlib import blake2b
 from itertools import accumulate
 from pathlib import Path
@@ -96,7 +97,9 @@ class Samples(Sequence[Sample]):
 
     def select(self, indices: Sequence[int]) -> Samples:
         """Return the samples with these values of `Sample.index`, in this order."""
-        return Samples(self.sources, self.question, self.columns, indices, self.defaults)
+        chosen = copy(self)
+        chosen.indices = indices
+        return chosen
 
     def _place(self, index: int) -> tuple[Rows, ImageFolder, int]:
         file, place = self._file(index)

@@ -39,11 +39,13 @@ class DataSettings(_Shared):
     )
     data_weights: list[float] = setting([], "shares of the data files in an epoch, one for each; no row is repeated")
     streaming: bool = setting(False, "read rows while training, without a pass before; needs max_steps")
+    shuffle_dataset: bool = setting(True, "draw the rows in a random order; false: in the order of the files")
     shuffle_buffer_size: int = setting(1000, "with streaming: rows of which the next one is drawn; 0: the files' order")
     prompt_column: str = setting("prompt", "column of the prompt, beside those of the known formats of rows")
     solution_column: str = setting("solution", "column of the solution; dots lead into nested values: a.b")
     image_column: str = setting("", "column of the images; default: image or images")
     system_prompt: str | None = setting(None, "system message of rows that have none")
+    chat_template_kwargs: dict | str | None = setting(None, "further variables of the chat template, as JSON")
     question_template: str = setting(
         AUTO,
         f"{', '.join(TEMPLATES)}, or a text with {{question}} in it; auto: rec where accuracy is by IoU, odLength "
@@ -72,6 +74,8 @@ class DataSettings(_Shared):
 
     def check(self) -> Iterator[str]:
         yield from self.at_least(1, "max_prompt_length")
+        if isinstance(self.chat_template_kwargs, str):
+            yield f"chat_template_kwargs is {self.chat_template_kwargs!r}: it must be a JSON object"
         if self.overlong_prompts == "filter" and self.max_prompt_length is None:
             yield "overlong_prompts=filter needs max_prompt_length"
         for text in self.sampling_strategy:
@@ -85,6 +89,8 @@ class DataSettings(_Shared):
                 yield "val_split_ratio needs all rows, and streaming=true knows none before: use eval_data_file_paths"
             if self.overlong_prompts == "filter":
                 yield "overlong_prompts=filter measures all rows before training: with streaming=true use error"
+            if not self.shuffle_dataset:
+                yield "shuffle_dataset has no effect with streaming: shuffle_buffer_size=0 keeps the files' order"
             if self.min_pass_rate is not None or self.max_pass_rate is not None:
                 yield "min_pass_rate and max_pass_rate choose rows before training, and streaming=true knows none then"
         elif not self.is_default("shuffle_buffer_size"):

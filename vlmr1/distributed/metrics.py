@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -10,9 +11,15 @@ from torch import Tensor
 from vlmr1.distributed.ranks import Ranks
 
 # Metrics that combine over packs, ranks and steps by their maximum or minimum, not by their mean.
-MAXIMA = ("ratio_max", "rollout/logp_difference_max", "rollout/importance_ratio_max", "completion_length_max")
+MAXIMA = (
+    "ratio_max",
+    "rollout/logp_difference_max",
+    "rollout/importance_ratio_max",
+    "completion_length_max",
+    "clip_high_max",
+)
 MAXIMA += ("gpu/memory_used_mib", "gpu/process_memory_mib")
-MINIMA = ("rollout/importance_ratio_min",)
+MINIMA = ("rollout/importance_ratio_min", "clip_low_min")
 # What is counted adds up; what is measured in seconds or MiB is as long, or as much, as on the slowest or fullest rank.
 COUNTS = ("packs", "packed_tokens", "repeated_prompt_tokens", "dynamic_sampling/tokens_discarded")
 COUNTS += ("rollout/tokens_per_second", "rollout/preemptions", "rollout/out_of_memory")
@@ -21,10 +28,12 @@ LONGEST = ("dynamic_sampling/rounds", "rollout/prefill_seconds", "rollout/decode
 
 
 def over_ranks(values: Mapping[str, float], weight: float, ranks: Ranks) -> dict[str, float]:
-    """Sums of counts, maxima of maxima, and means weighted by `weight`, the number of this rank's groups."""
+    """Sums of counts, maxima of maxima, and means weighted by `weight`, the number of this rank's groups. A value that
+    is NaN, such as the mean of a reward that applied to no row, is left out."""
     everyone = ranks.all_gather((dict(values), weight))
     names = dict.fromkeys(name for own, _ in everyone for name in own)
-    return {name: _combined(name, [(own[name], w) for own, w in everyone if name in own]) for name in names}
+    known = {name: [(own[name], w) for own, w in everyone if not math.isnan(own.get(name, math.nan))] for name in names}
+    return {name: _combined(name, values) for name, values in known.items() if values}
 
 
 def _combined(name: str, known: Sequence[tuple[float, float]]) -> float:
@@ -58,6 +67,8 @@ def combine(parts: Sequence[dict[str, Tensor]], tokens: int) -> dict[str, float]
         values = torch.stack([part[name].double() for part in parts])
         if name in MAXIMA:
             out[name] = float(values.max())
+        elif name in MINIMA:
+            out[name] = float(values.min())
         else:
             out[name] = float((values * rows).sum() / rows.sum().clamp(min=1))
     return out

@@ -56,7 +56,7 @@ def evaluate_during_training(
     rows = sorted((row for own in ranks.all_gather(scored) for row in own), key=lambda row: row[0])
     rewards = torch.tensor([values for _, values, _ in rows], dtype=torch.float64)  # [rows, R]
     records = [record for _, _, record in rows]
-    means = rewards.mean(0).tolist()
+    means = rewards.nanmean(0).tolist()
     values = {f"eval/rewards/{reward.name}/mean": mean for reward, mean in zip(trainer.rewards, means, strict=True)}
     weights = trainer.args.reward_weights or [1.0] * len(means)
     values["eval/reward"] = sum(weight * mean for weight, mean in zip(weights, means, strict=True))
@@ -78,6 +78,7 @@ def decoder_of(trainer: GRPOTrainer, box_coordinates: Setting = "auto") -> Decod
         engine=make_engine(trainer, model),
     )
     decoder.sampling = replace(trainer.sampling, greedy=True)  # with the run's stop strings and penalty
+    decoder.builder.template_kwargs = dict(trainer.args.chat_template_kwargs or {})
     return decoder
 
 

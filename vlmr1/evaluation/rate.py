@@ -36,7 +36,7 @@ class Rater:
     def __init__(self, model: Any, processor: Any, samples: Samples, args: Any, pool: RewardPool | None):
         self.args, self.processor, self.pool = args, processor, pool
         self.dtype = torch.bfloat16 if args.bf16 else None
-        self.family, _ = setup.prepare_model(model, args)
+        _, self.family, _ = setup.prepare_model(model, args)
         self.rewards, self.weights = setup.make_rewards(args, model, processor, None)
         self.engine = setup.make_engine(self, model)
         self.prompts = setup.make_dataset(model, self.family, processor, samples, args)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ class BufferSampler(BatchSampler):
         made = cls(
             sampler,
             prompts=args.prompts_per_device,
-            parts=args.steps_per_generation,
+            parts=args.updates_per_generation,
             iterations=args.num_iterations,
             drop_last=args.dataloader_drop_last,
             ranks=ranks,
@@ -47,7 +47,7 @@ class BufferSampler(BatchSampler):
             each = "" if ranks.world_size == 1 else f" on each of {ranks.world_size} ranks"
             raise SettingError(
                 f"{len(sampler)} rows are too few: an update needs one{each}, and steps_per_generation is "
-                f"{args.steps_per_generation} (dataloader_drop_last is {args.dataloader_drop_last})"
+                f"{args.updates_per_generation} (dataloader_drop_last is {args.dataloader_drop_last})"
             )
         return made
 
@@ -140,7 +140,7 @@ def _state(minibatch: Minibatch) -> dict[str, Any]:
             "rewards": group.rewards,
             "advantages": group.advantages,
             "kl": group.kl,
-            "completions": [vars(completion.on_host()) for completion in group.completions],
+            "completions": [vars(replace(completion.on_host(), logged={})) for completion in group.completions],
         }
         for group in minibatch.groups
     ]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from vlmr1.rewards.aggregate import weighted_sum
 from vlmr1.rollout.sampling import hash_keys
 from vlmr1.types import Group
 
@@ -95,12 +96,13 @@ def resample(
 def has_equal_rewards(group: Group, weights: Sequence[float]) -> bool:
     """Return whether the weighted rewards of a group are all equal."""
     reward = _reward(group, weights)
-    return bool(reward.max() == reward.min())
+    reward = reward[~reward.isnan()]  # those that a function scored
+    return not len(reward) or bool(reward.max() == reward.min())
 
 
 def _reward(group: Group, weights: Sequence[float]) -> torch.Tensor:
     assert group.rewards is not None
-    return group.rewards.double() @ torch.tensor(weights, dtype=torch.float64)  # [G]
+    return weighted_sum(group.rewards.double(), weights)  # [G]
 
 
 def _metrics(
@@ -116,5 +118,5 @@ def _metrics(
         "dynamic_sampling/groups_discarded": float(len(gone)),
         "dynamic_sampling/groups_left_flat": float(sum(has_equal_rewards(group, weights) for group in kept)),
         "dynamic_sampling/tokens_discarded": float(sum(len(c.token_ids) for group in gone for c in group.completions)),
-        "dynamic_sampling/reward": float(torch.cat([_reward(group, weights) for group in drawn]).mean()),
+        "dynamic_sampling/reward": float(torch.cat([_reward(group, weights) for group in drawn]).nanmean()),
     }

@@ -63,6 +63,23 @@ def normalizer(groups: Sequence[Group], settings: GRPOSettings, *, mask_truncate
     return float(sum(len(c.token_ids) for c in completions if not (mask_truncated and c.finish_reason == "length")))
 
 
+def clipped_shares(logp: Tensor, pack: Pack, settings: GRPOSettings) -> dict[str, Tensor]:
+    """Minimum over completions of the share of tokens that the lower bound clips, and maximum of that of the upper."""
+    if pack.old_logp is None or pack.advantages is None or settings.loss_type == "cispo":
+        nothing = torch.zeros((), device=logp.device)
+        return {"clip_low_min": nothing, "clip_high_max": nothing}
+    of, advantages = pack.seq_ids.to(logp.device), pack.advantages.to(logp.device)  # [N], [B]
+
+    def means(values: Tensor) -> Tensor:
+        return logp.new_zeros(len(advantages)).index_add(0, of, values.to(logp.dtype)) / torch.bincount(of)
+
+    log_ratio = logp - pack.old_logp.to(logp.device)
+    ratio = (means(log_ratio)[of] if settings.sequence_level else log_ratio).exp()
+    low = (ratio < 1 - settings.epsilon_low) & (advantages[of] < 0)
+    high = (ratio > 1 + settings.epsilon_high) & (advantages[of] > 0)
+    return {"clip_low_min": means(low).min(), "clip_high_max": means(high).max()}
+
+
 def logp_difference(logp: Tensor, pack: Pack) -> dict[str, Tensor]:
     """Mean and maximum of the difference between the policy's log-probs [N] and those that the engine reported."""
     if pack.rollout_logp is None:

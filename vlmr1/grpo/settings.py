@@ -36,6 +36,11 @@ class BatchSettings(Settings):
     tokens_per_pack: int = setting(16384, "tokens of one packed row, at most")
     kernels: str = setting("", "op=impl,... ; see `vlmr1 doctor`")
 
+    @property
+    def updates_per_generation(self) -> int:
+        """Updates of the rows of one generation, each of which `num_iterations` repeats."""
+        return self.steps_per_generation
+
     def check(self) -> Iterator[str]:
         yield from self.at_least(1, "prompts_per_device", "steps_per_generation", "num_iterations", "tokens_per_pack")
         if self.share_prompt and not self.share_vision:
@@ -116,6 +121,10 @@ class ObjectiveSettings(ReferenceSettings, _Shared):
     scale_rewards: Literal["group", "batch", "none"] = setting(
         "group", "advantages are divided by the standard deviation of the rewards of a group, of the batch, or not"
     )
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = setting(
+        "sum_then_normalize",
+        "advantages from the weighted sum of the rewards, or from each reward normalized over its group (GDPO)",
+    )
     importance_sampling_level: Literal["token", "sequence"] | None = setting(
         None, "level of the ratio; default: token, with gspo sequence"
     )
@@ -147,6 +156,11 @@ class ObjectiveSettings(ReferenceSettings, _Shared):
             yield "epsilon has no effect with loss_type=cispo: epsilon_high caps its ratio"
         elif not 0 <= self.epsilon <= 1:
             yield f"epsilon is {self.epsilon}: it must be between 0 and 1"
+        if self.multi_objective_aggregation == "normalize_then_sum":
+            if not self.is_default("scale_rewards"):
+                yield "scale_rewards has no effect with multi_objective_aggregation=normalize_then_sum"
+            if self.kl_in_reward:
+                yield "kl_in_reward needs multi_objective_aggregation=sum_then_normalize: the KL is no reward function"
         if self.beta == 0 and self.kl_in_reward:
             yield "kl_in_reward needs beta above 0: with beta 0 there is no reference model"
         if self.use_bias_correction_kl and self.loss_beta == 0:

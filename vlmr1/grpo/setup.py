@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch.utils.data import SequentialSampler
+
 from vlmr1.data.prompts import PromptBuilder, PromptDataset, without_left_out
 from vlmr1.errors import SettingError
 from vlmr1.grpo.naive import policy_for
 from vlmr1.grpo.reference import Reference, make_reference
-from vlmr1.models import check_dropout, family_of
+from vlmr1.models import check_dropout
 from vlmr1.models.features import FeatureCache
 from vlmr1.models.settings import ParameterSettings
-from vlmr1.models.trainable import apply_liger, choose_trained
+from vlmr1.models.trainable import apply_liger, base_and_family, choose_trained
 from vlmr1.rewards.pool import RewardPool
-from vlmr1.rewards.registry import Reward, get_reward
+from vlmr1.rewards.registry import Reward, RewardContext, get_reward
 from vlmr1.rollout import ENGINES
 from vlmr1.types import Sample
 
@@ -36,28 +38,39 @@ def make_reward_pool(args: Any) -> RewardPool | None:
     return RewardPool(args.reward_workers, args.reward_timeout) if args.reward_workers else None
 
 
-def prepare_model(model: Any, args: Any) -> tuple[Any, Any]:
-    """The model's family, and what is trained: the model, frozen in part, or a `peft.PeftModel` around it."""
-    family = family_of(model)
+def make_reward_context() -> RewardContext:
+    """What users' functions may ask of the trainer."""
+    return RewardContext()
+
+
+def prepare_model(given: Any, args: Any) -> tuple[Any, Any, Any]:
+    """The model, its family, and what is trained: the model, frozen in part, or a `peft.PeftModel` around it, which may
+    be given."""
+    model, family = base_and_family(given)
     if args.share_prompt or args.pack:
         check_dropout(model.config)
     args.check_device()
     if args.use_liger_kernel:
         args.liger_kernel_config = apply_liger(model)
-    return family, choose_trained(model, family, ParameterSettings.of(args))
+    return model, family, choose_trained(given, family, ParameterSettings.of(args))
 
 
 def make_dataset(model: Any, family: Any, processor: Any, samples: Sequence[Sample], args: Any) -> PromptDataset:
     """The prompts of the samples, without those that the pass rates or `overlong_prompts` leave out."""
-    samples = without_left_out(samples, PromptBuilder(model, family, processor), args)
-    return PromptDataset(samples, PromptBuilder(model, family, processor, max_prompt_length=args.max_prompt_length))
+    samples = without_left_out(
+        samples, PromptBuilder(model, family, processor, template_kwargs=args.chat_template_kwargs), args
+    )
+    options = {"max_prompt_length": args.max_prompt_length, "template_kwargs": args.chat_template_kwargs}
+    return PromptDataset(samples, PromptBuilder(model, family, processor, **options))
 
 
 def make_sampler(trainer: Any) -> Any:
     """The order of the rows: a permutation an epoch, or that of a stream."""
     args = trainer.args
     make = getattr(getattr(trainer.train_dataset, "samples", None), "sampler", None)  # of a stream
-    return trainer._get_train_sampler() if make is None else make(args.mixture.seed, args.shuffle_buffer_size)
+    if make is not None:
+        return make(args.mixture.seed, args.shuffle_buffer_size)
+    return trainer._get_train_sampler() if args.shuffle_dataset else SequentialSampler(trainer.train_dataset)
 
 
 def make_features(model: Any, family: Any, args: Any) -> FeatureCache | None:
@@ -82,6 +95,7 @@ def make_engine(trainer: Any, model: Any, features: FeatureCache | None = None) 
         kv_mib=trainer.args.rollout_kv_mib,
         cuda_graphs=trainer.args.cuda_graphs,
         chat_template=trainer.processor.chat_template,
+        skip_special_tokens=trainer.args.skip_special_tokens,
     )
 
 
@@ -89,7 +103,7 @@ def make_dummy_image(trainer: Any, model: Any) -> Any:
     """The image of passes that have none, where every rank has to call the tower in each; None where not."""
     if not trainer.parallel.in_lockstep or trainer.features is not None:
         return None
-    return PromptBuilder(model, trainer.family, trainer.processor).dummy_image()
+    return trainer.train_dataset.builder.dummy_image()
 
 
 def make_reference_model(trainer: Any, model: Any, trained: Any) -> Reference | None:

@@ -46,6 +46,8 @@ class GRPOTrainer(HFTrainer):
         processor: Any,
         reward_funcs: Sequence[Any] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
+        optimizers: tuple[Any, Any] = (None, None),
+        eval_dataset: Any = None,
     ):
         self.processor = processor
         self.settings = args.objective()
@@ -53,7 +55,8 @@ class GRPOTrainer(HFTrainer):
         self.dtype = torch.bfloat16 if args.bf16 else None
         self.rewards, self.reward_weights = setup.make_rewards(args, model, processor, reward_funcs)
         self.reward_pool = setup.make_reward_pool(args)
-        self.family, trained = setup.prepare_model(model, args)
+        self.reward_context = setup.make_reward_context()
+        model, self.family, trained = setup.prepare_model(model, args)
         dataset = setup.make_dataset(model, self.family, processor, samples, args)
         super().__init__(
             model=trained,
@@ -62,6 +65,8 @@ class GRPOTrainer(HFTrainer):
             processing_class=processor.tokenizer,
             data_collator=as_list,
             callbacks=list(callbacks),
+            optimizers=optimizers,
+            eval_dataset=eval_dataset,
         )
         self.features = setup.make_features(model, self.family, args)
         self.policy: PackedPolicy = setup.make_policy(self, model)
@@ -128,24 +133,29 @@ class GRPOTrainer(HFTrainer):
             self.add_logprobs(model, groups, every=True)
             groups = with_kl(groups, self.args.kl_estimator)
         weights, scale = self.reward_weights, self.args.scale_rewards
-        groups = with_advantages(groups, weights, scale, self.ranks, kl_weight=self.args.beta)
+        options = {"kl_weight": self.args.beta, "aggregation": self.args.multi_objective_aggregation}
+        groups = with_advantages(groups, weights, scale, self.ranks, **options)
         self.timed_out = self.ranks.all_gather_list(self.timed_out)  # groups may go to other ranks
         return [Minibatch(own, self.prepare(model, own)) for own in self.balance(groups)]
 
-    def rollout(self, prompts: Sequence[Prompt], number: int = 0) -> list[Group]:
-        """Prompts -> groups of completions, drawn from the present policy; `number` of the round varies the draws."""
+    def rollout(self, prompts: Sequence[Prompt], number: int = 0, count: int | None = None) -> list[Group]:
+        """Prompts -> groups of `count` completions (num_generations), drawn from the present policy; `number` of
+        the round varies the draws."""
         step = self.state.global_step + (number << 32)
         trained, merge = self.accelerator.unwrap_model(self.model), self.args.lora_merge_rollout
         with weights_for_rollout(self.model, trained, self.sharding, merge_adapter=merge):
             if not prompts:  # other ranks have some, and gathered the weights with this one
                 return []
-            return self.engine.generate(prompts, self.args.num_generations, self.sampling, step=step)
+            count = count or self.args.num_generations
+            return self.engine.generate(prompts, count, self.sampling, step=step)
 
     def score(self, groups: Sequence[Group]) -> list[Group]:
         """The groups with their rewards [G, R]."""
         with self.phases("reward"):
-            zeros, working = self.timed_out, self.working_rewards
-            return score_groups(groups, self.rewards, pool=self.reward_pool, timed_out=zeros, working=working)
+            self.reward_context.trainer_state = self.state
+            options: dict[str, Any] = {"pool": self.reward_pool, "timed_out": self.timed_out}
+            options |= {"working": self.working_rewards, "context": self.reward_context}
+            return score_groups(groups, self.rewards, **options)
 
     def resample(self, groups: Sequence[Group], reservoir: PromptReservoir) -> list[Group]:
         """The groups after further rounds for those without signal; rollout statistics are of all rounds."""
@@ -169,7 +179,7 @@ class GRPOTrainer(HFTrainer):
         """The groups of each update that this rank trains on: about as many tokens on every rank."""
         tokens = [self.runner.tokens_of(group) for group in groups]
         dataset: Any = self.train_dataset
-        parts = exchange(groups, tokens, self.args.steps_per_generation, self.ranks, dataset.of_sample)
+        parts = exchange(groups, tokens, self.args.updates_per_generation, self.ranks, dataset.of_sample)
         self.runner.encode_ahead(self.model, [group for part in parts for group in part])
         return parts
 
@@ -196,7 +206,7 @@ class GRPOTrainer(HFTrainer):
     def _needs_old_logprobs(self) -> bool:
         """With one update a generation the update's own forward computes them, unless they are needed before."""
         needed = self.args.kl_in_reward or self.args.importance_sampling_correction != "none"
-        return needed or self.args.steps_per_generation * self.args.num_iterations > 1
+        return needed or self.args.updates_per_generation * self.args.num_iterations > 1
 
     def _policy_logprobs(self, model: Any, pack: Pack) -> Tensor:
         model.eval()
@@ -227,10 +237,14 @@ class GRPOTrainer(HFTrainer):
             with self.phases("backward"):
                 if loss.requires_grad:  # not where the vision tower alone is trained and the pack has no image
                     self.accelerator.backward(loss * self.ranks.world_size)  # engines take the mean over ranks
-        metrics |= logp_difference(metrics["logp"], pack)
+        metrics |= self.pass_metrics(metrics["logp"], pack)
         return loss.detach(), metrics if pack.weight else metrics | {"dropped_rows": metrics["tokens"]}
 
     # Data and metrics
+
+    def pass_metrics(self, logp: Tensor, pack: Pack) -> dict[str, Tensor]:
+        """Metrics of a pack's log-probs [N]."""
+        return logp_difference(logp, pack)
 
     def get_train_dataloader(self) -> DataLoader:
         """The prompts of one generation in a batch, then empty batches for the other updates that it serves: the
@@ -244,6 +258,7 @@ class GRPOTrainer(HFTrainer):
         own = group_metrics(groups, self.rewards, self.reward_weights) | minibatch.metrics | self.runner.counts
         if drawn:
             own |= self.engine.stats.values() | failure_counts(self.timed_out) | self.resampling
+            own |= self.reward_context.take()
         return over_ranks(own, len(groups), self.ranks)
 
     def totals(self) -> dict[str, float]:

@@ -46,7 +46,7 @@ INSTEAD = {
 def from_peers(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return settings of this project for given ones, and the faults of those that cannot be read as such."""
     settings = dict(given)
-    faults = [fault for rule in (_batch, _switches, _data, _rewards, _dropout, _lists) for fault in rule(settings)]
+    faults = [fault for rule in (_batch, _switches, _data, _rewards, _lists) for fault in rule(settings)]
     return settings, faults
 
 
@@ -143,15 +143,6 @@ def _module_rewards(settings: dict[str, Any], task: str | None) -> Iterator[str]
     else:
         settings["reward_funcs"] = [rewards[name] for name in given]
         note(f"reward_funcs {' '.join(given)} of a VLM module", f"reward_funcs {' '.join(settings['reward_funcs'])}")
-
-
-def _dropout(settings: dict[str, Any]) -> Iterator[str]:
-    """Dropout in an adapter excludes the default of shared prompts."""
-    dropout = settings.get("lora_dropout")
-    if dropout and settings.get("use_peft") and not {"share_prompt", "pack"} & settings.keys():
-        settings |= {"share_prompt": False, "pack": False}
-        note(f"lora_dropout {dropout}", f"lora_dropout {dropout} share_prompt false pack false, which is slower")
-    yield from ()
 
 
 def _lists(settings: dict[str, Any]) -> Iterator[str]:

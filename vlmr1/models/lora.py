@@ -41,6 +41,27 @@ def with_lora(model: Any, family: ModelFamily, settings: ParameterSettings) -> A
         return peft.get_peft_model(model, config)
 
 
+def check_adapter(model: Any, family: ModelFamily) -> None:
+    """SettingError for a `peft.PeftModel` whose adapter is not at linear layers of decoder, tower and projector."""
+    from peft.tuners.lora import LoraLayer
+
+    base = base_of(model)
+    config = model.active_peft_config
+    if config.peft_type.value != "LORA":
+        raise SettingError(f"an adapter of type {config.peft_type.value} cannot be trained: use LoRA")
+    places = [*map(attrgetter, (family.decoder_path, *family.vision_paths))]
+    inside = {id(module) for place in places for module in place(base).modules()}
+    for name, module in base.named_modules():
+        if isinstance(module, LoraLayer) and (
+            id(module) not in inside or not isinstance(module.get_base_layer(), nn.Linear)
+        ):
+            raise SettingError(
+                f"the adapter has weights at {name}: only linear layers of decoder, tower and projector can have some"
+            )
+    if config.modules_to_save:
+        _kept_modules(base, family, config.modules_to_save)
+
+
 def _with_adapter_of(peft: Any, model: Any, family: ModelFamily, settings: ParameterSettings, folder: str) -> Any:
     """The model with the adapter in a directory; on the meta device, with its shapes."""
     config = peft.LoraConfig.from_pretrained(folder)

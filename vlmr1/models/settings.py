@@ -78,7 +78,7 @@ class LoraSettings(Settings):
     )
     lora_r: int = setting(64, "rank")
     lora_alpha: int = setting(128, "scale of the adapter is alpha / r")
-    lora_dropout: float = setting(0.0, "above 0 without share_prompt and pack only")
+    lora_dropout: float = setting(0.0, "dropout of the adapter's inputs; a shared prompt has one mask a pass")
     lora_target_modules: list[str] = setting([], "names of linear layers; default and all-linear: all of the decoder")
     lora_vision: bool = setting(False, "adapters in the vision tower and projector too")
     lora_modules_to_save: list[str] = setting([], "modules that are trained whole beside the adapter")

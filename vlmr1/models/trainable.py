@@ -13,7 +13,7 @@ from vlmr1.distributed.preflight import undivided
 from vlmr1.errors import SettingError
 from vlmr1.models import empty_model, family_of
 from vlmr1.models.family import ModelFamily
-from vlmr1.models.lora import with_lora
+from vlmr1.models.lora import base_of, check_adapter, with_lora
 from vlmr1.models.precision import prepare_trained
 from vlmr1.models.quantization import quantize_empty
 from vlmr1.models.settings import ParameterSettings
@@ -23,12 +23,22 @@ COMPOSED = ("internvl", "smolvlm")  # whose decoder Liger looks up by its own ty
 OWN_ROPE = ("qwen2_vl", "qwen2_5_vl", "glm4v")
 
 
+def base_and_family(given: Any) -> tuple[Any, ModelFamily]:
+    """The model, which may be given in a `peft.PeftModel`, and its family."""
+    model = base_of(given)
+    return model, family_of(model)
+
+
 def choose_trained(model: Any, family: ModelFamily, settings: ParameterSettings) -> Any:
-    """The model that is trained: the given one, partly frozen as `settings` say, or the `peft.PeftModel` around it."""
-    if settings.load_in_4bit != bool(getattr(model, "is_loaded_in_4bit", False)):
+    """The model that is trained: the given one, partly frozen as `settings` say, or the `peft.PeftModel` around it.
+    A given `peft.PeftModel` is trained as it is."""
+    if settings.load_in_4bit != bool(getattr(base_of(model), "is_loaded_in_4bit", False)):
         state = "not quantized" if settings.load_in_4bit else "quantized to 4 bits"
         raise SettingError(f"load_in_4bit is {settings.load_in_4bit}, and the model is {state}")
-    model = with_frozen(model, family, settings)
+    if base_of(model) is model:
+        model = with_frozen(model, family, settings)
+    else:
+        check_adapter(model, family)
     prepare_trained(model, settings)
     return model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ class Progress(TrainerCallback):
             with ignore_broken_pipe():
                 self.bar.update(1)
         if state.is_world_process_zero and self.trainer is not None:
-            self._completions(state.global_step, self.trainer.last_groups, args.log_completions)
+            self._completions(state.global_step, self.trainer.last_groups, args.completions_to_log)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or "kl" not in logs:
@@ -105,7 +106,7 @@ class Progress(TrainerCallback):
                 "box_scale": self._box_scale(group.prompt),
                 "completion": completion.text,
                 "solution": sample.solution,
-                "rewards": group.rewards[i].tolist(),
+                "rewards": [None if math.isnan(value) else value for value in group.rewards[i].tolist()],
                 "advantage": float(group.advantages[i]),
                 "finish_reason": completion.finish_reason,
                 "timed_out": [
@@ -114,6 +115,7 @@ class Progress(TrainerCallback):
             }
             raised = [t.reward for t in late if (t.source, t.completion, t.raised) == (sample.source, i, True)]
             record |= {"raised": raised} if raised else {}
+            record |= {name: value for name, value in completion.logged.items() if name not in record}
             self._append(COMPLETIONS, record)
 
     def _box_scale(self, prompt: Prompt) -> tuple[float, float] | None:
@@ -127,7 +129,7 @@ class Progress(TrainerCallback):
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
         with guard_writes(name, self.output_dir), (self.output_dir / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(record, default=str) + "\n")
 
 
 def read_metrics(output_dir: Path) -> list[dict[str, float]]:

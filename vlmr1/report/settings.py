@@ -44,6 +44,11 @@ class ReportSettings(_Shared):
     log_completions: int = setting(4, "completions a step written to completions.jsonl")
     write_report: bool = setting(True, "write training.html into output_dir when the run ends")
 
+    @property
+    def completions_to_log(self) -> int:
+        """The number of completions of a step in completions.jsonl, at most."""
+        return self.log_completions
+
     def check(self) -> Iterator[str]:
         yield from self.at_least(0, "log_completions")
 

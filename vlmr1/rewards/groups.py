@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from inspect import iscoroutinefunction
 from itertools import islice, repeat
 from typing import Any
 
@@ -14,10 +16,11 @@ import torch
 from vlmr1.data.boxes import Scale
 from vlmr1.data.images import upright_size
 from vlmr1.errors import RewardError, UserError
+from vlmr1.rewards.calls import Finished, awaited, run_together
 from vlmr1.rewards.judge import JudgeError
 from vlmr1.rewards.methods import METHOD, converts, method_of
 from vlmr1.rewards.pool import Outcome, RewardPool, WorkerDied
-from vlmr1.rewards.registry import Reward, get_reward
+from vlmr1.rewards.registry import Reward, RewardContext, get_reward
 from vlmr1.rewards.watch import log_print, watched
 from vlmr1.types import Completion, Group, Prompt
 
@@ -59,13 +62,15 @@ def score_groups(
     pool: RewardPool | None = None,
     timed_out: list[TimedOut] | None = None,
     working: set[str] | None = None,
+    context: RewardContext | None = None,
 ) -> list[Group]:
-    """Return the groups with their rewards [G, R] float32, one column a reward function.
+    """Return the groups with their rewards [G, R] float32, one column a reward function; NaN where it returned None.
 
     Without a pool each function is called once, for all completions, in this process. With a pool, isolated rewards are
     called for one completion at a time in a worker process, within the pool's time limit. Isolated are built-in rewards
     that may be slow, and functions from a module or file with `function.isolated = True`. A completion that exceeds the
-    limit scores 0 and is added to `timed_out`.
+    limit scores 0 and is added to `timed_out`. Functions that are `async` run at the same time, in this process.
+    With a `context` users' functions get TRL's arguments of the trainer too.
 
     What a function prints is logged with its name and the row, or the rows of its batch; so is a call that takes long.
     With `working`, the names of the functions that have scored before, a completion for which a function raises scores
@@ -83,12 +88,33 @@ def score_groups(
     if not rows:
         return list(groups)
     zeros: list[TimedOut] = []
-    columns = [_best(get_reward(reward), rows, pool, zeros, working) for reward in reward_functions]  # R lists of B
+    rewards = [replace(get_reward(reward), context=context) for reward in reward_functions]
+    rewards = _with_async_called(rewards, rows)
+    columns = [_best(reward, rows, pool, zeros, working) for reward in rewards]  # R lists of B
     if timed_out is not None:
         timed_out += zeros
-    rewards = torch.tensor(columns, dtype=torch.float32).reshape(len(columns), len(rows)).T  # [B, R]
-    parts = rewards.split([len(group.completions) for group in groups])
+    scores = torch.tensor(columns, dtype=torch.float32).reshape(len(columns), len(rows)).T  # [B, R]
+    parts = scores.split([len(group.completions) for group in groups])
     return [replace(group, rewards=part.contiguous()) for group, part in zip(groups, parts, strict=True)]
+
+
+def _with_async_called(rewards: Sequence[Reward], rows: Sequence[_Row]) -> list[Reward]:
+    """Return the rewards; where several are `async`, they have been called, at the same time."""
+    found = [reward for reward in rewards if iscoroutinefunction(reward.function)]
+    if len(found) < 2:
+        return list(rewards)
+    with watched(", ".join(reward.name for reward in found), _span(rows)):
+        outcomes = run_together([_invoke(reward, rows) for reward in found])
+    done = {id(reward): outcome for reward, outcome in zip(found, outcomes, strict=True)}
+    called = (replace(each, function=Finished(each.function, done[id(each)])) for each in found)
+    return [next(called) if id(reward) in done else reward for reward in rewards]
+
+
+def _invoke(reward: Reward, rows: Sequence[_Row]) -> Any:
+    told = {}
+    if reward.context is not None:
+        told = reward.context.arguments(reward.function, [row.completion for row in rows])
+    return reward(**told | _arguments(reward, rows))
 
 
 def _best(reward: Reward, rows: Sequence[_Row], *options: Any) -> list[float]:
@@ -193,7 +219,7 @@ def _outcome(reward: Reward, row: _Row) -> float | Outcome:
 def _called(reward: Reward, rows: Sequence[_Row]) -> list[float]:
     where = _describe(rows[0]) if len(rows) == 1 else _span(rows)
     with watched(reward.name, where):
-        values = reward(**_arguments(reward, rows))
+        values = awaited(_invoke(reward, rows))
     return _numbers(values, reward, rows)
 
 
@@ -222,6 +248,7 @@ def _numbers(values: Any, reward: Reward, rows: Sequence[_Row]) -> list[float]:
 def _arguments(reward: Reward, rows: Sequence[_Row]) -> dict[str, list[Any]]:
     """Arguments of a reward function, B values each. A column that some rows lack is left out, except the method."""
     samples = [row.prompt.sample for row in rows]
+    given = [{} if reward.settings is not None else sample.as_given for sample in samples]
     shared = set.intersection(*(set(sample.columns) for sample in samples))
     arguments = {name: [sample.columns[name] for sample in samples] for name in sorted(shared)}
     if any(METHOD in sample.columns for sample in samples):
@@ -239,6 +266,7 @@ def _arguments(reward: Reward, rows: Sequence[_Row]) -> dict[str, list[Any]]:
             [sample.solution, *sample.other_solutions] if sample.other_solutions else sample.solution
             for sample in samples
         ],
+        **{name: [each.get(name) for each in given] for name in given[0]},
     }
 
 
@@ -261,6 +289,8 @@ def _box_scale(reward: Reward, row: _Row) -> Scale | None:
 
 
 def _number(value: object, reward: Reward, row: _Row) -> float:
+    if value is None:  # the function does not apply to this row
+        return math.nan
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         value = value.item()
     if not isinstance(value, NUMBER) or not abs(value) <= FLOAT32_MAX:  # NaN compares false

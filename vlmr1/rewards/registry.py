@@ -1,4 +1,4 @@
-"""Reward functions by name, and user functions by `module:function` or `file.py:function`.
+"""Reward functions by name, users' functions by `module:function` or `file.py:function`, and reward models.
 
 A reward function is `f(prompts, completions, **columns) -> list[float]`, as in TRL. `prompts` is a list of message
 lists, `completions` a list of `[{"role": "assistant", "content": text}]`. Each column has one value a completion;
@@ -10,24 +10,64 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import logging
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
+from torch import nn
+
 from vlmr1.errors import SettingError
+from vlmr1.rewards.model import RewardModel, load_reward_model
 from vlmr1.rewards.settings import DEFAULTS, RewardSettings
-from vlmr1.types import Sample
+from vlmr1.types import Completion, Sample
 
 logger = logging.getLogger(__name__)
 Function = TypeVar("Function", bound=Callable[..., Any])
 Check = Callable[..., None]
 Isolated = Callable[[RewardSettings, str], bool]
+
+
+@dataclass
+class RewardContext:
+    """What functions with TRL's signature may ask for: `trainer_state`, `log_extra` and `log_metric`."""
+
+    trainer_state: Any = None
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+
+    def arguments(self, function: Callable[..., Any], completions: Sequence[Completion]) -> dict[str, Any]:
+        """Keyword arguments for a user's function, of those that it takes. `log_extra(column, values)` adds a column to
+        the logged completions, `log_metric(name, value)` a metric to the logs."""
+        if (getattr(function, "__module__", None) or "").startswith("vlmr1."):  # None in `exec`
+            return {}
+        every = {"trainer_state": self.trainer_state, "log_metric": self.log_metric}
+        every["log_extra"] = partial(log_extra, completions)
+        parameters = inspect.signature(function).parameters
+        if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values()):
+            return every
+        return {name: value for name, value in every.items() if name in parameters}
+
+    def log_metric(self, name: str, value: float) -> None:
+        self.metrics.setdefault(name, []).append(float(value))
+
+    def take(self) -> dict[str, float]:
+        """Return the mean of each metric, and forget them."""
+        metrics, self.metrics = self.metrics, {}
+        return {name: sum(values) / len(values) for name, values in metrics.items()}
+
+
+def log_extra(completions: Sequence[Completion], column: str, values: Sequence[Any]) -> None:
+    """Add a value to each completion's row of the log. ValueError: another number of values than completions."""
+    if len(values) != len(completions):
+        raise ValueError(f"log_extra({column!r}): {len(values)} values for {len(completions)} completions")
+    for completion, value in zip(completions, values, strict=True):
+        completion.logged[column] = value
 
 
 @dataclass(frozen=True)
@@ -46,6 +86,7 @@ class Reward:
     settings: RewardSettings | None = None  # None where the function takes none
     isolated: Isolated | None = None
     images: bool = False  # whether it takes the columns image_size and image_grid_thw
+    context: RewardContext | None = None  # arguments of the trainer, set by each call
 
     def __call__(self, /, prompts: list, completions: list, **columns: list) -> Any:
         return self.function(prompts=prompts, completions=completions, **columns, **self.options)
@@ -56,6 +97,7 @@ class Reward:
         return {} if self.settings is None else {"settings": self.settings}
 
 
+RewardSource = str | Reward | nn.Module | Callable[..., Any]
 REWARDS: dict[str, Reward] = {}
 
 
@@ -83,7 +125,7 @@ def register(
     return add
 
 
-def get_reward(reward: str | Reward | Callable[..., Any], settings: RewardSettings | None = None) -> Reward:
+def get_reward(reward: RewardSource, settings: RewardSettings | None = None) -> Reward:
     """Return a reward by its name, by `module:function` or `file.py:function`, or wrap a plain function.
 
     `settings` are those of the run; without them a Reward keeps its own. SettingError for an unknown name lists the
@@ -96,25 +138,29 @@ def get_reward(reward: str | Reward | Callable[..., Any], settings: RewardSettin
     return replace(found, settings=settings, check=check)
 
 
-def _find(reward: str | Reward | Callable[..., Any]) -> Reward:
+def _find(reward: RewardSource) -> Reward:
     if isinstance(reward, Reward):
         return reward
+    if isinstance(reward, nn.Module):
+        return _wrap("", RewardModel(reward))
     if not isinstance(reward, str):
         return _wrap(getattr(reward, "__name__", type(reward).__name__), reward)
     if reward in REWARDS:
         return REWARDS[reward]
     if ":" in reward:
         return _load(reward)
+    if "/" in reward or Path(reward, "config.json").is_file():
+        return _wrap("", load_reward_model(reward))
     near = get_close_matches(reward, REWARDS, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     raise SettingError(
         f"reward_funcs: unknown reward {reward!r}{hint} Known: {', '.join(sorted(REWARDS))}, "
-        "or your own as module:function or file.py:function"
+        "your own as module:function or file.py:function, or a reward model's directory or id"
     )
 
 
 def check_samples(
-    rewards: Iterable[str | Reward | Callable[..., Any]],
+    rewards: Iterable[RewardSource],
     samples: Sequence[Sample],
     settings: RewardSettings | None = None,
 ) -> None:
@@ -124,9 +170,7 @@ def check_samples(
             check(sample)
 
 
-def checks_of(
-    rewards: Iterable[str | Reward | Callable[..., Any]], settings: RewardSettings | None = None
-) -> list[Check]:
+def checks_of(rewards: Iterable[RewardSource], settings: RewardSettings | None = None) -> list[Check]:
     """Return the rewards' checks of a row."""
     return [reward.check for reward in (get_reward(each, settings) for each in rewards) if reward.check]
 
@@ -149,6 +193,7 @@ def _wrap(name: str, function: Any, spec: str | None = None) -> Reward:
     for known in REWARDS.values():
         if known.function is function:
             return known
+    name = name or function.__name__
     if hasattr(function, "one_by_one"):
         logger.warning("reward %s: the attribute one_by_one is now called isolated; the old name still works", name)
     return Reward(name, function, getattr(function, "check", None), spec)

@@ -99,6 +99,7 @@ class RolloutEngine(ABC):
     kv_mib: float | None = None  # of the KV cache; None: as the prompts need, on CUDA at most half the free memory
     cuda_graphs: bool | None = None  # capture decode steps; None: where supported
     chat_template: str | None = None  # of the processor; None: the tokenizer's
+    skip_special_tokens: bool = False  # in the text of a completion; False: only those of end and padding
     ignore_eos: bool = False  # no token ends a completion: for measurements
     stats: RolloutStats = field(default_factory=RolloutStats, init=False)
 
@@ -141,6 +142,6 @@ class RolloutEngine(ABC):
             token_ids=torch.tensor(sampled.tokens),
             logp=torch.tensor(sampled.logp),
             sampling_logp=torch.tensor(sampled.sampling_logp),
-            text=decode(self.tokenizer, sampled.tokens, stops),
+            text=decode(self.tokenizer, sampled.tokens, stops, skip_special=self.skip_special_tokens),
             finish_reason=sampled.finish_reason,
         )

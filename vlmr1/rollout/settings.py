@@ -30,6 +30,9 @@ class RolloutSettings(_Shared):
     min_p: float = setting(0.0, "sample from tokens with at least this share of the greatest probability")
     repetition_penalty: float = setting(1.0, "penalty of tokens that are in prompt or completion already")
     stop_strings: list[str] = setting([], "texts that end a completion")
+    skip_special_tokens: bool = setting(
+        False, "leave all special tokens out of a completion's text, not only those of end and padding"
+    )
     rollout_engine: Literal["native", "transformers"] = setting(
         "native", "native shares the prompt's KV; transformers calls `generate`"
     )

@@ -57,8 +57,12 @@ def _end_of_turn(tokenizer: Any, template: str) -> frozenset[int]:
     return frozenset()
 
 
-def decode(tokenizer: Any, ids: Iterable[int], stops: frozenset[int]) -> str:
-    """Return the text of a completion without end and padding tokens; other special tokens, such as tags, stay."""
+def decode(tokenizer: Any, ids: Iterable[int], stops: frozenset[int], *, skip_special: bool = False) -> str:
+    """Return the text of a completion without end and padding tokens; other special tokens, such as tags, stay.
+
+    With `skip_special` no special token stays, and end tokens that are none do, as in TRL."""
+    if skip_special:
+        return tokenizer.decode(list(ids), skip_special_tokens=True)
     left_out = stops | {tokenizer.pad_token_id, tokenizer.eos_token_id}
     return tokenizer.decode([each for each in ids if each not in left_out], skip_special_tokens=False)
 

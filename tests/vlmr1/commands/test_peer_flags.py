@@ -45,7 +45,7 @@ READ = {
     "rewards of GLM": (MODULE.format("zai/GLM-4.1V") + " --reward_funcs format", {"reward_funcs": ["format_rec_glm"]}),
     "dropout": (
         "--use_peft true --lora_dropout 0.05",
-        {"lora_dropout": 0.05, "share_prompt": False, "pack": False, "share_vision": True},
+        {"lora_dropout": 0.05, "share_prompt": True, "pack": True},
     ),
     "names": (
         "--freeze_vision_modules true --image_root images --torch_dtype float32",

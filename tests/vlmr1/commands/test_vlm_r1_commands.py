@@ -18,7 +18,7 @@ COMMANDS = PUBLISHED["commands"]
 ROWS = {"run_grpo_rec_internvl.sh": "internvl-rec", "run_grpo_gui_defect_detection.sh": "gui-multi-image"}
 SETTINGS = {  # what the flags become
     "run_grpo_rec.sh": {"reward_funcs": ["iou_qwen", "format_rec_qwen"], "question_template": "rec"},
-    "run_grpo_rec_lora.sh": {"freeze_vision": True, "lora_dropout": 0.05, "share_prompt": False, "pack": False},
+    "run_grpo_rec_lora.sh": {"freeze_vision": True, "lora_dropout": 0.05, "share_prompt": True, "pack": True},
     "run_grpo_rec_internvl.sh": {"reward_funcs": ["iou_internvl", "format_rec_internvl"], "max_anyres_num": 6},
     "run_grpo_gui_defect_detection.sh": {"accu_reward_method": ["default"], "question_template": "default"},
     "run_grpo_rec_more_params.sh": {"epsilon_high": 0.28, "epsilon": 0.2},

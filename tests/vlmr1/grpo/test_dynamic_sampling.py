@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,9 @@ SIGNALS = {
     "equal sums": ([[1.0, 0.0], [0.0, 1.0]], [1.0, 1.0], True),
     "other weights": ([[1.0, 0.0], [0.0, 1.0]], [1.0, 0.5], False),
     "a reward that does not count": ([[1.0, 0.0], [1.0, 1.0]], [1.0, 0.0], True),
+    "one that does not apply": ([[1.0, nan], [nan, 1.0]], [1.0, 1.0], True),
+    "only one is scored": ([[1.0, nan], [nan, nan]], [1.0, 1.0], True),
+    "other weights, none applies to both": ([[1.0, nan], [nan, 1.0]], [1.0, 0.5], False),
 }
 
 

@@ -51,6 +51,17 @@ def test_group_statistics():
     )
 
 
+def test_a_reward_that_does_not_apply_is_in_no_mean():
+    """`format` scores the second and third completion, `accuracy` the first; nothing scores the last group."""
+    nan = math.nan
+    groups = [group([[1.0, nan], [nan, 1.0], [nan, 0.5]], [3, 5, 4], "ssl"), group([[nan, nan]] * 3, [6, 6, 6], "lll")]
+    out = group_statistics(groups, ["accuracy", "format"], [2.0, 1.0])
+    assert (out["reward"], out["reward_std"]) == pytest.approx((3.5 / 3, math.sqrt(7 / 12)))  # of 2, 1, 0.5
+    assert (out["rewards/accuracy/mean"], out["rewards/accuracy/std"]) == (1.0, 0.0)
+    assert (out["rewards/format/mean"], out["rewards/format/std"]) == pytest.approx((0.75, math.sqrt(0.125)))
+    assert out["zero_variance_groups"] == 0.5
+
+
 def test_a_group_is_flat_by_its_weighted_sum():
     """1 + 0 and 0 + 1 are the same reward, but 0.5 + 1 is not."""
     for weights, flat in (([1.0, 1.0], 0.5), ([0.0, 0.0], 1.0)):

@@ -173,13 +173,12 @@ def test_values_of_other_kinds(values):
     [
         (math.nan, "nan"),
         (math.inf, "inf"),
-        (None, "None"),
         ("1.0", "'1.0'"),
         ([1.0], "[1.0]"),
         (1e39, "1e+39"),
         (torch.tensor(math.nan), "nan"),
     ],
-    ids=["nan", "inf", "none", "text", "list", "beyond-float32", "nan-tensor"],
+    ids=["nan", "inf", "text", "list", "beyond-float32", "nan-tensor"],
 )
 def test_a_reward_that_is_not_a_number_names_the_row(bad, shown):
     def strange(prompts, completions, **columns):
@@ -190,6 +189,14 @@ def test_a_reward_that_is_not_a_number_names_the_row(bad, shown):
     assert str(caught.value) == (
         f"reward strange: returned {shown}, not a finite number, for the row data.jsonl:9 and the completion 'bad'"
     )
+
+
+def test_none_means_that_the_reward_does_not_apply():
+    def some(prompts, completions, **columns):
+        return [None if completion[0]["content"] == "bad" else 2.0 for completion in completions]
+
+    (scored,) = score_groups([group(sample(4), "bad", "b")], [some])
+    assert scored.rewards.isnan().tolist() == [[True], [False]] and scored.rewards[1].item() == 2.0
 
 
 def test_a_reward_that_raises_for_the_batch_only():

@@ -1,0 +1,3 @@
+from tests.helpers.api import tiny
+
+__all__ = ["tiny"]

@@ -1,0 +1,1 @@
+"""TRL's names: the GRPOConfig and GRPOTrainer that `vlmr1` exports."""
