@@ -12,6 +12,8 @@ if interpreter.AVAILABLE:
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a script: children inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # as below nohup
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # DeepSpeed compiles an extension under a lock, which a killed process leaves: each worker has a directory of its own.
 EXTENSIONS = Path(__file__).parents[1] / "build" / f"torch_extensions-{os.environ.get('PYTEST_XDIST_WORKER', 'main')}"

@@ -34,7 +34,7 @@ def faults_of(check: Callable[[], object]) -> Iterator[str]:
     """The message of the error that a check of settings raises, if it raises one."""
     try:
         check()
-    except (SettingError, ValueError, ImportError) as error:
+    except (SettingError, OutputError, ValueError, ImportError) as error:
         yield str(error)
 
 

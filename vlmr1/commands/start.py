@@ -16,6 +16,7 @@ from vlmr1.data.sources import split_names
 from vlmr1.distributed.deepspeed_file import read_deepspeed, use_deepspeed
 from vlmr1.distributed.launch import OWN_FILE, default_processes, launch, launch_command, on_cpu
 from vlmr1.errors import faults_of
+from vlmr1.lifecycle.disk import check_output_dir
 
 # Options that are no settings: the sources of settings; an engine; its number of processes, by default one a GPU.
 OPTIONS: dict[str, type] = {"recipe": str, "config": Path, "launch": str, "processes": int}
@@ -35,6 +36,7 @@ def start(asked: argparse.Namespace, words: list[str]) -> GRPOConfig | None:
         return None
     options, rest, faults = _read_options(words)
     settings, more = read_settings(rest, recipe=options["recipe"], config=options["config"])
+    faults += faults_of(lambda: check_output_dir(Path(settings.get("output_dir") or GRPOConfig.output_dir or "")))
     faults += [*more, *missing_inputs(settings)]
     file, engine = settings.pop("deepspeed", None), options["launch"]
     if file is not None:

@@ -24,6 +24,9 @@ class DatasetRows(Rows):
     def read(self, index: int) -> Row:
         return table_row(self.dataset[index : index + 1], self.source(index))
 
+    def table(self, places: Sequence[int]) -> Any:
+        return self.dataset.select(places)
+
 
 def table_row(table: Any, source: str) -> Row:
     """Return the row of a table of one row. DataError for text that is not UTF-8 or a date out of range."""
@@ -33,9 +36,6 @@ def table_row(table: Any, source: str) -> Row:
         return table.to_pylist()[0]
     except (ValueError, OverflowError, ArrowException) as error:
         raise row_fault(source, "table", f"the row cannot be read: {error}") from error
-
-    def table(self, places: Sequence[int]) -> Any:
-        return self.dataset.select(places)
 
 
 def parquet_rows(path: Path) -> DatasetRows:

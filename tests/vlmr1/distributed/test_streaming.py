@@ -22,7 +22,7 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_equal_runs(one: Path, other: Path) -> None:
-    assert [computed(step) for step in metrics(one)] == [computed(step) for step in metrics(other)]
+    assert computed(metrics(one)) == computed(metrics(other))
     both = weights(one), weights(other)
     assert all(torch.equal(both[0][name], both[1][name]) for name in both[0])
 

@@ -138,7 +138,8 @@ def written(data: Path, path: Path, solutions: list[str | None], **columns: str)
 def test_detection_metrics(data, tmp_path, processor):
     """The model answers one box with its label: of one image it is right, of the other it is of a label too many."""
     paths = written(data, tmp_path / "ovd.jsonl", [None, "None"], accu_reward_method="od_ap")
-    trainer = trainer_of(data, tmp_path / "out", processor, eval_steps=1, eval_data_file_paths=paths)
+    template = {"question_template": "rec"}  # with which the model was trained
+    trainer = trainer_of(data, tmp_path / "out", processor, eval_steps=1, eval_data_file_paths=paths, **template)
     values = evaluate_during_training(trainer, trainer.callback_handler.callbacks[-1].samples)
     assert values["eval/rewards/accuracy/mean"] > 0
     assert {name for name in values if "/ovd/" in name} == {"eval/ovd/ap", "eval/ovd/ap50", "eval/ovd/nms_ap"}

@@ -44,7 +44,14 @@ def run_settings(data: Path, rows: Path, output: Path, *more: Any) -> list[str]:
     words = ["--model_name_or_path", "tiny", "--data_file_paths", rows, "--image_folders", data / "images", "--use_cpu"]
     words += ["true", "--reward_funcs", "accuracy", f"{data}/mine.py:mine", "--reward_weights", "1.0", "0.5"]
     words += ["--prompts_per_device", 2, "--max_completion_length", 40, "--temperature", 1.3, "--output_dir", output]
-    return [str(word) for word in (*words, "--num_generations", GENERATIONS, *more)]
+    words = [str(word) for word in (*words, "--num_generations", GENERATIONS)]
+    names = [word for word in more if str(word).startswith("--")]
+    for name in names:  # `more` replaces settings
+        if name in words:
+            start = words.index(name)
+            end = next((i for i in range(start + 1, len(words)) if words[i].startswith("--")), len(words))
+            del words[start:end]
+    return [*words, *map(str, more)]
 
 
 def command(data: Path, output: Path, *more: Any) -> list[str]:

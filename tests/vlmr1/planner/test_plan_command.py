@@ -12,6 +12,7 @@ import pytest
 from tests.helpers.jobs import args_of
 from vlmr1.cli import main
 from vlmr1.errors import SettingError
+from vlmr1.grpo.settings import ReferenceSettings
 from vlmr1.models.optimizers import OPTIMIZERS
 from vlmr1.planner.job import Job
 from vlmr1.planner.known_models import config_named
@@ -138,9 +139,14 @@ DEFAULTS = {"num_generations": 4, "max_completion_length": 1, "tokens_per_pack":
 ARGS = args_of(**DEFAULTS)
 
 
-def changed(settings: Mapping[str, Any]) -> Any:
+class Unchecked(SimpleNamespace):
     """Settings that nothing checks."""
-    return SimpleNamespace(**{**vars(ARGS), **settings})
+
+    reference_kind = ReferenceSettings.reference_kind
+
+
+def changed(settings: Mapping[str, Any]) -> Any:
+    return Unchecked(**{**vars(ARGS), **settings})
 
 
 def job_with(**settings: Any) -> Job:
