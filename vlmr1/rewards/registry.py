@@ -21,10 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-from torch import nn
-
 from vlmr1.errors import SettingError
-from vlmr1.rewards.model import RewardModel, load_reward_model
 from vlmr1.rewards.settings import DEFAULTS, RewardSettings
 from vlmr1.types import Completion, Sample
 
@@ -97,7 +94,7 @@ class Reward:
         return {} if self.settings is None else {"settings": self.settings}
 
 
-RewardSource = str | Reward | nn.Module | Callable[..., Any]
+RewardSource = str | Reward | Callable[..., Any]
 REWARDS: dict[str, Reward] = {}
 
 
@@ -141,7 +138,10 @@ def get_reward(reward: RewardSource, settings: RewardSettings | None = None) -> 
 def _find(reward: RewardSource) -> Reward:
     if isinstance(reward, Reward):
         return reward
-    if isinstance(reward, nn.Module):
+    torch = sys.modules.get("torch")  # worker processes have no use for it
+    if torch is not None and isinstance(reward, torch.nn.Module):
+        from vlmr1.rewards.model import RewardModel
+
         return _wrap("", RewardModel(reward))
     if not isinstance(reward, str):
         return _wrap(getattr(reward, "__name__", type(reward).__name__), reward)
@@ -150,6 +150,8 @@ def _find(reward: RewardSource) -> Reward:
     if ":" in reward:
         return _load(reward)
     if "/" in reward or Path(reward, "config.json").is_file():
+        from vlmr1.rewards.model import load_reward_model
+
         return _wrap("", load_reward_model(reward))
     near = get_close_matches(reward, REWARDS, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
