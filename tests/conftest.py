@@ -17,7 +17,7 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # as below nohup
 
 # DeepSpeed compiles an extension under a lock, which a killed process leaves: each worker has a directory of its own.
 EXTENSIONS = Path(__file__).parents[1] / "build" / f"torch_extensions-{os.environ.get('PYTEST_XDIST_WORKER', 'main')}"
-os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(EXTENSIONS))
+os.environ["TORCH_EXTENSIONS_DIR"] = str(EXTENSIONS)  # workers inherit that of the main process
 for lock in EXTENSIONS.glob("*/lock"):
     lock.unlink()
 
