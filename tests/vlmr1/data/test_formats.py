@@ -64,6 +64,8 @@ def test_the_table_has_every_format_and_its_example():
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_of_the_page(name, folder, capsys):
     assert EXAMPLES[name].count("\n") == 2
+    for image in ("a.jpg", "b.jpg"):  # in which the boxes of the examples lie
+        Image.new("RGB", (64, 48)).save(folder / image)
     (folder / "rows.jsonl").write_text(EXAMPLES[name])
     assert main(["data", "check", str(folder / "rows.jsonl"), "--images", str(folder)]) == 0, capsys.readouterr().out
     samples = load_samples([folder / "rows.jsonl"], [folder], question="{question}", check_images=True)

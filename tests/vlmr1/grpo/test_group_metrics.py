@@ -54,7 +54,7 @@ def test_group_statistics():
 def test_a_reward_that_does_not_apply_is_in_no_mean():
     """`format` scores the second and third completion, `accuracy` the first; nothing scores the last group."""
     nan = math.nan
-    groups = [group([[1.0, nan], [nan, 1.0], [nan, 0.5]], [3, 5, 4], "ssl"), group([[nan, nan]] * 3, [6, 6, 6], "lll")]
+    groups = [group([[1.0, nan], [nan, 1.0], [nan, 0.5]], [3, 5, 4], 2), group([[nan, nan]] * 3, [6, 6, 6], 0)]
     out = group_statistics(groups, ["accuracy", "format"], [2.0, 1.0])
     assert (out["reward"], out["reward_std"]) == pytest.approx((3.5 / 3, math.sqrt(7 / 12)))  # of 2, 1, 0.5
     assert (out["rewards/accuracy/mean"], out["rewards/accuracy/std"]) == (1.0, 0.0)
