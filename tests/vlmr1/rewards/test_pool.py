@@ -50,13 +50,6 @@ MINE = """
 """
 
 
-@pytest.fixture(scope="module")
-def pool():
-    pool = RewardPool(2, timeout=1.5)
-    yield pool
-    pool.close()
-
-
 @pytest.fixture
 def mine(tmp_path):
     path = tmp_path / "mine.py"

@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers.rewards import group, sample, values
 from vlmr1.errors import DataError, RewardError
-from vlmr1.rewards import RewardPool, score_groups
+from vlmr1.rewards import score_groups
 from vlmr1.rewards.groups import TimedOut, failure_counts
 from vlmr1.rewards.judge import JudgeError
 
@@ -29,13 +29,6 @@ MINE = """
 
     loud.isolated = True
 """
-
-
-@pytest.fixture(scope="module")
-def pool():
-    pool = RewardPool(2, timeout=1.5)
-    yield pool
-    pool.close()
 
 
 @pytest.fixture
