@@ -29,7 +29,8 @@ COMMANDS = {  # module below commands/, help
     "doctor": ("doctor", "what this machine has, and which kernels it would use"),
     "bench": ("bench", "what is gained on this machine, and by which switch"),
 }
-OWN_HELP = ("train", "sft", "evaluate", "bench")  # they print their help themselves
+RUNS = ("train", "sft")
+OWN_HELP = (*RUNS, "evaluate", "bench")  # they print their help themselves
 TAKE_MORE = (*OWN_HELP, "demo", "plan")  # words that the command reads itself: settings
 NO_MODEL = ("doctor", "bench")  # they do not need transformers
 
@@ -68,9 +69,7 @@ def _parse(arguments: Sequence[str] | None) -> tuple[ModuleType, argparse.Namesp
     commands = parser.add_subparsers(dest="command", required=True)
     module = ModuleType("none")
     for name, (file, text) in COMMANDS.items():
-        each = commands.add_parser(
-            name, help=text, add_help=name not in OWN_HELP, allow_abbrev=name not in ("train", "sft")
-        )
+        each = commands.add_parser(name, help=text, add_help=name not in OWN_HELP, allow_abbrev=name not in RUNS)
         if words[:1] == [name]:
             module = import_module(f"vlmr1.commands.{file}")
             if hasattr(module, "add_arguments"):  # else it has none, or parses its own

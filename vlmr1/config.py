@@ -9,7 +9,6 @@ from typing import ClassVar
 from transformers import TrainingArguments
 
 from vlmr1.data.settings import DataSettings
-from vlmr1.data.templates import AUTO, TEMPLATES
 from vlmr1.errors import faults_of
 from vlmr1.evaluation.settings import EvaluationSettings
 from vlmr1.grpo.settings import BatchSettings, ObjectiveSettings
@@ -17,10 +16,9 @@ from vlmr1.models.settings import ParameterSettings
 from vlmr1.report.settings import CompletionLogSettings, ReportSettings
 from vlmr1.rewards.settings import RewardOptions
 from vlmr1.rollout.settings import RolloutSettings
-from vlmr1.sft.settings import AnswerSettings
+from vlmr1.sft.settings import QUESTION_TEMPLATE, AnswerSettings
 from vlmr1.training.run_config import RunConfig, with_old_names
 from vlmr1.training.settings import TrainerSettings
-from vlmr1.types import setting
 
 
 @with_old_names
@@ -91,11 +89,4 @@ class SFTConfig(
     # Defaults of TRL, and the turn of a row as it stands
     learning_rate: float = 2e-5
     lr_scheduler_type: str = "linear"
-    question_template: str = setting(
-        "none", f"{', '.join(TEMPLATES)}, or a text with {{question}} in it; give that of the GRPO run that follows"
-    )
-
-    def check(self) -> Iterator[str]:
-        yield from super().check()
-        if self.question_template == AUTO:
-            yield "question_template=auto reads rewards, which supervised fine-tuning has not: name a template"
+    question_template: str = QUESTION_TEMPLATE

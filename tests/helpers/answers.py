@@ -59,4 +59,4 @@ def plain(model: Any, processor: Any, samples: Sequence[Sample]) -> Step:
     loss = torch.stack(losses).sum() / tokens
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return float(loss), {"mean_token_accuracy": right / tokens, "tokens": float(tokens)}, gradients
+    return float(loss.detach()), {"mean_token_accuracy": right / tokens, "tokens": float(tokens)}, gradients

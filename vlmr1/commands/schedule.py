@@ -13,7 +13,7 @@ def describe_schedule(config: Any, rows: int | None) -> str:
     """Prompts, generations, sequences and updates, over all ranks, in words. `rows` is None for a stream."""
     ranks = config.world_size
     prompts = config.prompts_per_device * ranks
-    repeats = config.steps_per_generation * config.num_iterations
+    repeats = config.updates_per_generation * config.num_iterations
     if rows is None:
         total = f"{config.max_steps} updates in all"
     else:

@@ -1,4 +1,4 @@
-"""The command lines of `vlmr1 train` and `vlmr1 sft`: settings, all that is wrong or missing in one message, and the launch."""
+"""The command lines of `train` and `sft`: settings, all that is wrong or missing in one message, and the launch."""
 
 from __future__ import annotations
 

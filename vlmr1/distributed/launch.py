@@ -1,4 +1,4 @@
-"""`--launch NAME` of `vlmr1 train` and `vlmr1 sft`: prints and runs the torchrun command that starts one process per device.
+"""`vlmr1 train|sft --launch NAME`: prints and runs the torchrun command that starts one process per device.
 
 Engines are configured as by `accelerate launch`: by environment variables, and for DeepSpeed by a file of configs/.
 """

@@ -13,7 +13,7 @@ from vlmr1.data.mixture import EVERYTHING, Mixture
 from vlmr1.data.samples import Samples, load_samples
 from vlmr1.data.settings import DataSettings
 from vlmr1.data.stream import stream_samples
-from vlmr1.data.templates import question_text
+from vlmr1.rewards.question import Question
 from vlmr1.types import Sample
 
 
@@ -23,13 +23,13 @@ class AnswerReader:
 
     data: DataSettings
     columns: Columns
-    question: str
+    question: Question
 
     @classmethod
     def of(cls, config: Any, model_type: str, image_processor: Any) -> AnswerReader:
         data = DataSettings.of(config)
         columns = replace(data.columns, answers=config.answer_columns)
-        return cls(data, columns, question_text(data.question_template, model_type))
+        return cls(data, columns, Question(data.question_template, (), "", model_type))
 
     def training(self, files: Sequence[str], folders: Sequence[str]) -> Samples:
         """The samples that a run trains on: those that its settings take of the files, or a stream of them."""

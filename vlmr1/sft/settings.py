@@ -4,15 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from vlmr1.data.templates import AUTO, TEMPLATES
 from vlmr1.grpo.settings import PackSettings
 from vlmr1.types import Settings, setting
 
 COMPLETION = "completion"  # TRL's column of the answer
+QUESTION_TEMPLATE = setting(
+    "none", f"{', '.join(TEMPLATES)}, or a text with {{question}} in it; give that of the GRPO run that follows"
+)
 
 
 class _OnePass(Settings):
     """What passes over packs ask of a run, and no setting of supervised fine-tuning changes."""
+
+    shared = ("full_determinism", "question_template")
+    if TYPE_CHECKING:
+
+        @property
+        def question_template(self) -> str: ...
 
     temperature = 1.0
     updates_per_generation = num_iterations = 1
@@ -41,6 +52,8 @@ class AnswerSettings(PackSettings, _OnePass):
 
     def check(self) -> Iterator[str]:
         yield from self.at_least(2, "max_length")
+        if self.question_template == AUTO:
+            yield "question_template=auto reads rewards, which supervised fine-tuning has not: name a template"
         if not self.response_column:
             yield "response_column is empty: name a column"
 

@@ -25,7 +25,8 @@ from vlmr1.types import Settings, setting
 # Settings of `TrainingArguments` that have a better name here.
 RENAMED_ARGS = {
     "auto_find_batch_size": "use tokens_per_pack",
-    "deepspeed": "use `vlmr1 {command} --launch zero2 | zero3 | zero3-offload`, or --deepspeed FILE on its command line",
+    "deepspeed": "use `vlmr1 {command} --launch zero2 | zero3 | zero3-offload`, or --deepspeed FILE on its command "
+    "line",
     "eval_strategy": "use `vlmr1 evaluate` on a checkpoint, or eval_steps",
     "fp16": "use bf16; float16 overflows without a scaled loss",
     "fsdp": "use `vlmr1 {command} --launch fsdp2`",
