@@ -1,6 +1,7 @@
-"""Rows with answers, their supervised update, and the plain cross-entropy of one sequence at a time."""
+"""Rows with answers, their supervised update, the plain cross-entropy of one sequence at a time, and short runs."""
 
 import copy
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,12 @@ from torch.nn.functional import cross_entropy
 
 from tests.helpers.updates import Step, backward
 from vlmr1.config import SFTConfig
+from vlmr1.rollout.stop_tokens import end_of_turn, stop_token_ids
 from vlmr1.sft.trainer import SFTTrainer
+from vlmr1.tiny import digits
 from vlmr1.types import Sample
+
+STEPS = 6
 
 
 def sample(index: int, text: str, images: Sequence[Path], *answers: str) -> Sample:
@@ -36,7 +41,9 @@ def update(trainer: SFTTrainer) -> Step:
 
 
 def plain(model: Any, processor: Any, samples: Sequence[Sample]) -> Step:
-    """The same by the model's own forward on each sequence alone: prompt, answer, what the chat template adds."""
+    """The same by the model's own forward on each sequence alone: prompt, answer, what the chat template adds, and the
+    token that ends a turn where it adds none."""
+    ends = stop_token_ids(model, processor.tokenizer, processor.chat_template)
     model = copy.deepcopy(model).train()
     losses, right, tokens = [], 0, 0
     for each in samples:
@@ -47,6 +54,8 @@ def plain(model: Any, processor: Any, samples: Sequence[Sample]) -> Step:
             images = [Image.open(path).convert("RGB") for path in each.images]
             inputs = processor(text=[prompt], images=images or None, return_tensors="pt")
             ids = processor.tokenizer(whole[len(prompt) :], add_special_tokens=False, return_tensors="pt").input_ids
+            if not ends.intersection(ids[0].tolist()):
+                ids = torch.tensor([[*ids[0], *end_of_turn(processor.tokenizer, processor.chat_template)]])
             for name, more in (("input_ids", ids), ("attention_mask", torch.ones_like(ids))):
                 inputs[name] = torch.cat([inputs[name], more], 1)
             if "mm_token_type_ids" in inputs:
@@ -60,3 +69,24 @@ def plain(model: Any, processor: Any, samples: Sequence[Sample]) -> Step:
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return float(loss.detach()), {"mean_token_accuracy": right / tokens, "tokens": float(tokens)}, gradients
+
+
+def write_rows(folder: Path, count: int = 8) -> Path:
+    """Drawn digits with a column `response`: two answers in every other row."""
+    path = digits.write(folder, "train", count, seed=3)
+    lines = []
+    for place, line in enumerate(path.read_text().splitlines()):
+        row = json.loads(line)
+        thought = f"<think>\nI see.\n</think>\n{row['conversations'][1]['value']}"
+        lines.append(json.dumps(row | {"response": [thought, "<answer>no</answer>"] if place % 2 else thought}))
+    path.write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def command(data: Path, output: Path, *more: str) -> list[str]:
+    """A run of an epoch and a half, two rows an update."""
+    settings = {"data_file_paths": data / "train.jsonl", "image_folders": data / "images", "output_dir": output}
+    settings |= {"model_name_or_path": "tiny", "question_template": "rec", "max_steps": STEPS, "save_steps": 2}
+    settings |= {"prompts_per_device": 2, "learning_rate": 4e-4, "use_cpu": "true", "write_report": "false"}
+    words = [str(word) for name, value in settings.items() if f"--{name}" not in more for word in (f"--{name}", value)]
+    return ["sft", *words, *more]

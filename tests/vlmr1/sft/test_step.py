@@ -7,6 +7,7 @@ import torch
 
 from tests.helpers.answers import plain, sample, trainer_of, update
 from tests.helpers.steps import NAIVE, assert_equal_steps
+from vlmr1.sft.evaluation import evaluate_loss
 from vlmr1.types import Sample
 
 LONG = "<think>\nI see upper left 3, lower right 7.\n</think>\n<answer>\n{}\n</answer>"
@@ -51,3 +52,40 @@ def test_an_update_equals_plain_cross_entropy(settings, packs, rows, model, proc
     shown = {name: metrics[name] for name in metrics_ if name in metrics}
     assert shown.keys() == metrics_.keys() - ({"mean_token_accuracy"} if settings is NAIVE else set())
     assert_equal_steps((loss, shown, gradients), (loss_, {name: metrics_[name] for name in shown}, gradients_))
+
+
+def test_the_loss_of_an_evaluation(rows, model, processor, tmp_path):
+    trainer = trainer_of(model, processor, tmp_path, rows[:1], prompts_per_device=2)
+    loss, metrics, _ = plain(model, processor, rows)
+    values = evaluate_loss(trainer, rows)
+    assert values is not None and values["eval/loss"] == pytest.approx(loss, rel=1e-5)
+    assert values["eval/mean_token_accuracy"] == pytest.approx(metrics["mean_token_accuracy"], rel=1e-5)
+    assert evaluate_loss(trainer, rows, lambda: True) is None
+
+
+def test_an_update_of_an_adapter(rows, model, processor, tmp_path):
+    trainer = trainer_of(model, processor, tmp_path, rows, use_peft=True, lora_r=4, lora_alpha=8)
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    loss, _, gradients = update(trainer)
+    loss_, _, gradients_ = plain(trainer.model, processor, rows)
+    assert all("lora_" in name for name in gradients)
+    assert_equal_steps((loss, {}, gradients), (loss_, {}, gradients_))
+
+
+def test_a_pass_that_runs_out_of_memory_is_repeated_in_smaller_packs(rows, model, processor, tmp_path):
+    trainer, sizes = trainer_of(model, processor, tmp_path, rows), []
+    loss_of = trainer.policy.loss
+
+    def limited(pack: Any, objective: Any) -> Any:
+        sizes.append(len(pack.input_ids))
+        if len(pack.input_ids) > 200:
+            raise torch.OutOfMemoryError("no room")
+        return loss_of(pack, objective)
+
+    trainer.policy.loss = limited
+    loss, _, gradients = update(trainer)
+    loss_, _, gradients_ = plain(model, processor, rows)
+    assert_equal_steps((loss, {}, gradients), (loss_, {}, gradients_))
+    assert max(sizes) > 200 and trainer.totals()["out_of_memory"] >= 1
