@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.answers import plain, sample, trainer_of, update
-from tests.helpers.families import FAMILIES, TEXT, Family, build
+from tests.helpers.families import FAMILIES, Family, build
 from vlmr1.types import Sample
 
 
@@ -17,7 +17,8 @@ def of_text(family: str, **text: Any) -> Family:
     return replace(FAMILIES[family], text=text, options=FAMILIES[family].options | {"tie_word_embeddings": False})
 
 
-DECODERS = {  # what they add: norms of queries and keys, scaled embeddings, norms behind, one projection, scaled residuals
+# Biases; norms of queries and keys; scaled embeddings; norms behind the layers; one projection; scaled residuals.
+DECODERS = {
     "internvl-llama": of_text("internvl", model_type="llama", attention_bias=True, mlp_bias=True),
     "internvl-qwen3": of_text("internvl", model_type="qwen3"),
     "internvl-gemma": of_text("internvl", model_type="gemma"),
@@ -60,5 +61,5 @@ def test_an_update_equals_plain_cross_entropy(rows, model, processor, tmp_path):
     largest = max(float(gradient.abs().max()) for gradient in gradients_.values())
     for name, gradient in gradients_.items():
         error, scale = float((gradients[name] - gradient).abs().max()), float(gradient.abs().max())
-        # A bias of keys moves nothing: its gradient is rounding.
-        assert error <= 1e-5 * max(scale, 1e-3 * largest), (name, error / scale)
+        # A bias of keys moves nothing: its gradient is rounding, 1e-10 of the largest.
+        assert error <= 1e-5 * max(scale, 1e-4 * largest), (name, error / scale)
