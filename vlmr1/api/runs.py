@@ -56,6 +56,11 @@ def write_report(trainer: Any, path: str | Path | None) -> Path:
     return write_run_report(_folder(trainer), None if path is None else Path(path))
 
 
+def model_name(trainer: Any) -> str:
+    """Name of the model in its card: that of its repository, or of output_dir."""
+    return (trainer.args.hub_model_id or _folder(trainer).absolute().as_posix()).split("/")[-1]
+
+
 def push(trainer: Any, message: str, card: Mapping[str, Any]) -> str | None:
     """Leave the model in output_dir, write its card, and upload both."""
     names = leave_model(trainer, None)

@@ -18,7 +18,7 @@ from vlmr1.api.evaluate import evaluate
 from vlmr1.api.metrics import Facts, clip_ratios, metrics_of
 from vlmr1.api.refused import refused_arguments
 from vlmr1.api.rows import samples_of
-from vlmr1.api.runs import checkpoint_of, is_done, present_checkpoint, push, write_report
+from vlmr1.api.runs import CARD, checkpoint_of, is_done, model_name, present_checkpoint, push, write_report
 from vlmr1.errors import SettingError
 from vlmr1.grpo.loss import clipped_shares
 from vlmr1.grpo.trainer import GRPOTrainer as CoreTrainer
@@ -133,12 +133,21 @@ class GRPOTrainer(CoreTrainer):
         return super()._metrics(minibatch, drawn=drawn) | own
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.pending.steps and "loss" in logs:
-            steps = self.pending.steps
+        """Add the mean time of a step; at the end of a run also the metrics of the steps since the last log."""
+        steps, ends = self.pending.steps, "train_runtime" in logs
+        if steps and ("loss" in logs or ends):
             logs["step_time"] = sum(sum(step.seconds.values()) for step in steps) / len(steps)
+        if steps and ends:
+            self.add_metrics(logs)
         super().log(logs, start_time)
 
     # Models
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write a checkpoint, and beside the first one of a run the model card."""
+        if not (Path(self.args.output_dir or ".") / CARD).exists():
+            self.create_model_card(model_name=model_name(self))
+        super()._save_checkpoint(model, trial)
 
     def create_model_card(
         self, model_name: Any = None, dataset_name: Any = None, tags: Any = None, **more: Any
