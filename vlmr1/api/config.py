@@ -33,7 +33,15 @@ LOADING = {"dtype": "model_dtype", "torch_dtype": "model_dtype", "attn_implement
 LOADING |= {"revision": "model_revision", "trust_remote_code": "trust_remote_code"}
 # Settings of TrainingArguments that the command line has not, or has under other names.
 KEPT = ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size", "eval_strategy")
-KEPT += ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "ddp_find_unused_parameters", "do_train")
+KEPT += (
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private_repo",
+    "hub_revision",
+    "hub_strategy",
+    "ddp_find_unused_parameters",
+    "do_train",
+)
 KEPT += ("do_eval", "torch_empty_cache_steps")
 
 if TYPE_CHECKING:

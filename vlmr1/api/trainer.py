@@ -18,7 +18,7 @@ from vlmr1.api.evaluate import evaluate
 from vlmr1.api.metrics import Facts, clip_ratios, metrics_of
 from vlmr1.api.refused import refused_arguments
 from vlmr1.api.rows import samples_of
-from vlmr1.api.runs import CARD, checkpoint_of, is_done, model_name, present_checkpoint, push, write_report
+from vlmr1.api.runs import CARD, add_tags, checkpoint_of, is_done, model_name, present_checkpoint, push, write_report
 from vlmr1.errors import SettingError
 from vlmr1.grpo.loss import clipped_shares
 from vlmr1.grpo.trainer import GRPOTrainer as CoreTrainer
@@ -121,7 +121,11 @@ class GRPOTrainer(CoreTrainer):
 
     def backward(self, model: Any, groups: Sequence[Group]) -> tuple[Tensor, dict[str, float]]:
         loss, metrics = super().backward(model, groups)
-        return loss, metrics | (clip_ratios(metrics) if self.args.loss_type != "cispo" else {})
+        metrics |= clip_ratios(metrics, self.args.loss_type)
+        if self.args.entropy_coef:
+            bonus = self.args.entropy_coef * metrics["entropy"]
+            metrics |= {"entropy_coef": self.args.entropy_coef, "policy_loss": float(loss) + bonus}
+        return loss, metrics
 
     def _metrics(self, minibatch: Any, *, drawn: bool) -> dict[str, float]:
         """The metrics of the core, and those of TRL, which take the place of others of the same name."""
@@ -153,9 +157,11 @@ class GRPOTrainer(CoreTrainer):
         self, model_name: Any = None, dataset_name: Any = None, tags: Any = None, **more: Any
     ) -> None:
         """Write README.md into output_dir."""
-        tags = [tags] if isinstance(tags, str) else list(tags or [])
+        tags = [*([tags] if isinstance(tags, str) else tags or []), "grpo", "vlmr1"]
         known = {"dataset": dataset_name} if dataset_name is not None else {}
-        super().create_model_card(model_name=model_name, tags=[*tags, "grpo", "vlmr1"], **known, **more)
+        super().create_model_card(model_name=model_name, tags=list(tags), **known, **more)
+        if self.is_world_process_zero():
+            add_tags(Path(self.args.output_dir or ".") / CARD, tags)
 
     def push_to_hub(
         self,

@@ -1,14 +1,16 @@
+# ruff: noqa: I001
 """A script of TRL that uses many features at once; `test_every_feature.py` runs it with both trainers."""
 
 import asyncio
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from datasets import load_dataset
 from peft import get_peft_model
 from transformers import AutoModelForImageTextToText, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
-from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config  # isort: skip
+from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config
 
 from vlmr1.models.processor import load_processor  # which needs no torchvision
 
@@ -19,8 +21,8 @@ class Arguments(ScriptArguments):
 
 
 def accuracy(completions, solution, **kwargs):
-    found = [float(answer in completion[0]["content"]) for completion, answer in zip(completions, solution)]
-    return [None if answer == "3" else value for answer, value in zip(solution, found)]
+    found = [float(answer in c[0]["content"]) for c, answer in zip(completions, solution, strict=True)]
+    return [None if answer == "3" else value for answer, value in zip(solution, found, strict=True)]
 
 
 async def length(completion_ids, trainer_state, log_metric, log_extra, **kwargs):
@@ -31,7 +33,7 @@ async def length(completion_ids, trainer_state, log_metric, log_extra, **kwargs)
 
 
 class Steps(TrainerCallback):
-    seen: list[int] = []
+    seen: ClassVar[list[int]] = []
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self.seen.append(state.global_step)
@@ -50,6 +52,7 @@ processor.chat_template = "{% if not short %}{{ raise_exception('short') }}{% en
 def make_trainer() -> GRPOTrainer:
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_pretrained(model_args.model_name_or_path, **loading)
+    model.generation_config.eos_token_id = list(range(7, 107))  # a quarter of the vocabulary: many completions end
     model = get_peft_model(model, get_peft_config(model_args))
     optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-2)
     judge = AutoModelForSequenceClassification.from_pretrained(script_args.reward_model, num_labels=1)

@@ -60,6 +60,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "bnpo_accumulated": (dict(loss_type="bnpo", gradient_accumulation_steps=2), ["loss_type=bnpo"]),
     "entropy_of_means": (dict(loss_type="grpo", entropy_coef=0.1), ["entropy_coef"]),
     "entropy_of_sequences": (dict(importance_sampling_level="sequence", entropy_coef=0.1), ["entropy_coef"]),
+    "entropy_of_passes": (dict(gradient_accumulation_steps=2, entropy_coef=0.1), ["entropy_coef"]),
     "twice": (dict(generation_batch_size=8, steps_per_generation=2), ["generation_batch_size"]),
     "not_a_multiple": (dict(generation_batch_size=6), ["generation_batch_size"]),
     "steps": (dict(gradient_accumulation_steps=2, steps_per_generation=3), ["steps_per_generation is 3"]),

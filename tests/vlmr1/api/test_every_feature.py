@@ -22,7 +22,7 @@ PEFT = "--use_peft --lora_r 4 --lora_alpha 8 --lora_target_modules q_proj v_proj
 SIZE = "--per_device_train_batch_size 4 --gradient_accumulation_steps 2 --num_generations 2 --max_completion_length 6"
 RUN = "--max_steps 4 --save_steps 2 --save_total_limit 2 --eval_strategy steps --eval_steps 2 --logging_steps 1"
 RUN += " --lr_scheduler_type constant --per_device_eval_batch_size 4 --use_cpu true --bf16 false --report_to none"
-GRPO = "--beta 0.05 --num_iterations 2 --scale_rewards batch --mask_truncated_completions false --epsilon_high 0.28"
+GRPO = "--beta 0.05 --num_iterations 2 --scale_rewards batch --mask_truncated_completions true --epsilon_high 0.28"
 GRPO += " --reward_weights 1.0 0.5 0.2 0.1 --log_completions --num_completions_to_print 1 --temperature 0.9 --top_k 50"
 
 
@@ -37,13 +37,12 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Any:
     script = folder / "script.py"
     script.write_text(text.replace(IMPORT, IMPORT.replace("trl", "vlmr1")) if OURS else text)
     words = f"--output_dir {folder / 'run'} --model_name_or_path {folder_of(MAIN)} --reward_model {folder_of('judge')} "
-    words += f"--dataset_name {folder / 'rows.parquet'} --push_to_hub --hub_model_id me/mine "
+    words += f"--dataset_name {folder / 'rows.parquet'} --push_to_hub --hub_model_id me/mine --hub_strategy end "
     words += " ".join((PEFT, SIZE, RUN, GRPO))
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_TOKEN", "hf_none")
         patch.setattr(HfApi, "create_repo", lambda self, name, **_: SimpleNamespace(repo_id=name))
         patch.setattr(HfApi, "upload_folder", lambda self, **given: pushed.append(given))
-        patch.setattr("transformers.trainer.create_repo", lambda name, **_: SimpleNamespace(repo_id=name))
-        patch.setattr("transformers.trainer.upload_folder", lambda **given: pushed.append(given))
         patch.setattr(sys, "argv", ["script.py", *words.split(), "--chat_template_kwargs", json.dumps({"short": True})])
         names = runpy.run_path(str(script), run_name="__main__")
     return SimpleNamespace(**{"names": names, "pushed": pushed, "output": folder / "run"})
@@ -62,6 +61,7 @@ def test_every_reward_counts_by_its_weight(done: Any) -> None:
     rewards = ("accuracy", "length", "judge")
     assert all(f"rewards/{name}/{kind}" in updates[0] for name in rewards for kind in ("mean", "std"))
     assert all(math.isfinite(updates[0][name]) for name in ("reward", "reward_std", "kl", "grad_norm", "longest"))
+    assert updates[0]["completions/mean_length"] < 6 and all(line["grad_norm"] > 0 for line in updates)
     rows = table(done.output)
     assert {row["step_seen"] for row in rows} >= {0}
     assert {"completion", "advantage"} <= rows[0].keys()
