@@ -45,7 +45,6 @@ ARGUMENTS = {
     "tools": NO_TOOLS,
     "rollout_func": "completions are drawn by rollout_engine; use stop_strings and the sampling settings",
     "environment_factory": NO_TOOLS,
-    "quantization_config": "load a model in 4 bits with vlmr1 train --load_in_4bit true --use_peft true",
 }
 
 

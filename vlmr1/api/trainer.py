@@ -51,7 +51,7 @@ class GRPOTrainer(CoreTrainer):
         _refuse(locals())
         args = parts.default_config(model) if args is None else args
         set_seed(args.seed)  # before an adapter's first weights
-        model = parts.load(model, peft_config, args)
+        model = parts.load(model, peft_config, quantization_config, args)
         samples = samples_of(train_dataset, "train_dataset", parts.needed_rows(args))
         self.prompt_tokens = 0
         self.progress = Progress(Path(args.output_dir or "."), console=not (args.disable_tqdm or is_in_notebook()))
