@@ -31,9 +31,18 @@ GENERATION = {"max_new_tokens": "max_completion_length", "stop_strings": "stop_s
 GENERATION |= {name: name for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
 LOADING = {"dtype": "model_dtype", "torch_dtype": "model_dtype", "attn_implementation": "attn_implementation"}
 LOADING |= {"revision": "model_revision", "trust_remote_code": "trust_remote_code"}
+LOADING |= {"quantization_config": "quantization", "device_map": "device_map"}
 # Settings of TrainingArguments that the command line has not, or has under other names.
 KEPT = ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size", "eval_strategy")
-KEPT += ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "ddp_find_unused_parameters", "do_train")
+KEPT += (
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private_repo",
+    "hub_revision",
+    "hub_strategy",
+    "ddp_find_unused_parameters",
+    "do_train",
+)
 KEPT += ("do_eval", "torch_empty_cache_steps")
 
 if TYPE_CHECKING:
@@ -127,6 +136,7 @@ class GRPOConfig(ScriptSettings, Base):
 
     def __post_init__(self) -> None:
         self.reads_dtype = False  # whether the weights have the dtype of the checkpoint
+        self.quantization: Any = None  # of model_init_kwargs
         if self.bf16 is None:  # on, but for machines without a GPU, where the library refuses it without use_cpu
             self.bf16 = not self.fp16 and (self.use_cpu or torch.cuda.is_available())
         self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)  # type: ignore

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import MISSING, field, fields, make_dataclass
 from typing import Any, ClassVar, get_type_hints
+
+import torch
 
 
 def taken(default: Any) -> Any:
@@ -67,4 +70,10 @@ class ScriptSettings:
                 yield f"{given} is {value}: weights are float32 or bfloat16"
                 return
             self.reads_dtype, value = value == "auto", "float32" if value == "auto" else value
+        if name == "device_map":  # a process has one device, and the model is there
+            if value == "auto" and torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
+                yield f"{given} is auto: one process uses one GPU; start the script with `accelerate launch`"
+            elif value != "auto" and (not isinstance(value, dict) or list(value) != [""]):
+                yield f"{given} is {value!r}: the model is on the device of its process, leave device_map out"
+            return
         setattr(self, name, value)

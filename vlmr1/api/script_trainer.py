@@ -11,7 +11,7 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils.import_utils import is_in_notebook
 
 from vlmr1.api import parts
-from vlmr1.api.runs import checkpoint_of, is_done, present_checkpoint, push, write_report
+from vlmr1.api.runs import CARD, add_tags, checkpoint_of, is_done, model_name, present_checkpoint, push, write_report
 from vlmr1.errors import SettingError
 from vlmr1.report.progress import Progress
 from vlmr1.training.hf_trainer import HFTrainer
@@ -22,6 +22,7 @@ class ScriptTrainer(HFTrainer):
     """The methods that all trainers of TRL have. A subclass converts the rows of an evaluation, and measures them."""
 
     progress: Progress
+    tag: str  # of model cards
 
     def eval_samples(self, rows: Any) -> Sequence[Sample]:
         raise NotImplementedError
@@ -74,6 +75,33 @@ class ScriptTrainer(HFTrainer):
             self.state.best_global_step = None
             self.state.best_model_checkpoint = present_checkpoint(self)
         return best
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the mean time of a step; at the end of a run also the metrics of the steps since the last log."""
+        steps, ends = self.pending.steps, "train_runtime" in logs
+        if steps and ("loss" in logs or ends):
+            logs["step_time"] = sum(sum(step.seconds.values()) for step in steps) / len(steps)
+        if steps and ends:
+            self.add_metrics(logs)
+        super().log(logs, start_time)
+
+    # Models
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write a checkpoint, and beside the first one of a run the model card."""
+        if not (Path(self.args.output_dir or ".") / CARD).exists():
+            self.create_model_card(model_name=model_name(self))
+        super()._save_checkpoint(model, trial)
+
+    def create_model_card(
+        self, model_name: Any = None, dataset_name: Any = None, tags: Any = None, **more: Any
+    ) -> None:
+        """Write README.md into output_dir."""
+        tags = [*([tags] if isinstance(tags, str) else tags or []), self.tag, "vlmr1"]
+        known = {"dataset": dataset_name} if dataset_name is not None else {}
+        super().create_model_card(model_name=model_name, tags=list(tags), **known, **more)
+        if self.is_world_process_zero():
+            add_tags(Path(self.args.output_dir or ".") / CARD, tags)
 
     def push_to_hub(
         self,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from vlmr1.api.config import ELSEWHERE, KEPT, LOADING
-from vlmr1.api.refused import NO_EXPERTS
+from vlmr1.api.refused import NO_EXPERTS, refused_hub
 from vlmr1.api.script import ScriptSettings, taken, without
 from vlmr1.config import SFTConfig as CoreConfig
 from vlmr1.errors import SettingError
@@ -85,9 +85,10 @@ class SFTConfig(ScriptSettings, Base):
 
     def __post_init__(self) -> None:
         self.reads_dtype = False  # whether the weights have the dtype of the checkpoint
+        self.quantization: Any = None  # of model_init_kwargs
         if self.bf16 is None:  # on, but for machines without a GPU, where the library refuses it without use_cpu
             self.bf16 = not self.fp16 and (self.use_cpu or torch.cuda.is_available())
-        faults = [*_refused(self), *self._batches(), *self.read_kwargs(), *self._evaluation()]
+        faults = [*_refused(self), *refused_hub(self), *self._batches(), *self.read_kwargs(), *self._evaluation()]
         # The trainer's loop must not group updates: an update is one step of it.
         self.accumulation, self.gradient_accumulation_steps = self.gradient_accumulation_steps, 1
         if self.load_best_model_at_end and self.metric_for_best_model is None:

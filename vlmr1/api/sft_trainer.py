@@ -28,7 +28,6 @@ ARGUMENTS = {
     "preprocess_logits_for_metrics": "there are no logits",
     "optimizer_cls_and_kwargs": "use optim and optim_args, or optimizers",
     "formatting_func": "convert the rows to prompt and completion before",
-    "quantization_config": "load a model in 4 bits with vlmr1 sft --load_in_4bit true --use_peft true",
 }
 
 
@@ -36,6 +35,7 @@ class SFTTrainer(ScriptTrainer, CoreTrainer):
     """Supervised fine-tuning of a vision-language model, with the arguments of TRL."""
 
     args: SFTConfig
+    tag = "sft"
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class SFTTrainer(ScriptTrainer, CoreTrainer):
         _refuse(locals())
         args = SFTConfig(f"{Path(parts.name_of(model)).name}-SFT") if args is None else args
         set_seed(args.seed)  # before an adapter's first weights
-        model = parts.load(model, peft_config, args)
+        model = parts.load(model, peft_config, quantization_config, args)
         samples = samples_of(train_dataset, "train_dataset", args, parts.needed_rows(args))
         self.progress = Progress(Path(args.output_dir or "."), console=not (args.disable_tqdm or is_in_notebook()))
         super().__init__(
@@ -86,14 +86,6 @@ class SFTTrainer(ScriptTrainer, CoreTrainer):
         found |= {"num_tokens": float(self.state.num_input_tokens_seen), "runtime": seconds}
         found |= {"samples_per_second": len(samples) / seconds, "steps_per_second": batches / seconds}
         return {f"{prefix}_{name}": value for name, value in found.items()}
-
-    def create_model_card(
-        self, model_name: Any = None, dataset_name: Any = None, tags: Any = None, **more: Any
-    ) -> None:
-        """Write README.md into output_dir."""
-        tags = [tags] if isinstance(tags, str) else list(tags or [])
-        known = {"dataset": dataset_name} if dataset_name is not None else {}
-        super().create_model_card(model_name=model_name, tags=[*tags, "sft", "vlmr1"], **known, **more)
 
 
 def _refuse(given: Mapping[str, Any]) -> None:

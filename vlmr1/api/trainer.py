@@ -28,6 +28,7 @@ class GRPOTrainer(ScriptTrainer, CoreTrainer):
     """GRPO on a vision-language model, with the arguments of TRL."""
 
     args: GRPOConfig
+    tag = "grpo"
 
     def __init__(
         self,
@@ -49,7 +50,7 @@ class GRPOTrainer(ScriptTrainer, CoreTrainer):
         _refuse(locals())
         args = parts.default_config(model) if args is None else args
         set_seed(args.seed)  # before an adapter's first weights
-        model = parts.load(model, peft_config, args)
+        model = parts.load(model, peft_config, quantization_config, args)
         samples = samples_of(train_dataset, "train_dataset", parts.needed_rows(args))
         self.prompt_tokens = 0
         self.progress = Progress(Path(args.output_dir or "."), console=not (args.disable_tqdm or is_in_notebook()))
@@ -84,7 +85,11 @@ class GRPOTrainer(ScriptTrainer, CoreTrainer):
 
     def backward(self, model: Any, groups: Sequence[Group]) -> tuple[Tensor, dict[str, float]]:
         loss, metrics = super().backward(model, groups)
-        return loss, metrics | (clip_ratios(metrics) if self.args.loss_type != "cispo" else {})
+        metrics |= clip_ratios(metrics, self.args.loss_type)
+        if self.args.entropy_coef:
+            bonus = self.args.entropy_coef * metrics["entropy"]
+            metrics |= {"entropy_coef": self.args.entropy_coef, "policy_loss": float(loss) + bonus}
+        return loss, metrics
 
     def _metrics(self, minibatch: Any, *, drawn: bool) -> dict[str, float]:
         """The metrics of the core, and those of TRL, which take the place of others of the same name."""
@@ -94,22 +99,6 @@ class GRPOTrainer(ScriptTrainer, CoreTrainer):
         own = metrics_of(facts, [reward.name for reward in self.rewards], self.reward_weights)
         own["num_tokens"] = float(self.state.num_input_tokens_seen)
         return super()._metrics(minibatch, drawn=drawn) | own
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.pending.steps and "loss" in logs:
-            steps = self.pending.steps
-            logs["step_time"] = sum(sum(step.seconds.values()) for step in steps) / len(steps)
-        super().log(logs, start_time)
-
-    # Models
-
-    def create_model_card(
-        self, model_name: Any = None, dataset_name: Any = None, tags: Any = None, **more: Any
-    ) -> None:
-        """Write README.md into output_dir."""
-        tags = [tags] if isinstance(tags, str) else list(tags or [])
-        known = {"dataset": dataset_name} if dataset_name is not None else {}
-        super().create_model_card(model_name=model_name, tags=[*tags, "grpo", "vlmr1"], **known, **more)
 
 
 def _refuse(given: dict[str, Any]) -> None:
