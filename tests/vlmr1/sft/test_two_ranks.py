@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers.answers import command, write_rows
+from tests.helpers.answers import assert_moved_alike, command, write_rows
 from tests.helpers.forked_ranks import run_command
 from tests.helpers.two_ranks import ENGINES, ROOT, Weights
 from vlmr1.cli import main
@@ -64,18 +64,6 @@ def assert_same(found: list[dict[str, float]], expected: list[dict[str, float]])
 
 def weights_of(run: Path, name: str = "model") -> Weights:
     return load_file(run / f"checkpoint-{UPDATES}" / f"{name}.safetensors")
-
-
-def assert_moved_alike(found: Weights, expected: Weights, start: Weights) -> None:
-    """What each tensor moved by is equal to 1e-5 of its largest entry, or to the rounding of the weights."""
-    assert found.keys() == expected.keys()
-    moved = {name: value - start.get(name, torch.zeros_like(value)) for name, value in expected.items()}
-    largest = max(float(move.abs().max()) for move in moved.values())
-    for name, move in moved.items():
-        error, scale = float((found[name] - expected[name]).abs().max()), float(move.abs().max())
-        rounding = 2**-23 * float(expected[name].abs().max())
-        assert error <= 1e-5 * max(scale, 1e-3 * largest) + 2 * rounding, (name, error, scale)
-        assert scale > 100 * rounding or name.endswith("k_proj.bias"), name
 
 
 @pytest.mark.parametrize("engine", ENGINES)
