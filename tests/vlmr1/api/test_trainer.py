@@ -274,7 +274,7 @@ def test_a_step_is_shown_once(
     notebook: bool, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By our line, or in a notebook by the library's table, which takes the place of its bar there."""
-    monkeypatch.setattr("vlmr1.api.trainer.is_in_notebook", lambda: notebook)
+    monkeypatch.setattr("vlmr1.api.script_trainer.is_in_notebook", lambda: notebook)
     trainer = trainer_of(tiny, tmp_path, disable_tqdm=False)
     shown = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, ProgressCallback)]
     assert len(shown) == int(notebook)
