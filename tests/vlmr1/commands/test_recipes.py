@@ -60,6 +60,7 @@ def words(recipe, model, output):
         "prompts_per_device": 1,
         "num_generations": 2,
         "max_completion_length": 6,
+        "write_report": "false",
     }
     return [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
 

@@ -134,7 +134,7 @@ def test_settings_follow_from_the_adapter(plain, processor, tmp_path):
 
 # The commands
 
-RUN = ["--max_steps", "4", "--learning_rate", "3e-3", "--write_report", "false"]
+RUN = ["--max_steps", "4", "--learning_rate", "3e-3"]
 
 
 def test_train_resume_and_start_again_from_the_result(plain, data, tmp_path):

@@ -45,7 +45,7 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
 
 
 def run(data: Path, output: Path, *settings: str) -> list[str]:
-    return command(data, output, "--max_steps", "2", "--write_report", "false", *settings)
+    return command(data, output, "--max_steps", "2", *settings)
 
 
 def files(output: Path) -> set[str]:
