@@ -40,7 +40,8 @@ def write(tmp_path, curve):
     def write(*examples, **changes) -> tuple[str, Page]:
         arguments = {
             "title": "A <run>",
-            "summary_rows": [("mean IoU", "0.40", "0.50"), ("<kl>", "0", "0.1")],
+            "summary_head": ("", "before", "after", "<change>"),
+            "summary_rows": [("mean IoU", "0.40", "0.50", "+0.10"), ("<kl>", "0", "0.1", "")],
             "curve_png": curve,
             "examples": examples,
             "settings": {"learning_rate": 5e-5, "reward_funcs": ["accuracy", "<b>"]},
@@ -85,6 +86,7 @@ def test_text_is_escaped_and_nothing_is_fetched(write, example):
         example.text_before,
         example.text_after,
         "<kl>",
+        "<change>",
         "['accuracy', '<b>']",
         "measured on 2 & 3",
     ):
