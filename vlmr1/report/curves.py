@@ -19,7 +19,7 @@ LABELS = {
 
 def reward_curve(history: Sequence[Mapping[str, float]], path: Path, *, window: int | None = None) -> Path:
     """Write one panel each for the rewards, the KL and the completion length: each step thin, a
-    running mean thick with its interval.
+    running mean thick, with its 95% interval.
 
     Args:
         history: logged values, one mapping a step with its "step"; a key may be missing in some steps.
@@ -31,6 +31,8 @@ def reward_curve(history: Sequence[Mapping[str, float]], path: Path, *, window: 
     """
     keys = [*_reward_keys(history), "kl", "completion_length"]
     panels = {key: series for key in keys if len((series := _series(history, key))[0])}
+    if "kl" in panels and not panels["kl"][1].any():  # a run with beta 0 has none
+        del panels["kl"]
     if not panels:
         raise ValueError(f"nothing to draw: no step of the history holds any of {keys}")
 

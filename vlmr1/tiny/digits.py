@@ -23,7 +23,7 @@ from vlmr1.tiny.texts import STEP, Box, Canvas, answer, completion_text, questio
 SCANS = Path(__file__).with_name("digits.npz")
 CANVAS = (112, 140, 168)  # px, multiples of 28: one merged image token
 DIGIT = (42, 56)  # px
-TRAIN_ROWS = 4000
+TRAIN_ROWS = 2000
 
 Split = Literal["train", "held_out"]
 
