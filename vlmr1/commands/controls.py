@@ -11,20 +11,20 @@ from typing import Any
 
 import torch
 
-from vlmr1.commands.arguments import parse_config
+from vlmr1.commands.arguments import make_config, parse_config, read_settings
 from vlmr1.commands.held_out import changes, held_out, measure
+from vlmr1.commands.sft import sft
 from vlmr1.commands.train import train
+from vlmr1.config import GRPOConfig, SFTConfig
 from vlmr1.lifecycle.checkpoint import last_complete, replace_text, sha256_of_file
 from vlmr1.tiny import CHECKPOINT, DIGITS
 
 CONTROLS = CHECKPOINT.with_name("controls.json")
 COMMAND = "vlmr1 demo --controls --seed SEED"
-# Supervised updates have as many answers and the learning rate of the supervision that made the start.
-SUPERVISED = ["--learning_rate", "4e-4", "--lr_scheduler_type", "cosine", "--warmup_steps", "20"]
-ARMS: Mapping[str, list[str]] = {  # each a command and its settings
-    "sloppy labels": ["sft", *SUPERVISED, "--response_column", "response"],
-    "exact labels": ["sft", *SUPERVISED, "--response_column", "exact_response"],
-    "GRPO without accuracy": ["train", "--reward_weights", "0", "1"],
+ARMS: Mapping[str, list[str]] = {  # each a recipe and its changes
+    "sloppy labels": ["tiny-digits-sft"],
+    "exact labels": ["tiny-digits-sft", "--response_column", "exact_response"],
+    "GRPO without accuracy": ["tiny-digits", "--reward_weights", "0", "1"],
 }
 
 
@@ -37,10 +37,12 @@ def run_controls(seed: int, output_dir: Path, words: Sequence[str] = ()) -> None
     samples = held_out(config, output_dir)
     before = measure(config, str(config.model_name_or_path), samples)
     found = {}
-    for name, (command, *settings) in ARMS.items():
+    for name, (recipe, *settings) in ARMS.items():
         folder = output_dir / name.replace(" ", "-")
         given = [*common, "--output_dir", str(folder), "--max_steps", str(config.max_steps), *settings]
-        train(parse_config(given, recipe="tiny-digits"))
+        work: Any
+        kind, work = (SFTConfig, sft) if recipe.endswith(SFTConfig.recipe_suffix) else (GRPOConfig, train)
+        work(make_config(*read_settings(given, recipe=recipe, kind=kind), kind=kind))
         after = measure(config, str(last_complete(folder)), samples)
         found[name] = {
             metric: {"value": float(after.rows[metric].mean()), "change": [change.value, change.low, change.high]}
@@ -57,22 +59,22 @@ def provenance() -> dict[str, Any]:
     """Return what made the file: the start, the commit, the machine and the library."""
     git = ["git", "-C", str(CONTROLS.parent), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    name = next((line.partition(": ")[2] for line in cpu.splitlines() if line.startswith("model name")), "")
     return {
         "start": sha256_of_file(CHECKPOINT / "model.safetensors"),
         "commit": commit,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "machine": f"{name or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
     }
 
 
-def read_controls(seed: int) -> tuple[dict[str, dict[str, float]], list[str]]:
-    """Return the scores of each arm by metric, of this seed where it was run, else of the first; and notes on them."""
+def read_controls(seed: int) -> tuple[dict[str, dict[str, float]], str]:
+    """Return the scores of each arm by metric, of this seed where it was run, else of the first; and a note on them."""
     content = json.loads(CONTROLS.read_text(encoding="utf-8"))
     known = content["seeds"]
     shown = str(seed) if str(seed) in known else min(known)
-    arms = {name: {m: score["value"] for m, score in scores.items()} for name, scores in known[shown].items()}
-    command = content["command"].replace("SEED", shown)
-    notes = [
-        f"Last columns: {content['updates']} updates of another kind from the same start, seed {shown}. "
-        f"They are from a file ({command}; commit {content['commit']}; {content['machine']})."
-    ]
-    return arms, notes
+    arms = {name: {metric: score["value"] for metric, score in scores.items()} for name, scores in known[shown].items()}
+    return arms, (
+        f"The last columns are {content['updates']} updates of another kind from the same start, seed {shown}, measured "
+        f"before: {content['command'].replace('SEED', shown)}; commit {content['commit']}; {content['machine']}."
+    )

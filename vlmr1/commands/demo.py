@@ -63,10 +63,9 @@ def demo(seed: int, output_dir: Path, words: Sequence[str] = ()) -> None:
         after = measure(config, str(checkpoint), samples)
     with phases("report"):
         history = read_metrics(output_dir)
-        controls = read_controls(seed) if config.model_name_or_path == TINY else {}
+        controls, note = read_controls(seed) if config.model_name_or_path == TINY else ({}, "")
         head, rows = table(before, after, controls)
-        lead = sentence(before, after, len(history))
-        notes = [lead, *notes_on(controls, len(samples))]
+        notes = [sentence(before, after, len(history)), f"{len(samples)} held-out images. {note}".strip()]
         report = write_report(
             output_dir / "report.html",
             title="vlmr1 demo: a tiny VLM learns to locate handwritten digits",

@@ -96,7 +96,7 @@ def test_controls_file():
     for seed, arms in content["seeds"].items():
         assert set(arms) == set(controls.ARMS), seed
         assert all(list(scores) == METRICS for scores in arms.values())
-    shown, (note,) = controls.read_controls(seed=10**6)
+    shown, note = controls.read_controls(seed=10**6)
     first = min(content["seeds"])
     assert f"seed {first}" in note
     assert shown["exact labels"]["greedy mean IoU"] == content["seeds"][first]["exact labels"]["greedy mean IoU"]["value"]
