@@ -75,6 +75,6 @@ def read_controls(seed: int) -> tuple[dict[str, dict[str, float]], str]:
     shown = str(seed) if str(seed) in known else min(known)
     arms = {name: {metric: score["value"] for metric, score in scores.items()} for name, scores in known[shown].items()}
     return arms, (
-        f"The last columns are {content['updates']} updates of another kind from the same start, seed {shown}, measured "
-        f"before: {content['command'].replace('SEED', shown)}; commit {content['commit']}; {content['machine']}."
+        f"Last columns: {content['updates']} updates of another kind from the same start, seed {shown}, measured "
+        f"earlier: {content['command'].replace('SEED', shown)}; commit {content['commit']}; {content['machine']}."
     )

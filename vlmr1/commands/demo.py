@@ -78,7 +78,9 @@ def demo(seed: int, output_dir: Path, words: Sequence[str] = ()) -> None:
         )
     print("", *aligned([head, *rows]), "", *notes, "", sep="\n")
     seconds = ", ".join(f"{name} {value:.0f}" for name, value in phases.seconds.items())
-    print(f"seconds    {seconds}; {sum(phases.seconds.values()):.0f} in all\ncheckpoint {checkpoint}\nopen       {report}")
+    print(
+        f"seconds    {seconds}; {sum(phases.seconds.values()):.0f} in all\ncheckpoint {checkpoint}\nopen       {report}"
+    )
 
 
 def scores_line(found: Evaluation) -> str:

@@ -65,7 +65,9 @@ def small(monkeypatch):
 @pytest.mark.slow
 def test_demo_and_evaluate(tmp_path, capsys, small):
     out = tmp_path / "out"
-    assert main(["demo", "--seed", "2", "--output_dir", str(out), "--max_steps", "3", "--save_steps", "2", *CHANGES]) == 0
+    assert (
+        main(["demo", "--seed", "2", "--output_dir", str(out), "--max_steps", "3", "--save_steps", "2", *CHANGES]) == 0
+    )
     shown = capsys.readouterr().out
     table = dict(re.findall(r"^(\w+ \S.*?)\s{2,}[\d.]+\s+([\d.]+)\s+[+-]\d", shown, re.M))
     assert list(table) == METRICS
@@ -89,7 +91,7 @@ def test_demo_and_evaluate(tmp_path, capsys, small):
 
 
 def test_controls_file():
-    """It is of the shipped start, of the recipe's number of updates, and holds every arm of the seeds that are reported."""
+    """It is of the shipped start and of the recipe's number of updates, and holds every arm of each seed."""
     content = json.loads(controls.CONTROLS.read_text())
     assert content["start"] == sha256_of_file(CHECKPOINT / "model.safetensors")
     assert f"max_steps: {content['updates']}\n" in (CHECKPOINT.parents[1] / "recipes/tiny-digits.yaml").read_text()
@@ -99,4 +101,6 @@ def test_controls_file():
     shown, note = controls.read_controls(seed=10**6)
     first = min(content["seeds"])
     assert f"seed {first}" in note
-    assert shown["exact labels"]["greedy mean IoU"] == content["seeds"][first]["exact labels"]["greedy mean IoU"]["value"]
+    assert (
+        shown["exact labels"]["greedy mean IoU"] == content["seeds"][first]["exact labels"]["greedy mean IoU"]["value"]
+    )
