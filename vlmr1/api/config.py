@@ -31,9 +31,18 @@ GENERATION = {"max_new_tokens": "max_completion_length", "stop_strings": "stop_s
 GENERATION |= {name: name for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
 LOADING = {"dtype": "model_dtype", "torch_dtype": "model_dtype", "attn_implementation": "attn_implementation"}
 LOADING |= {"revision": "model_revision", "trust_remote_code": "trust_remote_code"}
+LOADING |= {"quantization_config": "quantization", "device_map": "device_map"}
 # Settings of TrainingArguments that the command line has not, or has under other names.
 KEPT = ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size", "eval_strategy")
-KEPT += ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "ddp_find_unused_parameters", "do_train")
+KEPT += (
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private_repo",
+    "hub_revision",
+    "hub_strategy",
+    "ddp_find_unused_parameters",
+    "do_train",
+)
 KEPT += ("do_eval", "torch_empty_cache_steps")
 
 if TYPE_CHECKING:
@@ -142,6 +151,7 @@ class GRPOConfig(Base):
 
     def __post_init__(self) -> None:
         self.reads_dtype = False  # whether the weights have the dtype of the checkpoint
+        self.quantization: Any = None  # of model_init_kwargs
         if self.bf16 is None:  # on, but for machines without a GPU, where the library refuses it without use_cpu
             self.bf16 = not self.fp16 and (self.use_cpu or torch.cuda.is_available())
         self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)  # type: ignore
@@ -257,6 +267,12 @@ class GRPOConfig(Base):
                 yield f"{given} is {value}: weights are float32 or bfloat16"
                 return
             self.reads_dtype, value = value == "auto", "float32" if value == "auto" else value
+        if name == "device_map":  # a process has one device, and the model is there
+            if value == "auto" and torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
+                yield f"{given} is auto: one process uses one GPU; start the script with `accelerate launch`"
+            elif value != "auto" and (not isinstance(value, dict) or list(value) != [""]):
+                yield f"{given} is {value!r}: the model is on the device of its process, leave device_map out"
+            return
         setattr(self, name, value)
 
     @property

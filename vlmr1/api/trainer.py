@@ -18,7 +18,7 @@ from vlmr1.api.evaluate import evaluate
 from vlmr1.api.metrics import Facts, clip_ratios, metrics_of
 from vlmr1.api.refused import refused_arguments
 from vlmr1.api.rows import samples_of
-from vlmr1.api.runs import checkpoint_of, is_done, present_checkpoint, push, write_report
+from vlmr1.api.runs import CARD, add_tags, checkpoint_of, is_done, model_name, present_checkpoint, push, write_report
 from vlmr1.errors import SettingError
 from vlmr1.grpo.loss import clipped_shares
 from vlmr1.grpo.trainer import GRPOTrainer as CoreTrainer
@@ -51,7 +51,7 @@ class GRPOTrainer(CoreTrainer):
         _refuse(locals())
         args = parts.default_config(model) if args is None else args
         set_seed(args.seed)  # before an adapter's first weights
-        model = parts.load(model, peft_config, args)
+        model = parts.load(model, peft_config, quantization_config, args)
         samples = samples_of(train_dataset, "train_dataset", parts.needed_rows(args))
         self.prompt_tokens = 0
         self.progress = Progress(Path(args.output_dir or "."), console=not (args.disable_tqdm or is_in_notebook()))
@@ -121,7 +121,11 @@ class GRPOTrainer(CoreTrainer):
 
     def backward(self, model: Any, groups: Sequence[Group]) -> tuple[Tensor, dict[str, float]]:
         loss, metrics = super().backward(model, groups)
-        return loss, metrics | (clip_ratios(metrics) if self.args.loss_type != "cispo" else {})
+        metrics |= clip_ratios(metrics, self.args.loss_type)
+        if self.args.entropy_coef:
+            bonus = self.args.entropy_coef * metrics["entropy"]
+            metrics |= {"entropy_coef": self.args.entropy_coef, "policy_loss": float(loss) + bonus}
+        return loss, metrics
 
     def _metrics(self, minibatch: Any, *, drawn: bool) -> dict[str, float]:
         """The metrics of the core, and those of TRL, which take the place of others of the same name."""
@@ -133,20 +137,31 @@ class GRPOTrainer(CoreTrainer):
         return super()._metrics(minibatch, drawn=drawn) | own
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.pending.steps and "loss" in logs:
-            steps = self.pending.steps
+        """Add the mean time of a step; at the end of a run also the metrics of the steps since the last log."""
+        steps, ends = self.pending.steps, "train_runtime" in logs
+        if steps and ("loss" in logs or ends):
             logs["step_time"] = sum(sum(step.seconds.values()) for step in steps) / len(steps)
+        if steps and ends:
+            self.add_metrics(logs)
         super().log(logs, start_time)
 
     # Models
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write a checkpoint, and beside the first one of a run the model card."""
+        if not (Path(self.args.output_dir or ".") / CARD).exists():
+            self.create_model_card(model_name=model_name(self))
+        super()._save_checkpoint(model, trial)
 
     def create_model_card(
         self, model_name: Any = None, dataset_name: Any = None, tags: Any = None, **more: Any
     ) -> None:
         """Write README.md into output_dir."""
-        tags = [tags] if isinstance(tags, str) else list(tags or [])
+        tags = [*([tags] if isinstance(tags, str) else tags or []), "grpo", "vlmr1"]
         known = {"dataset": dataset_name} if dataset_name is not None else {}
-        super().create_model_card(model_name=model_name, tags=[*tags, "grpo", "vlmr1"], **known, **more)
+        super().create_model_card(model_name=model_name, tags=list(tags), **known, **more)
+        if self.is_world_process_zero():
+            add_tags(Path(self.args.output_dir or ".") / CARD, tags)
 
     def push_to_hub(
         self,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -61,6 +62,7 @@ class PackedPolicy:
     temperature: float
     dtype: torch.dtype | None = None  # of autocast
     features: FeatureCache | None = None  # of a frozen tower
+    accumulates_head: bool = False  # its backward may add to the head's `.grad`: no engine waits for that gradient
 
     def attention(self) -> AbstractContextManager[None]:
         """Encloses forward and backward: activation checkpointing calls the layers again in backward."""
@@ -108,4 +110,5 @@ class PackedPolicy:
     def loss(self, pack: Pack, objective: PackLoss) -> tuple[Tensor, dict[str, Tensor]]:
         """The pack's share of the step's loss, and its metrics."""
         head = self.family.head(self.model)
-        return call(head, head, lambda hidden: objective.fused(hidden, head, pack), self.hidden_rows(pack))
+        fused = partial(objective.fused, head=head, pack=pack, accumulate=self.accumulates_head)
+        return call(head, head, fused, self.hidden_rows(pack))

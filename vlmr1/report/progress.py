@@ -40,9 +40,10 @@ def step_line(logs: dict[str, float], step: int, width: int = WIDTH) -> str:
     parts += (
         [(5, f"clip {logs['clip_low']:.1%}/{logs['clip_high']:.1%}".replace("%/", "/"))] if "clip_low" in logs else []
     )
-    parts += [(3, f"grad {logs['grad_norm']:.2f}"), (2, f"len {logs['completion_length']:.0f}")]
+    parts += [(3, f"grad {logs['grad_norm']:.2f}")] if "grad_norm" in logs else []  # not at the end of a run
+    parts.append((2, f"len {logs['completion_length']:.0f}"))
     parts += [(2, f"zero_var {logs['zero_variance_groups']:.0%}")] if "zero_variance_groups" in logs else []
-    parts += [(4, f"truncated {logs['truncated']:.0%}")]
+    parts.append((4, f"truncated {logs['truncated']:.0%}"))
     if "parse_failures" in logs:
         parts.append((3, f"no_answer {logs['parse_failures']:.0%}"))
     parts += [(6, f"{logs['tokens_per_second']:.0f} t/s"), (5, f"{logs['memory/peak_mib'] / 1024:.1f} GiB")]

@@ -20,8 +20,10 @@ class CrossEntropy:
     tokens: float  # of all packs and ranks
     has_entropy_bonus = False
 
-    def fused(self, hidden: Tensor, head: nn.Linear, pack: Pack) -> tuple[Tensor, dict[str, Tensor]]:
-        """hidden [N, D] -> loss [], metrics."""
+    def fused(
+        self, hidden: Tensor, head: nn.Linear, pack: Pack, *, accumulate: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """hidden [N, D] -> loss [], metrics. `accumulate`, which the policy may allow, is not made use of."""
         bias = None if head.bias is None else head.bias.to(hidden.dtype)
         weight, targets = head.weight.to(hidden.dtype), pack.targets.to(hidden.device)
         logp, entropy = linear_logprob(hidden, weight, targets, bias=bias, entropy=True)

@@ -194,6 +194,8 @@ class RunConfig(TrainerSettings, DataSettings, ParameterSettings, TrainingArgume
             yield f"max_steps is {self.max_steps}: it must not be negative; -1 leaves it to num_train_epochs"
         if self.num_train_epochs < 0:
             yield f"num_train_epochs is {self.num_train_epochs}: it must not be negative"
+        if isinstance(self.chat_template_kwargs, str):  # TrainingArguments reads JSON
+            yield f"chat_template_kwargs is {self.chat_template_kwargs!r}: it must be a JSON object"
         if self.streaming and self.max_steps <= 0:
             yield "streaming=true needs max_steps: the number of rows is not known, and so not that of an epoch"
         for name in ("model_name_or_path", "adapter"):

@@ -103,6 +103,23 @@ def test_an_evaluation_changes_no_training(tiny: Path, tmp_path: Path) -> None:
     assert sum("eval_reward" in line for line in evaluated.state.log_history) == 2
 
 
+def test_an_evaluation_draws_its_own_completions(tiny: Path, tmp_path: Path) -> None:
+    """Each evaluation draws the same ones, and none of those that training draws for the same rows and weights."""
+    drawn: list[list[list[int]]] = []
+
+    def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        drawn.append(completion_ids)
+        return sums(completion_ids)
+
+    given = dict(train_dataset=rows(2), eval_dataset=rows(2), reward_funcs=reward)
+    trainer = trainer_of(tiny, tmp_path, given, max_steps=1, per_device_eval_batch_size=4, shuffle_dataset=False)
+    for _ in range(2):
+        trainer.evaluate()
+    trainer.train()
+    first, second, trained = drawn
+    assert first == second and not any(ids in trained for ids in first)
+
+
 def test_the_best_model_is_loaded_at_the_end(tiny: Path, tmp_path: Path) -> None:
     settings = dict(eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, max_steps=3)
     settings |= dict(load_best_model_at_end=True, metric_for_best_model="reward")
