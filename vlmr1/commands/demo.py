@@ -47,6 +47,7 @@ def demo(seed: int, output_dir: Path, words: Sequence[str] = ()) -> None:
     phases = Phases()
     with phases("prepare"):
         arguments = ["--output_dir", str(output_dir), "--seed", str(seed), "--data_file_paths", DIGITS]
+        arguments += ["--write_report", "false"]  # of the run alone
         config = parse_config(arguments, recipe="tiny-digits", changes=words)
         config.check_device()
         check_output_dir(output_dir)
