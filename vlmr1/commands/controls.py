@@ -22,9 +22,9 @@ from vlmr1.tiny import CHECKPOINT, DIGITS
 CONTROLS = CHECKPOINT.with_name("controls.json")
 COMMAND = "vlmr1 demo --controls --seed SEED"
 ARMS: Mapping[str, list[str]] = {  # each a recipe and its changes
-    "sloppy labels": ["tiny-digits-sft"],
-    "exact labels": ["tiny-digits-sft", "--response_column", "exact_response"],
-    "GRPO without accuracy": ["tiny-digits", "--reward_weights", "0", "1"],
+    "sloppy": ["tiny-digits-sft"],
+    "exact": ["tiny-digits-sft", "--response_column", "exact_response"],
+    "format": ["tiny-digits", "--reward_weights", "0", "1"],
 }
 
 
@@ -38,7 +38,7 @@ def run_controls(seed: int, output_dir: Path, words: Sequence[str] = ()) -> None
     before = measure(config, str(config.model_name_or_path), samples)
     found = {}
     for name, (recipe, *settings) in ARMS.items():
-        folder = output_dir / name.replace(" ", "-")
+        folder = output_dir / name
         given = [*common, "--output_dir", str(folder), "--max_steps", str(config.max_steps), *settings]
         work: Any
         kind, work = (SFTConfig, sft) if recipe.endswith(SFTConfig.recipe_suffix) else (GRPOConfig, train)
@@ -74,7 +74,9 @@ def read_controls(seed: int) -> tuple[dict[str, dict[str, float]], str]:
     known = content["seeds"]
     shown = str(seed) if str(seed) in known else min(known)
     arms = {name: {metric: score["value"] for metric, score in scores.items()} for name, scores in known[shown].items()}
+    updates, command = content["updates"], content["command"].replace("SEED", shown)
     return arms, (
-        f"Last columns: {content['updates']} updates of another kind from the same start, seed {shown}, measured "
-        f"earlier: {content['command'].replace('SEED', shown)}; commit {content['commit']}; {content['machine']}."
+        f"sloppy and exact: {updates} supervised updates on such labels; format: {updates} of GRPO without the "
+        f"accuracy reward; from the same start, seed {shown}, measured earlier: {command}; commit {content['commit']}; "
+        f"{content['machine']}."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from vlmr1.telemetry.phases import Phases
 from vlmr1.tiny import DIGITS, TINY
 from vlmr1.types import Sample
 
+WIDTH = 80  # columns of the terminal
 SHOWN = 12  # held-out images in the report
 SETTINGS = ("learning_rate", "lr_scheduler_type", "warmup_steps", "max_steps", "beta", "epsilon", "loss_type")
 SETTINGS += ("num_generations", "prompts_per_device", "temperature", "seed")
@@ -77,11 +79,11 @@ def demo(seed: int, output_dir: Path, words: Sequence[str] = ()) -> None:
             settings={name: getattr(config, name) for name in SETTINGS},
             notes=notes,
         )
-    print("", *aligned([head, *rows]), "", *notes, "", sep="\n")
+    paragraphs = [textwrap.fill(note, WIDTH) for note in notes]
+    print("", *aligned([head, *rows]), "", *paragraphs, "", sep="\n")
     seconds = ", ".join(f"{name} {value:.0f}" for name, value in phases.seconds.items())
-    print(
-        f"seconds    {seconds}; {sum(phases.seconds.values()):.0f} in all\ncheckpoint {checkpoint}\nopen       {report}"
-    )
+    print(f"seconds    {seconds}; {sum(phases.seconds.values()):.0f} in all")
+    print(f"checkpoint {checkpoint}\nopen       {report}")
 
 
 def scores_line(found: Evaluation) -> str:
@@ -90,7 +92,7 @@ def scores_line(found: Evaluation) -> str:
 
 def table(before: Evaluation, after: Evaluation, controls: Mapping[str, Mapping[str, float]]) -> tuple[Row, list[Row]]:
     """Return the head and the rows: a metric before, after, its change, and after each control instead."""
-    head = ("", "before", "after GRPO", "change (95% interval)", *controls)
+    head = ("", "before", "GRPO", "change (95% interval)", *controls)
     rows = []
     for name, change in changes(before, after).items():
         means = [f"{found.rows[name].mean():.3f}" for found in (before, after)]
@@ -99,7 +101,7 @@ def table(before: Evaluation, after: Evaluation, controls: Mapping[str, Mapping[
 
 
 def with_interval(change: Metric) -> str:
-    return f"{change.value:+.3f} ({change.low:+.3f} to {change.high:+.3f})"
+    return f"{change.value:+.3f} ({change.low:.3f} to {change.high:.3f})"
 
 
 def sentence(before: Evaluation, after: Evaluation, updates: int) -> str:
