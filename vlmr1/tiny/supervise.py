@@ -8,7 +8,7 @@ and 3.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,13 +122,13 @@ def save(model: Any, processor: Any, out: Path) -> None:
     model.save_pretrained(out, state_dict=state)
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--start", type=Path, help="continue from this checkpoint instead of random weights")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=["jittered", "sloppy"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 3], help="one for each stage")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     start = args.start or build(args.out, args.seeds[0])
     for name, seed in zip(args.stages, args.seeds, strict=True):
         supervise(start, args.out, STAGES[name], seed)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from vlmr1.data.images import open_image
 from vlmr1.data.samples import load_samples
 from vlmr1.rewards.answer import solution_box
-from vlmr1.tiny import CHECKPOINT, build, digits
+from vlmr1.tiny import CHECKPOINT, build, digits, supervise
 from vlmr1.tiny.texts import JITTER, STYLES, completion_text, jittered, prompt_text, sloppy
 
 MIB = 2**20
@@ -298,3 +300,18 @@ def test_shipped_checkpoint_is_what_build_describes(model, processor):
     assert model.lm_head.weight is model.get_input_embeddings().weight
     ids = processor.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     assert model.generation_config.eos_token_id == ids
+
+
+@pytest.mark.slow
+def test_supervision_in_two_stages(tmp_path, monkeypatch):
+    """From random weights in one command; the second stage is as if it was started from the first one's checkpoint."""
+    stages = {name: replace(stage, steps=2, canvases=1, warm_up=1) for name, stage in supervise.STAGES.items()}
+    monkeypatch.setattr(supervise, "STAGES", stages)
+    supervise.main(["--out", str(tmp_path / "both")])
+    supervise.main(["--out", str(tmp_path / "first"), "--stages", "jittered", "--seeds", "0"])
+    more = ["--start", str(tmp_path / "first"), "--stages", "sloppy", "--seeds", "3"]
+    supervise.main(["--out", str(tmp_path / "second"), *more])
+    both, first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("both", "first", "second"))
+    assert both.keys() == second.keys() and all(torch.equal(both[name], second[name]) for name in both)
+    assert all(tensor.dtype == torch.bfloat16 for tensor in both.values())
+    assert any(not torch.equal(first[name], second[name]) for name in first)
