@@ -20,7 +20,7 @@ from vlmr1.lifecycle.renamed import RENAMED, RENAMED_VALUES
 REFUSALS = Path(__file__).parents[1] / "tests" / "golden" / "refusals.jsonl"
 # Headings of the page of refusals, by where the check was when the list was made; the last one takes the rest.
 PARTS = {
-    "Data": ("vlmr1/data/",),
+    "Data": ("vlmr1/data/", "vlmr1/sft/answers"),
     "Rewards": ("vlmr1/rewards/",),
     "Models and parameters": ("vlmr1/models/", "vlmr1/parameters", "vlmr1/memory/settings", "vlmr1/memory/precision"),
     "Memory and the planner": ("vlmr1/memory/", "vlmr1/planner/"),
