@@ -158,6 +158,7 @@ def test_a_run_with_old_names_in_its_settings_is_continued(notes, tmp_path):
     shutil.copy(DATA / "settings-before-renames.json", tmp_path / "settings.json")
     words = ["--output_dir", "out", "--max_steps", "4", "--save_steps", "2", "--prompts_per_device", "2"]
     words += ["--data_file_paths", "digits", "--reward_mode", "vlm_r1", *CPU]
+    words += ["--beta", "1.0", "--learning_rate", "6e-5", "--freeze_vision", "false"]  # the recipe's of that time
     resume = tmp_path / "checkpoint-2"
     check_settings(parse_config([*words, "--kl_estimator", "k2"], recipe="tiny-digits"), LAUNCH, resume)
     changes = [*words, "--kl_estimator", "k2", "--rollout_logp_warn_threshold", "9"]

@@ -18,6 +18,11 @@ from vlmr1.training.hf_trainer import HFTrainer
 from vlmr1.types import Sample
 
 
+def progress_of(args: Any) -> Progress:
+    """The logs of a run, and its lines; none in a notebook, where the library's table is shown."""
+    return Progress(Path(args.output_dir or "."), console=not (args.disable_tqdm or is_in_notebook()))
+
+
 class ScriptTrainer(HFTrainer):
     """The methods that all trainers of TRL have. A subclass converts the rows of an evaluation, and measures them."""
 

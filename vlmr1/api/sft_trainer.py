@@ -8,14 +8,12 @@ from time import perf_counter
 from typing import Any
 
 from transformers import set_seed
-from transformers.utils.import_utils import is_in_notebook
 
 from vlmr1.api import parts
-from vlmr1.api.script_trainer import ScriptTrainer
+from vlmr1.api.script_trainer import ScriptTrainer, progress_of
 from vlmr1.api.sft_config import SFTConfig
 from vlmr1.api.sft_rows import samples_of
 from vlmr1.errors import SettingError
-from vlmr1.report.progress import Progress
 from vlmr1.sft.evaluation import evaluate_loss
 from vlmr1.sft.trainer import SFTTrainer as CoreTrainer
 from vlmr1.types import Sample
@@ -60,7 +58,7 @@ class SFTTrainer(ScriptTrainer, CoreTrainer):
         set_seed(args.seed)  # before an adapter's first weights
         model = parts.load(model, peft_config, quantization_config, args)
         samples = samples_of(train_dataset, "train_dataset", args, parts.needed_rows(args))
-        self.progress = Progress(Path(args.output_dir or "."), console=not (args.disable_tqdm or is_in_notebook()))
+        self.progress = progress_of(args)
         super().__init__(
             model,
             args,

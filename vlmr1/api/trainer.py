@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from transformers import set_seed
-from transformers.utils.import_utils import is_in_notebook
 
 from vlmr1.api import parts
 from vlmr1.api.config import GRPOConfig
@@ -16,11 +14,10 @@ from vlmr1.api.evaluate import evaluate
 from vlmr1.api.metrics import Facts, clip_ratios, metrics_of
 from vlmr1.api.refused import refused_arguments
 from vlmr1.api.rows import samples_of
-from vlmr1.api.script_trainer import ScriptTrainer
+from vlmr1.api.script_trainer import ScriptTrainer, progress_of
 from vlmr1.errors import SettingError
 from vlmr1.grpo.loss import clipped_shares
 from vlmr1.grpo.trainer import GRPOTrainer as CoreTrainer
-from vlmr1.report.progress import Progress
 from vlmr1.types import Group, Pack, Sample
 
 
@@ -53,7 +50,7 @@ class GRPOTrainer(ScriptTrainer, CoreTrainer):
         model = parts.load(model, peft_config, quantization_config, args)
         samples = samples_of(train_dataset, "train_dataset", parts.needed_rows(args))
         self.prompt_tokens = 0
-        self.progress = Progress(Path(args.output_dir or "."), console=not (args.disable_tqdm or is_in_notebook()))
+        self.progress = progress_of(args)
         super().__init__(
             model,
             args,
