@@ -22,9 +22,9 @@ def without(core: type, names: tuple[str, ...], module: str) -> type:
     hints, known = get_type_hints(core), {each.name: each for each in fields(core)}
     left_out = []
     for each in (known[name] for name in names if name in known):
-        default = {"default": each.default} if each.default is not MISSING else {}
-        factory = {} if default else {"default_factory": each.default_factory}
-        left_out.append((each.name, hints[each.name], field(init=False, **default, **factory)))
+        default: dict[str, Any] = {"default": each.default, "default_factory": each.default_factory}
+        given = {name: value for name, value in default.items() if value is not MISSING}
+        left_out.append((each.name, hints[each.name], field(init=False, **given)))
     return make_dataclass("Base", left_out, bases=(core,), namespace={"__module__": module})
 
 
