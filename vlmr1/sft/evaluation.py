@@ -25,13 +25,14 @@ class LossEvaluation(PeriodicEvaluation):
 
 
 def evaluate_loss(
-    trainer: Any, samples: Sequence[Sample], stopped: Callable[[], bool] = lambda: False
+    trainer: Any, samples: Sequence[Sample], stopped: Callable[[], bool] = lambda: False, batch: int | None = None
 ) -> dict[str, float] | None:
     """Return `eval/loss`, the mean over all answer tokens of the samples, `eval/entropy` and
-    `eval/mean_token_accuracy`; None where `stopped()`, called before each batch, is true."""
+    `eval/mean_token_accuracy`; None where `stopped()`, called before each batch, is true. A batch has as many rows of a
+    rank as an update, or `batch`."""
     builder = trainer.train_dataset.builder
     groups_of = AnswerDataset(samples, builder, trainer.args.max_length)
-    size, ranks, was_training = trainer.args.prompts_per_device, trainer.ranks, trainer.model.training
+    size, ranks, was_training = batch or trainer.args.prompts_per_device, trainer.ranks, trainer.model.training
     objective = CrossEntropy(1.0)
     parts: list[dict[str, Tensor]] = []
 
