@@ -32,6 +32,8 @@ GENERATION |= {name: name for name in ("temperature", "top_k", "top_p", "min_p",
 LOADING = {"dtype": "model_dtype", "torch_dtype": "model_dtype", "attn_implementation": "attn_implementation"}
 LOADING |= {"revision": "model_revision", "trust_remote_code": "trust_remote_code"}
 LOADING |= {"quantization_config": "quantization", "device_map": "device_map"}
+# Values that change nothing here.
+ALREADY = (("do_sample", True), ("use_cache", True), ("use_cache", False))
 # Settings of TrainingArguments that the command line has not, or has under other names.
 KEPT = ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size", "eval_strategy")
 KEPT += (
@@ -165,7 +167,8 @@ class GRPOConfig(Base):
         try:
             super().__post_init__()
         except SettingError as error:
-            faults += str(error).splitlines()
+            named = {fault.split(" is ")[0] for fault in faults}
+            faults += [each for each in str(error).splitlines() if each.split(" cannot be set")[0] not in named]
         for name, value in asked.items():
             setattr(self, name, value)
         if faults:
@@ -177,7 +180,7 @@ class GRPOConfig(Base):
         """Replace values by those that the checks of the command line know; return what they were."""
         known: dict[str, Any] = {"reward_weights": None}  # counted where the rewards are known
         known["log_completions"] = int(self.log_completions)
-        known["min_p"] = self.min_p or 0.0
+        known["min_p"], known["top_k"] = self.min_p or 0.0, self.top_k or 0
         known["use_bias_correction_kl"] = self.use_bias_correction_kl and self.beta > 0 and not self.kl_in_reward
         if self.model_dtype == "bfloat16":
             known["use_peft"] = True  # or the trainer refuses it, which knows whether an adapter is trained
@@ -255,7 +258,7 @@ class GRPOConfig(Base):
                 yield f"{name} is {given!r}: it must be a dict, or a JSON object"
                 continue
             for key, value in given.items():
-                if key not in known and (value is not None and (key, value) != ("use_cache", False)):
+                if key not in known and value is not None and (key, value) not in ALREADY:
                     yield f"{name} has {key!r}: known are {', '.join(known)}"
                 elif key in known and value is not None:
                     yield from self._set(known[key], value, f"{name}: {key}")
@@ -284,4 +287,4 @@ class GRPOConfig(Base):
         return self.prompts_per_device * self.num_generations * self.world_size if self.log_completions else 0
 
     def sampling(self) -> SamplingSettings:
-        return replace(super().sampling(), min_p=self.min_p or 0.0)
+        return replace(super().sampling(), min_p=self.min_p or 0.0, top_k=self.top_k or 0)

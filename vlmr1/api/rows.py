@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,8 @@ def samples_of(data: Any, name: str, needed: int | None = None) -> RowSamples:
     checked."""
     if data is None:
         raise SettingError(f"{name} is missing")
+    if isinstance(data, Mapping):
+        raise SettingError(f"{name} is a {type(data).__name__} with {', '.join(map(str, data))}: give one of them")
     if hasattr(data, "__len__") and hasattr(data, "__getitem__"):
         if not len(data):
             raise SettingError(f"{name} has no rows")

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import PredictionOutput, TrainOutput
 from transformers.utils.import_utils import is_in_notebook
 
 from vlmr1.api import parts
@@ -66,6 +66,7 @@ class GRPOTrainer(CoreTrainer):
             eval_dataset=eval_dataset,
         )
         self.progress.trainer = self
+        self.processing_class = self.callback_handler.processing_class = self.processor  # the core has its tokenizer
         for reward in self.rewards:
             if reward.check is not None:  # as `vlmr1 train` checks every row
                 reward.check(samples[0])
@@ -101,6 +102,11 @@ class GRPOTrainer(CoreTrainer):
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, own)
             found |= own
         return found
+
+    def predict(self, test_dataset: Any, ignore_keys: Any = None, metric_key_prefix: str = "test") -> PredictionOutput:
+        """Evaluate, without a line in the logs."""
+        metrics = evaluate(self, samples_of(test_dataset, "test_dataset"), metric_key_prefix)
+        return PredictionOutput(predictions=None, label_ids=None, metrics=metrics)  # type: ignore[reportArgumentType]
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
         return self.evaluate()
@@ -180,6 +186,6 @@ class GRPOTrainer(CoreTrainer):
 
 
 def _refuse(given: dict[str, Any]) -> None:
-    faults = list(refused_arguments(given))
+    faults = list(refused_arguments(given, GRPOConfig))
     if faults:
         raise SettingError("\n".join(faults))
