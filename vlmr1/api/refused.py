@@ -56,8 +56,7 @@ def refused(config: Any) -> Iterator[str]:
         value = getattr(config, name)
         if (value or None) != (type(config).__dataclass_fields__[name].default or None):
             yield f"{name} is {value!r}: {reason}"
-    if str(getattr(config.hub_strategy, "value", config.hub_strategy)) not in ("end", "every_save"):
-        yield f"hub_strategy is {config.hub_strategy!r}: trainer.push_to_hub() uploads the model, and never checkpoints"
+    yield from refused_hub(config)
     if config.loss_type == "bnpo" and config.gradient_accumulation_steps > 1:
         yield (
             "loss_type=bnpo divides each pass by its own tokens in TRL, and gradient_accumulation_steps is "
@@ -76,6 +75,12 @@ def refused(config: Any) -> Iterator[str]:
             f"importance_sampling_level={config.importance_sampling_level} TRL takes the mean entropy over all tokens, "
             "and here it has the weights of the loss. Use loss_type=dapo at token level"
         )
+
+
+def refused_hub(config: Any) -> Iterator[str]:
+    """Yield the settings of uploads that cannot be honoured."""
+    if str(getattr(config.hub_strategy, "value", config.hub_strategy)) not in ("end", "every_save"):
+        yield f"hub_strategy is {config.hub_strategy!r}: trainer.push_to_hub() uploads the model, and never checkpoints"
 
 
 def refused_arguments(given: Mapping[str, Any], config: type) -> Iterator[str]:
