@@ -34,16 +34,23 @@ from vlmr1_kernels.triton import (
     shared_prefix_decode,
 )
 
+# Bytes of shared memory that a program may have, by compute capability.
+SHARED_MEMORY: dict[int | str, int] = {
+    80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024, "gfx942": 64 * 1024,
+}  # fmt: skip
+TARGETS: dict[Any, GPUTarget] = {"gfx942": GPUTarget("hip", "gfx942", 64)}
+
 
 @contextmanager
-def compiling(capability: int) -> Iterator[list[tuple[str, tuple[int, ...], Any]]]:
+def compiling(capability: int | str) -> Iterator[list[tuple[str, tuple[int, ...], Any]]]:
     """Compile launches for a compute capability and run none: name, grid and compiled code of each."""
     launches: list[tuple[str, tuple[int, ...], Any]] = []
     run: Callable[..., Any] = JITFunction.run
     driver = SimpleNamespace(
-        get_current_target=lambda: GPUTarget("cuda", capability, 32),
+        get_current_target=lambda: TARGETS.get(capability) or GPUTarget("cuda", capability, 32),
         get_current_device=lambda: capability,  # compiled kernels are cached by device
         get_current_stream=lambda device: 0,
+        utils=SimpleNamespace(get_device_properties=lambda device: {"max_shared_mem": SHARED_MEMORY[capability]}),
     )
 
     def compile_only(kernel: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> None:
@@ -129,6 +136,17 @@ CASES: dict[str, Callable[[], Any]] = {
     "decode, float32": lambda: decode_step(torch.float32, 128, 16, 2, 8),
     "decode, float32, wide": lambda: decode_step(torch.float32, 256, 16, 2, 8),
 }
+
+
+def names(target: str) -> list[str]:
+    """Return the names of the kernels that compile for a target which is not NVIDIA's."""
+    found = set()
+    for step in (CASES["everything"], CASES["log-probs and entropy"], CASES["advantages"], CASES["decode, tile of 64"]):
+        with compiling(target) as launches:
+            step()
+        assert all(each.metadata.shared <= SHARED_MEMORY[target] for _, _, each in launches)
+        found |= {name for name, _, _ in launches}
+    return sorted(found)
 
 
 def sizes() -> None:
@@ -217,5 +235,5 @@ def _widths(instruction: str, code: str) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    capability = sys.argv[1]
-    print(json.dumps(variants(90) if capability == "variants" else measure(int(capability))))
+    what = sys.argv[1]
+    print(json.dumps(variants(90) if what == "variants" else names(what) if what in TARGETS else measure(int(what))))
