@@ -217,7 +217,7 @@ def _resources(compiled: Any) -> dict[str, Any]:
         "conversions": compiled.asm["ttgir"].count("ttg.convert_layout"),
         # instructions of tensor cores, and those of half-precision operands
         "products": len(re.findall(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma", ptx)),
-        "half_products": len(re.findall(r"mma\S*\.(?:b?f16)\.b?f16", ptx)),
+        "half_products": len(re.findall(r"mma\S*\.(?:b?f16)\.b?f16|tcgen05\.mma\S*kind::f16", ptx)),
         # bytes of each asynchronous copy to shared memory
         "copies": [int(size, 16) for size in re.findall(r"cp\.async\.c[ag]\S+ [^;]*, (0x\w+),", ptx)],
     }

@@ -58,8 +58,9 @@ def test_vocabulary_passes(kernels: list[Kernel]) -> None:
 def test_decode(kernels: list[Kernel]) -> None:
     for kernel in (each for each in kernels if each["name"] in DECODE_KERNELS):
         half, wide = "float32" not in kernel["case"], "wide" in kernel["case"]
-        # Two programs share an SM, but for wide heads.
-        assert kernel["shared"] <= SHARED_MEMORY[kernel["capability"]] // (1 if wide else 2), kernel
+        # Two programs share an SM, but for wide heads and in 99 KiB.
+        limit = SHARED_MEMORY[kernel["capability"]]
+        assert kernel["shared"] <= limit // (1 if wide or limit == 99 * 1024 else 2), kernel
         if kernel["name"] == "partials_kernel":
             # Keys and values arrive behind the work, 16 bytes at once; so do the entries of blocks.
             assert set(kernel["copies"]) == {16, 4}, kernel
