@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -54,6 +55,18 @@ def present_checkpoint(trainer: Any) -> str:
 def write_report(trainer: Any, path: str | Path | None) -> Path:
     """Write the HTML report of the run, and return its path."""
     return write_run_report(_folder(trainer), None if path is None else Path(path))
+
+
+def model_name(trainer: Any) -> str:
+    """Name of the model in its card: that of its repository, or of output_dir."""
+    return (trainer.args.hub_model_id or _folder(trainer).absolute().as_posix()).split("/")[-1]
+
+
+def add_tags(path: Path, tags: Sequence[str]) -> None:
+    """Add tags to a model card. PEFT replaces those of a card by its own."""
+    card = ModelCard.load(path)
+    card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *tags]))
+    card.save(path)
 
 
 def push(trainer: Any, message: str, card: Mapping[str, Any]) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,27 @@ from vlmr1.types import Group, Pack
 from vlmr1_kernels import GRPOSettings, grpo_loss, linear_grpo_loss
 
 
+class PackLoss(Protocol):
+    """The loss of a pack: from the rows that predict its completions, or from their log-probs and entropies."""
+
+    @property
+    def has_entropy_bonus(self) -> bool: ...
+    def fused(self, hidden: Tensor, head: nn.Linear, pack: Pack) -> tuple[Tensor, dict[str, Tensor]]: ...
+    def from_logprobs(
+        self, logp: Tensor, pack: Pack, entropy: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+
 @dataclass(frozen=True)
 class Objective:
     """GRPO settings with the count of the whole step that the loss type divides by."""
 
     settings: GRPOSettings
     normalizer: float
+
+    @property
+    def has_entropy_bonus(self) -> bool:
+        return self.settings.entropy_coef != 0
 
     def fused(
         self, hidden: Tensor, head: nn.Linear, pack: Pack, *, accumulate: bool = False

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vlmr1.distributed.sharded import Sharding, summon_full_params
-from vlmr1.grpo.loss import Objective
+from vlmr1.grpo.loss import PackLoss
 from vlmr1.models.attention import PackedAttention, autocast
 from vlmr1.models.family import ImageFeatures, ModelFamily
 from vlmr1.models.features import FeatureCache, encode
@@ -107,7 +107,7 @@ class PackedPolicy:
 
             return call(head, head, logprobs, hidden)
 
-    def loss(self, pack: Pack, objective: Objective) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, pack: Pack, objective: PackLoss) -> tuple[Tensor, dict[str, Tensor]]:
         """The pack's share of the step's loss, and its metrics."""
         head = self.family.head(self.model)
         fused = partial(objective.fused, head=head, pack=pack, accumulate=self.accumulates_head)

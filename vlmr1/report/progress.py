@@ -35,13 +35,15 @@ def step_line(logs: dict[str, float], step: int, width: int = WIDTH) -> str:
     parts = [(0, f"step {step}")]  # importance, 0 the highest, and text
     for place, (name, value) in enumerate(rewards):
         parts.append((1 + place, f"{name.rpartition(':')[2]} {value:.3f}\u00b1{logs[f'rewards/{name}/std']:.2f}"))
-    parts += [(2, f"kl {logs['kl']:.4f}")]
+    parts += [(2, f"kl {logs['kl']:.4f}")] if "kl" in logs else [(1, f"loss {logs['loss']:.4f}")]
     parts += [(4, f"ent {logs['entropy']:.2f}")] if "entropy" in logs else []
     parts += (
         [(5, f"clip {logs['clip_low']:.1%}/{logs['clip_high']:.1%}".replace("%/", "/"))] if "clip_low" in logs else []
     )
-    parts += [(3, f"grad {logs['grad_norm']:.2f}"), (2, f"len {logs['completion_length']:.0f}")]
-    parts += [(2, f"zero_var {logs['zero_variance_groups']:.0%}"), (4, f"truncated {logs['truncated']:.0%}")]
+    parts += [(3, f"grad {logs['grad_norm']:.2f}")] if "grad_norm" in logs else []  # not at the end of a run
+    parts.append((2, f"len {logs['completion_length']:.0f}"))
+    parts += [(2, f"zero_var {logs['zero_variance_groups']:.0%}")] if "zero_variance_groups" in logs else []
+    parts.append((4, f"truncated {logs['truncated']:.0%}"))
     if "parse_failures" in logs:
         parts.append((3, f"no_answer {logs['parse_failures']:.0%}"))
     parts += [(6, f"{logs['tokens_per_second']:.0f} t/s"), (5, f"{logs['memory/peak_mib'] / 1024:.1f} GiB")]
@@ -76,11 +78,11 @@ class Progress(TrainerCallback):
         if self.bar is not None:
             with ignore_broken_pipe():
                 self.bar.update(1)
-        if state.is_world_process_zero and self.trainer is not None:
+        if state.is_world_process_zero and self.trainer is not None and args.completions_to_log:
             self._completions(state.global_step, self.trainer.last_groups, args.completions_to_log)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or "kl" not in logs:
+        if not state.is_world_process_zero or "loss" not in logs:  # the log at the end of a run
             return
         self._append(METRICS, {"step": state.global_step, **logs})
         if self.console:

@@ -14,6 +14,7 @@ from transformers import AutoModelForImageTextToText, TrainerCallback, set_seed
 from transformers.trainer_callback import ProgressCallback
 
 from tests.helpers.api import rows, sums, trainer_of
+from tests.helpers.slow import mostly_slow
 from vlmr1.api.rows import samples_of
 from vlmr1.errors import DataError, SettingError
 from vlmr1.models.processor import load_processor
@@ -47,7 +48,7 @@ class Kill(TrainerCallback):
             raise Killed
 
 
-@pytest.mark.parametrize("kind", ["whole", "lora", "stream"])
+@pytest.mark.parametrize("kind", mostly_slow(["whole", "lora", "stream"], "lora"))
 def test_a_killed_run_goes_on_bit_for_bit(kind: str, tiny: Path, tmp_path: Path) -> None:
     """Two updates a generation, of which the checkpoint is in the middle."""
     given: dict[str, Any] = {}
@@ -101,6 +102,23 @@ def test_an_evaluation_changes_no_training(tiny: Path, tmp_path: Path) -> None:
     assert_equal(weights(plain), weights(evaluated))
     assert lines(plain) == lines(evaluated)
     assert sum("eval_reward" in line for line in evaluated.state.log_history) == 2
+
+
+def test_an_evaluation_draws_its_own_completions(tiny: Path, tmp_path: Path) -> None:
+    """Each evaluation draws the same ones, and none of those that training draws for the same rows and weights."""
+    drawn: list[list[list[int]]] = []
+
+    def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        drawn.append(completion_ids)
+        return sums(completion_ids)
+
+    given = dict(train_dataset=rows(2), eval_dataset=rows(2), reward_funcs=reward)
+    trainer = trainer_of(tiny, tmp_path, given, max_steps=1, per_device_eval_batch_size=4, shuffle_dataset=False)
+    for _ in range(2):
+        trainer.evaluate()
+    trainer.train()
+    first, second, trained = drawn
+    assert first == second and not any(ids in trained for ids in first)
 
 
 def test_the_best_model_is_loaded_at_the_end(tiny: Path, tmp_path: Path) -> None:
@@ -257,7 +275,7 @@ def test_a_step_is_shown_once(
     notebook: bool, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By our line, or in a notebook by the library's table, which takes the place of its bar there."""
-    monkeypatch.setattr("vlmr1.api.trainer.is_in_notebook", lambda: notebook)
+    monkeypatch.setattr("vlmr1.api.script_trainer.is_in_notebook", lambda: notebook)
     trainer = trainer_of(tiny, tmp_path, disable_tqdm=False)
     shown = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, ProgressCallback)]
     assert len(shown) == int(notebook)
