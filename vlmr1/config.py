@@ -83,7 +83,7 @@ class SFTConfig(
     method: ClassVar[str] = "supervised fine-tuning"
     recipe_suffix: ClassVar[str] = "-sft"
     best_metric = "loss"
-    evaluation_metrics = ("loss", "mean_token_accuracy", "entropy")
+    evaluation_metrics = property(lambda self: ("loss", "mean_token_accuracy", "entropy"))
     peer_flags: ClassVar[dict[str, type]] = {"dataset_name": str, "lora_task_type": str}
 
     # Defaults of TRL, and the turn of a row as it stands

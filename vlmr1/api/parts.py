@@ -33,7 +33,7 @@ def default_config(model: Any) -> GRPOConfig:
     return GRPOConfig(f"{Path(name_of(model)).name}-GRPO")
 
 
-def load(model: Any, peft_config: Any, quantization_config: Any, args: GRPOConfig) -> Any:
+def load(model: Any, peft_config: Any, quantization_config: Any, args: Any) -> Any:
     """Return the model, or the `peft.PeftModel` around it; read it where its name is given."""
     faults = list(args.read_kwargs())
     if faults:
@@ -60,9 +60,12 @@ def load(model: Any, peft_config: Any, quantization_config: Any, args: GRPOConfi
         peft = import_for("peft_config", "peft", "vlmr1[quant]")
         if not isinstance(peft_config, peft.PeftConfig):
             raise SettingError(f"peft_config is a {type(peft_config).__name__}: give a peft.LoraConfig")
-        model = peft.get_peft_model(model, peft_config)
-    args.use_peft = given or peft_config is not None  # type: ignore[reportAttributeAccessIssue]
-    args.load_in_4bit = is_in_4bit(base_of(model))  # type: ignore[reportAttributeAccessIssue]
+        try:
+            model = peft.get_peft_model(model, peft_config)
+        except ValueError as error:
+            raise SettingError(f"peft_config: {error}") from error
+    args.use_peft = given or peft_config is not None
+    args.load_in_4bit = is_in_4bit(base_of(model))
     if given and args.beta > 0 and args.reference == "auto":
         args.reference = "copy"  # of base and adapter as they are given
     if args.disable_dropout:
@@ -70,7 +73,7 @@ def load(model: Any, peft_config: Any, quantization_config: Any, args: GRPOConfi
     return model
 
 
-def _read(name: str, quantization: Any, args: GRPOConfig, *, reads_dtype: bool) -> Any:
+def _read(name: str, quantization: Any, args: Any, *, reads_dtype: bool) -> Any:
     source: dict[str, Any] = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
     if reads_dtype:
         stored = AutoConfig.from_pretrained(name, **source).dtype
@@ -95,7 +98,7 @@ def without_dropout(model: Any) -> None:
                 setattr(each, name, 0.0)
 
 
-def processor_of(given: Any, model: Any, args: GRPOConfig) -> Any:
+def processor_of(given: Any, model: Any, args: Any) -> Any:
     """Return the processor, read from the model's directory where none is given."""
     if given is None:
         given = load_processor(name_of(model), revision=args.model_revision, trust_remote_code=args.trust_remote_code)
@@ -137,7 +140,7 @@ def _inner(function: Callable[..., Any]) -> Any:
     return function
 
 
-def needed_rows(args: GRPOConfig) -> int | None:
+def needed_rows(args: Any) -> int | None:
     """The rows of a stream that a run reads; None without max_steps."""
     if args.max_steps <= 0:
         return None
@@ -148,4 +151,4 @@ def needed_rows(args: GRPOConfig) -> int | None:
 def eval_sets(given: Any) -> dict[str, Sequence[Any]]:
     """Return the rows of each data set by the prefix of its metrics."""
     every = {f"eval_{name}": rows for name, rows in given.items()} if isinstance(given, dict) else {"eval": given}
-    return {name: rows if hasattr(rows, "__getitem__") else list(rows) for name, rows in every.items()}
+    return {name: rows if hasattr(rows, "__len__") else list(rows) for name, rows in every.items()}

@@ -11,6 +11,8 @@ from typing import Any, ClassVar, get_type_hints
 
 import torch
 
+ALREADY = (("do_sample", True), ("use_cache", True), ("use_cache", False))  # values that change nothing here
+
 
 def taken(default: Any) -> Any:
     """A field without effect on results, or refused where it has another value than this."""
@@ -22,9 +24,9 @@ def without(core: type, names: tuple[str, ...], module: str) -> type:
     hints, known = get_type_hints(core), {each.name: each for each in fields(core)}
     left_out = []
     for each in (known[name] for name in names if name in known):
-        default = {"default": each.default} if each.default is not MISSING else {}
-        factory = {} if default else {"default_factory": each.default_factory}
-        left_out.append((each.name, hints[each.name], field(init=False, **default, **factory)))
+        default: dict[str, Any] = {"default": each.default, "default_factory": each.default_factory}
+        given = {name: value for name, value in default.items() if value is not MISSING}
+        left_out.append((each.name, hints[each.name], field(init=False, **given)))
     return make_dataclass("Base", left_out, bases=(core,), namespace={"__module__": module})
 
 
@@ -58,7 +60,7 @@ class ScriptSettings:
                 yield f"{name} is {given!r}: it must be a dict, or a JSON object"
                 continue
             for key, value in given.items():
-                if key not in known and (value is not None and (key, value) != ("use_cache", False)):
+                if key not in known and value is not None and (key, value) not in ALREADY:
                     yield f"{name} has {key!r}: known are {', '.join(known)}"
                 elif key in known and value is not None:
                     yield from self._set(known[key], value, f"{name}: {key}")

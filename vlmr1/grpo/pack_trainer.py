@@ -33,9 +33,9 @@ class PackTrainer(HFTrainer):
         args: Any,
         samples: Sequence[Sample],
         processor: Any,
-        callbacks: Sequence[TrainerCallback],
-        optimizers: tuple[Any, Any],
-        eval_dataset: Any,
+        callbacks: Sequence[TrainerCallback] = (),
+        optimizers: tuple[Any, Any] = (None, None),
+        eval_dataset: Any = None,
     ):
         self.processor = processor
         self.dtype = torch.bfloat16 if args.bf16 else None

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from transformers import TrainerCallback
 
 from vlmr1.data.prompts import PromptDataset
 from vlmr1.distributed.metrics import over_ranks
@@ -18,18 +17,6 @@ from vlmr1.types import Group, Sample, StepMetrics
 
 class SFTTrainer(PackTrainer):
     """Cross-entropy of given answers; the answers of a row share its image and prompt."""
-
-    def __init__(
-        self,
-        model: Any,
-        args: Any,
-        samples: Sequence[Sample],
-        processor: Any,
-        callbacks: Sequence[TrainerCallback] = (),
-        optimizers: tuple[Any, Any] = (None, None),
-        eval_dataset: Any = None,
-    ):
-        super().__init__(model, args, samples, processor, callbacks, optimizers, eval_dataset)
 
     def make_dataset(self, samples: Sequence[Sample], args: Any) -> AnswerDataset:
         prompts: PromptDataset = super().make_dataset(samples, args)

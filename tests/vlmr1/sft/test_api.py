@@ -76,6 +76,7 @@ def test_rows(given, more, words, tiny, tmp_path):
     assert trainer_of(tiny, tmp_path, {"train_dataset": given}, **more).train_dataset[0].completions[0].text == "Here."
 
 
+@pytest.mark.slow
 def test_a_script_of_trl_gives_the_same_run(tiny, tmp_path):
     """The losses, metrics and weights of three updates on all rows, and an evaluation, as TRL's trainer has them."""
     trl = pytest.importorskip("trl")

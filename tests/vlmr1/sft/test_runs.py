@@ -14,6 +14,7 @@ from tests.helpers.forked import finish
 from tests.helpers.plants import At, kill
 from tests.helpers.tiny_runs import differences, metrics
 from vlmr1.cli import main
+from vlmr1.config import SFTConfig
 from vlmr1.report.progress import read_metrics
 
 LORA = ["--use_peft", "true", "--lora_r", "4", "--lora_dropout", "0.1"]
@@ -62,6 +63,7 @@ def test_no_run_goes_on_from_a_checkpoint_of_another_method(finished, data, caps
     assert "command is 'train', but the run in" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_rows_may_be_streamed_and_read_by_workers(rows, tmp_path):
     plain, streamed = tmp_path / "plain", tmp_path / "streamed"
     assert main(command(rows, plain, "--max_steps", "3", "--shuffle_dataset", "false")) == 0
@@ -118,6 +120,11 @@ def test_refused_on_the_command_line(more, words, rows, tmp_path, capsys):
 def test_other_trainers_do_not_read_its_settings(data, tmp_path, capsys):
     assert main(train_command(data, tmp_path, "--max_length", "64")) == 2
     assert "'max_length' on the command line: only `vlmr1 sft` reads it" in capsys.readouterr().err
+
+
+def test_batches_of_other_trainers_are_read(tmp_path):
+    given = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "lora_task_type": "CAUSAL_LM"}
+    assert SFTConfig(output_dir=str(tmp_path), use_cpu=True, **given).prompts_per_device == 8
 
 
 def test_help(capsys):
