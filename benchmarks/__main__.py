@@ -2,9 +2,10 @@
 
 vlmr1 bench --quick                 a look in minutes, on a tiny model
 vlmr1 bench                         whole steps: naive, every switch, all of them, TRL
+vlmr1 bench sft                     updates of supervised fine-tuning, beside TRL's SFTTrainer
 vlmr1 bench compare A.json B.json   two result files
 vlmr1 bench report FILE.json        tables and a page of one
-vlmr1 bench readme --check          the table of README.md against its result file
+vlmr1 bench readme --check          the tables of README.md and docs/sft.md against their result files
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ if __name__ == "__main__":
     quiet()  # before torch is imported
 
 TOOLS = {"compare": "benchmarks.compare", "report": "benchmarks.report", "readme": "benchmarks.readme"}
+TOOLS |= {"sft": "benchmarks.sft"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,6 +1,7 @@
-"""The table of README.md, made from a result file: it stands between `<!-- bench:begin -->` and `<!-- bench:end -->`.
+"""Tables of README.md and docs/sft.md, made from result files: each stands between `<!-- bench:begin -->` and
+`<!-- bench:end -->`.
 
-python -m benchmarks.readme            rewrite it
+python -m benchmarks.readme            rewrite them
 python -m benchmarks.readme --check    show the difference and exit with 1 where there is one
 """
 
@@ -14,12 +15,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.harness import table
+from benchmarks.harness import read_result, table
 from benchmarks.report import number, read, workload
 from vlmr1.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 RESULT = Path("benchmarks/results/step-cpu.json")
+SFT_RESULT = Path("benchmarks/results/sft-cpu.json")
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 LABELS = {"naive": "naive: nothing shared", "trl": "TRL", "all": "vlmr1"}
 
@@ -29,29 +31,46 @@ def main(words: Sequence[str] | None = None, root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(prog="vlmr1 bench readme", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 with the difference")
     options = parser.parse_args(words)
-    path = root / "README.md"
+    changed = False
     try:
-        old = path.read_text(encoding="utf-8")
-        new = renewed(old, quoted(read(root / RESULT)))
+        for page, text in pages(root).items():
+            changed |= _renew(root / page, page, text, check=options.check)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    if options.check and old != new:
+    return int(options.check and changed)
+
+
+def pages(root: Path) -> dict[str, tuple[Path, str]]:
+    """Result file and table by page. The table of supervised updates is optional."""
+    found = {"README.md": (RESULT, quoted(read(root / RESULT)))}
+    if (root / SFT_RESULT).exists():
+        from benchmarks import sft  # which imports the trainers
+
+        found["docs/sft.md"] = (SFT_RESULT, sft.quoted(read_result(root / SFT_RESULT, "sft")))
+    return found
+
+
+def _renew(path: Path, page: str, made: tuple[Path, str], *, check: bool) -> bool:
+    """Whether the page differs from its result file; the difference is shown with `check`, else written."""
+    result, quote = made
+    old = path.read_text(encoding="utf-8")
+    new = renewed(old, quote, page)
+    if check and old != new:
         before, after = (text.splitlines(keepends=True) for text in (old, new))
-        sys.stdout.writelines(unified_diff(before, after, "README.md", f"README.md, from {RESULT}"))
-        return 1
-    if old != new:
+        sys.stdout.writelines(unified_diff(before, after, page, f"{page}, from {result}"))
+    elif old != new:
         path.write_text(new, encoding="utf-8")
         print(path)
-    return 0
+    return old != new
 
 
-def renewed(readme: str, quote: str) -> str:
+def renewed(text: str, quote: str, page: str = "README.md") -> str:
     """Return the text with `quote` between the marks; UserError where they are not there once and in order."""
-    head, begin, rest = readme.partition(BEGIN)
+    head, begin, rest = text.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not begin or not end or BEGIN in rest or END in tail:
-        raise UserError(f"README.md: needs {BEGIN} and {END} behind it, once each")
+        raise UserError(f"{page}: needs {BEGIN} and {END} behind it, once each")
     return f"{head}{BEGIN}\n\n{quote}\n\n{END}{tail}"
 
 

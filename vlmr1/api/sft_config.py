@@ -50,7 +50,6 @@ class SFTConfig(ScriptSettings, Base):
     also_supported = frozenset(KEPT)
     not_checked = (EvaluationSettings,)
     in_dicts: ClassVar[dict[str, dict[str, str]]] = {"model_init_kwargs": LOADING}
-    beta = 0.0  # no reference model
 
     # TRL's defaults
     output_dir: str | None = "trainer_output"

@@ -29,6 +29,8 @@ class _OnePass(Settings):
     updates_per_generation = num_iterations = 1
     skips_zero_advantage = mask_truncated_completions = False
     completions_to_log = 0
+    beta, sync_ref_model = 0.0, False  # no reference model
+    reference = reference_kind = "none"
 
 
 @dataclass

@@ -36,16 +36,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def words(folder: Path, output: Path, prompts: int, *more: str) -> list[str]:
+def words(folder: Path, output: Path, prompts: int, *more: str, engine: str = "ddp") -> list[str]:
     """Two updates by plain gradient descent: how far a weight moves shows its gradient."""
     plain = ["--optim", "sgd", "--max_grad_norm", "0", "--lr_scheduler_type", "constant", "--save_steps", str(UPDATES)]
     sizes = ["--prompts_per_device", str(prompts), "--max_steps", str(UPDATES), "--disable_tqdm", "true"]
+    sizes += ["--use_cpu", str(engine == "ddp").lower()]  # by which DDP alone finds the other rank
     settings = [*plain, *sizes, *more, *([] if "--learning_rate" in more else ["--learning_rate", "0.2"])]
     return command(folder, output, *settings)
 
 
 def alone(folder: Path, output: Path, *more: str) -> list[dict[str, float]]:
-    assert main([*words(folder, output, 4, *more), "--use_cpu", "true"]) == 0
+    assert main(words(folder, output, 4, *more)) == 0
     return read_metrics(output)
 
 
@@ -68,15 +69,17 @@ def weights_of(run: Path, name: str = "model") -> Weights:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_ranks_do_what_one_process_does(engine, folder, single, tmp_path):
-    assert_same(run_command(engine, words(folder, tmp_path / "run", 2), tmp_path / "run"), read_metrics(single))
+    run = tmp_path / "run"
+    assert_same(run_command(engine, words(folder, run, 2, engine=engine), run), read_metrics(single))
     start = load_file(ROOT / "vlmr1/tiny/checkpoint/model.safetensors")
-    assert_moved_alike(weights_of(tmp_path / "run"), weights_of(single), start)
+    assert_moved_alike(weights_of(run), weights_of(single), start)
 
 
 def test_an_adapter_on_two_ranks(folder, tmp_path):
     expected = alone(folder, tmp_path / "alone", *LORA)
-    assert_same(run_command("zero2", words(folder, tmp_path / "run", 2, *LORA), tmp_path / "run"), expected)
-    found, single = (weights_of(tmp_path / name, "adapter_model") for name in ("run", "alone"))
+    run = tmp_path / "run"
+    assert_same(run_command("zero2", words(folder, run, 2, *LORA, engine="zero2"), run), expected)
+    found, single = (weights_of(each, "adapter_model") for each in (run, tmp_path / "alone"))
     # The first weights of A are the seed's; B begins as zeros.
     behind, alike = ({name: value for name, value in each.items() if "lora_B" in name} for each in (found, single))
     assert_moved_alike(behind, alike, {})
