@@ -214,7 +214,7 @@ def linear_grpo_loss(name: str, forward: Callable[..., Any], chunk_rows: ChunkRo
         def backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
             gradients, factor = _needed(ctx.saved_tensors, ctx.needs_input_grad[:3]), d_loss / ctx.scale
             if ctx.leaf is not None:
-                add_to_grad(ctx.leaf, gradients[1], factor, keep=_graph_is_retained())
+                add_to_grad(ctx.leaf, ctx.saved_tensors[1], factor, keep=_graph_is_retained())
                 gradients[1] = None
             return *_scaled(gradients, factor), *([None] * ctx.others)
 

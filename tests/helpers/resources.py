@@ -34,16 +34,23 @@ from vlmr1_kernels.triton import (
     shared_prefix_decode,
 )
 
+# Bytes of shared memory that a program may have, by compute capability.
+SHARED_MEMORY: dict[int | str, int] = {
+    80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024, "gfx942": 64 * 1024,
+}  # fmt: skip
+TARGETS: dict[Any, GPUTarget] = {"gfx942": GPUTarget("hip", "gfx942", 64)}
+
 
 @contextmanager
-def compiling(capability: int) -> Iterator[list[tuple[str, tuple[int, ...], Any]]]:
+def compiling(capability: int | str) -> Iterator[list[tuple[str, tuple[int, ...], Any]]]:
     """Compile launches for a compute capability and run none: name, grid and compiled code of each."""
     launches: list[tuple[str, tuple[int, ...], Any]] = []
     run: Callable[..., Any] = JITFunction.run
     driver = SimpleNamespace(
-        get_current_target=lambda: GPUTarget("cuda", capability, 32),
+        get_current_target=lambda: TARGETS.get(capability) or GPUTarget("cuda", capability, 32),
         get_current_device=lambda: capability,  # compiled kernels are cached by device
         get_current_stream=lambda device: 0,
+        utils=SimpleNamespace(get_device_properties=lambda device: {"max_shared_mem": SHARED_MEMORY[capability]}),
     )
 
     def compile_only(kernel: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> None:
@@ -131,6 +138,17 @@ CASES: dict[str, Callable[[], Any]] = {
 }
 
 
+def names(target: str) -> list[str]:
+    """Return the names of the kernels that compile for a target which is not NVIDIA's."""
+    found = set()
+    for step in (CASES["everything"], CASES["log-probs and entropy"], CASES["advantages"], CASES["decode, tile of 64"]):
+        with compiling(target) as launches:
+            step()
+        assert all(each.metadata.shared <= SHARED_MEMORY[target] for _, _, each in launches)
+        found |= {name for name, _, _ in launches}
+    return sorted(found)
+
+
 def sizes() -> None:
     """Run the ops on meta tensors of many sizes; what would have to wait for a value raises."""
     shapes = [
@@ -199,7 +217,7 @@ def _resources(compiled: Any) -> dict[str, Any]:
         "conversions": compiled.asm["ttgir"].count("ttg.convert_layout"),
         # instructions of tensor cores, and those of half-precision operands
         "products": len(re.findall(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma", ptx)),
-        "half_products": len(re.findall(r"mma\S*\.(?:b?f16)\.b?f16", ptx)),
+        "half_products": len(re.findall(r"mma\S*\.(?:b?f16)\.b?f16|tcgen05\.mma\S*kind::f16", ptx)),
         # bytes of each asynchronous copy to shared memory
         "copies": [int(size, 16) for size in re.findall(r"cp\.async\.c[ag]\S+ [^;]*, (0x\w+),", ptx)],
     }
@@ -217,5 +235,5 @@ def _widths(instruction: str, code: str) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    capability = sys.argv[1]
-    print(json.dumps(variants(90) if capability == "variants" else measure(int(capability))))
+    what = sys.argv[1]
+    print(json.dumps(variants(90) if what == "variants" else names(what) if what in TARGETS else measure(int(what))))

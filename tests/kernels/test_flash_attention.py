@@ -3,8 +3,11 @@ torch's schemas without a GPU, and the real kernels where there is one."""
 
 import sys
 from functools import partial
+from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -175,8 +178,9 @@ def package() -> ModuleType:
 
 
 def test_the_package_is_preferred(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
-    monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", package())
+    for module in (ModuleType("flash_attn"), package()):
+        module.__spec__ = ModuleSpec(module.__name__, None)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(kernels.metadata, "version", {"flash-attn": "2.8.3"}.__getitem__)
     kernels._has_package.cache_clear()
     try:
@@ -185,12 +189,29 @@ def test_the_package_is_preferred(monkeypatch: pytest.MonkeyPatch) -> None:
         kernels._has_package.cache_clear()
 
 
-@pytest.mark.parametrize(
-    ("version", "used"), [("2.7.0", True), ("3.0.0b1", True), ("2.10.1.post1", True), ("2.6.3", False)], ids=str
-)
-def test_old_packages_are_not_used(version: str, used: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+INTERFACE = "flash_attn/flash_attn_interface.py"
+INSTALLED = {  # version and files of a package, whether it is used
+    "2.7.0": ("2.7.0", INTERFACE, True),
+    "2.10": ("2.10.1.post1", INTERFACE, True),
+    "before 2.7": ("2.6.3", INTERFACE, False),
+    "version 3 under this name": ("3.0.0b1", "flash_attn_interface.py", False),
+    "version 4 beside the metadata of 2": ("2.8.3", "flash_attn/cute.py", False),
+    "version 3 with the module": ("3.0.0b1", INTERFACE, False),
+}
+
+
+@pytest.mark.parametrize(("version", "file", "used"), INSTALLED.values(), ids=INSTALLED.keys())
+def test_only_packages_with_the_interface_of_version_2_are_used(
+    version: str, file: str, used: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).touch()
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(kernels.metadata, "version", lambda name: version)
-    assert kernels._has_package.__wrapped__() is used
+    with patch.dict(sys.modules):
+        for name in ("flash_attn", "flash_attn.flash_attn_interface"):
+            sys.modules.pop(name, None)
+        assert kernels._has_package.__wrapped__() is used
 
 
 @on_gpu

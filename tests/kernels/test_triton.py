@@ -27,7 +27,7 @@ import triton.language as tl  # noqa: E402
 from vlmr1_kernels.triton import head, sequences, softmax  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BLOCK = softmax.LAUNCH["BLOCK"]
+BLOCK = softmax.BLOCK
 EVERYTHING: dict[str, Any] = {"beta": 0.2, "tis_cap": 1.1, "delta": 1.5, "temperature": 0.7}
 
 

@@ -6,11 +6,13 @@ tensors for queries and keys. The log-sum-exp is [H, rows] float32.
 
 from functools import lru_cache
 from importlib import metadata
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-_PACKAGE_SINCE = (2, 7)  # older versions pad the log-sum-exp and take other arguments
+# Older versions pad the log-sum-exp and take other arguments; builds of version 3 have no such module.
+_PACKAGE_SINCE, _PACKAGE_BEFORE = (2, 7), (3,)
 
 
 def varlen_forward(
@@ -57,7 +59,9 @@ def _has_package() -> bool:
         version = metadata.version("flash-attn")
     except metadata.PackageNotFoundError:
         return False
-    return tuple(int(part) for part in version.split(".")[:2]) >= _PACKAGE_SINCE
+    if not _PACKAGE_SINCE <= tuple(int(part) for part in version.split(".")[:2]) < _PACKAGE_BEFORE:
+        return False
+    return find_spec("flash_attn") is not None and find_spec("flash_attn.flash_attn_interface") is not None
 
 
 def to_varlen_row_major(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from vlmr1_kernels.inputs import HeadInputs, Needs
 from vlmr1_kernels.linear import accumulate_weight_grad, gemm_operand, hidden_grad, project_into, weight_grad
 from vlmr1_kernels.triton.launch import contiguous_aligned, launch
-from vlmr1_kernels.triton.softmax import LAUNCH, ROW_ALIGNMENT, head_terms, row_statistics, write_gradient
+from vlmr1_kernels.triton.softmax import ROW_ALIGNMENT, head_terms, launch_options, row_statistics, write_gradient
 
 
 @triton.jit(do_not_specialize=["first", "vocabulary"])
@@ -66,7 +66,7 @@ class Head:
         self.hidden, self.weight = hidden, gemm_operand(weight.to(hidden.dtype))
         self.targets, bias = contiguous_aligned(targets, bias)
         self.temperature, self.weight_dtype = temperature, weight.dtype
-        self.terms = head_terms(bias, temperature, softcap)
+        self.terms, self.options = head_terms(bias, temperature, softcap), launch_options(hidden.device)
         rows, self.vocabulary, device = len(hidden), len(weight), hidden.device
         narrow = self.weight.dtype != torch.float32
         self.chunk, self.block = chunks[0], chunks[1] if narrow else chunks[0]
@@ -101,7 +101,7 @@ class Head:
     def run(self, kernel: Any, rows: slice, buffers: tuple[Tensor, ...], *args: Any, **constants: Any) -> None:
         """Launch a kernel on a chunk, one program per row, with `buffers`, the arguments of the head, and `args`."""
         common = (self.logits.stride(0), self.targets, rows.start, self.vocabulary, self.terms)
-        launch(kernel, rows.stop - rows.start, *buffers, *common, *args, **LAUNCH, **constants)
+        launch(kernel, rows.stop - rows.start, *buffers, *common, *args, **self.options, **constants)
 
     def statistics(self, rows: slice, logp: Tensor, entropy: Tensor | None, lse: Tensor) -> None:
         """Write log-prob, entropy if not None, and log-sum-exp of the rows of a chunk."""

@@ -1,10 +1,11 @@
-"""Kernel launches."""
+"""Kernel launches, and the limits of the device that they depend on."""
 
 from collections.abc import Callable
-from functools import wraps
+from functools import lru_cache, wraps
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from vlmr1_kernels.inputs import HeadInputs
@@ -13,6 +14,24 @@ from vlmr1_kernels.inputs import HeadInputs
 def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
     """Launch a kernel on a grid of `programs`, in the first dimension: only that one holds 2^31 - 1."""
     kernel[(programs,)](*args, **constants)
+
+
+@lru_cache(maxsize=64)
+def architecture(device: torch.device) -> int:
+    """Return ten times the compute capability of the current device; 0 for other makes and in the interpreter."""
+    if device.type == "cpu":
+        return 0
+    target = triton.runtime.driver.active.get_current_target()
+    return target.arch if target.backend == "cuda" else 0
+
+
+@lru_cache(maxsize=64)
+def shared_memory(device: torch.device) -> int:
+    """Return the bytes of shared memory that a program may take on the current device; many in the interpreter."""
+    if device.type == "cpu":
+        return 2**31
+    active: Any = triton.runtime.driver.active
+    return active.utils.get_device_properties(active.get_current_device())["max_shared_mem"]
 
 
 def contiguous_aligned(*tensors: Tensor | None) -> tuple[Any, ...]:

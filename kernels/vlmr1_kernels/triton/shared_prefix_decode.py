@@ -13,12 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from vlmr1_kernels.inputs import DecodeTables
-from vlmr1_kernels.triton.launch import launch, on_tensor_device
+from vlmr1_kernels.triton.launch import launch, on_tensor_device, shared_memory
 
 # Two programs per SM (132 on an H100) hide latency; chunks below LEAST_CHUNK keys cost more to merge than they save.
 PROGRAMS, LEAST_CHUNK, MOST_CHUNKS = 264, 128, 64
 SMALLEST_TILE = 16  # query rows: the minimum of tl.dot
-LAUNCH = {"num_warps": 4, "num_stages": 4}  # two or three tiles of keys and values in flight
+NUM_WARPS, MOST_STAGES = 4, 4  # three tiles of keys and values in flight, fewer where shared memory is short
 MERGE = {"BLOCK": 16, "num_warps": 4}  # partial results at once
 
 
@@ -186,7 +186,8 @@ def shared_prefix_decode(
         (offsets, starts, lengths), (blocks, suffix_lengths),
         partial, lse, groups, kv_heads, tiles, prefix_chunks, suffix_chunks, blocks.shape[1], scale * log2(e),
         FOLDED=folded, PAGE=block, LEAST=LEAST_CHUNK, TILE=tile, SUFFIX_TILE=_power_of_2(folded), BLOCK_N=block_n,
-        **sizes, **LAUNCH,
+        **sizes, num_warps=NUM_WARPS,
+        num_stages=_stages(tile, block_n, block_d, q.dtype.itemsize, shared_memory(q.device)),
     )  # fmt: skip
     launch(merge_kernel, batch * heads, partial, lse, offsets, out, groups, heads, slots, **sizes, **MERGE)
     return out
@@ -199,6 +200,13 @@ def _power_of_2(rows: int) -> int:
 def _chunks(length: int, others: int) -> int:
     """Return how many chunks to split keys into, given the number of other programs of the launch."""
     return min(triton.cdiv(length, LEAST_CHUNK), triton.cdiv(PROGRAMS, others), MOST_CHUNKS)
+
+
+def _stages(tile: int, block_n: int, block_d: int, size: int, limit: int) -> int:
+    """Return the number of stages of the loop over keys, which fit into `limit` bytes of shared memory together with
+    the queries and the weights of a tile. `size`: bytes of an element."""
+    fixed, each = tile * (block_d + block_n) * size + 1024, 2 * block_n * block_d * size
+    return max(2, min(MOST_STAGES, 1 + (limit - fixed) // each))
 
 
 def _tile_sizes(dtype: torch.dtype, block_d: int) -> tuple[int, int]:

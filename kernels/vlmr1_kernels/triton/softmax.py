@@ -7,16 +7,29 @@ and pass 2 backward, since the end of the row is still in the L2 cache. Each pre
 import ctypes
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# With 64 registers two programs share an SM: one loads while the other reduces, with 32 KiB in flight.
-LAUNCH = {"BLOCK": 4096, "num_warps": 16, "maxnreg": 64}
+from vlmr1_kernels.triton.launch import architecture
+
+BLOCK = 4096
+# By architecture. With 64 registers two programs share an SM: one loads while the other reduces, with 32 KiB in flight.
+# ptxas needs more registers for sm_120, where three programs of half the size share an SM.
+LAUNCH = {"BLOCK": BLOCK, "num_warps": 16, "maxnreg": 64}
+LAUNCH_SM120 = {"BLOCK": BLOCK // 2, "num_warps": 8, "maxnreg": 80}
+LAUNCH_ELSEWHERE = {"BLOCK": BLOCK, "num_warps": 16}  # ROCm knows no maxnreg
 ROW_ALIGNMENT = 16  # elements: rows of any V start aligned and are padded to whole vectors
 
 # Stands for logits of minus infinity: probability 0, without infinity times zero in the entropy.
 LOWEST: tl.constexpr = tl.constexpr(-1e30)
+
+
+def launch_options(device: torch.device) -> dict[str, int]:
+    """Return block and options of a launch."""
+    arch = architecture(device)
+    return LAUNCH_ELSEWHERE if arch == 0 else LAUNCH_SM120 if arch // 10 == 12 else LAUNCH
 
 
 def head_terms(bias: Tensor | None, temperature: float, softcap: float | None) -> tuple[Any, ...]:
