@@ -51,7 +51,7 @@ def test_table_of_hand_numbers():
     assert found["greedy format"][:3] == ["1.000", "0.500", "-0.500 (-1.000 to 0.000)"]
     assert found["sampled format"][:2] == ["0.500", "1.000"]
     assert "from 0.45 to 0.58 in 7 updates" in demo.sentence(before, after, 7)
-    assert "did not improve" in demo.sentence(after, before, 7)
+    assert "did not help" in demo.sentence(after, before, 7)
     lines = demo.aligned([head, *rows])
     assert (
         len({len(line) for line in lines}) == 1
