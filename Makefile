@@ -6,6 +6,8 @@ TORCH ?= torch==2.13.0
 JOBS ?= 2
 
 BIN := .venv/bin
+# Each worker begins with a part of its own, so that few fixtures are made by both.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal
 READY := .venv/ready
 # TORCH is named in every installation, so that no extra can replace the build that was asked for.
 INSTALL = $(BIN)/pip install -qq --disable-pip-version-check "$(TORCH)" --editable
@@ -17,14 +19,14 @@ demo: $(READY)/base
 	$(BIN)/vlmr1 demo
 
 test: lint $(READY)/test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
+	$(PYTEST)
 
 test-fast: $(READY)/test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -m "not slow"
+	$(PYTEST) -m "not slow"
 
 # Runs that are killed at many more moments than in `make test`.
 soak: $(READY)/test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -m soak
+	$(PYTEST) -m soak
 
 # The bounds on the structure are in tests/structure.py; pyright reads the packages that tests and benchmarks import.
 lint: $(READY)/lint $(READY)/test $(READY)/bench docs

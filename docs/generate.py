@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+from vlmr1.api import sft_config, sft_trainer
 from vlmr1.api.config import GRPOConfig
 from vlmr1.api.refused import ARGUMENTS, REASONS
-from vlmr1.commands.settings_help import TRL_DEFAULTS, default_text, help_text
+from vlmr1.commands.settings_help import TRL_DEFAULTS, TRL_SFT_DEFAULTS, default_text, help_text
 from vlmr1.config import GRPOConfig as CoreConfig
+from vlmr1.config import SFTConfig
 from vlmr1.lifecycle.renamed import RENAMED, RENAMED_VALUES
 
 REFUSALS = Path(__file__).parents[1] / "tests" / "golden" / "refusals.jsonl"
 # Headings of the page of refusals, by where the check was when the list was made; the last one takes the rest.
 PARTS = {
-    "Data": ("vlmr1/data/",),
+    "Data": ("vlmr1/data/", "vlmr1/sft/answers"),
     "Rewards": ("vlmr1/rewards/",),
     "Models and parameters": ("vlmr1/models/", "vlmr1/parameters", "vlmr1/memory/settings", "vlmr1/memory/precision"),
     "Memory and the planner": ("vlmr1/memory/", "vlmr1/planner/"),
@@ -30,13 +34,14 @@ PARTS = {
 }
 
 
-def settings() -> Iterator[str]:
+def settings(kind: Any = CoreConfig, defaults: Mapping[str, Any] = TRL_DEFAULTS) -> Iterator[str]:
     """One table for each group: name, default, TRL's default where it differs, help."""
-    for group, names in CoreConfig.groups().items():
-        yield f"\n## {group}\n\n| setting | default | TRL's default, if different | meaning |\n|---|---|---|---|"
+    for group, names in kind.groups().items():
+        yield f"\n{'##' if kind is CoreConfig else '###'} {group}\n"
+        yield "| setting | default | TRL's default, if different | meaning |\n|---|---|---|---|"
         for name in names:
-            other = f"`{TRL_DEFAULTS[name]}`" if name in TRL_DEFAULTS else ""
-            yield f"| `{name}` | `{default_text(name)}` | {other} | {_cell(help_text(name))} |"
+            other = f"`{defaults[name]}`" if name in defaults else ""
+            yield f"| `{name}` | `{default_text(name, kind)}` | {other} | {_cell(help_text(name, kind))} |"
 
 
 def renamed_settings() -> Iterator[str]:
@@ -63,10 +68,10 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
-def refused_in_python() -> Iterator[str]:
+def refused_in_python(reasons: Mapping[str, str] = REASONS | ARGUMENTS) -> Iterator[str]:
     """A table of TRL's settings and arguments that are refused."""
     yield "| setting or argument | reason |\n|---|---|"
-    yield from (f"| `{name}` | {_cell(reason)} |" for name, reason in (REASONS | ARGUMENTS).items())
+    yield from (f"| `{name}` | {_cell(reason)} |" for name, reason in reasons.items())
 
 
 def defaults_in_python() -> Iterator[str]:
@@ -79,6 +84,8 @@ def defaults_in_python() -> Iterator[str]:
 
 
 MARKERS = {"<!-- refused in Python -->": refused_in_python, "<!-- defaults in Python -->": defaults_in_python}
+MARKERS["<!-- refused in Python, SFT -->"] = partial(refused_in_python, sft_config.REASONS | sft_trainer.ARGUMENTS)
+MARKERS["<!-- settings of SFT -->"] = partial(settings, SFTConfig, TRL_SFT_DEFAULTS)
 MARKERS |= {"<!-- settings -->": settings, "<!-- renamed settings -->": renamed_settings, "<!-- refusals -->": refusals}
 
 

@@ -193,10 +193,7 @@ class Settings:
         for name in vars(cls).get("__annotations__", {}):
             value, wanted = getattr(config, name), hints[name]
             if get_origin(wanted) is not ClassVar and not _fits(value, wanted):
-                shown = str(getattr(wanted, "__name__", wanted)).replace("typing.", "")
-                if get_origin(wanted) is Literal:
-                    shown = f"one of {', '.join(map(str, get_args(wanted)))}"
-                yield f"{name} is {value!r}: it must be {shown}"
+                yield f"{name} is {value!r}: it must be {_shown(wanted)}"
 
     def check(self) -> Iterator[str]:
         """Yield the faults of these settings; fills in values that follow from others."""
@@ -223,6 +220,16 @@ class Settings:
     def is_default(self, name: str) -> bool:
         """Return whether a setting has its default value, or is an empty list."""
         return getattr(self, name) in (type(self).__dataclass_fields__[name].default, [])  # type: ignore[attr-defined]
+
+
+def _shown(wanted: Any) -> str:
+    """The words for an annotation."""
+    choices = [each for each in get_args(wanted) if each is not type(None)]
+    if get_origin(wanted) is Literal:
+        return f"one of {', '.join(map(str, choices))}"
+    if len(choices) == 1 and len(get_args(wanted)) == 2:  # optional
+        return f"{_shown(choices[0])}, or None"
+    return str(getattr(wanted, "__name__", wanted)).replace("typing.", "")
 
 
 def _fits(value: Any, wanted: Any) -> bool:

@@ -2,7 +2,17 @@
 
 from dataclasses import dataclass
 
-LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo", "cispo", "gspo")
+# What the losses of rows are divided by, by loss type: `length` of their sequence and the number of sequences,
+# `constant` max_completion_length and the number of sequences, or the number of `tokens`.
+DIVISORS = {
+    "grpo": "length",
+    "bnpo": "tokens",
+    "dapo": "tokens",
+    "dr_grpo": "constant",
+    "cispo": "tokens",
+    "gspo": "length",
+}
+LOSS_TYPES = tuple(DIVISORS)
 KL_ESTIMATORS = ("k1", "k2", "k3")
 IMPORTANCE_LEVELS = ("token", "sequence")
 
@@ -80,6 +90,11 @@ class GRPOSettings:
         _require(length is None or length > 0, "max_completion_length", length, "above 0, or None")
         if self.loss_type == "dr_grpo":
             _require(length is not None, "max_completion_length", length, "given for dr_grpo")
+
+    @property
+    def divisor(self) -> str:
+        """What the losses of rows are divided by, an entry of DIVISORS."""
+        return DIVISORS[self.loss_type]
 
     @property
     def sequence_level(self) -> bool:

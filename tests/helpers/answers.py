@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import cross_entropy
 
+from tests.helpers.two_ranks import Weights
 from tests.helpers.updates import Step, backward
 from vlmr1.config import SFTConfig
 from vlmr1.rollout.stop_tokens import end_of_turn, stop_token_ids
@@ -69,6 +70,18 @@ def plain(model: Any, processor: Any, samples: Sequence[Sample]) -> Step:
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return float(loss.detach()), {"mean_token_accuracy": right / tokens, "tokens": float(tokens)}, gradients
+
+
+def assert_moved_alike(found: Weights, expected: Weights, start: Weights) -> None:
+    """What each tensor moved by is equal to 1e-5 of its largest entry, or to the rounding of the weights."""
+    assert found.keys() == expected.keys()
+    moved = {name: value - start.get(name, torch.zeros_like(value)) for name, value in expected.items()}
+    largest = max(float(move.abs().max()) for move in moved.values())
+    for name, move in moved.items():
+        error, scale = float((found[name] - expected[name]).abs().max()), float(move.abs().max())
+        rounding = 2**-23 * float(expected[name].abs().max())
+        assert error <= 1e-5 * max(scale, 1e-3 * largest) + 2 * rounding, (name, error, scale)
+        assert scale > 100 * rounding or name.endswith("k_proj.bias"), name
 
 
 def write_rows(folder: Path, count: int = 8) -> Path:

@@ -44,12 +44,20 @@ def run_forked(
 ) -> list[dict[str, float]]:
     """The metrics of a run on two ranks; each has a prompt an update, and calls `prepare` first. `environment` has
     variables that differ from those of the engine's launch."""
-    arguments = words(folder, output, prompts_per_device=1, ddp_timeout=200, **more)  # who waits in vain fails
+    arguments = words(folder, output, prompts_per_device=1, **more)
+    return run_command(engine, ["train", *arguments], output, prepare, environment)
+
+
+def run_command(
+    engine: str, arguments: list[str], output: Path, prepare: Any = None, environment: Any = None
+) -> list[dict[str, float]]:
+    """The metrics of `vlmr1 arguments` on two ranks, as `run_forked`."""
+    command, *arguments = [*arguments, "--ddp_timeout", "200"]  # who waits in vain fails
     if engine == "fsdp2":
-        variables, arguments = FSDP2 | {"ACCELERATE_TORCH_DEVICE": "cpu"}, ["train", *arguments]
+        variables, arguments = FSDP2 | {"ACCELERATE_TORCH_DEVICE": "cpu"}, [command, *arguments]
     else:
-        variables, command = launch_command(engine, 2, arguments)
-        arguments = command[command.index("train") :]
+        variables, launched = launch_command(engine, 2, arguments, command)
+        arguments = launched[launched.index(command) :]
     runs = start_ranks(run_vlmr1, arguments, prepare, logs=output, variables=variables | (environment or {}))
     assert finish_ranks(runs) == [0, 0], [run.output[-3000:] for run in runs]
     return metrics(output)

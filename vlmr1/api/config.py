@@ -150,7 +150,8 @@ class GRPOConfig(ScriptSettings, Base):
         try:
             super().__post_init__()
         except SettingError as error:
-            faults += str(error).splitlines()
+            named = {fault.split(" is ")[0] for fault in faults}
+            faults += [each for each in str(error).splitlines() if each.split(" cannot be set")[0] not in named]
         for name, value in asked.items():
             setattr(self, name, value)
         if faults:
@@ -162,7 +163,7 @@ class GRPOConfig(ScriptSettings, Base):
         """Replace values by those that the checks of the command line know; return what they were."""
         known: dict[str, Any] = {"reward_weights": None}  # counted where the rewards are known
         known["log_completions"] = int(self.log_completions)
-        known["min_p"] = self.min_p or 0.0
+        known["min_p"], known["top_k"] = self.min_p or 0.0, self.top_k or 0
         known["use_bias_correction_kl"] = self.use_bias_correction_kl and self.beta > 0 and not self.kl_in_reward
         if self.model_dtype == "bfloat16":
             known["use_peft"] = True  # or the trainer refuses it, which knows whether an adapter is trained
@@ -227,4 +228,4 @@ class GRPOConfig(ScriptSettings, Base):
         return self.prompts_per_device * self.num_generations * self.world_size if self.log_completions else 0
 
     def sampling(self) -> SamplingSettings:
-        return replace(super().sampling(), min_p=self.min_p or 0.0)
+        return replace(super().sampling(), min_p=self.min_p or 0.0, top_k=self.top_k or 0)

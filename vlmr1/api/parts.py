@@ -60,7 +60,10 @@ def load(model: Any, peft_config: Any, quantization_config: Any, args: GRPOConfi
         peft = import_for("peft_config", "peft", "vlmr1[quant]")
         if not isinstance(peft_config, peft.PeftConfig):
             raise SettingError(f"peft_config is a {type(peft_config).__name__}: give a peft.LoraConfig")
-        model = peft.get_peft_model(model, peft_config)
+        try:
+            model = peft.get_peft_model(model, peft_config)
+        except ValueError as error:
+            raise SettingError(f"peft_config: {error}") from error
     args.use_peft = given or peft_config is not None  # type: ignore[reportAttributeAccessIssue]
     args.load_in_4bit = is_in_4bit(base_of(model))  # type: ignore[reportAttributeAccessIssue]
     if given and args.beta > 0 and args.reference == "auto":
@@ -148,4 +151,4 @@ def needed_rows(args: GRPOConfig) -> int | None:
 def eval_sets(given: Any) -> dict[str, Sequence[Any]]:
     """Return the rows of each data set by the prefix of its metrics."""
     every = {f"eval_{name}": rows for name, rows in given.items()} if isinstance(given, dict) else {"eval": given}
-    return {name: rows if hasattr(rows, "__getitem__") else list(rows) for name, rows in every.items()}
+    return {name: rows if hasattr(rows, "__len__") else list(rows) for name, rows in every.items()}

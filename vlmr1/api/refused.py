@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from torch import nn
+
 NO_EXPERTS = "models that route tokens to experts are not supported"
 NO_TOOLS = "a completion is one turn of the model: tools and environments are not supported"
 ADAPTIVE = "the weight of the entropy bonus is constant: set entropy_coef"
@@ -81,8 +83,18 @@ def refused_hub(config: Any) -> Iterator[str]:
         yield f"hub_strategy is {config.hub_strategy!r}: trainer.push_to_hub() uploads the model, and never checkpoints"
 
 
-def refused_arguments(given: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the arguments of the trainer that were given and cannot be honoured."""
+def refused_arguments(given: Mapping[str, Any], config: type) -> Iterator[str]:
+    """Yield the arguments of the trainer that were given and cannot be honoured; `args` is of the class `config`."""
     for name, reason in ARGUMENTS.items():
         if given.get(name) is not None:
             yield f"{name}: {reason}"
+    model, args, callbacks, optimizers = (given[name] for name in ("model", "args", "callbacks", "optimizers"))
+    if not isinstance(model, str | nn.Module):
+        yield f"model is a {type(model).__name__}: give the name or directory of a model, or a model"
+    if args is not None and not isinstance(args, config):
+        kind = type(args)
+        yield f"args is a {kind.__module__.split('.')[0]} {kind.__name__}: import GRPOConfig from vlmr1 too"
+    if callbacks is not None and not isinstance(callbacks, list | tuple):
+        yield f"callbacks is a {type(callbacks).__name__}: give a list"
+    if not isinstance(optimizers, tuple | list) or len(optimizers) != 2:
+        yield "optimizers must be a pair, (optimizer, scheduler), of which each may be None"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,8 @@ def rows_of(data: Any, name: str, needed: int | None = None) -> Rows:
     """Return the rows of a data set, of a list, or the first `needed` ones of a stream."""
     if data is None:
         raise SettingError(f"{name} is missing")
+    if isinstance(data, Mapping):
+        raise SettingError(f"{name} is a {type(data).__name__} with {', '.join(map(str, data))}: give one of them")
     if hasattr(data, "__len__") and hasattr(data, "__getitem__"):
         if not len(data):
             raise SettingError(f"{name} has no rows")

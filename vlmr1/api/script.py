@@ -11,6 +11,8 @@ from typing import Any, ClassVar, get_type_hints
 
 import torch
 
+ALREADY = (("do_sample", True), ("use_cache", True), ("use_cache", False))  # values that change nothing here
+
 
 def taken(default: Any) -> Any:
     """A field without effect on results, or refused where it has another value than this."""
@@ -58,7 +60,7 @@ class ScriptSettings:
                 yield f"{name} is {given!r}: it must be a dict, or a JSON object"
                 continue
             for key, value in given.items():
-                if key not in known and (value is not None and (key, value) != ("use_cache", False)):
+                if key not in known and value is not None and (key, value) not in ALREADY:
                     yield f"{name} has {key!r}: known are {', '.join(known)}"
                 elif key in known and value is not None:
                     yield from self._set(known[key], value, f"{name}: {key}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import PredictionOutput, TrainOutput
 from transformers.utils.import_utils import is_in_notebook
 
 from vlmr1.api import parts
@@ -68,6 +68,11 @@ class ScriptTrainer(HFTrainer):
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, own)
             found |= own
         return found
+
+    def predict(self, test_dataset: Any, ignore_keys: Any = None, metric_key_prefix: str = "test") -> PredictionOutput:
+        """Evaluate, without a line in the logs."""
+        metrics = self.measure(self.eval_samples(test_dataset), metric_key_prefix)
+        return PredictionOutput(predictions=None, label_ids=None, metrics=metrics)  # type: ignore[reportArgumentType]
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
         return self.evaluate()

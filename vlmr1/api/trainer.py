@@ -61,6 +61,7 @@ class GRPOTrainer(ScriptTrainer, CoreTrainer):
             optimizers=optimizers,
             eval_dataset=eval_dataset,
         )
+        self.processing_class = self.callback_handler.processing_class = self.processor  # the core has its tokenizer
         for reward in self.rewards:
             if reward.check is not None:  # as `vlmr1 train` checks every row
                 reward.check(samples[0])
@@ -99,6 +100,6 @@ class GRPOTrainer(ScriptTrainer, CoreTrainer):
 
 
 def _refuse(given: dict[str, Any]) -> None:
-    faults = list(refused_arguments(given))
+    faults = list(refused_arguments(given, GRPOConfig))
     if faults:
         raise SettingError("\n".join(faults))

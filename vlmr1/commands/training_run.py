@@ -50,7 +50,7 @@ def _train(method: Method, config: Any, stop: StopSignals, resuming: ResumeGuard
         check_output_dir(output_dir)
     resume = resuming.checkpoint = find_checkpoint(output_dir, config.resume_from_checkpoint)
     check_scale(config)
-    spread = {"processes": config.world_size, "launch": launch_name()}
+    spread = {"processes": config.world_size, "launch": launch_name(), "command": config.command}
     check_settings(config, spread, resume)
     if resume is not None:
         check_resumable(resume)

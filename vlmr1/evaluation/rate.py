@@ -24,7 +24,7 @@ class RatedRow(RowRecord):
     completions: Sequence[str]  # G
     finish_reasons: Sequence[str]  # G: "stop" | "length"
     rewards: Sequence[Sequence[float]]  # [G, R]
-    timed_out: int = 0  # rewards that are 0 for it
+    timed_out: int = 0  # rewards that are 0 because their function took too long or raised
 
 
 class Rater:
@@ -41,6 +41,7 @@ class Rater:
         self.engine = setup.make_engine(self, model)
         self.prompts = setup.make_dataset(model, self.family, processor, samples, args)
         self.sampling = args.sampling()
+        self.working: set[str] = set()  # names of functions that have scored a completion
 
     @property
     def samples(self) -> Any:
@@ -54,7 +55,8 @@ class Rater:
         groups = self.engine.generate(prompts, self.args.num_generations, self.sampling, step=step)
         late: list[TimedOut] = []
         rated = []
-        for row, group in zip(rows, score_groups(groups, self.rewards, pool=self.pool, timed_out=late), strict=True):
+        scored = score_groups(groups, self.rewards, pool=self.pool, timed_out=late, working=self.working)
+        for row, group in zip(rows, scored, strict=True):
             assert group.rewards is not None
             texts = [completion.text for completion in group.completions]
             reasons = [completion.finish_reason for completion in group.completions]

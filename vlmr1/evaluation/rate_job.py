@@ -34,5 +34,7 @@ def rate(
             data, name = Data.of(rater.samples), args.model_name_or_path
             inputs = fingerprint(name, model_path(name), model, RateOptions(args), data)
         files = RecordFiles(folder, len(rater.samples), args.prompts_per_device, RatedRow)
+        if files.done():  # of an earlier start: every function has scored
+            rater.working = {reward.name for reward in rater.rewards}
         records, _ = decode_rows(rater, data, files, inputs, ranks)
     return rater, records, inputs

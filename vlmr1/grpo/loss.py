@@ -62,9 +62,9 @@ class Objective:
     def row_weights(self, seq_ids: Tensor) -> Tensor:
         """[N]: the weight of each row's loss in the sum that is the loss."""
         weight = torch.ones_like(seq_ids, dtype=torch.float32) / self.normalizer
-        if self.settings.loss_type in ("grpo", "gspo"):
+        if self.settings.divisor == "length":
             return weight / torch.bincount(seq_ids)[seq_ids]
-        return weight / (self.settings.max_completion_length or 1) if self.settings.loss_type == "dr_grpo" else weight
+        return weight / (self.settings.max_completion_length or 1) if self.settings.divisor == "constant" else weight
 
 
 def head_weight(head: nn.Linear, dtype: torch.dtype) -> Tensor:
@@ -90,7 +90,7 @@ def normalizer(groups: Sequence[Group], settings: GRPOSettings, *, mask_truncate
     """Return the divisor of this rank's loss of a step: sequences for means over sequences, tokens for means over
     tokens. Sequences of masked truncated completions count, their tokens do not, as in TRL."""
     completions = [c for group in groups for c in group.completions]
-    if settings.loss_type in ("grpo", "gspo", "dr_grpo"):
+    if settings.divisor != "tokens":
         return float(len(completions))
     return float(sum(len(c.token_ids) for c in completions if not (mask_truncated and c.finish_reason == "length")))
 

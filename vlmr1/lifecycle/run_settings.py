@@ -24,7 +24,8 @@ RESUMABLE_CHANGES = {
     *(f"eval_{name}" for name in ("steps", "on_start", "limit", "data_file_paths", "image_folders")),
     *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
 }
-LAUNCH = {"processes": 1, "launch": "ddp"}  # how a run is spread over processes, where its settings do not say
+# How a run is spread over processes, and which command trains, where its settings do not say.
+LAUNCH = {"processes": 1, "launch": "ddp", "command": "train"}
 
 
 def keep_settings(config: Any, launch: Mapping[str, Any], output_dir: Path) -> None:

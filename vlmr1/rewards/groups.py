@@ -258,7 +258,7 @@ def _arguments(reward: Reward, rows: Sequence[_Row]) -> dict[str, list[Any]]:
     if reward.settings is not None:
         arguments["box_scale"] = [_box_scale(reward, row) for row in rows]
         arguments["think_opening"] = [row.prompt.think_opening for row in rows]
-    return arguments | {
+    arguments |= {
         "prompts": [sample.messages for sample in samples],
         "completions": [[{"role": "assistant", "content": row.completion.text}] for row in rows],
         "completion_ids": [row.completion.token_ids.tolist() for row in rows],
@@ -268,6 +268,9 @@ def _arguments(reward: Reward, rows: Sequence[_Row]) -> dict[str, list[Any]]:
         ],
         **{name: [each.get(name) for each in given] for name in given[0]},
     }
+    if given[0] and "solution" not in given[0]:  # rows from Python have the columns that they have
+        del arguments["solution"]
+    return arguments
 
 
 def _image_columns(rows: Sequence[_Row]) -> dict[str, list[Any]]:

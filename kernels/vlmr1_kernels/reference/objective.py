@@ -47,10 +47,10 @@ def make_rows(inputs: LossInputs, settings: GRPOSettings, dtype: torch.dtype) ->
     sequences, tokens = advantages.numel(), sequence.numel()
     ones = advantages.new_ones(tokens, dtype=dtype)
     length = advantages.new_zeros(sequences, dtype=dtype).index_add_(0, sequence, ones)  # [B]
-    if settings.loss_type in ("grpo", "gspo"):
+    if settings.divisor == "length":
         count = max(sequences, 1) if normalizer is None else normalizer
         weight = length.reciprocal()[sequence] / count
-    elif settings.loss_type == "dr_grpo":
+    elif settings.divisor == "constant":
         count = max(sequences, 1) if normalizer is None else normalizer
         weight = ones / (count * (settings.max_completion_length or 1))
     else:

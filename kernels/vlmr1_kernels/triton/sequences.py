@@ -66,17 +66,17 @@ def sequence_table(seq_ids: Tensor, selected_ids: Tensor, inputs: LossInputs, se
     advantages, rewards, normalizer = contiguous_aligned(inputs.advantages, inputs.rewards, normalizer)
     scores = rewards if advantages is None else advantages
     assert scores is not None
-    count, per_sequence = scores.numel(), settings.loss_type in ("grpo", "gspo", "dr_grpo")
+    count, per_sequence = scores.numel(), settings.divisor != "tokens"
     share = 1.0
     if normalizer is None:
         share = 1 / max(count if per_sequence else seq_ids.numel(), 1)
-    if settings.loss_type == "dr_grpo":
+    if settings.divisor == "constant":
         share /= settings.max_completion_length or 1
     first = torch.empty(count + 1, dtype=torch.int64, device=seq_ids.device)
     length, advantage, weight = (torch.empty(count, dtype=torch.float32, device=seq_ids.device) for _ in range(3))
     launch(
         sequences_kernel, triton.cdiv(count + 1, BLOCK), seq_ids, seq_ids.numel(), selected_ids, selected_ids.numel(),
         count, advantages, rewards, inputs.num_generations, normalizer, share, first, length, advantage, weight,
-        PER_LENGTH=settings.loss_type in ("grpo", "gspo"), BLOCK=BLOCK,
+        PER_LENGTH=settings.divisor == "length", BLOCK=BLOCK,
     )  # fmt: skip
     return SequenceTable(first, length, advantage, weight)

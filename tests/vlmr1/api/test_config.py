@@ -61,6 +61,9 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "entropy_of_means": (dict(loss_type="grpo", entropy_coef=0.1), ["entropy_coef"]),
     "entropy_of_sequences": (dict(importance_sampling_level="sequence", entropy_coef=0.1), ["entropy_coef"]),
     "entropy_of_passes": (dict(gradient_accumulation_steps=2, entropy_coef=0.1), ["entropy_coef"]),
+    "once": (dict(fp16=True), ["fp16 is True"]),
+    "level": (dict(importance_sampling_level="both"), ["must be one of token, sequence, or None"]),
+    "of_another_fault": (dict(hub_strategy="checkpoint", chat_template_kwargs='{"a": 1}'), ["hub_strategy"]),
     "twice": (dict(generation_batch_size=8, steps_per_generation=2), ["generation_batch_size"]),
     "not_a_multiple": (dict(generation_batch_size=6), ["generation_batch_size"]),
     "steps": (dict(gradient_accumulation_steps=2, steps_per_generation=3), ["steps_per_generation is 3"]),
@@ -110,6 +113,11 @@ def test_batches(settings: dict[str, Any], expected: tuple[int, ...], tmp_path: 
     args = settings_of(tmp_path, **settings)
     found = (args.prompts_per_device, args.updates_per_generation, args.steps_per_generation)
     assert (*found, args.generation_batch_size) == expected
+
+
+def test_values_that_change_nothing(tmp_path: Path) -> None:
+    args = settings_of(tmp_path, top_k=None, generation_kwargs={"do_sample": True}, hub_strategy="end")
+    assert args.sampling().top_k == 0 and args.top_k is None
 
 
 def test_json_texts_are_read(tmp_path: Path) -> None:

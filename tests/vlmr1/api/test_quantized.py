@@ -81,6 +81,13 @@ def test_quantization_that_is_refused(given: dict[str, Any], words: str, tmp_pat
         trainer_of(CHECKPOINT, tmp_path, dict(peft_config=LORA) | given)
 
 
+def test_a_model_in_8_bits_is_refused(tmp_path: Path) -> None:
+    model: Any = AutoModelForImageTextToText.from_pretrained(CHECKPOINT)
+    model.is_loaded_in_8bit = True  # as bitsandbytes marks it
+    with pytest.raises(SettingError, match="8 bits"):
+        trainer_of(CHECKPOINT, tmp_path, dict(model=model, peft_config=LORA))
+
+
 def test_two_quantizations_are_refused(tmp_path: Path) -> None:
     asked = BitsAndBytesConfig(**NF4)
     given = dict(peft_config=LORA, quantization_config=asked)

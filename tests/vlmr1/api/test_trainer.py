@@ -167,6 +167,11 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "of assistant, not of user",
     ),
     "both": (dict(train_dataset=[rows(1)[0] | {"images": rows(1)[0]["image"]}]), "both a column image and"),
+    "parts": (dict(train_dataset={"train": rows(1)}), "train_dataset is a dict with train: give one"),
+    "types": (
+        dict(model=3, args={"output_dir": "x"}, callbacks=TrainerCallback(), optimizers=None),
+        r"(?s)model is a int.*args is a builtins dict.*callbacks is a TrainerCallback.*optimizers must be a pair",
+    ),
     "no_model": (dict(model="no/such-model", processing_class=None), "model_name_or_path"),
 }
 
@@ -191,6 +196,8 @@ def test_models_that_cannot_be_trained(tiny: Path, tmp_path: Path) -> None:
     adapted = peft.get_peft_model(model, peft.LoraConfig(**LORA))
     with pytest.raises(SettingError, match="peft_config"):
         trainer_of(tiny, tmp_path, dict(model=adapted, peft_config=peft.LoraConfig(**LORA)))
+    with pytest.raises(SettingError, match=r"peft_config: .*nope"):
+        trainer_of(tiny, tmp_path, dict(peft_config=peft.LoraConfig(target_modules=["nope"])))
     head = peft.get_peft_model(
         AutoModelForImageTextToText.from_pretrained(tiny), peft.LoraConfig(target_modules=["lm_head"])
     )

@@ -168,6 +168,22 @@ def test_a_changed_reward_function_is_refused(data, tmp_path, capsys):
     assert "reward_files" in capsys.readouterr().err
 
 
+def test_a_row_for_which_a_reward_raises_scores_0(data, tmp_path):
+    source = (
+        "def own(completions, id, **columns):\n    assert 'train-4' not in id\n    return [1.0 for _ in completions]\n"
+    )
+    (tmp_path / "own.py").write_text(source)
+    words = command(data, tmp_path / "out", "--reward_funcs", f"{tmp_path}/own.py:own", "--reward_weights", 1)
+    assert main(words) == 0
+    rated, records = (lines(tmp_path / "out/tiny" / name) for name in ("train.rated.jsonl", "completions.jsonl"))
+    assert [row["pass_rate"] for row in rated] == [float(row["id"] != "train-4") for row in rated]
+    assert [record["timed_out"] for record in records] == [GENERATIONS * (row["id"] == "train-4") for row in rated]
+    # The row that raises may be the first of a rating that goes on.
+    path = tmp_path / "out/tiny/completions.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:4]))
+    assert main(words) == 0 and lines(path) == records
+
+
 @pytest.mark.parametrize(
     "functions, name, expected",
     [

@@ -57,6 +57,20 @@ def test_grpo_goes_on_from_its_model(finished, data, tmp_path):
     assert line["kl"] == pytest.approx(0, abs=1e-6)
 
 
+def test_no_run_goes_on_from_a_checkpoint_of_another_method(finished, data, capsys):
+    assert main(train_command(data, finished)) == 2
+    assert "command is 'train', but the run in" in capsys.readouterr().err
+
+
+def test_rows_may_be_streamed_and_read_by_workers(rows, tmp_path):
+    plain, streamed = tmp_path / "plain", tmp_path / "streamed"
+    assert main(command(rows, plain, "--max_steps", "3", "--shuffle_dataset", "false")) == 0
+    more = ["--streaming", "true", "--shuffle_buffer_size", "0", "--dataloader_num_workers", "1"]
+    assert main(command(rows, streamed, "--max_steps", "3", *more)) == 0
+    shown = [[line["loss"] for line in metrics(folder)] for folder in (plain, streamed)]
+    assert shown[0] == shown[1] and len(shown[0]) == 3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [[], LORA], ids=["all weights", "lora"])
 def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_been(more, rows, tmp_path):
