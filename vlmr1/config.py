@@ -153,6 +153,13 @@ class GRPOConfig(
     save_steps: float = 100
     remove_unused_columns: bool | None = False
 
+    given: ClassVar[frozenset[str]] = frozenset()  # names of settings that are not defaults
+
+    def __new__(cls, *args: Any, **given: Any) -> Any:
+        made = super().__new__(cls)
+        made.given = frozenset(given)  # type: ignore[misc]
+        return made
+
     def __post_init__(self):
         faults = list(_unsupported(self))
         if not faults:

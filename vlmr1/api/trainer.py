@@ -8,9 +8,7 @@ from typing import Any
 
 from torch import Tensor
 from transformers import set_seed
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput
-from transformers.utils.import_utils import is_in_notebook
 
 from vlmr1.api import parts
 from vlmr1.api.config import GRPOConfig
@@ -54,7 +52,7 @@ class GRPOTrainer(CoreTrainer):
         model = parts.load(model, peft_config, args)
         samples = samples_of(train_dataset, "train_dataset", parts.needed_rows(args))
         self.prompt_tokens = 0
-        self.progress = Progress(Path(args.output_dir or "."), console=not (args.disable_tqdm or is_in_notebook()))
+        self.progress = Progress(Path(args.output_dir or "."), console=not args.disable_tqdm)
         super().__init__(
             model,
             args,
@@ -69,9 +67,6 @@ class GRPOTrainer(CoreTrainer):
         for reward in self.rewards:
             if reward.check is not None:  # as `vlmr1 train` checks every row
                 reward.check(samples[0])
-        if not is_in_notebook():  # there the library's table is shown, and no line of ours
-            self.remove_callback(ProgressCallback)
-            self.remove_callback(PrinterCallback)
 
     # Runs
 
@@ -80,7 +75,8 @@ class GRPOTrainer(CoreTrainer):
         checkpoint = checkpoint_of(self, resume_from_checkpoint)
         if checkpoint is not None and is_done(self, checkpoint):
             return TrainOutput(self.state.global_step, 0.0, {})
-        return super().train(resume_from_checkpoint=checkpoint, **options)
+        with self.progress:
+            return super().train(resume_from_checkpoint=checkpoint, **options)
 
     def report(self, path: str | Path | None = None) -> Path:
         """Write the HTML report of the run, and return its path; by default training.html in output_dir."""

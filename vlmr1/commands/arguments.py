@@ -123,7 +123,7 @@ def read_settings(
 def make_config(settings: dict[str, Any], faults: Sequence[str] = (), *, preflight: bool = False) -> GRPOConfig:
     """Return the configuration; one SettingError with `faults` and all others. `preflight`: also with what this machine
     cannot do or does not have."""
-    made = object.__new__(GRPOConfig)
+    made = GRPOConfig.__new__(GRPOConfig, **settings)
     found = [*faults, *faults_of(lambda: GRPOConfig.__init__(made, **settings))]
     if preflight:
         found += made.device_faults()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import has_length
 
 from vlmr1.commands.finish import finish
@@ -66,8 +65,6 @@ def _train(config: GRPOConfig, stop: StopSignals, resuming: ResumeGuard) -> GRPO
     progress = Progress(output_dir, console=not config.disable_tqdm, pass_rates=prepared.pass_rates)
     callbacks = [progress, NoSignalWarning(), stop, resuming]
     trainer = GRPOTrainer(prepared.model, config, prepared.train, prepared.processor, callbacks=callbacks)
-    trainer.remove_callback(ProgressCallback)
-    trainer.remove_callback(PrinterCallback)
     progress.trainer = trainer
     if prepared.evaluated is not None:
         boxes = config.box_coordinates
@@ -82,7 +79,8 @@ def _train(config: GRPOConfig, stop: StopSignals, resuming: ResumeGuard) -> GRPO
         return trainer
     if resume is not None:
         say(f"continuing from {resume}", flush=True)
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    with progress:
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     stop.raise_if_stopped()
     best = trainer.state.best_model_checkpoint
     if best is not None:
