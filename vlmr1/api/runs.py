@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from vlmr1.errors import SettingError
 from vlmr1.lifecycle.checkpoint import checkpoint_path, remove_staging
 from vlmr1.lifecycle.resume import check_resumable, find_checkpoint
+from vlmr1.report.progress import METRICS
 from vlmr1.report.training import write_run_report
 from vlmr1.training.final_model import leave_model
 from vlmr1.training.hub import push_model
@@ -51,9 +53,23 @@ def present_checkpoint(trainer: Any) -> str:
     return str(checkpoint_path(_folder(trainer), trainer.state.global_step))
 
 
-def write_report(trainer: Any, path: str | Path | None) -> Path:
+class Page(type(Path())):  # type: ignore[misc]
+    """Path of an HTML page, which a notebook shows below the cell."""
+
+    def _repr_html_(self) -> str:
+        page = escape(self.read_text(encoding="utf-8"))
+        return f'<p>{escape(str(self))}</p><iframe srcdoc="{page}" width="100%" height="800"></iframe>'
+
+
+def write_report(trainer: Any, path: str | Path | None) -> Page:
     """Write the HTML report of the run, and return its path."""
-    return write_run_report(_folder(trainer), None if path is None else Path(path))
+    folder, made = _folder(trainer), trainer.state.global_step
+    if made and not (folder / METRICS).exists():
+        raise SettingError(
+            f"no report: {made} updates were made and none is in {METRICS}: logging_steps is "
+            f"{trainer.args.logging_steps:g}; a lower one logs more of them"
+        )
+    return Page(write_run_report(folder, None if path is None else Path(path)))
 
 
 def push(trainer: Any, message: str, card: Mapping[str, Any]) -> str | None:

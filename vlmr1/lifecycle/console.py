@@ -21,6 +21,7 @@ def quiet_imports() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     # Not its level, which DeepSpeed sets when it is imported.
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
+    filterwarnings("ignore", "IProgress not found")  # in notebooks; tqdm's bars are not used there
     filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft reads it
 
 

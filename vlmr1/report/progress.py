@@ -22,6 +22,7 @@ from vlmr1.types import Prompt
 
 METRICS = "metrics.jsonl"
 COMPLETIONS = "completions.jsonl"
+EVALUATIONS = "eval.jsonl"
 PICTURES = "completion_images"  # copies of images without a file of their own
 
 
@@ -119,4 +120,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read a JSONL log, without an unfinished last line; [] where there is no file."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")]
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")]
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            raise DataError(f"{path}:{number}: not a line of a log: {error}") from error
+    return found

@@ -63,7 +63,7 @@ class NotebookLine(tqdm):
 
         self.above: list[str] = []
         self.output: Any = display({"text/plain": ""}, raw=True, display_id=True)
-        super().__init__(file=io.StringIO(), ncols=WIDTH, **options)
+        super().__init__(file=io.StringIO(), ncols=WIDTH, ascii=False, **options)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         lines = [*self.above, str(self) if msg is None else msg]

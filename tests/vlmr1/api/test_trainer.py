@@ -257,6 +257,14 @@ def test_a_step_is_shown_once(tiny: Path, tmp_path: Path, capsys: pytest.Capture
     assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()] == ["step 1", "step 2"]
 
 
+def test_a_report_of_updates_that_were_not_logged(tiny: Path, tmp_path: Path) -> None:
+    """With TRL's logging_steps of 10 a short run logs none."""
+    trainer = trainer_of(tiny, tmp_path, logging_steps=10)
+    trainer.train()
+    with pytest.raises(SettingError, match=r"2 updates were made and none is in metrics\.jsonl: logging_steps is 10;"):
+        trainer.report()
+
+
 def test_a_finished_run_is_not_trained_again(tiny: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = dict(save_strategy="steps", save_steps=1)
     first = trainer_of(tiny, tmp_path, **settings)
