@@ -66,14 +66,18 @@ def _metrics(groups: Sequence[RunGroup]) -> dict[str, str]:
     known = dict.fromkeys(name for group in groups for run in group.runs for name in run.metrics)
     rewards = {k: f"{k[8:-5]} reward" for k in known if k.startswith("rewards/") and k.endswith("/mean")}
     shown = {"reward": "reward, weighted sum", **rewards}
-    shown |= {k: f"evaluation: {k.removeprefix('eval/')}" for k in known if k.startswith("eval/")}
+    for name in (k for k in known if k.startswith("eval/")):
+        parts = name.split("/")
+        shown[name] = f"evaluation: {f'{parts[2]} reward' if parts[1] == 'rewards' else '/'.join(parts[1:])}"
     shown |= {k: title for k, title in TITLES.items() if k != "loss" or "reward" not in known}
     return {name: title for name, title in shown.items() if name in known}
 
 
 def draw(groups: Sequence[RunGroup], metrics: dict[str, str]) -> bytes:
     """Return a PNG with a panel a metric and a color a group. Each run of several seeds is a thin line, their mean a
-    thick one with its interval as a band."""
+    thick one with its interval as a band. A metric that is the same everywhere has no panel."""
+    series = {k: np.concatenate([run.series(k)[1] for group in groups for run in group.runs]) for k in metrics}
+    metrics = {k: title for k, title in metrics.items() if np.ptp(series[k]) > 0} or metrics
     height = -(-len(metrics) // COLUMNS)
     figure = Figure(figsize=(4.6 * COLUMNS, 2.9 * height + 0.3 * len(groups)), dpi=100, layout="constrained")
     canvas = FigureCanvasAgg(figure)
@@ -90,7 +94,7 @@ def draw(groups: Sequence[RunGroup], metrics: dict[str, str]) -> bytes:
             curve = group.curve(metric)
             axes.fill_between(curve.steps, curve.low, curve.high, color=look["color"], alpha=0.15, linewidth=0)
             axes.plot(curve.steps, curve.mean, **look, linewidth=1.8, label=group.name)
-        _zoom(axes, groups, metric)
+        _zoom(axes, series[metric])
         axes.set_title(title, loc="left", fontsize=10)
         axes.margins(x=0.01)
         axes.grid(alpha=0.25, linewidth=0.6)
@@ -102,11 +106,10 @@ def draw(groups: Sequence[RunGroup], metrics: dict[str, str]) -> bytes:
     return buffer.getvalue()
 
 
-def _zoom(axes: Any, groups: Sequence[RunGroup], metric: str) -> None:
-    """Limit the axis to the runs' curves: the interval of two seeds may be far wider."""
-    values = np.concatenate([run.smooth(metric)[1] for group in groups for run in group.runs])
+def _zoom(axes: Any, values: np.ndarray) -> None:
+    """Limit the axis to the runs' values: the interval of two seeds may be far wider."""
     low, high = values.min(), values.max()
-    room = 0.15 * (high - low) or 0.05 * abs(high) or 0.05
+    room = 0.05 * (high - low) or 1.0
     axes.set_ylim(low - room, high + room)
 
 

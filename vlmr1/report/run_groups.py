@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -47,7 +48,7 @@ class Run:
     """A training run, finished or not."""
 
     path: Path
-    name: str  # unique among the runs that are compared
+    name: str  # the path below the directory that all compared runs share
     rows: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
     settings: dict[str, Any]  # {} where the run has written none
@@ -128,23 +129,17 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     empty = [path for path in folders.values() if not _rows(path)]
     if empty:
         raise SettingError("\n".join(f"{path} has no {METRICS} with a step in it: no run to compare" for path in empty))
-    names = unique_names(list(folders))
+    shared = Path(os.path.commonpath([folder.parent for folder in folders]))
     return [
-        Run(path, name, _rows(path), read_lines(path / EVALUATIONS), settings_of_run(path / SETTINGS))
-        for path, name in zip(folders.values(), names, strict=True)
+        Run(
+            path,
+            folder.relative_to(shared).as_posix(),
+            _rows(path),
+            read_lines(path / EVALUATIONS),
+            settings_of_run(path / SETTINGS),
+        )
+        for folder, path in folders.items()
     ]
-
-
-def unique_names(folders: Sequence[Path]) -> list[str]:
-    """Name each directory by as few of its last parts as tell it from the others."""
-
-    def name(folder: Path) -> str:
-        others = [other for other in folders if other != folder]
-        lengths = range(1, len(folder.parts) + 1)
-        count = next(n for n in lengths if all(other.parts[-n:] != folder.parts[-n:] for other in others))
-        return Path(*folder.parts[-count:]).as_posix()
-
-    return [name(folder) for folder in folders]
 
 
 def grouped(runs: Sequence[Run]) -> list[RunGroup]:

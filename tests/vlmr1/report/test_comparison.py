@@ -16,7 +16,7 @@ from scipy import stats
 from tests.helpers.pages import Page, Recorder
 from vlmr1.cli import main
 from vlmr1.report.comparison import draw
-from vlmr1.report.run_groups import different_settings, estimate, grouped, read_runs, t_quantile, unique_names
+from vlmr1.report.run_groups import different_settings, estimate, grouped, read_runs, t_quantile
 
 SETTINGS = {"seed": 0, "learning_rate": 1e-4, "beta": 0.04, "max_steps": 5, "output_dir": "a", "logging_steps": 1}
 
@@ -95,9 +95,17 @@ def test_settings_that_differ_exactly(runs, tmp_path):
     assert different_settings(read_runs([older, runs[3]])) == {"beta": [0.04, 0.0]}  # the others are not known
 
 
-def test_names_are_as_short_as_they_can_be():
-    folders = [Path(each) for each in ("/x/one/run", "/x/two/run", "/y/two/run", "/y/three")]
-    assert unique_names(folders) == ["one/run", "x/two/run", "y/two/run", "three"]
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        (["one", "two"], ["one", "two"]),
+        (["x/run", "y/run", "z"], ["x/run", "y/run", "z"]),
+        (["x", "x/y"], ["x", "x/y"]),
+    ],
+)
+def test_runs_are_named_below_the_directory_that_they_share(folders, names, tmp_path):
+    made = [write(tmp_path / "runs" / folder, [1.0]) for folder in folders]
+    assert [run.name for run in read_runs(made)] == names
 
 
 def test_the_page(runs, tmp_path, caplog):
