@@ -39,6 +39,7 @@ setup(
             "report/*.css",
             "report/templates/*.html",
             "tiny/checkpoint/*",
+            "tiny/controls.json",
             "tiny/digits.npz",
             "tiny/digits.txt",
         ]

@@ -11,7 +11,6 @@ from vlmr1.api.config import GRPOConfig
 from vlmr1.api.refused import ARGUMENTS, REASONS
 from vlmr1.commands.settings_help import TRL_DEFAULTS, default_text, help_text
 from vlmr1.config import GRPOConfig as CoreConfig
-from vlmr1.config import groups
 from vlmr1.lifecycle.renamed import RENAMED, RENAMED_VALUES
 
 REFUSALS = Path(__file__).parents[1] / "tests" / "golden" / "refusals.jsonl"
@@ -33,7 +32,7 @@ PARTS = {
 
 def settings() -> Iterator[str]:
     """One table for each group: name, default, TRL's default where it differs, help."""
-    for group, names in groups().items():
+    for group, names in CoreConfig.groups().items():
         yield f"\n## {group}\n\n| setting | default | TRL's default, if different | meaning |\n|---|---|---|---|"
         for name in names:
             other = f"`{TRL_DEFAULTS[name]}`" if name in TRL_DEFAULTS else ""

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from tests.helpers import interpreter
 
+gc.disable()  # while much is imported: each collection would look through all of it
+
 if interpreter.AVAILABLE:
     interpreter.load_kernels()
 
@@ -25,3 +27,4 @@ for lock in EXTENSIONS.glob("*/lock"):
 def pytest_collection_finish() -> None:
     """Leave what was imported out of garbage collections, each of which would take 0.4 s."""
     gc.freeze()
+    gc.enable()

@@ -1,4 +1,4 @@
-"""vlmr1 demo | train | plan | evaluate | report | merge | data | doctor | bench."""
+"""vlmr1 demo | train | sft | plan | evaluate | report | merge | data | doctor | bench."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from vlmr1_kernels.registry import ImplementationError
 COMMANDS = {  # module below commands/, help
     "demo": ("demo", "train the embedded tiny model and report before and after"),
     "train": ("train", "GRPO on your model and data"),
+    "sft": ("sft", "supervised fine-tuning on your rows, for example as a cold start of GRPO"),
     "plan": ("plan", "peak memory of a training job by cause, before anything is loaded"),
     "evaluate": ("evaluate", "greedy evaluation of checkpoints, and its comparison"),
     "report": ("report", "one HTML page of a training run, also while it goes on, or of several runs"),
@@ -28,7 +29,8 @@ COMMANDS = {  # module below commands/, help
     "doctor": ("doctor", "what this machine has, and which kernels it would use"),
     "bench": ("bench", "what is gained on this machine, and by which switch"),
 }
-OWN_HELP = ("train", "evaluate", "bench")  # they print their help themselves
+RUNS = ("train", "sft")
+OWN_HELP = (*RUNS, "evaluate", "bench")  # they print their help themselves
 TAKE_MORE = (*OWN_HELP, "demo", "plan")  # words that the command reads itself: settings
 NO_MODEL = ("doctor", "bench")  # they do not need transformers
 
@@ -67,7 +69,7 @@ def _parse(arguments: Sequence[str] | None) -> tuple[ModuleType, argparse.Namesp
     commands = parser.add_subparsers(dest="command", required=True)
     module = ModuleType("none")
     for name, (file, text) in COMMANDS.items():
-        each = commands.add_parser(name, help=text, add_help=name not in OWN_HELP, allow_abbrev=name != "train")
+        each = commands.add_parser(name, help=text, add_help=name not in OWN_HELP, allow_abbrev=name not in RUNS)
         if words[:1] == [name]:
             module = import_module(f"vlmr1.commands.{file}")
             if hasattr(module, "add_arguments"):  # else it has none, or parses its own

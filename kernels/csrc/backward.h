@@ -158,23 +158,21 @@ struct Backward : Layout<Op> {
   static void weight_of_block(const Head& head, const Logits& logits, int64_t b, const void* left,
                               const uint32_t* panels, int64_t depth, HeadGradient out, float* one_tile) {
     const int64_t first = b * logits.block, columns = std::min(logits.block, head.vocab - first);
-    const bool wide = head.dtype == kFloat32 || out.wide;
-    float* sums = head.dtype == kFloat32 ? (float*)out.weight : out.wide;
     for (int64_t j = 0; j < head.dim; j += kTileCols) {
       const int64_t count = std::min<int64_t>(kTileCols, head.dim - j);
       for_strips(columns, [&](int64_t v, int height) {
         const TileFunction multiply = tile_function<Op, true>(height);
         const char* at = (const char*)left + 4 * v;
         const int64_t corner = (first + v) * head.dim + j;
-        if (wide && count == kTileCols) {
-          multiply(at, 4 * logits.block, panels + j * depth, depth, sums + corner, head.dim, !out.first);
+        if (out.wide && count == kTileCols) {
+          multiply(at, 4 * logits.block, panels + j * depth, depth, out.wide + corner, head.dim, !out.first);
           return;
         }
         multiply(at, 4 * logits.block, panels + j * depth, depth, one_tile, kTileCols, false);
         for (int r = 0; r < height; ++r) {
           const float* from = one_tile + r * kTileCols;
-          if (wide) {
-            float* to = sums + corner + r * head.dim;
+          if (out.wide) {
+            float* to = out.wide + corner + r * head.dim;
             for (int64_t i = 0; i < count; ++i) to[i] = from[i] + (out.first ? 0 : to[i]);
           } else {
             store_row(from, (char*)out.weight + (corner + r * head.dim) * bytes_of(head.dtype), head.dtype, count);

@@ -54,8 +54,8 @@ struct RowGradient {
 
 struct HeadGradient {
   void* hidden;  // [rows][dim] in the dtype of the head, or null
-  void* weight;  // [vocab][dim] in the dtype of the head, or null
-  float* wide;   // [vocab][dim] float32 sums over half-precision chunks; null: a single chunk writes to weight
+  void* weight;  // [vocab][dim], or null; the dtype of the head where a single chunk writes to it
+  float* wide;   // [vocab][dim] float32 sums over chunks, in place of weight or to be rounded to it; null: none
   float* bias;   // [vocab] or null
   bool first;    // the first chunk overwrites weight, wide and bias, others add
 };

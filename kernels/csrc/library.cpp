@@ -39,8 +39,9 @@ class Memory {
 class Pass {
  public:
   // `keeps`: store logits for backward, if `exponentiated` as exp(z - largest). A single chunk may use the memory of
-  // d_weight for them.
-  Pass(const Head& head, const Chunk& rows, int64_t most, bool keeps, bool exponentiated, void* d_weight, int threads)
+  // d_weight for them, whose elements have `size` bytes.
+  Pass(const Head& head, const Chunk& rows, int64_t most, bool keeps, bool exponentiated, void* d_weight, int64_t size,
+       int threads)
       : head_(head), rows_(rows), threads_(std::max(threads, 1)), logits_{} {
     logits_.block = backend().block_columns(head);
     logits_.blocks = (head.vocab + logits_.block - 1) / logits_.block;
@@ -53,7 +54,7 @@ class Pass {
     if (!keeps) return;
     logits_.row_bytes = logits_.block * backend().logit_bytes(head);
     logits_.borrowed = (char*)d_weight;
-    logits_.borrowed_pitch = logits_.block * head.dim * bytes_of(head.dtype);
+    logits_.borrowed_pitch = logits_.block * head.dim * size;
     logits_.split = d_weight ? std::min(most, logits_.borrowed_pitch / logits_.row_bytes) : 0;
     logits_.own_pitch = (most - logits_.split) * logits_.row_bytes;
     own_ = Memory<char>((logits_.blocks - 1) * logits_.own_pitch);
@@ -88,15 +89,20 @@ class Pass {
   Memory<char> shared_, each_, own_, last_;
 };
 
-// Destination of the gradients of a head. Several half-precision chunks are summed in float32.
+// Destination of the gradients of a head. Several half-precision chunks are summed in float32: in d_weight where it is
+// float32, else in memory of their own.
 class HeadSums {
  public:
-  HeadSums(const Head& head, void* d_hidden, void* d_weight, float* d_bias, bool several, int threads)
+  HeadSums(const Head& head, void* d_hidden, void* d_weight, DType weight_dtype, float* d_bias, bool several,
+           int threads)
       : head_(head),
         threads_(threads),
-        wide_(d_weight && several && head.dtype != kFloat32 ? head.vocab * head.dim : 0),
+        bytes_(bytes_of(weight_dtype)),
+        narrows_(d_weight && several && weight_dtype != kFloat32),
+        sums_(narrows_ ? head.vocab * head.dim : 0),
         out_{d_hidden, d_weight, nullptr, d_bias, true} {
-    if (d_weight && several && head.dtype != kFloat32) out_.wide = wide_.get();
+    if (narrows_) out_.wide = sums_.get();
+    if (d_weight && weight_dtype == kFloat32) out_.wide = (float*)d_weight;
   }
 
   HeadGradient next() {
@@ -106,16 +112,18 @@ class HeadSums {
   }
 
   void finish() const {
-    if (out_.wide) backend().narrow(out_.wide, out_.weight, head_.dtype, head_.vocab * head_.dim, threads_);
+    if (narrows_) backend().narrow(out_.wide, out_.weight, head_.dtype, head_.vocab * head_.dim, threads_);
     if (!out_.first) return;  // no rows
-    if (out_.weight) std::memset(out_.weight, 0, size_t(head_.vocab * head_.dim * bytes_of(head_.dtype)));
+    if (out_.weight) std::memset(out_.weight, 0, size_t(head_.vocab * head_.dim * bytes_));
     if (out_.bias) std::fill(out_.bias, out_.bias + head_.vocab, 0.0f);
   }
 
  private:
   Head head_;
   int threads_;
-  Memory<float> wide_;
+  int64_t bytes_;  // of an element of d_weight
+  bool narrows_;
+  Memory<float> sums_;
   HeadGradient out_;
 };
 
@@ -174,7 +182,7 @@ constexpr int64_t kForwardRows = 1024;  // without gradient a chunk needs memory
 
 extern "C" {
 
-VLMR1_EXPORT int vlmr1_interface() { return 1; }
+VLMR1_EXPORT int vlmr1_interface() { return 2; }
 
 VLMR1_EXPORT const char* vlmr1_backend() { return backend().name; }
 
@@ -193,7 +201,7 @@ VLMR1_EXPORT int vlmr1_linear_logprob(const Head* head, const Chunk* rows, int t
                                       float* lse) {
   return guarded([&] {
     const int64_t size = std::min(rows->rows, kForwardRows);
-    Pass pass(*head, *rows, size, false, false, nullptr, threads);
+    Pass pass(*head, *rows, size, false, false, nullptr, 0, threads);
     for (int64_t first = 0; first < rows->rows; first += size)
       pass.forward(first, std::min(size, rows->rows - first), false, {logp + first, entropy + first, lse + first});
     return kDone;
@@ -201,13 +209,14 @@ VLMR1_EXPORT int vlmr1_linear_logprob(const Head* head, const Chunk* rows, int t
 }
 
 VLMR1_EXPORT int vlmr1_linear_logprob_backward(const Head* head, const Chunk* rows, int64_t chunk, int threads,
-                                               const float* d_logp, const float* d_entropy, void* d_hidden,
-                                               void* d_weight, float* d_bias) {
+                                               const float* d_logp, const float* d_entropy, int weight_dtype,
+                                               void* d_hidden, void* d_weight, float* d_bias) {
   return guarded([&] {
     const std::vector<int64_t> ends = even_chunks(rows->rows, chunk);
     void* borrowed = ends.size() == 1 ? d_weight : nullptr;
-    Pass pass(*head, *rows, std::min(chunk, rows->rows), true, !d_entropy, borrowed, threads);
-    HeadSums sums(*head, d_hidden, d_weight, d_bias, ends.size() > 1, threads);
+    const DType dtype = DType(weight_dtype);
+    Pass pass(*head, *rows, std::min(chunk, rows->rows), true, !d_entropy, borrowed, bytes_of(dtype), threads);
+    HeadSums sums(*head, d_hidden, d_weight, dtype, d_bias, ends.size() > 1, threads);
     Memory<float> again(3 * std::min(chunk, rows->rows));
     int64_t first = 0;
     for (const int64_t end : ends) {
@@ -235,8 +244,9 @@ VLMR1_EXPORT int vlmr1_grpo_loss(const Rows* rows, const Settings* settings, con
 }
 
 VLMR1_EXPORT int vlmr1_linear_grpo_loss(const Head* head, const Chunk* hidden, const Rows* rows,
-                                        const Settings* settings, int64_t chunk, double scale, int threads, float* logp,
-                                        void* d_hidden, void* d_weight, float* d_bias, Summary* summary) {
+                                        const Settings* settings, int64_t chunk, double scale, int threads,
+                                        int weight_dtype, float* logp, void* d_hidden, void* d_weight, float* d_bias,
+                                        Summary* summary) {
   return guarded([&] {
     Objective objective;
     if (!objective.prepare(*rows, *settings)) return int(kSequenceIds);
@@ -249,8 +259,9 @@ VLMR1_EXPORT int vlmr1_linear_grpo_loss(const Head* head, const Chunk* hidden, c
     if (ends.empty()) ends = even_chunks(count, chunk);
 
     void* borrowed = ends.size() == 1 ? d_weight : nullptr;
-    Pass pass(*head, *hidden, chunk, gradient, settings->entropy_coef == 0, borrowed, threads);
-    HeadSums sums(*head, d_hidden, d_weight, d_bias, ends.size() > 1, threads);
+    const DType dtype = DType(weight_dtype);
+    Pass pass(*head, *hidden, chunk, gradient, settings->entropy_coef == 0, borrowed, bytes_of(dtype), threads);
+    HeadSums sums(*head, d_hidden, d_weight, dtype, d_bias, ends.size() > 1, threads);
     Values values(count);
     auto forward = [&](int64_t first, int64_t end, bool keep) {
       pass.forward(first, end - first, keep, {logp + first, values.entropy.get() + first, values.lse.get() + first});

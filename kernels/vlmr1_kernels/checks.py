@@ -21,7 +21,10 @@ def head(inputs: HeadInputs, chunk_mib: float | None) -> None:
         raise ValueError(f"hidden must be [N, D], it is {_shape(hidden)}")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[1]:
         raise ValueError(f"weight must be [V, {hidden.shape[1]}], it is {_shape(weight)}")
-    _same("weight", weight, "hidden", hidden)
+    if weight.dtype != torch.float32 or hidden.dtype.itemsize != 2:  # float32 masters of a half-precision head
+        _same("weight", weight, "hidden", hidden)
+    elif weight.device != hidden.device:
+        raise ValueError(f"weight is on {weight.device}, hidden is on {hidden.device}")
     if bias is not None:
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias must be [{weight.shape[0]}], it is {_shape(bias)}")
@@ -31,6 +34,11 @@ def head(inputs: HeadInputs, chunk_mib: float | None) -> None:
         raise ValueError(f"temperature must be above 0, it is {temperature}")
     _above_zero("softcap", softcap)
     _above_zero("chunk_mib", chunk_mib)
+
+
+def leaf(name: str, value: Tensor) -> None:
+    if not value.is_leaf:
+        raise ValueError(f"accumulate_grad needs a leaf, {name} is computed from other tensors")
 
 
 def scores(inputs: LossInputs) -> tuple[str, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vlmr1_kernels.inputs import HeadInputs, LossInputs
-from vlmr1_kernels.linear import accumulation_dtype, chunk_rows
+from vlmr1_kernels.linear import accumulation_dtype, add_to_grad, chunk_rows
 from vlmr1_kernels.settings import GRPOSettings
 
 _LIBRARY = torch.library.Library("vlmr1_kernels", "FRAGMENT")
@@ -34,7 +34,7 @@ _SETTINGS = (  # fields of GRPOSettings
 )
 _SETTINGS_COUNT = len(fields(GRPOSettings))
 
-ChunkRows = Callable[[int, Tensor, float | None], int]
+ChunkRows = Callable[[Tensor, Tensor, float | None], tuple[int, int]]  # `linear.chunk_rows`
 
 
 def _register(name: str, arguments: str, results: int, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -76,13 +76,13 @@ def linear_logprob(
 ) -> Callable[..., Any]:
     """Return the op from two functions.
 
-    forward(head, entropy, chunk)
+    forward(head, entropy, chunks)
         -> logp [N], entropy [N] or [0], lse [N] of the logits after softcap and temperature
-    backward(head, lse, entropy, d_logp [N], d_entropy [N] or [0], needs, chunk)
+    backward(head, lse, entropy, d_logp [N], d_entropy [N] or [0], needs, chunks)
         -> d_hidden [N, D], d_weight [V, D], d_bias [V], in the dtype of the input; [0] if not needed
 
-    `chunk` is the number of rows to project at once. `needs` says which of the gradients of hidden, weight and bias to
-    compute.
+    `chunks` are the rows to project and the rows to consume at once. `needs` says which of the gradients of hidden,
+    weight and bias to compute.
     """
 
     def call_forward(*values: Any) -> Any:
@@ -98,10 +98,10 @@ def linear_logprob(
     def fake_backward(hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
         return gradients_like(hidden, weight, others[-4:-1])
 
-    arguments = f"{_HEAD}, {_OPTIONS}, bool with_entropy, int chunk"
+    arguments = f"{_HEAD}, {_OPTIONS}, bool with_entropy, int[] chunks"
     run_forward = _register(f"linear_logprob_{name}", arguments, 3, call_forward, fake_forward)
     upstream = "Tensor lse, Tensor entropy, Tensor d_logp, Tensor d_entropy"
-    arguments = f"{_HEAD}, {_OPTIONS}, {upstream}, {_NEEDS}, int chunk"
+    arguments = f"{_HEAD}, {_OPTIONS}, {upstream}, {_NEEDS}, int[] chunks"
     run_backward = _register(f"linear_logprob_{name}_backward", arguments, 3, call_backward, fake_backward)
 
     class LinearLogprob(torch.autograd.Function):
@@ -115,15 +115,15 @@ def linear_logprob(
         @staticmethod
         @once_differentiable
         def backward(ctx: Any, d_logp: Tensor, d_entropy: Tensor) -> tuple[Tensor | None, ...]:
-            temperature, softcap, _, chunk = ctx.options
+            temperature, softcap, _, chunks = ctx.options
             needs = ctx.needs_input_grad[:3]
             *head, lse, entropy = ctx.saved_tensors
             upstream = lse, entropy, d_logp.contiguous(), d_entropy.contiguous()
-            gradients = run_backward(*head, temperature, softcap, *upstream, *needs, chunk)
+            gradients = run_backward(*head, temperature, softcap, *upstream, *needs, chunks)
             return *_needed(gradients, needs), None, None, None, None, None
 
     def run(head: HeadInputs, *, entropy: bool, chunk_mib: float | None) -> tuple[Tensor, Tensor]:
-        return LinearLogprob.apply(*head, entropy, chunk_rows(head.hidden.shape[0], head.weight, chunk_mib))
+        return LinearLogprob.apply(*head, entropy, chunk_rows(head.hidden, head.weight, chunk_mib))
 
     return run
 
@@ -170,19 +170,19 @@ def grpo_loss(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
 def linear_grpo_loss(name: str, forward: Callable[..., Any], chunk_rows: ChunkRows = chunk_rows) -> Callable[..., Any]:
     """Return the op from one function.
 
-    forward(head, rows [n] | None, inputs, chunk, scale, needs, settings)
+    forward(head, rows [n] | None, inputs, chunks, scale, needs, settings)
         -> loss [], d_hidden [n, D], d_weight [V, D], d_bias [V] (times `scale`, in the dtype of the input; [0] if not
         needed), logp [n], entropy [], kl [], clip_low [], clip_high [], ratio_max []
 
     `rows` are the n projected of the N rows, None: all; `head` has these only. `inputs` has log-probs [n], but
-    `seq_ids` [N], since sequence lengths count all rows. `chunk` and `needs` are as in `linear_logprob`.
+    `seq_ids` [N], since sequence lengths count all rows. `chunks` and `needs` are as in `linear_logprob`.
     """
 
     def run_forward(hidden: Tensor, weight: Tensor, bias: Any, targets: Tensor, rows: Any, *values: Any) -> Any:
         settings = GRPOSettings(*values[-_SETTINGS_COUNT:])
-        softcap, chunk, scale, *needs = values[_INPUTS_COUNT:-_SETTINGS_COUNT]
+        softcap, chunks, scale, *needs = values[_INPUTS_COUNT:-_SETTINGS_COUNT]
         head = HeadInputs(hidden, weight, bias, targets, settings.temperature, softcap)
-        return forward(head, rows, LossInputs(*values[:_INPUTS_COUNT]), chunk, scale, tuple(needs), settings)
+        return forward(head, rows, LossInputs(*values[:_INPUTS_COUNT]), chunks, scale, tuple(needs), settings)
 
     def fake(hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, ...]:
         needs = others[-_SETTINGS_COUNT - 3 : -_SETTINGS_COUNT]
@@ -190,29 +190,33 @@ def linear_grpo_loss(name: str, forward: Callable[..., Any], chunk_rows: ChunkRo
         loss, *metrics = _scalars(hidden, 6)
         return loss, *gradients_like(hidden, weight, needs), logp, *metrics
 
-    arguments = f"{_HEAD}, Tensor? rows, {_INPUTS}, float? softcap, int chunk, float scale, {_NEEDS}, {_SETTINGS}"
+    arguments = f"{_HEAD}, Tensor? rows, {_INPUTS}, float? softcap, int[] chunks, float scale, {_NEEDS}, {_SETTINGS}"
     op = _register(f"linear_grpo_loss_{name}", arguments, 10, run_forward, fake)
 
     class LinearGRPOLoss(torch.autograd.Function):
         @staticmethod
         def forward(
-            ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, training: bool, scale: float, *others: Any
-        ):
+            ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, training: bool, accumulate: bool,
+            scale: float, *others: Any,
+        ):  # fmt: skip
             before, after = others[:-_SETTINGS_COUNT], others[-_SETTINGS_COUNT:]
             needs = [training and needed for needed in ctx.needs_input_grad[:3]]  # which is set under no_grad too
             out = op(hidden, weight, bias, *before, scale, *needs, *after)
             loss, d_hidden, d_weight, d_bias, *metrics = out
             ctx.save_for_backward(d_hidden, d_weight, d_bias)
-            ctx.scale, ctx.others = scale, len(others) + 2
+            ctx.scale, ctx.others = scale, len(others) + 3
+            ctx.leaf = weight if accumulate and needs[1] else None
             ctx.mark_non_differentiable(*metrics)
             return loss, *metrics
 
         @staticmethod
         @once_differentiable
         def backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-            gradients = _needed(ctx.saved_tensors, ctx.needs_input_grad[:3])
-            scaled = _scaled(gradients, d_loss / ctx.scale)
-            return *scaled, *([None] * ctx.others)
+            gradients, factor = _needed(ctx.saved_tensors, ctx.needs_input_grad[:3]), d_loss / ctx.scale
+            if ctx.leaf is not None:
+                add_to_grad(ctx.leaf, gradients[1], factor, keep=_graph_is_retained())
+                gradients[1] = None
+            return *_scaled(gradients, factor), *([None] * ctx.others)
 
     def run(
         head: HeadInputs,
@@ -221,6 +225,7 @@ def linear_grpo_loss(name: str, forward: Callable[..., Any], chunk_rows: ChunkRo
         settings: GRPOSettings,
         chunk_mib: float | None,
         active_rows: Tensor | None,
+        accumulate_grad: bool,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         hidden, weight, bias, targets, _, softcap = head
         total = hidden.shape[0]
@@ -230,8 +235,9 @@ def linear_grpo_loss(name: str, forward: Callable[..., Any], chunk_rows: ChunkRo
             inputs = inputs._replace(**{n: None if x is None else x[active_rows] for n, x in row_logps.items()})
         count = hidden.shape[0]
         loss, logp, entropy, *values = LinearGRPOLoss.apply(
-            hidden, weight, bias, torch.is_grad_enabled(), _gradient_scale(hidden), targets, active_rows,
-            *_flat_inputs(inputs, hidden), softcap, chunk_rows(count, weight, chunk_mib), *vars(settings).values(),
+            hidden, weight, bias, torch.is_grad_enabled(), accumulate_grad, _gradient_scale(hidden), targets,
+            active_rows, *_flat_inputs(inputs, hidden), softcap, chunk_rows(hidden, weight, chunk_mib),
+            *vars(settings).values(),
         )  # fmt: skip
         if active_rows is not None:
             logp = logp.new_full((total,), torch.nan).index_copy_(0, active_rows, logp)
@@ -276,7 +282,7 @@ def gradients_like(hidden: Tensor, weight: Tensor, needs: Sequence[bool]) -> tup
     return (
         hidden.new_empty(hidden.shape if needs_hidden else (0,)),
         weight.new_empty(weight.shape if needs_weight else (0,)),
-        weight.new_empty(weight.shape[:1] if needs_bias else (0,)),
+        hidden.new_empty(weight.shape[:1] if needs_bias else (0,)),
     )
 
 

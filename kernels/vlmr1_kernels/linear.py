@@ -7,7 +7,8 @@ from torch import Tensor
 
 _SMALLEST_CHUNK_MIB = 4.0  # smaller chunks are dominated by fixed costs; fits an L2 cache
 _LARGEST_CHUNK_MIB = 512.0
-_LEAST_ROWS_CUDA = 1024  # every chunk reads and writes the whole [V, D] accumulator
+_LEAST_ROWS_CUDA = 1024
+_CONSUMED_ROWS_CUDA = 4096  # each such GEMM reads and writes the whole float32 [V, D] accumulator
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -15,17 +16,36 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def chunk_rows(rows: int, weight: Tensor, chunk_mib: float | None) -> int:
-    """Return how many rows to project at once: `chunk_mib` MiB of logits; by default an eighth of `rows`, within
-    bounds on the bytes."""
-    bytes_per_row = weight.shape[0] * accumulation_dtype(weight.dtype).itemsize
+def chunk_rows(hidden: Tensor, weight: Tensor, chunk_mib: float | None) -> tuple[int, int]:
+    """Return how many rows to project at once, and the gradients of how many to consume at once.
+
+    With `chunk_mib` both are that many MiB of logits. By default an eighth of the rows is projected, within bounds on
+    the bytes, and `consumed_rows` are consumed."""
+    rows, bytes_per_row = hidden.shape[0], weight.shape[0] * accumulation_dtype(weight.dtype).itemsize
     if chunk_mib is not None:
-        return max(1, int(chunk_mib * 2**20 / bytes_per_row))
+        chunk = max(1, int(chunk_mib * 2**20 / bytes_per_row))
+        return chunk, chunk
     least = math.ceil(_SMALLEST_CHUNK_MIB * 2**20 / bytes_per_row)
     if weight.device.type == "cuda":
         least = max(least, _LEAST_ROWS_CUDA)
     most = int(_LARGEST_CHUNK_MIB * 2**20 / bytes_per_row)
-    return max(least, min(most, math.ceil(rows / 8)))
+    chunk = max(least, min(most, math.ceil(rows / 8)))
+    return chunk, consumed_rows(hidden, weight, chunk)
+
+
+def consumed_rows(hidden: Tensor, weight: Tensor, chunk: int) -> int:
+    """Return how many rows to consume at once, a multiple of the `chunk` that is projected at once.
+
+    More rows than a chunk save accumulator traffic on CUDA, and take memory for half-precision gradients of logits. All
+    rows are consumed at once where these take no more memory than several blocks with an accumulator: a bfloat16
+    weight then needs none. On CPUs chunks are consumed while they are in the cache. In float32 the gradient
+    overwrites the logits of a chunk, and its GEMMs are slow beside the traffic."""
+    trained = weight.requires_grad and torch.is_grad_enabled()
+    if weight.device.type != "cuda" or hidden.dtype.itemsize != 2 or not trained:
+        return chunk
+    rows, block = hidden.shape[0], chunk * max(1, _CONSUMED_ROWS_CUDA // chunk)
+    accumulator = 4 * weight.shape[1] // 2 if weight.dtype == torch.bfloat16 else 0  # in rows of gradients
+    return chunk * math.ceil(rows / chunk) if block < rows <= block + accumulator else block
 
 
 def gemm_operand(matrix: Tensor) -> Tensor:
@@ -75,3 +95,23 @@ def accumulate_weight_grad(accumulator: Tensor, d_logits: Tensor, hidden: Tensor
     else:
         narrow = d_logits.to(hidden.dtype)
         torch.addmm(accumulator, narrow.T, hidden, out_dtype=accumulator.dtype, beta=beta, out=accumulator)
+
+
+def weight_grad(d_logits: Tensor, hidden: Tensor) -> Tensor:
+    """Return d_logits^T @ hidden [V, D] of half-precision operands in their dtype, rounded once from float32 sums."""
+    matmul = torch.backends.cuda.matmul
+    allowed = matmul.allow_bf16_reduced_precision_reduction
+    matmul.allow_bf16_reduced_precision_reduction = False  # else parts of a sum may be rounded before they are added
+    try:
+        return d_logits.T @ hidden
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction = allowed
+
+
+def add_to_grad(weight: Tensor, gradient: Tensor, factor: Tensor, *, keep: bool) -> None:
+    """Add `gradient * factor` to `weight.grad` in one pass. Overwrites the gradient where it can, unless `keep`."""
+    factor = factor.to(gradient.dtype)
+    if weight.grad is not None:
+        weight.grad.addcmul_(gradient, factor)
+    else:
+        weight.grad = gradient * factor if keep else gradient.mul_(factor)

@@ -39,14 +39,16 @@ def linear_logprob(
 
     Args:
         hidden: [N, D] rows that predict the targets; float64, float32, bfloat16 or float16.
-        weight: [V, D] output head, same dtype.
+        weight: [V, D] output head, same dtype, or float32 with half-precision hidden: the GEMMs then read it in the
+            dtype of hidden, and its gradient is float32.
         targets: [N] int64 or int32 token ids.
-        bias: [V], same dtype, or None.
+        bias: [V], in the dtype of hidden, or None.
         temperature: divides the logits before the softmax.
         softcap: bound of the logits, or None.
         entropy: also return the entropies.
         impl: name of an implementation, or "auto"; in every op.
-        chunk_mib: MiB of logits to hold at once; None: chosen from the shape.
+        chunk_mib: MiB of logits to hold at once, for every gradient that is computed from them; None: chosen from the
+            shape (`docs/kernels.md`).
 
     Returns:
         logp [N], or (logp [N], entropy [N]); float32, float64 for float64 inputs.
@@ -151,6 +153,7 @@ def linear_grpo_loss(
     check: bool = False,
     rewards: Tensor | None = None,
     num_generations: int | None = None,
+    accumulate_grad: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return `grpo_loss(linear_logprob(hidden, weight, targets), ...)`, with the gradient computed in forward.
 
@@ -168,6 +171,9 @@ def linear_grpo_loss(
             dropping them is then exact, since normalizers and sequence lengths still count them. A bool tensor on
             the GPU waits for the device. Not supported with beta or entropy_coef.
         check: also validate values (ranges, NaN, advantages of dropped rows), which waits for the device.
+        accumulate_grad: backward adds the gradient of `weight`, a leaf, to `weight.grad` itself, in one pass over it.
+            Autograd sees no such gradient: no hook of the weight runs (DDP, FSDP and ZeRO use them), and
+            `torch.autograd.grad` finds none.
 
     Returns:
         (loss [], metrics) as in `grpo_loss`, and the mean `entropy`. With `active_rows` the means are over the
@@ -184,11 +190,14 @@ def linear_grpo_loss(
     checks.objective(targets, inputs, settings)
     if active_rows is not None:
         active_rows = checks.active_rows(active_rows, hidden, settings)
+    if accumulate_grad:
+        checks.leaf("weight", weight)
     if check:
         checks.token_ids(targets, weight.shape[0])
         checks.objective_values(inputs, active_rows)
     run = _implementation("linear_grpo_loss", impl, hidden, hidden.shape[0], *reversed(weight.shape))
-    return run(head, inputs, settings=settings, chunk_mib=chunk_mib, active_rows=active_rows)
+    options = {"chunk_mib": chunk_mib, "active_rows": active_rows, "accumulate_grad": accumulate_grad}
+    return run(head, inputs, settings=settings, **options)
 
 
 def shared_prefix_attention(

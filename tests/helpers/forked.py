@@ -20,6 +20,7 @@ CONTEXT.set_forkserver_preload(
         "vlmr1.cli",
         "vlmr1.commands.arguments",
         "vlmr1.commands.train",
+        "vlmr1.commands.sft",
         "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
         "transformers.models.qwen2_5_vl.processing_qwen2_5_vl",
         "transformers.models.qwen2_vl.image_processing_qwen2_vl",

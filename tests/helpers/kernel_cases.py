@@ -18,7 +18,7 @@ from vlmr1_kernels.testing import HEAD, Inputs, Problem, assert_within_budget, c
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
-INTERPRETER_LIMIT, FAST_LIMIT = 5_000, 1_000  # logits; Triton's interpreter is slow
+INTERPRETER_LIMIT = 5_000  # logits; Triton's interpreter is slow
 TINY_CHUNK = 1e-6  # MiB: one row at a time
 HALVES = (torch.bfloat16, torch.float16)
 PER_ROW = ("old_logp", "ref_logp", "sampling_logp")
@@ -74,9 +74,8 @@ def grid(op: str, cases: Mapping[str, Case]) -> list[Any]:
     for name, case in cases.items():
         size = case.rows * case.vocab
         for dtype, target in product(case.dtypes, targets(op, slow=size > INTERPRETER_LIMIT)):
-            slow = [pytest.mark.slow] if target.values[0].interpreted and size > FAST_LIMIT else []
             title = f"{name}-{str(dtype).removeprefix('torch.')}-{target.id}"
-            found.append(pytest.param(*target.values, case, dtype, id=title, marks=[*target.marks, *slow]))
+            found.append(pytest.param(*target.values, case, dtype, id=title, marks=target.marks))
     return found
 
 

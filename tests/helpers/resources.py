@@ -11,6 +11,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -60,19 +61,28 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def loss_step(
+CHUNKS = (1024, 4096)  # rows to project and to consume at once
+
+
+def loss_call(
     settings: GRPOSettings, *, rows=8192, dim=2048, vocabulary=151_936, sequences=64, dtype=torch.bfloat16,
-    off_policy=True, needs=(True, True, False), bias=False, softcap=None, rewards=False,
-) -> None:  # fmt: skip
-    """Run the forward of linear_grpo_loss on meta tensors."""
+    off_policy=True, needs=(True, True, False), bias=False, softcap=None, rewards=False, weight_dtype=None,
+    chunks=CHUNKS,
+) -> Callable[[], Any]:  # fmt: skip
+    """Return the forward of linear_grpo_loss on meta tensors."""
     ids = meta(rows, dtype=torch.int64)
     old, ref, sampling = (meta(rows) if given else None for given in (off_policy, settings.beta, settings.tis_cap))
     scores = (None, meta(sequences), 8) if rewards else (meta(sequences), None, 8)
     inputs = LossInputs(ids, *scores, old, ref, sampling, None)
-    hidden, weight = meta(rows, dim, dtype=dtype), meta(vocabulary, dim, dtype=dtype)
+    hidden, weight = meta(rows, dim, dtype=dtype), meta(vocabulary, dim, dtype=weight_dtype or dtype)
     bias_values = meta(vocabulary, dtype=dtype) if bias else None
     head = HeadInputs(hidden, weight, bias_values, ids, settings.temperature, softcap)
-    linear_grpo_loss._forward(head, None, inputs, 1024, 1.0, needs, settings)
+    return partial(linear_grpo_loss._forward, head, None, inputs, chunks, 1.0, needs, settings)
+
+
+def loss_step(settings: GRPOSettings, **options: Any) -> None:
+    """Run the forward of linear_grpo_loss on meta tensors."""
+    loss_call(settings, **options)()
 
 
 def logprob_step(*, rows: int = 8192, dim: int = 2048, vocabulary: int = 151_936, entropy: bool = True) -> None:
@@ -80,8 +90,8 @@ def logprob_step(*, rows: int = 8192, dim: int = 2048, vocabulary: int = 151_936
     hidden, weight = meta(rows, dim, dtype=torch.bfloat16), meta(vocabulary, dim, dtype=torch.bfloat16)
     targets = meta(rows, dtype=torch.int64)
     head = HeadInputs(hidden, weight, None, targets, 1.0, None)
-    logp, token_entropy, lse = linear_logprob._forward(head, entropy, 1024)
-    linear_logprob._backward(head, lse, token_entropy, logp, token_entropy, (True, True, False), 1024)
+    logp, token_entropy, lse = linear_logprob._forward(head, entropy, CHUNKS)
+    linear_logprob._backward(head, lse, token_entropy, logp, token_entropy, (True, True, False), CHUNKS)
 
 
 def decode_step(

@@ -15,9 +15,9 @@ class Threads(Ranks):
 
     def all_gather(self, value: Any) -> list[Any]:
         self.said[self.rank] = value
-        self.meeting.wait(20)
+        self.meeting.wait(300)
         values = list(self.said)
-        self.meeting.wait(20)
+        self.meeting.wait(300)
         return values
 
 
@@ -32,5 +32,5 @@ def on_ranks(world: int, function: Callable[[Ranks], Any]) -> list[Any]:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join()
     return results

@@ -82,7 +82,6 @@ def command(data: Path, output: Path, *more: str) -> list[str]:
         "max_completion_length": 8,
         "temperature": 3.0,
         "learning_rate": 1e-4,
-        "write_report": "false",
     }
     return digit_runs.command(data, output, *more, **settings)
 

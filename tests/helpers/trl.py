@@ -15,24 +15,23 @@ from torch.nn.utils.rnn import pad_sequence
 from vlmr1_kernels import GRPOSettings
 
 
-def trl_loss(settings: GRPOSettings, lengths: list[int], rows: dict[str, Tensor], entropy: Tensor) -> Tensor:
-    """The loss of one padded batch of sequences of these lengths; `rows` has values by token, and advantages."""
+def trl_loss(settings: GRPOSettings, lengths: list[int], rows: dict[str, Any]) -> Tensor:
+    """The loss without entropy bonus of one padded batch of sequences of these lengths; `rows` has values by token, and
+    advantages."""
 
     def pad(values: Tensor) -> Tensor:
         return pad_sequence(list(values.split(lengths)), batch_first=True)  # [B, C]
 
     mask = pad(torch.ones(sum(lengths), dtype=torch.long))
     this = SimpleNamespace(
-        _get_per_token_logps_and_entropies=lambda *_, **__: (pad(rows["logp"]), pad(entropy), None),
+        _get_per_token_logps_and_entropies=lambda *_, **__: (pad(rows["logp"]), mask.float(), None),
         loss_type="grpo" if settings.loss_type == "gspo" else settings.loss_type,
         importance_sampling_level="sequence" if settings.sequence_level else "token",
         beta=settings.beta,
         epsilon_low=settings.epsilon_low,
         epsilon_high=settings.epsilon_high,
         max_completion_length=settings.max_completion_length,
-        entropy_coef=settings.entropy_coef,
-        _entropy_bonus_enabled=settings.entropy_coef != 0,
-        use_adaptive_entropy=False,
+        _entropy_bonus_enabled=False,
         top_entropy_quantile=1.0,
         off_policy_mask_threshold=None,
         aux_loss_enabled=False,
@@ -43,7 +42,6 @@ def trl_loss(settings: GRPOSettings, lengths: list[int], rows: dict[str, Tensor]
             delta=settings.delta,
             use_bias_correction_kl=settings.use_bias_correction_kl,
             steps_per_generation=1,
-            entropy_target=None,
         ),
         model=SimpleNamespace(training=True),
         accelerator=SimpleNamespace(
@@ -57,7 +55,7 @@ def trl_loss(settings: GRPOSettings, lengths: list[int], rows: dict[str, Tensor]
         "num_items_in_batch": mask.sum(),
         "ref_per_token_logps": pad(rows["ref_logp"]),
     }
-    if "old_logp" in rows:
+    if rows["old_logp"] is not None:
         inputs["old_per_token_logps"] = pad(rows["old_logp"])
     if settings.tis_cap is not None:
         difference = pad(rows["old_logp"] - rows["sampling_logp"])

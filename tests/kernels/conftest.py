@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.helpers import interpreter
-from tests.helpers.kernel_cases import targets
+from tests.helpers.kernel_cases import Target, targets
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -12,6 +12,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     chosen = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
     if "target" in metafunc.fixturenames and not any("target" in names for names in chosen):
         metafunc.parametrize("target", targets(metafunc.module.OP))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Triton's interpreter is slow: only the first of a test's parameters for it are in `make test-fast`."""
+    seen = set()
+    for item in items:
+        target = item.callspec.params.get("target") if hasattr(item, "callspec") else None
+        if isinstance(target, Target) and target.interpreted:
+            name = item.nodeid.partition("[")[0]
+            if name in seen:
+                item.add_marker(pytest.mark.slow)
+            seen.add(name)
 
 
 @pytest.fixture

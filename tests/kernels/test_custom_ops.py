@@ -55,7 +55,13 @@ class _Record(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("impl", "dtype"), [("native", torch.float32), ("native", torch.bfloat16), ("triton", torch.float32)], ids=str
+    ("impl", "dtype"),
+    [
+        ("native", torch.float32),
+        pytest.param("native", torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param("triton", torch.float32, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_opcheck(impl: str, dtype: torch.dtype) -> None:
     device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"

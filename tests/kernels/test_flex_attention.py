@@ -18,6 +18,7 @@ from vlmr1_kernels.flex import shared_prefix_attention as flex
 from vlmr1_kernels.flex.mask import BLOCK, tables, visible_ranges
 from vlmr1_kernels.reference.shared_prefix_attention import visible
 
+SLOW = pytest.mark.slow
 LAYOUTS = {name: layout for name, (layout, _) in CASES.items()} | {
     "whole blocks": PrefixLayout((256,), ((128, 256), (1,))[:1]),
     "blocks of no one": PrefixLayout((300, 300), ((10, 200), (150, 7))),
@@ -69,9 +70,15 @@ VALUES: dict[str, dict[str, Any]] = {
 }
 
 
+COMBINATIONS = [
+    pytest.param(case, options, id=f"{case}-{name}", marks=[] if case == "grouped heads" and not options else [SLOW])
+    for case in ("grouped heads", "groups without branches", "longer than a block")
+    for name, options in VALUES.items()
+]
+
+
 @pytest.mark.usefixtures("on_cpu")
-@pytest.mark.parametrize("options", VALUES.values(), ids=VALUES.keys())
-@pytest.mark.parametrize("case", ["grouped heads", "groups without branches", "longer than a block"])
+@pytest.mark.parametrize(("case", "options"), COMBINATIONS)
 def test_equals_separate_sequences(case: str, options: dict[str, Any]) -> None:
     layout, heads = CASES[case]
     problem = [value.float().double() for value in tensors(layout.total_length, *heads)]

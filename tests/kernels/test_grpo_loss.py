@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers.kernel_cases import OBJECTIVES, PER_ROW, Target, padded_objective, targets
+from tests.helpers.trl import trl_loss
 from vlmr1_kernels import GRPOSettings, grpo_loss
 from vlmr1_kernels.settings import KL_ESTIMATORS, LOSS_TYPES
 from vlmr1_kernels.testing import assert_within_budget, pooled
@@ -83,6 +84,21 @@ def test_the_objectives_cover_every_loss_type_kl_and_entropy() -> None:
     assert with_kl == set(product(LOSS_TYPES, KL_ESTIMATORS))
     with_bonus = {(each.loss_type, each.entropy_coef != 0) for each in OBJECTIVES.values()}
     assert with_bonus == set(product(LOSS_TYPES, (False, True)))
+
+
+TRLS = {name: settings for name, settings in SETTINGS.items() if settings.beta == 0 or settings.kl == "k3"}
+
+
+@pytest.mark.parametrize("on_policy", [False, True], ids=["off policy", "on policy"])
+@pytest.mark.parametrize("settings", TRLS.values(), ids=TRLS.keys())
+def test_the_padded_formula_is_that_of_trl(settings: GRPOSettings, on_policy: bool) -> None:
+    """With the estimator of the KL that TRL has; every implementation is compared with the formula below."""
+    assert {each.loss_type for each in TRLS.values()} == set(LOSS_TYPES)
+    inputs = rows()
+    if on_policy:
+        settings, inputs["old_logp"] = replace(settings, tis_cap=None), None
+    found, expected = padded(inputs, settings, LENGTHS), trl_loss(settings, list(LENGTHS), inputs)
+    torch.testing.assert_close(with_gradient(found, inputs), with_gradient(expected, inputs))
 
 
 @pytest.mark.parametrize("on_policy", [False, True], ids=["off policy", "on policy"])

@@ -1,5 +1,7 @@
 """`kernels/` is only a source root: transformers probes for a PyPI package of that name."""
 
+import pytest
+
 from tests.helpers.python import ROOT, environment, python
 
 
@@ -9,6 +11,7 @@ def printed(code: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_transformers_does_not_take_our_folder_for_its_package() -> None:
     code = """
 import importlib.metadata, importlib.util, transformers

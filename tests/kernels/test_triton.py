@@ -1,5 +1,6 @@
 """Particulars of the Triton implementations: blocks, buffers, dtypes, levels and grids."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -7,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.kernel_cases import HALVES, Case, Target, check_budget, eager_loss_and_gradients, loss_and_gradients
+from tests.helpers.kernel_cases import (
+    HALVES,
+    Case,
+    Target,
+    check_budget,
+    eager_loss_and_gradients,
+    loss_and_gradients,
+    options_of,
+)
 from vlmr1_kernels import GRPOSettings, linear_grpo_loss, linear_logprob
 from vlmr1_kernels.inputs import LossInputs
 from vlmr1_kernels.testing import Problem, cast, gradients, relative_error
@@ -35,12 +44,16 @@ def half_operands(monkeypatch: pytest.MonkeyPatch) -> None:
         assert d_logits.dtype == weight.dtype
         return d_logits.float() @ weight.float()
 
+    def weight_grad(d_logits: Tensor, hidden: Tensor) -> Tensor:
+        assert d_logits.dtype == hidden.dtype
+        return (d_logits.float().T @ hidden.float()).to(hidden.dtype)
+
     def accumulate_weight_grad(accumulator: Tensor, d_logits: Tensor, hidden: Tensor, beta: int = 1) -> None:
         assert d_logits.dtype == hidden.dtype
         accumulator.addmm_(d_logits.float().T, hidden.float(), beta=beta)
 
     monkeypatch.setattr(head, "gemm_operand", lambda matrix: matrix)
-    for replacement in (project_into, hidden_grad, accumulate_weight_grad):
+    for replacement in (project_into, hidden_grad, weight_grad, accumulate_weight_grad):
         monkeypatch.setattr(head, replacement.__name__, replacement)
 
 
@@ -67,9 +80,56 @@ def test_error_is_within_budget_with_operands_as_on_cuda(case, dtype, half_opera
     check_budget(("loss", "d_hidden", "d_weight", "d_bias"), ours, eager_loss_and_gradients, target, case, dtype)
 
 
+@pytest.fixture(params=[2, 9], ids=["two chunks a block", "one block"])
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several chunks are consumed at once, as many rows on a GPU."""
+    make = head.Head.__init__
+
+    def init(self: Any, inputs: Any, chunks: Any, *others: Any) -> None:
+        make(self, inputs, (chunks[0], request.param * chunks[0]), *others)
+
+    monkeypatch.setattr(head.Head, "__init__", init)
+
+
+@pytest.mark.parametrize("name", ["entropy", "sequence level"])
+def test_chunks_of_a_block(name: str, blocks: None, half_operands: None, poison: None) -> None:
+    case, dtype = replace(CASES[name], draws=2), torch.bfloat16
+    target, ours = Target("", "triton", DEVICE), partial(loss_and_gradients, partial(linear_grpo_loss, impl="triton"))
+    check_budget(("loss", "d_hidden", "d_weight", "d_bias"), ours, eager_loss_and_gradients, target, case, dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_gradient_of_a_float32_head_is_the_float32_sum_of_products(
+    dtype: torch.dtype, blocks: None, half_operands: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact, accumulate = torch.zeros(500, 32, dtype=torch.float64, device=DEVICE), head.accumulate_weight_grad
+
+    def record(accumulator: Tensor, d_logits: Tensor, hidden: Tensor, **options: Any) -> None:
+        exact.addmm_(d_logits.double().T, hidden.double())
+        accumulate(accumulator, d_logits, hidden, **options)
+
+    monkeypatch.setattr(head, "accumulate_weight_grad", record)
+    case, inputs = CASES["sequence level"], cast(CASES["sequence level"].draw(0, dtype), dtype, DEVICE)
+    inputs["weight"] = inputs["weight"].detach().float().requires_grad_()
+    _, d_weight = gradients(linear_grpo_loss(**inputs, **options_of(case), impl="triton")[0], inputs)
+    scale = 16 if dtype == torch.float16 else 1  # of the gradients of 9 rows
+    assert d_weight.dtype == torch.float32
+    assert relative_error(scale * d_weight, exact) < 2e-7
+    assert relative_error(scale * d_weight.to(dtype), exact) > 1e-4
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("size", [1.0, 1e-7], ids=["large", "below what float16 holds"])
 def test_half_precision_gradients_of_log_probs(size: float, dtype: torch.dtype, half_operands: None) -> None:
+    check_log_probs(size, dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_chunks_of_a_block_of_log_probs(dtype: torch.dtype, blocks: None, half_operands: None, poison: None) -> None:
+    check_log_probs(1.0, dtype)
+
+
+def check_log_probs(size: float, dtype: torch.dtype) -> None:
     problem = Problem((11,), 32, 700)
     values, oracle = [], []
     for results, kind, impl in ((values, dtype, "triton"), (oracle, torch.float64, "reference")):

@@ -14,8 +14,8 @@ from transformers import TrainingArguments
 
 from vlmr1.cli import COMMANDS
 from vlmr1.commands.arguments import parse_config
-from vlmr1.commands.settings_help import TRL_DEFAULTS, every_setting, one_setting
-from vlmr1.config import SUPPORTED_ARGS, GRPOConfig, groups, parts
+from vlmr1.commands.settings_help import TRL_DEFAULTS, TRL_SFT_DEFAULTS, every_setting, one_setting
+from vlmr1.config import GRPOConfig, SFTConfig
 from vlmr1.errors import SettingError
 from vlmr1.grpo.settings import ObjectiveSettings
 from vlmr1.lifecycle import renamed
@@ -23,6 +23,7 @@ from vlmr1.lifecycle.run_settings import LAUNCH, check_settings
 from vlmr1.rewards import score
 from vlmr1.rewards.settings import RewardSettings
 from vlmr1.rollout.settings import RolloutSettings
+from vlmr1.training.run_config import SUPPORTED_ARGS
 
 CPU = ["--use_cpu", "true"]
 DATA = Path(__file__).parents[1] / "data"
@@ -30,11 +31,12 @@ INHERITED = {each.name for each in fields(TrainingArguments)}
 SUPPORTED = {name for names in SUPPORTED_ARGS.values() for name in names}
 
 
-def test_each_setting_is_declared_once():
+@pytest.mark.parametrize("kind", [GRPOConfig, SFTConfig])
+def test_each_setting_is_declared_once(kind):
     """By one package; those of transformers by none, save for the help of output_dir."""
-    declared = [name for part in parts() for name in vars(part)["__annotations__"]]
+    declared = [name for part in kind.parts() for name in vars(part)["__annotations__"]]
     assert len(declared) == len(set(declared)) and not set(declared) & INHERITED
-    assert set(declared) == {each.name for each in fields(GRPOConfig)} - INHERITED
+    assert set(declared) == {each.name for each in fields(kind)} - INHERITED
 
 
 def test_a_package_receives_a_read_only_copy_of_its_own_settings():
@@ -45,7 +47,7 @@ def test_a_package_receives_a_read_only_copy_of_its_own_settings():
     assert (settings.temperature, settings.seed, settings.stop_strings) == (0.5, 3, ["a"])
     with pytest.raises(FrozenInstanceError, match="temperature"):
         settings.temperature = 0.1
-    for part in parts():
+    for part in GRPOConfig.parts():
         own = {each.name for each in fields(part)} | set(part.shared)  # type: ignore[arg-type]
         assert vars(part.of(config)).keys() - {"_read_only"} == own
     assert ObjectiveSettings.of(config).objective() == config.objective()
@@ -156,6 +158,7 @@ def test_a_run_with_old_names_in_its_settings_is_continued(notes, tmp_path):
     shutil.copy(DATA / "settings-before-renames.json", tmp_path / "settings.json")
     words = ["--output_dir", "out", "--max_steps", "4", "--save_steps", "2", "--prompts_per_device", "2"]
     words += ["--data_file_paths", "digits", "--reward_mode", "vlm_r1", *CPU]
+    words += ["--beta", "1.0", "--learning_rate", "6e-5", "--freeze_vision", "false"]  # the recipe's of that time
     resume = tmp_path / "checkpoint-2"
     check_settings(parse_config([*words, "--kl_estimator", "k2"], recipe="tiny-digits"), LAUNCH, resume)
     changes = [*words, "--kl_estimator", "k2", "--rollout_logp_warn_threshold", "9"]
@@ -170,18 +173,18 @@ def test_a_run_with_old_names_in_its_settings_is_continued(notes, tmp_path):
 # Help
 
 
-@pytest.mark.parametrize("width", [80, 200])
-def test_help_has_a_line_for_each_setting_that_a_run_may_have(width, monkeypatch):
+@pytest.mark.parametrize(("kind", "width"), [(GRPOConfig, 80), (GRPOConfig, 200), (SFTConfig, 200)])
+def test_help_has_a_line_for_each_setting_that_a_run_may_have(kind, width, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(width))
-    lines = every_setting().splitlines()
+    lines = every_setting(kind).splitlines()
     assert max(map(len, lines)) <= width
     names = [line.split()[0] for line in lines if line.startswith("  ")]
-    assert len(names) == len(set(names)) and set(names) == {each.name for each in fields(GRPOConfig)} & (
-        SUPPORTED | ({each.name for each in fields(GRPOConfig)} - INHERITED)
+    assert len(names) == len(set(names)) and set(names) == {each.name for each in fields(kind)} & (
+        SUPPORTED | ({each.name for each in fields(kind)} - INHERITED)
     )
-    assert all(each.metadata.get("help") for part in parts() for each in fields(part))  # type: ignore[arg-type]
+    assert all(each.metadata.get("help") for part in kind.parts() for each in fields(part))  # type: ignore[arg-type]
     headings = [line for line in lines[2:] if line and not line.startswith(" ")]
-    assert headings == list(groups())
+    assert headings == list(kind.groups())
 
 
 def test_help_of_one_setting():
@@ -191,10 +194,11 @@ def test_help_of_one_setting():
     assert "refused" in one_setting("hub_token")
 
 
-def test_defaults_of_trl():
-    trl = pytest.importorskip("trl").GRPOConfig.__dataclass_fields__
-    assert {name: trl[name].default for name in TRL_DEFAULTS} == TRL_DEFAULTS
-    assert all(GRPOConfig.__dataclass_fields__[name].default != value for name, value in TRL_DEFAULTS.items())
+@pytest.mark.parametrize(("kind", "defaults"), [(GRPOConfig, TRL_DEFAULTS), (SFTConfig, TRL_SFT_DEFAULTS)])
+def test_defaults_of_trl(kind, defaults):
+    trl = getattr(pytest.importorskip("trl"), kind.__name__).__dataclass_fields__
+    assert {name: trl[name].default for name in defaults} == defaults
+    assert all(kind.__dataclass_fields__[name].default != value for name, value in defaults.items())
 
 
 HELP = [[name, "--help"] for name in COMMANDS if name != "data"]
@@ -204,6 +208,7 @@ HELP += [
     ["data", "check", "--help"],
     ["data", "rate", "--help"],
     ["train", "--help", "beta"],
+    ["sft", "--help", "max_length"],
 ]
 
 

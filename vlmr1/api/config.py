@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import MISSING, dataclass, field, fields, make_dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from vlmr1.api.refused import refused
+from vlmr1.api.script import ScriptSettings, without
+from vlmr1.api.script import taken as _taken
 from vlmr1.config import GRPOConfig as CoreConfig
 from vlmr1.errors import SettingError
 from vlmr1.evaluation.settings import EvaluationSettings
@@ -31,41 +31,35 @@ GENERATION = {"max_new_tokens": "max_completion_length", "stop_strings": "stop_s
 GENERATION |= {name: name for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
 LOADING = {"dtype": "model_dtype", "torch_dtype": "model_dtype", "attn_implementation": "attn_implementation"}
 LOADING |= {"revision": "model_revision", "trust_remote_code": "trust_remote_code"}
+LOADING |= {"quantization_config": "quantization", "device_map": "device_map"}
 # Settings of TrainingArguments that the command line has not, or has under other names.
 KEPT = ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size", "eval_strategy")
-KEPT += ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "ddp_find_unused_parameters", "do_train")
+KEPT += (
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private_repo",
+    "hub_revision",
+    "hub_strategy",
+    "ddp_find_unused_parameters",
+    "do_train",
+)
 KEPT += ("do_eval", "torch_empty_cache_steps")
 
 if TYPE_CHECKING:
     Base = CoreConfig
 else:
-
-    def _without(names: tuple[str, ...]) -> type:
-        """The settings of the command line, without these in the constructor and in parsers of scripts."""
-        hints, known = get_type_hints(CoreConfig), {each.name: each for each in fields(CoreConfig)}
-        left_out = []
-        for each in (known[name] for name in names if name in known):
-            default = {"default": each.default} if each.default is not MISSING else {}
-            factory = {} if default else {"default_factory": each.default_factory}
-            left_out.append((each.name, hints[each.name], field(init=False, **default, **factory)))
-        return make_dataclass("Base", left_out, bases=(CoreConfig,), namespace={"__module__": __name__})
-
-    Base = _without(ELSEWHERE)
-
-
-def _taken(default: Any) -> Any:
-    """A field without effect on results, or refused where it has another value than this (`refused.py`)."""
-    return field(default=default, metadata={"help": "taken as TRL's; docs/from-trl.md says what it does here"})
+    Base = without(CoreConfig, ELSEWHERE, __name__)
 
 
 @dataclass
-class GRPOConfig(Base):
+class GRPOConfig(ScriptSettings, Base):
     """Settings of a GRPO run with the names, defaults and units of TRL. A setting that cannot be honoured is an error
     that names it. Settings of vlmr1 that TRL has not may be given too."""
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*CoreConfig._VALID_DICT_FIELDS, "model_init_kwargs", "generation_kwargs"]
     also_supported = frozenset(KEPT)
     not_checked = (EvaluationSettings,)
+    in_dicts: ClassVar[dict[str, dict[str, str]]] = {"model_init_kwargs": LOADING, "generation_kwargs": GENERATION}
 
     # TRL's defaults
     output_dir: str | None = "trainer_output"
@@ -142,6 +136,7 @@ class GRPOConfig(Base):
 
     def __post_init__(self) -> None:
         self.reads_dtype = False  # whether the weights have the dtype of the checkpoint
+        self.quantization: Any = None  # of model_init_kwargs
         if self.bf16 is None:  # on, but for machines without a GPU, where the library refuses it without use_cpu
             self.bf16 = not self.fp16 and (self.use_cpu or torch.cuda.is_available())
         self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)  # type: ignore
@@ -222,42 +217,6 @@ class GRPOConfig(Base):
         else:
             self.prompts_per_device = max(1, size * passes // (self.num_generations or 1))
         self.accumulation = passes
-
-    def _evaluation(self) -> Iterator[str]:
-        """Yield what is wrong with the settings of evaluations."""
-        by, saved = (str(getattr(each, "value", each)) for each in (self.eval_strategy, self.save_strategy))
-        if not self.load_best_model_at_end:
-            return
-        if by != saved:
-            yield f"load_best_model_at_end needs eval_strategy={saved}, as save_strategy; it is {by}"
-        elif by == "steps" and self.save_steps % (self.eval_steps or self.logging_steps):
-            yield f"load_best_model_at_end needs save_steps, {self.save_steps}, to be a multiple of eval_steps"
-
-    def read_kwargs(self) -> Iterator[str]:
-        """Set the settings that model_init_kwargs and generation_kwargs hold; yield what is wrong with them. Scripts
-        also set them later: the trainer reads them again."""
-        for name, known in (("model_init_kwargs", LOADING), ("generation_kwargs", GENERATION)):
-            given = getattr(self, name) or {}
-            if isinstance(given, str):
-                with suppress(ValueError):
-                    given = json.loads(given)
-            if not isinstance(given, dict):
-                yield f"{name} is {given!r}: it must be a dict, or a JSON object"
-                continue
-            for key, value in given.items():
-                if key not in known and (value is not None and (key, value) != ("use_cache", False)):
-                    yield f"{name} has {key!r}: known are {', '.join(known)}"
-                elif key in known and value is not None:
-                    yield from self._set(known[key], value, f"{name}: {key}")
-
-    def _set(self, name: str, value: Any, given: str) -> Iterator[str]:
-        if name == "model_dtype":
-            value = str(value).removeprefix("torch.")
-            if value not in ("float32", "bfloat16", "auto"):
-                yield f"{given} is {value}: weights are float32 or bfloat16"
-                return
-            self.reads_dtype, value = value == "auto", "float32" if value == "auto" else value
-        setattr(self, name, value)
 
     @property
     def updates_per_generation(self) -> int:

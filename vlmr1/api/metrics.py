@@ -13,6 +13,11 @@ from vlmr1.distributed.ranks import Ranks
 from vlmr1.rewards.aggregate import weighted_sum
 from vlmr1.types import Group
 
+# Of an evaluation, where every ratio is 1.
+NOT_CLIPPED = {"tokens": 1.0} | dict.fromkeys(
+    ("dropped_rows", "clip_low", "clip_high", "clip_low_min", "clip_high_max"), 0.0
+)
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -62,11 +67,13 @@ def metrics_of(facts: Facts, names: Sequence[str], weights: Sequence[float]) -> 
     return {name: value for name, value in values.items() if not math.isnan(value)}
 
 
-def clip_ratios(metrics: Mapping[str, float]) -> dict[str, float]:
+def clip_ratios(metrics: Mapping[str, float], loss_type: str) -> dict[str, float]:
     """The shares of clipped tokens. Completions that the pass leaves out have advantage 0: none is clipped there."""
     tokens, dropped = metrics["tokens"], metrics["dropped_rows"]
     share = (tokens - dropped) / max(tokens, 1.0)
     low, high = share * metrics["clip_low"], share * metrics["clip_high"]
+    if loss_type == "cispo":
+        return {"cispo_clip_ratio": high}
     return {
         "clip_ratio/low_mean": low,
         "clip_ratio/high_mean": high,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,11 +13,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from vlmr1.api.config import GRPOConfig
+from vlmr1.api.quantized import asked_for, is_in_4bit, keeping
 from vlmr1.errors import SettingError, import_for
-from vlmr1.models import load_model, load_processor
+from vlmr1.models import BY_TYPE, load_model, load_processor, model_type_of
 from vlmr1.models.lora import base_of
 from vlmr1.rewards.model import RewardModel
 from vlmr1.rewards.registry import REWARDS, Reward
+
+logger = logging.getLogger(__name__)
 
 
 def name_of(model: Any) -> str:
@@ -29,19 +33,23 @@ def default_config(model: Any) -> GRPOConfig:
     return GRPOConfig(f"{Path(name_of(model)).name}-GRPO")
 
 
-def load(model: Any, peft_config: Any, args: GRPOConfig) -> Any:
+def load(model: Any, peft_config: Any, quantization_config: Any, args: GRPOConfig) -> Any:
     """Return the model, or the `peft.PeftModel` around it; read it where its name is given."""
     faults = list(args.read_kwargs())
     if faults:
         raise SettingError("\n".join(faults))
     if isinstance(model, str):
-        source: dict[str, Any] = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
-        if args.reads_dtype and peft_config is not None:
-            stored = AutoConfig.from_pretrained(model, **source).dtype
-            args.model_dtype = "bfloat16" if stored in (torch.bfloat16, "bfloat16") else "float32"
-        source["attn_implementation"] = args.attn_implementation
-        model = load_model(model, dtype=getattr(torch, args.model_dtype), **source)
+        quantization = asked_for(quantization_config, args.quantization)
+        if quantization is not None and peft_config is None:
+            raise SettingError("quantization_config needs peft_config: 4-bit weights cannot be trained")
+        model = _read(model, quantization, args, reads_dtype=args.reads_dtype and peft_config is not None)
     else:
+        for name, value in (
+            ("model_init_kwargs", args.model_init_kwargs),
+            ("quantization_config", quantization_config),
+        ):
+            if value:
+                logger.warning("%s is ignored: the model was loaded before", name)
         args.model_dtype = "bfloat16" if base_of(model).dtype == torch.bfloat16 else "float32"
     given = base_of(model) is not model
     if peft_config is not None:
@@ -50,13 +58,27 @@ def load(model: Any, peft_config: Any, args: GRPOConfig) -> Any:
                 "peft_config: the model has an adapter; leave peft_config out, or merge the adapter first"
             )
         peft = import_for("peft_config", "peft", "vlmr1[quant]")
+        if not isinstance(peft_config, peft.PeftConfig):
+            raise SettingError(f"peft_config is a {type(peft_config).__name__}: give a peft.LoraConfig")
         model = peft.get_peft_model(model, peft_config)
     args.use_peft = given or peft_config is not None  # type: ignore[reportAttributeAccessIssue]
+    args.load_in_4bit = is_in_4bit(base_of(model))  # type: ignore[reportAttributeAccessIssue]
     if given and args.beta > 0 and args.reference == "auto":
         args.reference = "copy"  # of base and adapter as they are given
     if args.disable_dropout:
         without_dropout(model)
     return model
+
+
+def _read(name: str, quantization: Any, args: GRPOConfig, *, reads_dtype: bool) -> Any:
+    source: dict[str, Any] = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
+    if reads_dtype:
+        stored = AutoConfig.from_pretrained(name, **source).dtype
+        args.model_dtype = "bfloat16" if stored in (torch.bfloat16, "bfloat16") else "float32"
+    if quantization is not None:
+        quantization = keeping(quantization, BY_TYPE[model_type_of(name, **source)]())
+    options = {"attn_implementation": args.attn_implementation, "quantization": quantization}
+    return load_model(name, dtype=getattr(torch, args.model_dtype), **source, **options)
 
 
 def without_dropout(model: Any) -> None:

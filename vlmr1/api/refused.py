@@ -45,7 +45,6 @@ ARGUMENTS = {
     "tools": NO_TOOLS,
     "rollout_func": "completions are drawn by rollout_engine; use stop_strings and the sampling settings",
     "environment_factory": NO_TOOLS,
-    "quantization_config": "load a model in 4 bits with vlmr1 train --load_in_4bit true --use_peft true",
 }
 
 
@@ -55,10 +54,17 @@ def refused(config: Any) -> Iterator[str]:
         value = getattr(config, name)
         if (value or None) != (type(config).__dataclass_fields__[name].default or None):
             yield f"{name} is {value!r}: {reason}"
+    yield from refused_hub(config)
     if config.loss_type == "bnpo" and config.gradient_accumulation_steps > 1:
         yield (
             "loss_type=bnpo divides each pass by its own tokens in TRL, and gradient_accumulation_steps is "
             f"{config.gradient_accumulation_steps}: here an update is divided by all of its tokens. Use loss_type=dapo"
+        )
+    if config.entropy_coef and config.gradient_accumulation_steps > 1:
+        yield (
+            f"entropy_coef is {config.entropy_coef}: TRL takes the mean entropy of each pass, and "
+            f"gradient_accumulation_steps is {config.gradient_accumulation_steps}: here it is that of an update. Use a "
+            "larger per_device_train_batch_size, which tokens_per_pack divides into passes"
         )
     by_sequence = config.loss_type in ("grpo", "dr_grpo", "gspo") or config.importance_sampling_level == "sequence"
     if config.entropy_coef and by_sequence:
@@ -67,6 +73,12 @@ def refused(config: Any) -> Iterator[str]:
             f"importance_sampling_level={config.importance_sampling_level} TRL takes the mean entropy over all tokens, "
             "and here it has the weights of the loss. Use loss_type=dapo at token level"
         )
+
+
+def refused_hub(config: Any) -> Iterator[str]:
+    """Yield the settings of uploads that cannot be honoured."""
+    if str(getattr(config.hub_strategy, "value", config.hub_strategy)) not in ("end", "every_save"):
+        yield f"hub_strategy is {config.hub_strategy!r}: trainer.push_to_hub() uploads the model, and never checkpoints"
 
 
 def refused_arguments(given: Mapping[str, Any]) -> Iterator[str]:

@@ -89,20 +89,25 @@ class StreamRows(Rows):
 def samples_of(data: Any, name: str, needed: int | None = None) -> RowSamples:
     """Return the samples of a data set, a list of rows or a stream, of which `needed` rows are read. The first row is
     checked."""
+    rows = rows_of(data, name, needed)
+    samples = StreamSamples(rows) if isinstance(rows, StreamRows) else RowSamples(rows)
+    samples[0]
+    return samples
+
+
+def rows_of(data: Any, name: str, needed: int | None = None) -> Rows:
+    """Return the rows of a data set, of a list, or the first `needed` ones of a stream."""
     if data is None:
         raise SettingError(f"{name} is missing")
     if hasattr(data, "__len__") and hasattr(data, "__getitem__"):
         if not len(data):
             raise SettingError(f"{name} has no rows")
-        samples = RowSamples(ListRows(name, data))
-    elif not hasattr(data, "__iter__"):
+        return ListRows(name, data)
+    if not hasattr(data, "__iter__"):
         raise SettingError(f"{name} is neither a data set nor a list of rows but {type(data).__name__}")
-    elif needed is None:
+    if needed is None:
         raise SettingError(f"{name} is a stream, whose number of rows is not known: set max_steps")
-    else:
-        samples = StreamSamples(StreamRows(name, data, needed))
-    samples[0]
-    return samples
+    return StreamRows(name, data, needed)
 
 
 def read(row: Row, source: str) -> tuple[bool, list[Message], list[Any]]:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from vlmr1.errors import SettingError
 from vlmr1.lifecycle.checkpoint import checkpoint_path, remove_staging
 from vlmr1.lifecycle.resume import check_resumable, find_checkpoint
-from vlmr1.report.progress import METRICS
 from vlmr1.report.training import write_run_report
 from vlmr1.training.final_model import leave_model
 from vlmr1.training.hub import push_model
@@ -63,13 +63,19 @@ class Page(type(Path())):  # type: ignore[misc]
 
 def write_report(trainer: Any, path: str | Path | None) -> Page:
     """Write the HTML report of the run, and return its path."""
-    folder, made = _folder(trainer), trainer.state.global_step
-    if made and not (folder / METRICS).exists():
-        raise SettingError(
-            f"no report: {made} updates were made and none is in {METRICS}: logging_steps is "
-            f"{trainer.args.logging_steps:g}; a lower one logs more of them"
-        )
-    return Page(write_run_report(folder, None if path is None else Path(path)))
+    return Page(write_run_report(_folder(trainer), None if path is None else Path(path)))
+
+
+def model_name(trainer: Any) -> str:
+    """Name of the model in its card: that of its repository, or of output_dir."""
+    return (trainer.args.hub_model_id or _folder(trainer).absolute().as_posix()).split("/")[-1]
+
+
+def add_tags(path: Path, tags: Sequence[str]) -> None:
+    """Add tags to a model card. PEFT replaces those of a card by its own."""
+    card = ModelCard.load(path)
+    card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *tags]))
+    card.save(path)
 
 
 def push(trainer: Any, message: str, card: Mapping[str, Any]) -> str | None:

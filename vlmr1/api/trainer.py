@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from transformers import set_seed
-from transformers.trainer_utils import TrainOutput
 
 from vlmr1.api import parts
 from vlmr1.api.config import GRPOConfig
@@ -16,18 +14,18 @@ from vlmr1.api.evaluate import evaluate
 from vlmr1.api.metrics import Facts, clip_ratios, metrics_of
 from vlmr1.api.refused import refused_arguments
 from vlmr1.api.rows import samples_of
-from vlmr1.api.runs import checkpoint_of, is_done, present_checkpoint, push, write_report
+from vlmr1.api.script_trainer import ScriptTrainer, progress_of
 from vlmr1.errors import SettingError
 from vlmr1.grpo.loss import clipped_shares
 from vlmr1.grpo.trainer import GRPOTrainer as CoreTrainer
-from vlmr1.report.progress import Progress
-from vlmr1.types import Group, Pack
+from vlmr1.types import Group, Pack, Sample
 
 
-class GRPOTrainer(CoreTrainer):
+class GRPOTrainer(ScriptTrainer, CoreTrainer):
     """GRPO on a vision-language model, with the arguments of TRL."""
 
     args: GRPOConfig
+    tag = "grpo"
 
     def __init__(
         self,
@@ -49,10 +47,10 @@ class GRPOTrainer(CoreTrainer):
         _refuse(locals())
         args = parts.default_config(model) if args is None else args
         set_seed(args.seed)  # before an adapter's first weights
-        model = parts.load(model, peft_config, args)
+        model = parts.load(model, peft_config, quantization_config, args)
         samples = samples_of(train_dataset, "train_dataset", parts.needed_rows(args))
         self.prompt_tokens = 0
-        self.progress = Progress(Path(args.output_dir or "."), console=not args.disable_tqdm)
+        self.progress = progress_of(args)
         super().__init__(
             model,
             args,
@@ -63,52 +61,19 @@ class GRPOTrainer(CoreTrainer):
             optimizers=optimizers,
             eval_dataset=eval_dataset,
         )
-        self.progress.trainer = self
         for reward in self.rewards:
             if reward.check is not None:  # as `vlmr1 train` checks every row
                 reward.check(samples[0])
+        self.progress.trainer = self
 
-    # Runs
+    # Evaluation
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
-        """Train to the end, from the last complete checkpoint of output_dir with `resume_from_checkpoint=True`."""
-        checkpoint = checkpoint_of(self, resume_from_checkpoint)
-        if checkpoint is not None and is_done(self, checkpoint):
-            return TrainOutput(self.state.global_step, 0.0, {})
-        with self.progress:
-            return super().train(resume_from_checkpoint=checkpoint, **options)
+    def eval_samples(self, rows: Any) -> Sequence[Sample]:
+        return samples_of(rows, "eval_dataset")
 
-    def report(self, path: str | Path | None = None) -> Path:
-        """Write the HTML report of the run, and return its path; by default training.html in output_dir."""
-        return write_report(self, path)
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Draw completions for each row, score them, log the metrics and return them."""
-        data = self.eval_dataset if eval_dataset is None else eval_dataset
-        if data is None:
-            raise SettingError("eval_dataset is missing: give it to the trainer or to evaluate")
-        found: dict[str, float] = {}
-        for name, rows in parts.eval_sets(data).items():
-            name = name.replace("eval", metric_key_prefix, 1)
-            own = evaluate(self, samples_of(rows, "eval_dataset"), name)
-            self.log(dict(own))
-            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, own)
-            found |= own
-        return found
-
-    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
-        return self.evaluate()
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Return whether this evaluation is the best. The library would note the directory in which a checkpoint is
-        staged."""
-        best = super()._determine_best_metric(metrics, trial)
-        if best:
-            self.state.best_global_step = None
-            self.state.best_model_checkpoint = present_checkpoint(self)
-        return best
+    def measure(self, samples: Sequence[Sample], prefix: str) -> dict[str, float]:
+        """Draw completions for each row and score them."""
+        return evaluate(self, samples, prefix)
 
     # Metrics
 
@@ -117,7 +82,11 @@ class GRPOTrainer(CoreTrainer):
 
     def backward(self, model: Any, groups: Sequence[Group]) -> tuple[Tensor, dict[str, float]]:
         loss, metrics = super().backward(model, groups)
-        return loss, metrics | (clip_ratios(metrics) if self.args.loss_type != "cispo" else {})
+        metrics |= clip_ratios(metrics, self.args.loss_type)
+        if self.args.entropy_coef:
+            bonus = self.args.entropy_coef * metrics["entropy"]
+            metrics |= {"entropy_coef": self.args.entropy_coef, "policy_loss": float(loss) + bonus}
+        return loss, metrics
 
     def _metrics(self, minibatch: Any, *, drawn: bool) -> dict[str, float]:
         """The metrics of the core, and those of TRL, which take the place of others of the same name."""
@@ -127,37 +96,6 @@ class GRPOTrainer(CoreTrainer):
         own = metrics_of(facts, [reward.name for reward in self.rewards], self.reward_weights)
         own["num_tokens"] = float(self.state.num_input_tokens_seen)
         return super()._metrics(minibatch, drawn=drawn) | own
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.pending.steps and "loss" in logs:
-            steps = self.pending.steps
-            logs["step_time"] = sum(sum(step.seconds.values()) for step in steps) / len(steps)
-        super().log(logs, start_time)
-
-    # Models
-
-    def create_model_card(
-        self, model_name: Any = None, dataset_name: Any = None, tags: Any = None, **more: Any
-    ) -> None:
-        """Write README.md into output_dir."""
-        tags = [tags] if isinstance(tags, str) else list(tags or [])
-        known = {"dataset": dataset_name} if dataset_name is not None else {}
-        super().create_model_card(model_name=model_name, tags=[*tags, "grpo", "vlmr1"], **known, **more)
-
-    def push_to_hub(
-        self,
-        commit_message: str = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        **card: Any,
-    ) -> str | None:
-        """Upload the model and its card, which are left in output_dir; return the repository's address (first rank).
-        `card` are arguments of `create_model_card`."""
-        if token is not None:
-            raise SettingError("push_to_hub: token: use `hf auth login`, or set the variable HF_TOKEN")
-        self.args.hub_revision = revision or self.args.hub_revision
-        return push(self, commit_message, card)
 
 
 def _refuse(given: dict[str, Any]) -> None:

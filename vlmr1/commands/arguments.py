@@ -14,25 +14,26 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from vlmr1.commands.settings_help import every_setting, one_setting
-from vlmr1.config import GRPOConfig
+from vlmr1.config import GRPOConfig, SFTConfig
 from vlmr1.errors import SettingError, faults_of
 from vlmr1.lifecycle.console import ignore_broken_pipe
-from vlmr1.lifecycle.peer_flags import PEER_FLAGS, REPLACES, instead_of
+from vlmr1.lifecycle.peer_flags import REPLACES, instead_of
 from vlmr1.lifecycle.renamed import RENAMED, current_name, current_value
 
 RECIPES = Path(__file__).parents[1] / "recipes"
+Kind = type[GRPOConfig] | type[SFTConfig]  # of a run
 
 
 class SettingsParser(HfArgumentParser):
-    """The command line of GRPOConfig, and of settings that stand for its own. What is refused is collected, and left
-    out of the namespace, as what is not given is."""
+    """The command line of a configuration, and of settings that stand for its own. What is refused is collected, and
+    left out of the namespace, as what is not given is."""
 
-    def __init__(self) -> None:
-        settings: Any = GRPOConfig
+    def __init__(self, kind: Kind) -> None:
+        settings: Any = kind
         super().__init__(settings, allow_abbrev=False, add_help=False)
-        for name, kind in PEER_FLAGS.items():
+        for name, of in kind.peer_flags.items():
             names = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
-            switch: dict[str, Any] = {"type": string_to_bool, "nargs": "?", "const": True} if kind is bool else {}
+            switch: dict[str, Any] = {"type": string_to_bool, "nargs": "?", "const": True} if of is bool else {}
             self.add_argument(*names, dest=name, **switch)
         for action in self._actions:
             action.default = argparse.SUPPRESS
@@ -81,8 +82,9 @@ def add_sources(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, help="a YAML file of settings")
 
 
-def recipe_names() -> list[str]:
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+def recipe_names(kind: Kind = GRPOConfig) -> list[str]:
+    names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    return [name for name in names if name.endswith(SFTConfig.recipe_suffix) == (kind is SFTConfig)]
 
 
 def parse_config(
@@ -95,19 +97,24 @@ def parse_config(
 
 
 def read_settings(
-    arguments: Sequence[str], *, recipe: str | None = None, config: Path | None = None, changes: Sequence[str] = ()
+    arguments: Sequence[str],
+    *,
+    recipe: str | None = None,
+    config: Path | None = None,
+    changes: Sequence[str] = (),
+    kind: Kind = GRPOConfig,
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the settings that the sources give, and the faults of what cannot be read."""
     faults: list[str] = []
     sources: list[list[str]] = []
-    if recipe in recipe_names():
-        sources.append(_words(RECIPES / f"{recipe}.yaml", faults))
+    if recipe in recipe_names(kind):
+        sources.append(_words(RECIPES / f"{recipe}.yaml", faults, kind))
     elif recipe is not None:
-        faults.append(f"--recipe: unknown recipe {recipe!r}; known: {', '.join(recipe_names())}")
+        faults.append(f"--recipe: unknown recipe {recipe!r}; known: {', '.join(recipe_names(kind))}")
     if config is not None:
-        unreadable = list(faults_of(lambda: sources.append(_words(config, faults))))
+        unreadable = list(faults_of(lambda: sources.append(_words(config, faults, kind))))
         faults += unreadable
-    parser = SettingsParser()
+    parser = SettingsParser(kind)
     settings: dict[str, Any] = {}
     unknown: list[str] = []
     sources += [[_with_current_name(word) for word in words] for words in (arguments, changes)]
@@ -117,14 +124,16 @@ def read_settings(
         for name in (replaced for each in given for replaced in REPLACES.get(each, ())):
             settings.pop(name, None)
         settings |= given
-    return settings, [*faults, *parser.faults, *_unknown_words(unknown)]
+    return settings, [*faults, *parser.faults, *_unknown_words(unknown, kind)]
 
 
-def make_config(settings: dict[str, Any], faults: Sequence[str] = (), *, preflight: bool = False) -> GRPOConfig:
+def make_config(
+    settings: dict[str, Any], faults: Sequence[str] = (), *, preflight: bool = False, kind: Kind = GRPOConfig
+) -> Any:
     """Return the configuration; one SettingError with `faults` and all others. `preflight`: also with what this machine
     cannot do or does not have."""
-    made = GRPOConfig.__new__(GRPOConfig, **settings)
-    found = [*faults, *faults_of(lambda: GRPOConfig.__init__(made, **settings))]
+    made = kind.__new__(kind, **settings)
+    found = [*faults, *faults_of(lambda: kind.__init__(made, **settings))]
     if preflight:
         found += made.device_faults()
     if found:
@@ -132,17 +141,17 @@ def make_config(settings: dict[str, Any], faults: Sequence[str] = (), *, preflig
     return made
 
 
-def show_help(name: str = "") -> None:
+def show_help(name: str = "", kind: Kind = GRPOConfig) -> None:
     """Print every setting of a run, or one in full; SettingError where there is none of this name."""
     name = current_name(name.lstrip("-").replace("-", "_"))
-    if name and name not in GRPOConfig.__dataclass_fields__:
-        raise SettingError(_unknown(name, "in --help"))
-    text = one_setting(name) if name else every_setting()
+    if name and name not in kind.__dataclass_fields__:
+        raise SettingError(_unknown(name, "in --help", kind))
+    text = one_setting(name, kind) if name else every_setting(kind)
     with ignore_broken_pipe():
         print(text)
 
 
-def _words(path: Path, faults: list[str]) -> list[str]:
+def _words(path: Path, faults: list[str], kind: Kind) -> list[str]:
     """A YAML mapping of settings as command-line words; unknown names are faults."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -158,10 +167,10 @@ def _words(path: Path, faults: list[str]) -> list[str]:
     faults += [f"{name} is given twice in {path}" for name in dict.fromkeys(names) if names.count(name) > 1]
     for name, value in settings.items():
         name = current_name(str(name))
-        if name in GRPOConfig.__dataclass_fields__ or name in PEER_FLAGS:
+        if name in kind.__dataclass_fields__ or name in kind.peer_flags:
             words += _word(name, value)
         else:
-            faults.append(_unknown(name, f"in {path}"))
+            faults.append(_unknown(name, f"in {path}", kind))
     return words
 
 
@@ -180,18 +189,21 @@ def _with_current_name(word: str) -> str:
     return f"--{current_name(plain)}{equals}{value}" if name.startswith("--") and plain in RENAMED else word
 
 
-def _unknown_words(words: Sequence[str]) -> list[str]:
+def _unknown_words(words: Sequence[str], kind: Kind) -> list[str]:
     """Faults of the words that the parser did not know. Those behind an unknown setting are its values."""
     names = [word.split("=")[0] for word in words if word.startswith("--")] or words[:1]
-    return [_unknown(name, "on the command line") for name in names]
+    return [_unknown(name, "on the command line", kind) for name in names]
 
 
-def _unknown(word: str, where: str) -> str:
+def _unknown(word: str, where: str, kind: Kind) -> str:
     name = word.lstrip("-")
-    if not word.startswith("-") and name not in GRPOConfig.__dataclass_fields__ and "in " not in where:
+    if not word.startswith("-") and name not in kind.__dataclass_fields__ and "in " not in where:
         return f"unexpected argument {word!r} {where}"
+    other = SFTConfig if kind is GRPOConfig else GRPOConfig
+    if name.replace("-", "_") in other.__dataclass_fields__:
+        return f"unknown setting {name!r} {where}: only `vlmr1 {other.command}` reads it"
     instead = instead_of(name.replace("-", "_"))
     if instead is not None:
         return f"unknown setting {name!r} {where}: {instead}"
-    near = get_close_matches(name, GRPOConfig.__dataclass_fields__, n=1)
+    near = get_close_matches(name, kind.__dataclass_fields__, n=1)
     return f"unknown setting {name!r} {where}" + (f"; did you mean {near[0]!r}?" if near else "")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from transformers.trainer_utils import SaveStrategy
 
-from vlmr1.config import GRPOConfig
 from vlmr1.data.image_limits import limit_images
 from vlmr1.data.pass_rates import PassRates, within_pass_rates
 from vlmr1.data.samples import Samples, validation_split
@@ -39,9 +38,11 @@ class Prepared:
     pass_rates: PassRates | None = None  # of the rows before those out of bounds are left out
 
 
-def prepare(config: GRPOConfig, *, finished: bool = False) -> Prepared:
-    """Model, processor and samples of a run, each row checked against the rewards that will score it. A `finished` run
-    saves nothing more."""
+def prepare(
+    config: Any, reader_of: Callable[[Any, str, Any], Any] = RowReader.of, *, finished: bool = False
+) -> Prepared:
+    """Model, processor and samples of a run, each row checked, by default against the rewards that will score it. A
+    `finished` run saves nothing more."""
     output_dir = Path(config.output_dir or "output")
     settings = ParameterSettings.of(config)
     if not settings.model_name_or_path:
@@ -52,7 +53,7 @@ def prepare(config: GRPOConfig, *, finished: bool = False) -> Prepared:
     model_type = model_type_of(name, **settings.source)
     processor = load_processor(settings.adapter or name, base=name, **settings.source)
     limit_images(processor, model_type, **settings.image_limits)
-    reader = RowReader.of(config, model_type, processor.image_processor)
+    reader = reader_of(config, model_type, processor.image_processor)
     train = reader.training(*_data_files(config, output_dir))
     if config.process_index == 0 and train.tally is not None:
         print(*train.tally.lines(), sep="\n", flush=True)
@@ -76,7 +77,7 @@ def prepare(config: GRPOConfig, *, finished: bool = False) -> Prepared:
     return Prepared(model, processor, train, validation, evaluated, rates)
 
 
-def _data_files(config: GRPOConfig, output_dir: Path) -> tuple[list[str], list[str]]:
+def _data_files(config: Any, output_dir: Path) -> tuple[list[str], list[str]]:
     """Data files and image folders; the embedded data set is written below the output directory first."""
     if config.data_file_paths != [DIGITS]:
         return config.data_file_paths, config.image_folders

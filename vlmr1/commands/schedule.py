@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
-from vlmr1.config import GRPOConfig
 from vlmr1.distributed.ranks import Ranks
 from vlmr1.grpo.buffer import BufferSampler
 
 
-def describe_schedule(config: GRPOConfig, rows: int | None) -> str:
+def describe_schedule(config: Any, rows: int | None) -> str:
     """Prompts, generations, sequences and updates, over all ranks, in words. `rows` is None for a stream."""
     ranks = config.world_size
     prompts = config.prompts_per_device * ranks
-    repeats = config.steps_per_generation * config.num_iterations
+    repeats = config.updates_per_generation * config.num_iterations
     if rows is None:
         total = f"{config.max_steps} updates in all"
     else:
@@ -27,10 +27,11 @@ def describe_schedule(config: GRPOConfig, rows: int | None) -> str:
             if sampler.drop_last:
                 why = f"a generation has {sampler.batch_size}, and dataloader_drop_last is set"
             total += f"; {sampler.unused} row{plural} left over at the end of an epoch: {why}"
+    group = getattr(config, "num_generations", None)  # supervised fine-tuning has the answers of the rows
+    drawn = "" if group is None else f" x {group} generations = {prompts * group} sequences"
     return (
         f"{'streamed' if rows is None else rows} rows; "
-        f"an update: {prompts} prompts x {config.num_generations} generations = "
-        f"{prompts * config.num_generations} sequences on {ranks} device{'s' if ranks > 1 else ''}; "
+        f"an update: {prompts} prompts{drawn} on {ranks} device{'s' if ranks > 1 else ''}; "
         f"{'' if repeats == 1 else f'a generation serves {repeats} updates; '}"
         f"{total}"
     )

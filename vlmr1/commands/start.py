@@ -1,4 +1,4 @@
-"""The command line of `vlmr1 train`: settings, all that is wrong or missing in one message, and the launch."""
+"""The command lines of `train` and `sft`: settings, all that is wrong or missing in one message, and the launch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vlmr1.commands.arguments import make_config, read_settings, show_help
+from vlmr1.commands.arguments import Kind, make_config, read_settings, show_help
 from vlmr1.config import GRPOConfig
 from vlmr1.data.sources import split_names
 from vlmr1.distributed.deepspeed_file import read_deepspeed, use_deepspeed
@@ -28,15 +28,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-h", "--help", nargs="?", const="", metavar="SETTING", help="all settings, or one in full")
 
 
-def start(asked: argparse.Namespace, words: list[str]) -> GRPOConfig | None:
+def start(asked: argparse.Namespace, words: list[str], kind: Kind = GRPOConfig) -> Any:
     """Return the settings of a run of this process. With `--launch`, and with `--deepspeed FILE` outside of a launch,
     start its processes in place of this one. None where only the help was asked for."""
     if asked.help is not None:
-        show_help(asked.help)
+        show_help(asked.help, kind)
         return None
     options, rest, faults = _read_options(words)
-    settings, more = read_settings(rest, recipe=options["recipe"], config=options["config"])
-    faults += faults_of(lambda: check_output_dir(Path(settings.get("output_dir") or GRPOConfig.output_dir or "")))
+    settings, more = read_settings(rest, recipe=options["recipe"], config=options["config"], kind=kind)
+    faults += faults_of(lambda: check_output_dir(Path(settings.get("output_dir") or kind.output_dir or "")))
     faults += [*more, *missing_inputs(settings)]
     file, engine = settings.pop("deepspeed", None), options["launch"]
     if file is not None:
@@ -54,13 +54,13 @@ def start(asked: argparse.Namespace, words: list[str]) -> GRPOConfig | None:
     if engine is None and options["processes"] is not None:
         faults.append("--processes has no effect without --launch or --deepspeed")
     if engine is None:
-        return make_config(settings, faults, preflight=True)
+        return make_config(settings, faults, preflight=True, kind=kind)
     sources = [word for name in ("recipe", "config") if options[name] for word in (f"--{name}", str(options[name]))]
     commands: list[Any] = []
     count = default_processes() if options["processes"] is None else options["processes"]
-    faults += faults_of(lambda: commands.append(launch_command(engine, count, [*sources, *rest])))
+    faults += faults_of(lambda: commands.append(launch_command(engine, count, [*sources, *rest], kind.command)))
     on_this_machine = {} if torch.cuda.is_available() else {"use_cpu": True}
-    make_config(settings | on_this_machine, faults, preflight=True)  # once, not in each process
+    make_config(settings | on_this_machine, faults, preflight=True, kind=kind)  # once, not in each process
     launch(*commands[0])
 
 

@@ -1,30 +1,22 @@
-"""`vlmr1 train`: one training job, from settings to a trained checkpoint. Settings and files are checked first."""
+"""`vlmr1 train`: GRPO, from settings to a trained checkpoint."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
-from transformers.trainer_utils import has_length
+from transformers import TrainerCallback
 
-from vlmr1.commands.finish import finish
-from vlmr1.commands.prepare import prepare
-from vlmr1.commands.schedule import describe_schedule
+from vlmr1.commands.prepare import Prepared
 from vlmr1.commands.start import add_arguments, start
+from vlmr1.commands.training_run import Method, train_by
 from vlmr1.config import GRPOConfig
-from vlmr1.distributed.launch import launch_name
-from vlmr1.distributed.preflight import check_scale
-from vlmr1.distributed.ranks import Ranks
 from vlmr1.evaluation.callback import EvaluationCallback
 from vlmr1.grpo.no_signal_warning import NoSignalWarning
 from vlmr1.grpo.trainer import GRPOTrainer
-from vlmr1.lifecycle.checkpoint import remove_staging
-from vlmr1.lifecycle.disk import check_output_dir
-from vlmr1.lifecycle.processes import translate_worker_death
-from vlmr1.lifecycle.resume import ResumeGuard, check_resumable, find_checkpoint, is_final
-from vlmr1.lifecycle.run_settings import check_settings, keep_settings
 from vlmr1.lifecycle.signals import StopSignals
-from vlmr1.report.progress import Progress
+from vlmr1.rewards.rows import RowReader
 
 __all__ = ["add_arguments", "run", "train"]
 
@@ -38,52 +30,16 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
 def train(config: GRPOConfig) -> GRPOTrainer:
     """Run, or continue from the last complete checkpoint in the output directory. Raises Stopped where a signal ended
     the run, after a checkpoint."""
-    with StopSignals() as stop, translate_worker_death(), ResumeGuard() as resuming:
-        return _train(config, stop, resuming)
+    return train_by(Method(RowReader.of, _trainer, _evaluation), config)
 
 
-def _train(config: GRPOConfig, stop: StopSignals, resuming: ResumeGuard) -> GRPOTrainer:
-    output_dir = Path(config.output_dir or "output")
-    ranks = Ranks(config.process_index, config.world_size)
-    config.check_device()
-    if ranks.rank == 0:
-        check_output_dir(output_dir)
-    resume = resuming.checkpoint = find_checkpoint(output_dir, config.resume_from_checkpoint)
-    check_scale(config)
-    spread = {"processes": config.world_size, "launch": launch_name()}
-    check_settings(config, spread, resume)
-    if resume is not None:
-        check_resumable(resume)
-    if ranks.rank == 0:
-        remove_staging(output_dir)
-    prepared = prepare(config, finished=resume is not None and is_final(resume))
-    ranks.barrier()  # for all to have looked, before one writes
-    if ranks.rank == 0:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        keep_settings(config, spread, output_dir)
-    ranks.barrier()
-    progress = Progress(output_dir, console=not config.disable_tqdm, pass_rates=prepared.pass_rates)
-    callbacks = [progress, NoSignalWarning(), stop, resuming]
-    trainer = GRPOTrainer(prepared.model, config, prepared.train, prepared.processor, callbacks=callbacks)
-    progress.trainer = trainer
-    if prepared.evaluated is not None:
-        boxes = config.box_coordinates
-        trainer.add_callback(EvaluationCallback(trainer, prepared.evaluated, box_coordinates=boxes, stop=stop))
-    say = print if ranks.rank == 0 else lambda *words, **options: None
-    rows = len(trainer.train_dataset) if has_length(trainer.train_dataset) else None
-    say(describe_schedule(config, rows), flush=True)
-    say(*prepared.train.describe(), sep="\n", flush=True)
-    if resume is not None and trainer.is_finished(resume):
-        say(f"{resume}: all {trainer.state.max_steps} updates are done", flush=True)
-        finish(trainer, resume)
-        return trainer
-    if resume is not None:
-        say(f"continuing from {resume}", flush=True)
-    with progress:
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    stop.raise_if_stopped()
-    best = trainer.state.best_model_checkpoint
-    if best is not None:
-        say(f"best       {best}: {config.metric_for_best_model} {trainer.state.best_metric:.4f}", flush=True)
-    finish(trainer)
-    return trainer
+def _trainer(config: GRPOConfig, prepared: Prepared, callbacks: Sequence[TrainerCallback]) -> GRPOTrainer:
+    progress, *others = callbacks
+    callbacks = [progress, NoSignalWarning(), *others]
+    return GRPOTrainer(prepared.model, config, prepared.train, prepared.processor, callbacks=callbacks)
+
+
+def _evaluation(trainer: Any, prepared: Prepared, stop: StopSignals) -> EvaluationCallback:
+    boxes = trainer.args.box_coordinates
+    assert prepared.evaluated is not None
+    return EvaluationCallback(trainer, prepared.evaluated, box_coordinates=boxes, stop=stop)

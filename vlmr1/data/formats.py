@@ -26,6 +26,8 @@ from vlmr1.data.rows import Row
 
 ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in CHAT_ROLES}
 SOLUTION = "solution"
+EMPTY = "the solution is empty: a row needs a text to compare completions with"
+NO_ANSWER = "the answer is empty: a row needs a text to train on"
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Columns:
     image: str = ""  # by default image or images
     system_prompt: str | None = None  # of rows without a system message
     images_outside: bool = False  # names of images may leave the image folder
+    answers: tuple[str, ...] = ()  # of supervised training: read before the assistant's last turn and the solution
 
 
 DEFAULT = Columns()
@@ -75,8 +78,8 @@ class Reading:
 def read_row(row: Row, columns: Columns, source: str) -> Reading:
     """Return the messages and solutions of a row in any format. DataError where it has none or is invalid."""
     found = _format_of(row, columns, source)
-    solution = _solution_column(row, columns, found)
     value = value_of(row, found.prompt)
+    solution = _solution_column(row, columns, found, value)
     if found.dialogue:
         messages, last = _dialogue(value, found.prompt, solution is not None, source)
     else:
@@ -84,7 +87,10 @@ def read_row(row: Row, columns: Columns, source: str) -> Reading:
         if solution is None:
             names = ", ".join(map(repr, row))
             what = f"no solution: the row has no column {columns.solution!r}; solution_column names one of {names}"
-            raise row_fault(source, "solution", what)
+            if columns.answers:
+                wanted = ", ".join(dict.fromkeys((*columns.answers, columns.solution)))
+                what = f"no answer: the row has none of the columns {wanted}; response_column names one of {names}"
+            raise row_fault(source, SOLUTION, what)
     if messages[-1]["role"] != "user":
         what = f"the last message of the prompt is of {messages[-1]['role']}, not of user"
         raise row_fault(source, "turn", what)
@@ -93,8 +99,10 @@ def read_row(row: Row, columns: Columns, source: str) -> Reading:
         messages = [*_history(row["history"], source), *messages]
     if "system" in others:
         messages = with_system(messages, _text(row["system"], "system", source))
-    solutions = _solutions(last if solution is None else value_of(row, solution), source)
+    given = last if solution is None else value_of(row, solution)
+    solutions = _answers(given, source) if columns.answers else _solutions(given, source)
     used = {found.prompt, *others, *([] if solution is None else [solution])}
+    used |= {*columns.answers, columns.solution} if columns.answers else set()
     return Reading(messages, solutions, frozenset(used))
 
 
@@ -132,9 +140,20 @@ def _format_of(row: Row, columns: Columns, source: str) -> Format:
     raise row_fault(source, "conversations", what)
 
 
-def _solution_column(row: Row, columns: Columns, found: Format) -> str | None:
+def _solution_column(row: Row, columns: Columns, found: Format, value: Any) -> str | None:
+    """The column of the solution, or of the answer; None where it is the last turn of `value`, or missing."""
     names = (columns.solution, *(found.solutions if columns.solution == SOLUTION else ()))
+    if columns.answers:
+        names = columns.answers if found.dialogue and _is_answered(value) else (*columns.answers, *names)
     return next((name for name in names if value_of(row, name) is not None), None)
+
+
+def _is_answered(turns: Any) -> bool:
+    """Return whether the last turn is the assistant's, and not null."""
+    last = turns[-1] if isinstance(turns, list) and turns else None
+    if not isinstance(last, dict) or ROLES.get(str(last.get("role") or last.get("from"))) != "assistant":
+        return False
+    return (last.get("content") or last.get("value")) is not None
 
 
 def _dialogue(turns: Any, name: str, solved: bool, source: str) -> tuple[list[Message], Any]:
@@ -213,14 +232,30 @@ def _text(value: Any, name: str, source: str) -> str:
     return value
 
 
-def _solutions(value: Any, source: str) -> tuple[str, ...]:
+def _answers(value: Any, source: str) -> tuple[str, ...]:
+    """Return the answers to train on: each of a list with texts, or of TRL's lists of one message, else one."""
+    if not isinstance(value, list) or not value:
+        return _solutions(value, source, NO_ANSWER)
+    if any(isinstance(each, dict) and ("role" in each or "from" in each) for each in value):
+        turns = [_turn(each, source) for each in value]
+        if len(turns) > 1 or turns[0][0] != "assistant":
+            what = f"an answer is one turn of the assistant, not {short(value)}"
+            raise row_fault(source, "turn", what)
+        return _solutions(turns[0][2], source, NO_ANSWER)
+    if not all(isinstance(each, str | list) for each in value):
+        return _solutions(value, source, NO_ANSWER)
+    return tuple(answer for each in value for answer in _answers(each, source))
+
+
+def _joined(value: Any, source: str) -> Any:
+    """The text of a list of text parts; other values as they are."""
+    of_texts = isinstance(value, list) and all(isinstance(each, dict) and each.get("type") == "text" for each in value)
+    return "".join(_text(each.get("text"), "the text of a part", source) for each in value) if of_texts else value
+
+
+def _solutions(value: Any, source: str, empty: str = EMPTY) -> tuple[str, ...]:
     """Return the accepted solutions: those of a list with texts, else one. Other values become JSON."""
-    if (
-        value
-        and isinstance(value, list)
-        and all(isinstance(part, dict) and part.get("type") == "text" for part in value)
-    ):
-        value = "".join(_text(each.get("text"), "the text of a part", source) for each in value)
+    value = _joined(value, source) if value else value
     several = isinstance(value, list) and any(isinstance(each, str) for each in value)
     found = []
     for each in value if several else [value]:
@@ -230,5 +265,5 @@ def _solutions(value: Any, source: str) -> tuple[str, ...]:
             what = f"the solution is neither text nor a JSON value: {error}"
             raise row_fault(source, SOLUTION, what) from error
     if not all(text.strip() for text in found):
-        raise row_fault(source, SOLUTION, "the solution is empty: a row needs a text to compare completions with")
+        raise row_fault(source, SOLUTION, empty)
     return tuple(dict.fromkeys(found))

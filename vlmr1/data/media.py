@@ -38,14 +38,14 @@ def check_videos(row: Row, source: str) -> None:
             raise row_fault(source, "video", f"the row has a column {name!r}: only text and images are trained on")
 
 
-def check_tokens(messages: Sequence[Message], source: str) -> None:
+def check_tokens(messages: Sequence[Message], source: str, where: str = "the prompt") -> None:
     """DataError for text that holds a model's token of an image or a video."""
     for part in (part for each in messages for part in each["content"]):
         found = TOKENS.search(part.get("text", ""))
         if found and found[0] == "<video>":
-            raise row_fault(source, "video", "<video> in the prompt: only text and images are trained on")
+            raise row_fault(source, "video", f"<video> in {where}: only text and images are trained on")
         if found:
-            what = f"{found[0]} in the prompt: the chat template adds such tokens; write {MARKER} for an image"
+            what = f"{found[0]} in {where}: the chat template adds such tokens; write {MARKER} for an image"
             raise row_fault(source, "image token", what)
 
 

@@ -41,9 +41,13 @@ class PromptBuilder:
         self.max_prompt_length = max_prompt_length
         self.template_kwargs = dict(template_kwargs or {})  # variables of the chat template
 
+    def text(self, messages: Sequence[Mapping[str, Any]], *, opens: bool = True) -> str:
+        """The chat template's text of messages, up to the beginning of the model's turn where one `opens`."""
+        options = {"tokenize": False, "add_generation_prompt": opens, **self.template_kwargs}
+        return self.processor.apply_chat_template(messages, **options)
+
     def __call__(self, sample: Sample) -> Prompt:
-        options = {"tokenize": False, "add_generation_prompt": True, **self.template_kwargs}
-        text = self.processor.apply_chat_template(sample.messages, **options)
+        text = self.text(sample.messages)
         images = [open_image(path, sample.source) for path in sample.images]
         start = self.processor.tokenizer.bos_token
         special = not (start and text.startswith(start))  # the template may contain the start token

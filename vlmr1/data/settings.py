@@ -74,8 +74,6 @@ class DataSettings(_Shared):
 
     def check(self) -> Iterator[str]:
         yield from self.at_least(1, "max_prompt_length")
-        if isinstance(self.chat_template_kwargs, str):
-            yield f"chat_template_kwargs is {self.chat_template_kwargs!r}: it must be a JSON object"
         if self.overlong_prompts == "filter" and self.max_prompt_length is None:
             yield "overlong_prompts=filter needs max_prompt_length"
         for text in self.sampling_strategy:

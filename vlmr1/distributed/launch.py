@@ -1,4 +1,4 @@
-"""`vlmr1 train --launch NAME`: prints and runs the torchrun command that starts one process per device.
+"""`vlmr1 train|sft --launch NAME`: prints and runs the torchrun command that starts one process per device.
 
 Engines are configured as by `accelerate launch`: by environment variables, and for DeepSpeed by a file of configs/.
 """
@@ -43,7 +43,9 @@ LAUNCHES: Mapping[str, Mapping[str, str]] = {
 }
 
 
-def launch_command(name: str, processes: int, arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+def launch_command(
+    name: str, processes: int, arguments: Sequence[str], command: str = "train"
+) -> tuple[dict[str, str], list[str]]:
     """Return (environment variables to add, command) that trains with `arguments` in `processes` local processes.
 
     SettingError for an unknown engine, fewer than one process, or an engine that needs GPUs where there are none."""
@@ -62,7 +64,7 @@ def launch_command(name: str, processes: int, arguments: Sequence[str]) -> tuple
         more, flags = on_cpu(name)
         environment, arguments = environment | more, [*arguments, *flags]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *SIGNALS]
-    return environment, [sys.executable, *torchrun, "-m", "vlmr1.cli", "train", *arguments]
+    return environment, [sys.executable, *torchrun, "-m", "vlmr1.cli", command, *arguments]
 
 
 def on_cpu(name: str) -> tuple[dict[str, str], list[str]]:

@@ -17,6 +17,7 @@ MAXIMA = (
     "rollout/importance_ratio_max",
     "completion_length_max",
     "clip_high_max",
+    "num_tokens",
 )
 MAXIMA += ("gpu/memory_used_mib", "gpu/process_memory_mib")
 MINIMA = ("rollout/importance_ratio_min", "clip_low_min")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,24 +26,20 @@ if TYPE_CHECKING:
     from vlmr1.lifecycle.signals import StopSignals
 
 
-class EvaluationCallback(TrainerCallback):
+class PeriodicEvaluation(TrainerCallback):
     """Evaluate every `eval_steps` updates, and before the first with `eval_on_start`; each adds a line to eval.jsonl.
+    A subclass has `measure`: the metrics by name, or None where `stopped()` became true.
 
     A resumed run drops the lines that it will write again, and adds the line of its own step where it is missing. A
     signal ends the run without an evaluation. With `stop` and one process, an evaluation ends after its batch."""
 
-    def __init__(
-        self,
-        trainer: GRPOTrainer,
-        samples: Sequence[Sample],
-        *,
-        box_coordinates: Setting = "auto",
-        stop: StopSignals | None = None,
-    ):
+    def __init__(self, trainer: Any, samples: Sequence[Sample], *, stop: StopSignals | None = None):
         self.trainer = trainer
         self.samples = samples
-        self.decoder = decoder_of(trainer, box_coordinates)
         self.stop = stop if trainer.ranks.world_size == 1 else None  # ranks that gather must not part
+
+    def measure(self, stopped: Callable[[], bool]) -> dict[str, float] | None:
+        raise NotImplementedError
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         missing = False
@@ -72,7 +68,7 @@ class EvaluationCallback(TrainerCallback):
         return self.stop is not None and self.stop.caught > 0
 
     def _evaluate(self, args: Any, state: Any, control: Any) -> None:
-        values = evaluate_during_training(self.trainer, self.samples, self.decoder, self._is_stopped)
+        values = self.measure(self._is_stopped)
         if values is None:
             return
         self._compare(args, state, control, values)
@@ -116,3 +112,21 @@ class EvaluationCallback(TrainerCallback):
 
     def _path(self, args: Any) -> Path:
         return Path(args.output_dir) / EVALUATIONS
+
+
+class EvaluationCallback(PeriodicEvaluation):
+    """Evaluate greedy completions by the run's rewards."""
+
+    def __init__(
+        self,
+        trainer: GRPOTrainer,
+        samples: Sequence[Sample],
+        *,
+        box_coordinates: Setting = "auto",
+        stop: StopSignals | None = None,
+    ):
+        super().__init__(trainer, samples, stop=stop)
+        self.decoder = decoder_of(trainer, box_coordinates)
+
+    def measure(self, stopped: Callable[[], bool]) -> dict[str, float] | None:
+        return evaluate_during_training(self.trainer, self.samples, self.decoder, stopped)

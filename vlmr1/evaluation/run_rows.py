@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from vlmr1.data.samples import Samples
 from vlmr1.data.sources import split_names
@@ -19,12 +20,12 @@ OF_BOXES = ("map", "od_ap", "od_ap50", "odLength", "weighted_sum")
 
 
 def evaluation_samples(
-    settings: EvaluationSettings, reader: RowReader, validation: Sequence[Sample] | None = None
+    settings: EvaluationSettings, reader: Any, validation: Sequence[Sample] | None = None
 ) -> Sequence[Sample] | None:
     """The rows that a run evaluates: those of `eval_data_file_paths`, else `validation`, the part of the data that was
     kept from training. None where the settings ask for no evaluation.
 
-    Each row is checked against its rewards, and against the box metrics where it has them."""
+    Each row is checked by the reader; with rewards, against the box metrics where it has them."""
     if settings.eval_steps is None and not settings.eval_on_start:
         return None
     if settings.eval_data_file_paths:
@@ -36,15 +37,19 @@ def evaluation_samples(
         raise SettingError(f"{name} needs data to evaluate on: set eval_data_file_paths, or val_split_ratio")
     if settings.eval_limit is not None:
         samples = _first(samples, settings.eval_limit)
-    if any(get_reward(each, reader.rewards).name == "accuracy" for each in reader.options.reward_funcs):
+    if isinstance(reader, RowReader) and any(
+        get_reward(each, reader.rewards).name == "accuracy" for each in reader.options.reward_funcs
+    ):
         _check_boxes(samples, reader.rewards)
     return samples
 
 
-def _read(settings: EvaluationSettings, reader: RowReader) -> Samples:
+def _read(settings: EvaluationSettings, reader: Any) -> Samples:
     """The rows of `eval_data_file_paths`. Several accuracy methods that are not one for each of these files belong to
     the training files: then each row needs its own."""
     files, folders = settings.eval_data_file_paths, settings.eval_image_folders
+    if not isinstance(reader, RowReader):
+        return reader.read(files, folders)
     methods, count = len(reader.options.accu_reward_method), len(split_names(files))
     if methods in (1, count):
         return reader.read(files, folders)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vlmr1.types import Settings, setting
 
-BEST_METRIC = "reward"  # default of metric_for_best_model
-
 
 class _Shared(Settings):
     shared = ("eval_steps", "eval_on_start", "load_best_model_at_end", "metric_for_best_model", "greater_is_better")
-    shared += ("save_strategy", "save_steps", "reward_funcs")
+    shared += ("save_strategy", "save_steps")
     if TYPE_CHECKING:
         eval_steps: float | None
         eval_on_start: bool
@@ -34,6 +32,12 @@ class EvaluationSettings(_Shared):
     eval_data_file_paths: list[str] = setting([], "rows to evaluate on")
     eval_image_folders: list[str] = setting([], "image folders of these rows, as image_folders")
     eval_limit: int | None = setting(None, "evaluate on the first rows only")
+    best_metric = "reward"  # default of metric_for_best_model
+
+    @property
+    def evaluation_metrics(self) -> Sequence[str]:
+        """The metrics of an evaluation, without those of boxes."""
+        return ("reward", "completion_length", "truncated", *(f"rewards/{each}/mean" for each in self.reward_funcs))
 
     def check(self) -> Iterator[str]:
         if self.eval_steps is not None:
@@ -70,10 +74,11 @@ class EvaluationSettings(_Shared):
                 f"{given[0]}: save_steps, {self.save_steps:g}, is no multiple of eval_steps, {self.eval_steps:g}: each "
                 "checkpoint needs an evaluation"
             )
-        known = [BEST_METRIC, "completion_length", "truncated", *(f"rewards/{each}/mean" for each in self.reward_funcs)]
-        name = metric_name(self.metric_for_best_model or BEST_METRIC)
-        if name not in known and not name.startswith(("rec/", "ovd/")):
-            yield f"metric_for_best_model is {name!r}: known are {', '.join(known)}, rec/... and ovd/..."
+        known = self.evaluation_metrics
+        name, boxes = metric_name(self.metric_for_best_model or self.best_metric), self.best_metric == "reward"
+        if name not in known and not (boxes and name.startswith(("rec/", "ovd/"))):
+            of_boxes = ", rec/... and ovd/..." if boxes else ""
+            yield f"metric_for_best_model is {name!r}: known are {', '.join(known)}{of_boxes}"
 
 
 def metric_name(name: str) -> str:

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from vlmr1.types import Group, Pack
 from vlmr1_kernels import GRPOSettings, grpo_loss, linear_grpo_loss
+
+
+class PackLoss(Protocol):
+    """The loss of a pack: from the rows that predict its completions, or from their log-probs and entropies."""
+
+    @property
+    def has_entropy_bonus(self) -> bool: ...
+    def fused(self, hidden: Tensor, head: nn.Linear, pack: Pack) -> tuple[Tensor, dict[str, Tensor]]: ...
+    def from_logprobs(
+        self, logp: Tensor, pack: Pack, entropy: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
 
 @dataclass(frozen=True)
@@ -20,12 +31,20 @@ class Objective:
     settings: GRPOSettings
     normalizer: float
 
-    def fused(self, hidden: Tensor, head: nn.Linear, pack: Pack) -> tuple[Tensor, dict[str, Tensor]]:
-        """hidden [N, D] -> loss [], metrics."""
+    @property
+    def has_entropy_bonus(self) -> bool:
+        return self.settings.entropy_coef != 0
+
+    def fused(
+        self, hidden: Tensor, head: nn.Linear, pack: Pack, *, accumulate: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """hidden [N, D] -> loss [], metrics. With `accumulate` no engine waits for gradients of the head: backward adds
+        them to `.grad` without autograd where the weight has no hook either."""
         bias = None if head.bias is None else head.bias.to(hidden.dtype)
-        weight, targets = head.weight.to(hidden.dtype), pack.targets.to(hidden.device)
+        weight, targets = head_weight(head, hidden.dtype), pack.targets.to(hidden.device)
         inputs = {"settings": self.settings, "normalizer": self.normalizer, **_sequence_inputs(pack, hidden.device)}
-        return linear_grpo_loss(hidden, weight, targets, bias=bias, **inputs)
+        accumulate = accumulate and is_plain_leaf(weight)
+        return linear_grpo_loss(hidden, weight, targets, bias=bias, accumulate_grad=accumulate, **inputs)
 
     def from_logprobs(
         self, logp: Tensor, pack: Pack, entropy: Tensor | None = None
@@ -46,6 +65,19 @@ class Objective:
         if self.settings.loss_type in ("grpo", "gspo"):
             return weight / torch.bincount(seq_ids)[seq_ids]
         return weight / (self.settings.max_completion_length or 1) if self.settings.loss_type == "dr_grpo" else weight
+
+
+def head_weight(head: nn.Linear, dtype: torch.dtype) -> Tensor:
+    """Return the weight as the ops take it with hidden rows of `dtype`: float32 as it is, for a float32 gradient."""
+    weight = head.weight
+    return weight if weight.dtype == torch.float32 and dtype.itemsize == 2 else weight.to(dtype)
+
+
+def is_plain_leaf(weight: Tensor) -> bool:
+    """Return whether nothing but `weight.grad` gets the gradient of the weight: no sharded or quantized tensor, no
+    hook, as of optimizers that step in backward."""
+    hooks = weight._backward_hooks, getattr(weight, "_post_accumulate_grad_hooks", None)
+    return weight.is_leaf and type(weight) in (Tensor, nn.Parameter) and not any(hooks)
 
 
 def _sequence_inputs(pack: Pack, device: torch.device) -> dict[str, Any]:

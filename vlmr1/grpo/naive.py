@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vlmr1.grpo.loss import Objective
+from vlmr1.grpo.loss import PackLoss
 from vlmr1.grpo.policy import PackedPolicy
 from vlmr1.models.attention import autocast
 from vlmr1.models.family import ModelFamily
@@ -30,8 +30,8 @@ class NaivePolicy(PackedPolicy):
         with torch.no_grad():
             return self._forward(pack)[0]
 
-    def loss(self, pack: Pack, objective: Objective) -> tuple[Tensor, dict[str, Tensor]]:
-        logp, entropy = self._forward(pack, with_bonus=objective.settings.entropy_coef != 0)
+    def loss(self, pack: Pack, objective: PackLoss) -> tuple[Tensor, dict[str, Tensor]]:
+        logp, entropy = self._forward(pack, with_bonus=objective.has_entropy_bonus)
         return objective.from_logprobs(logp, pack, entropy)
 
     def _forward(self, pack: Pack, *, with_bonus: bool = False) -> tuple[Tensor, Tensor]:

@@ -102,6 +102,13 @@ class PackRunner:
                 if getattr(completion, into) is None:  # a dummy pack's completion may have it from its own pack
                     setattr(completion, into, piece)
 
+    def run(self, groups: Sequence[Group], fn: Callable[[Pack], T], *, pad: Sequence[Group]) -> list[T]:
+        """Run `fn` over packs of the groups, in as many passes on every rank; the further ones are dummies of `pad`.
+        Returns what `fn` returned, dummies included."""
+        return self.retry_smaller(
+            lambda: [catch_oom(pack, fn) for pack in self.make_packs(self._plan(groups), pad=pad, at_least=0)]
+        )
+
     def backward(self, model: Any, groups: Sequence[Group], fn: Callable[[Pack], T]) -> list[T]:
         """Run `fn`, which makes a backward pass, over the packs of an update; gradients add up. Where memory runs out,
         they are dropped, and all passes are made again in smaller packs. Returns what `fn` returned, pack by pack."""

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from vlmr1.distributed.sharded import Sharding, summon_full_params
-from vlmr1.grpo.loss import Objective
+from vlmr1.grpo.loss import PackLoss
 from vlmr1.models.attention import PackedAttention, autocast
 from vlmr1.models.family import ImageFeatures, ModelFamily
 from vlmr1.models.features import FeatureCache, encode
@@ -61,6 +62,7 @@ class PackedPolicy:
     temperature: float
     dtype: torch.dtype | None = None  # of autocast
     features: FeatureCache | None = None  # of a frozen tower
+    accumulates_head: bool = False  # its backward may add to the head's `.grad`: no engine waits for that gradient
 
     def attention(self) -> AbstractContextManager[None]:
         """Encloses forward and backward: activation checkpointing calls the layers again in backward."""
@@ -105,7 +107,8 @@ class PackedPolicy:
 
             return call(head, head, logprobs, hidden)
 
-    def loss(self, pack: Pack, objective: Objective) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, pack: Pack, objective: PackLoss) -> tuple[Tensor, dict[str, Tensor]]:
         """The pack's share of the step's loss, and its metrics."""
         head = self.family.head(self.model)
-        return call(head, head, lambda hidden: objective.fused(hidden, head, pack), self.hidden_rows(pack))
+        fused = partial(objective.fused, head=head, pack=pack, accumulate=self.accumulates_head)
+        return call(head, head, fused, self.hidden_rows(pack))

@@ -1,4 +1,4 @@
-"""Settings of the algorithm: batches and what they share, the reference model, the objective."""
+"""Settings of the algorithm: packs, batches, the reference model, the objective."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vlmr1_kernels.registry import ImplementationError, parse_choices
 
 
 @dataclass
-class BatchSettings(Settings):
+class PackSettings(Settings):
     """Prompts of an update, and what their completions share; all of `share_*` and `pack` off is the naive trainer."""
 
     group = "Batches"
@@ -24,30 +24,16 @@ class BatchSettings(Settings):
         def full_determinism(self) -> bool: ...
 
     prompts_per_device: int = setting(8, "prompts that each device works on in one update")
-    steps_per_generation: int = setting(
-        1, "updates that share one generation, each with prompts_per_device of its prompts"
-    )
-    num_iterations: int = setting(1, "times that updates go over the prompts of a generation")
-    dynamic_sampling: bool = setting(False, "replace groups whose rewards are all equal by groups of other prompts")
-    dynamic_sampling_max_rounds: int = setting(4, "rounds after the first, at most")
     share_vision: bool = setting(True, "encode an image once a group, not G times")
     share_prompt: bool = setting(True, "compute a prompt once a group, not G times")
     pack: bool = setting(True, "several groups in one row, without padding")
     tokens_per_pack: int = setting(16384, "tokens of one packed row, at most")
     kernels: str = setting("", "op=impl,... ; see `vlmr1 doctor`")
 
-    @property
-    def updates_per_generation(self) -> int:
-        """Updates of the rows of one generation, each of which `num_iterations` repeats."""
-        return self.steps_per_generation
-
     def check(self) -> Iterator[str]:
-        yield from self.at_least(1, "prompts_per_device", "steps_per_generation", "num_iterations", "tokens_per_pack")
+        yield from self.at_least(1, "prompts_per_device", "tokens_per_pack")
         if self.share_prompt and not self.share_vision:
             yield "share_vision=false needs share_prompt=false: share_prompt already shares the image"
-        if not self.dynamic_sampling and not self.is_default("dynamic_sampling_max_rounds"):
-            yield "dynamic_sampling_max_rounds has no effect without dynamic_sampling"
-        yield from self.at_least(1, "dynamic_sampling_max_rounds")
         try:
             parse_choices(self.kernels)
         except ImplementationError as error:
@@ -55,7 +41,35 @@ class BatchSettings(Settings):
 
     def check_device(self, device: str) -> Iterator[str]:
         if self.full_determinism and device == "cuda":
-            yield "full_determinism has no effect on a GPU yet: sampling uses sums that vary there"
+            yield "full_determinism has no effect on a GPU yet: kernels and sampling use sums that vary there"
+
+
+@dataclass
+class BatchSettings(PackSettings):
+    """Updates and prompts of a generation."""
+
+    group = "Batches"
+
+    steps_per_generation: int = setting(
+        1, "updates that share one generation, each with prompts_per_device of its prompts"
+    )
+    num_iterations: int = setting(1, "times that updates go over the prompts of a generation")
+    dynamic_sampling: bool = setting(False, "replace groups whose rewards are all equal by groups of other prompts")
+    dynamic_sampling_max_rounds: int = setting(4, "rounds after the first, at most")
+
+    @property
+    def updates_per_generation(self) -> int:
+        """Updates of the rows of one generation, each of which `num_iterations` repeats."""
+        return self.steps_per_generation
+
+    def check(self) -> Iterator[str]:
+        yield from self.at_least(1, "steps_per_generation", "num_iterations")
+        if not self.dynamic_sampling and not self.is_default("dynamic_sampling_max_rounds"):
+            yield "dynamic_sampling_max_rounds has no effect without dynamic_sampling"
+        yield from self.at_least(1, "dynamic_sampling_max_rounds")
+
+    def check_device(self, device: str) -> Iterator[str]:
+        return iter(())
 
 
 @dataclass
@@ -144,6 +158,9 @@ class ObjectiveSettings(ReferenceSettings, _Shared):
     old_logprobs: Literal["rollout", "recompute"] = setting(
         "rollout", "denominator of the ratio: the rollout engine's, or from a forward before the first update"
     )
+    rollout_logp_warn_threshold: float = setting(
+        0.1, "warn where rollout and policy log-probs differ by more, mean over tokens in nats"
+    )
     importance_sampling_correction: Literal[
         "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
     ] = setting("none", "weight of the loss: ratio of policy to rollout engine, with a cap")
@@ -172,6 +189,7 @@ class ObjectiveSettings(ReferenceSettings, _Shared):
                 f"skip_zero_advantage needs entropy_coef 0, not {self.entropy_coef}: by the entropy bonus such "
                 "completions have a gradient"
             )
+        yield from self.above_zero("rollout_logp_warn_threshold")
         correction = self.importance_sampling_correction
         if correction == "none":
             if not self.is_default("importance_sampling_cap"):

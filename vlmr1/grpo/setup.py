@@ -81,7 +81,10 @@ def make_features(model: Any, family: Any, args: Any) -> FeatureCache | None:
 
 def make_policy(trainer: Any, model: Any) -> Any:
     """The forward of a model, packed or naive as the settings say."""
-    return policy_for(model, trainer.family, trainer.args, dtype=trainer.dtype, features=trainer.features)
+    # On a CPU sums of gradients keep the order of autograd, whose results are recorded.
+    alone = trainer.accelerator.distributed_type == "NO" and trainer.args.device.type == "cuda"
+    options = {"dtype": trainer.dtype, "features": trainer.features, "accumulates_head": alone}
+    return policy_for(model, trainer.family, trainer.args, **options)
 
 
 def make_engine(trainer: Any, model: Any, features: FeatureCache | None = None) -> Any:

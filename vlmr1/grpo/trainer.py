@@ -2,7 +2,7 @@
 
 One `training_step` is one optimizer update. A generation (everything before the policy pass) serves
 steps_per_generation * num_iterations updates from the buffer. Optimizers, schedulers, checkpoints, resume and callbacks
-are those of `HFTrainer`; packs, memory and ranks are the `PackRunner`'s.
+are those of `HFTrainer`; the policy pass is that of `PackTrainer`; packs, memory and ranks are the `PackRunner`'s.
 """
 
 from __future__ import annotations
@@ -10,32 +10,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
-from vlmr1.data.loader import as_list, prompt_loader, unpacked
-from vlmr1.distributed.balance import exchange
-from vlmr1.distributed.metrics import all_losses, over_ranks
+from vlmr1.distributed.metrics import over_ranks
 from vlmr1.grpo import setup
 from vlmr1.grpo.advantages import with_advantages
-from vlmr1.grpo.buffer import Buffer, BufferSampler, Minibatch
+from vlmr1.grpo.buffer import Buffer, Minibatch
 from vlmr1.grpo.dynamic_sampling import PromptReservoir, resample
 from vlmr1.grpo.group_metrics import group_metrics, warn_if_logp_differs
 from vlmr1.grpo.importance_sampling import set_importance_denominators
 from vlmr1.grpo.kl_penalty import with_kl
 from vlmr1.grpo.loss import Objective, logp_difference, normalizer
-from vlmr1.grpo.pack_runner import PackRunner
-from vlmr1.grpo.policy import PackedPolicy, call, weights_for_rollout
+from vlmr1.grpo.pack_trainer import PackTrainer
+from vlmr1.grpo.policy import call, weights_for_rollout
 from vlmr1.grpo.reference import SyncReference
 from vlmr1.rewards.groups import TimedOut, failure_counts, score_groups
-from vlmr1.training.hf_trainer import HFTrainer
 from vlmr1.types import Group, Pack, Prompt, Sample, StepMetrics
-from vlmr1_kernels import use
 
 
-class GRPOTrainer(HFTrainer):
+class GRPOTrainer(PackTrainer):
     """GRPO on a vision-language model; each group's image and prompt are computed once."""
 
     def __init__(
@@ -49,31 +43,16 @@ class GRPOTrainer(HFTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         eval_dataset: Any = None,
     ):
-        self.processor = processor
         self.settings = args.objective()
         self.sampling = args.sampling()
-        self.dtype = torch.bfloat16 if args.bf16 else None
         self.rewards, self.reward_weights = setup.make_rewards(args, model, processor, reward_funcs)
         self.reward_pool = setup.make_reward_pool(args)
         self.reward_context = setup.make_reward_context()
-        model, self.family, trained = setup.prepare_model(model, args)
-        dataset = setup.make_dataset(model, self.family, processor, samples, args)
-        super().__init__(
-            model=trained,
-            args=args,
-            train_dataset=dataset,
-            processing_class=processor.tokenizer,
-            data_collator=as_list,
-            callbacks=list(callbacks),
-            optimizers=optimizers,
-            eval_dataset=eval_dataset,
-        )
-        self.features = setup.make_features(model, self.family, args)
-        self.policy: PackedPolicy = setup.make_policy(self, model)
-        self.runner = PackRunner(self.policy, args, self.parallel, setup.make_dummy_image(self, model))
-        self.engine = setup.make_engine(self, model, self.features)
+        super().__init__(model, args, samples, processor, callbacks, optimizers, eval_dataset)
+        dataset: Any = self.train_dataset
+        self.engine = setup.make_engine(self, self.base, self.features)
         self.buffer = Buffer(args.num_iterations, dataset.of_sample, self.ranks)
-        self.reference = setup.make_reference_model(self, model, trained)
+        self.reference = setup.make_reference_model(self, self.base, self.model)
         self.reservoir = None
         if args.dynamic_sampling:
             seed = args.seed if args.data_seed is None else args.data_seed
@@ -82,7 +61,7 @@ class GRPOTrainer(HFTrainer):
             self.add_callback(SyncReference(self.reference))
             self.members.append(self.reference)
         self.members += [self.reservoir] if self.reservoir is not None else []
-        self.members += [self.runner.budget] + ([] if args.save_only_model else [self.buffer])
+        self.members += [] if args.save_only_model else [self.buffer]
         self.timed_out: list[TimedOut] = []  # of the last generation
         self.working_rewards: set[str] = set()  # names of functions that have scored a completion
         self.resampling: dict[str, float] = {}  # metrics of the last generation
@@ -90,18 +69,10 @@ class GRPOTrainer(HFTrainer):
 
     # The update
 
-    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """One update's gradients from a list of Prompts; returns the loss."""
-        self.begin_update()
-        with use(self.args.kernels):
-            loss = self._step(model, unpacked(inputs))
-        self.phases.start("update")  # until the optimizer has made its step
-        return loss
-
-    def _step(self, model: Any, prompts: Sequence[Prompt]) -> Tensor:
+    def _step(self, model: Any, items: Sequence[Prompt]) -> Tensor:
         drawn = self.buffer.spent
         if drawn:
-            self.buffer.fill(self.generate(model, prompts))
+            self.buffer.fill(self.generate(model, items))
         else:
             self.runner.encode_ahead(self.model, self.buffer.groups)  # a run that was resumed has no features
         minibatch = self.buffer.take()
@@ -175,14 +146,6 @@ class GRPOTrainer(HFTrainer):
         groups, self.resampling = resample(groups, draw, reservoir, self.reward_weights, **options)
         return groups
 
-    def balance(self, groups: Sequence[Group]) -> list[list[Group]]:
-        """The groups of each update that this rank trains on: about as many tokens on every rank."""
-        tokens = [self.runner.tokens_of(group) for group in groups]
-        dataset: Any = self.train_dataset
-        parts = exchange(groups, tokens, self.args.updates_per_generation, self.ranks, dataset.of_sample)
-        self.runner.encode_ahead(self.model, [group for part in parts for group in part])
-        return parts
-
     def add_logprobs(self, model: Any, groups: Sequence[Group], *, every: bool = False) -> None:
         """Add the log-probs of reference and old policy to the completions that contribute to the loss, or to `every`
         one; those that have them are left alone."""
@@ -217,40 +180,15 @@ class GRPOTrainer(HFTrainer):
 
     def backward(self, model: Any, groups: Sequence[Group]) -> tuple[Tensor, dict[str, float]]:
         """Accumulate the gradient of the update's loss over the packs of its groups; returns the loss and metrics."""
-        model.train()
         masked = self.args.mask_truncated_completions
         count = self.ranks.all_reduce_sum(normalizer(groups, self.settings, mask_truncated=masked))
-        objective = Objective(self.settings, max(count, 1.0))
-        passes = self.runner.backward(model, groups, lambda pack: self._pass(model, pack, objective))
-        total = torch.zeros((), device=self.args.device)
-        for loss, _ in passes:
-            total += loss
-        tokens = sum(len(c.token_ids) for group in groups for c in group.completions)
-        return all_losses(total, tokens, [metrics for _, metrics in passes], self.ranks)
+        return self.pass_over(model, groups, Objective(self.settings, max(count, 1.0)))
 
-    def _pass(self, model: Any, pack: Pack, objective: Objective) -> tuple[Tensor, dict[str, Tensor]]:
-        """One pack's forward and backward; its share of the loss, and its metrics."""
-        with self.policy.attention():
-            with self.phases("forward"):
-                loss, metrics = call(model, self.policy.model, lambda: self.policy.loss(pack, objective))
-                loss = loss * pack.weight
-            with self.phases("backward"):
-                if loss.requires_grad:  # not where the vision tower alone is trained and the pack has no image
-                    self.accelerator.backward(loss * self.ranks.world_size)  # engines take the mean over ranks
-        metrics |= self.pass_metrics(metrics["logp"], pack)
-        return loss.detach(), metrics if pack.weight else metrics | {"dropped_rows": metrics["tokens"]}
-
-    # Data and metrics
+    # Metrics
 
     def pass_metrics(self, logp: Tensor, pack: Pack) -> dict[str, Tensor]:
         """Metrics of a pack's log-probs [N]."""
         return logp_difference(logp, pack)
-
-    def get_train_dataloader(self) -> DataLoader:
-        """The prompts of one generation in a batch, then empty batches for the other updates that it serves: the
-        Trainer's loop takes one an update."""
-        sampler = BufferSampler.of(self.args, setup.make_sampler(self), self.ranks)
-        return prompt_loader(self.train_dataset, sampler, self.args, self.accelerator)
 
     def _metrics(self, minibatch: Minibatch, *, drawn: bool) -> dict[str, float]:
         """Metrics of an update's groups, of all ranks; with `drawn` those of their generation too."""
@@ -260,7 +198,3 @@ class GRPOTrainer(HFTrainer):
             own |= self.engine.stats.values() | failure_counts(self.timed_out) | self.resampling
             own |= self.reward_context.take()
         return over_ranks(own, len(groups), self.ranks)
-
-    def totals(self) -> dict[str, float]:
-        """Counts since the run began."""
-        return super().totals() | {"out_of_memory": float(self.runner.budget.out_of_memory)}

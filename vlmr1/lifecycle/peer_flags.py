@@ -43,10 +43,12 @@ INSTEAD = {
 }
 
 
-def from_peers(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return settings of this project for given ones, and the faults of those that cannot be read as such."""
+def from_peers(given: Mapping[str, Any], sequences_of_prompt: int = 8) -> tuple[dict[str, Any], list[str]]:
+    """Return settings of this project for given ones, and the faults of those that cannot be read as such.
+    `sequences_of_prompt`: the default of num_generations; 1 where rows are trained on."""
     settings = dict(given)
-    faults = [fault for rule in (_batch, _switches, _data, _rewards, _lists) for fault in rule(settings)]
+    faults = list(_batch(settings, sequences_of_prompt))
+    faults += [fault for rule in (_switches, _data, _rewards, _lists) for fault in rule(settings)]
     return settings, faults
 
 
@@ -55,7 +57,7 @@ def instead_of(name: str) -> str | None:
     return next((text for start, text in INSTEAD.items() if name.startswith(start)), None)
 
 
-def _batch(settings: dict[str, Any]) -> Iterator[str]:
+def _batch(settings: dict[str, Any], sequences_of_prompt: int) -> Iterator[str]:
     """Sequences of a device and update -> its prompts."""
     names = ("per_device_train_batch_size", "gradient_accumulation_steps")
     given = {name: settings.pop(name) for name in names if name in settings}
@@ -66,7 +68,7 @@ def _batch(settings: dict[str, Any]) -> Iterator[str]:
         yield f"{words} and prompts_per_device are both given: give prompts_per_device alone"
         return
     sequences = given.get(names[0], 8) * given.get(names[1], 1)  # 8 and 1 are the defaults of transformers
-    group = settings.get("num_generations", 8)
+    group = settings.get("num_generations", sequences_of_prompt)
     if min(given.values()) < 1:
         yield f"{words}: both must be at least 1"
     elif group > 1 and sequences % group:
@@ -77,6 +79,9 @@ def _batch(settings: dict[str, Any]) -> Iterator[str]:
     elif group > 1:
         settings["prompts_per_device"] = sequences // group
         note(words, f"prompts_per_device {sequences // group}, with num_generations {group}")
+    elif sequences_of_prompt == 1:
+        settings["prompts_per_device"] = sequences
+        note(words, f"prompts_per_device {sequences}")
 
 
 def _switches(settings: dict[str, Any]) -> Iterator[str]:

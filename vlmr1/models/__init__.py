@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from vlmr1.errors import SettingError
 from vlmr1.lifecycle.checkpoint import is_adapter
@@ -88,30 +94,36 @@ def load_model(
     revision: str = "main",
     trust_remote_code: bool = False,
     compute_dtype: torch.dtype | None = None,
+    quantization: BitsAndBytesConfig | None = None,
 ) -> PreTrainedModel:
     """Load a local directory or hub id of a supported family.
 
-    With `compute_dtype` the decoder's linear layers are quantized to 4 bits and compute in it. For an adapter
-    checkpoint the base model is loaded, quantized as in training, and the adapter is applied."""
+    With `compute_dtype` the decoder's linear layers are quantized to 4 bits and compute in it; `quantization` is
+    another way to do it. For an adapter checkpoint the base model is loaded, quantized as in training, and the adapter
+    is applied."""
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if is_adapter(name):
         check_not_both(name, "model_name_or_path")
         options["revision"] = base_name(name)[1]
-        compute_dtype = compute_dtype or quantization_of(name)
-        options |= {"dtype": dtype, "attn_implementation": attn_implementation, "compute_dtype": compute_dtype}
+        if compute_dtype is None and quantization is None:
+            quantization = quantization_of(name)
+        options |= {"dtype": dtype, "attn_implementation": attn_implementation}
+        options |= {"compute_dtype": compute_dtype, "quantization": quantization}
         adapted = base_of(read_adapter(load_model(base_name(name)[0], **options), name))
         if adapts_head(adapted):
             raise SettingError(f"{name}: its adapter is at head or embeddings: `vlmr1 merge` makes a model of it")
         return adapted
     try:
         config = _config(name, options)
+        family = family_for(config)
         if compute_dtype is not None:
-            options["quantization_config"] = four_bit(family_for(config), compute_dtype)
-        family_for(config)
+            quantization = four_bit(family, compute_dtype)
+        if quantization is not None:
+            options["quantization_config"] = quantization
         model: Any = AutoModelForImageTextToText.from_pretrained(
             name, config=config, dtype=dtype, attn_implementation=attn_implementation, **options
         )
-        if compute_dtype is not None:
+        if quantization is not None:
             check_layers(model)
         # With ZeRO-3 the library keeps unused conversions, and would save other names than it loaded.
         if model._weight_conversions:

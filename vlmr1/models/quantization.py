@@ -62,13 +62,13 @@ def numbers_of(weight: torch.Tensor) -> int:
     return weight.numel() if state is None else state.shape.numel()
 
 
-def quantization_of(folder: str | Path) -> torch.dtype | None:
-    """Return the compute dtype of the 4-bit base of an adapter, or None where it is not quantized."""
+def quantization_of(folder: str | Path) -> BitsAndBytesConfig | None:
+    """Return how the base of an adapter was quantized in training, or None where it was not."""
     for path in (Path(folder) / name for name in CONFIGS):
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         quantization = config if path.name == QUANTIZATION else config.get("quantization_config")
         if quantization:
-            return getattr(torch, quantization["bnb_4bit_compute_dtype"])
+            return BitsAndBytesConfig.from_dict(quantization)
     return None
 
 

@@ -84,7 +84,6 @@ class LoraSettings(Settings):
     lora_modules_to_save: list[str] = setting([], "modules that are trained whole beside the adapter")
     use_rslora: bool = setting(False, "scale by alpha / sqrt(r), not alpha / r")
     use_dora: bool = setting(False, "adapters of the direction, and a trained magnitude")
-    lora_merge_rollout: bool = setting(False, "merge the adapter for the rollout; costs a copy of its layers' weights")
     lora_merge_final: bool = setting(False, "leave the merged model in output_dir when the run has finished")
 
     def check(self) -> Iterator[str]:
@@ -168,8 +167,6 @@ class ParameterSettings(LoraSettings, ModelSettings, _Shared):
                 "freeze_merger has no effect with use_peft, which freezes all but the adapter; to train the projector "
                 "name it in lora_modules_to_save"
             )
-        if self.lora_merge_rollout and self.load_in_4bit:
-            yield "lora_merge_rollout cannot be used with load_in_4bit: 4-bit weights would be rounded again"
 
     def check_device(self, device: str) -> Iterator[str]:
         optim = self.optimizer

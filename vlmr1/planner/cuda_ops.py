@@ -77,38 +77,47 @@ AttentionInterface.register(NAME, _tower)
 
 
 class _Head(torch.autograd.Function):
-    """hidden [N, D], weight [V, D] -> loss []; allocates a chunk's logits, their gradient, and both gradients."""
+    """hidden [N, D], weight [V, D] -> loss []; allocates a chunk's logits, a block's gradient of them, and both
+    gradients."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
-        rows, dtype = chunk_of(len(hidden), weight), weight.dtype
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, rows: int, block: int) -> Tensor:
+        dtype, trained = hidden.dtype, ctx.needs_input_grad[1]
+        operand = weight.to(dtype)
         logits = hidden.new_empty(rows, len(weight), dtype=torch.float32)
-        d_logits = logits if dtype == torch.float32 else hidden.new_empty(rows, len(weight), dtype=dtype)
-        d_hidden = torch.empty_like(hidden)
-        d_weight = torch.empty_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        of_rows = d_logits @ weight
-        del logits, d_logits, of_rows
-        ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(dtype))
+        d_logits = logits if dtype == torch.float32 else hidden.new_empty(block, len(weight), dtype=dtype)
+        d_hidden, d_weight = torch.empty_like(hidden), None
+        at_once = weight.dtype == torch.bfloat16 and len(hidden) <= block  # without float32 sums
+        if trained and not at_once:
+            d_weight = torch.empty_like(weight, dtype=torch.float32)
+        del logits
+        hidden.new_empty(len(d_logits), hidden.shape[1], dtype=torch.float32)  # d_hidden before it is rounded
+        if trained and at_once:
+            d_weight = torch.empty_like(weight)
+        del d_logits, operand
+        ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(weight.dtype))
         return hidden.new_empty((), dtype=torch.float32)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.saved_tensors
+        return *ctx.saved_tensors, None, None
 
 
 def head_loss(hidden: Tensor, weight: Tensor) -> Tensor:
     """Allocate what `linear_grpo_loss` does."""
-    return _Head.apply(hidden, weight)  # type: ignore[return-value]
+    return _Head.apply(hidden, weight, *chunks_of(hidden, weight))  # type: ignore[return-value]
 
 
 def head_logprobs(hidden: Tensor, weight: Tensor) -> Tensor:
     """Allocate what `linear_logprob` does without gradient: [N]."""
-    hidden.new_empty(chunk_of(len(hidden), weight), len(weight), dtype=torch.float32)
+    hidden.new_empty(chunks_of(hidden, weight)[0], len(weight), dtype=torch.float32)
     return hidden.new_empty(len(hidden), dtype=torch.float32)
 
 
-def chunk_of(rows: int, weight: Tensor) -> int:
-    """Number of rows that one chunk projects on a GPU."""
-    on_gpu: Any = SimpleNamespace(shape=weight.shape, dtype=weight.dtype, device=torch.device("cuda"))
-    return min(rows, chunk_rows(rows, on_gpu, None))
+def chunks_of(hidden: Tensor, weight: Tensor) -> tuple[int, int]:
+    """Numbers of rows that are projected and that are consumed at once on a GPU."""
+    needs = {"device": torch.device("cuda"), "requires_grad": weight.requires_grad}
+    on_gpu: Any = [SimpleNamespace(shape=each.shape, dtype=each.dtype, **needs) for each in (hidden, weight)]
+    chunk, block = chunk_rows(*on_gpu, None)
+    return min(len(hidden), chunk), min(len(hidden), block)

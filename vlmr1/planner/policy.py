@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from vlmr1.grpo.loss import Objective
+from vlmr1.grpo.loss import Objective, head_weight
 from vlmr1.grpo.policy import PackedPolicy
 from vlmr1.models.attention import attending_by, autocast
 from vlmr1.models.family import ModelFamily
@@ -32,7 +32,7 @@ class DryPacked(PackedPolicy):
     def loss(self, pack: Pack, objective: Objective) -> tuple[Tensor, dict[str, Tensor]]:
         hidden, head = self.hidden_rows(pack), self.family.head(self.model)
         with self.dry.of(LOGITS):
-            self.dry.transient(LOGITS, native_workspace(hidden, head.weight))
+            self.dry.transient(LOGITS, native_workspace(hidden, head_weight(head, hidden.dtype)))
             return objective.fused(hidden, head, pack)
 
 
@@ -62,7 +62,7 @@ class DryOnCuda(DryPacked):
     def loss(self, pack: Pack, objective: Objective) -> tuple[Tensor, dict[str, Tensor]]:
         hidden = self.hidden_rows(pack)
         with self.dry.of(LOGITS):
-            return head_loss(hidden, self.family.head(self.model).weight.to(hidden.dtype)), {}
+            return head_loss(hidden, head_weight(self.family.head(self.model), hidden.dtype)), {}
 
 
 def native_workspace(hidden: Tensor, weight: Tensor) -> int:
@@ -74,11 +74,10 @@ def native_workspace(hidden: Tensor, weight: Tensor) -> int:
     if registry.select("linear_grpo_loss", call).name != "native":
         return 0
     trained = weight.requires_grad
-    meant = torch.empty(weight.shape, dtype=hidden.dtype, device="meta", requires_grad=trained)
-    chunk, each = min(rows, library.chunk_rows(rows, meant, None)), library.logit_bytes(hidden.dtype)
+    chunk, each = min(rows, library.chunk_rows(hidden, weight, None)[0]), library.logit_bytes(hidden.dtype)
     several = rows > chunk
-    borrowed = width * hidden.dtype.itemsize // each if trained and not several else 0
-    sums = vocabulary * width * 4 if trained and several and hidden.dtype.itemsize < 4 else 0
+    borrowed = width * weight.dtype.itemsize // each if trained and not several else 0
+    sums = vocabulary * width * 4 if trained and several and weight.dtype.itemsize < 4 else 0
     return max(0, chunk - borrowed) * vocabulary * each + sums
 
 

@@ -24,6 +24,7 @@ DASHES = ("-", "--", ":", "-.")  # of groups that share a color
 # Metrics beside rewards and evaluations, and their titles.
 TITLES = {
     "loss": "loss",
+    "mean_token_accuracy": "token accuracy",
     "kl": "KL to the reference, nats a token",
     "entropy": "entropy, nats a token",
     "completion_length": "completion length, tokens",
@@ -34,7 +35,7 @@ TITLES = {
     "tokens_per_second": "completion tokens a second",
     "memory/peak_mib": "peak memory, MiB",
 }
-NO_BEST = ("completion_length", "truncated")  # of evaluations
+NO_BEST = ("completion_length", "truncated", "loss", "entropy")  # of evaluations
 
 
 def write_comparison(paths: Sequence[Path], out: Path) -> Path:

@@ -91,7 +91,7 @@ def step_line(logs: dict[str, float], step: int, width: int = WIDTH) -> str:
     logs = logs | {"seconds": sum(v for k, v in logs.items() if k.startswith("seconds/"))}
     logs["memory/peak_gib"] = logs["memory/peak_mib"] / 1024
     rewards = [k[8:-5] for k in logs if k.startswith("rewards/") and k.endswith("/mean")]
-    parts = [(0, f"step {step}")] + ([] if rewards else [(0, f"loss {logs['loss']:.4f}")])
+    parts = [(0, f"step {step}")] + ([] if "kl" in logs else [(1, f"loss {logs['loss']:.4f}")])
     for place, name in enumerate(rewards):
         mean, std = (logs[f"rewards/{name}/{kind}"] for kind in ("mean", "std"))
         parts.append((1 + place, f"{name.rpartition(':')[2]} {mean:.3f}\u00b1{std:.2f}"))

@@ -18,7 +18,8 @@ LABELS = {
 
 
 def reward_curve(history: Sequence[Mapping[str, float]], path: Path, *, window: int | None = None) -> Path:
-    """Write one panel each for the rewards, the KL and the completion length: each step thin, a running mean thick.
+    """Write one panel each for the rewards, the KL and the completion length: each step thin, a
+    running mean thick, with its 95% interval.
 
     Args:
         history: logged values, one mapping a step with its "step"; a key may be missing in some steps.
@@ -30,6 +31,8 @@ def reward_curve(history: Sequence[Mapping[str, float]], path: Path, *, window: 
     """
     keys = [*_reward_keys(history), "kl", "completion_length"]
     panels = {key: series for key in keys if len((series := _series(history, key))[0])}
+    if "kl" in panels and not panels["kl"][1].any():  # a run with beta 0 has none
+        del panels["kl"]
     if not panels:
         raise ValueError(f"nothing to draw: no step of the history holds any of {keys}")
 
@@ -42,8 +45,9 @@ def reward_curve(history: Sequence[Mapping[str, float]], path: Path, *, window: 
         color = COLORS[place % len(COLORS)]
         span = window or max(1, len(values) // 10)
         axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.4, label="each step")
-        smooth = running_mean(values, span)
-        axes.plot(steps, smooth, color=color, linewidth=2.2, label=f"mean of {span} steps")
+        smooth, error = running_mean(values, span), running_error(values, span)
+        axes.fill_between(steps, smooth - error, smooth + error, color=color, alpha=0.2, linewidth=0)
+        axes.plot(steps, smooth, color=color, linewidth=2.2, label=f"mean of {span} steps, 95% interval")
         axes.set_title(_label(key), loc="left", fontsize=11)
         axes.set_xlabel("step")
         axes.set_ylabel(key)
@@ -64,6 +68,15 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     start = np.maximum(stop - window, 0)
     counted = count[stop] - count[start]
     return np.where(counted > 0, (total[stop] - total[start]) / np.maximum(counted, 1), np.nan)
+
+
+def running_error(values: np.ndarray, window: int) -> np.ndarray:
+    """Return 1.96 standard errors of the running mean, from the spread of its steps; 0 for a single step."""
+    mean, square = running_mean(values, window), running_mean(values**2, window)
+    valid = np.isfinite(values)
+    count = np.convolve(valid, np.ones(window))[: len(values)]
+    variance = np.maximum(square - mean**2, 0) / np.maximum(count - 1, 1)
+    return 1.96 * np.sqrt(variance)
 
 
 def _reward_keys(history: Sequence[Mapping[str, float]]) -> list[str]:

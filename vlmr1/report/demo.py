@@ -35,7 +35,8 @@ def write_report(
     path: Path,
     *,
     title: str,
-    summary_rows: Sequence[tuple[str, str, str]],
+    summary_head: Sequence[str],
+    summary_rows: Sequence[Sequence[str]],
     curve_png: Path,
     examples: Sequence[Example],
     settings: Mapping[str, Any],
@@ -44,7 +45,8 @@ def write_report(
     """Write the report as one HTML file and return its path.
 
     Args:
-        summary_rows: (name, before, after), as they should be shown.
+        summary_head: names of the columns.
+        summary_rows: a metric's name and a value for each column, as they should be shown.
         curve_png: the picture that `reward_curve` made.
         notes: paragraphs under the title.
     """
@@ -52,6 +54,7 @@ def write_report(
         "demo.html",
         title=title,
         notes=notes,
+        summary_head=summary_head,
         summary=summary_rows,
         curve=file_uri(curve_png),
         legend=LEGEND,

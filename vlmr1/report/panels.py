@@ -59,6 +59,9 @@ def _panels(rows: Rows) -> list[tuple[str, str, tuple[str, ...]]]:
     known = dict.fromkeys(key for row in rows for key in row)
     rewards = [k[8:-5] for k in known if k.startswith("rewards/") and k.endswith("/mean")]
     panels: list[tuple[str, str, tuple[str, ...]]] = [("reward, weighted sum", "lines", ("reward",))]
+    if "mean_token_accuracy" in known:  # supervised
+        panels = [("loss, nats a token", "lines", ("loss",))]
+        panels.append(("share of most probable tokens", "lines", ("mean_token_accuracy",)))
     panels += [(f"{n} reward", "reward", (f"rewards/{n}/mean", f"rewards/{n}/std")) for n in rewards]
     panels += [(title, "lines", keys) for title, keys in LINES]
     panels.append(("peak memory by phase, MiB", "lines", tuple(k for k in known if k.startswith("memory/"))))

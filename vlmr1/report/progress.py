@@ -61,10 +61,12 @@ class Progress(TrainerCallback):
             return
         if self.console is not None:
             self.console.step(self.trainer, args, state, control)
-        self._completions(state.global_step, getattr(self.trainer, "last_groups", ()), args.completions_to_log)
+        if args.completions_to_log:
+            self._completions(state.global_step, self.trainer.last_groups, args.completions_to_log)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if state.is_world_process_zero and "loss" in logs:  # not the log at the end of a run
+        # The log at the end of a run may have the metrics of the last steps too.
+        if state.is_world_process_zero and not {"loss", "tokens_per_second"}.isdisjoint(logs):
             self._append(METRICS, {"step": state.global_step, **logs})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -73,9 +75,9 @@ class Progress(TrainerCallback):
 
     def _completions(self, step: int, groups: Any, count: int) -> None:
         """Append up to `count` completions of a step, with row, images and rewards."""
+        late = self.trainer.timed_out  # rewards that timed out and are 0
         rows = [(group, i) for group in groups for i in range(len(group.completions))]
-        for group, i in rows[:: max(1, len(rows) // count)][:count] if count else []:
-            late = self.trainer.timed_out  # rewards that timed out and are 0
+        for group, i in rows[:: max(1, len(rows) // count)][:count]:
             sample, completion = group.prompt.sample, group.completions[i]
             record = {
                 "step": step,

@@ -41,8 +41,23 @@ class ReportSettings(_Shared):
 
     group = "Reports"
 
-    log_completions: int = setting(4, "completions a step written to completions.jsonl")
     write_report: bool = setting(True, "write training.html into output_dir when the run ends")
+
+    def check_device(self, device: str) -> Iterator[str]:
+        for name in [self.report_to] if isinstance(self.report_to, str) else self.report_to or []:
+            if name in TRACKERS and find_spec(ALSO.get(name, TRACKERS[name][0])) is None:
+                yield from missing_package(f"report_to={name}", *TRACKERS[name])
+            elif name not in TRACKERS and name not in NO_PACKAGE:
+                yield f"report_to is {name!r}: known are {', '.join(TRACKERS)}, all and none"
+
+
+@dataclass
+class CompletionLogSettings(Settings):
+    """The log of completions."""
+
+    group = "Reports"
+
+    log_completions: int = setting(4, "completions a step written to completions.jsonl")
 
     @property
     def completions_to_log(self) -> int:
@@ -51,10 +66,3 @@ class ReportSettings(_Shared):
 
     def check(self) -> Iterator[str]:
         yield from self.at_least(0, "log_completions")
-
-    def check_device(self, device: str) -> Iterator[str]:
-        for name in [self.report_to] if isinstance(self.report_to, str) else self.report_to or []:
-            if name in TRACKERS and find_spec(ALSO.get(name, TRACKERS[name][0])) is None:
-                yield from missing_package(f"report_to={name}", *TRACKERS[name])
-            elif name not in TRACKERS and name not in NO_PACKAGE:
-                yield f"report_to is {name!r}: known are {', '.join(TRACKERS)}, all and none"

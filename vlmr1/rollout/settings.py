@@ -11,9 +11,14 @@ from vlmr1.types import Settings, setting
 
 
 class _Shared(Settings):
-    shared = ("seed",)
+    shared = ("seed", "use_peft", "load_in_4bit")
     if TYPE_CHECKING:
         seed: int
+
+        @property
+        def use_peft(self) -> bool: ...
+        @property
+        def load_in_4bit(self) -> bool: ...
 
 
 @dataclass
@@ -39,6 +44,7 @@ class RolloutSettings(_Shared):
     rollout_kv_mib: float | None = setting(
         None, "MiB of keys and values; default: what is needed, on a GPU up to half of the free memory"
     )
+    lora_merge_rollout: bool = setting(False, "merge the adapter for the rollout; costs a copy of its layers' weights")
     cuda_graphs: bool | None = setting(None, "decode steps as CUDA graphs; default: on a GPU, with the native engine")
 
     def check(self) -> Iterator[str]:
@@ -54,6 +60,10 @@ class RolloutSettings(_Shared):
             yield f"min_p is {self.min_p}: it must be between 0 and 1"
         if "" in self.stop_strings:
             yield "stop_strings holds an empty text: it would end every completion"
+        if self.lora_merge_rollout and not self.use_peft:
+            yield "lora_merge_rollout needs use_peft: there is no adapter without it"
+        elif self.lora_merge_rollout and self.load_in_4bit:
+            yield "lora_merge_rollout cannot be used with load_in_4bit: 4-bit weights would be rounded again"
         if self.rollout_engine != "native":
             if self.cuda_graphs:
                 yield f"cuda_graphs needs rollout_engine native, it is {self.rollout_engine}"

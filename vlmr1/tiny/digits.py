@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -19,23 +18,14 @@ from PIL import Image
 
 from vlmr1.lifecycle.checkpoint import replace_text
 from vlmr1.lifecycle.disk import guard_writes
+from vlmr1.tiny.texts import STEP, Box, Canvas, answer, completion_text, question, sloppy
 
 SCANS = Path(__file__).with_name("digits.npz")
-STEP = 14  # px; all coordinates are multiples of it
 CANVAS = (112, 140, 168)  # px, multiples of 28: one merged image token
 DIGIT = (42, 56)  # px
-QUESTION = "Locate the digit {label}."
-TRAIN_ROWS = 4000
+TRAIN_ROWS = 2000
 
 Split = Literal["train", "held_out"]
-Box = tuple[int, int, int, int]  # x1, y1, x2, y2 in px
-
-
-@dataclass(frozen=True)
-class Canvas:
-    pixels: np.ndarray  # [H, W, 3] uint8
-    boxes: tuple[Box, ...]
-    labels: tuple[int, ...]  # distinct on one canvas
 
 
 @cache
@@ -103,19 +93,14 @@ def training_files(
     return [str(path)], [str(folder / "images")]
 
 
-def question(label: int) -> str:
-    return QUESTION.format(label=label)
-
-
-def answer(box: Box, label: int) -> str:
-    return json.dumps({"bbox_2d": list(box), "label": str(label)})
-
-
 def write(folder: Path, split: Split, count: int, seed: int) -> Path:
-    """Write `count` canvases, one question each, as `<split>.jsonl` in VLM-R1's format beside `images/`."""
+    """Write `count` canvases, one question each, as `<split>.jsonl` in VLM-R1's format beside `images/`.
+
+    The solution has the exact box. Two columns are for supervised training: `response` is a completion with a hasty
+    annotator's box, `exact_response` one with the exact box."""
     images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng([seed, split == "held_out"])
+    rng, annotator = (np.random.default_rng([seed, split == "held_out", *more]) for more in ([], [1]))
     lines = []
     for i in range(count):
         canvas = draw(rng, split)
@@ -127,7 +112,10 @@ def write(folder: Path, split: Split, count: int, seed: int) -> Path:
             {"from": "human", "value": f"<image>{question(label)}"},
             {"from": "gpt", "value": f"<answer>{answer(box, label)}</answer>"},
         ]
-        lines.append(json.dumps({"id": f"{split}-{i}", "image": name, "conversations": conversations}) + "\n")
+        responses = {"response": sloppy(canvas, which, annotator), "exact_response": box}
+        row = {"id": f"{split}-{i}", "image": name, "conversations": conversations}
+        row |= {column: completion_text(canvas, which, each) for column, each in responses.items()}
+        lines.append(json.dumps(row) + "\n")
     path = folder / f"{split}.jsonl"
     replace_text(path, "".join(lines))  # atomic: a run that is killed here does not resume with a part of the rows
     return path

@@ -119,8 +119,12 @@ class HFTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics of the steps since the last log; not to what is logged at the end of a run."""
         if self.pending.steps and "loss" in logs:
-            logs |= self.pending.take() | self.totals() | {"memory/peak_mib": peak_memory_mib()}
+            self.add_metrics(logs)
         super().log(logs, start_time)
+
+    def add_metrics(self, logs: dict[str, float]) -> None:
+        """Add the metrics of the steps since the last log."""
+        logs.update(self.pending.take() | self.totals() | {"memory/peak_mib": peak_memory_mib()})
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
         """Nothing: the evaluation callback acts on `eval_on_start`, by which the library calls this."""

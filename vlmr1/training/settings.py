@@ -22,14 +22,10 @@ class TrainerSettings(Settings):
         def push_to_hub(self) -> bool: ...
 
     max_nonfinite: int = setting(5, "stop after this many updates in a row that were not finite")
-    rollout_logp_warn_threshold: float = setting(
-        0.1, "warn where rollout and policy log-probs differ by more, mean over tokens in nats"
-    )
     memory_by_phase: bool = setting(True, "measure each phase's peak memory; resets the process's peak counters")
 
     def check(self) -> Iterator[str]:
         yield from self.at_least(1, "max_nonfinite")
-        yield from self.above_zero("rollout_logp_warn_threshold")
         if not self.push_to_hub:
             for name in ("hub_model_id", "hub_private_repo", "hub_revision"):
                 if getattr(self, name) is not None:

@@ -35,9 +35,9 @@ def complete_model_directory(folder: str, model: Any, processor: Any) -> None:
 def write_merged(checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:
     """Write the base model of an adapter with the adapter merged into its weights, and the processor."""
     name, revision = base_name(checkpoint)
-    compute_dtype = quantization_of(checkpoint)
-    base: Any = load_model(name, dtype=torch.float32, revision=revision, compute_dtype=compute_dtype)
-    if compute_dtype is not None:
+    quantization = quantization_of(checkpoint)
+    base: Any = load_model(name, dtype=torch.float32, revision=revision, quantization=quantization)
+    if quantization is not None:
         base.dequantize(torch.float32)
     adapted = read_adapter(base, checkpoint)
     if base.config.tie_word_embeddings and adapts_head(base):

@@ -15,7 +15,7 @@ from vlmr1_kernels.settings import KL_ESTIMATORS, LOSS_TYPES, GRPOSettings
 
 PATH = Path(__file__).with_name("libvlmr1_kernels.so")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_INTERFACE = 1
+_INTERFACE = 2
 _LEAST_ROWS = 96
 _LARGEST_CHUNK_MIB = 512.0
 
@@ -64,11 +64,14 @@ _SIGNATURES = {
     "vlmr1_logit_bytes": (c_int64, (POINTER(Head),)),
     "vlmr1_group_advantages": (None, (c_void_p, c_int64, c_int64, c_int, c_void_p)),
     "vlmr1_linear_logprob": (c_int, (*_HEAD_ROWS, c_int, *(c_void_p,) * 3)),
-    "vlmr1_linear_logprob_backward": (c_int, (*_HEAD_ROWS, c_int64, c_int, *(c_void_p,) * 5)),
+    "vlmr1_linear_logprob_backward": (
+        c_int,
+        (*_HEAD_ROWS, c_int64, c_int, c_void_p, c_void_p, c_int, *(c_void_p,) * 3),
+    ),
     "vlmr1_grpo_loss": (c_int, (*_OBJECTIVE, c_void_p, c_void_p, POINTER(Summary))),
     "vlmr1_linear_grpo_loss": (
         c_int,
-        (*_HEAD_ROWS, *_OBJECTIVE, c_int64, c_double, c_int, *(c_void_p,) * 4, POINTER(Summary)),
+        (*_HEAD_ROWS, *_OBJECTIVE, c_int64, c_double, c_int, c_int, *(c_void_p,) * 4, POINTER(Summary)),
     ),
 }
 
@@ -142,8 +145,9 @@ def pointer(tensor: Tensor | None) -> int | None:
 
 
 def prepare_inputs(of: HeadInputs) -> HeadInputs:
-    """Return tensors as the library reads them: matrices with contiguous rows, contiguous bias, int64 targets."""
-    matrices = of.hidden, of.weight
+    """Return tensors as the library reads them: matrices of one dtype with contiguous rows, contiguous bias, int64
+    targets."""
+    matrices = of.hidden, of.weight.to(of.hidden.dtype)
     hidden, weight = (m if m.stride(1) == 1 and m.stride(0) >= m.shape[1] else m.contiguous() for m in matrices)
     bias = None if of.bias is None else of.bias.contiguous()
     return of._replace(hidden=hidden, weight=weight, bias=bias, targets=to_int64(of.targets))
@@ -165,19 +169,20 @@ def logit_bytes(dtype: torch.dtype) -> int:
     return library().vlmr1_logit_bytes(byref(Head(dtype=DTYPES[dtype])))
 
 
-def chunk_rows(rows: int, weight: Tensor, chunk_mib: float | None) -> int:
-    """Return how many rows to project at once: `chunk_mib` MiB of stored logits.
+def chunk_rows(hidden: Tensor, weight: Tensor, chunk_mib: float | None) -> tuple[int, int]:
+    """Return how many rows to project at once, and as many to consume at once: `chunk_mib` MiB of stored logits.
 
     By default all rows if their logits fit into the memory of the weight's gradient, or take 16 bits each: a single
     chunk needs no float32 [V, D] accumulator. Otherwise an eighth of the rows, three eighths with a frozen head, but
     at least `_LEAST_ROWS`, which amortize packing the weight. Never more than `_LARGEST_CHUNK_MIB`.
     """
-    size = logit_bytes(weight.dtype)
+    rows, size = hidden.shape[0], logit_bytes(hidden.dtype)
     row_bytes = weight.shape[0] * size
-    if chunk_mib is not None:
-        return max(1, int(chunk_mib * 2**20 / row_bytes))
     trained = weight.requires_grad and torch.is_grad_enabled()
-    if trained and rows * size <= weight.shape[1] * weight.itemsize:
-        return max(rows, 1)
     wanted = rows if trained and size == 2 else max(_LEAST_ROWS, math.ceil(rows / 8 if trained else 3 * rows / 8))
-    return max(1, min(wanted, int(_LARGEST_CHUNK_MIB * 2**20 / row_bytes)))
+    chunk = min(wanted, int(_LARGEST_CHUNK_MIB * 2**20 / row_bytes))
+    if chunk_mib is not None:
+        chunk = int(chunk_mib * 2**20 / row_bytes)
+    elif trained and rows * size <= weight.shape[1] * weight.dtype.itemsize:
+        chunk = rows
+    return max(chunk, 1), max(chunk, 1)

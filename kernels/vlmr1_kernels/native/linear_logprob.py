@@ -1,5 +1,6 @@
 """Log-probs and entropies of an output head on the native library; backward recomputes the logits."""
 
+from collections.abc import Sequence
 from ctypes import byref
 
 import torch
@@ -10,7 +11,7 @@ from vlmr1_kernels.inputs import HeadInputs, Needs
 from vlmr1_kernels.native import library
 
 
-def _forward(head: HeadInputs, entropy: bool, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(head: HeadInputs, entropy: bool, chunks: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     head = library.prepare_inputs(head)
     out = torch.empty(3, head.hidden.shape[0])  # logp, entropy, lse
     structures = byref(library.head(head)), byref(library.hidden_rows(head))
@@ -20,15 +21,24 @@ def _forward(head: HeadInputs, entropy: bool, chunk: int) -> tuple[Tensor, Tenso
 
 
 def _backward(
-    head: HeadInputs, lse: Tensor, entropy: Tensor, d_logp: Tensor, d_entropy: Tensor, needs: Needs, chunk: int
+    head: HeadInputs,
+    lse: Tensor,
+    entropy: Tensor,
+    d_logp: Tensor,
+    d_entropy: Tensor,
+    needs: Needs,
+    chunks: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    head = library.prepare_inputs(head)
-    d_hidden, d_weight, d_bias = custom_ops.gradients_like(head.hidden, head.weight, needs)
+    given, head = head.weight, library.prepare_inputs(head)
+    d_hidden, d_weight, d_bias = custom_ops.gradients_like(head.hidden, given, needs)
     out = d_hidden, d_weight, d_bias.float()  # the library sums the bias in float32
     structures = byref(library.head(head)), byref(library.hidden_rows(head))
-    addresses = map(library.pointer, (d_logp, d_entropy, *out))
-    library.call("vlmr1_linear_logprob_backward", *structures, max(chunk, 1), torch.get_num_threads(), *addresses)
-    return d_hidden, d_weight, out[2].to(head.weight.dtype)
+    upstream, gradients = map(library.pointer, (d_logp, d_entropy)), map(library.pointer, out)
+    library.call(
+        "vlmr1_linear_logprob_backward", *structures, chunks[0], torch.get_num_threads(), *upstream,
+        library.DTYPES[given.dtype], *gradients,
+    )  # fmt: skip
+    return d_hidden, d_weight, out[2].to(head.hidden.dtype)
 
 
 linear_logprob = custom_ops.linear_logprob("native", _forward, _backward, library.chunk_rows)

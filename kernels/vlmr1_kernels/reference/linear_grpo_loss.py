@@ -15,15 +15,16 @@ from vlmr1_kernels.settings import GRPOSettings
 
 
 def linear_grpo_loss(
-    head: HeadInputs, inputs: LossInputs, *, settings: GRPOSettings, chunk_mib: float | None, active_rows: Tensor | None
-) -> tuple[Tensor, dict[str, Tensor]]:
+    head: HeadInputs, inputs: LossInputs, *, settings: GRPOSettings, chunk_mib: float | None,
+    active_rows: Tensor | None, accumulate_grad: bool,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     hidden, weight, bias, targets, _, softcap = head
     count, rows = len(hidden), make_rows(inputs, settings, accumulation_dtype(hidden.dtype))
     if active_rows is not None:
         hidden, targets, rows = hidden.index_select(0, active_rows), targets[active_rows], rows[active_rows]
-    batch = _Batch(targets, rows, settings, softcap, chunk_rows(len(targets), weight, chunk_mib))
+    batch = _Batch(targets, rows, settings, softcap, chunk_rows(hidden, weight, chunk_mib)[0])
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
-        loss, *values = _LinearGRPOLoss.apply(hidden, weight, bias, batch)
+        loss, *values = _LinearGRPOLoss.apply(hidden, weight, bias, batch, accumulate_grad)
         metrics: dict[str, Tensor] = dict(zip(_METRICS, values, strict=True))
     else:
         loss, metrics = _evaluate(hidden, weight, bias, batch)
@@ -46,8 +47,8 @@ class _Batch:
     softcap: float | None
     chunk: int
 
-    def head(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, *needs: bool) -> Head:
-        return Head.of(HeadInputs(hidden, weight, bias, self.targets, self.settings.temperature, self.softcap), *needs)
+    def head(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> HeadInputs:
+        return HeadInputs(hidden, weight, bias, self.targets, self.settings.temperature, self.softcap)
 
     def slices(self) -> list[slice]:
         return [slice(start, start + self.chunk) for start in range(0, len(self.targets), self.chunk)]
@@ -55,7 +56,7 @@ class _Batch:
 
 def _evaluate(hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: _Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """Return loss and metrics without gradient, with one GEMM."""
-    head = batch.head(hidden, weight, bias)
+    head = Head.of(batch.head(hidden, weight, bias))
     logp, entropy = torch.empty_like(batch.rows.weight), torch.empty_like(batch.rows.weight)
     with torch.no_grad():
         for part in batch.slices():
@@ -66,10 +67,13 @@ def _evaluate(hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: _Batch
 
 class _LinearGRPOLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: _Batch) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: _Batch, accumulate: bool
+    ) -> tuple[Tensor, ...]:
         needs_hidden, *needs = ctx.needs_input_grad[:3]
         rows, settings, parts = batch.rows, batch.settings, batch.slices()
-        head = batch.head(hidden, weight, bias, *needs)
+        inputs = batch.head(hidden, weight, bias)
+        head = Head.of(inputs, *needs)
         logp, entropy = torch.empty_like(rows.weight), torch.empty_like(rows.weight)  # [N]
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
 
@@ -89,7 +93,8 @@ class _LinearGRPOLoss(torch.autograd.Function):
                 d_hidden[part] = gradient
 
         loss, metrics = loss_and_metrics(logp, rows, settings, entropy)
-        ctx.save_for_backward(d_hidden, *head.gradients(weight.dtype))
+        ctx.save_for_backward(d_hidden, *head.gradients(inputs))
+        ctx.leaf = weight if accumulate and needs[0] else None
         values = tuple(metrics[name] for name in _METRICS)
         ctx.mark_non_differentiable(*values)
         return loss, *values
@@ -97,5 +102,8 @@ class _LinearGRPOLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = (None if g is None else g * d_loss.to(g.dtype) for g in ctx.saved_tensors)
-        return *gradients, None
+        d_hidden, d_weight, d_bias = (None if g is None else g * d_loss.to(g.dtype) for g in ctx.saved_tensors)
+        if ctx.leaf is not None:
+            ctx.leaf.grad = d_weight if ctx.leaf.grad is None else ctx.leaf.grad.add_(d_weight)
+            d_weight = None
+        return d_hidden, d_weight, d_bias, None, None

@@ -13,7 +13,7 @@ from vlmr1_kernels.reference.softmax import Chunk, Head
 
 def linear_logprob(head: HeadInputs, *, entropy: bool, chunk_mib: float | None) -> tuple[Tensor, Tensor]:
     """Return (logp [N], entropy [N], or [0] if not requested)."""
-    return _LinearLogprob.apply(*head, entropy, chunk_rows(len(head.hidden), head.weight, chunk_mib))
+    return _LinearLogprob.apply(*head, entropy, chunk_rows(head.hidden, head.weight, chunk_mib)[0])
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -39,7 +39,8 @@ class _LinearLogprob(torch.autograd.Function):
         hidden, weight, bias, targets, token_entropy = ctx.saved_tensors
         temperature, softcap, entropy, size = ctx.options
         needs_hidden, *needs = ctx.needs_input_grad[:3]
-        head = Head.of(HeadInputs(hidden, weight, bias, targets, temperature, softcap), *needs)
+        inputs = HeadInputs(hidden, weight, bias, targets, temperature, softcap)
+        head = Head.of(inputs, *needs)
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
         for start in range(0, len(hidden), size):
             rows = slice(start, start + size)
@@ -48,4 +49,4 @@ class _LinearLogprob(torch.autograd.Function):
             gradient = chunk.backward(d_logp[rows], *through_entropy, needs_hidden)
             if d_hidden is not None and gradient is not None:
                 d_hidden[rows] = gradient
-        return d_hidden, *head.gradients(weight.dtype), None, None, None, None, None
+        return d_hidden, *head.gradients(inputs), None, None, None, None, None

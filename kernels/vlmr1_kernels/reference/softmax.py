@@ -24,15 +24,16 @@ class Head:
     @classmethod
     def of(cls, inputs: HeadInputs, needs_weight: bool = False, needs_bias: bool = False) -> "Head":
         """Return the head, with accumulators of the gradients that are needed."""
-        _, weight, bias, _, temperature, softcap = inputs
+        hidden, weight, bias, _, temperature, softcap = inputs
         wide = accumulation_dtype(weight.dtype)
         d_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if needs_weight else None
         d_bias = torch.zeros(weight.shape[0], dtype=wide, device=weight.device) if needs_bias else None
-        return cls(gemm_operand(weight), bias, temperature, softcap, d_weight, d_bias)
+        return cls(gemm_operand(weight.to(hidden.dtype)), bias, temperature, softcap, d_weight, d_bias)
 
-    def gradients(self, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
-        """Return d_weight and d_bias in the dtype of the weight; None if not needed."""
-        return tuple(None if gradient is None else gradient.to(dtype) for gradient in (self.d_weight, self.d_bias))
+    def gradients(self, inputs: HeadInputs) -> tuple[Tensor | None, ...]:
+        """Return d_weight and d_bias in the dtypes of weight and bias; None if not needed."""
+        pairs = (self.d_weight, inputs.weight), (self.d_bias, inputs.bias)
+        return tuple(None if gradient is None or of is None else gradient.to(of.dtype) for gradient, of in pairs)
 
 
 class Chunk:

@@ -1,5 +1,6 @@
 """An output head in chunks: GEMMs, and kernels over the logits between them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vlmr1_kernels.inputs import HeadInputs, Needs
-from vlmr1_kernels.linear import accumulate_weight_grad, gemm_operand, hidden_grad, project_into
+from vlmr1_kernels.linear import accumulate_weight_grad, gemm_operand, hidden_grad, project_into, weight_grad
 from vlmr1_kernels.triton.launch import contiguous_aligned, launch
 from vlmr1_kernels.triton.softmax import LAUNCH, ROW_ALIGNMENT, head_terms, row_statistics, write_gradient
 
@@ -45,37 +46,51 @@ def gradient_kernel(
 
 
 class Head:
-    """Output head over the rows of a call. For each chunk: `project`, kernels over the logits, `consume`.
+    """Output head over the rows of a call. For each chunk of a block: `project`, kernels over the logits. For each
+    block: `consume`.
 
-    All chunks share one buffer of logits. The gradient of the logits has the dtype of the GEMM operands; in float32 it
-    overwrites the logits.
+    All chunks share one buffer of logits, all blocks one of their gradient, which has the dtype of the GEMM operands.
+    In float32 a block is one chunk, and the gradient overwrites the logits.
     """
 
     def __init__(
         self,
         inputs: HeadInputs,
-        chunk: int,
+        chunks: Sequence[int],
         needs: Needs = (False, False, False),
         hidden_dtype: torch.dtype | None = None,
     ) -> None:
-        """`needs`: gradients of hidden, weight, bias to compute; `hidden_dtype`: dtype of d_hidden, None: of hidden."""
+        """`chunks`: rows to project and rows to consume at once, the second a multiple of the first; `needs`: gradients
+        of hidden, weight, bias to compute; `hidden_dtype`: dtype of d_hidden, None: of hidden."""
         hidden, weight, bias, targets, temperature, softcap = inputs
-        self.hidden, self.weight = hidden, gemm_operand(weight)
+        self.hidden, self.weight = hidden, gemm_operand(weight.to(hidden.dtype))
         self.targets, bias = contiguous_aligned(targets, bias)
-        self.dtype, self.temperature = weight.dtype, temperature
+        self.temperature, self.weight_dtype = temperature, weight.dtype
         self.terms = head_terms(bias, temperature, softcap)
         rows, self.vocabulary, device = len(hidden), len(weight), hidden.device
-        size = (min(rows, chunk), triton.cdiv(self.vocabulary, ROW_ALIGNMENT) * ROW_ALIGNMENT)
-        self.logits = torch.empty(size, dtype=torch.float32, device=device)
+        narrow = self.weight.dtype != torch.float32
+        self.chunk, self.block = chunks[0], chunks[1] if narrow else chunks[0]
+        width = triton.cdiv(self.vocabulary, ROW_ALIGNMENT) * ROW_ALIGNMENT
+        self.logits = torch.empty(min(rows, self.chunk), width, dtype=torch.float32, device=device)
         self.d_logits = self.logits
-        if any(needs) and self.weight.dtype != torch.float32:
-            self.d_logits = torch.empty(size, dtype=self.weight.dtype, device=device)
+        if any(needs) and narrow:
+            self.d_logits = torch.empty(min(rows, self.block), width, dtype=self.weight.dtype, device=device)
         self.d_hidden = torch.empty_like(hidden, dtype=hidden_dtype) if needs[0] else None
-        # The first chunk overwrites d_weight, the others add to it.
-        allocate = torch.empty if rows else torch.zeros
-        self.d_weight = allocate(weight.shape, dtype=torch.float32, device=device) if needs[1] else None
+        self.d_weight: Tensor | None = None
+        # A single block of bfloat16 is summed in float32 within its GEMM. Else the first block overwrites the sums.
+        self.summed_at_once = rows <= self.block and hidden_dtype is None and self.weight.dtype == weight.dtype
+        self.summed_at_once &= weight.dtype == torch.bfloat16 and rows > 0 and needs[1]
+        if needs[1] and not self.summed_at_once:
+            allocate = torch.empty if rows else torch.zeros
+            self.d_weight = allocate(weight.shape, dtype=torch.float32, device=device)
         self.d_bias = torch.zeros(self.vocabulary, dtype=torch.float32, device=device) if needs[2] else None
-        self.chunks = [slice(start, min(start + chunk, rows)) for start in range(0, rows, chunk)]
+        self.blocks = [
+            _slices(start, min(start + self.block, rows), self.chunk) for start in range(0, rows, self.block)
+        ]
+
+    def gradient_buffers(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """Return the logits of a chunk, and the place of their gradient in that of its block."""
+        return self.logits, self.d_logits[rows.start % self.block :]
 
     def project(self, rows: slice) -> None:
         """Compute the logits of a chunk."""
@@ -98,25 +113,36 @@ class Head:
     ) -> None:
         """Turn the logits of a chunk into their gradient."""
         row = (lse, entropy, d_logp, d_entropy)
-        self.run(gradient_kernel, rows, (self.logits, self.d_logits), *row, 1 / self.temperature)
+        self.run(gradient_kernel, rows, self.gradient_buffers(rows), *row, 1 / self.temperature)
 
-    def consume(self, rows: slice) -> None:
-        """Multiply the gradient of a chunk's logits into d_hidden, d_weight and d_bias."""
+    def consume(self, block: Sequence[slice]) -> None:
+        """Multiply the gradient of a block's logits into d_hidden, d_weight and d_bias."""
+        rows = slice(block[0].start, block[-1].stop)
         d_logits = self.d_logits[: rows.stop - rows.start, : self.vocabulary]
+        if rows.stop == len(self.hidden):
+            self.logits = self.logits.new_empty(0)  # free memory for the gradients
         if self.d_hidden is not None:
             self.d_hidden[rows] = hidden_grad(d_logits, self.weight)
-        if self.d_weight is not None:
+        if self.summed_at_once:
+            self.d_weight = weight_grad(d_logits, gemm_operand(self.hidden[rows]))
+        elif self.d_weight is not None:
             accumulate_weight_grad(self.d_weight, d_logits, gemm_operand(self.hidden[rows]), beta=min(rows.start, 1))
         if self.d_bias is not None:
             self.d_bias += d_logits.sum(0, dtype=torch.float32)
 
     def gradients(self, factor: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return d_hidden, d_weight, d_bias times `factor` in the dtype of the weight; [0] if not needed."""
+        """Return d_hidden, d_weight, d_bias times `factor`; [0] if not needed. d_weight has the dtype of the given
+        weight, the others that of hidden."""
         self.logits = self.d_logits = self.logits.new_empty(0)  # free memory for the casts
 
-        def cast(gradient: Tensor | None) -> Tensor:
+        def cast(gradient: Tensor | None, dtype: torch.dtype) -> Tensor:
             if gradient is None:
-                return self.weight.new_empty(0, dtype=self.dtype)
-            return (gradient if factor is None else gradient.mul_(factor)).to(self.dtype)
+                return self.hidden.new_empty(0, dtype=dtype)
+            return (gradient if factor is None else gradient.mul_(factor)).to(dtype)
 
-        return cast(self.d_hidden), cast(self.d_weight), cast(self.d_bias)
+        dtype = self.hidden.dtype
+        return cast(self.d_hidden, dtype), cast(self.d_weight, self.weight_dtype), cast(self.d_bias, dtype)
+
+
+def _slices(start: int, stop: int, size: int) -> list[slice]:
+    return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]

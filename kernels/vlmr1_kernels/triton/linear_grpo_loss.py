@@ -1,10 +1,12 @@
-"""Fused output head and GRPO loss: each chunk is projected, turned into loss and gradient, and consumed by GEMMs.
+"""Fused output head and GRPO loss: chunks are projected and turned into loss and gradient, which GEMMs consume.
 
-GEMMs per chunk: one without gradient, two with a frozen head, three with a trained one. At sequence level the gradient
+GEMMs per row: one without gradient, two with a frozen head, three with a trained one. At sequence level the gradient
 of a row needs the whole sequence. With a frozen head and no entropy bonus d_hidden is computed for a coefficient of 1
 and multiplied afterwards (still two GEMMs). With a trained head the rows are projected again (four GEMMs), unless one
 chunk holds them all.
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -59,13 +61,13 @@ def loss_kernel(
 
 @on_tensor_device
 def _forward(
-    head_inputs: HeadInputs, rows: Tensor | None, inputs: LossInputs, chunk: int, scale: float, needs: Needs,
+    head_inputs: HeadInputs, rows: Tensor | None, inputs: LossInputs, chunks: Sequence[int], scale: float, needs: Needs,
     settings: GRPOSettings,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     hidden = head_inputs.hidden
-    several = len(hidden) > chunk
+    several = len(hidden) > chunks[0]
     deferred = settings.sequence_level and needs == (True, False, False) and settings.entropy_coef == 0 and several
-    head = Head(head_inputs, chunk, needs, torch.float32 if deferred else None)
+    head = Head(head_inputs, chunks, needs, torch.float32 if deferred else None)
 
     seq_ids, *row_logps = contiguous_aligned(inputs.seq_ids, *inputs.row_logps)
     row_logps = tuple(row_logps)
@@ -76,24 +78,27 @@ def _forward(
     in_one_pass = any(needs) and (deferred or not settings.sequence_level)
     factor = (1 if deferred else scale) / settings.temperature
     row = (ids, tuple(table), row_logps, loss_scalars(settings), factor, logp, entropy)
-    for part in head.chunks:
-        head.project(part)
+    constants = {"DEFERRED": deferred, **loss_constexprs(settings)}
+    for block in head.blocks:
+        for part in block:
+            head.project(part)
+            if in_one_pass:
+                head.run(loss_kernel, part, head.gradient_buffers(part), *row, **constants)
+            else:
+                head.statistics(part, logp, entropy, lse)
         if in_one_pass:
-            constants = {"DEFERRED": deferred, **loss_constexprs(settings)}
-            head.run(loss_kernel, part, (head.logits, head.d_logits), *row, **constants)
-            head.consume(part)
-        else:
-            head.statistics(part, logp, entropy, lse)
+            head.consume(block)
     result = objective(logp, entropy, table, row_logps, settings, settings.sequence_level and any(needs))
 
     d_logp = None if result.d_logp is None else result.d_logp.mul_(scale)
     if d_logp is not None and not deferred:
         d_entropy = table.weight[ids] * (-settings.entropy_coef * scale) if settings.entropy_coef != 0 else None
-        for part in head.chunks:
-            if several:
-                head.project(part)
-            head.gradient(part, lse, entropy, d_logp, d_entropy)
-            head.consume(part)
+        for block in head.blocks:
+            for part in block:
+                if several:
+                    head.project(part)
+                head.gradient(part, lse, entropy, d_logp, d_entropy)
+            head.consume(block)
     gradients = head.gradients(d_logp[:, None] if d_logp is not None and deferred else None)
     metrics = (result.kl, result.clip_low, result.clip_high, result.ratio_max)
     return result.loss, *gradients, logp, entropy.sum() / max(len(entropy), 1), *metrics

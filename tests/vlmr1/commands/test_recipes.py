@@ -12,6 +12,7 @@ from PIL import Image
 from tests.data.standins import make
 from tests.helpers.families import build
 from tests.helpers.rewards import answered, group, values
+from tests.helpers.slow import mostly_slow
 from vlmr1.cli import main
 from vlmr1.commands.arguments import parse_config
 from vlmr1.commands.prepare import prepare
@@ -60,6 +61,7 @@ def words(recipe, model, output):
         "prompts_per_device": 1,
         "num_generations": 2,
         "max_completion_length": 6,
+        "write_report": "false",
     }
     return [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
 
@@ -69,7 +71,7 @@ def model(recipe, internvl):
     return internvl if recipe == "internvl-rec" else "tiny"
 
 
-@pytest.mark.parametrize("recipe", [*RECIPES, *VARIANTS])
+@pytest.mark.parametrize("recipe", mostly_slow([*RECIPES, *VARIANTS], "rec-3b-lora", "internvl-rec"))
 def test_a_recipe_trains(recipe, model, tmp_path):
     assert main(["train", "--recipe", recipe, *words(recipe, model, tmp_path)]) == 0
     metrics = read_metrics(tmp_path)

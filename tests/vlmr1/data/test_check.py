@@ -230,9 +230,8 @@ def check_and_train(folder, method, solution, *more):
     path = write(folder / "data.jsonl", row(), row(gpt=f"<answer>{solution}</answer>", accu_reward_method=method))
     more = ["--reward_funcs", "accuracy", *more]
     checked = check(folder / "images", path, "--model", "tiny", *more)
-    small = {"max_steps": 1, "write_report": "false", "prompts_per_device": 1, "num_generations": 2}
-    given = small | {"max_completion_length": 4, "data_file_paths": path}
-    return checked, main(command(folder, folder / "out", *more, **given))
+    small = {"max_steps": 1, "prompts_per_device": 1, "num_generations": 2, "max_completion_length": 4}
+    return checked, main(command(folder, folder / "out", *more, **small, data_file_paths=path))
 
 
 @pytest.mark.parametrize(("method", "solution", "says"), IMPOSSIBLE.values(), ids=IMPOSSIBLE.keys())

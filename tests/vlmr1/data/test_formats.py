@@ -106,7 +106,7 @@ def test_three_steps_from_a_peers_file(name, tmp_path, capsys):
         "    assert all(solution)\n    return [len(set(c[0]['content'])) / 10 for c in completions]\n"
     )
     files = {"data_file_paths": PEERS / name, "image_folders": IMAGES, "max_steps": 3, "temperature": 3.0}
-    small = {"num_generations": 2, "max_completion_length": 6, "write_report": "false"}
+    small = {"num_generations": 2, "max_completion_length": 6}
     rewards = ["--reward_funcs", f"{tmp_path / 'mine.py'}:mine", "accuracy"]
     assert main(command(tmp_path, tmp_path / "out", *rewards, **files, **small)) == 0
     assert f"{COUNTS[name]} of {COUNTS[name]} rows have images\n" in capsys.readouterr().out

@@ -40,7 +40,7 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         settings = {"max_steps": 4, "save_steps": 1, "eval_steps": 1, "eval_limit": 1, "num_generations": 2}
         settings |= {"eval_data_file_paths": tmp_path / "data" / "train.jsonl", "max_completion_length": 6}
         settings |= {"eval_image_folders": tmp_path / "data" / "images", "load_best_model_at_end": "true"}
-        settings |= {"reward_funcs": f"{reward}:turns", "save_total_limit": 9, "write_report": "false"} | more
+        settings |= {"reward_funcs": f"{reward}:turns", "save_total_limit": 9} | more
         words = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
         assert main(command(tmp_path / "data", tmp_path / "out", "--learning_rate", "1e-2", *words)) == 0
         return trainers[-1]

@@ -1,16 +1,11 @@
 """What a step and a run report, on numbers small enough to check by hand."""
 
 import math
-import re
 
-import numpy as np
 import pytest
 import torch
 
-from vlmr1.commands.demo import bootstrap, summary
 from vlmr1.distributed.metrics import combine
-from vlmr1.evaluation.evaluate import Evaluation
-from vlmr1.evaluation.rec import RecResult
 from vlmr1.grpo.group_metrics import group_statistics
 from vlmr1.types import Completion, Group, Prompt, Sample
 
@@ -83,47 +78,3 @@ def test_combine_packs():
     assert combine(parts, tokens=50) == pytest.approx(expected, rel=1e-6)
     alone = combine(parts[:1], tokens=10)
     assert alone["kl"] == pytest.approx(float(torch.tensor(0.1))) and alone["dropped_rows"] == 4
-
-
-def test_bootstrap_of_two_by_two():
-    """Means of two steps of {0, 1}: the difference is -1 or 1 with probability 1/16 each, beyond both quantiles."""
-    assert bootstrap([0.0, 1.0], [0.0, 1.0]) == (-1.0, 1.0)
-
-
-def test_bootstrap_agrees_with_the_normal_interval():
-    rng = np.random.default_rng(1)
-    first, last = rng.normal(0.2, 0.1, 400), rng.normal(0.3, 0.05, 300)
-    center = last.mean() - first.mean()
-    half = 1.96 * math.sqrt(first.var() / 400 + last.var() / 300)
-    low, high = bootstrap(first.tolist(), last.tolist())
-    assert low == pytest.approx(center - half, abs=0.05 * half)
-    assert high == pytest.approx(center + half, abs=0.05 * half)
-    assert bootstrap(first.tolist(), last.tolist()) == (low, high)
-
-
-def evaluation(accuracy: float, mean_iou: float) -> Evaluation:
-    return Evaluation(RecResult((), accuracy, mean_iou, 1.0, 0.0), ["text"] * 3)
-
-
-def history(steps: int) -> list[dict[str, float]]:
-    """Accuracy i / 100, format 1, length 40 - i, KL i / 1000 at step i."""
-    names = ("rewards/accuracy/mean", "rewards/format/mean", "completion_length", "kl")
-    return [dict(zip(names, (i / 100, 1.0, 40.0 - i, i / 1000), strict=True)) for i in range(steps)]
-
-
-def test_summary_compares_first_and_last_tenth():
-    """20 steps: 0 and 1 against 18 and 19."""
-    rows, gain = summary(evaluation(0.25, 0.3125), evaluation(0.5, 0.46875), history(20))
-    assert [row[1:] for row in rows] == [
-        *(("0.250", "0.500"), ("0.312", "0.469")),  # accuracy and IoU before and after
-        *(("0.005", "0.185"), ("1.000", "1.000")),  # sampled rewards
-        *(("39.500", "21.500"), ("0.001", "0.018")),  # length and KL
-    ]
-    assert re.findall(r"[+-][0-9.]+\d", gain) == ["+0.180", "+0.170", "+0.190"]  # and its interval of 95%
-    assert "last tenth of 20 steps" in gain and "over 3 images" in gain
-
-
-def test_summary_of_fewer_than_ten_steps_takes_one():
-    rows, gain = summary(evaluation(0.25, 0.25), evaluation(0.25, 0.25), history(5))
-    assert rows[2] == ("sampled reward, accuracy", "0.000", "0.040")
-    assert "of 5 steps" in gain and "+0.040, bootstrap 95% interval +0.040 to +0.040" in gain

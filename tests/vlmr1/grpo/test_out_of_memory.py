@@ -11,6 +11,7 @@ import torch
 
 from tests.helpers import steps
 from tests.helpers.maker import Maker
+from tests.helpers.slow import mostly_slow
 from tests.helpers.steps import NAIVE, assert_equal_steps
 from tests.helpers.trainers import trainer_of
 from tests.helpers.updates import Step, as_drawn, gradients_of
@@ -113,7 +114,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("settings", "where"), CASES.values(), ids=CASES.keys())
+QUICK = ("forward of the only pack", "backward of a later pack", "old")
+
+
+@pytest.mark.parametrize(("settings", "where"), mostly_slow(CASES, *QUICK))
 def test_the_step_is_the_undisturbed_one(settings, where, shipped, groups, processor, tmp_path):
     undisturbed = make_trainer(shipped, processor, tmp_path, **settings)
     expected = step(undisturbed, groups)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.helpers.maker import Maker
+from tests.helpers.slow import mostly_slow
 from tests.helpers.steps import NAIVE, assert_equal_steps, near_the_policy, step, trainer_of
 from tests.helpers.updates import Step, backward, generate
 from vlmr1.models import load_model
@@ -88,7 +89,7 @@ def groups_of(make: Maker, *cases: str) -> list[Group]:
     return make.groups(*(spec for case in cases for spec in CASES[case]))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", mostly_slow(CASES, "text_beside_images", "two_images", "length_one"))
 def test_shared_step_equals_naive(case, make, model, processor, tmp_path):
     """Also with the shipped weights, in float64, where sums that cancel in a converged model hide less (the model's
     norms stay in float32)."""
@@ -99,7 +100,7 @@ def test_shared_step_equals_naive(case, make, model, processor, tmp_path):
         assert_equal_steps(step(each, processor, groups, tmp_path), naive, tolerance)
 
 
-@pytest.mark.parametrize("switches", SWITCHES.values(), ids=SWITCHES.keys())
+@pytest.mark.parametrize("switches", mostly_slow(SWITCHES, "no_pack", "only_share_vision", "split_groups"))
 def test_every_combination_of_switches_gives_the_same_step(switches, make, model, processor, tmp_path):
     groups = groups_of(make, "text_beside_images", "two_images")
     groups[-1] = replace(groups[-1], completions=groups[-1].completions[:2], advantages=groups[-1].advantages[:2])
@@ -107,7 +108,7 @@ def test_every_combination_of_switches_gives_the_same_step(switches, make, model
     assert_equal_steps(step(model, processor, groups, tmp_path, **switches), naive)
 
 
-@pytest.mark.parametrize("settings", OBJECTIVES.values(), ids=OBJECTIVES.keys())
+@pytest.mark.parametrize("settings", mostly_slow(OBJECTIVES, "sequence_level", "entropy", "kl_in_reward_recomputed"))
 def test_every_objective_gives_the_same_step(settings, make, model, processor, tmp_path):
     """And another one than without the setting."""
     groups = near_the_policy(make, model, groups_of(make, "two_lengths"))

@@ -107,12 +107,13 @@ def test_sampling_settings_reach_the_rollout(engine, model, processor, tmp_path)
 def test_a_reward_that_overruns_scores_0_and_is_recorded(model, processor, tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("import time\ndef slow(prompts, completions, **_):\n    time.sleep(60)\nslow.isolated = True\n")
-    trainer = trainer_of(model, processor, tmp_path, prompts_per_device=1, reward_workers=1, reward_timeout=0.3)
+    settings = {"prompts_per_device": 1, "num_generations": 2, "reward_workers": 1, "reward_timeout": 0.3}
+    trainer = trainer_of(model, processor, tmp_path, **settings)
     trainer.rewards = [get_reward(f"{path}:slow"), trainer.rewards[0]]
     rows = recorded(trainer, tmp_path)
-    assert trainer.state.log_history[0]["reward_timeouts"] == 3
+    assert trainer.state.log_history[0]["reward_timeouts"] == 2
     (group,) = trainer.last_groups
-    assert group.rewards.tolist() == [[0, 0], [0, 1], [0, 2]]
+    assert group.rewards.tolist() == [[0, 0], [0, 1]]
     assert rows and all(row["timed_out"] == [trainer.rewards[0].name] for row in rows)
 
 

@@ -159,6 +159,7 @@ def test_the_size_of_a_checkpoint_is_estimated(finished, model, tmp_path, caplog
     assert "but a checkpoint takes about 1073741824.00 GiB" in caplog.text
 
 
+@pytest.mark.slow
 def test_no_run_goes_on_from_weights_alone(data, tmp_path, capsys):
     words = command(data, tmp_path, max_steps=4, save_only_model="true")
     assert main(words) == 0

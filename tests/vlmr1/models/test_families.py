@@ -9,6 +9,7 @@ import torch
 from tests.helpers.families import FAMILIES, GLM_TOKENS, ROWS_AND_COLUMNS, assert_same, checkpoints
 from tests.helpers.maker import Maker
 from tests.helpers.rollouts import assert_close, completions, generated, stock_inputs, tokens
+from tests.helpers.slow import mostly_slow
 from tests.helpers.steps import NAIVE, assert_equal_steps, step, trainer_of
 from vlmr1.cli import main
 from vlmr1.grpo.packing import make_pack
@@ -43,7 +44,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("frozen", [False, True], ids=["trained_tower", "frozen_tower"])
+@pytest.mark.parametrize("frozen", mostly_slow({"trained_tower": False, "frozen_tower": True}, "trained_tower"))
 @pytest.mark.parametrize("case", CASES)
 def test_shared_step_equals_naive(case, frozen, make, model, processor, tmp_path):
     groups = make.groups(*CASES[case])
@@ -104,7 +105,7 @@ PROMPTS = {
 }
 
 
-@pytest.mark.parametrize("generations", [1, 2])
+@pytest.mark.parametrize("generations", mostly_slow({"1": 1, "2": 2}, "2"))
 @pytest.mark.parametrize("case", PROMPTS)
 def test_greedy_equals_generate(case, generations, make, model, processor):
     """Token for token; and the log-probs are those of the policy's packed forward."""
@@ -259,11 +260,13 @@ def test_placeholders(make, model, processor):
 # Through the command line
 
 
+@pytest.mark.parametrize("checkpoint", mostly_slow(FAMILIES, "internvl"), indirect=True)
 def test_one_step_through_the_command_line(checkpoint, data, processor, tmp_path, capsys):
     words = f"""train --model_name_or_path {checkpoint} --output_dir {tmp_path}/out --use_cpu true
         --data_file_paths {data}/train.jsonl --image_folders {data}/images --learning_rate 1e-2
         --prompts_per_device 2 --num_generations 2 --max_completion_length 6 --max_steps 2 --save_steps 2
-        --loss_type dr_grpo --scale_rewards none --disable_tqdm true --report_to none --weight_decay 0.1"""
+        --loss_type dr_grpo --scale_rewards none --disable_tqdm true --report_to none --weight_decay 0.1
+        --write_report false"""
     assert main(words.split()) == 0, capsys.readouterr().err  # weights decay: random completions have rewards of 0
     last = last_complete(tmp_path / "out")
     assert last is not None and last.name == "checkpoint-2"

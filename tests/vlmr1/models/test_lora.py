@@ -16,6 +16,7 @@ from tests.helpers import families
 from tests.helpers.families import checkpoints, one_family
 from tests.helpers.lora_steps import LORA, assert_rollouts_are_adapted, trainer_of
 from tests.helpers.maker import Maker
+from tests.helpers.slow import mostly_slow
 from tests.helpers.steps import NAIVE, assert_equal_steps
 from tests.helpers.updates import update
 from vlmr1.config import GRPOConfig
@@ -56,7 +57,7 @@ def groups_of(make: Maker) -> list[Group]:
 # The step
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", mostly_slow(KINDS, "qlora"))
 def test_shared_step_equals_naive(kind, checkpoint, make, processor, tmp_path):
     """Every adapter weight has a gradient, nothing else has one, and it is the naive trainer's."""
     groups, model = groups_of(make), model_of(checkpoint, kind)
@@ -139,7 +140,7 @@ def test_the_head_is_frozen_and_the_loss_knows(make, model, processor, tmp_path,
 # Rollouts
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", mostly_slow(KINDS, "qlora"))
 def test_rollouts_draw_from_the_adapted_model(kind, checkpoint, make, processor, tmp_path):
     """And the weights are afterwards what they were."""
     model = model_of(checkpoint, kind)

@@ -15,6 +15,7 @@ from tests.helpers.digit_runs import command
 from tests.helpers.families import build
 from tests.helpers.lora_steps import perturb
 from tests.helpers.maker import Maker
+from tests.helpers.slow import mostly_slow
 from tests.helpers.updates import update
 from vlmr1.cli import main
 from vlmr1.commands.merge import merge
@@ -78,7 +79,7 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", mostly_slow([*FORMS], "names", "dora"))
 def test_training_goes_on_in_the_adapter(form, make, processor, tmp_path):
     """Policy and reference are the model as peft reads it; every weight of the adapter has a gradient."""
     folder = sft(tmp_path / "sft", **FORMS[form])
@@ -101,7 +102,7 @@ def test_training_goes_on_in_the_adapter(form, make, processor, tmp_path):
     assert saved.keys() == again.keys() and all(torch.equal(saved[name], again[name]) for name in saved)
 
 
-@pytest.mark.parametrize("kind", ["auto", "copy", "offload", "adapter"])
+@pytest.mark.parametrize("kind", mostly_slow(["auto", "copy", "offload", "adapter"], "auto", "adapter"))
 def test_the_reference_stays_where_the_run_began(kind, plain, make, processor, tmp_path):
     """Base and starting adapter while the policy moves; only with reference=adapter the bare base."""
     trainer = trainer_of(plain, processor, tmp_path, reference=kind)
@@ -134,9 +135,10 @@ def test_settings_follow_from_the_adapter(plain, processor, tmp_path):
 
 # The commands
 
-RUN = ["--max_steps", "4", "--learning_rate", "3e-3", "--write_report", "false"]
+RUN = ["--max_steps", "4", "--learning_rate", "3e-3"]
 
 
+@pytest.mark.slow
 def test_train_resume_and_start_again_from_the_result(plain, data, tmp_path):
     """A run that goes on has the reference of the start, not of the checkpoint: it ends bit-equal."""
     words = ["--model_name_or_path", str(plain), *RUN]
@@ -153,7 +155,7 @@ def test_train_resume_and_start_again_from_the_result(plain, data, tmp_path):
     assert abs(read_metrics(tmp_path / "again")[0]["kl"]) < 1e-7
 
 
-@pytest.mark.parametrize("form", ["names", "all linear, tower too", "dora"])
+@pytest.mark.parametrize("form", mostly_slow(["names", "all linear, tower too", "dora"], "names"))
 def test_merge_takes_the_directory(form, make, tmp_path):
     folder = sft(tmp_path / "sft", **FORMS[form])
     pack = make_pack(groups_of(make))

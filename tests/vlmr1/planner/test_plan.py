@@ -7,6 +7,7 @@ import torch
 
 from tests.helpers.families import FAMILIES, config_of
 from tests.helpers.jobs import CONFIG, args_of, job
+from tests.helpers.slow import mostly_slow
 from vlmr1.models.trainable import planned_model
 from vlmr1.planner import peak_bytes
 from vlmr1.planner.plan import CAUSES, Plan, Planner
@@ -160,7 +161,7 @@ def test_bytes(settings, expected):
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", mostly_slow([*FAMILIES], "qwen2_5_vl", "internvl"))
 def test_every_family_is_planned(family, device):
     """In the rollout keys and values to the byte, in the policy pass a gradient for every trained parameter, and
     activations that grow with the completions."""

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.jobs import args_of
+from tests.helpers.slow import mostly_slow
 from vlmr1.cli import main
 from vlmr1.errors import SettingError
 from vlmr1.grpo.settings import ReferenceSettings
@@ -100,7 +101,7 @@ STARTS: dict[str, tuple[list[str], float]] = {
 }
 
 
-@pytest.mark.parametrize(("start", "share"), STARTS.values(), ids=STARTS.keys())
+@pytest.mark.parametrize(("start", "share"), mostly_slow(STARTS, "half", "LoRA"))
 def test_every_remedy_that_is_printed_is_accepted_and_lowers_the_peak(start, share, planned):
     """Each with those before it, and all of them have the peak that was promised."""
     gpu = max(1, round(planned(*start)[1]["peak"]["bytes"] * share / 2**20))
@@ -116,6 +117,7 @@ def test_every_remedy_that_is_printed_is_accepted_and_lowers_the_peak(start, sha
     assert peak == figures["with_remedies"]["peak"] < figures["peak"]["bytes"]
 
 
+@pytest.mark.slow
 def test_every_remedy_is_accepted_alone(wide, planned):
     """On the job of the other tests, which reads the settings through the same command."""
     config = config_named(str(wide))
@@ -124,7 +126,7 @@ def test_every_remedy_is_accepted_alone(wide, planned):
         planned(*str(remedy).split())
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", mostly_slow([*OPTIMIZERS], "sgd", "adamw_torch", "paged_adamw_8bit"))
 def test_every_optimizer_of_train_is_planned(name, planned):
     said, figures = planned("--optim", name)
     assert "It fits" in said

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from tests.helpers.pages import Page, Recorder
-from vlmr1.report.curves import reward_curve, running_mean
+from vlmr1.report.curves import reward_curve, running_error, running_mean
 from vlmr1.report.demo import Example, write_report
 
 HISTORY = [{"step": 10 * i, "reward": i / 10, "kl": 0.01 * i, "completion_length": 20.0} for i in range(1, 21)]
@@ -40,7 +40,8 @@ def write(tmp_path, curve):
     def write(*examples, **changes) -> tuple[str, Page]:
         arguments = {
             "title": "A <run>",
-            "summary_rows": [("mean IoU", "0.40", "0.50"), ("<kl>", "0", "0.1")],
+            "summary_head": ("", "before", "after", "<change>"),
+            "summary_rows": [("mean IoU", "0.40", "0.50", "+0.10"), ("<kl>", "0", "0.1", "")],
             "curve_png": curve,
             "examples": examples,
             "settings": {"learning_rate": 5e-5, "reward_funcs": ["accuracy", "<b>"]},
@@ -85,6 +86,7 @@ def test_text_is_escaped_and_nothing_is_fetched(write, example):
         example.text_before,
         example.text_after,
         "<kl>",
+        "<change>",
         "['accuracy', '<b>']",
         "measured on 2 & 3",
     ):
@@ -103,6 +105,13 @@ def test_running_mean():
     np.testing.assert_allclose(running_mean(np.array([np.nan, 4.0]), 1), [np.nan, 4.0])
 
 
+def test_running_error():
+    """1.96 s / sqrt(n) of the window's valid values; none of a single value."""
+    error = running_error(np.array([1.0, 3.0, np.nan, 5.0, 9.0]), 3)
+    pair = [1.96 * np.std(each, ddof=1) / np.sqrt(2) for each in ([1, 3], [3, 5], [5, 9])]
+    np.testing.assert_allclose(error, [0.0, pair[0], pair[0], pair[1], pair[2]])
+
+
 def test_curve_draws_each_step_and_its_running_mean(tmp_path, monkeypatch):
     monkeypatch.setattr("vlmr1.report.curves.FigureCanvasAgg", Recorder)
     history = [*HISTORY, {"step": 210, "rewards/format/mean": 1.0, "rewards/format/std": 0.1}]
@@ -115,7 +124,16 @@ def test_curve_draws_each_step_and_its_running_mean(tmp_path, monkeypatch):
     np.testing.assert_allclose(steps.get_xdata(), np.arange(10, 201, 10))
     np.testing.assert_allclose(steps.get_ydata(), np.arange(1, 21) / 10)
     np.testing.assert_allclose(mean.get_ydata()[[0, 3, 19]], [0.1, 0.25, 1.85])
+    band = panels[0].collections[0].get_paths()[0].vertices
+    error = 1.96 * np.std([1.7, 1.8, 1.9, 2.0], ddof=1) / 2
+    np.testing.assert_allclose(sorted(set(band[band[:, 0] == 200, 1].round(9))), [1.85 - error, 1.85 + error])
     assert [list(line.get_xdata()) for line in panels[1].lines] == [[210.0], [210.0]]
+
+
+def test_a_run_without_kl_has_no_panel_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("vlmr1.report.curves.FigureCanvasAgg", Recorder)
+    reward_curve([{**row, "kl": 0.0} for row in HISTORY], tmp_path / "curve.png")
+    assert [p.get_ylabel() for p in Recorder.figure.axes] == ["reward", "completion_length"]
 
 
 @pytest.mark.parametrize("history", [[], [{"step": 1, "loss": 0.5}]], ids=["empty", "other-keys"])

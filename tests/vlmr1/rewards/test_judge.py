@@ -54,7 +54,7 @@ def knows(body, number):
 
 
 def judge_at(url, **options):
-    return Judge(url, "tiny", **{"backoff": 0.001, "timeout": 5.0} | options)
+    return Judge(url, "tiny", **{"backoff": 0.001, "timeout": 60.0} | options)
 
 
 def test_replies_and_request(monkeypatch):
@@ -120,15 +120,17 @@ def test_a_judge_that_keeps_failing_is_an_error_that_names_the_row(reply, attemp
 
 
 def test_a_slow_judge_times_out():
-    release = threading.Event()
+    release, asked = threading.Event(), threading.Semaphore(0)
 
     def late(body, number):
-        release.wait(10)
+        asked.release()
+        release.wait(60)
         return 200, "1"
 
     with serving(late) as (url, requests):
         with pytest.raises(JudgeError, match=r"no reply in 0\.1 s, 2 times"):
             judge_at(url, timeout=0.1, retries=1).scores([("a", "b")])
+        assert all(asked.acquire(timeout=60) for _ in range(2))
         release.set()
     assert len(requests) == 2
 
@@ -147,7 +149,7 @@ def test_requests_run_at_once_and_keep_their_order(concurrency):
         with lock:
             running += 1
             most = max(most, running)
-        together.wait(10)  # as many must be here at once
+        together.wait(60)  # as many must be here at once
         with lock:
             running -= 1
         return 200, body["messages"][-1]["content"][-1]

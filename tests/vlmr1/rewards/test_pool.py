@@ -2,13 +2,12 @@
 
 import contextlib
 import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.python import python
 from tests.helpers.rewards import answered, group, sample, values
 from vlmr1.errors import RewardError, SettingError
 from vlmr1.rewards import RewardPool, RewardSettings, get_reward, score_groups
@@ -22,6 +21,7 @@ MINE = """
 
     def one(text):
         if text == "loop":
+            open(f"{__file__}.runs", "w").close()
             while True:
                 pass
         if text == "die":
@@ -159,15 +159,21 @@ def test_only_what_may_be_slow_leaves_this_process():
 def test_the_processes_end_with_theirs(mine, text):
     """A parent that ends at once leaves no process, be it idle or in a loop: the output would stay open."""
     code = f"""
-        import os, threading
+        import os, threading, time
         from vlmr1.rewards.pool import RewardPool
-        threading.Timer(3, os._exit, [0]).start()
+
+        def end():
+            while not os.path.exists({f"{mine}.runs"!r}):
+                time.sleep(0.01)
+            os._exit(0)
+
+        threading.Thread(target=end).start()
         arguments = {{"prompts": [], "completions": [[{{"content": {text!r}}}]], "solution": []}}
         pool = RewardPool(1, timeout=100)
         print(pool.run([({f"{mine}:mine"!r}, arguments)])[0].value, flush=True)
+        open({f"{mine}.runs"!r}, "w")
     """
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    done = python("-c", textwrap.dedent(code), check=True, timeout=300)
     assert done.stdout == ("[1.0]\n" if text == "1" else "")
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from vlmr1.data.images import open_image
 from vlmr1.data.samples import load_samples
 from vlmr1.rewards.answer import solution_box
-from vlmr1.tiny import CHECKPOINT, build, digits
-from vlmr1.tiny.texts import JITTER, jittered, prompt_text
+from vlmr1.tiny import CHECKPOINT, build, digits, supervise
+from vlmr1.tiny.texts import JITTER, STYLES, completion_text, jittered, prompt_text, sloppy
 
 MIB = 2**20
 SCANS_SHA256 = "87ff0c9e40dc7e2c0e34e7257799c2e3f3aec1a016363bb11cad869ec428a826"  # of scikit-learn's load_digits
@@ -135,6 +137,35 @@ def test_jittered_boxes(seed):
     assert sum(JITTER.values()) == 1
 
 
+def test_sloppy_boxes():
+    """The styles have their shares; a loose box is a step outside on all sides as far as the canvas goes, a cut one a
+    step inside on one side; the sides are equally frequent."""
+    rng = np.random.default_rng(0)
+    styles: Counter[str] = Counter()
+    cut: Counter[int] = Counter()
+    for canvas in drawn(800):
+        size = canvas.pixels.shape[0]
+        for which, (x1, y1, x2, y2) in enumerate(canvas.boxes):
+            box = sloppy(canvas, which, rng)
+            if box == (x1, y1, x2, y2):
+                styles["exact"] += 1
+            elif box == (max(x1 - 14, 0), max(y1 - 14, 0), min(x2 + 14, size), min(y2 + 14, size)):
+                styles["loose"] += 1
+            else:
+                inside = [box[0] - x1, box[1] - y1, x2 - box[2], y2 - box[3]]
+                assert sorted(inside) == [0, 0, 0, 14]
+                styles["cut"] += 1
+                cut[inside.index(14)] += 1
+    count = styles.total()
+    assert count > 2000 and sum(STYLES.values()) == 1
+    assert {style: pytest.approx(n / count, abs=0.03) for style, n in styles.items()} == {
+        "loose": 0.65,
+        "cut": 0.10,
+        "exact": 0.25,
+    }
+    assert all(n / cut.total() == pytest.approx(0.25, abs=0.08) for n in cut.values()) and len(cut) == 4
+
+
 # The data set
 
 
@@ -149,6 +180,11 @@ def test_written_rows_come_back(tmp_path, monkeypatch):
         answer = json.loads(sample.solution.removeprefix("<answer>").removesuffix("</answer>"))
         which = canvas.labels.index(int(answer["label"]))
         assert solution_box(sample.solution) == tuple(answer["bbox_2d"]) == canvas.boxes[which]
+        exact = completion_text(canvas, which, canvas.boxes[which])
+        assert sample.columns["exact_response"] == exact
+        hasty = solution_box(sample.columns["response"])
+        moved = [abs(new - old) for new, old in zip(hasty, canvas.boxes[which], strict=True)]
+        assert set(moved) <= {0, 14} and sample.columns["response"].split("[")[0] == exact.split("[")[0]
         text = prompt_text(canvas.labels[which])
         assert sample.messages == [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
         assert np.array_equal(np.asarray(open_image(sample.images[0], "")), canvas.pixels)
@@ -264,3 +300,18 @@ def test_shipped_checkpoint_is_what_build_describes(model, processor):
     assert model.lm_head.weight is model.get_input_embeddings().weight
     ids = processor.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     assert model.generation_config.eos_token_id == ids
+
+
+@pytest.mark.slow
+def test_supervision_in_two_stages(tmp_path, monkeypatch):
+    """From random weights in one command; the second stage is as if it was started from the first one's checkpoint."""
+    stages = {name: replace(stage, steps=2, canvases=1, warm_up=1) for name, stage in supervise.STAGES.items()}
+    monkeypatch.setattr(supervise, "STAGES", stages)
+    supervise.main(["--out", str(tmp_path / "both")])
+    supervise.main(["--out", str(tmp_path / "first"), "--stages", "jittered", "--seeds", "0"])
+    more = ["--start", str(tmp_path / "first"), "--stages", "sloppy", "--seeds", "3"]
+    supervise.main(["--out", str(tmp_path / "second"), *more])
+    both, first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("both", "first", "second"))
+    assert both.keys() == second.keys() and all(torch.equal(both[name], second[name]) for name in both)
+    assert all(tensor.dtype == torch.bfloat16 for tensor in both.values())
+    assert any(not torch.equal(first[name], second[name]) for name in first)

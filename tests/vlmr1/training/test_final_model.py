@@ -16,6 +16,7 @@ from transformers import AutoModelForImageTextToText
 from tests.helpers import tiny_runs
 from tests.helpers.digit_runs import command
 from tests.helpers.maker import Maker
+from tests.helpers.slow import mostly_slow
 from vlmr1.cli import main
 from vlmr1.grpo.packing import make_pack
 from vlmr1.grpo.policy import PackedPolicy
@@ -36,16 +37,19 @@ LAST = "checkpoint-2"
 
 @pytest.fixture(scope="module")
 def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The output directory of a run of each kind."""
-    found = {}
-    for kind, settings in KINDS.items():
-        found[kind] = tmp_path_factory.mktemp(kind.replace(" ", "-"))
-        assert main(run(data, found[kind], *settings)) == 0
-    return found
+    """The output directory of a run of each kind, made when it is looked up."""
+
+    class Runs(dict[str, Path]):
+        def __missing__(self, kind: str) -> Path:
+            self[kind] = tmp_path_factory.mktemp(kind.replace(" ", "-"))
+            assert main(run(data, self[kind], *KINDS[kind])) == 0
+            return self[kind]
+
+    return Runs()
 
 
 def run(data: Path, output: Path, *settings: str) -> list[str]:
-    return command(data, output, "--max_steps", "2", "--write_report", "false", *settings)
+    return command(data, output, "--max_steps", "2", *settings)
 
 
 def files(output: Path) -> set[str]:
@@ -58,7 +62,7 @@ def logprobs(model: Any, processor: Any, image_files: Any) -> torch.Tensor:
     return PackedPolicy(model, family_of(model), temperature=1.0).logprobs(pack)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", mostly_slow([*KINDS], "full"))
 def test_transformers_reads_it_and_it_is_the_trained_model(kind, runs, image_files):
     """By class and directory alone; of an adapter with its base."""
     output = runs[kind]
@@ -72,6 +76,7 @@ def test_transformers_reads_it_and_it_is_the_trained_model(kind, runs, image_fil
     assert (output / "adapter_config.json").exists() == ("lora" in kind)
 
 
+@pytest.mark.slow
 def test_it_has_the_files_that_the_trainer_saves(runs):
     """`save_model` made those of the runs without checkpoints; all are there, and nothing of the trainer's state."""
     for saved, unsaved in (("full", "unsaved"), ("lora", "unsaved lora")):
@@ -79,11 +84,12 @@ def test_it_has_the_files_that_the_trainer_saves(runs):
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} < files(runs["full"])
     assert files(runs["merged"]) == files(runs["full"])
     assert {"adapter_config.json", "adapter_model.safetensors", "preprocessor_config.json"} < files(runs["lora"])
-    for output in runs.values():
+    for output in map(runs.__getitem__, KINDS):
         found = {path.name for path in output.iterdir() if path.is_file()}
         assert found - files(output) == {FINAL, "settings.json", "metrics.jsonl", "completions.jsonl"}
 
 
+@pytest.mark.slow
 def test_weights_are_links_and_other_files_copies(runs, data, tmp_path, monkeypatch):
     output = runs["full"]
     assert (output / "model.safetensors").samefile(output / LAST / "model.safetensors")
@@ -100,6 +106,7 @@ def test_weights_are_links_and_other_files_copies(runs, data, tmp_path, monkeypa
     assert files(tmp_path) == files(output)
 
 
+@pytest.mark.slow
 def test_a_finished_folder_is_left_alone_or_completed(runs, data, tmp_path, capsys):
     """The same command again; a file that is missing; another form of the model, which takes the place of the first."""
     shutil.copytree(runs["lora"], tmp_path, dirs_exist_ok=True)
@@ -118,6 +125,7 @@ def test_a_finished_folder_is_left_alone_or_completed(runs, data, tmp_path, caps
     assert (tmp_path / "README.md").read_text() == "mine" and not list(tmp_path.glob(".staging*"))
 
 
+@pytest.mark.slow
 def test_a_new_run_in_the_folder_replaces_it(runs, data, tmp_path):
     """Of the same step, after the checkpoints were removed by hand."""
     shutil.copytree(runs["full"], tmp_path, dirs_exist_ok=True)
@@ -127,6 +135,7 @@ def test_a_new_run_in_the_folder_replaces_it(runs, data, tmp_path):
     assert (tmp_path / "model.safetensors").read_bytes() != (runs["full"] / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_leaves_none_and_goes_on(tmp_path):
     data = tiny_runs.write_data(tmp_path)
     tiny_runs.during(data, 3, "os.kill(os.getpid(), signal.SIGTERM)")
@@ -188,6 +197,7 @@ def test_the_model_files_are_pushed_when_the_run_has_finished(api, data, tmp_pat
     assert "hf_secret" not in (output / "settings.json").read_text()
 
 
+@pytest.mark.slow
 def test_a_failed_push_is_made_again_by_the_same_command(api, data, tmp_path, capsys):
     api.fails = ConnectionError("no route to the hub\nmore")
     words = run(data, tmp_path / "rec", *PUSH, "--hub_model_id", "us/name", "--hub_revision", "v1")
