@@ -11,7 +11,7 @@ from tests.helpers.forked import finish
 from tests.helpers.terminal import on_terminal, rendered, terminals
 from tests.helpers.tiny_runs import command as run_of_mine
 from tests.helpers.tiny_runs import during, write_data
-from vlmr1.report.console import Console
+from vlmr1.report.console import Console, step_line
 from vlmr1.report.progress import read_metrics
 from vlmr1.training.pending_metrics import PendingMetrics
 from vlmr1.types import StepMetrics
@@ -26,7 +26,7 @@ def shown(total: int, *, done: int = 0, every: int | None = None, until: int | N
     console.begin(state)
     for step in range(done + 1, (until or total) + 1):
         state.global_step = step
-        values = {"reward": step, "rewards/mine/mean": float(step), "rewards/mine/std": 0.0, "tokens": 1.0}
+        values = {"reward": step, "rewards/mine/mean": float(step), "rewards/mine/std": 0.0, "tokens": 1.0, "kl": 0.0}
         trainer.pending.steps.append(StepMetrics(values, {"forward": 2.0 * step}))
         console.step(trainer, args, state, SimpleNamespace(should_log=every is not None and step % every == 0))
     console.end(state)
@@ -34,7 +34,7 @@ def shown(total: int, *, done: int = 0, every: int | None = None, until: int | N
 
 def lines_of(text: str) -> dict[int, tuple[float, float]]:
     """Mean reward and seconds by step."""
-    found = re.findall(r"^step (\d+)  mine ([\d.]+)±0.00  grad 1.00 .* ([\d.]+) s$", text, re.MULTILINE)
+    found = re.findall(r"^step (\d+)  mine ([\d.]+)±0.00  kl 0.0000  grad 1.00 .* ([\d.]+) s$", text, re.MULTILINE)
     return {int(step): (float(mean), float(seconds)) for step, mean, seconds in found}
 
 
@@ -61,6 +61,11 @@ def test_a_terminal_has_a_line_every_tenth_whatever_logging_steps_is(monkeypatch
     shown(total=600, every=1, given="logging_steps")
     lines = rendered("".join(written))
     assert list(lines_of("\n".join(lines))) == list(range(60, 601, 60)) and len(lines) == 11
+
+
+def test_the_line_of_a_run_without_rewards_has_its_loss():
+    logs = {"loss": 1.25, "grad_norm": 0.5, "memory/peak_mib": 1024.0, "seconds/forward": 0.5}
+    assert step_line(logs, 3) == "step 3  loss 1.2500  grad 0.50  1.0 GiB  0.50 s"
 
 
 def run_on_terminal(words: list[str], log: Any) -> tuple[int, str]:
