@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from vlmr1.lifecycle.console import quiet_imports
+
 if TYPE_CHECKING:
     from vlmr1.api.config import GRPOConfig
     from vlmr1.api.sft_config import SFTConfig
@@ -16,5 +18,6 @@ MODULES = {"GRPOConfig": "config", "GRPOTrainer": "trainer", "SFTConfig": "sft_c
 def __getattr__(name: str) -> Any:
     """Import the public names on first use: the command line starts without them."""
     if name in MODULES:
+        quiet_imports()
         return getattr(import_module(f"vlmr1.api.{MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,7 +23,7 @@ COMMANDS = {  # module below commands/, help
     "sft": ("sft", "supervised fine-tuning on your rows, for example as a cold start of GRPO"),
     "plan": ("plan", "peak memory of a training job by cause, before anything is loaded"),
     "evaluate": ("evaluate", "greedy evaluation of checkpoints, and its comparison"),
-    "report": ("report", "one HTML page of a training run, which may still be running"),
+    "report": ("report", "one HTML page of a training run, also while it goes on, or of several runs"),
     "merge": ("merge", "a checkpoint with an adapter -> an ordinary model directory"),
     "data": ("data", "check data files before training, or rate their rows by a model"),
     "doctor": ("doctor", "what this machine has, and which kernels it would use"),

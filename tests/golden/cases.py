@@ -86,7 +86,8 @@ CASES: Mapping[str, Case] = {
     "num_iterations": Case(TWO_ITERATIONS, lambda rows: rows[2]["ratio_max"] > 1.001),
     "off_policy": Case(OFF_POLICY, lambda rows: largest(rows, "rollout/importance_cut") > 0),
     "masked_truncation": Case(
-        {"mask_truncated_completions": "true"}, lambda rows: any(0 < row["truncated"] < 1 for row in rows)
+        {"mask_truncated_completions": "true", "max_completion_length": 21},
+        lambda rows: any(0 < row["truncated"] < 1 for row in rows),
     ),
     "out_of_memory": Case(
         {**OFF_POLICY, "num_generations": 8},

@@ -135,6 +135,7 @@ def test_a_workspace_that_does_not_fit_is_a_memory_error() -> None:
     assert loss.isfinite()
 
 
+@pytest.mark.slow
 def test_one_openmp_runtime() -> None:
     code = (
         "import torch; from vlmr1_kernels.native import library; library.library();"

@@ -24,7 +24,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 def _operands_as_on_cuda_and_no_launches() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(head, "gemm_operand", lambda matrix: matrix)
-        patch.setattr(head, "launch_options", lambda device: {})
+        patch.setattr(head, "launch_options", lambda *_: {})
         for module in (head, grpo_loss, sequences):
             patch.setattr(module, "launch", lambda *args, **constants: None)
         yield

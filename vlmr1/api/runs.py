@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,17 @@ def present_checkpoint(trainer: Any) -> str:
     return str(checkpoint_path(_folder(trainer), trainer.state.global_step))
 
 
-def write_report(trainer: Any, path: str | Path | None) -> Path:
+class Page(type(Path())):  # type: ignore[misc]
+    """Path of an HTML page, which a notebook shows below the cell."""
+
+    def _repr_html_(self) -> str:
+        page = escape(self.read_text(encoding="utf-8"))
+        return f'<p>{escape(str(self))}</p><iframe srcdoc="{page}" width="100%" height="800"></iframe>'
+
+
+def write_report(trainer: Any, path: str | Path | None) -> Page:
     """Write the HTML report of the run, and return its path."""
-    return write_run_report(_folder(trainer), None if path is None else Path(path))
+    return Page(write_run_report(_folder(trainer), None if path is None else Path(path)))
 
 
 def model_name(trainer: Any) -> str:

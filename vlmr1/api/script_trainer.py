@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PredictionOutput, TrainOutput
-from transformers.utils.import_utils import is_in_notebook
 
 from vlmr1.api import parts
 from vlmr1.api.runs import CARD, add_tags, checkpoint_of, is_done, model_name, present_checkpoint, push, write_report
@@ -19,8 +17,8 @@ from vlmr1.types import Sample
 
 
 def progress_of(args: Any) -> Progress:
-    """The logs of a run, and its lines; none in a notebook, where the library's table is shown."""
-    return Progress(Path(args.output_dir or "."), console=not (args.disable_tqdm or is_in_notebook()))
+    """The logs of a run, and what is shown of it."""
+    return Progress(Path(args.output_dir or "."), console=not args.disable_tqdm)
 
 
 class ScriptTrainer(HFTrainer):
@@ -35,19 +33,13 @@ class ScriptTrainer(HFTrainer):
     def measure(self, samples: Sequence[Sample], prefix: str) -> dict[str, float]:
         raise NotImplementedError
 
-    def show_progress(self) -> None:
-        """Show lines of this project; in a notebook the library's table, and no line of ours."""
-        self.progress.trainer = self
-        if not is_in_notebook():
-            self.remove_callback(ProgressCallback)
-            self.remove_callback(PrinterCallback)
-
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
         """Train to the end, from the last complete checkpoint of output_dir with `resume_from_checkpoint=True`."""
         checkpoint = checkpoint_of(self, resume_from_checkpoint)
         if checkpoint is not None and is_done(self, checkpoint):
             return TrainOutput(self.state.global_step, 0.0, {})
-        return super().train(resume_from_checkpoint=checkpoint, **options)
+        with self.progress:
+            return super().train(resume_from_checkpoint=checkpoint, **options)
 
     def report(self, path: str | Path | None = None) -> Path:
         """Write the HTML report of the run, and return its path; by default training.html in output_dir."""

@@ -68,7 +68,7 @@ class SFTTrainer(ScriptTrainer, CoreTrainer):
             optimizers=optimizers,
             eval_dataset=eval_dataset,
         )
-        self.show_progress()
+        self.progress.trainer = self
 
     def eval_samples(self, rows: Any) -> Sequence[Sample]:
         return samples_of(rows, "eval_dataset", self.args)

@@ -65,7 +65,7 @@ class GRPOTrainer(ScriptTrainer, CoreTrainer):
         for reward in self.rewards:
             if reward.check is not None:  # as `vlmr1 train` checks every row
                 reward.check(samples[0])
-        self.show_progress()
+        self.progress.trainer = self
 
     # Evaluation
 

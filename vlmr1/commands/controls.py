@@ -30,6 +30,7 @@ ARMS: Mapping[str, list[str]] = {  # each a recipe and its changes
 
 def run_controls(seed: int, output_dir: Path, words: Sequence[str] = ()) -> None:
     """Train every arm from the shipped start for as many updates as the demo makes; add this seed's scores to the file.
+    Other seeds are kept where they had the same start, updates and images.
 
     `words` are further settings of all arms."""
     common = ["--seed", str(seed), "--data_file_paths", DIGITS, *words]
@@ -49,20 +50,24 @@ def run_controls(seed: int, output_dir: Path, words: Sequence[str] = ()) -> None
             for metric, change in changes(before, after).items()
         }
         print(f"{name}: " + ", ".join(f"{metric} {score['value']:.3f}" for metric, score in found[name].items()))
-    content = json.loads(CONTROLS.read_text(encoding="utf-8")) if CONTROLS.exists() else {"seeds": {}}
-    content |= {"command": COMMAND, "updates": config.max_steps, "rows": len(samples), **provenance()}
-    content["seeds"][str(seed)] = found
+    made = {
+        "updates": config.max_steps,
+        "rows": len(samples),
+        "start": sha256_of_file(CHECKPOINT / "model.safetensors"),
+    }
+    old: dict[str, Any] = json.loads(CONTROLS.read_text(encoding="utf-8")) if CONTROLS.exists() else {}
+    kept = old["seeds"] if old and made.items() <= old.items() else {}
+    content = {"command": COMMAND, **made, **provenance(), "seeds": kept | {str(seed): found}}
     replace_text(CONTROLS, json.dumps(content, indent=1) + "\n")
 
 
-def provenance() -> dict[str, Any]:
-    """Return what made the file: the start, the commit, the machine and the library."""
+def provenance() -> dict[str, str]:
+    """Return what made the file: the commit, the machine and the library."""
     git = ["git", "-C", str(CONTROLS.parent), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     name = next((line.partition(": ")[2] for line in cpu.splitlines() if line.startswith("model name")), "")
     return {
-        "start": sha256_of_file(CHECKPOINT / "model.safetensors"),
         "commit": commit,
         "machine": f"{name or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
     }

@@ -107,11 +107,9 @@ def with_interval(change: Metric) -> str:
 def sentence(before: Evaluation, after: Evaluation, updates: int) -> str:
     """The result in one sentence, with the greedy IoUs."""
     ious = [found.rows["greedy mean IoU"].mean() for found in (before, after)]
-    return f"GRPO took the IoU of held-out boxes from {ious[0]:.2f} to {ious[1]:.2f} in {updates} updates: " + (
-        "its reward knows what the sloppy labels of supervision had removed."
-        if ious[1] > ious[0]
-        else "it did not improve."
-    )
+    went = f"the IoU of held-out boxes went from {ious[0]:.2f} to {ious[1]:.2f} in {updates} updates"
+    recovered = ious[1] > ious[0]
+    return f"GRPO recovered what sloppy labels had removed: {went}." if recovered else f"GRPO did not help: {went}."
 
 
 def aligned(rows: Sequence[Row]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,13 @@ def finish(trainer: Any, resumed: Path | None = None) -> None:
     names = leave_model(trainer, checkpoint)
     if not trainer.ranks.is_first:
         return
+    with ignore_broken_pipe():
+        print(*([f"checkpoint {checkpoint}"] if checkpoint else []), f"model      {output_dir}", sep="\n", flush=True)
     if args.write_report and resumed is None:
         report_of_run(output_dir)
+    elif resumed is None:
+        with ignore_broken_pipe():
+            print(f"report     vlmr1 report {shlex.quote(str(output_dir))}", flush=True)
     if args.push_to_hub:
         address = push_model(args, names)
         with ignore_broken_pipe():

@@ -39,4 +39,4 @@ def measure(config: GRPOConfig, name: str, samples: Sequence[Sample]) -> Evaluat
 def changes(before: Evaluation, after: Evaluation) -> Mapping[str, Metric]:
     """Return the change of each metric with its paired bootstrap interval: images are resampled, with their answers
     before and after."""
-    return {name: ratio(after.rows[name] - values) for name, values in before.rows.items()}
+    return {name: ratio((after.rows[name] - values).tolist()) for name, values in before.rows.items()}

@@ -1,4 +1,4 @@
-"""`vlmr1 report`: one HTML page of a training run, which may still be running."""
+"""`vlmr1 report`: one HTML page of a training run, or of several, which may still be running."""
 
 from __future__ import annotations
 
@@ -10,26 +10,30 @@ logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, help="the run's output_dir")
-    parser.add_argument("--out", type=Path, help="default: training.html in it")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's output_dir; several are compared")
+    parser.add_argument(
+        "--output", "--out", type=Path, help="default: training.html in the run; of several, comparison.html here"
+    )
 
 
 def run(options: argparse.Namespace, rest: list[str]) -> None:
+    from vlmr1.report.comparison import NAME, write_comparison
     from vlmr1.report.training import write_run_report
 
-    print(write_run_report(options.run, options.out))
+    if len({path.resolve() for path in options.runs}) > 1:
+        print(write_comparison(options.runs, options.output or Path(NAME)))
+    else:
+        print(write_run_report(options.runs[0], options.output))
 
 
 def report_of_run(output_dir: Path) -> None:
     """Write the page of a finished run; warn where the disk has no room for it."""
     from vlmr1.errors import OutputError
     from vlmr1.lifecycle.console import ignore_broken_pipe
-    from vlmr1.lifecycle.disk import guard_writes
-    from vlmr1.report.training import NAME, write_run_report
+    from vlmr1.report.training import write_run_report
 
     try:
-        with guard_writes(NAME, output_dir):
-            path = write_run_report(output_dir)
+        path = write_run_report(output_dir)
     except OutputError as error:
         logger.warning("%s", error)
         return

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import has_length
 
 from vlmr1.commands.finish import finish
@@ -64,8 +63,6 @@ def _train(method: Method, config: Any, stop: StopSignals, resuming: ResumeGuard
     ranks.barrier()
     progress = Progress(output_dir, console=not config.disable_tqdm, pass_rates=prepared.pass_rates)
     trainer = method.trainer(config, prepared, [progress, stop, resuming])
-    trainer.remove_callback(ProgressCallback)
-    trainer.remove_callback(PrinterCallback)
     progress.trainer = trainer
     if prepared.evaluated is not None:
         trainer.add_callback(method.evaluation(trainer, prepared, stop))
@@ -79,7 +76,8 @@ def _train(method: Method, config: Any, stop: StopSignals, resuming: ResumeGuard
         return trainer
     if resume is not None:
         say(f"continuing from {resume}", flush=True)
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    with progress:
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     stop.raise_if_stopped()
     best = trainer.state.best_model_checkpoint
     if best is not None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import BatchSampler, DataLoader, Dataset, get_worker_info
 
@@ -61,6 +62,7 @@ def prompt_loader(dataset: Any, sampler: BatchSampler, args: Any, accelerator: A
     """A loader of the batches that `sampler` names, by the dataloader settings of `args`."""
     names = ("num_workers", "pin_memory", "persistent_workers", "prefetch_factor", "in_order")
     workers = {name: getattr(args, f"dataloader_{name}") for name in names}
+    workers["pin_memory"] &= torch.accelerator.is_available()  # else torch warns
     workers["multiprocessing_context"] = args.dataloader_multiprocessing_context or None
     batches: dict[str, Any] = {"batch_sampler": sampler, "collate_fn": as_list, "worker_init_fn": init_worker}
     loader = DataLoader(Batches(dataset), **batches, **workers)

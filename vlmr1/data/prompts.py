@@ -81,7 +81,7 @@ class PromptBuilder:
 def without_overlong(samples: Sequence[Sample], builder: PromptBuilder, limit: int) -> Sequence[Sample]:
     """Return the samples whose prompts have at most `limit` tokens; each prompt is tokenized once to measure it."""
     kept, first = [], []
-    for sample in tqdm(samples, desc="measuring prompts", delay=2, disable=None):
+    for sample in tqdm(samples, desc="measuring prompts", delay=2, disable=None, leave=False):
         length = len(builder(sample).input_ids)
         if length <= limit:
             kept.append(sample.index)

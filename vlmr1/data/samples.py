@@ -191,7 +191,7 @@ def _checked_images(
     """Yield the images of all rows, up to the first row with another fault, which is added to `faults`; count the rows.
 
     It is not raised at once: images of earlier rows, still waiting for a decoder, come first."""
-    for place in tqdm(range(len(samples)), desc="checking rows", delay=2, disable=None):
+    for place in tqdm(range(len(samples)), desc="checking rows", delay=2, disable=None, leave=False):
         try:
             sample = samples[place]
             for check in checks:

@@ -18,14 +18,12 @@ from vlmr1.evaluation.settings import metric_name
 from vlmr1.lifecycle.checkpoint import checkpoint_path, truncate_after
 from vlmr1.lifecycle.console import ignore_broken_pipe
 from vlmr1.lifecycle.disk import guard_writes
-from vlmr1.report.progress import read_lines
+from vlmr1.report.progress import EVALUATIONS, read_lines
 from vlmr1.types import Sample
 
 if TYPE_CHECKING:
     from vlmr1.grpo.trainer import GRPOTrainer
     from vlmr1.lifecycle.signals import StopSignals
-
-EVALUATIONS = "eval.jsonl"
 
 
 class PeriodicEvaluation(TrainerCallback):

@@ -83,7 +83,8 @@ def decode_missing(
             raise UserError(f"{files.path}: row {row} is {record.source}, the data has {samples[row].source} there")
     mine = files.missing(done)[ranks.rank :: ranks.world_size]
     rows = sum(map(len, mine))
-    shown = tqdm(total=rows, desc="decoding", unit="row", file=sys.stderr, disable=None if ranks.is_first else True)
+    hidden = None if ranks.is_first else True  # None: unless stderr is a terminal
+    shown = tqdm(total=rows, desc="decoding", unit="row", file=sys.stderr, disable=hidden, position=0, leave=False)
     with shown as bar:
         for batch in mine:
             ranks.raise_failure()

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from warnings import filterwarnings
 
 from tqdm import tqdm
 
@@ -18,6 +19,10 @@ def quiet_imports() -> None:
     """Keep messages that no setting can change off the screen; to be called before these libraries are imported."""
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
+    # Not its level, which DeepSpeed sets when it is imported.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
+    filterwarnings("ignore", "IProgress not found")  # in notebooks; tqdm's bars are not used there
+    filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft reads it
 
 
 @contextmanager

@@ -41,7 +41,7 @@ def check_settings(config: Any, launch: Mapping[str, Any], resume: Path | None) 
     if written is None or not written.exists():
         return
     now = _settings_of(config, launch)
-    before = {each.name: _default(each) for each in fields(config)} | LAUNCH | _read(written)
+    before = {each.name: _default(each) for each in fields(config)} | LAUNCH | settings_of_run(written)
     changed = [name for name in now if name not in RESUMABLE_CHANGES and before[name] != now[name]]
     if changed:
         lines = (
@@ -62,8 +62,10 @@ def _default(setting: Field) -> Any:
     return setting.default if setting.default_factory is MISSING else setting.default_factory()
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """The settings that a run has written, with today's names."""
+def settings_of_run(path: Path) -> dict[str, Any]:
+    """Return the settings that a run has written, with today's names; {} where it has written none."""
+    if not path.exists():
+        return {}
     try:
         return current(json.loads(path.read_text(encoding="utf-8")), note=False)
     except ValueError as error:

@@ -53,6 +53,8 @@ class StopSignals(TrainerCallback):
             return
         now = time.monotonic()
         if now - self._times.setdefault(number, now) > DUPLICATE_S:
+            if os.isatty(2):
+                os.write(2, b"\n")  # the shell's prompt stands on a line of its own
             signal.signal(number, signal.SIG_DFL)
             os.kill(self._process, number)
             return

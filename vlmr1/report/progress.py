@@ -1,21 +1,19 @@
-"""Progress bar, console line for each step, metrics.jsonl and completions.jsonl of a run."""
+"""Logs of a run: metrics.jsonl, completions.jsonl, and what is shown while it goes on."""
 
 from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
 from transformers import TrainerCallback
 
 from vlmr1.data.pass_rates import PassRates
 from vlmr1.errors import DataError
 from vlmr1.lifecycle.checkpoint import truncate_after
-from vlmr1.lifecycle.console import ignore_broken_pipe
 from vlmr1.lifecycle.disk import guard_writes
+from vlmr1.report.console import Console
 from vlmr1.report.pass_rates import keep_pass_rates
 from vlmr1.report.pictures import keep_picture
 from vlmr1.rewards.methods import converts, method_of
@@ -24,81 +22,62 @@ from vlmr1.types import Prompt
 
 METRICS = "metrics.jsonl"
 COMPLETIONS = "completions.jsonl"
+EVALUATIONS = "eval.jsonl"
 PICTURES = "completion_images"  # copies of images without a file of their own
-WIDTH = 176  # columns of the console line of a step
-
-
-def step_line(logs: dict[str, float], step: int, width: int = WIDTH) -> str:
-    """Return the main metrics in one line; the least important are left out where it would exceed `width`."""
-    seconds = sum(v for k, v in logs.items() if k.startswith("seconds/"))
-    rewards = [(k[8:-5], v) for k, v in logs.items() if k.startswith("rewards/") and k.endswith("/mean")]
-    parts = [(0, f"step {step}")]  # importance, 0 the highest, and text
-    for place, (name, value) in enumerate(rewards):
-        parts.append((1 + place, f"{name.rpartition(':')[2]} {value:.3f}\u00b1{logs[f'rewards/{name}/std']:.2f}"))
-    parts += [(2, f"kl {logs['kl']:.4f}")] if "kl" in logs else [(1, f"loss {logs['loss']:.4f}")]
-    parts += [(4, f"ent {logs['entropy']:.2f}")] if "entropy" in logs else []
-    parts += (
-        [(5, f"clip {logs['clip_low']:.1%}/{logs['clip_high']:.1%}".replace("%/", "/"))] if "clip_low" in logs else []
-    )
-    parts += [(3, f"grad {logs['grad_norm']:.2f}")] if "grad_norm" in logs else []  # not at the end of a run
-    parts.append((2, f"len {logs['completion_length']:.0f}"))
-    parts += [(2, f"zero_var {logs['zero_variance_groups']:.0%}")] if "zero_variance_groups" in logs else []
-    parts.append((4, f"truncated {logs['truncated']:.0%}"))
-    if "parse_failures" in logs:
-        parts.append((3, f"no_answer {logs['parse_failures']:.0%}"))
-    parts += [(6, f"{logs['tokens_per_second']:.0f} t/s"), (5, f"{logs['memory/peak_mib'] / 1024:.1f} GiB")]
-    parts.append((1, f"{seconds:.2f} s"))
-    while len(parts) > 1 and len("  ".join(text for _, text in parts)) > width:
-        parts.remove(max(reversed(parts), key=lambda part: part[0]))
-    return "  ".join(text for _, text in parts)
 
 
 class Progress(TrainerCallback):
-    """Console output and the two log files; a resumed run drops lines that it will write again."""
+    """The two log files, and console output; a resumed run drops lines that it will write again.
+
+    A context manager around `train`: the progress line is closed there where an error ends the run."""
 
     def __init__(self, output_dir: Path, *, console: bool = True, pass_rates: PassRates | None = None):
         self.output_dir = output_dir
-        self.console = console
+        self.console = Console() if console else None
         self.pass_rates = pass_rates  # of the run's rows, where they were chosen by them
-        self.bar: tqdm | None = None
         self.trainer: Any = None  # set later; completions are taken from its last groups
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.console is not None:
+            self.console.interrupt()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
+            self.console = None
             return
         for name in (METRICS, COMPLETIONS):
             with guard_writes(name, self.output_dir):
                 truncate_after(self.output_dir / name, state.global_step)
         if self.pass_rates is not None:
             keep_pass_rates(self.pass_rates, self.output_dir)
-        if self.console:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", file=sys.stderr)
+        if self.console is not None:
+            self.console.begin(state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.bar is not None:
-            with ignore_broken_pipe():
-                self.bar.update(1)
-        if state.is_world_process_zero and self.trainer is not None and args.completions_to_log:
+        if not state.is_world_process_zero or self.trainer is None:
+            return
+        if self.console is not None:
+            self.console.step(self.trainer, args, state, control)
+        if args.completions_to_log:
             self._completions(state.global_step, self.trainer.last_groups, args.completions_to_log)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or "loss" not in logs:  # the log at the end of a run
-            return
-        self._append(METRICS, {"step": state.global_step, **logs})
-        if self.console:
-            with ignore_broken_pipe():
-                tqdm.write(step_line(logs, state.global_step), file=sys.stdout)
+        # The log at the end of a run may have the metrics of the last steps too.
+        if state.is_world_process_zero and not {"loss", "tokens_per_second"}.isdisjoint(logs):
+            self._append(METRICS, {"step": state.global_step, **logs})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.bar is not None:
-            with ignore_broken_pipe():
-                self.bar.close()
+        if self.console is not None:
+            self.console.end(state)
 
     def _completions(self, step: int, groups: Any, count: int) -> None:
         """Append up to `count` completions of a step, with row, images and rewards."""
         late = self.trainer.timed_out  # rewards that timed out and are 0
         rows = [(group, i) for group in groups for i in range(len(group.completions))]
-        for group, i in rows[:: max(1, len(rows) // count)][:count] if count else []:
+        for group, i in rows[:: max(1, len(rows) // count)][:count]:
             sample, completion = group.prompt.sample, group.completions[i]
             record = {
                 "step": step,
@@ -143,4 +122,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read a JSONL log, without an unfinished last line; [] where there is no file."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")]
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")]
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            raise DataError(f"{path}:{number}: not a line of a log: {error}") from error
+    return found

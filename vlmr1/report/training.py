@@ -11,6 +11,7 @@ from typing import Any
 
 from vlmr1.data.boxes import Box, scale_box
 from vlmr1.errors import SettingError
+from vlmr1.lifecycle.disk import guard_writes
 from vlmr1.report.html import Shape, render, shapes
 from vlmr1.report.panels import run_curves
 from vlmr1.report.pass_rates import histogram, read_pass_rates
@@ -49,7 +50,8 @@ def write_run_report(run: Path, out: Path | None = None) -> Path:
         settings=_texts(json.loads(settings.read_text(encoding="utf-8"))) if settings.exists() else [],
     )
     path = run / NAME if out is None else out
-    path.write_text(text, encoding="utf-8")
+    with guard_writes(path.name, path.parent):
+        path.write_text(text, encoding="utf-8")
     return path
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from transformers import Trainer, TrainerCallback, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback
 
 from vlmr1.distributed.preflight import check_saving
 from vlmr1.distributed.sharded import Sharding, full_state_dict
@@ -45,12 +46,13 @@ class HFTrainer(Trainer):
     def __init__(self, **options: Any):
         check_saving(options["args"])
         super().__init__(**options)
+        self.remove_callback(PrinterCallback if self.args.disable_tqdm else DEFAULT_PROGRESS_CALLBACK)
         self.parallel = make_parallel(self.args, self.accelerator, self.model)
         self.ranks = self.parallel.ranks
         self.sharding: Sharding | None = self.parallel.sharding
         self.nonfinite = 0  # updates in a row
         self.skipped = 0  # updates in all
-        self.last_loss = 0.0
+        self.last_loss = self.last_grad_norm = 0.0
         self.pending = PendingMetrics()
         self.members: list[Checkpointable] = []
         self.phases = Phases()  # of the present update
@@ -82,7 +84,7 @@ class HFTrainer(Trainer):
         """The gradient norm; where it or the loss is not finite, the update is skipped: optimizers leave parameters
         without gradient alone."""
         of_model: Any = super()._get_grad_norm(model, grad_norm)
-        norm = float(of_model)
+        norm = self.last_grad_norm = float(of_model)
         if math.isfinite(norm) and math.isfinite(self.last_loss):
             self.nonfinite = 0
             return norm

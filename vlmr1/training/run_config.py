@@ -146,6 +146,13 @@ class RunConfig(TrainerSettings, DataSettings, ParameterSettings, TrainingArgume
     save_steps: float = 100
     remove_unused_columns: bool | None = False
 
+    given: ClassVar[frozenset[str]] = frozenset()  # names of the settings that the constructor was given
+
+    def __new__(cls, *args: Any, **given: Any) -> Any:
+        made = super().__new__(cls)
+        made.given = frozenset(given)  # type: ignore[misc]
+        return made
+
     def __post_init__(self):
         faults = list(_unsupported(self))
         if not faults:

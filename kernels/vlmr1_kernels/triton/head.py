@@ -66,7 +66,7 @@ class Head:
         self.hidden, self.weight = hidden, gemm_operand(weight.to(hidden.dtype))
         self.targets, bias = contiguous_aligned(targets, bias)
         self.temperature, self.weight_dtype = temperature, weight.dtype
-        self.terms, self.options = head_terms(bias, temperature, softcap), launch_options(hidden.device)
+        self.terms, self.options = head_terms(bias, temperature, softcap), launch_options(hidden.device, softcap)
         rows, self.vocabulary, device = len(hidden), len(weight), hidden.device
         narrow = self.weight.dtype != torch.float32
         self.chunk, self.block = chunks[0], chunks[1] if narrow else chunks[0]

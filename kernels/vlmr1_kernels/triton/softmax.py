@@ -15,10 +15,10 @@ from torch import Tensor
 from vlmr1_kernels.triton.launch import architecture
 
 BLOCK = 4096
-# By architecture. With 64 registers two programs share an SM: one loads while the other reduces, with 32 KiB in flight.
-# ptxas needs more registers for sm_120, where three programs of half the size share an SM.
+# With 64 registers two programs share an SM: one loads while the other reduces, with 32 KiB in flight. Where ptxas
+# spills with so few, four programs of a quarter of the size share an SM: sm_120, and sm_100 with a softcap.
 LAUNCH = {"BLOCK": BLOCK, "num_warps": 16, "maxnreg": 64}
-LAUNCH_SM120 = {"BLOCK": BLOCK // 2, "num_warps": 8, "maxnreg": 80}
+LAUNCH_MORE_REGISTERS = {"BLOCK": BLOCK // 4, "num_warps": 4, "maxnreg": 128}
 LAUNCH_ELSEWHERE = {"BLOCK": BLOCK, "num_warps": 16}  # ROCm knows no maxnreg
 ROW_ALIGNMENT = 16  # elements: rows of any V start aligned and are padded to whole vectors
 
@@ -26,10 +26,12 @@ ROW_ALIGNMENT = 16  # elements: rows of any V start aligned and are padded to wh
 LOWEST: tl.constexpr = tl.constexpr(-1e30)
 
 
-def launch_options(device: torch.device) -> dict[str, int]:
+def launch_options(device: torch.device, softcap: float | None) -> dict[str, int]:
     """Return block and options of a launch."""
     arch = architecture(device)
-    return LAUNCH_ELSEWHERE if arch == 0 else LAUNCH_SM120 if arch // 10 == 12 else LAUNCH
+    if arch == 0:
+        return LAUNCH_ELSEWHERE
+    return LAUNCH_MORE_REGISTERS if arch // 10 == 12 or (arch // 10 == 10 and softcap) else LAUNCH
 
 
 def head_terms(bias: Tensor | None, temperature: float, softcap: float | None) -> tuple[Any, ...]:

@@ -31,6 +31,10 @@ def weights_in_4bit(model: Any) -> dict[str, Any]:
     return {name: each for name, each in model.named_parameters() if hasattr(each, "quant_state")}
 
 
+def alternating(completions: list[Any], **_: Any) -> list[float]:
+    return [float(i % 2) for i, _ in enumerate(completions)]
+
+
 @pytest.mark.parametrize(("given", "settings"), HOW.values(), ids=HOW.keys())
 def test_a_model_in_4_bits_is_trained_by_its_adapter(
     given: dict[str, Any], settings: dict[str, Any], tmp_path: Path
@@ -42,6 +46,7 @@ def test_a_model_in_4_bits_is_trained_by_its_adapter(
         model = AutoModelForImageTextToText.from_pretrained(CHECKPOINT, quantization_config=given["model"])
         given = dict(model=model)
     known: dict[str, Any] = dict(model=str(CHECKPOINT), peft_config=LORA, processing_class=None)
+    known["reward_funcs"] = alternating
     trainer = trainer_of(CHECKPOINT, tmp_path, known | given, max_steps=1, temperature=3.0, **settings)
     packed = weights_in_4bit(trainer.model)
     decoder = [name for name in packed if "language_model" in name]

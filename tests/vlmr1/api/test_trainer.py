@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, TrainerCallback, set_seed
-from transformers.trainer_callback import ProgressCallback
 
 from tests.helpers.api import rows, sums, trainer_of
 from tests.helpers.slow import mostly_slow
 from vlmr1.api.rows import samples_of
 from vlmr1.errors import DataError, SettingError
 from vlmr1.models.processor import load_processor
+from vlmr1.report.progress import read_metrics
 from vlmr1.rollout.stop_tokens import decode
 
 LORA = dict(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.05, task_type="CAUSAL_LM")
@@ -277,20 +277,17 @@ def test_the_reference_of_a_given_adapter_is_the_adapter_as_given(tiny: Path, tm
     assert first["kl"] == pytest.approx(0, abs=1e-6) and second["kl"] > 1e-4
 
 
-@pytest.mark.parametrize("notebook", [False, True])
-def test_a_step_is_shown_once(
-    notebook: bool, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By our line, or in a notebook by the library's table, which takes the place of its bar there."""
-    monkeypatch.setattr("vlmr1.api.script_trainer.is_in_notebook", lambda: notebook)
-    trainer = trainer_of(tiny, tmp_path, disable_tqdm=False)
-    shown = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, ProgressCallback)]
-    assert len(shown) == int(notebook)
-    for callback in shown:
-        trainer.remove_callback(callback)
+def test_a_step_is_shown_once(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By our line, and not by the library's."""
+    trainer_of(tiny, tmp_path, disable_tqdm=False).train()
+    assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()] == ["step 1", "step 2"]
+
+
+def test_a_run_of_fewer_updates_than_logging_steps_has_a_report(tiny: Path, tmp_path: Path) -> None:
+    """Of the metrics that are logged at its end."""
+    trainer = trainer_of(tiny, tmp_path, logging_steps=10)
     trainer.train()
-    printed = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[0] for line in printed] == ([] if notebook else ["step 1", "step 2"])
+    assert [row["step"] for row in read_metrics(tmp_path)] == [2] and trainer.report() == tmp_path / "training.html"
 
 
 def test_a_finished_run_is_not_trained_again(tiny: Path, tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_table_of_hand_numbers():
     assert found["greedy format"][:3] == ["1.000", "0.500", "-0.500 (-1.000 to 0.000)"]
     assert found["sampled format"][:2] == ["0.500", "1.000"]
     assert "from 0.45 to 0.58 in 7 updates" in demo.sentence(before, after, 7)
-    assert "did not improve" in demo.sentence(after, before, 7)
+    assert "did not help" in demo.sentence(after, before, 7)
     lines = demo.aligned([head, *rows])
     assert (
         len({len(line) for line in lines}) == 1
@@ -92,6 +92,26 @@ def test_demo_and_evaluate(tmp_path, capsys, small):
     mean_iou = json.loads(path.read_text())["metrics"]["mean_iou"]["value"]
     assert f"{mean_iou:.4f}" in capsys.readouterr().out
     assert f"{mean_iou:.3f}" == table["greedy mean IoU"]
+
+
+@pytest.mark.slow
+def test_controls_are_added_by_seed(tmp_path, monkeypatch, small):
+    """Seeds of the same start, updates and images are kept; others leave."""
+    file = tmp_path / "controls.json"
+    monkeypatch.setattr(controls, "CONTROLS", file)
+    monkeypatch.setattr(controls, "ARMS", {"exact": controls.ARMS["exact"]})
+    start = sha256_of_file(CHECKPOINT / "model.safetensors")
+    for updates, kept in ((2, ["3", "7"]), (1, ["3"])):
+        file.write_text(json.dumps({"updates": 2, "rows": 20, "start": start, "seeds": {"7": {}}}))
+        words = ["--output_dir", str(tmp_path / str(updates)), "--max_steps", str(updates), "--use_cpu", "true"]
+        assert main(["demo", "--controls", "--seed", "3", *words, "--prompts_per_device", "2"]) == 0
+        content = json.loads(file.read_text())
+        assert sorted(content["seeds"]) == kept and content["updates"] == updates
+        scores = content["seeds"]["3"]["exact"]
+        assert list(scores) == METRICS
+        assert all(low <= change <= high for change, low, high in (score["change"] for score in scores.values()))
+        exact = (tmp_path / str(updates) / "exact" / "metrics.jsonl").read_text()
+        assert len(exact.splitlines()) == updates
 
 
 def test_controls_file():

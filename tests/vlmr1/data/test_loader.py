@@ -6,13 +6,15 @@ from itertools import chain
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
+from torch.utils.data import BatchSampler
 
 from tests.helpers import digit_runs
 from vlmr1.cli import main
 from vlmr1.config import GRPOConfig
 from vlmr1.data.faults import RowFault
-from vlmr1.data.loader import PickledBatch, unpacked
+from vlmr1.data.loader import PickledBatch, prompt_loader, unpacked
 from vlmr1.data.samples import load_samples
 from vlmr1.grpo.trainer import GRPOTrainer
 from vlmr1.tiny import digits
@@ -48,6 +50,15 @@ def test_workers_make_the_same_prompts_in_the_same_order(data, model, processor)
         assert torch.equal(one.input_ids, other.input_ids) and torch.equal(one.positions, other.positions)
         assert one.images[0].keys() == other.images[0].keys()
         assert all(torch.equal(one.images[0][name], other.images[0][name]) for name in one.images[0])
+
+
+@pytest.mark.parametrize(("asked", "accelerator"), [(True, True), (True, False), (False, True)])
+def test_memory_is_pinned_where_there_is_a_device_for_it(asked, accelerator, data, monkeypatch):
+    """Without one torch would warn."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator)
+    args = GRPOConfig(output_dir=str(data / "out"), dataloader_pin_memory=asked)
+    loader = prompt_loader([], BatchSampler([], 1, False), args, Accelerator(cpu=True))
+    assert loader.pin_memory == (asked and accelerator)
 
 
 def command(data, output, workers, *more):

@@ -89,7 +89,7 @@ def groups_of(make: Maker, *cases: str) -> list[Group]:
     return make.groups(*(spec for case in cases for spec in CASES[case]))
 
 
-@pytest.mark.parametrize("case", mostly_slow(CASES, "text_beside_images", "two_images", "length_one"))
+@pytest.mark.parametrize("case", mostly_slow([*CASES], "text_beside_images", "two_images", "length_one"))
 def test_shared_step_equals_naive(case, make, model, processor, tmp_path):
     """Also with the shipped weights, in float64, where sums that cancel in a converged model hide less (the model's
     norms stay in float32)."""

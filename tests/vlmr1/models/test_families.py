@@ -260,7 +260,7 @@ def test_placeholders(make, model, processor):
 # Through the command line
 
 
-@pytest.mark.parametrize("checkpoint", mostly_slow(FAMILIES, "internvl"), indirect=True)
+@pytest.mark.parametrize("checkpoint", mostly_slow([*FAMILIES], "internvl"), indirect=True)
 def test_one_step_through_the_command_line(checkpoint, data, processor, tmp_path, capsys):
     words = f"""train --model_name_or_path {checkpoint} --output_dir {tmp_path}/out --use_cpu true
         --data_file_paths {data}/train.jsonl --image_folders {data}/images --learning_rate 1e-2

@@ -57,7 +57,7 @@ def groups_of(make: Maker) -> list[Group]:
 # The step
 
 
-@pytest.mark.parametrize("kind", mostly_slow(KINDS, "qlora"))
+@pytest.mark.parametrize("kind", mostly_slow([*KINDS], "qlora"))
 def test_shared_step_equals_naive(kind, checkpoint, make, processor, tmp_path):
     """Every adapter weight has a gradient, nothing else has one, and it is the naive trainer's."""
     groups, model = groups_of(make), model_of(checkpoint, kind)
@@ -140,7 +140,7 @@ def test_the_head_is_frozen_and_the_loss_knows(make, model, processor, tmp_path,
 # Rollouts
 
 
-@pytest.mark.parametrize("kind", mostly_slow(KINDS, "qlora"))
+@pytest.mark.parametrize("kind", mostly_slow([*KINDS], "qlora"))
 def test_rollouts_draw_from_the_adapted_model(kind, checkpoint, make, processor, tmp_path):
     """And the weights are afterwards what they were."""
     model = model_of(checkpoint, kind)

@@ -71,7 +71,10 @@ UPDATE = {
 }
 
 
-@pytest.mark.parametrize(("settings", "expected"), UPDATE.values(), ids=UPDATE.keys())
+QUICK = ("optim", "freeze_vision", "bfloat16 weights", "no reference", "reference in host memory")
+
+
+@pytest.mark.parametrize(("settings", "expected"), mostly_slow(UPDATE, *QUICK))
 def test_what_a_setting_changes_outside_of_the_passes(settings, expected):
     assert changed(planned(), planned(**settings), "update") == expected
 
@@ -87,7 +90,7 @@ PASSES = {
 }
 
 
-@pytest.mark.parametrize(("settings", "rollout", "policy"), PASSES.values(), ids=PASSES.keys())
+@pytest.mark.parametrize(("settings", "rollout", "policy"), mostly_slow(PASSES, "optim", "no reference"))
 def test_what_a_setting_changes_in_the_passes(settings, rollout, policy):
     before, after = planned(), planned(**settings)
     assert changed(before, after, "rollout") <= rollout
@@ -95,6 +98,7 @@ def test_what_a_setting_changes_in_the_passes(settings, rollout, policy):
     assert changed(before, after, "rollout") | changed(before, after, "policy")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_checkpointing_and_smaller_packs_take_less(device):
     long = {"device": device, "max_completion_length": 129}
@@ -150,7 +154,10 @@ BYTES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {  # settings -> bytes
 }
 
 
-@pytest.mark.parametrize(("settings", "expected"), BYTES.values(), ids=BYTES.keys())
+QUICK = ("defaults", "adamw over lists", "sgd", "adamw_bnb_8bit", "paged", "reference in host memory")
+
+
+@pytest.mark.parametrize(("settings", "expected"), mostly_slow(BYTES, *QUICK))
 def test_bytes(settings, expected):
     plan = planned(**settings)
     found = {f"{phase} {cause}": n for phase, causes in plan.phases.items() for cause, n in causes.items()}
@@ -182,13 +189,14 @@ ENGINES = {
 }
 
 
-@pytest.mark.parametrize("settings", ENGINES.values(), ids=ENGINES.keys())
+@pytest.mark.parametrize("settings", mostly_slow(ENGINES, "naive"))
 def test_what_is_not_shared_takes_more(settings):
     phase = "rollout" if "rollout_engine" in settings else "policy"
     one = {"prompts_per_device": 1}  # a naive row has one group
     assert planned(**one, **settings).total(phase) > planned(**one).total(phase)
 
 
+@pytest.mark.slow
 def test_checkpoints_in_host_memory():
     """For each layer its input, [tokens, D] float32, and the three that the norm behind them keeps."""
     plan = planned(activation_checkpointing=True, activation_offload=True)
@@ -228,6 +236,7 @@ DECODER_LINEAR = sum(p.numel() for n, p in MODEL.named_parameters() if "language
 WIDTHS = sum(p.shape[0] for n, p in MODEL.named_parameters() if "language_model.layers" in n and p.dim() == 2)
 
 
+@pytest.mark.slow
 def test_dora_trains_a_magnitude_a_row_and_computes_norms():
     plain, dora = planned(use_peft=True), planned(use_peft=True, use_dora=True)
     assert dora.trained - plain.trained == WIDTHS
@@ -235,18 +244,21 @@ def test_dora_trains_a_magnitude_a_row_and_computes_norms():
         assert dora.phases[phase]["activations"] > plain.phases[phase]["activations"]
 
 
+@pytest.mark.slow
 def test_modules_to_save_are_trained_beside_their_frozen_originals():
     plain, saved = planned(use_peft=True), planned(use_peft=True, lora_modules_to_save=["merger"])
     assert saved.trained - plain.trained == numbers("merger")
     assert saved.phases["update"]["weights"] - plain.phases["update"]["weights"] == 4 * numbers("merger")
 
 
+@pytest.mark.slow
 def test_a_merged_adapter_costs_a_copy_of_its_layers_in_the_rollout():
     plain, merged = planned(use_peft=True), planned(use_peft=True, lora_merge_rollout=True)
     assert merged.phases["rollout"]["weights"] - plain.phases["rollout"]["weights"] == 4 * DECODER_LINEAR
     assert changed(plain, merged, "policy") == changed(plain, merged, "update") == set()
 
 
+@pytest.mark.slow
 def test_parameters_in_4_bits_are_counted_as_numbers():
     qlora: dict[str, Any] = {"use_peft": True, "load_in_4bit": True, "model_dtype": "bfloat16", "bf16": True}
     four, plain = planned(**qlora), planned(use_peft=True)
@@ -257,6 +269,7 @@ def test_parameters_in_4_bits_are_counted_as_numbers():
 # On a CPU the implementations that run are counted
 
 
+@pytest.mark.slow
 def test_reference_attention_on_a_cpu_has_the_scores_of_the_whole_pack():
     """Scores, and their softmax, [heads, L, L] float32, are alive in each layer's backward."""
     given: dict[str, Any] = {"device": "cpu", "max_completion_length": 129, "tokens_per_pack": 4096}

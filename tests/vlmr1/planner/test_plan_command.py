@@ -42,6 +42,7 @@ def test_table_and_json_say_the_same(tmp_path: Path, capsys: Any):
     assert figures["inputs"]["num_generations"] == 3
 
 
+@pytest.mark.slow
 def test_a_gpu_that_is_too_small(capsys: Any):
     assert main(["plan", *SMALL, "--gpu", "100MiB"]) == 0
     said = capsys.readouterr().out

@@ -148,6 +148,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", CASES.values(), ids=CASES.keys())
 def test_the_peak_is_within_5_percent_of_what_a_run_allocates(settings, tmp_path, processor):
     allocated, plan = run_and_plan(tmp_path, processor, **settings)

@@ -10,7 +10,8 @@ from PIL import Image
 from tests.helpers.trainers import trainer_of
 from vlmr1.data.box_coordinates import BoxCoordinates
 from vlmr1.grpo.no_signal_warning import STEPS, NoSignalWarning
-from vlmr1.report.progress import WIDTH, Progress, step_line
+from vlmr1.report.console import step_line
+from vlmr1.report.progress import Progress
 from vlmr1.rewards import get_reward
 from vlmr1.rewards.settings import RewardSettings
 from vlmr1.types import Prompt, Sample
@@ -41,7 +42,7 @@ def test_a_line_is_never_wider(rewards):
     """Step, first rewards and seconds stay longest."""
     more = {f"rewards/a_reward_of_mine_{i}/{kind}": 0.123 for i in range(rewards) for kind in ("mean", "std")}
     line = step_line(LOGS | more, 123456)
-    assert len(line) <= WIDTH and "\n" not in line
+    assert len(line) <= 176 and "\n" not in line
     assert line.startswith("step 123456  accuracy 0.512±0.21") and line.endswith("3.21 s")
     assert "t/s" not in line
     long = {f"rewards/{'x' * 200}/{kind}": 0.0 for kind in ("mean", "std")}
@@ -54,7 +55,7 @@ def test_what_a_run_logs_makes_a_line(model, processor, tmp_path):
     line = step_line(trainer.state.log_history[0], 1)
     for word in ("position 1.000±1.00", "even 5.000±", "kl 0.0000", "ent ", "clip 0.0/0.0%", "t/s", "GiB"):
         assert word in line
-    assert len(line) <= WIDTH
+    assert len(line) <= 176
 
 
 # Flat rewards
