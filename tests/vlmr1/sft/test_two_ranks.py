@@ -17,7 +17,7 @@ from vlmr1.sft.trainer import SFTTrainer
 
 pytestmark = pytest.mark.slow
 NAMES = ("loss", "grad_norm", "mean_token_accuracy", "entropy", "num_tokens", "completion_length", "truncated")
-LORA = ["--use_peft", "true", "--lora_r", "4", "--learning_rate", "5"]
+LORA = ["--use_peft", "true", "--lora_r", "4", "--learning_rate", "0.002"]
 UPDATES = 2
 
 
