@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from vlmr1.errors import SettingError
 from vlmr1.lifecycle.disk import guard_writes
 from vlmr1.report.curves import COLORS
 from vlmr1.report.html import render
@@ -43,6 +44,8 @@ def write_comparison(paths: Sequence[Path], out: Path) -> Path:
     runs = read_runs(paths)
     groups = grouped(runs)
     metrics = _metrics(groups)
+    if not metrics:
+        raise SettingError("no metric of these runs has a finite value: nothing to compare")
     names = [run.name for run in runs]
     different = different_settings(runs)
     text = render(

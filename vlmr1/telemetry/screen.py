@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from tqdm import tqdm
@@ -109,6 +110,10 @@ class ClearedStream:
     def write(self, text: str) -> int:
         self._line.clear()
         return self._stream.write(text)
+
+    def writelines(self, texts: Iterable[str]) -> None:
+        for text in texts:
+            self.write(text)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
