@@ -93,8 +93,9 @@ def draw(groups: Sequence[RunGroup], metrics: dict[str, str]) -> bytes:
             if metric.startswith("eval/"):
                 look |= {"marker": ".", "markersize": 5}
             if len(group.runs) > 1:
+                thin: dict[str, Any] = look | {"linewidth": 0.7, "alpha": 0.35}
                 for run in group.runs:
-                    axes.plot(*run.smooth(metric), **look | {"linewidth": 0.7, "alpha": 0.35})
+                    axes.plot(*run.smooth(metric), **thin)
             curve = group.curve(metric)
             axes.fill_between(curve.steps, curve.low, curve.high, color=look["color"], alpha=0.15, linewidth=0)
             axes.plot(curve.steps, curve.mean, **look, linewidth=1.8, label=group.name)
