@@ -28,7 +28,7 @@ GRPO += " --reward_weights 1.0 0.5 0.2 0.1 --log_completions --num_completions_t
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What the script has left: its names, what it has pushed, and its directory."""
+    """Results of the script: its names, what it has pushed, and its directory."""
     pytest.importorskip("trl")
     folder, pushed = tmp_path_factory.mktemp("features"), []
     rows_of(count=8, solution=str).to_parquet(folder / "rows.parquet")

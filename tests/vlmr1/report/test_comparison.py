@@ -45,7 +45,7 @@ def runs(tmp_path: Path) -> list[Path]:
 
 
 def test_intervals_against_hand_and_scipy():
-    """Of 1, 2 and 6: mean 3, s^2 = (4 + 1 + 9) / 2 = 7, half = 4.302653 * sqrt(7 / 3) = 6.572411."""
+    """For 1, 2 and 6: mean 3, s^2 = (4 + 1 + 9) / 2 = 7, half = 4.302653 * sqrt(7 / 3) = 6.572411."""
     found = estimate([1.0, 2.0, 6.0])
     assert (found.mean, found.low, found.high) == pytest.approx((3.0, 3 - 6.572411, 3 + 6.572411), abs=1e-5)
     assert math.isnan(estimate([1.0]).low) and estimate([1.0]).mean == 1.0
