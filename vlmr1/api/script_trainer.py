@@ -60,7 +60,7 @@ class ScriptTrainer(HFTrainer):
         for name, rows in parts.eval_sets(data).items():
             name = name.replace("eval", metric_key_prefix, 1)
             own = self.measure(self.eval_samples(rows), name)
-            self.log(dict(own))
+            self.log(own)  # which adds the epoch
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, own)
             found |= own
         return found
