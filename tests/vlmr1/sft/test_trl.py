@@ -92,6 +92,7 @@ def trainer_of(epochs):
         args=args,
         train_dataset=Dataset.from_list(rows[:8]),
         eval_dataset=Dataset.from_list(rows[8:]),
+        processing_class=processor,
         peft_config=LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
     )
 
@@ -111,6 +112,7 @@ def test_a_script_of_trl_with_another_import(tiny, tmp_path):
     for library in ("trl", "vlmr1"):
         output = tmp_path / library
         names: dict[str, Any] = {"model": str(tiny), "output": str(output), "rows": rows(12)}
+        names["processor"] = load_processor(tiny)
         exec(SCRIPT.replace("LIBRARY", library), names)
         assert (names["first"].global_step, names["second"].global_step) == (2, 4)
         assert names["second"].training_loss > 0

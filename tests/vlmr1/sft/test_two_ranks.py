@@ -64,7 +64,9 @@ def assert_same(found: list[dict[str, float]], expected: list[dict[str, float]])
 
 
 def weights_of(run: Path, name: str = "model") -> Weights:
-    return load_file(run / f"checkpoint-{UPDATES}" / f"{name}.safetensors")
+    weights = load_file(run / f"checkpoint-{UPDATES}" / f"{name}.safetensors")
+    weights.pop("lm_head.weight", None)  # tied to the embeddings: not every engine writes it
+    return weights
 
 
 @pytest.mark.parametrize("engine", ENGINES)
