@@ -119,21 +119,22 @@ class TRL(Arm):
 
     def __init__(self, bed: Bed, samples: Sequence[Sample]):
         import datasets
-        import trl
         from PIL import Image
+        from trl.trainer.sft_config import SFTConfig
+        from trl.trainer.sft_trainer import SFTTrainer
 
         rows = []
         for sample in samples:
-            image = Image.open(sample.images[0]).convert("RGB")
+            image = Image.open(str(sample.images[0])).convert("RGB")
             for answer in (sample.solution, *sample.other_solutions):
                 prompt, said = (
                     [{"role": r, "content": t}] for r, t in (("user", bench_model.QUESTION), ("assistant", answer))
                 )
                 rows.append({"prompt": prompt, "completion": said, "image": image})
-        config = trl.SFTConfig(per_device_train_batch_size=len(rows), max_length=None, **bed.common())
+        config = SFTConfig(per_device_train_batch_size=len(rows), max_length=None, **bed.common())
         self.model = copy.deepcopy(bed.model)
         data = datasets.Dataset.from_list(rows)
-        self.trainer = trl.SFTTrainer(self.model, config, train_dataset=data, processing_class=bed.processor)
+        self.trainer = SFTTrainer(self.model, config, train_dataset=data, processing_class=bed.processor)
         self.trainer.current_gradient_accumulation_steps = 1  # the training loop sets it
         self.prepared = self.trainer.accelerator.prepare(self.model)
         self.start()

@@ -83,6 +83,7 @@ class SFTConfig(
     method: ClassVar[str] = "supervised fine-tuning"
     recipe_suffix: ClassVar[str] = "-sft"
     best_metric = "loss"
+    has_box_metrics = False
     evaluation_metrics = property(lambda self: ("loss", "mean_token_accuracy", "entropy"))
     peer_flags: ClassVar[dict[str, type]] = {"dataset_name": str, "lora_task_type": str}
 

@@ -93,7 +93,7 @@ class GRPOSettings:
 
     @property
     def divisor(self) -> str:
-        """What the losses of rows are divided by, an entry of DIVISORS."""
+        """Divisor of the losses of rows, an entry of DIVISORS."""
         return DIVISORS[self.loss_type]
 
     @property

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from time import sleep
+from time import monotonic, sleep
 from typing import Any
 
 import pytest
@@ -41,7 +41,9 @@ def test_a_part_is_killed_at_its_limit_with_what_it_started(monkeypatch: Any, tm
         """Its limit begins when it has started a process: how long that takes depends on the machine."""
 
         def communicate(self, *arguments: Any, **named: Any) -> Any:
+            end = monotonic() + 300
             while self.poll() is None and not (pids.exists() and pids.read_text()):
+                assert monotonic() < end, "no process was started"
                 sleep(0.01)
             return super().communicate(*arguments, **named)
 

@@ -42,8 +42,8 @@ def update(trainer: SFTTrainer) -> Step:
 
 
 def plain(model: Any, processor: Any, samples: Sequence[Sample]) -> Step:
-    """The same by the model's own forward on each sequence alone: prompt, answer, what the chat template adds, and the
-    token that ends a turn where it adds none."""
+    """The update by the model's own forward on each sequence alone: prompt, answer, what the chat template adds, and
+    the token that ends a turn where it adds none."""
     ends = stop_token_ids(model, processor.tokenizer, processor.chat_template)
     model = copy.deepcopy(model).train()
     losses, right, tokens = [], 0, 0
@@ -74,7 +74,8 @@ def plain(model: Any, processor: Any, samples: Sequence[Sample]) -> Step:
 
 @torch.no_grad()
 def assert_moved_alike(found: Weights, expected: Weights, start: Weights) -> None:
-    """Weights are equal to 1e-5 of each tensor's largest entry; and so is, in all, the way that they have moved."""
+    """Weights are equal to 1e-5 of each tensor's largest entry, and their changes since `start` to 2e-5 of the
+    norm of all."""
     assert found.keys() == expected.keys()
     moved = {name: value - start.get(name, 0) for name, value in expected.items()}
     errors = {name: found[name] - value for name, value in expected.items()}

@@ -1,4 +1,4 @@
-"""What a terminal shows of text that is written to it, and a terminal for the output of a forked run."""
+"""Text on a terminal after control characters, and a terminal for the output of a forked run."""
 
 import io
 import os

@@ -163,6 +163,7 @@ class GRPOConfig(ScriptSettings, Base):
         """Replace values by those that the checks of the command line know; return what they were."""
         known: dict[str, Any] = {"reward_weights": None}  # counted where the rewards are known
         known["log_completions"] = int(self.log_completions)
+        known["lora_merge_rollout"] = False  # checked where the model is known
         known["min_p"], known["top_k"] = self.min_p or 0.0, self.top_k or 0
         known["use_bias_correction_kl"] = self.use_bias_correction_kl and self.beta > 0 and not self.kl_in_reward
         if self.model_dtype == "bfloat16":

@@ -70,7 +70,15 @@ def _scored(trainer: Any, samples: Sequence[Sample]) -> list[Group]:
             rows = range(1)  # every rank needs a group: the first row counts twice
         prompts = [builder(samples[row]) for row in rows]
         groups += trainer.score(trainer.rollout(prompts, ROUND + number, count))
+        _forget_images(trainer)
     return groups
+
+
+def _forget_images(trainer: Any) -> None:
+    """Drop the features of images, which would add up over all rows. Those of a sharded tower are kept: without them,
+    ranks whose packs have other images would call it at other times."""
+    if trainer.features is not None and trainer.sharding is None:
+        trainer.features.clear()
 
 
 def _losses(trainer: Any, groups: Sequence[Group]) -> dict[str, float]:
@@ -78,15 +86,22 @@ def _losses(trainer: Any, groups: Sequence[Group]) -> dict[str, float]:
     args, ranks, policy, model = trainer.args, trainer.ranks, trainer.policy, trainer.model
     options = {"aggregation": args.multi_objective_aggregation}
     groups = with_advantages(groups, trainer.reward_weights, str(args.scale_rewards), ranks, **options)
+
+    def reference(pack: Pack) -> Tensor:
+        values = trainer.reference.logprobs(pack)
+        _forget_images(trainer)
+        return values
+
     if trainer.reference is not None:
         with trainer.reference.ready():
-            trainer.runner.map(groups, trainer.reference.logprobs, into="ref_logp", every=True)
+            trainer.runner.map(groups, reference, into="ref_logp", every=True)
     count = normalizer(groups, trainer.settings, mask_truncated=args.mask_truncated_completions)
     objective = Objective(replace(trainer.settings, entropy_coef=0.0), max(ranks.all_reduce_sum(count), 1.0))
 
     def loss(pack: Pack) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad(), policy.attention():
             value, metrics = call(model, policy.model, lambda: policy.loss(pack, objective))
+        _forget_images(trainer)
         return value * pack.weight, metrics if pack.weight else metrics | {"dropped_rows": metrics["tokens"]}
 
     training = model.training

@@ -66,6 +66,9 @@ def load(model: Any, peft_config: Any, quantization_config: Any, args: Any) -> A
             raise SettingError(f"peft_config: {error}") from error
     args.use_peft = given or peft_config is not None
     args.load_in_4bit = is_in_4bit(base_of(model))
+    faults = list(args.merge_faults()) if isinstance(args, GRPOConfig) else []
+    if faults:
+        raise SettingError("\n".join(faults))
     if given and args.beta > 0 and args.reference == "auto":
         args.reference = "copy"  # of base and adapter as they are given
     if args.disable_dropout:
@@ -151,4 +154,9 @@ def needed_rows(args: Any) -> int | None:
 def eval_sets(given: Any) -> dict[str, Sequence[Any]]:
     """Return the rows of each data set by the prefix of its metrics."""
     every = {f"eval_{name}": rows for name, rows in given.items()} if isinstance(given, dict) else {"eval": given}
-    return {name: rows if hasattr(rows, "__len__") else list(rows) for name, rows in every.items()}
+    return {name: finite(rows) for name, rows in every.items()}
+
+
+def finite(rows: Any) -> Any:
+    """Return the rows, those of a stream as a list; what has no rows is refused where they are read."""
+    return rows if hasattr(rows, "__len__") or not hasattr(rows, "__iter__") else list(rows)

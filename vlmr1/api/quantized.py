@@ -45,7 +45,7 @@ def _faults(given: Any) -> Iterator[str]:
 
 def keeping(asked: BitsAndBytesConfig, family: ModelFamily) -> BitsAndBytesConfig:
     """The configuration that quantizes neither head, which the loss reads, nor tower and projector."""
-    found = BitsAndBytesConfig.from_dict(asked.to_dict())
+    found: Any = BitsAndBytesConfig.from_dict(asked.to_dict())
     skipped = [*(asked.llm_int8_skip_modules or []), *family.vision_paths, family.head_path]
     found.llm_int8_skip_modules = list(dict.fromkeys(skipped))
     return found

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from vlmr1.errors import SettingError
+
 NO_EXPERTS = "models that route tokens to experts are not supported"
 NO_TOOLS = "a completion is one turn of the model: tools and environments are not supported"
 ADAPTIVE = "the weight of the entropy bonus is constant: set entropy_coef"
@@ -83,9 +85,15 @@ def refused_hub(config: Any) -> Iterator[str]:
         yield f"hub_strategy is {config.hub_strategy!r}: trainer.push_to_hub() uploads the model, and never checkpoints"
 
 
-def refused_arguments(given: Mapping[str, Any], config: type) -> Iterator[str]:
-    """Yield the arguments of the trainer that were given and cannot be honoured; `args` is of the class `config`."""
-    for name, reason in ARGUMENTS.items():
+def refuse_arguments(given: Mapping[str, Any], config: type, reasons: Mapping[str, str]) -> None:
+    """SettingError for the arguments of a trainer that cannot be honoured; `args` is of the class `config`."""
+    faults = list(_refused_arguments(given, config, reasons))
+    if faults:
+        raise SettingError("\n".join(faults))
+
+
+def _refused_arguments(given: Mapping[str, Any], config: type, reasons: Mapping[str, str]) -> Iterator[str]:
+    for name, reason in reasons.items():
         if given.get(name) is not None:
             yield f"{name}: {reason}"
     model, args, callbacks, optimizers = (given[name] for name in ("model", "args", "callbacks", "optimizers"))
@@ -93,7 +101,7 @@ def refused_arguments(given: Mapping[str, Any], config: type) -> Iterator[str]:
         yield f"model is a {type(model).__name__}: give the name or directory of a model, or a model"
     if args is not None and not isinstance(args, config):
         kind = type(args)
-        yield f"args is a {kind.__module__.split('.')[0]} {kind.__name__}: import GRPOConfig from vlmr1 too"
+        yield f"args is a {kind.__module__.split('.')[0]} {kind.__name__}: import {config.__name__} from vlmr1 too"
     if callbacks is not None and not isinstance(callbacks, list | tuple):
         yield f"callbacks is a {type(callbacks).__name__}: give a list"
     if not isinstance(optimizers, tuple | list) or len(optimizers) != 2:

@@ -73,7 +73,7 @@ def model_name(trainer: Any) -> str:
 
 def add_tags(path: Path, tags: Sequence[str]) -> None:
     """Add tags to a model card. PEFT replaces those of a card by its own."""
-    card = ModelCard.load(path)
+    card: Any = ModelCard.load(path)
     card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *tags]))
     card.save(path)
 

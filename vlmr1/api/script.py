@@ -1,4 +1,4 @@
-"""What scripts may give to any configuration of TRL: fields without effect, settings in dicts, evaluations."""
+"""Base of the configurations of scripts: fields without effect, settings in dicts, evaluations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a script may do with any trainer of TRL: train, evaluate, report and push."""
+"""Base of the trainers of scripts, with the methods of TRL: train, evaluate, report and push."""
 
 from __future__ import annotations
 
@@ -27,7 +27,11 @@ class ScriptTrainer(HFTrainer):
     progress: Progress
     tag: str  # of model cards
 
-    def eval_samples(self, rows: Any) -> Sequence[Sample]:
+    def __init__(self, *given: Any, **options: Any):
+        super().__init__(*given, **options)  # type: ignore[reportCallIssue]  # of the trainer that this is a base of
+        self.processing_class = self.callback_handler.processing_class = self.processor  # the core has its tokenizer
+
+    def eval_samples(self, rows: Any, name: str = "eval_dataset") -> Sequence[Sample]:
         raise NotImplementedError
 
     def measure(self, samples: Sequence[Sample], prefix: str) -> dict[str, float]:
@@ -63,7 +67,7 @@ class ScriptTrainer(HFTrainer):
 
     def predict(self, test_dataset: Any, ignore_keys: Any = None, metric_key_prefix: str = "test") -> PredictionOutput:
         """Evaluate, without a line in the logs."""
-        metrics = self.measure(self.eval_samples(test_dataset), metric_key_prefix)
+        metrics = self.measure(self.eval_samples(parts.finite(test_dataset), "test_dataset"), metric_key_prefix)
         return PredictionOutput(predictions=None, label_ids=None, metrics=metrics)  # type: ignore[reportArgumentType]
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:

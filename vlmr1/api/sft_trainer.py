@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -10,10 +10,10 @@ from typing import Any
 from transformers import set_seed
 
 from vlmr1.api import parts
+from vlmr1.api.refused import refuse_arguments
 from vlmr1.api.script_trainer import ScriptTrainer, progress_of
 from vlmr1.api.sft_config import SFTConfig
 from vlmr1.api.sft_rows import samples_of
-from vlmr1.errors import SettingError
 from vlmr1.sft.evaluation import evaluate_loss
 from vlmr1.sft.trainer import SFTTrainer as CoreTrainer
 from vlmr1.types import Sample
@@ -53,7 +53,7 @@ class SFTTrainer(ScriptTrainer, CoreTrainer):
         peft_config: Any = None,
         formatting_func: Any = None,
     ):
-        _refuse(locals())
+        refuse_arguments(locals(), SFTConfig, ARGUMENTS)
         args = SFTConfig(f"{Path(parts.name_of(model)).name}-SFT") if args is None else args
         set_seed(args.seed)  # before an adapter's first weights
         model = parts.load(model, peft_config, quantization_config, args)
@@ -70,8 +70,8 @@ class SFTTrainer(ScriptTrainer, CoreTrainer):
         )
         self.progress.trainer = self
 
-    def eval_samples(self, rows: Any) -> Sequence[Sample]:
-        return samples_of(rows, "eval_dataset", self.args)
+    def eval_samples(self, rows: Any, name: str = "eval_dataset") -> Sequence[Sample]:
+        return samples_of(rows, name, self.args)
 
     def measure(self, samples: Sequence[Sample], prefix: str) -> dict[str, float]:
         """Compute the loss of the answers."""
@@ -84,9 +84,3 @@ class SFTTrainer(ScriptTrainer, CoreTrainer):
         found |= {"num_tokens": float(self.state.num_input_tokens_seen), "runtime": seconds}
         found |= {"samples_per_second": len(samples) / seconds, "steps_per_second": batches / seconds}
         return {f"{prefix}_{name}": value for name, value in found.items()}
-
-
-def _refuse(given: Mapping[str, Any]) -> None:
-    faults = [f"{name}: {reason}" for name, reason in ARGUMENTS.items() if given.get(name) is not None]
-    if faults:
-        raise SettingError("\n".join(faults))

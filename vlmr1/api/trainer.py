@@ -12,10 +12,9 @@ from vlmr1.api import parts
 from vlmr1.api.config import GRPOConfig
 from vlmr1.api.evaluate import evaluate
 from vlmr1.api.metrics import Facts, clip_ratios, metrics_of
-from vlmr1.api.refused import refused_arguments
+from vlmr1.api.refused import ARGUMENTS, refuse_arguments
 from vlmr1.api.rows import samples_of
 from vlmr1.api.script_trainer import ScriptTrainer, progress_of
-from vlmr1.errors import SettingError
 from vlmr1.grpo.loss import clipped_shares
 from vlmr1.grpo.trainer import GRPOTrainer as CoreTrainer
 from vlmr1.types import Group, Pack, Sample
@@ -44,7 +43,7 @@ class GRPOTrainer(ScriptTrainer, CoreTrainer):
         rollout_func: Any = None,
         environment_factory: Any = None,
     ):
-        _refuse(locals())
+        refuse_arguments(locals(), GRPOConfig, ARGUMENTS)
         args = parts.default_config(model) if args is None else args
         set_seed(args.seed)  # before an adapter's first weights
         model = parts.load(model, peft_config, quantization_config, args)
@@ -61,7 +60,6 @@ class GRPOTrainer(ScriptTrainer, CoreTrainer):
             optimizers=optimizers,
             eval_dataset=eval_dataset,
         )
-        self.processing_class = self.callback_handler.processing_class = self.processor  # the core has its tokenizer
         for reward in self.rewards:
             if reward.check is not None:  # as `vlmr1 train` checks every row
                 reward.check(samples[0])
@@ -69,8 +67,8 @@ class GRPOTrainer(ScriptTrainer, CoreTrainer):
 
     # Evaluation
 
-    def eval_samples(self, rows: Any) -> Sequence[Sample]:
-        return samples_of(rows, "eval_dataset")
+    def eval_samples(self, rows: Any, name: str = "eval_dataset") -> Sequence[Sample]:
+        return samples_of(rows, name)
 
     def measure(self, samples: Sequence[Sample], prefix: str) -> dict[str, float]:
         """Draw completions for each row and score them."""
@@ -97,9 +95,3 @@ class GRPOTrainer(ScriptTrainer, CoreTrainer):
         own = metrics_of(facts, [reward.name for reward in self.rewards], self.reward_weights)
         own["num_tokens"] = float(self.state.num_input_tokens_seen)
         return super()._metrics(minibatch, drawn=drawn) | own
-
-
-def _refuse(given: dict[str, Any]) -> None:
-    faults = list(refused_arguments(given, GRPOConfig))
-    if faults:
-        raise SettingError("\n".join(faults))

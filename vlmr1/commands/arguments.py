@@ -132,7 +132,7 @@ def make_config(
 ) -> Any:
     """Return the configuration; one SettingError with `faults` and all others. `preflight`: also with what this machine
     cannot do or does not have."""
-    made: Any = kind.__new__(kind, **settings)
+    made: Any = kind.__new__(kind, **settings)  # type: ignore[reportArgumentType]
     found = [*faults, *faults_of(lambda: kind.__init__(made, **settings))]
     if preflight:
         found += made.device_faults()

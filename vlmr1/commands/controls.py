@@ -77,7 +77,7 @@ def read_controls(seed: int) -> tuple[dict[str, dict[str, float]], str]:
     """Return the scores of each arm by metric, of this seed where it was run, else of the first; and a note on them."""
     content = json.loads(CONTROLS.read_text(encoding="utf-8"))
     known = content["seeds"]
-    shown = str(seed) if str(seed) in known else min(known)
+    shown = str(seed) if str(seed) in known else min(known, key=int)
     arms = {name: {metric: score["value"] for metric, score in scores.items()} for name, scores in known[shown].items()}
     updates, command = content["updates"], content["command"].replace("SEED", shown)
     return arms, (

@@ -83,7 +83,7 @@ def demo(seed: int, output_dir: Path, words: Sequence[str] = ()) -> None:
     print("", *aligned([head, *rows]), "", *paragraphs, "", sep="\n")
     seconds = ", ".join(f"{name} {value:.0f}" for name, value in phases.seconds.items())
     print(f"seconds    {seconds}; {sum(phases.seconds.values()):.0f} in all")
-    print(f"checkpoint {checkpoint}\nopen       {report}")
+    print(f"open       {report}")
 
 
 def scores_line(found: Evaluation) -> str:

@@ -27,7 +27,7 @@ from vlmr1.report.progress import Progress
 
 @dataclass(frozen=True)
 class Method:
-    """What is of one trainer: the reader of rows, the trainer with these callbacks, and the callback that evaluates."""
+    """Makers of the parts that depend on the method: the reader of rows, the trainer, the callback that evaluates."""
 
     reader: Callable[..., Any]
     trainer: Callable[[Any, Prepared, Sequence[TrainerCallback]], Any]

@@ -17,7 +17,6 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, get_worker_info
 
 from vlmr1.errors import UserError
 from vlmr1.lifecycle.processes import init_worker
-from vlmr1.types import Prompt
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class PickledBatch:
     data: bytes
 
 
-class Batches(Dataset[Prompt]):
+class Batches(Dataset[Any]):
     """A data set whose batches are lists of items; in a worker a batch is a list of one PickledBatch."""
 
     def __init__(self, items: Any):
@@ -36,7 +35,7 @@ class Batches(Dataset[Prompt]):
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: int) -> Prompt:
+    def __getitem__(self, index: int) -> Any:
         return self.items[index]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
@@ -48,7 +47,7 @@ class Batches(Dataset[Prompt]):
             return [PickledBatch(pickle.dumps(error))]
 
 
-def unpacked(batch: Sequence[Any]) -> Sequence[Prompt]:
+def unpacked(batch: Sequence[Any]) -> Sequence[Any]:
     """Return the items of a batch of `Batches`, pickled or not; raise the error of a worker."""
     if len(batch) != 1 or not isinstance(batch[0], PickledBatch):
         return batch
@@ -58,7 +57,7 @@ def unpacked(batch: Sequence[Any]) -> Sequence[Prompt]:
     return found
 
 
-def prompt_loader(dataset: Any, sampler: BatchSampler, args: Any, accelerator: Any) -> DataLoader:
+def batch_loader(dataset: Any, sampler: BatchSampler, args: Any, accelerator: Any) -> DataLoader:
     """A loader of the batches that `sampler` names, by the dataloader settings of `args`."""
     names = ("num_workers", "pin_memory", "persistent_workers", "prefetch_factor", "in_order")
     workers = {name: getattr(args, f"dataloader_{name}") for name in names}
@@ -77,6 +76,6 @@ def prompt_loader(dataset: Any, sampler: BatchSampler, args: Any, accelerator: A
     )
 
 
-def as_list(prompts: Any) -> Any:
+def as_list(items: Any) -> Any:
     """The batch as it is: a collate function."""
-    return prompts
+    return items

@@ -33,6 +33,7 @@ class EvaluationSettings(_Shared):
     eval_image_folders: list[str] = setting([], "image folders of these rows, as image_folders")
     eval_limit: int | None = setting(None, "evaluate on the first rows only")
     best_metric = "reward"  # default of metric_for_best_model
+    has_box_metrics = True  # beside `evaluation_metrics`
 
     @property
     def evaluation_metrics(self) -> Sequence[str]:
@@ -75,7 +76,7 @@ class EvaluationSettings(_Shared):
                 "checkpoint needs an evaluation"
             )
         known = self.evaluation_metrics
-        name, boxes = metric_name(self.metric_for_best_model or self.best_metric), self.best_metric == "reward"
+        name, boxes = metric_name(self.metric_for_best_model or self.best_metric), self.has_box_metrics
         if name not in known and not (boxes and name.startswith(("rec/", "ovd/"))):
             of_boxes = ", rec/... and ovd/..." if boxes else ""
             yield f"metric_for_best_model is {name!r}: known are {', '.join(known)}{of_boxes}"

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
-from vlmr1.data.loader import as_list, prompt_loader, unpacked
+from vlmr1.data.loader import as_list, batch_loader, unpacked
 from vlmr1.distributed.balance import exchange
 from vlmr1.distributed.metrics import all_losses
 from vlmr1.grpo import setup
@@ -108,7 +108,7 @@ class PackTrainer(HFTrainer):
         """The rows of one generation in a batch, then empty batches for the other updates that it serves: the
         Trainer's loop takes one an update."""
         sampler = BufferSampler.of(self.args, setup.make_sampler(self), self.ranks)
-        return prompt_loader(self.train_dataset, sampler, self.args, self.accelerator)
+        return batch_loader(self.train_dataset, sampler, self.args, self.accelerator)
 
     def totals(self) -> dict[str, float]:
         """Counts since the run began."""

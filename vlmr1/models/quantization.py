@@ -68,7 +68,7 @@ def quantization_of(folder: str | Path) -> BitsAndBytesConfig | None:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         quantization = config if path.name == QUANTIZATION else config.get("quantization_config")
         if quantization:
-            return BitsAndBytesConfig.from_dict(quantization)
+            return BitsAndBytesConfig.from_dict(quantization)  # type: ignore[reportReturnType]
     return None
 
 

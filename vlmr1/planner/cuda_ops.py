@@ -106,7 +106,8 @@ class _Head(torch.autograd.Function):
 
 def head_loss(hidden: Tensor, weight: Tensor) -> Tensor:
     """Allocate what `linear_grpo_loss` does."""
-    return _Head.apply(hidden, weight, *chunks_of(hidden, weight))  # type: ignore[return-value]
+    chunk, block = chunks_of(hidden, weight)
+    return _Head.apply(hidden, weight, chunk, block)  # type: ignore[return-value]
 
 
 def head_logprobs(hidden: Tensor, weight: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from vlmr1.errors import SettingError
 from vlmr1.lifecycle.disk import guard_writes
 from vlmr1.report.curves import COLORS
 from vlmr1.report.html import render
@@ -43,6 +44,8 @@ def write_comparison(paths: Sequence[Path], out: Path) -> Path:
     runs = read_runs(paths)
     groups = grouped(runs)
     metrics = _metrics(groups)
+    if not metrics:
+        raise SettingError("no metric of these runs has a finite value: nothing to compare")
     names = [run.name for run in runs]
     different = different_settings(runs)
     text = render(
@@ -90,8 +93,9 @@ def draw(groups: Sequence[RunGroup], metrics: dict[str, str]) -> bytes:
             if metric.startswith("eval/"):
                 look |= {"marker": ".", "markersize": 5}
             if len(group.runs) > 1:
+                thin: dict[str, Any] = look | {"linewidth": 0.7, "alpha": 0.35}
                 for run in group.runs:
-                    axes.plot(*run.smooth(metric), **look | {"linewidth": 0.7, "alpha": 0.35})
+                    axes.plot(*run.smooth(metric), **thin)
             curve = group.curve(metric)
             axes.fill_between(curve.steps, curve.low, curve.high, color=look["color"], alpha=0.15, linewidth=0)
             axes.plot(curve.steps, curve.mean, **look, linewidth=1.8, label=group.name)

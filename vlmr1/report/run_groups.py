@@ -63,8 +63,10 @@ class Run:
 
     @property
     def metrics(self) -> dict[str, None]:
-        """The names of its metrics, in order."""
-        return dict.fromkeys(name for row in (*self.rows, *self.evaluations) for name in row if name != "step")
+        """The names of its metrics that have a finite value, in order."""
+        return dict.fromkeys(
+            n for row in (*self.rows, *self.evaluations) for n in row if n != "step" and _is_number(row[n])
+        )
 
     def series(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps and values of a metric, without those that are not finite."""
@@ -186,7 +188,7 @@ def t_quantile(freedom: int) -> float:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    return read_lines(path / METRICS)
+    return [row for row in read_lines(path / METRICS) if "step" in row]
 
 
 def _without_seed(run: Run) -> dict[str, Any]:

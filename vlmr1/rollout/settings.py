@@ -60,15 +60,19 @@ class RolloutSettings(_Shared):
             yield f"min_p is {self.min_p}: it must be between 0 and 1"
         if "" in self.stop_strings:
             yield "stop_strings holds an empty text: it would end every completion"
-        if self.lora_merge_rollout and not self.use_peft:
-            yield "lora_merge_rollout needs use_peft: there is no adapter without it"
-        elif self.lora_merge_rollout and self.load_in_4bit:
-            yield "lora_merge_rollout cannot be used with load_in_4bit: 4-bit weights would be rounded again"
+        yield from self.merge_faults()
         if self.rollout_engine != "native":
             if self.cuda_graphs:
                 yield f"cuda_graphs needs rollout_engine native, it is {self.rollout_engine}"
             if self.rollout_kv_mib is not None:
                 yield f"rollout_kv_mib needs rollout_engine native, it is {self.rollout_engine}"
+
+    def merge_faults(self) -> Iterator[str]:
+        """Yield why an adapter cannot be merged for rollouts; a script's trainer knows it when it has the model."""
+        if self.lora_merge_rollout and not self.use_peft:
+            yield "lora_merge_rollout needs use_peft (in Python peft_config): there is no adapter without it"
+        elif self.lora_merge_rollout and self.load_in_4bit:
+            yield "lora_merge_rollout cannot be used with load_in_4bit (4-bit weights): they would be rounded again"
 
     def check_device(self, device: str) -> Iterator[str]:
         if self.cuda_graphs and device != "cuda":

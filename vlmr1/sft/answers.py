@@ -12,6 +12,8 @@ from vlmr1.data.prompts import PromptBuilder, PromptDataset
 from vlmr1.rollout.stop_tokens import end_of_turn, stop_token_ids
 from vlmr1.types import Completion, Group, Prompt, Sample
 
+SHORTER = "Set max_prompt_length below it and overlong_prompts=filter to leave such rows out before training"
+
 
 class AnswerEncoder:
     """Tokenizes the answers of a prompt's sample."""
@@ -45,7 +47,7 @@ class AnswerEncoder:
         room = None if self.max_length is None else self.max_length - len(prompt.input_ids)
         if room is not None and room < 1:
             what = f"the prompt has {len(prompt.input_ids)} tokens, and max_length is {self.max_length}"
-            raise row_fault(source, "max_length", f"{what}: nothing is left of its answer")
+            raise row_fault(source, "max_length", f"{what}: nothing is left of its answer. {SHORTER}")
         ended = room is None or len(ids) <= room
         kept = torch.tensor(ids[:room])
         return Completion(kept, None, None, answer, "stop" if ended else "length")

@@ -46,6 +46,7 @@ def evaluate_loss(
     with use(trainer.args.kernels):
         for start in range(0, len(samples), size * ranks.world_size):
             if stopped():
+                trainer.model.train(was_training)
                 return None
             own = range(start + ranks.rank, min(start + size * ranks.world_size, len(samples)), ranks.world_size)
             # A rank without a row runs the passes of the others on the first one, without weight.
@@ -53,8 +54,8 @@ def evaluate_loss(
             pad = groups or [groups_of[start]]
             trainer.runner.encode_ahead(trainer.model, pad)
             parts += [found for found in trainer.runner.run(groups, measure, pad=pad) if found]
-    if trainer.features is not None:
-        trainer.features.clear()
+            if trainer.features is not None:
+                trainer.features.clear()
     trainer.model.train(was_training)
     every = [part for own in ranks.all_gather(parts) for part in own]
     values = combine(every, tokens=int(sum(part["tokens"] for part in every)))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vlmr1.grpo.loss import head_weight
 from vlmr1.types import Pack
 from vlmr1_kernels import linear_logprob
 
@@ -25,10 +26,10 @@ class CrossEntropy:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """hidden [N, D] -> loss [], metrics. `accumulate`, which the policy may allow, is not made use of."""
         bias = None if head.bias is None else head.bias.to(hidden.dtype)
-        weight, targets = head.weight.to(hidden.dtype), pack.targets.to(hidden.device)
+        weight, targets = head_weight(head, hidden.dtype), pack.targets.to(hidden.device)
         logp, entropy = linear_logprob(hidden, weight, targets, bias=bias, entropy=True)
         loss, metrics = self.from_logprobs(logp, pack, entropy.detach())
-        return loss, metrics | {"mean_token_accuracy": top_share(hidden, weight, bias, targets)}
+        return loss, metrics | {"mean_token_accuracy": top_share(hidden, weight.to(hidden.dtype), bias, targets)}
 
     def from_logprobs(
         self, logp: Tensor, pack: Pack, entropy: Tensor | None = None

@@ -31,17 +31,19 @@ class AnswerReader:
         columns = replace(data.columns, answers=config.answer_columns)
         return cls(data, columns, Question(data.question_template, (), "", model_type))
 
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"question": self.question, "columns": self.columns, "checks": [check_answer]}
+
     def training(self, files: Sequence[str], folders: Sequence[str]) -> Samples:
         """The samples that a run trains on: those that its settings take of the files, or a stream of them."""
         if not self.data.streaming:
             return self.read(files, folders, mixture=self.data.mixture)
-        options: dict[str, Any] = {"question": self.question, "columns": self.columns, "checks": [check_answer]}
-        return stream_samples(files, folders, self.data.mixture, **options)
+        return stream_samples(files, folders, self.data.mixture, **self.options)
 
     def read(self, files: Sequence[str], folders: Sequence[str], *, mixture: Mixture = EVERYTHING) -> Samples:
         """The samples of all files. Raises as `load_samples`."""
-        options: dict[str, Any] = {"question": self.question, "columns": self.columns, "checks": [check_answer]}
-        return load_samples(files, folders, check_images=self.data.check_images, mixture=mixture, **options)
+        return load_samples(files, folders, check_images=self.data.check_images, mixture=mixture, **self.options)
 
 
 def check_answer(sample: Sample) -> None:

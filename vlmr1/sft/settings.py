@@ -17,7 +17,7 @@ QUESTION_TEMPLATE = setting(
 
 
 class _OnePass(Settings):
-    """What passes over packs ask of a run, and no setting of supervised fine-tuning changes."""
+    """Settings that passes over packs read and supervised fine-tuning does not have."""
 
     shared = ("full_determinism", "question_template")
     if TYPE_CHECKING:

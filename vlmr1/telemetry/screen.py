@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from tqdm import tqdm
@@ -59,7 +60,7 @@ class NotebookLine(tqdm):
     """Shown in the output of a cell, below the permanent lines `above` it."""
 
     def __init__(self, **options: Any):
-        from IPython.display import display
+        from IPython.display import display  # type: ignore[reportMissingImports]
 
         self.above: list[str] = []
         self.output: Any = display({"text/plain": ""}, raw=True, display_id=True)
@@ -86,7 +87,7 @@ class TerminalLine(tqdm):
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         self.drawn, self.ncols = True, columns(self.fp)
-        return super().display(msg, pos)
+        return bool(super().display(msg, pos))
 
     def clear(self, nolock: bool = False) -> None:
         if self.drawn:
@@ -109,6 +110,10 @@ class ClearedStream:
     def write(self, text: str) -> int:
         self._line.clear()
         return self._stream.write(text)
+
+    def writelines(self, texts: Iterable[str]) -> None:
+        for text in texts:
+            self.write(text)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

@@ -96,8 +96,8 @@ def training_files(
 def write(folder: Path, split: Split, count: int, seed: int) -> Path:
     """Write `count` canvases, one question each, as `<split>.jsonl` in VLM-R1's format beside `images/`.
 
-    The solution has the exact box. Two columns are for supervised training: `response` is a completion with a hasty
-    annotator's box, `exact_response` one with the exact box."""
+    The solution has the exact box. Two columns are for supervised training: `response` is a completion with a
+    sloppy box, `exact_response` one with the exact box."""
     images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
     rng, annotator = (np.random.default_rng([seed, split == "held_out", *more]) for more in ([], [1]))

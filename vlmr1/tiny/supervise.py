@@ -1,7 +1,7 @@
-"""Supervised training of the shipped checkpoint: `python -m vlmr1.tiny.supervise --out FOLDER`, 45 minutes on one core.
+"""Supervised training of the shipped checkpoint: `python -m vlmr1.tiny.supervise --out FOLDER`.
 
-Two stages from random weights: labels of careful annotators (jittered edges), which teach the task, and then 300 steps
-on labels of hasty ones (`texts.py`), which leave GRPO something to recover. The seeds of the shipped checkpoint are 0
+Two stages from random weights: labels with jittered edges, which teach the task, and then 300 steps on sloppy labels
+(`texts.py`), which leave GRPO something to recover. The seeds of the shipped checkpoint are 0
 and 3.
 """
 

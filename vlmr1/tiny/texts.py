@@ -15,7 +15,7 @@ from vlmr1.data.templates import REC_QUESTION
 STEP = 14  # px; all coordinates are multiples of it
 QUESTION = "Locate the digit {label}."
 JITTER = {-1: 0.25, 0: 0.5, 1: 0.25}  # in steps: the errors of every edge in the first stage of supervision
-STYLES = {"loose": 0.65, "cut": 0.10, "exact": 0.25}  # of hasty annotators, one a box
+STYLES = {"loose": 0.65, "cut": 0.10, "exact": 0.25}  # of sloppy labels, one a box
 
 ROWS = ("upper", "middle", "lower")
 COLUMNS = ("left", "center", "right")

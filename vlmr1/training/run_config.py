@@ -146,11 +146,15 @@ class RunConfig(TrainerSettings, DataSettings, ParameterSettings, TrainingArgume
     save_steps: float = 100
     remove_unused_columns: bool | None = False
 
-    given: ClassVar[frozenset[str]] = frozenset()  # names of the settings that the constructor was given
+    # Settings that the constructor was given; from a parser that gives all of them, those that are no defaults.
+    given: ClassVar[frozenset[str]] = frozenset()
 
     def __new__(cls, *args: Any, **given: Any) -> Any:
         made = super().__new__(cls)
-        made.given = frozenset(given)  # type: ignore[misc]
+        defaults = {each.name: each.default for each in fields(cls) if each.init}
+        every = defaults.keys() <= given.keys()
+        named = (name for name, value in given.items() if not every or value != defaults.get(name))
+        made.given = frozenset(named)  # type: ignore[misc]
         return made
 
     def __post_init__(self):

@@ -21,7 +21,7 @@ def architecture(device: torch.device) -> int:
     """Return ten times the compute capability of the current device; 0 for other makes and in the interpreter."""
     if device.type == "cpu":
         return 0
-    target = triton.runtime.driver.active.get_current_target()
+    target: Any = triton.runtime.driver.active.get_current_target()
     return target.arch if target.backend == "cuda" else 0
 
 

@@ -36,6 +36,7 @@ def test_a_parser_of_trl_takes_the_settings_beside_its_own() -> None:
     parser = trl.TrlParser((GRPOScriptArguments, vlmr1.GRPOConfig, trl.ModelConfig))
     script, args, model = parser.parse_args_and_config(words.split())
     assert (script.dataset_name, args.beta, model.lora_r) == ("rows", 0.1, 8)
+    assert "beta" in args.given and "logging_steps" not in args.given  # although the parser passes every field
 
 
 def test_names_of_other_places_exist() -> None:

@@ -33,7 +33,7 @@ def run(output: Path, model: Path, launcher: list[str] | None = None, **settings
 
 
 def logged(checkpoint: Path) -> list[dict[str, float]]:
-    """What of the log of a run was not measured."""
+    """Values in the log of a run that were not measured."""
     history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
     measured = ("memory", "step_time", "rollout/", "_per_")
     return [{k: v for k, v in line.items() if not any(word in k for word in measured)} for line in computed(history)]

@@ -98,3 +98,10 @@ def test_two_quantizations_are_refused(tmp_path: Path) -> None:
     given = dict(peft_config=LORA, quantization_config=asked)
     with pytest.raises(SettingError, match="give it in one place"):
         trainer_of(CHECKPOINT, tmp_path, given, model_init_kwargs=dict(quantization_config=asked))
+
+
+def test_an_adapter_is_not_merged_into_4_bit_weights(tmp_path: Path) -> None:
+    given = dict(model=str(CHECKPOINT), peft_config=LORA, quantization_config=BitsAndBytesConfig(**NF4))
+    settings: dict[str, Any] = dict(lora_merge_rollout=True, model_init_kwargs={"dtype": "bfloat16"})
+    with pytest.raises(SettingError, match=r"^lora_merge_rollout cannot be used with load_in_4bit"):
+        trainer_of(CHECKPOINT, tmp_path, given, **settings)

@@ -40,6 +40,11 @@ CASES: dict[str, dict[str, Any]] = {  # settings of both trainers; `moved`: of t
     "not_scaled": dict(scale_rewards=False),
     "apart": dict(multi_objective_aggregation="normalize_then_sum"),
     "weights": dict(reward_weights=[1.0, 0.3]),
+    "several_packs": dict(tokens_per_pack=1, num_iterations=2, moved=3e-3),
+    "several_packs_bnpo": dict(loss_type="bnpo", tokens_per_pack=1, num_iterations=2, moved=3e-3),
+    "several_packs_dr_grpo": dict(loss_type="dr_grpo", tokens_per_pack=1, beta=0.04, num_iterations=2, moved=3e-3),
+    "several_packs_truncated": dict(mask_truncated_completions=True, max_completion_length=4, tokens_per_pack=1),
+    "entropy_bnpo": dict(loss_type="bnpo", entropy_coef=0.1),
 }
 
 
@@ -124,9 +129,10 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("case", mostly_slow(CASES, "defaults", "reference", "sequence", "cispo", "batch"))
 def test_loss_and_gradient_are_those_of_trl(case: dict[str, Any], tmp_path: Path) -> None:
-    settings, moved = {name: value for name, value in case.items() if name != "moved"}, case.get("moved", 0.0)
+    own = {name: case[name] for name in case if name == "tokens_per_pack"}  # settings that TRL does not have
+    settings, moved = {name: case[name] for name in case if name not in ("moved", *own)}, case.get("moved", 0.0)
     folder = build("qwen2_5_vl", tmp_path / "model")
     loss, expected, batch = theirs(trainer(trl, folder, tmp_path / "theirs", settings), moved)
-    found, own = ours(trainer(vlmr1, folder, tmp_path / "ours", settings), batch, moved)
+    found, gradients = ours(trainer(vlmr1, folder, tmp_path / "ours", settings | own), batch, moved)
     assert found == pytest.approx(loss, abs=1e-6)
-    assert_same(expected, own)
+    assert_same(expected, gradients)

@@ -264,6 +264,14 @@ def test_dropout_of_model_and_adapter_can_be_switched_off(tiny: Path, tmp_path: 
     assert dropouts and set(dropouts) == {0.0}
 
 
+def test_an_adapter_of_peft_config_is_merged_for_rollouts(tiny: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    with pytest.raises(SettingError, match=r"^lora_merge_rollout needs use_peft .in Python peft_config"):
+        trainer_of(tiny, tmp_path, lora_merge_rollout=True)
+    given = dict(peft_config=peft.LoraConfig(**LORA | {"lora_dropout": 0.0}))
+    assert trainer_of(tiny, tmp_path, given, lora_merge_rollout=True).args.lora_merge_rollout
+
+
 def test_the_reference_of_a_given_adapter_is_the_adapter_as_given(tiny: Path, tmp_path: Path) -> None:
     """So that the KL begins at 0, although the adapter has changed the model."""
     peft = pytest.importorskip("peft")
@@ -277,6 +285,24 @@ def test_the_reference_of_a_given_adapter_is_the_adapter_as_given(tiny: Path, tm
     assert first["kl"] == pytest.approx(0, abs=1e-6) and second["kl"] > 1e-4
 
 
+def test_an_evaluation_does_not_keep_the_images_of_all_rows(tiny: Path, tmp_path: Path) -> None:
+    settings = dict(freeze_vision=True, beta=0.1, per_device_eval_batch_size=4, tokens_per_pack=64)
+    trainer = trainer_of(tiny, tmp_path, dict(eval_dataset=rows(6)), **settings)
+    kept, score, loss = [], trainer.score, trainer.policy.loss
+
+    def watched(made: Any) -> Any:
+        def call(*given: Any) -> Any:
+            found = made(*given)
+            kept.append(len(trainer.features.kept))
+            return found
+
+        return call
+
+    trainer.score, trainer.policy.loss = watched(score), watched(loss)
+    assert "eval_loss" in trainer.evaluate()
+    assert len(kept) > 3 and 0 < max(kept) <= 2
+
+
 def test_a_step_is_shown_once(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By our line, and not by the library's."""
     trainer_of(tiny, tmp_path, disable_tqdm=False).train()
@@ -284,7 +310,7 @@ def test_a_step_is_shown_once(tiny: Path, tmp_path: Path, capsys: pytest.Capture
 
 
 def test_a_run_of_fewer_updates_than_logging_steps_has_a_report(tiny: Path, tmp_path: Path) -> None:
-    """Of the metrics that are logged at its end."""
+    """The report has the metrics that are logged at the end."""
     trainer = trainer_of(tiny, tmp_path, logging_steps=10)
     trainer.train()
     assert [row["step"] for row in read_metrics(tmp_path)] == [2] and trainer.report() == tmp_path / "training.html"

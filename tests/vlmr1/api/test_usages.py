@@ -115,7 +115,7 @@ def test_several_sets_for_evaluation_and_a_stream(kit: Kit) -> None:
     assert [line["step"] for line in trainer.state.log_history if "eval_two_loss" in line] == [1, 2]
     streamed = kit.trainer(given=dict(eval_dataset=rows_of(count=4).to_iterable_dataset()), **EVALUATED)
     assert {"eval_reward", "eval_entropy", "eval_num_tokens"} <= streamed.evaluate().keys()
-    found = streamed.predict(rows_of(count=4)).metrics
+    found = streamed.predict(rows_of(count=4).to_iterable_dataset()).metrics
     assert "test_loss" in found and not any("test_loss" in line for line in streamed.state.log_history)
 
 
@@ -181,7 +181,7 @@ def test_none_is_no_limit(kit: Kit) -> None:
 
 
 def test_settings_of_trl_are_no_settings_of_ours(kit: Kit) -> None:
-    """Of a script of which one import was forgotten."""
+    """A script of which one import was forgotten is refused."""
     trl = pytest.importorskip("trl")
     args = trl.GRPOConfig(str(kit.output), use_cpu=True, bf16=False)
     with refused("args is a trl GRPOConfig: import GRPOConfig from vlmr1 too"):

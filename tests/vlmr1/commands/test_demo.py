@@ -24,7 +24,7 @@ def answer(x2: int, thought: str = THOUGHT) -> str:
 
 
 def evaluation(greedy: list[str], sampled: list[str]) -> Evaluation:
-    """Of rows whose true box is 10 by 10 px; two draws a row."""
+    """The evaluation of rows whose true box is 10 by 10 px; two draws a row."""
     true = answer(10, "")
     drawn = score_rec(sampled, [true] * len(sampled))
     return Evaluation(score_rec(greedy, [true] * len(greedy)), greedy, drawn, tuple(sampled))

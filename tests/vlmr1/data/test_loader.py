@@ -14,7 +14,7 @@ from tests.helpers import digit_runs
 from vlmr1.cli import main
 from vlmr1.config import GRPOConfig
 from vlmr1.data.faults import RowFault
-from vlmr1.data.loader import PickledBatch, prompt_loader, unpacked
+from vlmr1.data.loader import PickledBatch, batch_loader, unpacked
 from vlmr1.data.samples import load_samples
 from vlmr1.grpo.trainer import GRPOTrainer
 from vlmr1.tiny import digits
@@ -57,7 +57,7 @@ def test_memory_is_pinned_where_there_is_a_device_for_it(asked, accelerator, dat
     """Without one torch would warn."""
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator)
     args = GRPOConfig(output_dir=str(data / "out"), dataloader_pin_memory=asked)
-    loader = prompt_loader([], BatchSampler([], 1, False), args, Accelerator(cpu=True))
+    loader = batch_loader([], BatchSampler([], 1, False), args, Accelerator(cpu=True))
     assert loader.pin_memory == (asked and accelerator)
 
 

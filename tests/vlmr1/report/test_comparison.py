@@ -45,7 +45,7 @@ def runs(tmp_path: Path) -> list[Path]:
 
 
 def test_intervals_against_hand_and_scipy():
-    """Of 1, 2 and 6: mean 3, s^2 = (4 + 1 + 9) / 2 = 7, half = 4.302653 * sqrt(7 / 3) = 6.572411."""
+    """For 1, 2 and 6: mean 3, s^2 = (4 + 1 + 9) / 2 = 7, half = 4.302653 * sqrt(7 / 3) = 6.572411."""
     found = estimate([1.0, 2.0, 6.0])
     assert (found.mean, found.low, found.high) == pytest.approx((3.0, 3 - 6.572411, 3 + 6.572411), abs=1e-5)
     assert math.isnan(estimate([1.0]).low) and estimate([1.0]).mean == 1.0
@@ -141,6 +141,8 @@ def test_the_curves(runs, monkeypatch):
 REFUSED = {
     "no runs": (["a0", "none", "empty"], ["none has no metrics.jsonl with a step", "empty has no metrics.jsonl"]),
     "a broken log": (["a0", "broken"], ["broken/metrics.jsonl:2: not a line of a log"]),
+    "no finite value": (["nan", "nan", "step"], ["no metric of these runs has a finite value"]),
+    "lines without a step": (["a0", "nosteps"], ["nosteps has no metrics.jsonl with a step"]),
     "no place for the page": (["a0", "b0", "--output", "no/page.html"], ["page.html cannot be written to"]),
     "one run, no place for the page": (["a0", "--output", "no/page.html"], ["page.html cannot be written to"]),
 }
@@ -152,6 +154,9 @@ def test_what_cannot_be_compared_is_one_message(words, expected, runs, tmp_path,
     (tmp_path / "empty").mkdir()
     write(tmp_path / "broken", [1.0])
     (tmp_path / "broken/metrics.jsonl").write_text('{"step": 1, "reward": 1.0}\n{"step": 2,\n')
+    for name, line in (("nan", '{"step": 1, "grad_norm": NaN}'), ("step", '{"step": 1}'), ("nosteps", '{"loss": 1.0}')):
+        write(tmp_path / name, [])
+        (tmp_path / name / "metrics.jsonl").write_text(line + "\n")
     assert main(["report", *words]) == 2
     message = capsys.readouterr().err
     assert message.count("vlmr1: ") == 1 and all(each in message for each in expected)

@@ -1,4 +1,4 @@
-"""What a person sees of a run: lines of metrics, and the progress line."""
+"""Output of a run: lines of metrics, and the progress line."""
 
 import re
 from types import SimpleNamespace

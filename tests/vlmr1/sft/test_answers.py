@@ -88,7 +88,7 @@ def test_tokens_of_answers(model, processor, image_files, tmp_path):
     assert len(cut.token_ids) == len(short.token_ids) and cut.finish_reason == "length"
     assert cut.token_ids.tolist() == group.completions[1].token_ids[: len(cut.token_ids)].tolist()
     trainer = trainer_of(model, processor, tmp_path, rows, max_length=len(group.prompt.input_ids))
-    with pytest.raises(DataError, match=r"^rows.jsonl:1: the prompt has .* tokens, and max_length is"):
+    with pytest.raises(DataError, match=r"^rows.jsonl:1: the prompt has .* max_length is .*overlong_prompts=filter"):
         trainer.train_dataset[0]
 
 

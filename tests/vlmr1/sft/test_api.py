@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import TrainerCallback, TrainingArguments
 
 import vlmr1
 from tests.helpers.api import rows, tiny
@@ -55,6 +56,20 @@ def test_arguments_that_are_refused(name, tiny, tmp_path):
         trainer_of(tiny, tmp_path, {name: object()})
 
 
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "model": ({"model": None}, "^model is a NoneType: give"),
+    "args": ({"args": TrainingArguments("out", use_cpu=True)}, "TrainingArguments: import SFTConfig from vlmr1 too$"),
+    "callbacks": ({"callbacks": TrainerCallback()}, "^callbacks is a TrainerCallback: give a list$"),
+    "optimizers": ({"optimizers": None}, "^optimizers must be a pair"),
+}
+
+
+@pytest.mark.parametrize(("given", "words"), WRONG.values(), ids=WRONG.keys())
+def test_arguments_of_another_type(given, words, tiny, tmp_path):
+    with pytest.raises(SettingError, match=words):
+        vlmr1.SFTTrainer(**{"model": str(tiny), "args": vlmr1.SFTConfig(**settings(tmp_path))} | given)
+
+
 CHAT = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Here."}]
 ROWS: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str | None]] = {
     "messages": ([{"messages": CHAT}], {"assistant_only_loss": True}, None),
@@ -73,7 +88,9 @@ def test_rows(given, more, words, tiny, tmp_path):
         with pytest.raises(UserError, match=words):
             trainer_of(tiny, tmp_path, {"train_dataset": given}, **more)
         return
-    assert trainer_of(tiny, tmp_path, {"train_dataset": given}, **more).train_dataset[0].completions[0].text == "Here."
+    trainer = trainer_of(tiny, tmp_path, {"train_dataset": given}, **more)
+    assert trainer.train_dataset[0].completions[0].text == "Here."
+    assert trainer.processing_class is trainer.processor
 
 
 @pytest.mark.slow

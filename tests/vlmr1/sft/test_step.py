@@ -60,7 +60,17 @@ def test_the_loss_of_an_evaluation(rows, model, processor, tmp_path):
     values = evaluate_loss(trainer, rows)
     assert values is not None and values["eval/loss"] == pytest.approx(loss, rel=1e-5)
     assert values["eval/mean_token_accuracy"] == pytest.approx(metrics["mean_token_accuracy"], rel=1e-5)
+
+
+def test_an_evaluation_keeps_the_images_of_one_batch(rows, model, processor, tmp_path):
+    trainer = trainer_of(model, processor, tmp_path, rows, prompts_per_device=1, freeze_vision=True)
+    kept, features = [], trainer.features
+    assert features is not None
+    values = evaluate_loss(trainer, rows, lambda: kept.append(len(features.kept)))  # type: ignore[reportArgumentType]
+    assert values is not None and kept == [0] * len(rows) and not features.kept
+    trainer.model.train()
     assert evaluate_loss(trainer, rows, lambda: True) is None
+    assert trainer.model.training
 
 
 def test_an_update_of_an_adapter(rows, model, processor, tmp_path):

@@ -182,8 +182,8 @@ def test_written_rows_come_back(tmp_path, monkeypatch):
         assert solution_box(sample.solution) == tuple(answer["bbox_2d"]) == canvas.boxes[which]
         exact = completion_text(canvas, which, canvas.boxes[which])
         assert sample.columns["exact_response"] == exact
-        hasty = solution_box(sample.columns["response"])
-        moved = [abs(new - old) for new, old in zip(hasty, canvas.boxes[which], strict=True)]
+        labelled = solution_box(sample.columns["response"])
+        moved = [abs(new - old) for new, old in zip(labelled, canvas.boxes[which], strict=True)]
         assert set(moved) <= {0, 14} and sample.columns["response"].split("[")[0] == exact.split("[")[0]
         text = prompt_text(canvas.labels[which])
         assert sample.messages == [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
