@@ -147,4 +147,5 @@ CHUNK_ROWS: dict[str, tuple[int, int, torch.dtype, float | None, int]] = {
 
 @pytest.mark.parametrize(("rows", "vocabulary", "dtype", "chunk_mib", "expected"), CHUNK_ROWS.values(), ids=CHUNK_ROWS)
 def test_chunk_rows(rows, vocabulary, dtype, chunk_mib, expected) -> None:
-    assert chunk_rows(rows, torch.empty(vocabulary, 1, dtype=dtype), chunk_mib) == expected
+    hidden, weight = (torch.empty(each, 1, dtype=dtype) for each in (rows, vocabulary))
+    assert chunk_rows(hidden, weight, chunk_mib) == (expected, expected)
