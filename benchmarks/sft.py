@@ -42,7 +42,7 @@ LABELS = {"naive": "vlmr1, nothing shared", "trl": "TRL", "all": "vlmr1"}
 
 @dataclass
 class Bed:
-    """What all arms start from."""
+    """Model, rows and settings that all arms start from."""
 
     folder: Path
     shape: Shape

@@ -212,7 +212,7 @@ def options_of(case: Case) -> dict[str, Any]:
 
 
 def loss_and_gradients(run: Callable[..., Any], inputs: Inputs, case: Case) -> list[Tensor]:
-    """Of `linear_grpo_loss`; gradients are in the dtype of the inputs."""
+    """Results of `linear_grpo_loss`; gradients are in the dtype of the inputs."""
     dtype = inputs["hidden"].dtype
     loss, metrics = run(**inputs, **options_of(case))
     values = gradients(loss, inputs)

@@ -1,4 +1,4 @@
-"""What is refused: settings, and the entries of `tests/golden/refusals.jsonl`, which `test_refusals.py` describes."""
+"""Refusals: settings, and the entries of `tests/golden/refusals.jsonl`, which `test_refusals.py` describes."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What is particular to the native library: its instruction sets, its threads, its memory, and its absence."""
+"""Tests of the native library alone: its instruction sets, its threads, its memory, and its absence."""
 
 import resource
 from collections.abc import Iterator

@@ -21,7 +21,7 @@ NOT_CLIPPED = {"tokens": 1.0} | dict.fromkeys(
 
 @dataclass(frozen=True)
 class Facts:
-    """What the metrics need of some groups, B completions in all."""
+    """Values that the metrics need of some groups, B completions in all."""
 
     rewards: Tensor  # [B, R] float64
     group: Tensor  # [B] number of the group
@@ -88,6 +88,6 @@ def _mean(values: Tensor) -> float:
 
 
 def _std(values: Tensor) -> float:
-    """Of the values that are known; 0 for one alone."""
+    """Return the standard deviation of the values that are known; 0 for one alone."""
     known = values[~values.isnan()]
     return float(known.std()) if len(known) > 1 else 0.0

@@ -1,4 +1,4 @@
-"""What is left of a run that has made all its updates: the model in its output directory, the report, the upload."""
+"""End of a run that has made all its updates: the model in its output directory, the report, the upload."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What determines the ratings of `vlmr1 data rate`, by the settings of a run."""
+"""Settings of a run that determine the ratings of `vlmr1 data rate`."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ PARTS = "completions.rank-*.jsonl"
 
 @dataclass(frozen=True)
 class RowRecord:
-    """What was computed for one row."""
+    """Results of one row."""
 
     row: int  # place in the data that is evaluated
     source: str  # "file:line"

@@ -39,7 +39,7 @@ def make_reward_pool(args: Any) -> RewardPool | None:
 
 
 def make_reward_context() -> RewardContext:
-    """What users' functions may ask of the trainer."""
+    """Values that users' functions may ask of the trainer."""
     return RewardContext()
 
 

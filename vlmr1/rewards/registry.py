@@ -33,7 +33,7 @@ Isolated = Callable[[RewardSettings, str], bool]
 
 @dataclass
 class RewardContext:
-    """What functions with TRL's signature may ask for: `trainer_state`, `log_extra` and `log_metric`."""
+    """Arguments that functions with TRL's signature may ask for: `trainer_state`, `log_extra` and `log_metric`."""
 
     trainer_state: Any = None
     metrics: dict[str, list[float]] = field(default_factory=dict)

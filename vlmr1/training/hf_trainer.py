@@ -165,7 +165,7 @@ class HFTrainer(Trainer):
         return True
 
     def _load_best_model(self) -> None:
-        """What the library calls at the end of a run with `load_best_model_at_end`; it knows no staged checkpoints."""
+        """Called by the library at the end of a run with `load_best_model_at_end`; it knows no staged checkpoints."""
         load_weights(self.model, str(self.state.best_model_checkpoint), adapter=self.args.use_peft)
 
     def _finalize_training(self, *args: Any, **options: Any) -> Any:

@@ -108,7 +108,7 @@ def test_weights_are_links_and_other_files_copies(runs, data, tmp_path, monkeypa
 
 @pytest.mark.slow
 def test_a_finished_folder_is_left_alone_or_completed(runs, data, tmp_path, capsys):
-    """The same command again; a file that is missing; another form of the model, which takes the place of the first."""
+    """Run the command again; a file that is missing; another form of the model, which takes the place of the first."""
     shutil.copytree(runs["lora"], tmp_path, dirs_exist_ok=True)
     (tmp_path / "README.md").write_text("mine")
     before = {path: path.stat() for path in tmp_path.rglob("*") if path.name != "settings.json"}
@@ -127,7 +127,7 @@ def test_a_finished_folder_is_left_alone_or_completed(runs, data, tmp_path, caps
 
 @pytest.mark.slow
 def test_a_new_run_in_the_folder_replaces_it(runs, data, tmp_path):
-    """Of the same step, after the checkpoints were removed by hand."""
+    """Models of one step, after the checkpoints were removed by hand."""
     shutil.copytree(runs["full"], tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / LAST)
     assert main(run(data, tmp_path, "--learning_rate", "3e-3")) == 0
