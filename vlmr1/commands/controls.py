@@ -69,7 +69,7 @@ def provenance() -> dict[str, str]:
     name = next((line.partition(": ")[2] for line in cpu.splitlines() if line.startswith("model name")), "")
     return {
         "commit": commit,
-        "machine": f"{name or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "machine": f"{name or platform.machine()}, threads {torch.get_num_threads()}, torch {torch.__version__}",
     }
 
 
