@@ -118,7 +118,7 @@ def head_logprobs(hidden: Tensor, weight: Tensor) -> Tensor:
 
 def chunks_of(hidden: Tensor, weight: Tensor) -> tuple[int, int]:
     """Numbers of rows that are projected and that are consumed at once on a GPU."""
-    needs = {"device": torch.device("cuda"), "requires_grad": weight.requires_grad}
-    on_gpu: Any = [SimpleNamespace(shape=each.shape, dtype=each.dtype, **needs) for each in (hidden, weight)]
-    chunk, block = chunk_rows(*on_gpu, None)
+    needs: Any = {"device": torch.device("cuda"), "requires_grad": weight.requires_grad}
+    rows, columns = (SimpleNamespace(shape=each.shape, dtype=each.dtype, **needs) for each in (hidden, weight))
+    chunk, block = chunk_rows(rows, columns, None)  # type: ignore[reportArgumentType]
     return min(len(hidden), chunk), min(len(hidden), block)
