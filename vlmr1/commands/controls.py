@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,11 +13,12 @@ from typing import Any
 import torch
 
 from vlmr1.commands.arguments import make_config, parse_config, read_settings
-from vlmr1.commands.held_out import changes, held_out, measure
+from vlmr1.commands.held_out import changes, checkpoint_of, held_out, measure
 from vlmr1.commands.sft import sft
 from vlmr1.commands.train import train
 from vlmr1.config import GRPOConfig, SFTConfig
-from vlmr1.lifecycle.checkpoint import last_complete, replace_text, sha256_of_file
+from vlmr1.lifecycle.checkpoint import replace_text, sha256_of_file
+from vlmr1.lifecycle.disk import check_output_dir
 from vlmr1.tiny import CHECKPOINT, DIGITS
 
 CONTROLS = CHECKPOINT.with_name("controls.json")
@@ -35,6 +37,8 @@ def run_controls(seed: int, output_dir: Path, words: Sequence[str] = ()) -> None
     `words` are further settings of all arms."""
     common = ["--seed", str(seed), "--data_file_paths", DIGITS, *words]
     config = parse_config([*common, "--output_dir", str(output_dir)], recipe="tiny-digits")
+    for folder in (output_dir, CONTROLS.parent):
+        check_output_dir(folder)
     samples = held_out(config, output_dir)
     before = measure(config, str(config.model_name_or_path), samples)
     found = {}
@@ -44,7 +48,7 @@ def run_controls(seed: int, output_dir: Path, words: Sequence[str] = ()) -> None
         work: Any
         kind, work = (SFTConfig, sft) if recipe.endswith(SFTConfig.recipe_suffix) else (GRPOConfig, train)
         work(make_config(*read_settings(given, recipe=recipe, kind=kind), kind=kind))
-        after = measure(config, str(last_complete(folder)), samples)
+        after = measure(config, checkpoint_of(folder), samples)
         found[name] = {
             metric: {"value": float(after.rows[metric].mean()), "change": [change.value, change.low, change.high]}
             for metric, change in changes(before, after).items()
@@ -64,7 +68,8 @@ def run_controls(seed: int, output_dir: Path, words: Sequence[str] = ()) -> None
 def provenance() -> dict[str, str]:
     """Return what made the file: the commit, the machine and the library."""
     git = ["git", "-C", str(CONTROLS.parent), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    known = shutil.which("git") is not None
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() if known else ""
     cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     name = next((line.partition(": ")[2] for line in cpu.splitlines() if line.startswith("model name")), "")
     return {

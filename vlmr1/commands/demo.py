@@ -9,11 +9,10 @@ from pathlib import Path
 
 from vlmr1.commands.arguments import parse_config
 from vlmr1.commands.controls import CONTROLS, read_controls, run_controls
-from vlmr1.commands.held_out import changes, held_out, measure
+from vlmr1.commands.held_out import changes, checkpoint_of, held_out, measure
 from vlmr1.commands.train import train
 from vlmr1.evaluation.bootstrap import Metric
 from vlmr1.evaluation.evaluate import Evaluation
-from vlmr1.lifecycle.checkpoint import last_complete
 from vlmr1.lifecycle.disk import check_output_dir
 from vlmr1.report.curves import reward_curve
 from vlmr1.report.demo import Example, write_report
@@ -59,11 +58,8 @@ def demo(seed: int, output_dir: Path, words: Sequence[str] = ()) -> None:
     print(f"before: {scores_line(before)}, {len(samples)} held-out images", flush=True)
     with phases("train"):
         train(config)
-    checkpoint = last_complete(output_dir)
-    if checkpoint is None:
-        raise RuntimeError(f"the run ended without a checkpoint in {output_dir}")
     with phases("evaluate"):
-        after = measure(config, str(checkpoint), samples)
+        after = measure(config, checkpoint_of(output_dir), samples)
     with phases("report"):
         history = read_metrics(output_dir)
         controls, note = read_controls(seed) if config.model_name_or_path == TINY else ({}, "")

@@ -9,6 +9,7 @@ from vlmr1.config import GRPOConfig
 from vlmr1.data.samples import load_samples
 from vlmr1.evaluation.bootstrap import Metric, ratio
 from vlmr1.evaluation.evaluate import Evaluation, evaluate
+from vlmr1.lifecycle.checkpoint import last_complete
 from vlmr1.models import load_model, load_processor
 from vlmr1.rewards.question import Question
 from vlmr1.tiny import digits, model_path
@@ -34,6 +35,14 @@ def measure(config: GRPOConfig, name: str, samples: Sequence[Sample]) -> Evaluat
     return evaluate(
         model, processor, samples, max_completion_length=length, batch_size=AT_ONCE, draws=DRAWS, seed=config.seed
     )
+
+
+def checkpoint_of(output_dir: Path) -> str:
+    """Return the last checkpoint of a run that has ended."""
+    checkpoint = last_complete(output_dir)
+    if checkpoint is None:
+        raise RuntimeError(f"the run ended without a checkpoint in {output_dir}")
+    return str(checkpoint)
 
 
 def changes(before: Evaluation, after: Evaluation) -> Mapping[str, Metric]:
