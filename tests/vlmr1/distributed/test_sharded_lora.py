@@ -27,10 +27,11 @@ from tests.helpers.two_ranks import (
     run_alone,
 )
 from vlmr1.distributed.launch import LAUNCHES
-from vlmr1.grpo import policy, reference, trainer
+from vlmr1.grpo import pack_trainer, policy, reference
 from vlmr1.models import load_model
 
 LORA = {"use_peft": "true", "lora_r": 4, "lora_alpha": 8, "learning_rate": 1e-3, "beta": 0.04}
+LORA |= {"adam_epsilon": 1e-5}  # what is only rounding moves no weight
 SETTINGS = {
     "tower": {"lora_vision": "true", "gradient_checkpointing": "true"},
     "copy": {"reference": "copy", "lora_modules_to_save": "visual.merger"},
@@ -70,6 +71,7 @@ def test_lora_on_two_ranks(engine, folder, alone, tmp_path):
     assert exported.keys() == resumed.keys()
     assert all(torch.equal(value, resumed[name]) for name, value in exported.items())
     assert_close(exported, adapter_of(single))
+    assert_moved(exported, adapter_of(single))
     base, adapter = load_model(ROOT / "vlmr1/tiny/checkpoint"), str(tmp_path / "run" / "checkpoint-4")
     read = PeftModel.from_pretrained(base, adapter).state_dict()
     for name, value in exported.items():
@@ -92,7 +94,7 @@ def eager(tmp_path: Path) -> dict[str, str]:
 def test_settings_of_lora_where_parameters_are_sharded(engine, name, folder, alone, eager, tmp_path):
     """An adapter in the tower, which a rank without an image calls too; merged for rollouts; with a module that is
     trained whole, and another model as the reference."""
-    more = LORA | SETTINGS[name] | {"adam_epsilon": 1e-5}  # what is only rounding moves no weight
+    more = LORA | SETTINGS[name]
     if name == "merged":
         more |= {"eval_data_file_paths": folder / "data.jsonl", "eval_image_folders": folder}
     expected = alone(**more)
@@ -136,7 +138,7 @@ class CountingFetches:
             return call
 
         Coordinator.fetch_sub_module = fetch_counted
-        reference.call, trainer.call = named("reference"), named("policy")
+        reference.call, pack_trainer.call = named("reference"), named("policy")
 
 
 @pytest.mark.slow
