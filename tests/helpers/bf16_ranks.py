@@ -17,12 +17,12 @@ from torch.utils._pytree import tree_leaves
 
 from tests.helpers.forced import Tokens, repeating
 from vlmr1.commands import train as run
-from vlmr1.grpo import pack_trainer, policy, reference
+from vlmr1.grpo import pack_trainer, policy, reference, trainer
 from vlmr1.rollout import scheduler
 from vlmr1.training import parallel
 
 SUMS = ("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor", "reduce_scatter_single")
-NAMES = {reference: "reference", pack_trainer: "policy"}
+NAMES = {reference: "reference", pack_trainer: "policy", trainer: "policy"}
 
 
 @dataclass

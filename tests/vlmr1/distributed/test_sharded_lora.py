@@ -27,7 +27,7 @@ from tests.helpers.two_ranks import (
     run_alone,
 )
 from vlmr1.distributed.launch import LAUNCHES
-from vlmr1.grpo import pack_trainer, policy, reference
+from vlmr1.grpo import pack_trainer, policy, reference, trainer
 from vlmr1.models import load_model
 
 LORA = {"use_peft": "true", "lora_r": 4, "lora_alpha": 8, "learning_rate": 1e-3, "beta": 0.04}
@@ -138,7 +138,8 @@ class CountingFetches:
             return call
 
         Coordinator.fetch_sub_module = fetch_counted
-        reference.call, pack_trainer.call = named("reference"), named("policy")
+        reference.call = named("reference")
+        pack_trainer.call = trainer.call = named("policy")
 
 
 @pytest.mark.slow
