@@ -35,6 +35,7 @@ def widths_of(model: Any) -> Iterator[list[tuple[int, int]]]:
     hook.remove()
 
 
+@pytest.mark.slow
 def test_updates_are_those_of_the_naive_trainer(trl: worker.Server, tmp_path: Path):
     made, _ = arms_of("cpu", {})
     naive = TrainerArm("naive", Bed(tmp_path, SMALL, "cpu", "float32"), settings_of(made, "naive")).figures()

@@ -12,6 +12,7 @@ from tests.helpers.small_bench import SMALL, result, row
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="expects a CPU's shapes")
+@pytest.mark.slow
 def test_arms_agree_and_the_page_quotes_them(tmp_path: Path, monkeypatch, capsys):
     pytest.importorskip("trl")
     monkeypatch.setitem(sft.SHAPES, "tiny", SMALL)

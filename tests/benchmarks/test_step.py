@@ -109,6 +109,7 @@ def test_a_run_keeps_every_sample_and_says_what_runs(tmp_path: Path, capsys: Any
     assert (tmp_path / "run.html").exists() and "| rollout_engine=native alone " in said
 
 
+@pytest.mark.slow
 def test_an_arm_planned_above_the_limit_is_left_out_with_those_that_need_it(fakes: Any, tmp_path: Path, capsys: Any):
     fakes.plans |= {"freeze_vision": 21.0}
     assert run(tmp_path / "run.json") == 0
@@ -129,6 +130,7 @@ def test_arms_that_disagree_are_refused_before_anything_is_timed(fakes: Any, tmp
     assert fakes.arm.calls == [] and not (tmp_path / "run.json").exists()
 
 
+@pytest.mark.slow
 def test_an_arm_that_memory_does_not_hold_is_left_out(fakes: Any, tmp_path: Path):
     fakes.arm.fails = "flat"
     assert run(tmp_path / "run.json") == 0
@@ -139,6 +141,7 @@ def test_an_arm_that_memory_does_not_hold_is_left_out(fakes: Any, tmp_path: Path
 
 # Each arm makes a first step; then naive, all, all, naive.
 @pytest.mark.parametrize(("call", "samples"), [(6, {"naive": 1, "all": 1}), (4, {"naive": 1}), (1, {})])
+@pytest.mark.slow
 def test_a_run_that_is_stopped_keeps_whole_rounds(call: int, samples: Any, fakes: Any, tmp_path: Path):
     fakes.arm.stops_at = call
     assert run(tmp_path / "run.json", "--arms", "all") == 130
@@ -148,6 +151,7 @@ def test_a_run_that_is_stopped_keeps_whole_rounds(call: int, samples: Any, fakes
     assert {name: len(arm["seconds"]) for name, arm in result["arms"].items()} == samples
 
 
+@pytest.mark.slow
 def test_rollouts_and_the_grid(fakes: Any, tmp_path: Path):
     assert run(tmp_path / "rollout.json", "--rollout") == 0
     result = report.read(tmp_path / "rollout.json")
@@ -167,6 +171,7 @@ ANSWERS = {
 PROGRAM = "import sys, json\nfor line in sys.stdin: print(json.dumps({!r}[line.strip()]), flush=True)"
 
 
+@pytest.mark.slow
 def test_peers_alternate_with_our_arms_and_one_that_fails_or_disagrees_is_left_out(monkeypatch: Any, tmp_path: Path):
     programs = {
         "trl": PROGRAM.format(ANSWERS),

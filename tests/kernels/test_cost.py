@@ -99,6 +99,7 @@ LOSSES: dict[str, tuple[tuple[str, ...], GRPOSettings, int, int]] = {
 
 @pytest.mark.parametrize("target", targets("linear_grpo_loss", only=IMPLEMENTATIONS))
 @pytest.mark.parametrize(("trained", "settings", "reference", "triton"), LOSSES.values(), ids=LOSSES.keys())
+@pytest.mark.slow
 def test_linear_grpo_loss(target: Target, trained: Any, settings: GRPOSettings, reference: int, triton: int) -> None:
     run, inputs = target.run(torch.float32), inputs_of(CASE, target, trained)
     inputs["rewards"] = inputs.pop("advantages")

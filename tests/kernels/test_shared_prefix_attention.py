@@ -48,6 +48,7 @@ def test_softcap_and_window(case: str, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("layout", "heads"), CASES.values(), ids=CASES.keys())
 @pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.slow
 def test_error_is_within_budget(target: Target, layout: PrefixLayout, heads: Heads, dtype: torch.dtype) -> None:
     if target.impl == "flash" and heads[2] % 8:
         pytest.skip("flash serves head dimensions that are multiples of 8")

@@ -148,6 +148,7 @@ def check_log_probs(size: float, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
+@pytest.mark.slow
 def test_table_of_many_sequences(loss_type: str) -> None:
     count = 20_000
     lengths = torch.randint(0, 9, (count,))

@@ -12,6 +12,7 @@ OPTIONAL = ("pycocotools", "rapidfuzz", "math_verify", "matplotlib", "jinja2", "
 BOXES = '<answer>[{"bbox_2d": [0, 0, 10, 10], "label": "a"}]</answer>'
 
 
+@pytest.mark.slow
 def test_the_trainer_needs_torch_and_transformers_only():
     code = f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL})); import vlmr1.grpo.trainer, vlmr1.rewards"
     result = python("-c", code)

@@ -213,6 +213,7 @@ HELP += [
 
 
 @pytest.mark.parametrize("words", HELP, ids=" ".join)
+@pytest.mark.slow
 def test_nobody_reads_the_help_to_its_end(words):
     """As in `vlmr1 train --help | head -1`: no traceback, not even at the interpreter's exit."""
     reader, writer = os.pipe()

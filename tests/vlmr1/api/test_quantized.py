@@ -36,6 +36,7 @@ def alternating(completions: list[Any], **_: Any) -> list[float]:
 
 
 @pytest.mark.parametrize(("given", "settings"), HOW.values(), ids=HOW.keys())
+@pytest.mark.slow
 def test_a_model_in_4_bits_is_trained_by_its_adapter(
     given: dict[str, Any], settings: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -49,6 +49,7 @@ class Kill(TrainerCallback):
 
 
 @pytest.mark.parametrize("kind", mostly_slow(["whole", "lora", "stream"], "lora"))
+@pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(kind: str, tiny: Path, tmp_path: Path) -> None:
     """Two updates a generation, of which the checkpoint is in the middle."""
     given: dict[str, Any] = {}
@@ -177,6 +178,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("given", "words"), WRONG.values(), ids=WRONG.keys())
+@pytest.mark.slow
 def test_arguments_that_cannot_be_used(given: dict[str, Any], words: str, tiny: Path, tmp_path: Path) -> None:
     with pytest.raises((SettingError, DataError), match=words):
         trainer_of(tiny, tmp_path, given)

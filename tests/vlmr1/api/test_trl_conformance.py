@@ -38,6 +38,8 @@ from tests.vlmr1.api.suite import (
     weights,
 )
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["kit"]
 
 

@@ -32,6 +32,8 @@ from tests.vlmr1.api.suite import (
 )
 from vlmr1.models.processor import load_processor
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["kit"]
 
 

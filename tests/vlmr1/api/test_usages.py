@@ -15,6 +15,8 @@ from transformers import EarlyStoppingCallback
 
 from tests.vlmr1.api.suite import OURS, Kit, constant, kit, logged, named, picture, recorder, refused, rows_of, trained
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["kit"]
 EVALUATED: dict[str, Any] = dict(eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=4)
 BEST = EVALUATED | dict(metric_for_best_model="eval_reward", load_best_model_at_end=True, save_strategy="steps")

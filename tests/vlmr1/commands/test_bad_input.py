@@ -69,6 +69,7 @@ def test_update_that_is_not_finite_is_skipped_and_counted(tmp_path, model, proce
     assert trainer.skipped == 1
 
 
+@pytest.mark.slow
 def test_run_stops_after_five_in_a_row(tmp_path, model, processor):
     trainer = trainer_of(model, processor, tmp_path, max_steps=20, save_strategy="steps", save_steps=2)
     poison(trainer, set(range(3, 20)))

@@ -85,6 +85,7 @@ def test_a_run_that_goes_on_with_workers_ends_with_the_same_weights(data, tmp_pa
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.slow
 def test_a_fault_of_a_row_is_one_line(workers, data, tmp_path, capsys):
     """The image is cut after it was checked, so to speak: check_images is off."""
     rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]

@@ -43,6 +43,7 @@ STRATEGIES = {  # of b, with 40 rows
 
 
 @pytest.mark.parametrize(("strategy", "expected"), STRATEGIES.items())
+@pytest.mark.slow
 def test_strategies(strategy, expected, files):
     assert taken(files[1:2], [strategy])["b"] == [f"b{i}" for i in expected]
 

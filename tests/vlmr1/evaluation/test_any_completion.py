@@ -56,6 +56,7 @@ def image(tmp_path_factory):
 @example(answer={"bbox_2d": [1, 2, 30, 40], "label": "cat", "score": 10**400}, shell=WRAPPED[1], extent=SIZE)
 @example(answer=[{"bbox_2d": [1, 2, 30, 40], "label": "\ud800"}], shell=WRAPPED[1], extent=SIZE)
 @example(answer=[{"bbox_2d": [-1e308, 0, 1e308, 40], "label": "cat"}], shell=WRAPPED[1], extent=SIZE)
+@pytest.mark.slow
 def test_never_raises(task, image, answer, shell, extent):
     text = shell.format(digits(answer)) if "{}" in shell else shell
     sample = Sample([{"role": "user", "content": []}], (image,), SOLUTIONS[task], "data.jsonl:1", 0, {})

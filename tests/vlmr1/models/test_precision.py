@@ -92,6 +92,7 @@ OFFERED = {
 
 
 @pytest.mark.parametrize("dtype, settings, exact", OFFERED.values(), ids=OFFERED.keys())
+@pytest.mark.slow
 def test_what_is_offered_moves_the_weights(dtype, settings, exact, tmp_path):
     expected = displacement(torch.float32, config_of(tmp_path, optim=exact))
     shares = projected(displacement(dtype, config_of(tmp_path, **settings)), expected)

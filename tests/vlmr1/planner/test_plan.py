@@ -169,6 +169,7 @@ def test_bytes(settings, expected):
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 @pytest.mark.parametrize("family", mostly_slow([*FAMILIES], "qwen2_5_vl", "internvl"))
+@pytest.mark.slow
 def test_every_family_is_planned(family, device):
     """In the rollout keys and values to the byte, in the policy pass a gradient for every trained parameter, and
     activations that grow with the completions."""

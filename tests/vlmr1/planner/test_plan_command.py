@@ -103,6 +103,7 @@ STARTS: dict[str, tuple[list[str], float]] = {
 
 
 @pytest.mark.parametrize(("start", "share"), mostly_slow(STARTS, "half", "LoRA"))
+@pytest.mark.slow
 def test_every_remedy_that_is_printed_is_accepted_and_lowers_the_peak(start, share, planned):
     """Each with those before it, and all of them have the peak that was promised."""
     gpu = max(1, round(planned(*start)[1]["peak"]["bytes"] * share / 2**20))

@@ -43,6 +43,7 @@ def test_the_score_is_the_logit_of_each_conversation_alone(judge: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["empty", "no/such-model", "no template"])
+@pytest.mark.slow
 def test_what_is_no_reward_model_is_refused(what: str, judge: Path, tmp_path: Path) -> None:
     source = what
     if what == "empty":
