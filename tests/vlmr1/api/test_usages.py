@@ -117,6 +117,7 @@ def test_several_sets_for_evaluation_and_a_stream(kit: Kit) -> None:
     assert [line["step"] for line in trainer.state.log_history if "eval_two_loss" in line] == [1, 2]
     streamed = kit.trainer(given=dict(eval_dataset=rows_of(count=4).to_iterable_dataset()), **EVALUATED)
     assert {"eval_reward", "eval_entropy", "eval_num_tokens"} <= streamed.evaluate().keys()
+    assert "own_loss" in streamed.evaluate(rows_of(count=4), metric_key_prefix="own")
     found = streamed.predict(rows_of(count=4).to_iterable_dataset()).metrics
     assert "test_loss" in found and not any("test_loss" in line for line in streamed.state.log_history)
 
