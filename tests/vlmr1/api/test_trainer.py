@@ -14,6 +14,7 @@ from transformers import AutoModelForImageTextToText, TrainerCallback, set_seed
 
 from tests.helpers.api import rows, sums, trainer_of
 from tests.helpers.slow import mostly_slow
+from vlmr1.api import metrics
 from vlmr1.api.rows import samples_of
 from vlmr1.errors import DataError, SettingError
 from vlmr1.models.processor import load_processor
@@ -347,3 +348,8 @@ def test_special_tokens_are_no_part_of_a_completion(tiny: Path, tmp_path: Path) 
     texts = [decode(tokens, ids, frozenset(), skip_special=skip) for skip in (True, False)]
     assert texts == ["Where", "Where<|im_start|>"]
     assert trainer_of(tiny, tmp_path).engine.skip_special_tokens
+
+
+def test_the_deviation_of_rewards_is_that_of_the_known_ones():
+    assert metrics._std(torch.tensor([2.0, torch.nan])) == 0
+    assert metrics._std(torch.tensor([1.0, torch.nan, 3.0])) == pytest.approx(2**0.5)
