@@ -24,7 +24,7 @@ from vlmr1.models.quantization import scales_of
 
 # Causes of an allocation.
 WEIGHTS, GRADIENTS, ACTIVATIONS, VISION = "weights", "gradients", "activations", "vision tower"
-LOGITS, KV = "logits", "kv cache"
+LOGITS, KV, GRAPHS = "logits", "kv cache", "cuda graphs"
 HELD = "held"  # tensors from before the run
 HOST = "host"  # in host memory, which counts for no device
 _DEVICE = torch.ops.prim.device.default

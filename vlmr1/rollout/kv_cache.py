@@ -19,6 +19,12 @@ def num_blocks(tokens: int) -> int:
     return -(-tokens // BLOCK_SIZE)
 
 
+def rounded_up(blocks: int) -> int:
+    """Return the next size of a cache that is kept, at most 1/8 larger: later generations may need a bit more."""
+    step = 1 << max(0, blocks.bit_length() - 4)
+    return -(-blocks // step) * step
+
+
 class BlockAllocator:
     """Free list of a KV cache. Runs are allocated from its start, single blocks from its end."""
 
@@ -59,6 +65,10 @@ class KVCache:
         # Untouched CPU memory is never committed, and attention reads no row beyond a sequence's length.
         self.data = torch.empty(shape, device=device, dtype=dtype)
         self.allocator = BlockAllocator(blocks)
+
+    def free_all(self) -> None:
+        """Free all blocks, whose contents no sequence reads any more."""
+        self.allocator = BlockAllocator(self.allocator.count)
 
     @property
     def scratch_block(self) -> int:

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vlmr1.models.features import encode, unique_images
+from vlmr1.rollout.decode_state import DecodeState
 from vlmr1.rollout.engine import Request, RolloutEngine, SampledCompletion, StopCriteria
-from vlmr1.rollout.graphs import DecodeGraph, Step, StepOutput, capture_size
-from vlmr1.rollout.kv_cache import BLOCK_SIZE, KVCache, num_blocks, prefill_attention
+from vlmr1.rollout.graphs import Capacity, DecodeGraph, GraphKey, Step, StepOutput, capture_size
+from vlmr1.rollout.kv_cache import BLOCK_SIZE, num_blocks, prefill_attention
 from vlmr1.rollout.sampling import sample_tokens, uniform
 from vlmr1.rollout.sequences import Batch, RunningGroup, RunningSequence, seen_tokens
 from vlmr1.types import Prompt
@@ -33,26 +36,38 @@ class Scheduler:
     """Decodes the completions of a request that `done` lacks, within one KV cache, and adds them to `done`."""
 
     def __init__(
-        self, engine: RolloutEngine, request: Request, cache: KVCache, done: Completions, *, graphs: bool = False
+        self, engine: RolloutEngine, request: Request, state: DecodeState, done: Completions, *, graphs: bool = False
     ):
-        self.engine, self.request, self.cache, self.done = engine, request, cache, done
+        self.engine, self.request, self.state, self.done = engine, request, state, done
+        self.cache = state.cache
         self.model, self.family, self.stats = engine.model, engine.family, engine.stats
         self.settings = request.settings
-        self.suppressed_ids = engine.suppressed_ids()
+        self.suppressed_ids = state.suppressed_ids
         self.stop_criteria = StopCriteria(engine.stop_ids(), engine.tokenizer, request.settings.stop)
         generations = range(request.num_generations)
         groups = range(len(request.prompts))
         self.waiting = deque(p for p in groups if any((p, g) not in done for g in generations))
         self.running: list[RunningSequence] = []
         self.batch: Batch | None = None  # of the running sequences; None after they have changed
+        self.graph: DecodeGraph | None = None  # that runs the batch
         self.with_graphs = graphs
-        self.graphs: dict[int, DecodeGraph] = {}  # by rows
         self.head = self.family.head(self.model)
         self.vocabulary = len(self.head.weight)
         dtype = engine.dtype or self.head.weight.dtype
         # The policy computes float32 logits from half-precision operands; a half-precision head would round them.
-        self.half_weight = gemm_operand(self.head.weight.to(dtype)) if dtype.itemsize < 4 else None
+        self.half_weight = state.head_weight(self.head.weight, dtype)
         self.half = dtype
+        settings, prompts = request.settings, request.prompts
+        seen = None if settings.repetition_penalty == 1 else self.vocabulary
+        sampling = replace(settings, max_completion_length=0, seed=0, stop=())  # these are read on the host alone
+        self.graph_key = GraphKey(sampling, len(prompts[0].positions), seen, engine.dtype)
+        self.limit = Capacity(
+            rows=len(prompts) * request.num_generations,
+            groups=len(prompts),
+            columns=max(1, num_blocks(settings.max_completion_length)),
+            max_group=request.num_generations,
+            max_prefix=max(len(prompt.input_ids) for prompt in prompts),
+        )
 
     def run(self) -> None:
         """Decode until no group is waiting or running."""
@@ -209,36 +224,40 @@ class Scheduler:
 
     def batch_and_step(self) -> tuple[Batch, Step]:
         """Return the batch of the running sequences and its step function, a CUDA graph if enabled."""
-        if not self.with_graphs:
-            if self.batch is None:
-                groups = len({id(sequence.group) for sequence in self.running})
-                self.batch = self.new_batch(len(self.running), groups)
-                self.batch.fill(self.running)
-            return self.batch, self.step
-        rows = capture_size(len(self.running))
-        graph = self.graphs.get(rows)
-        if self.batch is None or graph is None:
-            groups = min(rows, len(self.request.prompts))
-            self.batch = self.new_batch(rows, groups) if graph is None else graph.batch
+        if self.batch is None:
+            needed = replace(self.limit, rows=len(self.running), groups=len({id(each.group) for each in self.running}))
+            self.graph = self.graph_for(needed) if self.with_graphs else None
+            self.batch = self.new_batch(needed) if self.graph is None else self.graph.batch
             self.batch.fill(self.running)
-        if graph is None:
-            first = next(iter(self.graphs.values()), None)
-            graph = self.graphs[rows] = DecodeGraph(self.step, self.batch, None if first is None else first.pool)
-        return self.batch, graph
+        return self.batch, self.step if self.graph is None else self.graph
 
-    def new_batch(self, rows: int, groups: int) -> Batch:
-        """Return an empty batch of up to `rows` sequences in `groups` groups."""
-        prompts = self.request.prompts
-        return Batch(
-            self.cache,
-            rows=rows,
-            groups=groups,
-            columns=max(1, num_blocks(self.settings.max_completion_length)),
-            position_dims=len(prompts[0].positions),
-            max_group=self.request.num_generations,
-            max_prefix=max(len(prompt.input_ids) for prompt in prompts),
-            vocabulary=None if self.settings.repetition_penalty == 1 else self.vocabulary,
+    def graph_for(self, needed: Capacity) -> DecodeGraph | None:
+        """Return a graph that holds a batch of this size, or None; sizes that vary between generations are rounded
+        up, so that later ones need no other graph."""
+        limit = replace(
+            self.limit,
+            groups=capture_size(self.limit.groups),
+            max_prefix=1 << (self.limit.max_prefix - 1).bit_length(),
         )
+        longest = self.settings.max_completion_length - min(len(sequence.tokens) for sequence in self.running)
+        steps_left = 0 if self.waiting else longest
+        return self.state.graph(self.graph_key, needed, limit, self.capture, steps_left=steps_left)
+
+    def padded(self, rows: int) -> int:
+        """Return the rows of the batch that this many sequences are decoded in, if a graph is captured for them."""
+        return capture_size(rows) if self.with_graphs else rows
+
+    def new_batch(self, capacity: Capacity) -> Batch:
+        """Return an empty batch of this capacity."""
+        key = self.graph_key
+        return Batch(self.cache, **asdict(capacity), position_dims=key.position_dims, vocabulary=key.vocabulary)
+
+    def capture(self, capacity: Capacity, pool: Any) -> DecodeGraph:
+        """Return a graph of the step on a batch of this capacity."""
+        batch = self.new_batch(capacity)
+        batch.fill(self.running)
+        self.stats.captures += 1
+        return DecodeGraph(self.step, batch, capacity, pool)
 
     def step(self, batch: Batch, draws: Tensor) -> StepOutput:
         """Sample the next token of each sequence with `draws` [S] and advance the batch."""

@@ -1,14 +1,22 @@
 """The pool of keys and values, its budget, and steps on fixed tensors: none of them changes what is drawn."""
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.rollouts import GREEDY, assert_close, changed_logits, completions, engine, prompts_of, tokens
+from tests.helpers.rollouts import (
+    GREEDY,
+    assert_close,
+    changed_logits,
+    completions,
+    engine,
+    prompts_of,
+    tokens,
+    with_stub_graphs,
+)
 from vlmr1.errors import SettingError
 from vlmr1.models import family_of
 from vlmr1.rollout import NativeEngine, SamplingSettings, graphs, scheduler
@@ -153,41 +161,17 @@ def test_a_group_that_never_fits_is_refused(make, model, processor):
     assert model.training is False
 
 
-class Replayed:
-    """In place of a CUDA graph: a step on the tensors of one batch, recorded and replayed."""
-
-    made: ClassVar[list[int]] = []
-
-    def __init__(self, step: Callable, batch: Any, pool: Any):
-        self.step, self.batch, self.pool = step, batch, "the first one's"
-        assert pool == ("the first one's" if self.made else None)
-        self.made.append(batch.rows)
-        state = [tensor.clone() for tensor in graphs._mutated_tensors(batch)]
-        step(batch, torch.zeros(batch.rows, dtype=torch.float64))  # as a recording does
-        for tensor, before in zip(graphs._mutated_tensors(batch), state, strict=True):
-            tensor.copy_(before)
-
-    def __call__(self, batch: Any, draws: Tensor) -> Any:
-        assert batch is self.batch and len(draws) == batch.rows
-        return self.step(batch, draws)
-
-
 @pytest.mark.parametrize("blocks", [None, 22], ids=["all at once", "crowded"])
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 def test_padded_batches_and_rare_looks_change_nothing(blocks, penalty, make, model, processor, monkeypatch):
-    """As with CUDA graphs: fixed tensors of a ladder of sizes, and sixteen steps between two looks."""
+    """As with CUDA graphs: fixed tensors of some sizes, and sixteen steps between two looks."""
     settings = SamplingSettings(40, 2.0, seed=5, repetition_penalty=penalty)
     prompts = prompts_of(make, "mixed_lengths", "text_beside_images")
     expected = engine(model, processor).generate(prompts, 4, settings, step=3)
-    monkeypatch.setattr(scheduler, "DecodeGraph", Replayed)
-    monkeypatch.setattr(scheduler, "STEPS_PER_CHECK", {"cpu": 16})
-    monkeypatch.setattr(Replayed, "made", [])
+    captured = with_stub_graphs(monkeypatch)
     native = engine(model, processor) if blocks is None else limited(model, processor, blocks)
-    monkeypatch.setattr(native, "_graphs", lambda request: True)
     assert_same(native.generate(prompts, 4, settings, step=3), expected)
-    assert set(Replayed.made) <= set(graphs.CAPTURE_SIZES) and len(Replayed.made) > 1
-    if blocks is None:
-        assert len(Replayed.made) == len(set(Replayed.made)) and max(Replayed.made) == 24
+    assert [each.rows for each in captured] == ([24] if blocks is None else [8, 16])
 
 
 @pytest.mark.parametrize(("rows", "size"), [(1, 1), (5, 8), (24, 24), (25, 32), (512, 512), (513, 640)])
