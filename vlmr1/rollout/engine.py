@@ -49,7 +49,7 @@ class RolloutStats:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     kv_peak_mib: float = 0.0
-    preemptions: int = 0  # groups decoded again because the KV cache was full
+    preemptions: int = 0  # groups moved to host memory for a time because the KV cache was full
     out_of_memory: int = 0  # times that the KV cache was halved
     captures: int = 0  # of CUDA graphs
 

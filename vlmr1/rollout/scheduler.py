@@ -1,8 +1,8 @@
 """Continuous batching: which groups are decoded, until every completion of a request is finished.
 
-Groups wait until the KV cache has room for them and are admitted as others finish. When the cache is full, the youngest
-group is preempted and decoded again later. It samples the same tokens again, since random numbers depend on seed, step,
-prompt, sequence and token index alone.
+Groups wait until the KV cache has room for them and are admitted as others finish. When the cache is full, keys and
+values of the youngest group are moved to host memory, and back when there is room. Random numbers depend on seed, step,
+prompt, sequence and token index alone, so that a completion does not depend on what is decoded beside it.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from vlmr1.models.features import encode, unique_images
 from vlmr1.rollout.decode_state import DecodeState
 from vlmr1.rollout.engine import Request, RolloutEngine, SampledCompletion, StopCriteria
 from vlmr1.rollout.graphs import Capacity, DecodeGraph, GraphKey, Step, StepOutput, capture_size
-from vlmr1.rollout.kv_cache import BLOCK_SIZE, num_blocks, prefill_attention
+from vlmr1.rollout.kv_cache import BLOCK_SIZE, BlockAllocator, num_blocks, prefill_attention
 from vlmr1.rollout.sampling import sample_tokens, uniform
-from vlmr1.rollout.sequences import Batch, RunningGroup, RunningSequence, seen_tokens
+from vlmr1.rollout.sequences import Batch, PreemptedGroup, RunningGroup, RunningSequence, seen_tokens
 from vlmr1.types import Prompt
 from vlmr1_kernels.linear import gemm_operand, project
 
@@ -47,6 +47,7 @@ class Scheduler:
         generations = range(request.num_generations)
         groups = range(len(request.prompts))
         self.waiting = deque(p for p in groups if any((p, g) not in done for g in generations))
+        self.preempted: dict[int, PreemptedGroup] = {}  # by index; they are the first of those that wait
         self.running: list[RunningSequence] = []
         self.batch: Batch | None = None  # of the running sequences; None after they have changed
         self.graph: DecodeGraph | None = None  # that runs the batch
@@ -86,26 +87,63 @@ class Scheduler:
     # Admission, preemption, retirement
 
     def admit(self) -> list[RunningGroup]:
-        """Admit waiting groups while the cache has room for their prompts and for completions of average length."""
+        """Admit waiting groups while the cache has room for their prompts and for completions of average length.
+
+        Return those to prefill; preempted groups go on where they were."""
         size, limit = self.request.num_generations, self.settings.max_completion_length
         lengths = [len(completion.tokens) for completion in self.done.values()]
         average = sum(lengths) / len(lengths) if lengths else limit
-        suffixes = min(num_blocks(int(average)) + 1, num_blocks(limit - 1)) * size  # expected blocks
+        most = num_blocks(limit - 1)
+        expected = min(num_blocks(int(average)) + 1, most)  # blocks of a completion
         allocator = self.cache.allocator
         promised = 0
         admitted: list[RunningGroup] = []
         while self.waiting:
             index = self.waiting[0]
             prompt = self.request.prompts[index]
+            preempted = self.preempted.get(index)
+            used = [0] * size if preempted is None else preempted.blocks
+            suffixes = sum(expected if preempted is None else min(max(expected, each + 1), most) for each in used)
             count = num_blocks(len(prompt.input_ids))
             block = allocator.allocate_run(count) if allocator.num_free - promised >= count + suffixes else None
             if block is None:
                 break
             self.waiting.popleft()
-            unfinished = sum((index, g) not in self.done for g in range(size))
-            admitted.append(RunningGroup(index, prompt, block, unfinished))
-            promised += suffixes
+            if preempted is None:
+                unfinished = sum((index, g) not in self.done for g in range(size))
+                admitted.append(RunningGroup(index, prompt, block, unfinished))
+            else:
+                self.resume(preempted, block)
+            promised += suffixes - sum(used)
         return admitted
+
+    def preempt(self) -> None:
+        """Move keys and values of the youngest group to host memory, and let it wait."""
+        group = self.running[-1].group
+        sequences = [sequence for sequence in self.running if sequence.group is group]
+        blocks = group.blocks()
+        for sequence in sequences:
+            blocks += sequence.blocks[: num_blocks(sequence.cached)]
+        self.preempted[group.index] = PreemptedGroup(group, sequences, self.cache.read_blocks(blocks))
+        for sequence in sequences:
+            self.free_blocks(sequence)
+        self.running = self.running[: -len(sequences)]
+        self.waiting.appendleft(group.index)
+        self.stats.preemptions += 1
+        self.batch = None
+
+    def resume(self, preempted: PreemptedGroup, first_block: int) -> None:
+        """Decode a preempted group further; its prompt is to be in the blocks from `first_block` on."""
+        group, allocator = preempted.group, self.cache.allocator
+        group.first_block, group.unfinished = first_block, len(preempted.sequences)
+        blocks = group.blocks()
+        for sequence, count in zip(preempted.sequences, preempted.blocks, strict=True):
+            allocate_blocks(sequence, count, allocator)
+            blocks += sequence.blocks
+        self.cache.write_blocks(blocks, preempted.stored)
+        del self.preempted[group.index]
+        self.running += preempted.sequences
+        self.batch = None
 
     def retire_finished(self) -> bool:
         """Move finished sequences to `done` and free their blocks; return whether there were any."""
@@ -136,27 +174,18 @@ class Scheduler:
         """Allocate the blocks of the next `steps` steps; preempt the youngest groups if there are too few."""
         allocator = self.cache.allocator
         while sum(sequence.missing_blocks(steps) for sequence in self.running) > allocator.num_free:
-            youngest = self.running[-1].group
-            for sequence in [s for s in self.running if s.group is youngest]:
-                self.running.remove(sequence)
-                self.free_blocks(sequence)
-            self.waiting.appendleft(youngest.index)
-            self.stats.preemptions += 1
-            self.batch = None
-        changed = False
+            self.preempt()
+        before = allocator.num_free
         for sequence in self.running:
-            for _ in range(sequence.missing_blocks(steps)):
-                block = allocator.allocate()
-                assert block is not None
-                sequence.blocks.append(block)
-                changed = True
-        if changed and self.batch is not None:
+            allocate_blocks(sequence, sequence.missing_blocks(steps), allocator)
+        if allocator.num_free < before and self.batch is not None:
             self.batch.update_block_table()
 
     def free_blocks(self, sequence: RunningSequence) -> None:
         """Free the blocks of a sequence, and of its prompt after the last sequence of the group."""
         for block in sequence.blocks:
             self.cache.allocator.free(block)
+        sequence.blocks = []
         group = sequence.group
         group.unfinished -= 1
         if not group.unfinished:
@@ -274,6 +303,14 @@ class Scheduler:
         """Return uniform float64 in [0, 1): [S], or [steps, S] for `indices` [steps, S]."""
         numbers = uniform(self.settings.seed, self.request.step, prompt_keys, sequence_keys, indices)
         return torch.from_numpy(numbers).to(self.model.device)
+
+
+def allocate_blocks(sequence: RunningSequence, count: int, allocator: BlockAllocator) -> None:
+    """Give `count` more blocks to a sequence; there are as many."""
+    for _ in range(count):
+        block = allocator.allocate()
+        assert block is not None
+        sequence.blocks.append(block)
 
 
 def append_tokens(sequences: Sequence[RunningSequence], outputs: Sequence[StepOutput]) -> None:

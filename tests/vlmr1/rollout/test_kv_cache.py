@@ -78,7 +78,7 @@ def test_a_small_budget_changes_nothing_but_the_order(blocks, make, model, proce
     assert free.stats.preemptions == 0
 
 
-def test_a_group_that_goes_back_draws_the_same_again(make, model, processor):
+def test_a_preempted_group_goes_on_where_it_was(make, model, processor):
     """Short completions come first, so that more groups are let in than long ones leave room for."""
     stops, settings = model.generation_config.eos_token_id, SamplingSettings(64, seed=5)
     prompts = [make.prompt("What is seven?") for _ in range(6)]
@@ -90,11 +90,13 @@ def test_a_group_that_goes_back_draws_the_same_again(make, model, processor):
         logits[:, stops] = -80
 
     tight = limited(model, processor, -(-len(prompts[0].input_ids) // 16) + 2 * 4 + 3)
-    with changed_logits(model, short_then_long):
+    decoded = []
+    with changed_logits(model, short_then_long), changed_logits(model, lambda _, logits: decoded.append(len(logits))):
         groups = tight.generate(prompts, 2, settings)
     with changed_logits(model, long):
         expected = engine(model, processor).generate(prompts, 2, settings)
     assert tight.stats.preemptions > 0
+    assert sum(decoded) == tight.stats.tokens - 6  # no token twice; the first of a group's two come from one row
     assert [len(ids) for ids in tokens(groups)] == [2, 2] + [64] * 10
     assert_same(groups[1:], expected[1:])
 
@@ -171,7 +173,7 @@ def test_padded_batches_and_rare_looks_change_nothing(blocks, penalty, make, mod
     captured = with_stub_graphs(monkeypatch)
     native = engine(model, processor) if blocks is None else limited(model, processor, blocks)
     assert_same(native.generate(prompts, 4, settings, step=3), expected)
-    assert [each.rows for each in captured] == ([24] if blocks is None else [8, 16])
+    assert [each.rows for each in captured] == ([24] if blocks is None else [4, 8])
 
 
 @pytest.mark.parametrize(("rows", "size"), [(1, 1), (5, 8), (24, 24), (25, 32), (512, 512), (513, 640)])
