@@ -110,7 +110,7 @@ def decode_step(
     tables = DecodeTables(*(meta(*shape, dtype=torch.int32) for shape in shapes))
     bounds = {"max_group": max_group, "max_prefix": max_prefix}
     q = meta(batch, heads, head_dim, dtype=dtype)
-    shared_prefix_decode.shared_prefix_decode(q, pool, pool, tables, block=16, scale=0.1, **bounds)
+    shared_prefix_decode._forward(q, pool, pool, tables, block=16, scale=0.1, **bounds)
 
 
 EVERYTHING = GRPOSettings(beta=0.1, tis_cap=2.0, delta=4.0, entropy_coef=0.01, temperature=0.9)
