@@ -33,9 +33,10 @@ from tests.helpers.traffic import Traffic
 from vlmr1_kernels import PrefixLayout, custom_ops
 from vlmr1_kernels.flash import packages, sequences
 from vlmr1_kernels.flash.kernels import KERNELS, Kernels
+from vlmr1_kernels.testing import assert_within_budget
 
 pytest.importorskip("triton")
-from vlmr1_kernels.flash import merge, shared_prefix_attention, varlen_attention  # noqa: E402
+from vlmr1_kernels.flash import merge, shared_prefix_attention, varlen_attention
 
 DEVICE = DEVICES[-1]
 
@@ -133,6 +134,28 @@ def test_checkpointing_and_no_grad() -> None:
 
 
 LAYOUTS = {name: CASES[name][0] for name in ("many groups", "groups without branches", "prefill")}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_error_of_the_merge_is_within_budget(dtype: torch.dtype) -> None:
+    """Against float64; 40 rows are more than a block. Log-sum-exps are far apart, equal, and near."""
+    length, rows, heads = 47, 40, 3
+    out, more = torch.randn(length, heads, 24).to(dtype), torch.randn(rows, heads, 24).to(dtype)
+    lse, more_lse = 9 * torch.randn(heads, length), torch.randn(heads, rows)
+    more_lse[:, :5], more_lse[:, 5:9] = lse[:, 7:12], 80.0
+
+    def plain(wide: torch.dtype) -> list[Tensor]:
+        own, other = lse[:, 7:].to(wide), more_lse.to(wide)
+        share = torch.sigmoid(other - own).T[..., None]
+        merged = torch.lerp(out[7:].to(wide), more.to(wide), share)
+        return [merged.to(dtype if wide == torch.float32 else wide), torch.logaddexp(own, other)]
+
+    found = [each.to(DEVICE, copy=True) for each in (out, lse)]
+    merge.merge_rows(*found, more.to(DEVICE), more_lse.to(DEVICE))
+    merged, sums = (each.cpu() for each in found)
+    assert torch.equal(merged[:7], out[:7]) and torch.equal(sums[:, :7], lse[:, :7])
+    names = ["out", "lse"]
+    assert_within_budget(names, [merged[7:], sums[:, 7:]], plain(torch.float32), plain(torch.float64))
 
 
 def blank(rows: int, heads: int, rows_first: bool, dtype: torch.dtype = torch.bfloat16, width: int = 64) -> Tensor:

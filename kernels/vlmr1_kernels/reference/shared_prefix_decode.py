@@ -59,7 +59,7 @@ def _forward(
         torch.bmm(weights[:, part, :length], values[:, start : start + length], out=out[:, part])
     if suffix:
         out += torch.bmm(weights[:, :, longest:].reshape(own), suffix_values).view_as(out)
-    out = out.view(kv_heads, branches, folded, head_dim).transpose(0, 1).reshape(branches, heads, head_dim)
+    out = out.view(kv_heads, branches, folded, head_dim).transpose(0, 1).reshape(branches, heads, head_dim).contiguous()
     return torch.cat([out, out.new_zeros(batch - branches, heads, head_dim)]) if branches < batch else out
 
 
