@@ -214,7 +214,7 @@ HELP += [
 
 
 # Each command is a fork of a process that has imported the program, and ends as the program does.
-FORKS = """
+FORKS = r"""
 import gc, json, os, sys
 import vlmr1.config
 from vlmr1 import cli
@@ -224,7 +224,7 @@ for words in json.loads(sys.argv[1]):
     if not child:
         sys.argv[1:] = words
         cli.command()
-    print("ended:", *words, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=sys.stderr)
+    print("\nended:", *words, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=sys.stderr)
 """
 
 
