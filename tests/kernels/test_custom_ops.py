@@ -10,11 +10,15 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.helpers import decode_cases
+from tests.helpers.decode_cases import RopeCase
 from tests.helpers.kernel_cases import OBJECTIVES, PER_ROW, Case, Target
 from vlmr1_kernels.testing import HEAD, cast
 
 NAMESPACE = "vlmr1_kernels"
 OPS = ("linear_logprob", "group_advantages", "grpo_loss", "linear_grpo_loss")
+IN_PLACE = ("rope_kv_write",)  # without autograd, and not native
+ROPE = RopeCase(norms=True)
 CASE = Case((5, 1, 7, 2), 20, 37, OBJECTIVES["gspo, k3, everything"], bias=True, softcap=8.0)
 
 
@@ -72,6 +76,9 @@ def test_opcheck(impl: str, dtype: torch.dtype) -> None:
             for value in calls(op, inputs, run):
                 if value.requires_grad:
                     value.backward()
+        if impl == "triton":
+            for name in IN_PLACE:
+                Target(name, impl, device).run(dtype)(**decode_cases.cast(ROPE.draw(), dtype, device))
     checked = {func._schema.name for func, _, _ in record.calls}
     registered = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith(f"{NAMESPACE}::")]
     assert checked == {name for name in registered if f"_{impl}" in name}, "an op is registered and not checked"

@@ -16,6 +16,7 @@ COMPILED = [capability for capability in SHARED_MEMORY if capability != 89]  # i
 VOCABULARY_KERNELS = ("statistics_kernel", "gradient_kernel", "loss_kernel")
 DECODE_KERNELS = ("partials_kernel", "merge_kernel")
 KERNELS = {*VOCABULARY_KERNELS, *DECODE_KERNELS, "objective_kernel", "sequences_kernel", "advantages_kernel"}
+KERNELS |= {"rope_kernel"}
 Kernel = dict[str, Any]
 
 

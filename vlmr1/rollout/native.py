@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from vlmr1.errors import MemoryShort, SettingError
+from vlmr1.rollout.decoder import DecodeForward
 from vlmr1.rollout.engine import Request, RolloutEngine, SampledCompletion
 from vlmr1.rollout.kv_cache import KVCache, block_bytes, head_dim_of, num_blocks
 from vlmr1.rollout.scheduler import Completions, Scheduler
@@ -24,8 +25,33 @@ class NativeEngine(RolloutEngine):
     """Decodes all sequences together (continuous batching) within a KV cache of fixed size."""
 
     max_blocks: int | None = None  # size of the KV cache after the last out-of-memory error
+    decode_forward: DecodeForward | None = None  # of decode steps; None: the stock forward
 
     def sample(self, request: Request) -> list[SampledCompletion]:
+        self.prepare_decode()
+        forward = self.decode_forward
+        # A second copy of the weights, autocast's, would serve the prefill alone.
+        cached = forward is None or not forward.copies
+        with torch.autocast(
+            self.model.device.type, dtype=self.dtype, enabled=self.dtype is not None, cache_enabled=cached
+        ):
+            completions = self._sample(request)
+        if forward is not None and not self._graphs(request):
+            forward.release()  # graphs read the copies at their addresses
+        return completions
+
+    def prepare_decode(self) -> None:
+        """Make the forward of decode steps, or let it read the weights anew."""
+        reason = DecodeForward.supports(self.model, self.family, self.dtype)
+        if self.fused_layers == "torch" or reason is not None:
+            self.decode_forward = None
+            logger.info("rollout: decode steps run the stock forward: %s", reason or "fused_layers is torch")
+        elif self.decode_forward is None:
+            self.decode_forward = DecodeForward(self.model, self.family, self.dtype)
+        else:
+            self.decode_forward.refresh()
+
+    def _sample(self, request: Request) -> list[SampledCompletion]:
         blocks, graphs = self._blocks(request), self._graphs(request)
         done: Completions = {}
         while len(done) < len(request.prompts) * request.num_generations:
