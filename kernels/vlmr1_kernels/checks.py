@@ -186,9 +186,9 @@ def decode(
     _floating("q", q)
     if q.dim() != 3:
         raise ValueError(f"q must be [B, H, Dh], it is {_shape(q)}")
-    batch, heads, head_dim = q.shape
+    batch = len(q)
     _cache(q, keys, values)
-    _grouped_heads(heads, keys.shape[0])
+    _grouped_heads(q.shape[1], keys.shape[0])
     if tables.group_offsets.dim() != 1 or tables.group_offsets.shape[0] < 2:
         raise ValueError(f"group_offsets must be [P + 1], P at least 1, it is {_shape(tables.group_offsets)}")
     if tables.suffix_blocks.dim() != 2:

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -16,8 +15,8 @@ LAUNCHES = {"shared_prefix_decode": 2}  # of a custom op of ours on fake tensors
 
 
 class OpsCounted(TorchDispatchMode):
-    """Launches by name within the block. Views and new memory are free; an operator of torch is one launch, a Triton
-    kernel too (with `kernels_counted`), and a custom op of ours what it launches, or on fake tensors what `LAUNCHES` says.
+    """Launches by name within the block. Views and new memory are free. An operator of torch is one launch, and a Triton
+    kernel too (with `kernels_counted`). A custom op of ours is what it launches, on fake tensors what `LAUNCHES` says.
 
     `casts` has the shape of each tensor that changed its dtype, `bytes` what each name read and wrote."""
 

@@ -115,7 +115,8 @@ class DecodeForward:
         merged_gemms: bool | None = None, layers: TorchLayers | None = None,
     ):  # fmt: skip
         """`dtype`: of autocast, None: off. `merged_gemms`: compute projections of one input together; None: except on a
-        CPU, where separate products keep the bits of the stock forward. `layers`: None: Liger's on CUDA, if installed."""
+        CPU, where separate products keep the bits of the stock forward. `layers`: None: Liger's on CUDA, where installed.
+        """
         self.decoder = attrgetter(family.decoder_path)(model)
         self.device = self.decoder.embed_tokens.weight.device
         self.dtype = dtype or self.decoder.embed_tokens.weight.dtype

@@ -163,9 +163,9 @@ def _gemm(weights: StepWeights, members: Mapping[str, Adapted], stacked: bool, h
         weight = weight.view(2 if halves else len(members), -1, weight.shape[1])
     biases = [each.bias for each in members.values() if each.bias is not None]
     bias = weights.operand(f"{name}.bias", biases) if biases else None
-    adapters = [
-        (None if halves else index, *(weights.operand(f"{key}.{kind}{i}", [m]) for kind, m in zip("AB", ab)), scale)
-        for index, (key, each) in enumerate(members.items())
-        for i, (*ab, scale) in enumerate(each.adapters)
-    ]
+    adapters = []
+    for index, (key, each) in enumerate(members.items()):
+        for i, (a, b, scale) in enumerate(each.adapters):
+            a, b = weights.operand(f"{key}.A{i}", [a]), weights.operand(f"{key}.B{i}", [b])
+            adapters.append((None if halves else index, a, b, scale))
     return _Gemm(weight, bias, [len(each.weight) for each in members.values()], adapters, exact)

@@ -2,8 +2,8 @@
 
 from copy import deepcopy
 from functools import lru_cache
-from operator import attrgetter
 from math import prod
+from operator import attrgetter
 from typing import Any
 
 import pytest
@@ -72,7 +72,8 @@ def batch_of(model: Any, dtype: torch.dtype) -> Batch:
         (batch.attention.group_offsets, [0, 3, 5]), (batch.attention.prefix_starts, [0, 32]),
         (batch.attention.prefix_lengths, [20, 9]), (batch.attention.suffix_lengths, ROWS),
         (batch.attention.suffix_blocks, torch.randperm(15, generator=generator).view(5, 3) + 4),
-        (batch.tokens, torch.randint(config.vocab_size, (5,), generator=generator)), (batch.positions, [23, 37, 52, 10, 9]),
+        (batch.tokens, torch.randint(config.vocab_size, (5,), generator=generator)),
+        (batch.positions, [23, 37, 52, 10, 9]),
     )  # fmt: skip
     for table, values in tables:
         table.copy_(torch.as_tensor(values))
@@ -134,9 +135,9 @@ def counted(model: Any, dtype: torch.dtype | None, **options: Any) -> OpsCounted
     """Launches of a step as on CUDA: Triton kernels are counted, and not run."""
     ops, batch = OpsCounted(), batch_of(model, dtype or model.dtype)
     forward = forward_of(model, dtype, merged_gemms=True, layers=LigerLayers(), **options)
-    with use(rope_kv_write="triton", shared_prefix_decode="triton"), autocast(model.device, dtype):
-        with ops, kernels_counted(ops):
-            forward.hidden(batch)
+    implementations = use(rope_kv_write="triton", shared_prefix_decode="triton")
+    with implementations, autocast(model.device, dtype), ops, kernels_counted(ops):
+        forward.hidden(batch)
     return ops
 
 
