@@ -15,7 +15,7 @@ LAUNCHES = {"shared_prefix_decode": 2}  # of a custom op of ours on fake tensors
 
 
 class OpsCounted(TorchDispatchMode):
-    """Launches by name within the block. Views and new memory are free. An operator of torch is one launch, and a Triton
+    """Launches by name within the block. Views and new memory are free. An operator of torch is one launch, a Triton
     kernel too (with `kernels_counted`). A custom op of ours is what it launches, on fake tensors what `LAUNCHES` says.
 
     `casts` has the shape of each tensor that changed its dtype, `bytes` what each name read and wrote."""

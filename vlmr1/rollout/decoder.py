@@ -106,17 +106,16 @@ class Layer:
 class DecodeForward:
     """Decode steps of one engine's model. Made once an engine; `refresh` before each generation.
 
-    Weights that are not in the compute dtype are copied, as autocast would do; the copies keep their addresses until
-    `release`. Weights in the compute dtype are read in place; on CUDA only those of keys and values are copied, so that
-    one product computes both."""
+    Weights that are not in the compute dtype are copied, as autocast would do. The copies keep their addresses until
+    `release`, and take as many bytes as autocast's. Weights in the compute dtype are read in place. On CUDA only those of
+    keys and values are then copied, so that one product computes both."""
 
     def __init__(
         self, model: Any, family: ModelFamily, dtype: torch.dtype | None = None, *,
         merged_gemms: bool | None = None, layers: TorchLayers | None = None,
     ):  # fmt: skip
         """`dtype`: of autocast, None: off. `merged_gemms`: compute projections of one input together; None: except on a
-        CPU, where separate products keep the bits of the stock forward. `layers`: None: Liger's on CUDA, where installed.
-        """
+        CPU, where separate products keep the bits of the stock forward. `layers`: None: Liger's on CUDA, if there."""
         self.decoder = attrgetter(family.decoder_path)(model)
         self.device = self.decoder.embed_tokens.weight.device
         self.dtype = dtype or self.decoder.embed_tokens.weight.dtype
@@ -159,10 +158,10 @@ class DecodeForward:
             self.norm = self._norm(self.decoder.norm)
             self.weights.end()
 
-    def release(self) -> None:
-        """Free the copies; the next `refresh` makes them again."""
+    def release(self, *, keep_copies: bool = False) -> None:
+        """Hold no weight until the next `refresh`, but for copies that are kept: captured graphs read them."""
         self.layers = []
-        self.weights.release()
+        self.weights.release(keep_copies)
 
     def hidden(self, batch: Batch) -> Tensor:
         """Return the last hidden states [S, D] of a step; write keys and values of its tokens to the cache."""

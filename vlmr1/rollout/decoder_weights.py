@@ -84,9 +84,10 @@ class StepWeights:
         self.moved |= self._before is not None and self._before != addresses
         self._before = addresses
 
-    def release(self) -> None:
-        """Free the buffers."""
-        self.buffers.clear()
+    def release(self, keep_copies: bool) -> None:
+        """Hold no tensor, but for the buffers where they are kept."""
+        if not keep_copies:
+            self.buffers.clear()
         self.begin()
 
 

@@ -32,13 +32,13 @@ class NativeEngine(RolloutEngine):
         forward = self.decode_forward
         # A second copy of the weights, autocast's, would serve the prefill alone.
         cached = forward is None or not forward.copies
-        with torch.autocast(
-            self.model.device.type, dtype=self.dtype, enabled=self.dtype is not None, cache_enabled=cached
-        ):
-            completions = self._sample(request)
-        if forward is not None and not self._graphs(request):
-            forward.release()  # graphs read the copies at their addresses
-        return completions
+        options: dict[str, Any] = {"enabled": self.dtype is not None, "cache_enabled": cached}
+        try:
+            with torch.autocast(self.model.device.type, dtype=self.dtype, **options):
+                return self._sample(request)
+        finally:
+            if forward is not None:
+                forward.release(keep_copies=self.cuda_graphs is not False and self.model.device.type == "cuda")
 
     def prepare_decode(self) -> None:
         """Make the forward of decode steps, or let it read the weights anew."""

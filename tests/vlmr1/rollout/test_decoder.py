@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
 from tests.helpers import interpreter
-from tests.helpers.families import FAMILIES, HIDDEN, config_of
+from tests.helpers.families import FAMILIES, HIDDEN, checkpoints, config_of, one_family
 from tests.helpers.ops_counted import OpsCounted, kernels_counted
+from tests.helpers.rollouts import completions
 from vlmr1.models import family_of
 from vlmr1.models.attention import autocast
+from vlmr1.rollout import NativeEngine, SamplingSettings
 from vlmr1.rollout.decoder import DecodeForward, LigerLayers
 from vlmr1.rollout.kv_cache import KVCache
 from vlmr1.rollout.sequences import Batch
@@ -23,6 +25,7 @@ from vlmr1_kernels import use
 from vlmr1_kernels.testing import assert_within_budget
 
 pytestmark = pytest.mark.usefixtures("_without_grad")
+checkpoint = checkpoints()
 ROWS = (3, 17, 32, 1, 0)  # cached tokens of five branches, of two groups
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
 
@@ -243,3 +246,18 @@ def test_what_the_stock_forward_runs(change: Any, reason: str) -> None:
     model = model_of("qwen2_5_vl")
     change(model, model.model.language_model.layers[-1])
     assert reason in (DecodeForward.supports(model, family_of(model)) or "")
+
+
+@one_family()
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "autocast"])
+def test_a_rollout_with_and_without_it(dtype: torch.dtype | None, make: Any, model: Any, processor: Any) -> None:
+    """On a CPU every log-prob is equal to the bit, and no copy of a weight is left behind."""
+    prompts, drawn = [make.prompt("Where is the digit 7?", (56,)), make.prompt("What is seven?", ())], []
+    for choice in ("auto", "torch"):
+        native = NativeEngine(model, family_of(model), processor.tokenizer, dtype=dtype, fused_layers=choice)
+        drawn.append(completions(native.generate(prompts, 3, SamplingSettings(8, seed=3))))
+        forward = native.decode_forward
+        assert (forward is None) == (choice == "torch")
+        assert forward is None or not (forward.layers or forward.weights.buffers)
+    for one, other in zip(*drawn, strict=True):
+        assert torch.equal(one.token_ids, other.token_ids) and torch.equal(one.logp, other.logp)
