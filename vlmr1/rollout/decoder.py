@@ -107,7 +107,7 @@ class DecodeForward:
     """Decode steps of one engine's model. Made once an engine; `refresh` before each generation.
 
     Weights that are not in the compute dtype are copied, as autocast would do. The copies keep their addresses until
-    `release`, and take as many bytes as autocast's. Weights in the compute dtype are read in place. On CUDA only those of
+    `release`. Weights in the compute dtype are read in place. On CUDA only those of
     keys and values are then copied, so that one product computes both."""
 
     def __init__(
