@@ -145,6 +145,16 @@ class DecodeForward:
         return not self.weights.moved
 
     @property
+    def addresses(self) -> tuple[int, ...]:
+        """Addresses of the weights that a step reads."""
+        return self.weights.addresses
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes of the copies."""
+        return sum(each.nbytes for each in self.weights.buffers.values())
+
+    @property
     def copies(self) -> bool:
         """Whether the weights of products are copies: autocast then needs none of its own."""
         return self.weights.copies_all

@@ -52,7 +52,7 @@ class StepWeights:
         self._used: list[Tensor] = []
         self._targets: list[Tensor] = []
         self._sources: list[Tensor] = []
-        self._before: list[int] | None = None
+        self.addresses: tuple[int, ...] = ()
 
     def begin(self) -> None:
         """Forget what a step read until now; buffers stay."""
@@ -80,9 +80,8 @@ class StepWeights:
         """Fill the buffers, and note whether anything has another address than before."""
         if self._targets:
             torch._foreach_copy_(self._targets, self._sources)
-        addresses = [each.data_ptr() for each in self._used]
-        self.moved |= self._before is not None and self._before != addresses
-        self._before = addresses
+        before, self.addresses = self.addresses, tuple(each.data_ptr() for each in self._used)
+        self.moved |= bool(before) and before != self.addresses
 
     def release(self, keep_copies: bool) -> None:
         """Hold no tensor, but for the buffers where they are kept."""
@@ -170,3 +169,14 @@ def _gemm(weights: StepWeights, members: Mapping[str, Adapted], stacked: bool, h
             a, b = weights.operand(f"{key}.A{i}", [a]), weights.operand(f"{key}.B{i}", [b])
             adapters.append((None if halves else index, a, b, scale))
     return _Gemm(weight, bias, [len(each.weight) for each in members.values()], adapters, exact)
+
+
+def copied_bytes(layers: nn.Module, dtype: torch.dtype) -> int:
+    """Return the bytes of the copies that a decode step makes on CUDA of the linear weights of a decoder's layers."""
+    linear = ((name, each) for name, each in layers.named_parameters() if each.dim() == 2)
+    small = ("k_proj", "v_proj")
+    return sum(
+        each.numel() * dtype.itemsize
+        for name, each in linear
+        if each.dtype != dtype or (any(part in name for part in small) and "lora_" not in name)
+    )

@@ -19,6 +19,7 @@ from vlmr1.models import family_of
 from vlmr1.models.attention import autocast
 from vlmr1.rollout import NativeEngine, SamplingSettings
 from vlmr1.rollout.decoder import DecodeForward, LigerLayers
+from vlmr1.rollout.decoder_weights import copied_bytes
 from vlmr1.rollout.kv_cache import KVCache
 from vlmr1.rollout.sequences import Batch
 from vlmr1_kernels import use
@@ -180,11 +181,9 @@ def test_reads_the_weights_of_each_generation() -> None:
         assert forward.fixed_addresses and forward.copies == (dtype is not None)
         found, new = step(model, forward, dtype)[0], step(model, forward_of(model, dtype, merged_gemms=True), dtype)[0]
         assert torch.equal(found, new) and not torch.equal(found, old[0])
-    held = forwards[1].weights.buffers.values()
-    assert sum(each.nbytes for each in held) == 2 * sum(  # as many bytes as autocast's copies
-        tensor.numel() for name, tensor in model.model.language_model.named_parameters()
-        if "_proj" in name
-    )  # fmt: skip
+        bias = sum(each.nbytes for each in forward.weights.buffers.values() if each.dim() == 1)
+        layers = model.model.language_model.layers
+        assert forward.copied_bytes - bias == copied_bytes(layers, dtype or torch.float32) > 0
     forwards[1].release()
     assert not forwards[1].weights.buffers
     forwards[1].refresh()
