@@ -50,9 +50,7 @@ def calls(op: str, inputs: dict[str, Tensor], run: Callable[..., Any]) -> Iterat
         step = decode_cases.cast(
             decode_cases.RopeCase(norms=True).draw(), inputs["hidden"].dtype, inputs["hidden"].device
         )
-        yield run(
-            **{name: x.to(inputs["hidden"].device) if isinstance(x, Tensor) else x for name, x in step.items()}
-        ).sum()
+        yield run(**step).sum()
     elif op in ATTENTIONS:
         hidden = inputs["hidden"]  # [15, 20]
         q, k, v = (hidden[:, columns].unflatten(1, (-1, 8)).transpose(0, 1)[None] for columns in COLUMNS)
