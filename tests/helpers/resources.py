@@ -32,6 +32,7 @@ from vlmr1_kernels.triton import (
     head,
     linear_grpo_loss,
     linear_logprob,
+    rope_kv_write,
     shared_prefix_decode,
 )
 
@@ -120,6 +121,21 @@ def merge_step(rows: int, heads: int, head_dim: int, dtype=torch.bfloat16) -> No
     merge_rows(out, meta(heads, rows + 6000), more, meta(heads, rows))
 
 
+def rope_step(
+    dtype, *, heads=16, kv_heads=2, head_dim=128, rotary=128, norms=False, interleaved=False, tokens=64, rows=70_000
+) -> None:
+    """Run rope_kv_write on meta tensors, with angles and norms in float32."""
+    shares = (heads, kv_heads, kv_heads)
+    q, k, v = meta(tokens, sum(shares), head_dim, dtype=dtype).split(shares, 1)
+    angles, cache, place = (
+        meta(tokens, rotary),
+        meta(kv_heads, rows, head_dim, dtype=dtype),
+        meta(tokens, dtype=torch.int64),
+    )
+    norm = meta(head_dim) if norms else None
+    rope_kv_write._forward(q, k, v, angles, angles, cache, cache, place, norm, norm, 1e-6, interleaved)
+
+
 EVERYTHING = GRPOSettings(beta=0.1, tis_cap=2.0, delta=4.0, entropy_coef=0.01, temperature=0.9)
 CASES: dict[str, Callable[[], Any]] = {
     "on-policy": lambda: loss_step(GRPOSettings(), off_policy=False),
@@ -145,6 +161,11 @@ CASES: dict[str, Callable[[], Any]] = {
     "decode, wide": lambda: decode_step(torch.bfloat16, 256, 16, 4, 16),
     "decode, float32": lambda: decode_step(torch.float32, 128, 16, 2, 8),
     "decode, float32, wide": lambda: decode_step(torch.float32, 256, 16, 2, 8),
+    "rope": lambda: rope_step(torch.bfloat16),
+    "rope, norms": lambda: rope_step(torch.bfloat16, norms=True),
+    "rope, float32, norms": lambda: rope_step(torch.float32, norms=True),
+    "rope, adjacent pairs of a part": lambda: rope_step(torch.bfloat16, rotary=64, interleaved=True),
+    "rope, odd width": lambda: rope_step(torch.float16, head_dim=80, rotary=80, norms=True),
 }
 
 
@@ -157,6 +178,7 @@ def names(target: str) -> list[str]:
         CASES["advantages"],
         CASES["merge"],
         CASES["decode, tile of 64"],
+        CASES["rope"],
     ):
         with compiling(target) as launches:
             step()
@@ -191,6 +213,8 @@ def sizes() -> None:
         (6, {"groups": 2, "max_prefix": 100_000, "blocks": 3000, "rows": 999_999}),
     ):
         decode_step(torch.bfloat16, 128, 16, 2, max_group, **shape)
+    for tokens, rows in ((64, 70_000), (1, 16), (7, 17), (512, 999_999)):
+        rope_step(torch.bfloat16, tokens=tokens, rows=rows)
 
 
 def variants(capability: int) -> dict[str, Any]:

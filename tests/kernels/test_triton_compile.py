@@ -15,7 +15,7 @@ SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 1
 COMPILED = [capability for capability in SHARED_MEMORY if capability != 89]  # its code is that of 86
 VOCABULARY_KERNELS = ("statistics_kernel", "gradient_kernel", "loss_kernel")
 DECODE_KERNELS = ("partials_kernel", "merge_kernel")
-OTHERS = ("merge_rows_kernel", "objective_kernel", "sequences_kernel", "advantages_kernel")
+OTHERS = ("merge_rows_kernel", "rope_kernel", "objective_kernel", "sequences_kernel", "advantages_kernel")
 KERNELS = {*VOCABULARY_KERNELS, *DECODE_KERNELS, *OTHERS}
 Kernel = dict[str, Any]
 
