@@ -154,7 +154,7 @@ def _select_auto(op: str, request: Request) -> Implementation:
 
 def _log_selection(op: str, request: Request, name: str) -> None:
     key = (op, request.device.type, request.dtype, name)
-    if key not in _logged:
+    if key not in _logged and not torch.compiler.is_compiling():
         _logged.add(key)
         logger.info("%s on %s in %s: %s", op, request.device.type, request.dtype, name)
 
