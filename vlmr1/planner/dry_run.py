@@ -25,7 +25,7 @@ from vlmr1_kernels.custom_ops import COMPOSED
 
 # Causes of an allocation.
 WEIGHTS, GRADIENTS, ACTIVATIONS, VISION = "weights", "gradients", "activations", "vision tower"
-LOGITS, KV = "logits", "kv cache"
+LOGITS, KV, GRAPHS = "logits", "kv cache", "cuda graphs"
 HELD = "held"  # tensors from before the run
 HOST = "host"  # in host memory, which counts for no device
 _DEVICE = torch.ops.prim.device.default
