@@ -33,32 +33,31 @@ SAMPLING = {
 
 
 def model_of(config: Any, dtype: torch.dtype) -> Any:
-    with CUDA, no_init_weights():
-        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
-    model.tie_weights()
-    return model.eval()
+    with torch.device("meta"), no_init_weights():
+        return AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
 
 
 def adapted(model: Any) -> Any:
     settings = SimpleNamespace(**vars(LoraSettings(use_peft=True)), freeze_vision=False, model_revision="main", seed=0)
-    with CUDA:
-        return base_of(with_lora(model, family_for(model.config), settings))  # type: ignore[arg-type]
+    return base_of(with_lora(model, family_for(model.config), settings))  # type: ignore[arg-type]
 
 
 def step_launches(model: Any, settings: SamplingSettings = SamplingSettings(256)) -> Counter[str]:  # noqa: B008
     """Launches of a decode step, by aten op or kernel; fails where the step would wait for the device."""
-    engine = NativeEngine(model, family_for(model.config), None, dtype=torch.bfloat16, ignore_eos=True)
-    decoder = model.config.get_text_config(decoder=True)
-    dims = 3 if "mrope_section" in (decoder.rope_parameters or {}) else 1
-    prompt = SimpleNamespace(input_ids=torch.zeros(1200), positions=torch.zeros(dims, 1200))
-    request = Request([prompt] * GROUPS, SIZE, settings, 0)  # type: ignore[list-item]
-    with torch.no_grad(), autocast(CUDA, torch.bfloat16), on_stub() as launches:
-        scheduler = Scheduler(engine, request, KVCache(decoder, 400, device=CUDA, dtype=torch.bfloat16), {})
-        batch, draws = scheduler.new_batch(GROUPS * SIZE, GROUPS), torch.zeros(GROUPS * SIZE, device=CUDA).double()
-        scheduler.step(batch, draws)  # autocast casts trained weights once, as the prefill makes it
-        launches.clear()
-        with OnCuda() as ops:
-            scheduler.step(batch, draws)
+    with fake_cuda():
+        model.to_empty(device=CUDA)
+        engine = NativeEngine(model, family_for(model.config), None, dtype=torch.bfloat16, ignore_eos=True)
+        decoder = model.config.get_text_config(decoder=True)
+        dims = 3 if "mrope_section" in (decoder.rope_parameters or {}) else 1
+        prompt = SimpleNamespace(input_ids=torch.zeros(1200), positions=torch.zeros(dims, 1200))
+        request = Request([prompt] * GROUPS, SIZE, settings, 0)  # type: ignore[list-item]
+        with torch.no_grad(), autocast(CUDA, torch.bfloat16), on_stub() as launches:
+            scheduler = Scheduler(engine, request, KVCache(decoder, 400, device=CUDA, dtype=torch.bfloat16), {})
+            batch, draws = scheduler.new_batch(GROUPS * SIZE, GROUPS), torch.zeros(GROUPS * SIZE, device=CUDA).double()
+            scheduler.step(batch, draws)  # autocast casts trained weights once, as the prefill makes it
+            launches.clear()
+            with OnCuda() as ops:
+                scheduler.step(batch, draws)
     return Counter([*ops.kernels, *(name for name, _ in launches)])
 
 
@@ -71,8 +70,7 @@ def per_layer(name: str, change: Any) -> float:
         text.num_hidden_layers = layers
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[:layers]
-        with fake_cuda():
-            totals.append(step_launches(change(config)).total())
+        totals.append(step_launches(change(config)).total())
     return (totals[1] - totals[0]) / 2
 
 
@@ -92,8 +90,7 @@ def test_launches_of_a_decoder_layer(case: str, table: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_step_waits(family: str) -> None:
-    with fake_cuda():
-        assert step_launches(model_of(config_of(family), torch.float32))["mm"] > 0
+    assert step_launches(model_of(config_of(family), torch.float32))["mm"] > 0
 
 
 @pytest.mark.parametrize("name", SAMPLING)
