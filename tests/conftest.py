@@ -10,6 +10,7 @@ import pytest
 
 from tests.helpers import interpreter
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # an unknown model is refused without tries over the network
 gc.disable()  # while much is imported: each collection would look through all of it
 
 if interpreter.AVAILABLE:
@@ -33,7 +34,19 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
-OPTIONAL = ("bitsandbytes", "datasets", "deepspeed", "hypothesis", "matplotlib", "nbclient", "nbformat", "peft", "pycocotools", "scipy", "trl")
+OPTIONAL = (
+    "bitsandbytes",
+    "datasets",
+    "deepspeed",
+    "hypothesis",
+    "matplotlib",
+    "nbclient",
+    "nbformat",
+    "peft",
+    "pycocotools",
+    "scipy",
+    "trl",
+)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -20,7 +20,6 @@ from vlmr1.models.settings import LoraSettings
 from vlmr1.planner.known_models import config_named
 from vlmr1.rollout import NativeEngine, SamplingSettings
 from vlmr1.rollout.engine import Request
-from vlmr1.rollout.kv_cache import KVCache
 from vlmr1.rollout.sampling import sample_tokens
 from vlmr1.rollout.scheduler import Scheduler
 
@@ -52,9 +51,10 @@ def step_launches(model: Any, settings: SamplingSettings = SamplingSettings(256)
         prompt = SimpleNamespace(input_ids=torch.zeros(1200), positions=torch.zeros(dims, 1200))
         request = Request([prompt] * GROUPS, SIZE, settings, 0)  # type: ignore[list-item]
         with torch.no_grad(), autocast(CUDA, torch.bfloat16), on_stub() as launches:
-            scheduler = Scheduler(engine, request, KVCache(decoder, 400, device=CUDA, dtype=torch.bfloat16), {})
-            batch, draws = scheduler.new_batch(GROUPS * SIZE, GROUPS), torch.zeros(GROUPS * SIZE, device=CUDA).double()
-            scheduler.step(batch, draws)  # autocast casts trained weights once, as the prefill makes it
+            scheduler = Scheduler(engine, request, engine.new_state(400), {})
+            batch, draws = scheduler.new_batch(scheduler.limit), torch.zeros(GROUPS * SIZE, device=CUDA).double()
+            with OnCuda(checked=False):  # autocast casts trained weights once, which the prefill makes it do
+                scheduler.step(batch, draws)
             launches.clear()
             with OnCuda() as ops:
                 scheduler.step(batch, draws)
