@@ -34,19 +34,8 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
-OPTIONAL = (
-    "bitsandbytes",
-    "datasets",
-    "deepspeed",
-    "hypothesis",
-    "matplotlib",
-    "nbclient",
-    "nbformat",
-    "peft",
-    "pycocotools",
-    "scipy",
-    "trl",
-)
+OPTIONAL = ("bitsandbytes", "datasets", "deepspeed", "hypothesis", "matplotlib", "nbclient", "nbformat", "peft")
+OPTIONAL += ("pycocotools", "scipy", "trl")
 
 
 @pytest.hookimpl(wrapper=True)
