@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from tests.helpers.decode_cases import Arguments, Case, cast, check_budget, int32, one_by_one
-from tests.helpers.kernel_cases import DEVICES, on_gpu
+from tests.helpers.kernel_cases import DEVICE, on_device, on_gpu
 from vlmr1_kernels import shared_prefix_decode
 from vlmr1_kernels.inputs import DecodeTables
 from vlmr1_kernels.testing import assert_within_budget, relative_error
 
 triton = pytest.importorskip("triton")
 
-DEVICE = DEVICES[-1]
+pytestmark = on_device
 HALF = torch.float16  # the interpreter multiplies bfloat16 as integers
 MODULE = "vlmr1_kernels.triton.shared_prefix_decode"
 
