@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
 logger = logging.getLogger(__name__)
 LAYERS = (nn.Linear, nn.Conv2d, nn.Conv3d)  # autocast casts their weights and biases
@@ -38,7 +39,7 @@ def cast_by_autocast(model: Any) -> dict[nn.Parameter, str]:
 
 def fits(parameter: Tensor, dtype: torch.dtype) -> bool:
     """Return whether each value is one of `dtype`; of a tensor without data it is assumed, as published weights are."""
-    return parameter.is_meta or torch.equal(parameter, parameter.to(dtype).to(parameter.dtype))
+    return parameter.is_meta or is_fake(parameter) or torch.equal(parameter, parameter.to(dtype).to(parameter.dtype))
 
 
 def with_float32_rows(model: Any) -> Any:
