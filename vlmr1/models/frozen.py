@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -42,28 +42,35 @@ def fits(parameter: Tensor, dtype: torch.dtype) -> bool:
     return parameter.is_meta or is_fake(parameter) or torch.equal(parameter, parameter.to(dtype).to(parameter.dtype))
 
 
-def with_float32_rows(model: Any) -> Any:
-    """Have the input embeddings return float32 whatever the dtype of their weight; returns the hook's handle."""
-    return model.get_input_embeddings().register_forward_hook(_to_float32)
+def with_float32_rows(model: Any) -> None:
+    """Have the input embeddings return float32 whatever the dtype of their weight."""
+    model.get_input_embeddings().register_forward_hook(_to_float32)
 
 
 @contextmanager
 def frozen_in(model: Any, dtype: torch.dtype | None) -> Iterator[None]:
     """In this block frozen float32 weights are held in `dtype` where passes under autocast to it are bit-equal, and the
-    values are too: `stored` has the float32 weights back. Nothing with None."""
+    values are too: `stored` has the float32 weights back. A frozen head has a copy of the embeddings that it shares.
+    Nothing with None."""
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     held = {} if dtype is None else hold_frozen(model, dtype)
-    hook = with_float32_rows(model) if model.get_input_embeddings().weight in held else nullcontext()
+    shares = dtype is not None and head.weight is embeddings.weight and not head.weight.requires_grad
+    if shares:
+        head.weight = nn.Parameter(embeddings.weight.to(dtype), requires_grad=False)
     try:
-        with hook:  # removes it
-            yield
+        yield
     finally:
+        if shares:
+            head.weight = embeddings.weight
         for parameter in held:
             parameter.data = parameter.data.to(parameter.__dict__.pop(HELD))
 
 
 def hold_frozen(model: Any, dtype: torch.dtype) -> dict[nn.Parameter, str]:
-    """Cast frozen weights as in `frozen_in`, and return them. The input embeddings need `with_float32_rows`."""
-    frozen = {parameter: name for parameter, name in cast_by_autocast(model).items() if not parameter.requires_grad}
+    """Cast frozen weights as in `frozen_in`, and return them. Embeddings are left alone: decode steps read them without
+    the module."""
+    rows = model.get_input_embeddings().weight
+    frozen = {p: name for p, name in cast_by_autocast(model).items() if not p.requires_grad and p is not rows}
     held = {parameter: name for parameter, name in frozen.items() if fits(parameter, dtype)}
     rounded = [name for parameter, name in frozen.items() if parameter not in held]
     if rounded:

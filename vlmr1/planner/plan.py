@@ -18,20 +18,31 @@ from torch import Tensor, nn
 
 from vlmr1.grpo.reference import copied_in
 from vlmr1.models import family_for
-from vlmr1.models.frozen import hold_frozen, with_float32_rows
+from vlmr1.models.frozen import hold_frozen
 from vlmr1.models.lora import base_of
 from vlmr1.models.optimizers import Parameter, optimizer_of
 from vlmr1.models.precision import prepare_trained
 from vlmr1.models.quantization import numbers_of, scales_of
 from vlmr1.models.trainable import planned_model
-from vlmr1.planner.dry_run import ACTIVATIONS, GRADIENTS, HOST, KV, LOGITS, VISION, WEIGHTS, DryRun, without_data
+from vlmr1.planner.dry_run import (
+    ACTIVATIONS,
+    GRADIENTS,
+    GRAPHS,
+    HOST,
+    KV,
+    LOGITS,
+    VISION,
+    WEIGHTS,
+    DryRun,
+    without_data,
+)
 from vlmr1.planner.job import Job, image_bytes
-from vlmr1.planner.passes import Bytes, dry_passes
+from vlmr1.planner.passes import KEPT, Bytes, dry_passes
 
 GIB = 2**30
 OPTIMIZER, REFERENCE, FRAMEWORK_CAUSE = "optimizer", "reference model", "framework"
 IMAGES = "images"  # as the processor made them: of this generation, and of the one before until the next is there
-CAUSES = (WEIGHTS, GRADIENTS, OPTIMIZER, REFERENCE, ACTIVATIONS, LOGITS, KV, VISION, IMAGES, FRAMEWORK_CAUSE)
+CAUSES = (WEIGHTS, GRADIENTS, OPTIMIZER, REFERENCE, ACTIVATIONS, LOGITS, KV, GRAPHS, VISION, IMAGES, FRAMEWORK_CAUSE)
 PHASES = ("rollout", "reference", "policy", "update")
 # An allowance, not a measurement: CUDA context, kernels, workspaces of cuBLAS, and what the allocator cannot reuse.
 FRAMEWORK = {"cuda": round(1.5 * GIB), "cpu": 0}
@@ -103,7 +114,8 @@ class Planner:
             if phase == "reference" and job.reference == "none":
                 continue
             run = counted.dry.get(phase, {})
-            found = {cause: run.get(cause, 0) + always.get(cause, 0) for cause in CAUSES}
+            kept = {} if phase == "rollout" else counted.dry[KEPT]
+            found = {cause: run.get(cause, 0) + always.get(cause, 0) + kept.get(cause, 0) for cause in CAUSES}
             if phase == "reference" and job.reference == "offload":
                 found[REFERENCE] = copy
             if phase == "policy" and job.shards_gradients:
@@ -146,8 +158,6 @@ def model_without_data(job: Job, dry: DryRun) -> Any:
 
     trained = without_data(make, dry.fake)
     model = base_of(trained)
-    if job.holds_frozen and model.get_input_embeddings().weight.dtype == torch.bfloat16:
-        with_float32_rows(model)
     model.tie_weights()
     prepare_trained(trained, args)
     scales = [scale for parameter in trained.parameters() for scale in scales_of(parameter).values()]
