@@ -77,6 +77,7 @@ class HFTrainer(Trainer):
     def end_update(self) -> None:
         """After the optimizer's step: its time belongs to the metrics of the update too."""
         self.phases.stop("update")
+        self.phases.settle()  # once an update: its metrics have the dictionary
         if self.gpu is not None:
             self.pending.steps[-1].values.update(self.gpu.end())
 

@@ -53,12 +53,11 @@ class QwenVLFamily(ModelFamily):
         inputs = self.tower_inputs(model, images)
         grids = torch.cat([image["image_grid_thw"] for image in images])  # in host memory
         given = grid_inputs(tower, grids)
-        moved = {
-            name: each.to(tower.device, non_blocking=True) for name, each in given.items() if isinstance(each, Tensor)
-        }
+        for name, each in given.items():
+            given[name] = each.to(tower.device, non_blocking=True) if isinstance(each, Tensor) else each
         pixels = inputs["pixel_values"].to(tower.dtype)
         with patches_by_matmul(tower):
-            output = tower(pixels, grid_thw=inputs["image_grid_thw"], return_dict=True, **given | moved)
+            output = tower(pixels, grid_thw=inputs["image_grid_thw"], return_dict=True, **given)
         return output, (grids.prod(-1) // tower.spatial_merge_size**2).tolist()
 
     def encoder_output(self, features: Sequence[ImageFeatures]) -> Any:
