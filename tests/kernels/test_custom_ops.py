@@ -11,15 +11,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers.kernel_cases import OBJECTIVES, PER_ROW, Case, Target
+from vlmr1_kernels import SamplingOptions
 from vlmr1_kernels.testing import HEAD, cast
 
 NAMESPACE = "vlmr1_kernels"
-OPS = ("linear_logprob", "group_advantages", "grpo_loss", "linear_grpo_loss")
+OPS = ("linear_logprob", "group_advantages", "grpo_loss", "linear_grpo_loss", "sample_tokens")
+NATIVE = OPS[:4]
 CASE = Case((5, 1, 7, 2), 20, 37, OBJECTIVES["gspo, k3, everything"], bias=True, softcap=8.0)
 
 
 def calls(op: str, inputs: dict[str, Tensor], run: Callable[..., Any]) -> Iterator[Tensor]:
-    """Scalars of calls that differ in what they hand to the custom op; each is differentiable in the leaves."""
+    """Scalars of calls that differ in what they hand to the custom op; differentiable in the leaves where the op is."""
     if op == "linear_logprob":
         head = {name: inputs[name] for name in (*HEAD, "targets")}
         yield run(**head, temperature=0.7, softcap=CASE.softcap).sum()
@@ -32,6 +34,11 @@ def calls(op: str, inputs: dict[str, Tensor], run: Callable[..., Any]) -> Iterat
         logp, per_row = inputs["hidden"].sum(1), {name: inputs[name] for name in ("seq_ids", *PER_ROW)}
         yield run(logp, **per_row, advantages=inputs["advantages"], settings=OBJECTIVES["gspo, k1"])[0]
         yield run(logp, inputs["seq_ids"], rewards=inputs["advantages"], num_generations=2, normalizer=3.0)[0]
+    elif op == "sample_tokens":
+        logits, draws = inputs["hidden"].detach(), inputs["hidden"].detach()[:, 0].double().sigmoid()
+        yield torch.stack(run(logits, draws)[1:]).sum()
+        options = SamplingOptions(0.8, min_p=0.1, repetition_penalty=1.2)
+        yield torch.stack(run(logits, draws, inputs["targets"][:2] % 20, logits > 0, options=options)[1:]).sum()
     else:
         yield run(**inputs, softcap=CASE.softcap, settings=CASE.settings)[0]
         bare = {name: inputs[name] for name in ("hidden", "weight", "targets", "seq_ids")}
@@ -66,7 +73,7 @@ class _Record(TorchDispatchMode):
 def test_opcheck(impl: str, dtype: torch.dtype) -> None:
     device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
     with _Record() as record:
-        for op in OPS:
+        for op in NATIVE if impl == "native" else OPS:
             target = Target(op, impl, device)
             run, inputs = target.run(dtype), cast(CASE.draw(0, dtype), dtype, device)
             for value in calls(op, inputs, run):
@@ -79,7 +86,7 @@ def test_opcheck(impl: str, dtype: torch.dtype) -> None:
         torch.library.opcheck(func, args, kwargs)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", NATIVE)
 def test_compiles_and_agrees(op: str) -> None:
     run = Target(op, "native", "cpu").run(torch.float32)
 
@@ -104,6 +111,6 @@ def test_compiles_and_agrees(op: str) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_native_and_triton_serve_wherever_they_can_be_built(op: str) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    needed = {"native": shutil.which("c++"), "triton": find_spec("triton")}
+    needed = {"native": shutil.which("c++") if op in NATIVE else None, "triton": find_spec("triton")}
     there = [Target(op, impl, "cpu" if impl == "native" else device) for impl, tool in needed.items() if tool]
     assert [target.unsupported_reason(torch.float32) for target in there] == [None] * len(there)

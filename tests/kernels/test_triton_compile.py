@@ -82,8 +82,8 @@ def test_compiles_for_rocm() -> None:
 
 def test_no_size_compiles_anew_waits_for_the_device_or_outgrows_the_grid() -> None:
     found = resources("variants")
-    # Two where the calls differ: in the normalizer, the level, or the gradient of an entropy.
-    two = {"sequences_kernel", "gradient_kernel", "objective_kernel"}
+    # Two where the calls differ: in the normalizer, the level, the gradient of an entropy, or the alignment of rows.
+    two = {"sequences_kernel", "gradient_kernel", "objective_kernel", *SAMPLING_KERNELS}
     assert found["compiled"] == {name: 2 if name in two else 1 for name in KERNELS}
     # Default settings take two launches, min_p another one; nothing else computes.
     assert found["launched"] == {

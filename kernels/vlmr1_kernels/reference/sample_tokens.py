@@ -21,15 +21,17 @@ def sample_tokens(
     if suppressed_ids is not None:
         allowed = allowed.index_fill(-1, suppressed_ids, float("-inf"))
     allowed = _truncated(allowed, options)
+    peak = allowed.amax(-1, keepdim=True)
+    gaps = allowed - peak
     if options.greedy:
         tokens = allowed.argmax(-1)
     else:
-        cumulative = (allowed - allowed.amax(-1, keepdim=True)).double().exp_().cumsum_(-1)  # [S, V]
+        cumulative = gaps.double().exp_().cumsum_(-1)  # [S, V]
         target = draws[:, None] * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
     chosen = tokens[:, None]
-    sampling_logp = allowed.gather(-1, chosen)[:, 0] - allowed.logsumexp(-1)
-    return tokens, full.gather(-1, chosen)[:, 0], sampling_logp
+    lse = gaps.exp_().sum(-1).log_() + peak[:, 0]
+    return tokens, full.gather(-1, chosen)[:, 0], allowed.gather(-1, chosen)[:, 0] - lse
 
 
 def _tempered(logits: Tensor, temperature: float) -> Tensor:

@@ -230,7 +230,7 @@ def _forward(
     if least is not None:
         launch(
             threshold_kernel, size, *common, statistics, *blocks_of, least,
-            **sizes, SLOTS=SLOTS, num_warps=STATISTICS_WARPS,
+            **sizes, SLOTS=SLOTS, num_warps=CHOICE_WARPS,
         )  # fmt: skip
     launch(
         choice_kernel, rows, *common, draws.contiguous(), statistics, tokens, logp, sampling_logp, *blocks_of, least,
