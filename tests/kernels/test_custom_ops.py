@@ -10,14 +10,20 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.helpers.attention import offsets
 from tests.helpers.kernel_cases import OBJECTIVES, PER_ROW, Case, Target
-from vlmr1_kernels import SamplingOptions
+from vlmr1_kernels import PrefixLayout, SamplingOptions, registry
 from vlmr1_kernels.testing import HEAD, cast
 
 NAMESPACE = "vlmr1_kernels"
-OPS = ("linear_logprob", "group_advantages", "grpo_loss", "linear_grpo_loss", "sample_tokens")
-NATIVE = OPS[:4]
+LOSSES = ("linear_logprob", "group_advantages", "grpo_loss", "linear_grpo_loss")
+ATTENTIONS = ("shared_prefix_attention", "varlen_attention")
+DECODE = "shared_prefix_decode"
+COMPILED = [*((op, "native") for op in LOSSES), *((op, "cpu") for op in ATTENTIONS), (DECODE, "reference")]
+LAYOUTS = [PrefixLayout((4, 2), ((3, 2), (2, 2))), PrefixLayout((5, 1, 2), ((3,), (), (2, 2)))]
 CASE = Case((5, 1, 7, 2), 20, 37, OBJECTIVES["gspo, k3, everything"], bias=True, softcap=8.0)
+COLUMNS = (slice(16), slice(4, 12), slice(12, 20))  # of q with two heads, k, v
+TABLES = ([0, 2, 3], [0, 9], [9, 4], [[4, 5], [5, 6], [7, 8]], [3, 0, 6])  # DecodeTables
 
 
 def calls(op: str, inputs: dict[str, Tensor], run: Callable[..., Any]) -> Iterator[Tensor]:
@@ -39,6 +45,21 @@ def calls(op: str, inputs: dict[str, Tensor], run: Callable[..., Any]) -> Iterat
         yield torch.stack(run(logits, draws)[1:]).sum()
         options = SamplingOptions(0.8, min_p=0.1, repetition_penalty=1.2)
         yield torch.stack(run(logits, draws, inputs["targets"][:2] % 20, logits > 0, options=options)[1:]).sum()
+    elif op == DECODE:
+        keys = inputs["weight"].detach()[:, :16].unflatten(1, (2, 8)).transpose(0, 1)  # [2, 37, 8]
+        tables = [torch.tensor(each, dtype=torch.int32, device=keys.device) for each in TABLES]
+        out = run(inputs["hidden"].detach()[:3, :16].reshape(3, 2, 8), keys, keys, *tables, block=4, max_prefix=9)
+        yield out.square().sum()
+    elif op in ATTENTIONS:
+        hidden = inputs["hidden"]  # [15, 20]
+        q, k, v = (hidden[:, columns].unflatten(1, (-1, 8)).transpose(0, 1)[None] for columns in COLUMNS)
+        for layout in LAYOUTS:
+            where = (
+                (layout,)
+                if op == "shared_prefix_attention"
+                else (offsets((*layout.prompt_lengths, 15 - layout.prompt_total)), 9)
+            )
+            yield run(q, k, v, *where).square().sum()
     else:
         yield run(**inputs, softcap=CASE.softcap, settings=CASE.settings)[0]
         bare = {name: inputs[name] for name in ("hidden", "weight", "targets", "seq_ids")}
@@ -65,6 +86,8 @@ class _Record(TorchDispatchMode):
     ("impl", "dtype"),
     [
         ("native", torch.float32),
+        ("cpu", torch.float32),
+        ("reference", torch.float32),
         pytest.param("native", torch.bfloat16, marks=pytest.mark.slow),
         pytest.param("triton", torch.float32, marks=pytest.mark.slow),
     ],
@@ -73,7 +96,7 @@ class _Record(TorchDispatchMode):
 def test_opcheck(impl: str, dtype: torch.dtype) -> None:
     device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
     with _Record() as record:
-        for op in NATIVE if impl == "native" else OPS:
+        for op in (op for op in registry.ops() if impl in registry.implementations(op)):
             target = Target(op, impl, device)
             run, inputs = target.run(dtype), cast(CASE.draw(0, dtype), dtype, device)
             for value in calls(op, inputs, run):
@@ -86,9 +109,9 @@ def test_opcheck(impl: str, dtype: torch.dtype) -> None:
         torch.library.opcheck(func, args, kwargs)
 
 
-@pytest.mark.parametrize("op", NATIVE)
-def test_compiles_and_agrees(op: str) -> None:
-    run = Target(op, "native", "cpu").run(torch.float32)
+@pytest.mark.parametrize(("op", "impl"), COMPILED)
+def test_compiles_and_agrees(op: str, impl: str) -> None:
+    run = Target(op, impl, "cpu").run(torch.float32)
 
     def step(inputs: dict[str, Tensor]) -> Tensor:
         # The op stands among others: it is given an intermediate value, and its result is used.
@@ -108,9 +131,9 @@ def test_compiles_and_agrees(op: str) -> None:
     torch.testing.assert_close(results(compiled), results(step))
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", LOSSES)
 def test_native_and_triton_serve_wherever_they_can_be_built(op: str) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    needed = {"native": shutil.which("c++") if op in NATIVE else None, "triton": find_spec("triton")}
+    needed = {"native": shutil.which("c++"), "triton": find_spec("triton")}
     there = [Target(op, impl, "cpu" if impl == "native" else device) for impl, tool in needed.items() if tool]
     assert [target.unsupported_reason(torch.float32) for target in there] == [None] * len(there)

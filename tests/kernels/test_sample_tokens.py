@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers.kernel_cases import Target
+from vlmr1.planner.cuda_ops import SAMPLING_BLOCK
 from vlmr1_kernels import SamplingOptions, sample_tokens
 from vlmr1_kernels.testing import assert_within_budget, eager_sampling
 
@@ -186,3 +187,8 @@ def test_the_reference_in_float64_is_the_oracle() -> None:
     assert tokens.tolist() == expected.tolist()
     torch.testing.assert_close(logp, full.gather(1, tokens[:, None])[:, 0])
     torch.testing.assert_close(sampling_logp, allowed.gather(1, tokens[:, None])[:, 0])
+
+
+def test_the_planner_knows_the_size_of_a_block() -> None:
+    pytest.importorskip("triton")
+    assert import_module("vlmr1_kernels.triton.sample_tokens").BLOCK == SAMPLING_BLOCK

@@ -54,7 +54,9 @@ def suppressed_in(suppressed, count, start, BLOCK: tl.constexpr, IDS: tl.constex
 
 
 @triton.jit
-def allowed_block(x, row, start, vocabulary, factors, rules, seen_stride, count, BLOCK: tl.constexpr, IDS: tl.constexpr):
+def allowed_block(
+    x, row, start, vocabulary, factors, rules, seen_stride, count, BLOCK: tl.constexpr, IDS: tl.constexpr
+):
     """Return logits after penalty and temperature, -inf at suppressed ids."""
     temperature, penalty = factors
     seen, suppressed = rules
@@ -65,7 +67,8 @@ def allowed_block(x, row, start, vocabulary, factors, rules, seen_stride, count,
         x = tl.where(tl.load(seen + row * seen_stride + offsets, mask=inside, other=0) != 0, penalized, x)
     z = tempered(x, inside, temperature)
     if suppressed is not None:
-        if suppressed_in(suppressed, count, start, BLOCK, IDS) > 0:
+        found = suppressed_in(suppressed, count, start, BLOCK, IDS)
+        if found > 0:
             for i in range(count):
                 z = tl.where(offsets == tl.load(suppressed + i), float("-inf"), z)
     return z
