@@ -126,8 +126,8 @@ def eager_sampling(
     and top_p, in eager torch."""
     scores = logits
     if seen is not None:
-        factors = torch.where(logits > 0, 1 / options.repetition_penalty, options.repetition_penalty)
-        scores = torch.where(seen, logits * factors, logits)
+        divided, multiplied = logits / options.repetition_penalty, logits * options.repetition_penalty
+        scores = torch.where(seen, torch.where(logits > 0, divided, multiplied), logits)
     scores = scores / options.temperature
     if suppressed_ids is not None:
         scores[:, suppressed_ids] = -torch.inf

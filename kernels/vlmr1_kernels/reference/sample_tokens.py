@@ -26,7 +26,7 @@ def sample_tokens(
     if options.greedy:
         tokens = allowed.argmax(-1)
     else:
-        cumulative = gaps.double().exp_().cumsum_(-1)  # [S, V]
+        cumulative = gaps.to(torch.float64, copy=True).exp_().cumsum_(-1)  # [S, V]
         target = draws[:, None] * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
     chosen = tokens[:, None]
