@@ -15,7 +15,8 @@ class Request(NamedTuple):
     """Facts that `auto` decides from: device, dtype, shape, and options that not every implementation supports.
 
     `shape` is (N, D, V) for the linear ops, (N, B) for grpo_loss, (B, G) for group_advantages, (H, Hkv, L, Dh) for
-    shared_prefix_attention and varlen_attention, and (B, P, H, Hkv, Dh) for shared_prefix_decode.
+    shared_prefix_attention and varlen_attention, (B, P, H, Hkv, Dh) for shared_prefix_decode, and (S, V) for
+    sample_tokens.
     """
 
     device: torch.device
@@ -158,6 +159,10 @@ def _triton_decode(request: Request) -> str | None:
     return _triton(request) or (f"supports head dimensions up to 256, not {head_dim}" if head_dim > 256 else None)
 
 
+def _triton_sampling(request: Request) -> str | None:
+    return _triton(request) or _options_reason(request, "triton")
+
+
 def _interpreted(request: Request) -> str | None:
     return None if request.device.type == "cuda" else "Triton's interpreter is for tests"
 
@@ -198,6 +203,7 @@ TABLE: Mapping[str, Mapping[str, Implementation]] = {
     ),
     "varlen_attention": _op("varlen_attention", cpu=_cpu_attention, **_FLASH, batched=_none),
     "shared_prefix_decode": _op("shared_prefix_decode", triton=_triton_decode),
+    "sample_tokens": _op("sample_tokens", triton=_triton_sampling),
 }
 
 EXAMPLE_SHAPES: Mapping[str, tuple[int, ...]] = {
@@ -208,4 +214,5 @@ EXAMPLE_SHAPES: Mapping[str, tuple[int, ...]] = {
     "shared_prefix_attention": (16, 2, 4096, 128),
     "varlen_attention": (16, 16, 4096, 80),
     "shared_prefix_decode": (64, 8, 16, 2, 128),
+    "sample_tokens": (64, 151936),
 }
