@@ -21,8 +21,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 ROPE = ("apply_rotary_pos_emb", "apply_rotary_pos_emb_vision")  # functions that forwards of attention call
 DECODER_NORMS = {"input_layernorm": "self_attn", "post_attention_layernorm": "mlp"}
-# Norms whose output only linear layers of another module read.
+# Norms whose output only linear layers of another module read; those of queries and keys are rotated, and converted.
 READ_BY = DECODER_NORMS | {"norm1": "attn", "norm2": "mlp"}
+HEAD_NORMS = ("q_norm", "k_norm")
 READERS = ("q_proj", "k_proj", "v_proj", "qkv", "gate_proj", "up_proj", "gate_up_proj")
 
 
@@ -48,8 +49,14 @@ def liger_operators() -> Operators:
     def add_rms_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         return ops.LigerFusedAddRMSNormFunction.apply(residual, x, weight, eps)  # type: ignore[return-value]
 
-    functions: Any = (ops.LigerLayerNormFunction, ops.LigerSiLUMulFunction, ops.LigerFusedGateUpSiLUMulFunction)
-    return Operators(rms_norm, add_rms_norm, *(each.apply for each in functions), ops.LigerRopeFunction.apply)
+    def swiglu_packed(both: Tensor) -> Tensor:
+        """Of rows: Liger's gradient has two dimensions, whatever its input has."""
+        out: Any = ops.LigerFusedGateUpSiLUMulFunction.apply(both.flatten(0, -2))
+        return out.view(*both.shape[:-1], -1)
+
+    layer_norm, swiglu, rope = ops.LigerLayerNormFunction, ops.LigerSiLUMulFunction, ops.LigerRopeFunction
+    made: Any = (rms_norm, add_rms_norm, layer_norm.apply, swiglu.apply, swiglu_packed, rope.apply)
+    return Operators(*made)
 
 
 def operators_for(setting: str, device: str) -> Operators | None:
@@ -99,20 +106,21 @@ def _stock(module: nn.Module) -> Callable[..., Any]:
 
 
 def _rms_norm(module: Any, operators: Operators, narrow: bool, x: Tensor, residual: Tensor | None = None) -> Any:
-    """The norm of x, or the norm of residual + x and the sum. A narrow norm's output has the dtype of autocast: linear
-    layers would convert it each."""
+    """The norm of x, or the norm of residual + x and the sum. A narrow norm's output has the dtype of autocast: its
+    readers would convert it, each of them anew."""
     weight, eps = module.weight, getattr(module, _eps_name(module))
-    wide = x if residual is None else residual
-    if wide.dtype != weight.dtype or x.dtype.itemsize > wide.dtype.itemsize:
-        wide = x if residual is None else residual + x
-        y = _stock(module)(wide)
-    elif residual is None:
-        y = operators.rms_norm(x, weight, eps, narrow)
-    else:
-        y, wide = operators.add_rms_norm(residual, x, weight, eps)
-    if narrow:
-        y = y.to(_autocast_dtype(x) or y.dtype)
-    return y if residual is None else (y, wide)
+    if residual is not None:
+        if residual.dtype == weight.dtype and x.dtype.itemsize <= residual.dtype.itemsize:
+            y, total = operators.add_rms_norm(residual, x, weight, eps)
+            return y.to(_autocast_dtype(x) or y.dtype) if narrow else y, total
+        total = residual + x
+        return _rms_norm(module, operators, narrow, total), total
+    dtype = _autocast_dtype(x) if narrow else None
+    if x.dtype.itemsize > weight.dtype.itemsize:
+        y = _stock(module)(x)
+    else:  # the stock norm of a half-precision x has the dtype of a float32 weight
+        y = operators.rms_norm(x if x.dtype == dtype else x.to(weight.dtype), weight, eps, narrow)
+    return y.to(dtype or y.dtype)
 
 
 def _layer_norm(module: Any, operators: Operators, x: Tensor) -> Tensor:
@@ -152,8 +160,11 @@ def _computes_rms_norm(kind: type[nn.Module], eps: str) -> bool:
 
 
 def _narrow_norms(module: nn.Module) -> Iterator[nn.Module]:
-    """Norms of a layer whose output only plain linear layers read, which autocast converts it for."""
+    """Children whose output only plain linear layers read, or the attention behind a rotation: both convert it to the
+    dtype of autocast."""
     children = dict(module.named_children())
+    if _called_rope(type(module)):
+        yield from (children[norm] for norm in HEAD_NORMS if norm in children)
     for norm, name in READ_BY.items():
         reader = children.get(name)
         if norm in children and reader is not None:
