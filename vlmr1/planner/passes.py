@@ -22,11 +22,13 @@ from vlmr1.planner.rollout import generate, rollout
 from vlmr1_kernels import GRPOSettings, use
 
 Bytes = dict[str, int]  # by cause
+KEPT = "kept"
 
 
 def dry_passes(job: Job, trained: Any, dry: DryRun) -> Mapping[str, Bytes]:
     """Bytes by cause at the peak of each phase, without weights, optimizer states and reference model. Under HOST are
-    the bytes in host memory. `trained` is the model without data, or the `peft.PeftModel` around it."""
+    the bytes in host memory, under KEPT those that a rollout leaves behind. `trained` is the model without data, or the
+    `peft.PeftModel` around it."""
     args, model = job.args, base_of(trained)
     family = family_for(model.config)
     family.operators = STAND_INS if job.device == "cuda" and args.fused_layers != "torch" else None
@@ -40,14 +42,14 @@ def dry_passes(job: Job, trained: Any, dry: DryRun) -> Mapping[str, Bytes]:
     else:
         policy = NaivePolicy(model, family, **options)
     pack, several = largest_pack(job, prompts[: args.prompts_per_device])
-    draw: Callable[..., None] = rollout if args.rollout_engine == "native" else generate
+    draw: Callable[..., Bytes] = rollout if args.rollout_engine == "native" else generate
     found: dict[str, Bytes] = {}
     with vision_counted(family, model, dry), use(args.kernels if job.device == "cpu" else ""), dry:
         with ExitStack() as stack:
             if args.lora_merge_rollout:
                 with dry.of(WEIGHTS):
                     stack.enter_context(merged(trained))
-            draw(job, policy, prompts, dry)
+            found[KEPT] = draw(job, policy, prompts, dry)
         found["rollout"] = dict(dry.at_peak)
         if job.reference != "none":
             dry.restart()
