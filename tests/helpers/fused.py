@@ -41,9 +41,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
     return rotated(q), rotated(k)
 
 
-DEFINITIONS: Any = Operators(
-    rms_norm, add_rms_norm, layer_norm, swiglu, lambda both: swiglu(*both.chunk(2, -1)), rope
-)
+DEFINITIONS: Any = Operators(rms_norm, add_rms_norm, layer_norm, swiglu, lambda both: swiglu(*both.chunk(2, -1)), rope)
 
 
 def counted(operators: Operators) -> tuple[Operators, Counter[str]]:

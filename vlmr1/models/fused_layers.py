@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import cache, partial
 from importlib.util import find_spec
 from inspect import unwrap
-from types import FunctionType
+from types import CellType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -61,7 +61,7 @@ def liger_operators() -> Operators:
 
 def operators_for(setting: str, device: str) -> Operators | None:
     """The operators of `fused_layers` on a device; None for the stock forwards."""
-    if setting == "torch" or setting == "auto" and (device != "cuda" or find_spec("liger_kernel") is None):
+    if setting == "torch" or (setting == "auto" and (device != "cuda" or find_spec("liger_kernel") is None)):
         return None
     return liger_operators()
 
@@ -72,7 +72,7 @@ def fused_layers(model: nn.Module, operators: Operators | None) -> Iterator[None
     inside. A module that has a forward of its own, as in an enclosing block, keeps it."""
     bound = [] if operators is None else list(_forwards(model, operators))
     for module, forward in bound:
-        module.forward = forward
+        module.forward = partial(_rewrapped(type(module).forward, forward), module)
     try:
         yield
     finally:
@@ -81,31 +81,83 @@ def fused_layers(model: nn.Module, operators: Operators | None) -> Iterator[None
 
 
 def _forwards(model: nn.Module, operators: Operators) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
-    """The modules to bind, and their forwards."""
+    """The modules to bind, and functions of a module and its inputs."""
     narrow = {id(norm) for module in model.modules() for norm in _narrow_norms(module)}
     for module in model.modules():
         if "forward" in vars(module):
             continue
         if is_rms_norm(module):
-            yield module, partial(_rms_norm, module, operators, id(module) in narrow)
+            yield module, partial(_rms_norm, operators, id(module) in narrow)
         elif type(module) is nn.LayerNorm and module.bias is not None and len(module.normalized_shape) == 1:
-            yield module, partial(_layer_norm, module, operators)
+            yield module, partial(_layer_norm, operators)
         elif (swiglu := swiglu_of(module)) is not None:
-            yield module, partial(swiglu, module, operators)
+            yield module, partial(swiglu, operators)
         elif is_decoder_layer(module) and not any("forward" in vars(module.get_submodule(n)) for n in DECODER_NORMS):
-            yield module, partial(_decoder_layer, module)
+            yield module, _decoder_layer
         elif (name := rope_of(type(module))) is not None:
-            yield module, partial(_with_rope(type(module), name, operators), module)
+            yield module, _with_rope(type(module), name, operators)
+
+
+def _rewrapped(forward: Any, inner: Callable[..., Any]) -> Callable[..., Any]:
+    """`inner` in the wrappers that the class's forward has around its own function, as checkpointing is one."""
+    within = getattr(forward, "__wrapped__", None)
+    if within is None:
+        return inner
+    replaced = CellType(_rewrapped(within, inner))
+    cells = tuple(replaced if cell.cell_contents is within else cell for cell in forward.__closure__ or ())
+    return _function(forward, forward.__globals__, cells)
+
+
+def _function(like: Any, names: dict[str, Any], closure: Any) -> FunctionType:
+    """The same code with other global names and another closure."""
+    made = FunctionType(like.__code__, names, like.__name__, like.__defaults__, closure)
+    made.__kwdefaults__ = like.__kwdefaults__
+    return made
 
 
 def _stock(module: nn.Module) -> Callable[..., Any]:
     return partial(type(module).forward, module)
 
 
+# Small instances
+
+
+def _probed(check: Callable[..., bool]) -> Callable[..., bool]:
+    """The check, once for its arguments, with real numbers on the CPU whatever encloses the pass. A class that needs
+    more than its small instance has, or takes other arguments, computes something else."""
+
+    @cache
+    def checked(*args: Any) -> bool:
+        try:
+            with _disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+                return check(*args)
+        except (AttributeError, TypeError, ValueError, RuntimeError):
+            return False
+
+    return checked
+
+
+def _numbers(*shape: int) -> Tensor:
+    count = torch.Size(shape).numel()
+    return torch.linspace(-1.3, 1.7, count, device="cpu", dtype=torch.float32).sin().reshape(shape)
+
+
+def _probe(kind: type[nn.Module], attributes: dict[str, Any], *, modules: Any = (), parameters: Any = ()) -> Any:
+    """An instance of the class that has these parts; its constructor does not run."""
+    made: Any = object.__new__(kind)
+    nn.Module.__init__(made)
+    vars(made).update(attributes)
+    for name, module in dict(modules).items():
+        setattr(made, name, module)
+    for name, parameter in dict(parameters).items():
+        setattr(made, name, parameter)
+    return made
+
+
 # Norms
 
 
-def _rms_norm(module: Any, operators: Operators, narrow: bool, x: Tensor, residual: Tensor | None = None) -> Any:
+def _rms_norm(operators: Operators, narrow: bool, module: Any, x: Tensor, residual: Tensor | None = None) -> Any:
     """The norm of x, or the norm of residual + x and the sum. A narrow norm's output has the dtype of autocast: its
     readers would convert it, each of them anew."""
     weight, eps = module.weight, getattr(module, _eps_name(module))
@@ -114,7 +166,7 @@ def _rms_norm(module: Any, operators: Operators, narrow: bool, x: Tensor, residu
             y, total = operators.add_rms_norm(residual, x, weight, eps)
             return y.to(_autocast_dtype(x) or y.dtype) if narrow else y, total
         total = residual + x
-        return _rms_norm(module, operators, narrow, total), total
+        return _rms_norm(operators, narrow, module, total), total
     dtype = _autocast_dtype(x) if narrow else None
     if x.dtype.itemsize > weight.dtype.itemsize:
         y = _stock(module)(x)
@@ -123,7 +175,7 @@ def _rms_norm(module: Any, operators: Operators, narrow: bool, x: Tensor, residu
     return y.to(dtype or y.dtype)
 
 
-def _layer_norm(module: Any, operators: Operators, x: Tensor) -> Tensor:
+def _layer_norm(operators: Operators, module: Any, x: Tensor) -> Tensor:
     """Torch's norm is one kernel too, but autocast runs it in float32, with conversions around it."""
     if x.dtype != module.weight.dtype or x.dtype == torch.float32 or _autocast_dtype(x) is None:
         return _stock(module)(x)
@@ -147,15 +199,14 @@ def is_rms_norm(module: nn.Module) -> bool:
     return hasattr(module, _eps_name(module)) and _computes_rms_norm(type(module), _eps_name(module))
 
 
-@cache
+@_probed
 def _computes_rms_norm(kind: type[nn.Module], eps: str) -> bool:
-    with _probing():
-        for dtype in (torch.float32, torch.bfloat16):
-            weight, x = _numbers(8).to(dtype), _numbers(2, 8).to(dtype)
-            wide = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 0.1)
-            probe = _probe(kind, {eps: 0.1}, parameters={"weight": nn.Parameter(weight)})
-            if not torch.equal(kind.forward(probe, x), weight * wide.to(dtype)):
-                return False
+    for dtype in (torch.float32, torch.bfloat16):
+        weight, x = _numbers(8).to(dtype), _numbers(2, 8).to(dtype)
+        wide = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 0.1)
+        probe = _probe(kind, {eps: 0.1}, parameters={"weight": nn.Parameter(weight)})
+        if not torch.equal(kind.forward(probe, x), weight * wide.to(dtype)):
+            return False
     return True
 
 
@@ -190,14 +241,14 @@ def swiglu_of(module: nn.Module) -> Callable[..., Tensor] | None:
     return None
 
 
-def _swiglu(module: Any, operators: Operators, x: Tensor) -> Tensor:
+def _swiglu(operators: Operators, module: Any, x: Tensor) -> Tensor:
     gate, up = module.gate_proj(x), module.up_proj(x)
     if gate.dtype != up.dtype:
         return _stock(module)(x)
     return module.down_proj(operators.swiglu(gate, up))
 
 
-def _swiglu_packed(module: Any, operators: Operators, x: Tensor) -> Tensor:
+def _swiglu_packed(operators: Operators, module: Any, x: Tensor) -> Tensor:
     return module.down_proj(operators.swiglu_packed(module.gate_up_proj(x)))
 
 
@@ -207,22 +258,21 @@ _SWIGLU: dict[tuple[str, ...], Callable[..., Tensor]] = {
 }
 
 
-@cache
+@_probed
 def _computes_swiglu(
     kind: type[nn.Module], name: str, activation: type[nn.Module], projections: tuple[str, ...]
 ) -> bool:
-    with _probing():
-        widths = {"down_proj": (3, 4), "gate_up_proj": (4, 6)}
-        made = {each: nn.Linear(*widths.get(each, (4, 3)), device="cpu") for each in projections}
-        for index, linear in enumerate(made.values()):
-            linear.weight.copy_(_numbers(*linear.weight.shape) + index)
-        x = _numbers(2, 4)
-        inner = [made[each](x) for each in projections[:-1]]
-        gate, up = inner if len(inner) == 2 else inner[0].chunk(2, -1)
-        expected = made["down_proj"](nn.functional.silu(gate) * up)
-        act = activation.__new__(activation)
-        nn.Module.__init__(act)
-        return torch.equal(kind.forward(_probe(kind, {}, modules={**made, name: act}), x), expected)
+    widths = {"down_proj": (3, 4), "gate_up_proj": (4, 6)}
+    made = {each: nn.Linear(*widths.get(each, (4, 3)), device="cpu") for each in projections}
+    for index, linear in enumerate(made.values()):
+        linear.weight.copy_(_numbers(*linear.weight.shape) + index)
+    x = _numbers(2, 4)
+    inner = [made[each](x) for each in projections[:-1]]
+    gate, up = inner if len(inner) == 2 else inner[0].chunk(2, -1)
+    expected = made["down_proj"](nn.functional.silu(gate) * up)
+    act = activation.__new__(activation)
+    nn.Module.__init__(act)
+    return torch.equal(kind.forward(_probe(kind, {}, modules={**made, name: act}), x), expected)
 
 
 # Residual connections
@@ -243,17 +293,16 @@ def is_decoder_layer(module: nn.Module) -> bool:
     return all(is_rms_norm(children[name]) for name in DECODER_NORMS) and _computes_layer(type(module))
 
 
-@cache
+@_probed
 def _computes_layer(kind: type[nn.Module]) -> bool:
-    with _probing():
-        parts: dict[str, nn.Module] = {name: _Affine(index + 2) for index, name in enumerate(DECODER_NORMS)}
-        parts |= {"self_attn": _Attention(), "mlp": _Affine(5)}
-        probe = _probe(kind, {}, modules=parts)
-        x = _numbers(1, 2, 4)
-        after = x + parts["self_attn"](parts["input_layernorm"](x), position_embeddings=_numbers(4))[0]
-        expected = after + parts["mlp"](parts["post_attention_layernorm"](after))
-        out = kind.forward(probe, x, position_embeddings=_numbers(4))
-        return isinstance(out, Tensor) and torch.equal(out, expected)
+    parts: dict[str, nn.Module] = {name: _Affine(index + 2) for index, name in enumerate(DECODER_NORMS)}
+    parts |= {"self_attn": _Attention(), "mlp": _Affine(5)}
+    probe = _probe(kind, {}, modules=parts)
+    x = _numbers(1, 2, 4)
+    after = x + parts["self_attn"](parts["input_layernorm"](x), position_embeddings=_numbers(4))[0]
+    expected = after + parts["mlp"](parts["post_attention_layernorm"](after))
+    out = kind.forward(probe, x, position_embeddings=_numbers(4))
+    return isinstance(out, Tensor) and torch.equal(out, expected)
 
 
 class _Affine(nn.Module):
@@ -299,54 +348,23 @@ def _with_rope(kind: type[nn.Module], name: str, operators: Operators) -> Functi
         q, k = operators.rope(*(each.transpose(0, 1)[None] for each in (q, k)), cos[None], sin[None])
         return q[0].transpose(0, 1), k[0].transpose(0, 1)
 
-    names = {**forward.__globals__, name: rotate}
-    made = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
-    made.__kwdefaults__ = forward.__kwdefaults__
-    return made
+    return _function(forward, {**forward.__globals__, name: rotate}, forward.__closure__)
 
 
-@cache
+@_probed
 def _computes_rope(function: Callable[..., tuple[Tensor, Tensor]], name: str) -> bool:
-    with _probing():
-        angles = _numbers(1, 3, 4)
-        cos, sin = (torch.cat([part, part], -1) for part in (angles.cos(), angles.sin()))
-        q, k = _numbers(1, 2, 3, 8), _numbers(1, 1, 3, 8) + 1
+    angles = _numbers(1, 3, 4)
+    cos, sin = (torch.cat([part, part], -1) for part in (angles.cos(), angles.sin()))
+    q, k = _numbers(1, 2, 3, 8), _numbers(1, 1, 3, 8) + 1
 
-        def rotated(x: Tensor) -> Tensor:
-            first, second = x.chunk(2, -1)
-            return x * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
+    def rotated(x: Tensor) -> Tensor:
+        first, second = x.chunk(2, -1)
+        return x * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
 
-        expected = rotated(q), rotated(k)
-        if name == ROPE[0]:
-            found = function(q, k, cos, sin)
-        else:
-            given = (each[0].transpose(0, 1) for each in (q, k))
-            found = tuple(each.transpose(0, 1)[None] for each in function(*given, cos[0], sin[0]))
-        return all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
-
-
-# Small instances
-
-
-@contextmanager
-def _probing() -> Iterator[None]:
-    """Real numbers on the CPU whatever encloses the pass: autocast, fake tensors, or a default device."""
-    with _disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False):
-        yield
-
-
-def _numbers(*shape: int) -> Tensor:
-    count = torch.Size(shape).numel()
-    return torch.linspace(-1.3, 1.7, count, device="cpu", dtype=torch.float32).sin().reshape(shape)
-
-
-def _probe(kind: type[nn.Module], attributes: dict[str, Any], *, modules: Any = (), parameters: Any = ()) -> Any:
-    """An instance of the class that has these parts; its constructor does not run."""
-    made: Any = object.__new__(kind)
-    nn.Module.__init__(made)
-    vars(made).update(attributes)
-    for name, module in dict(modules).items():
-        setattr(made, name, module)
-    for name, parameter in dict(parameters).items():
-        setattr(made, name, parameter)
-    return made
+    expected = rotated(q), rotated(k)
+    if name == ROPE[0]:
+        found = function(q, k, cos, sin)
+    else:
+        given = (each[0].transpose(0, 1) for each in (q, k))
+        found = tuple(each.transpose(0, 1)[None] for each in function(*given, cos[0], sin[0]))
+    return all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
