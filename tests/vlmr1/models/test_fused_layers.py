@@ -179,9 +179,11 @@ def test_an_adapter(pack, model, processor, tmp_path):
 def test_nothing_stays_bound(model):
     """Neither in classes and modules of the library, nor after an error; an enclosing block goes on."""
     module = sys.modules[type(model).__module__]
-    before = {
-        name: vars(value).get("forward", value) for name, value in vars(module).items() if hasattr(value, "__dict__")
-    }
+
+    def library() -> dict[str, Any]:
+        return {name: vars(value).get("forward") for name, value in vars(module).items() if isinstance(value, type)}
+
+    before, functions = library(), dict(vars(module))
     own = model.model.visual.merger.ln_q
     own.forward = lambda x: x  # another's
     with fused_layers(model, DEFINITIONS):
@@ -190,15 +192,13 @@ def test_nothing_stays_bound(model):
             assert bound(model) == names
             raise ZeroDivisionError
         assert bound(model) == names and len(names) > 10
+        assert library() == before and vars(module) == functions
     assert bound(model) == ["model.visual.merger.ln_q"]
-    assert before == {
-        name: vars(value).get("forward", value) for name, value in vars(module).items() if hasattr(value, "__dict__")
-    }
 
 
 @one_family()
 @pytest.mark.parametrize("setting", ["auto", "torch"])
-def test_stock_layers_on_a_cpu(setting, model, processor, make, tmp_path):
+def test_stock_layers_on_a_cpu(setting, model, processor, tmp_path):
     """No instance has a forward of its own in a pass of the trainer."""
     trainer = trainer_of(model, processor, tmp_path, fused_layers=setting)
     assert trainer.family.operators is None
