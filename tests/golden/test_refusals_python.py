@@ -25,7 +25,7 @@ from vlmr1.evaluation.options import Options
 from vlmr1.grpo.pack_budget import PackTooLarge
 from vlmr1.grpo.pack_runner import PackRunner
 from vlmr1.lifecycle.run_settings import check_settings
-from vlmr1.models import attention
+from vlmr1.models import attention, fused_layers
 from vlmr1.models.lora import read_adapter, restore_adapter, with_lora
 from vlmr1.models.precision import prepare_trained
 from vlmr1.rewards import pool
@@ -88,6 +88,10 @@ def compared_tasks() -> None:
 def bfloat16_beside_adapter() -> None:
     model = torch.nn.Linear(2, 2, dtype=torch.bfloat16)
     prepare_trained(model, anything(bf16=False, stochastic_rounding=False, use_peft=True))
+
+
+def unimportable() -> None:
+    raise ImportError("cannot import name 'ops'")
 
 
 def with_zero3(**settings: Any) -> None:
@@ -158,7 +162,10 @@ CASES: dict[str, Callable[..., Any]] = {
         patch, os.environ, "ACCELERATE_USE_FSDP", "true", check_launched, 1, NO_ENGINE
     ),
     "fused_layers=liger and liger-kernel is not installed": lambda patch: patched(
-        patch, *NO_PEFT, GRPOConfig(use_cpu=True, fused_layers="liger").check_device, "cuda"
+        patch, sys.modules, "liger_kernel", None, GRPOConfig(use_cpu=True, fused_layers="liger").check_device, "cuda"
+    ),
+    "fused_layers is not torch and liger-kernel cannot be imported": lambda patch: patched(
+        patch, fused_layers, "liger_operators", unimportable, fused_layers.operators_for, "liger", "cuda"
     ),
     "fused_layers has an unknown value (from Python)": lambda: GRPOConfig(use_cpu=True, fused_layers="fast"),
     "A run starts from an adapter with ZeRO-3 and a copied reference": lambda: with_zero3(use_peft=True, adapter="a"),

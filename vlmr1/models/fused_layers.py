@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from vlmr1.errors import SettingError
+
 ROPE = ("apply_rotary_pos_emb", "apply_rotary_pos_emb_vision")  # functions that forwards of attention call
 DECODER_NORMS = {"input_layernorm": "self_attn", "post_attention_layernorm": "mlp"}
 # Norms whose output only linear layers of another module read; those of queries and keys are rotated, and converted.
@@ -63,7 +65,10 @@ def operators_for(setting: str, device: str) -> Operators | None:
     """The operators of `fused_layers` on a device; None for the stock forwards."""
     if setting == "torch" or (setting == "auto" and (device != "cuda" or find_spec("liger_kernel") is None)):
         return None
-    return liger_operators()
+    try:
+        return liger_operators()
+    except ImportError as error:
+        raise SettingError(f"fused_layers={setting}: liger-kernel cannot be imported ({error}); use torch") from error
 
 
 @contextmanager
