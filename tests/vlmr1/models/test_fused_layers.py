@@ -15,13 +15,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tests.helpers.families import checkpoints, one_family
 from tests.helpers.fused import DEFINITIONS, counted, rms_norm, run, wide
 from tests.helpers.interpreter import AVAILABLE, interpreted_liger
+from tests.helpers.jobs import job
 from tests.helpers.lora_steps import LORA
 from tests.helpers.lora_steps import trainer_of as lora_trainer
+from tests.helpers.rollouts import tokens
 from tests.helpers.steps import trainer_of
 from vlmr1.grpo.packing import make_pack
 from vlmr1.models import family_of
 from vlmr1.models.fused_layers import Operators, fused_layers, is_rms_norm, liger_operators
 from vlmr1.planner.fused_ops import STAND_INS
+from vlmr1.planner.plan import Planner
+from vlmr1.rollout import NativeEngine, SamplingSettings
 from vlmr1_kernels.testing import assert_within_budget, relative_error
 
 Results = tuple[Tensor, dict[str, Tensor]]
@@ -145,6 +149,20 @@ def test_a_fault_in_an_operator_is_found(fault, pack, model):
     with pytest.raises(AssertionError):
         assert_stock(ours, stock)
     assert relative(ours[1], stock[1]) > 1e-5
+
+
+@one_family()
+def test_prefill(make, model, processor):
+    """The engine computes prompts with the operators, and samples the same tokens."""
+    prompts, family = [make.prompt("Where?", (56,)), make.prompt("What?")], family_of(model)
+
+    def generated() -> list[list[int]]:
+        engine = NativeEngine(model, family, processor.tokenizer)
+        return tokens(engine.generate(prompts, 2, SamplingSettings(4, greedy=True)))
+
+    stock = generated()
+    family.operators, calls = counted(DEFINITIONS)
+    assert generated() == stock and calls == expected_calls(model)
 
 
 @one_family()
@@ -329,3 +347,13 @@ def test_stand_ins_keep_what_liger_keeps(name, dtype, liger):
     with FakeTensorMode(allow_non_fake_inputs=True):
         stand_ins = kept(STAND_INS)
     assert stand_ins == kept(liger)
+
+
+def test_a_plan_counts_fused_layers():
+    """For a GPU, where `auto` means Liger's kernels."""
+    planner, settings = Planner(), {"bf16": True, "beta": 0.0, "prompts_per_device": 1}
+
+    def activations(setting: str) -> int:
+        return planner.plan(job(fused_layers=setting, **settings)).phases["policy"]["activations"]
+
+    assert activations("auto") < 0.75 * activations("torch")

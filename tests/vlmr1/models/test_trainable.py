@@ -1,23 +1,19 @@
 """Which parameters are trained, where the reference comes from, where activations are kept, each
 setting changes what it says and nothing else, and what cannot be is refused by name."""
 
-import sys
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
 
-from tests.helpers.families import build
 from tests.helpers.lora_steps import LORA, perturb
 from tests.helpers.refused import refusal
 from tests.helpers.trainers import gradients, relative, trainer_of
 from vlmr1.config import GRPOConfig
-from vlmr1.errors import SettingError
 from vlmr1.grpo.packing import make_pack
 from vlmr1.grpo.policy import PackedPolicy
 from vlmr1.grpo.reference import frozen_copy
-from vlmr1.models import family_of, load_model, load_processor
+from vlmr1.models import family_of
 
 PEFT = ["--use_peft", "true"]
 
