@@ -33,7 +33,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return functional.silu(gate) * up
 
 
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     def rotated(x: Tensor) -> Tensor:
         first, second = x.chunk(2, -1)
         return (x * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]).to(x.dtype)

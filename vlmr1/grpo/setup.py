@@ -13,7 +13,6 @@ from vlmr1.grpo.naive import policy_for
 from vlmr1.grpo.reference import Reference, make_reference
 from vlmr1.models import check_dropout
 from vlmr1.models.features import FeatureCache
-from vlmr1.models.fused_layers import operators_for
 from vlmr1.models.settings import ParameterSettings
 from vlmr1.models.trainable import base_and_family, choose_trained
 from vlmr1.rewards.pool import RewardPool
@@ -51,7 +50,7 @@ def prepare_model(given: Any, args: Any) -> tuple[Any, Any, Any]:
     if args.share_prompt or args.pack:
         check_dropout(model.config)
     args.check_device()
-    family.operators = operators_for(args.fused_layers, args.device.type)
+    family.fuse_layers(args.fused_layers, args.device.type)
     return model, family, choose_trained(given, family, ParameterSettings.of(args))
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmr1.models.attention import SharedAttention, shared_attention
-from vlmr1.models.fused_layers import Operators, fused_layers
+from vlmr1.models.fused_layers import Operators, fused_layers, operators_for
 from vlmr1.models.precision import zero_gradient
 from vlmr1.models.tower import varlen_tower
 from vlmr1.types import ImageInputs
@@ -106,6 +106,10 @@ class ModelFamily(ABC):
         decoder = shared_attention(attrgetter(self.decoder_path)(model))
         with tower, decoder, fused_layers(model, self.operators):
             yield
+
+    def fuse_layers(self, setting: str, device: str) -> None:
+        """Use the operators of `fused_layers` on this device in passes from now on."""
+        self.operators = operators_for(setting, device)
 
     def head(self, model: Any) -> nn.Linear:
         """The vocabulary projection."""

@@ -245,6 +245,8 @@ class WideRMSNorm(OffsetRMSNorm):
 class LearnedRMSNorm(OffsetRMSNorm):
     """Needs more than a weight."""
 
+    learned: float
+
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.learned)
 
