@@ -14,8 +14,8 @@ LAUNCH_US, GRAPH_US = 5.0, 2.5  # time that a kernel takes at least: launched by
 
 @dataclass(frozen=True)
 class Card:
-    """Peaks of the data sheet, SXM version, without sparsity; `attention` is what FlashAttention 2 was reported to reach
-    in forward (arXiv:2307.08691, arXiv:2407.08608)."""
+    """Peaks of NVIDIA's data sheet, SXM version, without sparsity. `attention` is what was reported of FlashAttention 2
+    in forward (arXiv:2307.08691 and arXiv:2407.08608)."""
 
     memory: float  # GiB that the driver reports
     bf16: float  # TFLOP/s

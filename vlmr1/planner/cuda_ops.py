@@ -25,8 +25,8 @@ ATTENTION, ATTENTION_BACKWARD, DECODE = "attention", "attention_backward", "deco
 
 
 class _Flash(torch.autograd.Function):
-    """q [b, H, L, Dh] -> out of the same shape; saves q, k, v, out and the log-sum-exps for backward. `pairs` of rows and
-    keys that each call computes."""
+    """q [b, H, L, Dh] -> out of the same shape; saves q, k, v, out and the log-sum-exps for backward. `pairs`: of rows
+    and keys, by call."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pairs: Sequence[int]) -> Tensor:

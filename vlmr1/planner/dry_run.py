@@ -150,8 +150,8 @@ class DryRun(TorchDispatchMode):
 
 
 def kernel(name: str, flops: float, *moved: Tensor | float) -> None:
-    """Tell the dry runs in progress of a kernel that a stand-in allocates for but does not call. `moved`: tensors that it
-    reads or writes, or numbers of bytes."""
+    """Tell the dry runs in progress of a kernel that a stand-in allocates for but does not call. `moved`: tensors that
+    it reads or writes, or numbers of bytes."""
     size = sum(each.nbytes if isinstance(each, Tensor) else each for each in moved)
     for run in _RUNNING:
         run.add_kernel(name, flops, size)

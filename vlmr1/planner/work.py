@@ -1,8 +1,8 @@
 """Kernels of a dry run: the FLOPs of each, the bytes that it moves, and how often it is launched.
 
 An operator that is neither a view nor an allocation counts as one kernel. Its bytes are those of all tensors that it
-reads and writes, once each; of a lookup or an update of single rows, those of the rows. The CUDA ops of `cuda_ops.py`
-and of the head have no operators here, and tell of their kernels themselves. FLOPs are those of `torch.utils.flop_counter`.
+reads and writes, once each; of a lookup or an update of single rows, those of the rows. The stand-ins of CUDA ops
+(`cuda_ops.py`) call no operators, and tell of their kernels. FLOPs are those of `torch.utils.flop_counter`.
 """
 
 from __future__ import annotations
@@ -50,9 +50,15 @@ class Kernel:
 Kernels = Counter[Kernel]
 
 
+def totals(kernels: Kernels) -> dict[str, float]:
+    """FLOPs, bytes and number of kernels."""
+    flops, moved = (sum(n * getattr(each, of) for each, n in kernels.items()) for of in ("flops", "bytes"))
+    return {"flops": flops, "bytes": moved, "kernels": sum(kernels.values())}
+
+
 class WorkRun(DryRun):
-    """A dry run that counts kernels by phase. `of_tensors`: count operators on tensors of any kind, as of a real run;
-    else those on tensors without data only, because the others run on the host."""
+    """A dry run that counts kernels by phase. Operators without a floating-point
+    tensor are left out: most of them run on the host. `of_tensors`: count a run on real tensors."""
 
     def __init__(self, phase: str = "", *, of_tensors: bool = False):
         super().__init__(ACTIVATIONS)
@@ -76,15 +82,17 @@ class WorkRun(DryRun):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self.of_tensors:
-            out = func(*args, **kwargs)
-        else:
-            out = super().__torch_dispatch__(func, types, args, kwargs)
-        if self.of_tensors or any(isinstance(each, FakeTensor) for each in tree_leaves((args, kwargs, out))):
+        out = func(*args, **kwargs) if self.of_tensors else super().__torch_dispatch__(func, types, args, kwargs)
+        if any(self._counts(each) for each in tree_leaves((args, kwargs, out))):
             kernel = kernel_of(func, args, kwargs, out)
             if kernel is not None:
                 self._add_kernel(kernel)
         return out
+
+    def _counts(self, value: Any) -> bool:
+        if self.of_tensors:
+            return isinstance(value, Tensor) and value.is_floating_point()
+        return isinstance(value, FakeTensor)
 
     def _add_kernel(self, kernel: Kernel) -> None:
         self.kernels[self.phase, self.cause][kernel] += self.repeats
