@@ -88,7 +88,8 @@ def write(page: str, lines: list[str]) -> None:
     begin, end = "<!-- predicted:begin -->", "<!-- predicted:end -->"
     before, _, rest = path.read_text(encoding="utf-8").partition(begin)
     _, _, after = rest.partition(end)
-    path.write_text(f"{before}{begin}\n\n{'\n'.join(lines)}\n\n{end}{after}", encoding="utf-8")
+    table = "\n".join(lines)
+    path.write_text(f"{before}{begin}\n\n{table}\n\n{end}{after}", encoding="utf-8")
 
 
 def main() -> None:
