@@ -14,7 +14,7 @@ from vlmr1.models.features import all_images, encode, unique_images
 from vlmr1.planner.cuda_ops import Prefill, Streaming
 from vlmr1.planner.dry_run import kernel
 from vlmr1.planner.job import Job
-from vlmr1.planner.work import WorkRun
+from vlmr1.planner.work import UNCOUNTED, WorkRun
 from vlmr1.rollout.kv_cache import head_dim_of
 from vlmr1.rollout.sampling import sample_tokens
 from vlmr1.types import Prompt
@@ -61,8 +61,9 @@ def generate(job: Job, policy: PackedPolicy, prompts: list[Prompt], run: WorkRun
         length = ids.shape[1] + job.args.max_completion_length // 2
         shape = len(rows), config.num_key_value_heads, length, head_dim_of(config)
         cache = DynamicCache()
-        for layer in range(config.num_hidden_layers):
-            cache.update(*(torch.empty(shape, dtype=policy.dtype or model.dtype) for _ in range(2)), layer)
+        with run.during(UNCOUNTED):
+            for layer in range(config.num_hidden_layers):
+                cache.update(*(torch.empty(shape, dtype=policy.dtype or model.dtype) for _ in range(2)), layer)
         tokens, places = _next_tokens(prompts, size)
         mask = torch.ones(len(rows), length + 1, dtype=torch.long)
         with run.during(DECODE):

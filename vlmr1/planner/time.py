@@ -21,8 +21,8 @@ from vlmr1.planner.job import Job, packs_of, prompts_of
 from vlmr1.planner.passes import merged_for_rollout, policy_of, update
 from vlmr1.planner.plan import model_without_data, trained_parameters
 from vlmr1.planner.policy import vision_counted
-from vlmr1.planner.rollout_work import DECODE, generate, native
-from vlmr1.planner.work import Kernels, WorkRun, totals
+from vlmr1.planner.rollout_work import DECODE, PREFILL, generate, native
+from vlmr1.planner.work import UNCOUNTED, Kernels, WorkRun, totals
 
 REFERENCE, OLD, OPTIMIZER = "reference", "old log-probs", "optimizer"
 POLICY, TOWER, DECODER, HEAD = "policy", "policy: vision tower", "policy: decoder", "policy: head and loss"
@@ -71,11 +71,11 @@ def count_work(job: Job) -> Work:
     shapes = [(pack.layout, len(pack.images)) for pack in packs]
     tower = attrgetter(family.vision_paths[0])(model)  # naive passes too have one call for all images of a layer
     with vision_counted(family, model, run), attending_by(NAME, tower), run:
-        with merged_for_rollout(job, trained, run):
+        with run.during(PREFILL), merged_for_rollout(job, trained, run):
             (native if args.rollout_engine == "native" else generate)(job, policy, prompts, run)
-        model.eval()
         for shape, pack in dict(zip(shapes, packs, strict=True)).items():
             run.repeats = shapes.count(shape)
+            model.eval()
             for phase, wanted in ((REFERENCE, job.reference != "none"), (OLD, _needs_old_logprobs(args))):
                 if wanted:
                     with run.during(phase):
@@ -88,6 +88,8 @@ def count_work(job: Job) -> Work:
             _optimize(job, model)
     kernels: dict[str, Kernels] = {}
     for (phase, cause), counted in run.kernels.items():
+        if phase == UNCOUNTED:
+            continue
         name = PARTS.get(cause, DECODER) if phase == POLICY else phase
         kernels[name] = kernels.get(name, Counter()) + counted
     return Work(job, kernels)

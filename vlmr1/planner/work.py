@@ -28,6 +28,7 @@ OVERWRITING = frozenset(("copy_", "fill_", "zero_"))  # their first tensor is no
 # Operators that read rows of a tensor: what they return is what they read. The others write rows of one.
 LOOKUPS = frozenset(("embedding", "index_select", "gather", "index"))
 ROW_UPDATES = frozenset(("index_copy_", "index_put_", "index_put", "scatter_", "index_add_"))
+UNCOUNTED = ""  # phase of what is there before a pass
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class WorkRun(DryRun):
     """A dry run that counts kernels by phase. Operators without a floating-point
     tensor are left out: most of them run on the host. `of_tensors`: count a run on real tensors."""
 
-    def __init__(self, phase: str = "", *, of_tensors: bool = False):
+    def __init__(self, phase: str = UNCOUNTED, *, of_tensors: bool = False):
         super().__init__(ACTIVATIONS)
         self.phase, self.of_tensors = phase, of_tensors
         self.repeats = 1  # times that what runs is counted
