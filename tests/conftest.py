@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tests.helpers import interpreter
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # an unknown model is refused without tries over the network
 gc.disable()  # while much is imported: each collection would look through all of it
 
 if interpreter.AVAILABLE:

@@ -152,7 +152,8 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_length: int)
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, q is on {q.device}")
     if max_length < 1:
         raise ValueError(f"max_length must be at least 1, it is {max_length}")
-    if cu_seqlens.device.type == "cpu":
+    # Neither a traced nor a fake tensor has values.
+    if cu_seqlens.device.type == "cpu" and type(cu_seqlens) is Tensor and not torch.compiler.is_compiling():
         offsets = cu_seqlens.tolist()
         lengths = [end - start for start, end in pairwise(offsets)]
         if offsets[0] != 0 or offsets[-1] != q.shape[2] or min(lengths) < 0:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vlmr1_kernels.inputs import HeadInputs, LossInputs
+from vlmr1_kernels.inputs import DecodeTables, HeadInputs, LossInputs
 from vlmr1_kernels.linear import accumulation_dtype, add_to_grad, chunk_rows
 from vlmr1_kernels.settings import GRPOSettings
 
@@ -34,6 +34,11 @@ _SETTINGS = (  # fields of GRPOSettings
 )
 _SETTINGS_COUNT = len(fields(GRPOSettings))
 
+_TABLES = ", ".join(f"Tensor {field}" for field in DecodeTables._fields)
+
+# Custom ops that are made of torch's ops, and what they run: a count of allocations looks into them.
+COMPOSED: dict[Any, Callable[..., Any]] = {}
+
 ChunkRows = Callable[[Tensor, Tensor, float | None], tuple[int, int]]  # `linear.chunk_rows`
 
 
@@ -43,7 +48,79 @@ def _register(name: str, arguments: str, results: int, run: Callable[..., Any], 
     for device in ("CPU", "CUDA"):
         _LIBRARY.impl(name, run, device)
     torch.library.register_fake(f"{_LIBRARY.ns}::{name}", fake, lib=_LIBRARY)
-    return getattr(getattr(torch.ops, _LIBRARY.ns), name)
+    return getattr(getattr(torch.ops, _LIBRARY.ns), name).default
+
+
+def attention(
+    op: str,
+    name: str,
+    rows: str,
+    forward: Callable[..., tuple[Tensor, Tensor]],
+    backward: Callable[..., tuple[Tensor, ...]],
+    empty_gradients: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]],
+) -> Callable[..., Tensor]:
+    """Return the op run(q, k, v, *rows, scale) from functions of q [1, H, L, Dh] and k, v [1, Hkv, L, Dh].
+
+    forward(q, k, v, *rows, scale) -> out [1, H, L, Dh] with rows outermost in memory, log-sum-exp [H, L]
+    backward(d_out, q, k, v, out, lse, *rows, scale) -> d_q, d_k, d_v
+    empty_gradients(q, k, v) -> tensors with the shapes and strides of d_q, d_k, d_v
+
+    `rows` is the schema of the arguments that say which rows attend to which; the first is a tensor.
+    """
+
+    def fake_forward(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        _, heads, length, head_dim = q.shape
+        out = q.new_empty(1, length, heads, head_dim).transpose(1, 2)
+        return out, q.new_empty(heads, length, dtype=accumulation_dtype(q.dtype))
+
+    def fake_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, ...]:
+        return empty_gradients(q, k, v)
+
+    qkv, options = "Tensor q, Tensor k, Tensor v", f"{rows}, float scale"
+    run_forward = _register(f"{op}_{name}", f"{qkv}, {options}", 2, forward, fake_forward)
+    arguments = f"Tensor d_out, {qkv}, Tensor out, Tensor lse, {options}"
+    run_backward = _register(f"{op}_{name}_backward", arguments, 3, backward, fake_backward)
+    COMPOSED.update({run_forward: forward, run_backward: backward})
+
+    class Attention(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, table: Tensor, *options: Any) -> Tensor:
+            out, lse = run_forward(q, k, v, table, *options)
+            ctx.save_for_backward(q, k, v, out, lse, table)
+            ctx.options = options
+            return out
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+            gradients = run_backward(d_out, *ctx.saved_tensors, *ctx.options)
+            return *gradients, None, *([None] * len(ctx.options))
+
+    return Attention.apply  # type: ignore[return-value]
+
+
+def shared_prefix_decode(name: str, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return the op from forward(q, keys, values, tables, *, block, max_group, max_prefix, scale) -> [B, H, Dh]."""
+
+    def run_forward(q: Tensor, keys: Tensor, values: Tensor, *others: Any) -> Tensor:
+        *tables, block, max_group, max_prefix, scale = others
+        bounds = {"max_group": max_group, "max_prefix": max_prefix}
+        return forward(q, keys, values, DecodeTables(*tables), block=block, **bounds, scale=scale)
+
+    def fake(q: Tensor, *others: Any) -> Tensor:
+        return q.new_empty(q.shape)
+
+    arguments = f"Tensor q, Tensor keys, Tensor values, {_TABLES}, int block, SymInt max_group, SymInt max_prefix"
+    op = _register(f"shared_prefix_decode_{name}", f"{arguments}, float scale", 1, run_forward, fake)
+    COMPOSED[op] = run_forward
+
+    def run(
+        q: Tensor, keys: Tensor, values: Tensor, tables: DecodeTables, *,
+        block: int, max_group: int, max_prefix: int, scale: float,
+    ) -> Tensor:  # fmt: skip
+        return op(q, keys, values, *tables, block, max_group, max_prefix, scale)
+
+    return run
 
 
 def _flat_inputs(inputs: LossInputs, like: Tensor) -> LossInputs:

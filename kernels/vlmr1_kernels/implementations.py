@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,6 +25,18 @@ class Request(NamedTuple):
 
 
 Reason = Callable[[Request], str | None]
+
+
+def _remembered(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep results for good, in a dict: torch.compile traces through functools.cache, into the search for packages."""
+    known: dict[Any, Any] = {}
+
+    def call(*key: Any) -> Any:
+        if key not in known:
+            known[key] = function(*key)
+        return known[key]
+
+    return call
 
 
 def _none(request: Request) -> None:
@@ -61,30 +73,62 @@ def _cpu_attention(request: Request) -> str | None:
     )
 
 
-def _flash(request: Request) -> str | None:
+def _flash(request: Request, widest: int = 256) -> str | None:
     if reason := _place_reason(request, "cuda"):
         return reason
     if request.dtype not in _HALF:
         return f"supports bfloat16 and float16, not {request.dtype}"
     head_dim = request.shape[-1]
-    if head_dim % 8 or head_dim > 256:
-        return f"supports head dimensions that are multiples of 8 up to 256, not {head_dim}"
-    return _options_reason(request, "flash") or _device_reason(request.device)
-
-
-def _device_reason(device: torch.device) -> str | None:
+    if head_dim % 8 or head_dim > widest:
+        return f"supports head dimensions that are multiples of 8 up to {widest}, not {head_dim}"
+    if reason := _options_reason(request, "flash"):
+        return reason
     if torch.version.hip is not None:
         return "supports NVIDIA GPUs only"
-    if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
-        return "needs compute capability 8.0"
-    return None
+    return None if _capability(request.device) >= (8, 0) else "needs compute capability 8.0"
+
+
+def _flash3(request: Request) -> str | None:
+    return _flash(request) or _flash_package(request, 3, 9)
+
+
+def _flash4(request: Request) -> str | None:
+    return _flash(request, widest=128) or _flash_package(request, 4, 10)
+
+
+def _flash_package(request: Request, version: int, major: int) -> str | None:
+    there, _ = _capability(request.device)
+    return _missing(version) or (None if there == major else f"used on compute capability {major}, not {there}")
+
+
+@_remembered
+def _missing(version: int) -> str | None:
+    from vlmr1_kernels.flash.packages import missing
+
+    return missing(version)
+
+
+def _merged(reason: Reason) -> Reason:
+    """Return the reason with that of the Triton kernel that merges two calls."""
+    return lambda request: reason(request) or _no_triton()
+
+
+@_remembered
+def _no_triton() -> str | None:
+    return "triton is not installed" if find_spec("triton") is None else None
+
+
+@_remembered
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Return the compute capability; 8.0 where no GPU is there to ask."""
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (8, 0)
 
 
 def _flex(request: Request) -> str | None:
     if reason := _place_reason(request, "cuda"):
         return f"{reason}; FlexAttention has no backward there"
-    if find_spec("triton") is None:
-        return "triton is not installed"
+    if reason := _no_triton():
+        return reason
     if request.shape[-1] < 16:
         return f"supports head dimensions of at least 16, not {request.shape[-1]}"
     return _dtype_reason(request)
@@ -101,9 +145,7 @@ def _dtype_reason(request: Request) -> str | None:
 
 
 def _triton(request: Request) -> str | None:
-    if find_spec("triton") is None:
-        return "triton is not installed"
-    if reason := _dtype_reason(request):
+    if reason := _no_triton() or _dtype_reason(request):
         return reason
     if request.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"runs on cuda, or anywhere with TRITON_INTERPRET=1; the tensors are on {request.device.type}"
@@ -129,12 +171,17 @@ def _native(request: Request) -> str | None:
 
 def _op(op: str, **reasons: Reason) -> dict[str, Implementation]:
     """Return the implementations of an op by name, `reference` last."""
+
+    def target(name: str) -> str:
+        return f"vlmr1_kernels.flash.{op}:{name}" if "flash" in name else f"vlmr1_kernels.{name}.{op}:{op}"
+
     return {
-        name: Implementation(
-            op, name, f"vlmr1_kernels.{name}.{op}:{op}", reason, _interpreted if name == "triton" else _none
-        )
+        name: Implementation(op, name, target(name), reason, _interpreted if name == "triton" else _none)
         for name, reason in (*reasons.items(), ("reference", _none))
     }
+
+
+_FLASH: Mapping[str, Reason] = {"flash3": _flash3, "flash4": _flash4, "flash": _flash}
 
 
 TABLE: Mapping[str, Mapping[str, Implementation]] = {
@@ -142,8 +189,13 @@ TABLE: Mapping[str, Mapping[str, Implementation]] = {
     "group_advantages": _op("group_advantages", native=_native, triton=_triton),
     "grpo_loss": _op("grpo_loss", native=_native, triton=_triton),
     "linear_grpo_loss": _op("linear_grpo_loss", native=_native, triton=_triton),
-    "shared_prefix_attention": _op("shared_prefix_attention", cpu=_cpu_attention, flash=_flash, flex=_flex),
-    "varlen_attention": _op("varlen_attention", flash=_flash, batched=_none),
+    "shared_prefix_attention": _op(
+        "shared_prefix_attention",
+        cpu=_cpu_attention,
+        **{name: _merged(reason) for name, reason in _FLASH.items()},
+        flex=_flex,
+    ),
+    "varlen_attention": _op("varlen_attention", cpu=_cpu_attention, **_FLASH, batched=_none),
     "shared_prefix_decode": _op("shared_prefix_decode", triton=_triton_decode),
 }
 

@@ -1,8 +1,11 @@
 """Layout of packed groups of branches that share their prompt."""
 
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from itertools import accumulate, islice
+
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -15,12 +18,15 @@ class PrefixLayout:
         prompt_lengths: rows of each group's prompt, at least 1.
         branch_lengths: rows of the branches of each group. A branch may be empty, and a group may have none (prefill).
 
+    `table` is the layout as an argument of a custom op: int64 on the CPU, see `layout_of`.
+
     Raises:
         ValueError: a length is out of range; the message names the group.
     """
 
     prompt_lengths: tuple[int, ...]
     branch_lengths: tuple[tuple[int, ...], ...]
+    table: Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt_lengths", tuple(int(length) for length in self.prompt_lengths))
@@ -37,6 +43,10 @@ class PrefixLayout:
                 raise ValueError(f"prompt_lengths[{group}] is {prompt}; a prompt needs at least one row")
             if any(length < 0 for length in lengths):
                 raise ValueError(f"branch_lengths[{group}] is {lengths}; lengths cannot be negative")
+        flat = [length for lengths in branches for length in lengths]
+        table = [len(branches), *self.prompt_lengths, *map(len, branches), *flat]
+        # Made here and not at the first use: torch.compile takes it as an input, and needs no graph for each layout.
+        object.__setattr__(self, "table", torch.tensor(table, dtype=torch.int64, device="cpu"))
 
     @property
     def num_groups(self) -> int:
@@ -71,3 +81,15 @@ class PrefixLayout:
     def total_length(self) -> int:
         """Rows of the packed sequence, L."""
         return self.prompt_total + sum(map(sum, self.branch_lengths))
+
+
+def layout_of(table: Tensor) -> PrefixLayout:
+    """Return the layout with this table: P, rows of the P prompts, number of branches of each, rows of the branches."""
+    return _layout_of(tuple(table.tolist()))
+
+
+@lru_cache(maxsize=64)
+def _layout_of(values: tuple[int, ...]) -> PrefixLayout:
+    groups, rest = values[0], iter(values[1:])
+    prompts, counts = (tuple(islice(rest, groups)) for _ in range(2))
+    return PrefixLayout(prompts, tuple(tuple(islice(rest, count)) for count in counts))

@@ -7,9 +7,9 @@ only `auto` falls back to others.
 
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
@@ -39,7 +39,13 @@ class Explanation:
     others: dict[str, str]
 
 
-_overrides: ContextVar[Mapping[str, str]] = ContextVar("vlmr1_kernels_overrides", default=MappingProxyType({}))
+class _Overrides(threading.local):
+    """Choices of the blocks that this thread is in; torch.compile cannot trace a ContextVar."""
+
+    choices: Mapping[str, str] = MappingProxyType({})
+
+
+_overrides = _Overrides()
 _loaded: dict[str, Callable[..., Any]] = {}
 _logged: set[tuple[str, str, torch.dtype, str]] = set()
 
@@ -88,12 +94,12 @@ def use(choices: str = "", /, **by_op: str) -> Iterator[None]:
 
     Inner blocks take precedence; `op=auto` restores automatic selection.
     """
-    merged = {**_overrides.get(), **parse_choices(choices), **check_choices(by_op)}
-    token = _overrides.set(merged)
+    before = _overrides.choices
+    _overrides.choices = {**before, **parse_choices(choices), **check_choices(by_op)}
     try:
         yield
     finally:
-        _overrides.reset(token)
+        _overrides.choices = before
 
 
 def resolve(op: str, impl: str, request: Request) -> Callable[..., Any]:
@@ -104,7 +110,7 @@ def resolve(op: str, impl: str, request: Request) -> Callable[..., Any]:
 def select(op: str, request: Request, impl: str = AUTO) -> Implementation:
     """Return the selected implementation; ImplementationError if none supports the request."""
     if impl == AUTO:
-        overrides = _overrides.get()
+        overrides = _overrides.choices
         environment = parse_choices(os.environ.get(ENVIRONMENT_VARIABLE, ""))
         impl = overrides.get(op) or environment.get(op, AUTO)
     if impl == AUTO:

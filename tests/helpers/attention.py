@@ -98,9 +98,10 @@ def one_by_one(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale:
     return torch.cat([attend(q[0, :, s], k[0, :, s], v[0, :, s], scale, causal=False) for s in spans], dim=1)[None]
 
 
-def assert_equals(ours, oracle, inputs: list[Tensor], dtype=torch.float64, **near: float) -> None:
+def assert_equals(ours, oracle, inputs: list[Tensor], dtype=torch.float64, device="cpu", **near: float) -> None:
     """Output and gradients are those of the oracle in float64."""
-    found, expected = with_gradients(ours, inputs, dtype), with_gradients(oracle, inputs, torch.float64)
+    found = [value.cpu() for value in with_gradients(ours, inputs, dtype, device=device)]
+    expected = with_gradients(oracle, inputs, torch.float64)
     torch.testing.assert_close(found, expected, check_dtype=False, **near)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from vlmr1_kernels.flash.merge import merge_rows
 from vlmr1_kernels.inputs import DecodeTables, HeadInputs, LossInputs
 from vlmr1_kernels.settings import GRPOSettings
 from vlmr1_kernels.triton import (
@@ -110,7 +111,13 @@ def decode_step(
     tables = DecodeTables(*(meta(*shape, dtype=torch.int32) for shape in shapes))
     bounds = {"max_group": max_group, "max_prefix": max_prefix}
     q = meta(batch, heads, head_dim, dtype=dtype)
-    shared_prefix_decode.shared_prefix_decode(q, pool, pool, tables, block=16, scale=0.1, **bounds)
+    shared_prefix_decode._forward(q, pool, pool, tables, block=16, scale=0.1, **bounds)
+
+
+def merge_step(rows: int, heads: int, head_dim: int, dtype=torch.bfloat16) -> None:
+    """Run the merge of two flash calls on meta tensors."""
+    out, more = (meta(count, heads, head_dim, dtype=dtype) for count in (rows + 6000, rows))
+    merge_rows(out, meta(heads, rows + 6000), more, meta(heads, rows))
 
 
 EVERYTHING = GRPOSettings(beta=0.1, tis_cap=2.0, delta=4.0, entropy_coef=0.01, temperature=0.9)
@@ -129,6 +136,9 @@ CASES: dict[str, Callable[[], Any]] = {
         LossInputs(meta(8192, dtype=torch.int32), meta(64), None, 1, meta(8192), None, None, meta()),
         GRPOSettings(),
     ),
+    "merge": lambda: merge_step(10_200, 16, 128),
+    "merge, 80 columns": lambda: merge_step(10_200, 16, 80, torch.float16),
+    "merge, 256 columns": lambda: merge_step(10_200, 8, 256),
     "decode, tile of 64": lambda: decode_step(torch.bfloat16, 128, 16, 2, 8),
     "decode, tile of 16": lambda: decode_step(torch.bfloat16, 64, 16, 16, 8),
     "decode, tile of 32, padded": lambda: decode_step(torch.float16, 80, 16, 4, 8),
@@ -141,7 +151,13 @@ CASES: dict[str, Callable[[], Any]] = {
 def names(target: str) -> list[str]:
     """Return the names of the kernels that compile for a target which is not NVIDIA's."""
     found = set()
-    for step in (CASES["everything"], CASES["log-probs and entropy"], CASES["advantages"], CASES["decode, tile of 64"]):
+    for step in (
+        CASES["everything"],
+        CASES["log-probs and entropy"],
+        CASES["advantages"],
+        CASES["merge"],
+        CASES["decode, tile of 64"],
+    ):
         with compiling(target) as launches:
             step()
         assert all(each.metadata.shared <= SHARED_MEMORY[target] for _, _, each in launches)
@@ -164,6 +180,8 @@ def sizes() -> None:
             loss_step(settings, sequences=groups, rows=count, vocabulary=vocabulary, dim=dim)
         logprob_step(rows=count, vocabulary=vocabulary, dim=dim)
         group_advantages.group_advantages(meta(groups * count), count, scale="group")
+    for rows, heads in ((10_200, 16), (1, 28), (33, 1), (70_001, 64)):
+        merge_step(rows, heads, 128)
     for max_group, shape in (
         (8, {}),
         (7, {"groups": 1, "rows": 16}),
@@ -213,6 +231,7 @@ def _resources(compiled: Any) -> dict[str, Any]:
         "shared": compiled.metadata.shared,
         "loads": _widths("LDG", code),
         "stores": _widths("STG", code),
+        "barriers": len(re.findall(r"\bBAR\.SYNC", code)),
         # of layouts, which move elements between lanes
         "conversions": compiled.asm["ttgir"].count("ttg.convert_layout"),
         # instructions of tensor cores, and those of half-precision operands

@@ -4,13 +4,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from tests.helpers.maker import Maker
 from vlmr1.data.images import open_image
 from vlmr1.models import family_of
-from vlmr1.rollout import NativeEngine, SamplingSettings
+from vlmr1.rollout import NativeEngine, SamplingSettings, decode_state, graphs, scheduler
 from vlmr1.types import Completion, Group, Prompt
 
 GREEDY = SamplingSettings(20, greedy=True)
@@ -72,6 +73,45 @@ def generated(model: Any, processor: Any, prompt: Prompt, length: int, **options
         torch.cat(values).log_softmax(-1).gather(-1, ids[:, None])[:, 0] for values in (drawn.logits, drawn.scores)
     )
     return ids.tolist(), logp, sampling_logp
+
+
+class StubGraph:
+    """In place of a CUDA graph: a step on the tensors of one batch. `moving` are tensors whose addresses it has baked
+    in: it must not be replayed after they have moved."""
+
+    def __init__(self, step: Callable, batch: Any, capacity: graphs.Capacity, pool: Any):
+        self.step, self.batch, self.capacity = step, batch, capacity
+        state = [tensor.clone() for tensor in graphs.mutated_tensors(batch)]
+        step(batch, torch.zeros(batch.rows, dtype=torch.float64))  # as a warm-up does
+        for tensor, before in zip(graphs.mutated_tensors(batch), state, strict=True):
+            tensor.copy_(before)
+        self.baked = self._addresses()
+
+    def _addresses(self) -> list[int]:
+        schedule = self.step.__self__  # type: ignore[attr-defined]
+        read = [schedule.cache.data, schedule.suppressed_ids, *schedule.model.parameters()]
+        return [each.data_ptr() for each in (*read, schedule.half_weight) if each is not None]
+
+    def __call__(self, batch: Any, draws: Tensor) -> Any:
+        assert batch is self.batch and len(draws) == batch.rows
+        assert self._addresses() == self.baked
+        return self.step(batch, draws)
+
+
+def with_stub_graphs(monkeypatch: pytest.MonkeyPatch) -> list[graphs.Capacity]:
+    """Decode by stub graphs, with 16 steps between two checks; returns the list of what is captured."""
+    captured: list[graphs.Capacity] = []
+
+    class Counted(StubGraph):
+        def __init__(self, step: Callable, batch: Any, capacity: graphs.Capacity, pool: Any):
+            captured.append(capacity)
+            super().__init__(step, batch, capacity, pool)
+
+    monkeypatch.setattr(scheduler, "DecodeGraph", Counted)
+    monkeypatch.setattr(scheduler, "STEPS_PER_CHECK", {"cpu": 16})
+    monkeypatch.setattr(decode_state, "new_pool", lambda: None)
+    monkeypatch.setattr(NativeEngine, "_graphs", lambda self, request: True)
+    return captured
 
 
 @contextmanager

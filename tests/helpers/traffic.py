@@ -53,7 +53,8 @@ class Traffic(TorchDispatchMode):
             bound = zip((one.name for one in schema.arguments), args, strict=False)
             skipped = ("out", "self") if name in OVERWRITING or kwargs.get("beta", 1) == 0 else ("out",)
             read = [leaf for key, value in (*bound, *kwargs.items()) if key not in skipped for leaf in _tensors(value)]
-            self.ops.append(Op(name, [(leaf.numel(), leaf.dtype) for leaf in (*read, *_tensors(out))]))
+            made = _tensors(out if schema.returns else args[0])  # operators on lists in place return nothing
+            self.ops.append(Op(name, [(leaf.numel(), leaf.dtype) for leaf in (*read, *made)]))
         return out
 
     def _freed(self, key: int, size: int) -> None:

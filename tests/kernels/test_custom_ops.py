@@ -10,12 +10,20 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.helpers.attention import offsets
 from tests.helpers.kernel_cases import OBJECTIVES, PER_ROW, Case, Target
+from vlmr1_kernels import PrefixLayout, registry
 from vlmr1_kernels.testing import HEAD, cast
 
 NAMESPACE = "vlmr1_kernels"
-OPS = ("linear_logprob", "group_advantages", "grpo_loss", "linear_grpo_loss")
+LOSSES = ("linear_logprob", "group_advantages", "grpo_loss", "linear_grpo_loss")
+ATTENTIONS = ("shared_prefix_attention", "varlen_attention")
+DECODE = "shared_prefix_decode"
+COMPILED = [*((op, "native") for op in LOSSES), *((op, "cpu") for op in ATTENTIONS), (DECODE, "reference")]
+LAYOUTS = [PrefixLayout((4, 2), ((3, 2), (2, 2))), PrefixLayout((5, 1, 2), ((3,), (), (2, 2)))]
 CASE = Case((5, 1, 7, 2), 20, 37, OBJECTIVES["gspo, k3, everything"], bias=True, softcap=8.0)
+COLUMNS = (slice(16), slice(4, 12), slice(12, 20))  # of q with two heads, k, v
+TABLES = ([0, 2, 3], [0, 9], [9, 4], [[4, 5], [5, 6], [7, 8]], [3, 0, 6])  # DecodeTables
 
 
 def calls(op: str, inputs: dict[str, Tensor], run: Callable[..., Any]) -> Iterator[Tensor]:
@@ -32,6 +40,21 @@ def calls(op: str, inputs: dict[str, Tensor], run: Callable[..., Any]) -> Iterat
         logp, per_row = inputs["hidden"].sum(1), {name: inputs[name] for name in ("seq_ids", *PER_ROW)}
         yield run(logp, **per_row, advantages=inputs["advantages"], settings=OBJECTIVES["gspo, k1"])[0]
         yield run(logp, inputs["seq_ids"], rewards=inputs["advantages"], num_generations=2, normalizer=3.0)[0]
+    elif op == DECODE:
+        keys = inputs["weight"].detach()[:, :16].unflatten(1, (2, 8)).transpose(0, 1)  # [2, 37, 8]
+        tables = [torch.tensor(each, dtype=torch.int32, device=keys.device) for each in TABLES]
+        out = run(inputs["hidden"].detach()[:3, :16].reshape(3, 2, 8), keys, keys, *tables, block=4, max_prefix=9)
+        yield out.square().sum()
+    elif op in ATTENTIONS:
+        hidden = inputs["hidden"]  # [15, 20]
+        q, k, v = (hidden[:, columns].unflatten(1, (-1, 8)).transpose(0, 1)[None] for columns in COLUMNS)
+        for layout in LAYOUTS:
+            where = (
+                (layout,)
+                if op == "shared_prefix_attention"
+                else (offsets((*layout.prompt_lengths, 15 - layout.prompt_total)), 9)
+            )
+            yield run(q, k, v, *where).square().sum()
     else:
         yield run(**inputs, softcap=CASE.softcap, settings=CASE.settings)[0]
         bare = {name: inputs[name] for name in ("hidden", "weight", "targets", "seq_ids")}
@@ -58,6 +81,8 @@ class _Record(TorchDispatchMode):
     ("impl", "dtype"),
     [
         ("native", torch.float32),
+        ("cpu", torch.float32),
+        ("reference", torch.float32),
         pytest.param("native", torch.bfloat16, marks=pytest.mark.slow),
         pytest.param("triton", torch.float32, marks=pytest.mark.slow),
     ],
@@ -66,7 +91,7 @@ class _Record(TorchDispatchMode):
 def test_opcheck(impl: str, dtype: torch.dtype) -> None:
     device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
     with _Record() as record:
-        for op in OPS:
+        for op in (op for op in registry.ops() if impl in registry.implementations(op)):
             target = Target(op, impl, device)
             run, inputs = target.run(dtype), cast(CASE.draw(0, dtype), dtype, device)
             for value in calls(op, inputs, run):
@@ -79,9 +104,9 @@ def test_opcheck(impl: str, dtype: torch.dtype) -> None:
         torch.library.opcheck(func, args, kwargs)
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_compiles_and_agrees(op: str) -> None:
-    run = Target(op, "native", "cpu").run(torch.float32)
+@pytest.mark.parametrize(("op", "impl"), COMPILED)
+def test_compiles_and_agrees(op: str, impl: str) -> None:
+    run = Target(op, impl, "cpu").run(torch.float32)
 
     def step(inputs: dict[str, Tensor]) -> Tensor:
         # The op stands among others: it is given an intermediate value, and its result is used.
@@ -101,7 +126,7 @@ def test_compiles_and_agrees(op: str) -> None:
     torch.testing.assert_close(results(compiled), results(step))
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", LOSSES)
 def test_native_and_triton_serve_wherever_they_can_be_built(op: str) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     needed = {"native": shutil.which("c++"), "triton": find_spec("triton")}

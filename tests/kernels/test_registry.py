@@ -42,7 +42,10 @@ def test_block_is_left_after_an_error() -> None:
     ("text", "message"),
     [
         ("no_such_op=cpu", "unknown op 'no_such_op'; known: linear_logprob, group_advantages"),
-        (f"{ATTENTION}=fast", f"{ATTENTION} has no implementation 'fast'; known: auto, cpu, flash, flex, reference"),
+        (
+            f"{ATTENTION}=fast",
+            f"{ATTENTION} has no implementation 'fast'; known: auto, cpu, flash3, flash4, flash, flex, reference",
+        ),
         (ATTENTION, "expected op=impl"),
         (f"{ATTENTION}=", "expected op=impl"),
         ("grpo_loss=reference,grpo_loss=auto", "grpo_loss is given twice"),

@@ -15,7 +15,8 @@ SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 1
 COMPILED = [capability for capability in SHARED_MEMORY if capability != 89]  # its code is that of 86
 VOCABULARY_KERNELS = ("statistics_kernel", "gradient_kernel", "loss_kernel")
 DECODE_KERNELS = ("partials_kernel", "merge_kernel")
-KERNELS = {*VOCABULARY_KERNELS, *DECODE_KERNELS, "objective_kernel", "sequences_kernel", "advantages_kernel"}
+OTHERS = ("merge_rows_kernel", "objective_kernel", "sequences_kernel", "advantages_kernel")
+KERNELS = {*VOCABULARY_KERNELS, *DECODE_KERNELS, *OTHERS}
 Kernel = dict[str, Any]
 
 
@@ -67,6 +68,14 @@ def test_decode(kernels: list[Kernel]) -> None:
             # Two products for the prefix, two for suffixes.
             assert kernel["half_products"] == kernel["products"], kernel
             assert kernel["products"] >= 4 if half else kernel["products"] == 0, kernel
+
+
+def test_merge(kernels: list[Kernel]) -> None:
+    for kernel in (each for each in kernels if each["name"] == "merge_rows_kernel"):
+        assert kernel["loads"]["128"] >= 2 and kernel["stores"]["128"] >= 1, kernel
+        assert set(kernel["loads"]) | set(kernel["stores"]) <= {"128", "32"}, f"32: log-sum-exps; {kernel}"
+        assert kernel["barriers"] >= 1, f"before the log-sum-exps that it read are overwritten: {kernel}"
+        assert kernel["registers"] <= 128, kernel
 
 
 def test_compiles_for_rocm() -> None:

@@ -7,20 +7,21 @@ from torch import Tensor
 
 from tests.helpers.attention import SEQUENCES, assert_equals, check_budget, offsets, one_by_one, tensors
 from tests.helpers.kernel_cases import Target
-from vlmr1_kernels import varlen_attention
 from vlmr1_kernels.batched import varlen_attention as batched
+from vlmr1_kernels.cpu import varlen_attention as cpu
 from vlmr1_kernels.reference import varlen_attention as reference
 
 OP = "varlen_attention"
+FUNCTIONS, NAMES = (reference, batched, cpu), ("reference", "batched", "cpu")
 
 
 @pytest.mark.parametrize("heads", [(4, 4, 16), (6, 2, 17)], ids=["equal heads", "grouped heads"])
 @pytest.mark.parametrize("lengths", SEQUENCES.values(), ids=SEQUENCES.keys())
-@pytest.mark.parametrize("impl", ["reference", "batched"])
-def test_equals_one_by_one(impl: str, lengths: tuple[int, ...], heads: tuple[int, int, int]) -> None:
-    options: dict[str, Any] = {"cu_seqlens": offsets(lengths), "max_length": max(lengths), "scale": 0.3, "impl": impl}
+@pytest.mark.parametrize("function", FUNCTIONS, ids=NAMES)
+def test_equals_one_by_one(function: Any, lengths: tuple[int, ...], heads: tuple[int, int, int]) -> None:
+    options: dict[str, Any] = {"cu_seqlens": offsets(lengths), "max_length": max(lengths), "scale": 0.3}
     oracle = partial(one_by_one, lengths=lengths, scale=0.3)
-    assert_equals(partial(varlen_attention, **options), oracle, tensors(sum(lengths), *heads))
+    assert_equals(partial(function.varlen_attention, **options), oracle, tensors(sum(lengths), *heads))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -32,7 +33,7 @@ def test_error_is_within_budget(target: Target, lengths: tuple[int, ...], dtype:
     check_budget(ours, oracle, (sum(lengths), 4, 2, 80), dtype, target.device)
 
 
-@pytest.mark.parametrize("function", [reference, batched], ids=["reference", "batched"])
+@pytest.mark.parametrize("function", FUNCTIONS, ids=NAMES)
 def test_gradcheck(function: Any) -> None:
     lengths = (2, 1, 2)
     leaves = [value.contiguous().requires_grad_() for value in tensors(5, 2, 1, 3)[:3]]
@@ -40,18 +41,21 @@ def test_gradcheck(function: Any) -> None:
     assert torch.autograd.gradcheck(partial(function.varlen_attention, **options), leaves)
 
 
-def test_neighbours_of_one_length_are_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("module", "name"), [(batched, "scaled_dot_product_attention"), (cpu, "_flash")], ids=["batched", "cpu"]
+)
+def test_neighbours_of_one_length_are_one_call(module: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    original = batched.scaled_dot_product_attention
+    original = getattr(module, name)
 
-    def spy(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    def spy(q: Tensor, *others: Any, **options: Any) -> Any:
         calls.append((q.shape, q.data_ptr()))
-        return original(q, k, v, **options)
+        return original(q, *others, **options)
 
-    monkeypatch.setattr(batched, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(module, name, spy)
     q, k, v, _ = (value.float() for value in tensors(15, 2, 2, 8))
-    out = varlen_attention(q, k, v, offsets((5, 5, 5)), 5, impl="batched")
+    out = module.varlen_attention(q, k, v, offsets((5, 5, 5)), 5, scale=0.3)
     assert calls == [((3, 2, 5, 8), q.data_ptr())]
     assert out.transpose(1, 2).is_contiguous()
-    varlen_attention(q, k, v, offsets((3, 5, 3, 4)), 5, impl="batched")
+    module.varlen_attention(q, k, v, offsets((3, 5, 3, 4)), 5, scale=0.3)
     assert [shape for shape, _ in calls[1:]] == [(1, 2, 3, 8), (1, 2, 5, 8), (1, 2, 3, 8), (1, 2, 4, 8)]

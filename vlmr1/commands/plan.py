@@ -53,7 +53,7 @@ def run(options: argparse.Namespace, settings: Sequence[str]) -> None:
         raise SettingError("--model is not set: a hub id of a known model, or a local directory")
     config = config_named(model_path(args.model_name_or_path))
     names = ("device", "gpus", "zero", "image_tokens", "text_tokens")
-    job = Job(args, config, **{name: getattr(options, name) for name in names})
+    job = Job(args, config, **{name: getattr(options, name) for name in names}, device_bytes=room)
     logging.getLogger("vlmr1_kernels").setLevel(logging.ERROR)
     planner = Planner()
     plan = planner.plan(job)

@@ -47,6 +47,10 @@ def check_sharded(args: Any, sharding: Sharding | None, *, engine: bool) -> None
         raise SettingError(
             f"load_best_model_at_end is not supported with {sharding}, which shards weights: use save_strategy=best"
         )
+    if getattr(args, "rollout_keep_cache", None):
+        raise SettingError(
+            f"rollout_keep_cache is not supported with {sharding}, which gathers weights for each rollout"
+        )
     if args.load_in_4bit:
         raise SettingError(f"load_in_4bit is not supported with {sharding}, which shards weights: use ddp or zero2")
     if args.use_dora and sharding == "zero3":

@@ -129,4 +129,7 @@ class EvaluationCallback(PeriodicEvaluation):
         self.decoder = decoder_of(trainer, box_coordinates)
 
     def measure(self, stopped: Callable[[], bool]) -> dict[str, float] | None:
-        return evaluate_during_training(self.trainer, self.samples, self.decoder, stopped)
+        try:
+            return evaluate_during_training(self.trainer, self.samples, self.decoder, stopped)
+        finally:
+            self.decoder.engine.free_cache()  # the engine of the rollouts has a cache of its own

@@ -89,6 +89,8 @@ def make_policy(trainer: Any, model: Any) -> Any:
 
 def make_engine(trainer: Any, model: Any, features: FeatureCache | None = None) -> Any:
     """The rollout engine of the settings."""
+    # Weights that are gathered or merged for a rollout are somewhere else in the next one.
+    moves = trainer.args.lora_merge_rollout or getattr(trainer, "sharding", None) is not None
     return ENGINES[trainer.args.rollout_engine](
         model,
         trainer.family,
@@ -97,6 +99,7 @@ def make_engine(trainer: Any, model: Any, features: FeatureCache | None = None) 
         features=features,
         kv_mib=trainer.args.rollout_kv_mib,
         cuda_graphs=trainer.args.cuda_graphs,
+        keep_cache=False if moves else trainer.args.rollout_keep_cache,
         chat_template=trainer.processor.chat_template,
         skip_special_tokens=trainer.args.skip_special_tokens,
     )

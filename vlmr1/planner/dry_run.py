@@ -21,10 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vlmr1.models.quantization import scales_of
+from vlmr1_kernels.custom_ops import COMPOSED
 
 # Causes of an allocation.
 WEIGHTS, GRADIENTS, ACTIVATIONS, VISION = "weights", "gradients", "activations", "vision tower"
-LOGITS, KV = "logits", "kv cache"
+LOGITS, KV, GRAPHS = "logits", "kv cache", "cuda graphs"
 HELD = "held"  # tensors from before the run
 HOST = "host"  # in host memory, which counts for no device
 _DEVICE = torch.ops.prim.device.default
@@ -68,6 +69,9 @@ class DryRun(TorchDispatchMode):
             return True  # checks of values, as that all are finite, hold
         if func is _DEVICE:
             return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
+        if func in COMPOSED:
+            with self:
+                return COMPOSED[func](*args)
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if any(isinstance(tensor, FakeTensor) for tensor in given):
             if func in _INDEXED:
@@ -153,7 +157,7 @@ def kernel(name: str, flops: float, *moved: Tensor | float) -> None:
     """Tell the dry runs in progress of a kernel that a stand-in allocates for but does not call. `moved`: tensors that
     it reads or writes, or numbers of bytes."""
     size = sum(each.nbytes if isinstance(each, Tensor) else each for each in moved)
-    for run in _RUNNING:
+    for run in dict.fromkeys(_RUNNING):  # a run may be entered again within itself
         run.add_kernel(name, flops, size)
 
 

@@ -30,6 +30,7 @@ class Job:
     zero: int = 0  # stage; 3 also stands for FSDP
     image_tokens: int = 1024  # of a prompt, one image
     text_tokens: int = 128
+    device_bytes: int = 80 * 2**30  # of one GPU
 
     def __post_init__(self):
         for name in ("gpus", "text_tokens"):
@@ -61,6 +62,10 @@ class Job:
         return self.args.activation_checkpointing and (self.args.activation_offload or bool(kwargs.get("offload")))
 
     @property
+    def shards_weights(self) -> bool:
+        return self.zero == 3 and self.gpus > 1
+
+    @property
     def shards_gradients(self) -> bool:
         return self.zero >= 2 and self.gpus > 1
 
@@ -68,7 +73,8 @@ class Job:
         """A key that two jobs share if their dry runs are equal."""
         settings = [(f.name, str(getattr(self.args, f.name))) for f in fields(self.args) if f.name not in NOT_RUN]
         shape = self.device, self.image_tokens, self.text_tokens
-        return self.config.to_json_string(), *shape, self.shards_gradients, self.reference == "none", *settings
+        sharded = self.shards_gradients, self.shards_weights
+        return self.config.to_json_string(), *shape, self.device_bytes, *sharded, self.reference == "none", *settings
 
 
 def image_of(config: Any, tokens: int) -> tuple[ImageInputs, int]:

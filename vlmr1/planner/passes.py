@@ -21,6 +21,7 @@ from vlmr1.planner.rollout import generate, rollout
 from vlmr1_kernels import GRPOSettings, use
 
 Bytes = dict[str, int]  # by cause
+KEPT = "kept"
 
 
 def policy_of(job: Job, trained: Any, dry: DryRun) -> PackedPolicy:
@@ -47,16 +48,17 @@ def merged_for_rollout(job: Job, trained: Any, dry: DryRun) -> Iterator[None]:
 
 def dry_passes(job: Job, trained: Any, dry: DryRun) -> Mapping[str, Bytes]:
     """Bytes by cause at the peak of each phase, without weights, optimizer states and reference model. Under HOST are
-    the bytes in host memory. `trained` is the model without data, or the `peft.PeftModel` around it."""
+    the bytes in host memory, under KEPT those that a rollout leaves behind. `trained` is the model without data, or the
+    `peft.PeftModel` around it."""
     args, policy = job.args, policy_of(job, trained, dry)
     model, family = policy.model, policy.family
     prompts = prompts_of(job, family, model)
     pack, several = largest_pack(job, prompts[: args.prompts_per_device])
-    draw: Callable[..., None] = rollout if args.rollout_engine == "native" else generate
+    draw: Callable[..., Bytes] = rollout if args.rollout_engine == "native" else generate
     found: dict[str, Bytes] = {}
     with vision_counted(family, model, dry), use(args.kernels if job.device == "cpu" else ""), dry:
         with merged_for_rollout(job, trained, dry):
-            draw(job, policy, prompts, dry)
+            found[KEPT] = draw(job, policy, prompts, dry)
         found["rollout"] = dict(dry.at_peak)
         if job.reference != "none":
             dry.restart()

@@ -21,14 +21,25 @@ from vlmr1.models.optimizers import Parameter, optimizer_of
 from vlmr1.models.precision import prepare_trained
 from vlmr1.models.quantization import numbers_of, scales_of
 from vlmr1.models.trainable import planned_model
-from vlmr1.planner.dry_run import ACTIVATIONS, GRADIENTS, HOST, KV, LOGITS, VISION, WEIGHTS, DryRun, without_data
+from vlmr1.planner.dry_run import (
+    ACTIVATIONS,
+    GRADIENTS,
+    GRAPHS,
+    HOST,
+    KV,
+    LOGITS,
+    VISION,
+    WEIGHTS,
+    DryRun,
+    without_data,
+)
 from vlmr1.planner.job import Job, image_bytes
-from vlmr1.planner.passes import Bytes, dry_passes
+from vlmr1.planner.passes import KEPT, Bytes, dry_passes
 
 GIB = 2**30
 OPTIMIZER, REFERENCE, FRAMEWORK_CAUSE = "optimizer", "reference model", "framework"
 IMAGES = "images"  # as the processor made them: of this generation, and of the one before until the next is there
-CAUSES = (WEIGHTS, GRADIENTS, OPTIMIZER, REFERENCE, ACTIVATIONS, LOGITS, KV, VISION, IMAGES, FRAMEWORK_CAUSE)
+CAUSES = (WEIGHTS, GRADIENTS, OPTIMIZER, REFERENCE, ACTIVATIONS, LOGITS, KV, GRAPHS, VISION, IMAGES, FRAMEWORK_CAUSE)
 PHASES = ("rollout", "reference", "policy", "update")
 # An allowance, not a measurement: CUDA context, kernels, workspaces of cuBLAS, and what the allocator cannot reuse.
 FRAMEWORK = {"cuda": round(1.5 * GIB), "cpu": 0}
@@ -98,7 +109,8 @@ class Planner:
             if phase == "reference" and job.reference == "none":
                 continue
             run = counted.dry.get(phase, {})
-            found = {cause: run.get(cause, 0) + always.get(cause, 0) for cause in CAUSES}
+            kept = {} if phase == "rollout" else counted.dry[KEPT]
+            found = {cause: run.get(cause, 0) + always.get(cause, 0) + kept.get(cause, 0) for cause in CAUSES}
             if phase == "reference" and job.reference == "offload":
                 found[REFERENCE] = copy
             if phase == "policy" and job.shards_gradients:

@@ -64,7 +64,9 @@ def offers(job: Job) -> dict[str, Any]:
     splits = packs and job.prompt_tokens < 2048 < min(_group_tokens(job), args.tokens_per_pack)
     offloads = on_gpu and not job.offloads and {"activation_checkpointing": True, "activation_offload": True}
     four_bit = not args.load_in_4bit and {**narrow, "load_in_4bit": True}
+    keeps = on_gpu and args.rollout_engine == "native" and {"rollout_keep_cache": False}
     return {
+        "KV cache and CUDA graphs are made again in each rollout": keeps,
         "a group a pass: more passes, smaller ones": smaller and {"tokens_per_pack": group},
         "in the rollout groups wait for free KV blocks": limits_kv and {"rollout_kv_mib": 2048},
         "optimizer states are rounded to 8 bits": on_gpu and optim in ADAMW and {"optim": "adamw_bnb_8bit"},

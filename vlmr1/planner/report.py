@@ -16,6 +16,7 @@ from vlmr1.planner.time import DECODE, KINDS, Work
 # Settings in the JSON beside the job's own fields.
 SETTINGS = ("prompts_per_device", "steps_per_generation", "num_generations", "max_completion_length", "tokens_per_pack")
 SETTINGS += ("share_vision", "share_prompt", "pack", "rollout_engine", "rollout_kv_mib", "repetition_penalty")
+SETTINGS += ("rollout_keep_cache", "cuda_graphs")
 SETTINGS += ("kernels",)
 SETTINGS += ("model_dtype", "bf16", "optim", "freeze_vision", "freeze_merger", "activation_checkpointing")
 SETTINGS += ("activation_offload", "use_liger_kernel", "use_peft", "lora_r", "lora_target_modules", "lora_vision")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,14 +12,14 @@ from torch import Tensor
 from vlmr1.grpo.policy import PackedPolicy
 from vlmr1.models.attention import autocast
 from vlmr1.planner.cuda_ops import Streaming
-from vlmr1.planner.dry_run import ACTIVATIONS, KV, LOGITS, DryRun
+from vlmr1.planner.dry_run import ACTIVATIONS, GRAPHS, KV, LOGITS, DryRun
 from vlmr1.planner.job import Job
 from vlmr1.rollout import NativeEngine
 from vlmr1.rollout.engine import Request
-from vlmr1.rollout.kv_cache import BLOCK_SIZE, KVCache, block_bytes, num_blocks
+from vlmr1.rollout.kv_cache import BLOCK_SIZE, block_bytes, num_blocks, rounded_up
 from vlmr1.rollout.sampling import sample_tokens
 from vlmr1.rollout.scheduler import Scheduler
-from vlmr1.rollout.sequences import RunningGroup, RunningSequence
+from vlmr1.rollout.sequences import Batch, RunningGroup, RunningSequence
 from vlmr1.types import Prompt
 
 MIB = 2**20
@@ -32,61 +33,95 @@ class _OnCuda(Scheduler):
         return hidden.new_empty(len(hidden), self.vocabulary, dtype=torch.float32)
 
 
-def pool_blocks(job: Job, prompts: Sequence[Prompt], dtype: torch.dtype) -> int:
-    """Number of KV blocks: enough for all groups, or what `rollout_kv_mib` allows; at least those of one group."""
+def cache_blocks(job: Job, prompts: Sequence[Prompt], dtype: torch.dtype, engine: NativeEngine) -> tuple[int, bool]:
+    """Number of KV blocks: enough for all groups, or what `rollout_kv_mib` allows; at least those of one group. And
+    whether they are kept between generations."""
     args = job.args
     group = num_blocks(len(prompts[0].input_ids)) + args.num_generations * num_blocks(args.max_completion_length - 1)
     wanted = group * len(prompts)
+    each = block_bytes(job.config.get_text_config(decoder=True), dtype)
+    kept = engine.keeps(wanted * each, job.device_bytes)
+    wanted = rounded_up(wanted) if kept else wanted
     if args.rollout_kv_mib is not None:
-        each = block_bytes(job.config.get_text_config(decoder=True), dtype)
         wanted = min(wanted, int(args.rollout_kv_mib * MIB) // each)
-    return max(wanted, group)
+        kept = engine.keeps(wanted * each, job.device_bytes)
+    return max(wanted, group), kept
 
 
 @torch.no_grad()
-def rollout(job: Job, policy: PackedPolicy, prompts: Sequence[Prompt], dry: DryRun) -> None:
-    """Run the native engine's prefill, and one decoding step of all sequences at their full length."""
-    model, config, size = policy.model, job.config.get_text_config(decoder=True), job.args.num_generations
+def rollout(job: Job, policy: PackedPolicy, prompts: Sequence[Prompt], dry: DryRun) -> dict[str, int]:
+    """Run the native engine's prefill, and one decoding step of all sequences at their full length. Return the bytes
+    that are kept until the next rollout, by cause."""
+    model, args = policy.model, job.args
     dtype = policy.dtype or model.dtype
-    settings = job.args.sampling()
-    request = Request(prompts, size, settings, 0)
+    request = Request(prompts, args.num_generations, args.sampling(), 0)
     engine = NativeEngine(model, policy.family, None, dtype=policy.dtype, features=policy.features, ignore_eos=True)
+    engine.cuda_graphs = args.cuda_graphs
+    engine.keep_cache = False if args.lora_merge_rollout or job.shards_weights else args.rollout_keep_cache
+    blocks, kept = cache_blocks(job, prompts, dtype, engine)
+    graphs = job.device == "cuda" and args.cuda_graphs is not False
     model.eval()
     with autocast(model.device, policy.dtype):
         with dry.of(KV):
-            pool = KVCache(config, pool_blocks(job, prompts, dtype), device=model.device, dtype=dtype)
+            state = engine.new_state(blocks)
         with dry.of(LOGITS):
-            schedule = (_OnCuda if job.device == "cuda" else Scheduler)(engine, request, pool, {})
+            schedule = (_OnCuda if job.device == "cuda" else Scheduler)(engine, request, state, {}, graphs=graphs)
             if job.device == "cuda" and dtype.itemsize < 4:
                 schedule.half_weight = schedule.head.weight.to(dtype, copy=True)
+        held = {KV: state.cache.data.nbytes, LOGITS: 0 if schedule.half_weight is None else schedule.half_weight.nbytes}
+        groups = schedule.admit()
+        batch = _full_batch(schedule, groups)
         dry.restart()
-        flights = schedule.admit()
-        with dry.of(ACTIVATIONS), policy.attention():
-            logits = schedule.prompt_logits([f.prompt for f in flights], [f.first_block * BLOCK_SIZE for f in flights])
-        draws = torch.zeros(len(flights) * size, dtype=torch.float64)
-        seen = None
-        if job.args.repetition_penalty != 1:
-            seen = torch.zeros(len(draws), schedule.vocabulary, dtype=torch.bool)
-        with dry.of(LOGITS):
-            logits = logits.repeat_interleave(torch.full((len(flights),), size), 0, output_size=len(draws))
-            sample_tokens(logits, schedule.suppressed_ids, settings, draws, seen)
-        del logits, seen
-        _decode(job, policy, schedule, flights, draws, dry)
+        if graphs:
+            before = dry.total
+            _decode(policy, schedule, batch, dry)
+            held[GRAPHS] = dry.peak - before
+            with dry.of(GRAPHS):  # a step's memory is that of its graph, and cannot be used by a prefill
+                pool = torch.empty(held[GRAPHS] // 4)
+            dry.restart()
+        _prefill(policy, schedule, groups, dry)
+        if graphs:
+            del pool
+        else:
+            _decode(policy, schedule, batch, dry)
+    if not engine.fixed_addresses:
+        held.pop(GRAPHS, None)
+    return held if kept else {}
 
 
-def _decode(
-    job: Job, policy: PackedPolicy, schedule: Scheduler, flights: Sequence[RunningGroup], draws: Tensor, dry: DryRun
-) -> None:
-    """Run the last decoding step of all sequences."""
-    length = max(1, job.args.max_completion_length - 1)
+def _prefill(policy: PackedPolicy, schedule: Scheduler, groups: Sequence[RunningGroup], dry: DryRun) -> None:
+    """Run the prefill of these groups, and draw the first token of each sequence."""
+    size = schedule.request.num_generations
+    draws = torch.zeros(len(groups) * size, dtype=torch.float64)
+    with dry.of(ACTIVATIONS), policy.attention():
+        starts = [group.first_block * BLOCK_SIZE for group in groups]
+        logits = schedule.prompt_logits([group.prompt for group in groups], starts)
+    seen = None
+    if schedule.settings.repetition_penalty != 1:
+        seen = torch.zeros(len(draws), schedule.vocabulary, dtype=torch.bool)
+    with dry.of(LOGITS):
+        logits = logits.repeat_interleave(torch.full((len(groups),), size), 0, output_size=len(draws))
+        sample_tokens(logits, schedule.suppressed_ids, schedule.settings, draws, seen)
+
+
+def _full_batch(schedule: Scheduler, groups: Sequence[RunningGroup]) -> Batch:
+    """A batch of all sequences of the groups at their full length, with the padding rows that a graph has."""
+    length = max(1, schedule.settings.max_completion_length - 1)
     blocks = list(range(max(1, num_blocks(length))))
-    size = job.args.num_generations
-    schedule.running = [RunningSequence(f, g, [0] * length, blocks=blocks) for f in flights for g in range(size)]
-    batch = schedule.new_batch(len(schedule.running), len(flights))
+    size = schedule.request.num_generations
+    schedule.running = [RunningSequence(p, g, [0] * length, blocks=blocks) for p in groups for g in range(size)]
+    rows = schedule.padded(len(schedule.running))
+    batch = schedule.new_batch(replace(schedule.limit, rows=rows, groups=len(groups)))
     batch.fill(schedule.running)
+    return batch
+
+
+def _decode(policy: PackedPolicy, schedule: Scheduler, batch: Batch, dry: DryRun) -> None:
+    """Run the last decoding step of all sequences."""
     batch.attention.begin_step()
-    shared: Any = Streaming() if job.device == "cuda" else batch.attention
+    shared: Any = Streaming() if isinstance(schedule, _OnCuda) else batch.attention
     positions = batch.positions.expand(batch.position_dims, -1)[..., None]  # [K, S, 1]
+    draws = torch.zeros(batch.rows, dtype=torch.float64)
     with dry.of(ACTIVATIONS):
         hidden = policy.family.hidden(policy.model, batch.tokens[:, None], positions, [], shared=shared)
     with dry.of(LOGITS):
@@ -94,8 +129,9 @@ def _decode(
 
 
 @torch.no_grad()
-def generate(job: Job, policy: PackedPolicy, prompts: Sequence[Prompt], dry: DryRun) -> None:
-    """Run the transformers engine's forward over the repeated prompts, with its cache and the logits that it keeps."""
+def generate(job: Job, policy: PackedPolicy, prompts: Sequence[Prompt], dry: DryRun) -> dict[str, int]:
+    """Run the transformers engine's forward over the repeated prompts, with its cache and the logits that it keeps
+    until its end."""
     model, family, config = policy.model, policy.family, job.config.get_text_config(decoder=True)
     dtype, vocabulary = policy.dtype or model.dtype, len(family.head(model).weight)
     rows = [prompt for prompt in prompts for _ in range(job.args.num_generations)]
@@ -113,3 +149,4 @@ def generate(job: Job, policy: PackedPolicy, prompts: Sequence[Prompt], dry: Dry
         with dry.of(LOGITS):
             logits = torch.empty(COPIES, len(rows), job.args.max_completion_length, vocabulary)
     del kept, logits
+    return {}

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from vlmr1.planner.dry_run import ACTIVATIONS, DryRun
+from vlmr1_kernels.custom_ops import COMPOSED
 
 PRODUCTS = frozenset(("mm", "addmm", "addmm_", "bmm", "baddbmm", "convolution", "convolution_backward"))
 ALLOCATING = frozenset(("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "lift_fresh"))
@@ -83,6 +84,9 @@ class WorkRun(DryRun):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in COMPOSED:
+            with self:
+                return COMPOSED[func](*args)
         out = func(*args, **kwargs) if self.of_tensors else super().__torch_dispatch__(func, types, args, kwargs)
         if any(self._counts(each) for each in tree_leaves((args, kwargs, out))):
             kernel = kernel_of(func, args, kwargs, out)

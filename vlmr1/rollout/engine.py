@@ -49,8 +49,9 @@ class RolloutStats:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     kv_peak_mib: float = 0.0
-    preemptions: int = 0  # groups decoded again because the KV cache was full
+    preemptions: int = 0  # groups moved to host memory for a time because the KV cache was full
     out_of_memory: int = 0  # times that the KV cache was halved
+    captures: int = 0  # of CUDA graphs
 
     def __add__(self, other: RolloutStats) -> RolloutStats:
         """Sum of two rollouts' statistics; the KV peak is the larger one."""
@@ -98,6 +99,7 @@ class RolloutEngine(ABC):
     features: FeatureCache | None = None  # of a frozen vision tower
     kv_mib: float | None = None  # of the KV cache; None: as the prompts need, on CUDA at most half the free memory
     cuda_graphs: bool | None = None  # capture decode steps; None: where supported
+    keep_cache: bool | None = None  # between generations, with graphs; None: where they are useful and small
     chat_template: str | None = None  # of the processor; None: the tokenizer's
     skip_special_tokens: bool = False  # in the text of a completion; False: only those of end and padding
     ignore_eos: bool = False  # no token ends a completion: for measurements
@@ -128,6 +130,9 @@ class RolloutEngine(ABC):
     @abstractmethod
     def sample(self, request: Request) -> list[SampledCompletion]:
         """Return P * G completions, those of a prompt adjacent."""
+
+    def free_cache(self) -> None:  # noqa: B027
+        """Free what the engine keeps between generations; by default that is nothing."""
 
     def stop_ids(self) -> frozenset[int]:
         """Return the token ids that end a completion. SettingError where the model has none."""

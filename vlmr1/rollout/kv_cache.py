@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,12 @@ BLOCK_SIZE = 16  # tokens
 def num_blocks(tokens: int) -> int:
     """Return the number of blocks that hold `tokens` tokens."""
     return -(-tokens // BLOCK_SIZE)
+
+
+def rounded_up(blocks: int) -> int:
+    """Return the next size of a cache that is kept, at most 1/8 larger: later generations may need a bit more."""
+    step = 1 << max(0, blocks.bit_length() - 4)
+    return -(-blocks // step) * step
 
 
 class BlockAllocator:
@@ -60,10 +67,29 @@ class KVCache:
         self.data = torch.empty(shape, device=device, dtype=dtype)
         self.allocator = BlockAllocator(blocks)
 
+    def free_all(self) -> None:
+        """Free all blocks, whose contents no sequence reads any more."""
+        self.allocator = BlockAllocator(self.allocator.count)
+
     @property
     def scratch_block(self) -> int:
         """Index of the block that belongs to no sequence."""
         return self.allocator.count
+
+    def read_blocks(self, blocks: Sequence[int]) -> Tensor:
+        """Return a copy of these blocks in host memory, made layer by layer. Waits for the device."""
+        index = torch.tensor(blocks, device=self.data.device)
+        return torch.stack([layer.index_select(2, index).cpu() for layer in self._by_block()])
+
+    def write_blocks(self, blocks: Sequence[int], stored: Tensor) -> None:
+        """Fill these blocks from a copy that `read_blocks` returned."""
+        index = torch.tensor(blocks, device=self.data.device)
+        for layer, values in zip(self._by_block(), stored, strict=True):
+            layer.index_copy_(2, index, values.to(layer.device))
+
+    def _by_block(self) -> Tensor:
+        """Return a view [layers, 2, Hkv, blocks, tokens, Dh]."""
+        return self.data.unflatten(3, (-1, BLOCK_SIZE))
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Return keys and values [Hkv, R, Dh] of a layer."""

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 
 from vlmr1.errors import MemoryShort, SettingError
+from vlmr1.rollout.decode_state import DecodeState
 from vlmr1.rollout.engine import Request, RolloutEngine, SampledCompletion
-from vlmr1.rollout.kv_cache import KVCache, block_bytes, head_dim_of, num_blocks
+from vlmr1.rollout.kv_cache import KVCache, block_bytes, head_dim_of, num_blocks, rounded_up
 from vlmr1.rollout.scheduler import Completions, Scheduler
+from vlmr1.rollout.settings import KEPT_SHARE
 from vlmr1.types import Prompt
 from vlmr1_kernels import registry
 
@@ -24,33 +26,96 @@ class NativeEngine(RolloutEngine):
     """Decodes all sequences together (continuous batching) within a KV cache of fixed size."""
 
     max_blocks: int | None = None  # size of the KV cache after the last out-of-memory error
+    decode_forward: Any = None  # forward of a decode step; None: the model's own
+    state: DecodeState | None = None  # kept from the last generation
 
     def sample(self, request: Request) -> list[SampledCompletion]:
+        if self.decode_forward is not None:
+            self.decode_forward.refresh()
         blocks, graphs = self._blocks(request), self._graphs(request)
         done: Completions = {}
         while len(done) < len(request.prompts) * request.num_generations:
             try:
-                cache = KVCache(self._decoder, blocks, device=self.model.device, dtype=self._dtype)
+                state = self._take_state(blocks)
                 try:
-                    Scheduler(self, request, cache, done, graphs=graphs).run()
+                    Scheduler(self, request, state, done, graphs=graphs).run()
                 finally:
-                    self.stats.kv_peak_mib = max(self.stats.kv_peak_mib, self._mib(cache.allocator.peak_used))
-                    del cache
+                    peak = self._mib(state.cache.allocator.peak_used)
+                    self.stats.kv_peak_mib = max(self.stats.kv_peak_mib, peak)
+                    kept, state = state, None
             except torch.OutOfMemoryError:
+                kept = None
                 blocks = self.max_blocks = self._checked(request, blocks // 2)
                 self.stats.out_of_memory += 1
                 logger.warning("rollout: out of memory, retrying with half the KV cache, %.0f MiB", self._mib(blocks))
+            else:
+                self._keep(kept)
         return [done[key] for key in sorted(done)]
+
+    def _take_state(self, blocks: int) -> DecodeState:
+        """Return the kept state if its KV cache has this many blocks, else a new one.
+
+        The engine has none until `_keep`: a rollout that fails leaves nothing behind."""
+        state, self.state = self.state, None
+        if state is None or state.cache.allocator.count < blocks or state.cache.data.dtype != self._dtype:
+            state = None  # the old cache is freed before a new one is allocated
+            state = self.new_state(blocks)
+        addresses: tuple[int, ...] = ()
+        if self.keeps(state.cache.data.nbytes, self._device_bytes):  # sharded weights have none
+            addresses = tuple(each.data_ptr() for each in (*self.model.parameters(), *self.model.buffers()))
+        state.begin_generation(addresses)
+        return state
+
+    def new_state(self, blocks: int) -> DecodeState:
+        """Return the state of decode steps with a KV cache of this size."""
+        cache = KVCache(self._decoder, blocks, device=self.model.device, dtype=self._dtype)
+        return DecodeState(cache, self.suppressed_ids())
+
+    def _keep(self, state: DecodeState) -> None:
+        """Keep the state for the next generation where `keeps` says so; graphs only if that one can use them."""
+        if self.keeps(state.cache.data.nbytes, self._device_bytes):
+            if not self.fixed_addresses:
+                state.drop_graphs()
+            self.state = state
+
+    def free_cache(self) -> None:
+        self.state = None
+
+    def keeps(self, cache_bytes: int, device_bytes: int | None) -> bool:
+        """Return whether a KV cache of this size is kept between generations; `device_bytes` is None without a GPU."""
+        if self.keep_cache is not None:
+            return self.keep_cache
+        useful = device_bytes is not None and self.cuda_graphs is not False and self.fixed_addresses
+        return useful and cache_bytes <= KEPT_SHARE * device_bytes
+
+    @property
+    def fixed_addresses(self) -> bool:
+        """Whether the next generation reads weights at the same addresses.
+
+        Autocast copies float32 weights that are trained, and frees the copies after the generation."""
+        if self.decode_forward is not None:
+            return self.decode_forward.fixed_addresses
+        trained = (each for each in self.model.parameters() if each.requires_grad)
+        return self.dtype is None or all(each.dtype != torch.float32 for each in trained)
+
+    @property
+    def _device_bytes(self) -> int | None:
+        if self.model.device.type != "cuda":
+            return None
+        return torch.cuda.get_device_properties(self.model.device).total_memory
 
     def _blocks(self, request: Request) -> int:
         """Return the size of the KV cache in blocks: for all groups at once, or what the budget allows."""
         wanted = sum(_worst_case_blocks(prompt, request) for prompt in request.prompts)
         size = block_bytes(self._decoder, self._dtype)
+        if self.keeps(wanted * size, self._device_bytes):
+            wanted = rounded_up(wanted)
         if self.kv_mib is not None:
             wanted = min(wanted, int(self.kv_mib * MIB) // size)
         elif self.model.device.type == "cuda":
             cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # by torch's allocator
-            free = torch.cuda.mem_get_info(self.model.device)[0] + cached
+            kept = 0 if self.state is None else self.state.cache.data.nbytes
+            free = torch.cuda.mem_get_info(self.model.device)[0] + cached + kept
             wanted = min(wanted, free // 2 // size)
         if self.max_blocks is not None:
             wanted = min(wanted, self.max_blocks)

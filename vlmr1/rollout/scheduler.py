@@ -1,26 +1,29 @@
 """Continuous batching: which groups are decoded, until every completion of a request is finished.
 
-Groups wait until the KV cache has room for them and are admitted as others finish. When the cache is full, the youngest
-group is preempted and decoded again later. It samples the same tokens again, since random numbers depend on seed, step,
-prompt, sequence and token index alone.
+Groups wait until the KV cache has room for them and are admitted as others finish. When the cache is full, keys and
+values of the youngest group are moved to host memory, and back when there is room. Random numbers depend on seed, step,
+prompt, sequence and token index alone, so that a completion does not depend on what is decoded beside it.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vlmr1.models.features import encode, unique_images
+from vlmr1.rollout.decode_state import DecodeState
 from vlmr1.rollout.engine import Request, RolloutEngine, SampledCompletion, StopCriteria
-from vlmr1.rollout.graphs import DecodeGraph, Step, StepOutput, capture_size
-from vlmr1.rollout.kv_cache import BLOCK_SIZE, KVCache, num_blocks, prefill_attention
+from vlmr1.rollout.graphs import Capacity, DecodeGraph, GraphKey, Step, StepOutput, capture_size
+from vlmr1.rollout.kv_cache import BLOCK_SIZE, BlockAllocator, num_blocks, prefill_attention
 from vlmr1.rollout.sampling import sample_tokens, uniform
-from vlmr1.rollout.sequences import Batch, RunningGroup, RunningSequence, seen_tokens
+from vlmr1.rollout.sequences import Batch, PreemptedGroup, RunningGroup, RunningSequence, seen_tokens
 from vlmr1.types import Prompt
 from vlmr1_kernels.linear import gemm_operand, project
 
@@ -33,26 +36,39 @@ class Scheduler:
     """Decodes the completions of a request that `done` lacks, within one KV cache, and adds them to `done`."""
 
     def __init__(
-        self, engine: RolloutEngine, request: Request, cache: KVCache, done: Completions, *, graphs: bool = False
+        self, engine: RolloutEngine, request: Request, state: DecodeState, done: Completions, *, graphs: bool = False
     ):
-        self.engine, self.request, self.cache, self.done = engine, request, cache, done
+        self.engine, self.request, self.state, self.done = engine, request, state, done
+        self.cache = state.cache
         self.model, self.family, self.stats = engine.model, engine.family, engine.stats
         self.settings = request.settings
-        self.suppressed_ids = engine.suppressed_ids()
+        self.suppressed_ids = state.suppressed_ids
         self.stop_criteria = StopCriteria(engine.stop_ids(), engine.tokenizer, request.settings.stop)
         generations = range(request.num_generations)
         groups = range(len(request.prompts))
         self.waiting = deque(p for p in groups if any((p, g) not in done for g in generations))
+        self.preempted: dict[int, PreemptedGroup] = {}  # by index; they are the first of those that wait
         self.running: list[RunningSequence] = []
         self.batch: Batch | None = None  # of the running sequences; None after they have changed
+        self.graph: DecodeGraph | None = None  # that runs the batch
         self.with_graphs = graphs
-        self.graphs: dict[int, DecodeGraph] = {}  # by rows
         self.head = self.family.head(self.model)
         self.vocabulary = len(self.head.weight)
         dtype = engine.dtype or self.head.weight.dtype
         # The policy computes float32 logits from half-precision operands; a half-precision head would round them.
-        self.half_weight = gemm_operand(self.head.weight.to(dtype)) if dtype.itemsize < 4 else None
+        self.half_weight = state.head_weight(self.head.weight, dtype)
         self.half = dtype
+        settings, prompts = request.settings, request.prompts
+        seen = None if settings.repetition_penalty == 1 else self.vocabulary
+        sampling = replace(settings, max_completion_length=0, seed=0, stop=())  # these are read on the host alone
+        self.graph_key = GraphKey(sampling, len(prompts[0].positions), seen, engine.dtype)
+        self.limit = Capacity(
+            rows=len(prompts) * request.num_generations,
+            groups=len(prompts),
+            columns=max(1, num_blocks(settings.max_completion_length)),
+            max_group=request.num_generations,
+            max_prefix=max(len(prompt.input_ids) for prompt in prompts),
+        )
 
     def run(self) -> None:
         """Decode until no group is waiting or running."""
@@ -71,26 +87,63 @@ class Scheduler:
     # Admission, preemption, retirement
 
     def admit(self) -> list[RunningGroup]:
-        """Admit waiting groups while the cache has room for their prompts and for completions of average length."""
+        """Admit waiting groups while the cache has room for their prompts and for completions of average length.
+
+        Return those to prefill; preempted groups go on where they were."""
         size, limit = self.request.num_generations, self.settings.max_completion_length
         lengths = [len(completion.tokens) for completion in self.done.values()]
         average = sum(lengths) / len(lengths) if lengths else limit
-        suffixes = min(num_blocks(int(average)) + 1, num_blocks(limit - 1)) * size  # expected blocks
+        most = num_blocks(limit - 1)
+        expected = min(num_blocks(int(average)) + 1, most)  # blocks of a completion
         allocator = self.cache.allocator
         promised = 0
         admitted: list[RunningGroup] = []
         while self.waiting:
             index = self.waiting[0]
             prompt = self.request.prompts[index]
+            preempted = self.preempted.get(index)
+            used = [0] * size if preempted is None else preempted.blocks
+            suffixes = sum(expected if preempted is None else min(max(expected, each + 1), most) for each in used)
             count = num_blocks(len(prompt.input_ids))
             block = allocator.allocate_run(count) if allocator.num_free - promised >= count + suffixes else None
             if block is None:
                 break
             self.waiting.popleft()
-            unfinished = sum((index, g) not in self.done for g in range(size))
-            admitted.append(RunningGroup(index, prompt, block, unfinished))
-            promised += suffixes
+            if preempted is None:
+                unfinished = sum((index, g) not in self.done for g in range(size))
+                admitted.append(RunningGroup(index, prompt, block, unfinished))
+            else:
+                self.resume(preempted, block)
+            promised += suffixes - sum(used)
         return admitted
+
+    def preempt(self) -> None:
+        """Move keys and values of the youngest group to host memory, and let it wait."""
+        group = self.running[-1].group
+        sequences = [sequence for sequence in self.running if sequence.group is group]
+        blocks = group.blocks()
+        for sequence in sequences:
+            blocks += sequence.blocks[: num_blocks(sequence.cached)]
+        self.preempted[group.index] = PreemptedGroup(group, sequences, self.cache.read_blocks(blocks))
+        for sequence in sequences:
+            self.free_blocks(sequence)
+        self.running = self.running[: -len(sequences)]
+        self.waiting.appendleft(group.index)
+        self.stats.preemptions += 1
+        self.batch = None
+
+    def resume(self, preempted: PreemptedGroup, first_block: int) -> None:
+        """Decode a preempted group further; its prompt is to be in the blocks from `first_block` on."""
+        group, allocator = preempted.group, self.cache.allocator
+        group.first_block, group.unfinished = first_block, len(preempted.sequences)
+        blocks = group.blocks()
+        for sequence, count in zip(preempted.sequences, preempted.blocks, strict=True):
+            allocate_blocks(sequence, count, allocator)
+            blocks += sequence.blocks
+        self.cache.write_blocks(blocks, preempted.stored)
+        del self.preempted[group.index]
+        self.running += preempted.sequences
+        self.batch = None
 
     def retire_finished(self) -> bool:
         """Move finished sequences to `done` and free their blocks; return whether there were any."""
@@ -121,27 +174,18 @@ class Scheduler:
         """Allocate the blocks of the next `steps` steps; preempt the youngest groups if there are too few."""
         allocator = self.cache.allocator
         while sum(sequence.missing_blocks(steps) for sequence in self.running) > allocator.num_free:
-            youngest = self.running[-1].group
-            for sequence in [s for s in self.running if s.group is youngest]:
-                self.running.remove(sequence)
-                self.free_blocks(sequence)
-            self.waiting.appendleft(youngest.index)
-            self.stats.preemptions += 1
-            self.batch = None
-        changed = False
+            self.preempt()
+        before = allocator.num_free
         for sequence in self.running:
-            for _ in range(sequence.missing_blocks(steps)):
-                block = allocator.allocate()
-                assert block is not None
-                sequence.blocks.append(block)
-                changed = True
-        if changed and self.batch is not None:
+            allocate_blocks(sequence, sequence.missing_blocks(steps), allocator)
+        if allocator.num_free < before and self.batch is not None:
             self.batch.update_block_table()
 
     def free_blocks(self, sequence: RunningSequence) -> None:
         """Free the blocks of a sequence, and of its prompt after the last sequence of the group."""
         for block in sequence.blocks:
             self.cache.allocator.free(block)
+        sequence.blocks = []
         group = sequence.group
         group.unfinished -= 1
         if not group.unfinished:
@@ -209,36 +253,40 @@ class Scheduler:
 
     def batch_and_step(self) -> tuple[Batch, Step]:
         """Return the batch of the running sequences and its step function, a CUDA graph if enabled."""
-        if not self.with_graphs:
-            if self.batch is None:
-                groups = len({id(sequence.group) for sequence in self.running})
-                self.batch = self.new_batch(len(self.running), groups)
-                self.batch.fill(self.running)
-            return self.batch, self.step
-        rows = capture_size(len(self.running))
-        graph = self.graphs.get(rows)
-        if self.batch is None or graph is None:
-            groups = min(rows, len(self.request.prompts))
-            self.batch = self.new_batch(rows, groups) if graph is None else graph.batch
+        if self.batch is None:
+            needed = replace(self.limit, rows=len(self.running), groups=len({id(each.group) for each in self.running}))
+            self.graph = self.graph_for(needed) if self.with_graphs else None
+            self.batch = self.new_batch(needed) if self.graph is None else self.graph.batch
             self.batch.fill(self.running)
-        if graph is None:
-            first = next(iter(self.graphs.values()), None)
-            graph = self.graphs[rows] = DecodeGraph(self.step, self.batch, None if first is None else first.pool)
-        return self.batch, graph
+        return self.batch, self.step if self.graph is None else self.graph
 
-    def new_batch(self, rows: int, groups: int) -> Batch:
-        """Return an empty batch of up to `rows` sequences in `groups` groups."""
-        prompts = self.request.prompts
-        return Batch(
-            self.cache,
-            rows=rows,
-            groups=groups,
-            columns=max(1, num_blocks(self.settings.max_completion_length)),
-            position_dims=len(prompts[0].positions),
-            max_group=self.request.num_generations,
-            max_prefix=max(len(prompt.input_ids) for prompt in prompts),
-            vocabulary=None if self.settings.repetition_penalty == 1 else self.vocabulary,
+    def graph_for(self, needed: Capacity) -> DecodeGraph | None:
+        """Return a graph that holds a batch of this size, or None; sizes that vary between generations are rounded
+        up, so that later ones need no other graph."""
+        limit = replace(
+            self.limit,
+            groups=capture_size(self.limit.groups),
+            max_prefix=1 << (self.limit.max_prefix - 1).bit_length(),
         )
+        longest = self.settings.max_completion_length - min(len(sequence.tokens) for sequence in self.running)
+        steps_left = 0 if self.waiting else longest
+        return self.state.graph(self.graph_key, needed, limit, self.capture, steps_left=steps_left)
+
+    def padded(self, rows: int) -> int:
+        """Return the rows of the batch that this many sequences are decoded in, if a graph is captured for them."""
+        return capture_size(rows) if self.with_graphs else rows
+
+    def new_batch(self, capacity: Capacity) -> Batch:
+        """Return an empty batch of this capacity."""
+        key = self.graph_key
+        return Batch(self.cache, **asdict(capacity), position_dims=key.position_dims, vocabulary=key.vocabulary)
+
+    def capture(self, capacity: Capacity, pool: Any) -> DecodeGraph:
+        """Return a graph of the step on a batch of this capacity."""
+        batch = self.new_batch(capacity)
+        batch.fill(self.running)
+        self.stats.captures += 1
+        return DecodeGraph(self.step, batch, capacity, pool)
 
     def step(self, batch: Batch, draws: Tensor) -> StepOutput:
         """Sample the next token of each sequence with `draws` [S] and advance the batch."""
@@ -255,6 +303,14 @@ class Scheduler:
         """Return uniform float64 in [0, 1): [S], or [steps, S] for `indices` [steps, S]."""
         numbers = uniform(self.settings.seed, self.request.step, prompt_keys, sequence_keys, indices)
         return torch.from_numpy(numbers).to(self.model.device)
+
+
+def allocate_blocks(sequence: RunningSequence, count: int, allocator: BlockAllocator) -> None:
+    """Give `count` more blocks to a sequence; there are as many."""
+    for _ in range(count):
+        block = allocator.allocate()
+        assert block is not None
+        sequence.blocks.append(block)
 
 
 def append_tokens(sequences: Sequence[RunningSequence], outputs: Sequence[StepOutput]) -> None:

@@ -30,6 +30,10 @@ class RunningGroup:
         """Tokens of the prompt."""
         return len(self.prompt.input_ids)
 
+    def blocks(self) -> list[int]:
+        """Return the blocks of the prompt."""
+        return list(range(self.first_block, self.first_block + num_blocks(self.prompt_length)))
+
 
 @dataclass(eq=False)
 class RunningSequence:
@@ -55,6 +59,20 @@ class RunningSequence:
     def completion(self, length: int, finish_reason: str) -> SampledCompletion:
         """Return the first `length` tokens as a completion."""
         return SampledCompletion(self.tokens[:length], self.logp[:length], self.sampling_logp[:length], finish_reason)
+
+
+@dataclass(eq=False)
+class PreemptedGroup:
+    """A group whose keys and values are in host memory until the KV cache has room for them again."""
+
+    group: RunningGroup
+    sequences: list[RunningSequence]
+    stored: Tensor  # its blocks: those of the prompt, then those of each sequence
+
+    @property
+    def blocks(self) -> list[int]:
+        """Number of blocks that each sequence needs for what it has cached."""
+        return [num_blocks(sequence.cached) for sequence in self.sequences]
 
 
 class Batch:

@@ -5,77 +5,80 @@ one flash call; the results are merged by their log-sum-exps. Backward calls eac
 output and log-sum-exp, which reproduces the merged probabilities exactly.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from vlmr1_kernels.cpu.groups import Group, groups
-from vlmr1_kernels.layout import PrefixLayout
+from vlmr1_kernels import custom_ops
+from vlmr1_kernels.cpu.groups import groups
+from vlmr1_kernels.layout import PrefixLayout, layout_of
 from vlmr1_kernels.linear import accumulation_dtype
 
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 def shared_prefix_attention(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, *, scale: float) -> Tensor:
-    return _SharedPrefixAttention.apply(q, k, v, groups(layout), scale)
+    return _run(q, k, v, layout.table, scale)
 
 
-class _SharedPrefixAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, parts: tuple[Group, ...], scale: float) -> Tensor:
-        q, k, v = (_last_contiguous(x) for x in (q, k, v))
-        _, heads, length, head_dim = q.shape
-        # Rows first in memory, the layout that models reshape to [L, H * Dh].
-        out = q.new_empty(1, length, heads, head_dim).transpose(1, 2)
-        lse = q.new_empty(1, length, heads, dtype=accumulation_dtype(q.dtype)).transpose(1, 2)  # [1, H, L]
-        for group in parts:
-            prompt, rows = group.prompt, group.rows
-            keys, values = k[:, :, prompt], v[:, :, prompt]
-            out[:, :, prompt], lse[:, :, prompt] = _forward(q[:, :, prompt], keys, values, 0.0, True, scale=scale)
-            if not group.size:
-                continue
-            own, own_lse = _forward(*(group.split(x[:, :, rows]) for x in (q, k, v)), 0.0, True, scale=scale)
-            own, own_lse = group.join(own), group.join(own_lse[..., None])[..., 0]  # [1, H, R, Dh], [1, H, R]
-            shared, shared_lse = _forward(q[:, :, rows], keys, values, 0.0, False, scale=scale)
-            share = torch.sigmoid(shared_lse - own_lse)[..., None]
-            out[:, :, rows] = torch.lerp(own.to(share.dtype), shared.to(share.dtype), share)
-            lse[:, :, rows] = torch.logaddexp(own_lse, shared_lse)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.parts, ctx.scale = parts, scale
-        return out
+def _forward(q: Tensor, k: Tensor, v: Tensor, table: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    q, k, v = (_last_contiguous(x) for x in (q, k, v))
+    _, heads, length, head_dim = q.shape
+    # Rows first in memory, the layout that models reshape to [L, H * Dh].
+    out = q.new_empty(1, length, heads, head_dim).transpose(1, 2)
+    lse = q.new_empty(1, heads, length, dtype=accumulation_dtype(q.dtype))
+    for group in groups(layout_of(table)):
+        prompt, rows = group.prompt, group.rows
+        keys, values = k[:, :, prompt], v[:, :, prompt]
+        out[:, :, prompt], lse[:, :, prompt] = _flash(q[:, :, prompt], keys, values, 0.0, True, scale=scale)
+        if not group.size:
+            continue
+        own, own_lse = _flash(*(group.split(x[:, :, rows]) for x in (q, k, v)), 0.0, True, scale=scale)
+        own, own_lse = group.join(own), group.join(own_lse[..., None])[..., 0]  # [1, H, R, Dh], [1, H, R]
+        shared, shared_lse = _flash(q[:, :, rows], keys, values, 0.0, False, scale=scale)
+        share = torch.sigmoid(shared_lse - own_lse)[..., None]
+        out[:, :, rows] = torch.lerp(own.to(share.dtype), shared.to(share.dtype), share)
+        lse[:, :, rows] = torch.logaddexp(own_lse, shared_lse)
+    return out, lse[0]
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        scale, d_out = ctx.scale, _last_contiguous(d_out)
-        d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        for group in ctx.parts:
-            prompt, rows = group.prompt, group.rows
-            keys, values = k[:, :, prompt], v[:, :, prompt]
-            d_q[:, :, prompt], d_keys, d_values = _backward(
-                d_out[:, :, prompt], q[:, :, prompt], keys, values, out[:, :, prompt], lse[:, :, prompt],
+
+def _backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, table: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, d_out = (_last_contiguous(x) for x in (q, k, v, d_out))
+    lse = lse[None]
+    d_q, d_k, d_v = _empty_gradients(q, k, v)
+    for group in groups(layout_of(table)):
+        prompt, rows = group.prompt, group.rows
+        keys, values = k[:, :, prompt], v[:, :, prompt]
+        d_q[:, :, prompt], d_keys, d_values = _flash_backward(
+            d_out[:, :, prompt], q[:, :, prompt], keys, values, out[:, :, prompt], lse[:, :, prompt],
+            0.0, True, scale=scale,
+        )  # fmt: skip
+        if group.size:
+            own = _flash_backward(
+                *(group.split(x[:, :, rows]) for x in (d_out, q, k, v, out)),
+                group.split(lse[:, :, rows, None])[..., 0],
                 0.0, True, scale=scale,
             )  # fmt: skip
-            if group.size:
-                own = _backward(
-                    *(group.split(x[:, :, rows]) for x in (d_out, q, k, v, out)),
-                    group.split(lse[:, :, rows, None])[..., 0],
-                    0.0, True, scale=scale,
-                )  # fmt: skip
-                d_rows, d_k[:, :, rows], d_v[:, :, rows] = (group.join(x) for x in own)
-                d_shared, more_keys, more_values = _backward(
-                    d_out[:, :, rows], q[:, :, rows], keys, values, out[:, :, rows], lse[:, :, rows],
-                    0.0, False, scale=scale,
-                )  # fmt: skip
-                torch.add(d_rows, d_shared, out=d_q[:, :, rows])
-                d_keys, d_values = d_keys + more_keys, d_values + more_values
-            d_k[:, :, prompt], d_v[:, :, prompt] = d_keys, d_values
-        return d_q, d_k, d_v, None, None
+            d_rows, d_k[:, :, rows], d_v[:, :, rows] = (group.join(x) for x in own)
+            d_shared, more_keys, more_values = _flash_backward(
+                d_out[:, :, rows], q[:, :, rows], keys, values, out[:, :, rows], lse[:, :, rows],
+                0.0, False, scale=scale,
+            )  # fmt: skip
+            torch.add(d_rows, d_shared, out=d_q[:, :, rows])
+            d_keys, d_values = d_keys + more_keys, d_values + more_values
+        d_k[:, :, prompt], d_v[:, :, prompt] = d_keys, d_values
+    return d_q, d_k, d_v
+
+
+def _empty_gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    d_q, d_k, d_v = (torch.empty_like(_last_contiguous(x)) for x in (q, k, v))
+    return d_q, d_k, d_v
 
 
 def _last_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+_run = custom_ops.attention("shared_prefix_attention", "cpu", "Tensor layout", _forward, _backward, _empty_gradients)

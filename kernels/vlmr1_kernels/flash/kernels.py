@@ -1,25 +1,40 @@
-"""Variable-length flash attention of the flash-attn package if it is installed, else of torch.
+"""Variable-length flash attention: of flash-attn 2 if it is installed, else of torch; of flash-attn 3; of flash-attn 4.
 
 The rows of S sequences are concatenated. Sequence s has the rows cu[s]..cu[s+1] - 1, with separate int32 [S + 1] device
 tensors for queries and keys. The log-sum-exp is [H, rows] float32.
+
+Sources of the signatures, Dao-AILab/flash-attention at commit 0251105a: `flash_attn/flash_attn_interface.py`,
+`hopper/flash_attn_interface.py` and `flash_attn/cute/interface.py`. The calls of versions 3 and 4 have never run: tests
+check their arguments against these signatures.
 """
 
-from functools import lru_cache
-from importlib import metadata
-from importlib.util import find_spec
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# Older versions pad the log-sum-exp and take other arguments; builds of version 3 have no such module.
-_PACKAGE_SINCE, _PACKAGE_BEFORE = (2, 7), (3,)
+from vlmr1_kernels.flash import packages
 
 
-def varlen_forward(
+class Kernels(NamedTuple):
+    """The two functions of a version.
+
+    forward(q, k, v, cu_q, cu_k, max_q, max_k, causal, scale)
+        -> out [Lq, H, Dh] and log-sum-exp [H, Lq] of q [Lq, H, Dh] and k, v [Lk, Hkv, Dh]; contiguous
+    backward(d_out, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, causal, scale)
+        -> d_q, d_k, d_v of attention with probabilities exp(scale q k^T - lse) and output `out`, in the memory order of
+        q, k, v. `lse` [H, Lq], contiguous, and `out` may be those of an attention over more keys.
+    """
+
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+def _forward(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Return out [Lq, H, Dh] and log-sum-exp [H, Lq] of q [Lq, H, Dh] and k, v [Lk, Hkv, Dh]."""
-    if _has_package():
+    if packages.missing(2) is None:
         from flash_attn.flash_attn_interface import _flash_attn_varlen_forward  # pyright: ignore[reportMissingImports]
 
         out, lse, *_ = _flash_attn_varlen_forward(q, k, v, cu_q, cu_k, max_q, max_k, 0.0, scale, causal=causal)
@@ -30,14 +45,11 @@ def varlen_forward(
     return out, lse
 
 
-def varlen_backward(
+def _backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return d_q, d_k, d_v of attention with probabilities exp(scale q k^T - lse) and output `out`.
-
-    `lse` [H, Lq], contiguous, and `out` may be those of an attention over more keys."""
-    if _has_package():
+    if packages.missing(2) is None:
         from flash_attn.flash_attn_interface import _flash_attn_varlen_backward  # pyright: ignore[reportMissingImports]
 
         d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
@@ -53,15 +65,63 @@ def varlen_backward(
     )
 
 
-@lru_cache(maxsize=1)
-def _has_package() -> bool:
-    try:
-        version = metadata.version("flash-attn")
-    except metadata.PackageNotFoundError:
-        return False
-    if not _PACKAGE_SINCE <= tuple(int(part) for part in version.split(".")[:2]) < _PACKAGE_BEFORE:
-        return False
-    return find_spec("flash_attn") is not None and find_spec("flash_attn.flash_attn_interface") is not None
+def _forward3(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    from flash_attn_interface import _flash_attn_forward  # pyright: ignore[reportMissingImports]
+
+    out, lse, *_ = _flash_attn_forward(
+        q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=max_q, max_seqlen_k=max_k,
+        softmax_scale=scale, causal=causal,
+    )  # fmt: skip
+    return out, lse
+
+
+def _backward3(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    from flash_attn_interface import _flash_attn_backward  # pyright: ignore[reportMissingImports]
+
+    d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    _flash_attn_backward(
+        d_out, q, k, v, out, lse, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=max_q, max_seqlen_k=max_k,
+        dq=d_q, dk=d_k, dv=d_v, softmax_scale=scale, is_causal=causal,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
+    return d_q, d_k, d_v
+
+
+def _forward4(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    from flash_attn.cute.interface import _flash_attn_fwd  # pyright: ignore[reportMissingImports]
+
+    out, lse, *_ = _flash_attn_fwd(
+        q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=max_q, max_seqlen_k=max_k,
+        softmax_scale=scale, causal=causal, return_lse=True,
+    )  # fmt: skip
+    return out, lse
+
+
+def _backward4(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    from flash_attn.cute.interface import _flash_attn_bwd  # pyright: ignore[reportMissingImports]
+
+    return _flash_attn_bwd(
+        q, k, v, out, d_out, lse, softmax_scale=scale, causal=causal, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k,
+        max_seqlen_q=max_q, max_seqlen_k=max_k, deterministic=torch.are_deterministic_algorithms_enabled(),
+        dq=torch.empty_like(q), dk=torch.empty_like(k), dv=torch.empty_like(v),
+    )  # fmt: skip
+
+
+KERNELS = {
+    "flash": Kernels(_forward, _backward),
+    "flash3": Kernels(_forward3, _backward3),
+    "flash4": Kernels(_forward4, _backward4),
+}
 
 
 def to_varlen_row_major(x: Tensor) -> Tensor:
@@ -74,6 +134,12 @@ def to_varlen(x: Tensor) -> Tensor:
     """Return [1, H, L, Dh] as [L, H, Dh], in any memory order of heads and rows; a view if possible, else a copy."""
     rows = x[0].transpose(0, 1)
     return rows if _is_aligned(rows) else _copy(rows)
+
+
+def empty_gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """Return tensors with the shapes and strides of the gradients of q, k, v."""
+    rows = to_varlen_row_major(q), to_varlen(k), to_varlen(v)
+    return tuple(torch.empty_like(x).transpose(0, 1)[None] for x in rows)
 
 
 def _copy(rows: Tensor) -> Tensor:

@@ -1,33 +1,44 @@
 """Attention within each sequence as one flash call."""
 
-from typing import Any
+from functools import partial
 
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from vlmr1_kernels.flash import kernels
-from vlmr1_kernels.flash.kernels import to_varlen, to_varlen_row_major
-
-
-def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_length: int, *, scale: float) -> Tensor:
-    return _VarlenAttention.apply(q, k, v, cu_seqlens, max_length, scale)
+from vlmr1_kernels import custom_ops
+from vlmr1_kernels.flash.kernels import KERNELS, empty_gradients, to_varlen, to_varlen_row_major
 
 
-class _VarlenAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_length: int, scale: float) -> Tensor:
-        q, k, v = to_varlen_row_major(q), to_varlen(k), to_varlen(v)
-        out, lse = kernels.varlen_forward(q, k, v, cu_seqlens, cu_seqlens, max_length, max_length, False, scale)
-        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
-        ctx.max_length, ctx.scale = max_length, scale
-        return out.transpose(0, 1)[None]
+def _forward(
+    name: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_length: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    spans = cu_seqlens, cu_seqlens, max_length, max_length
+    out, lse = KERNELS[name].forward(to_varlen_row_major(q), to_varlen(k), to_varlen(v), *spans, False, scale)
+    return out.transpose(0, 1)[None], lse
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
-        spans = cu_seqlens, cu_seqlens, ctx.max_length, ctx.max_length
-        d_out = to_varlen_row_major(d_out)
-        gradients = kernels.varlen_backward(d_out, q, k, v, out, lse, *spans, False, ctx.scale)
-        return *(gradient.transpose(0, 1)[None] for gradient in gradients), None, None, None
+
+def _backward(
+    name: str, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    cu_seqlens: Tensor, max_length: int, scale: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    spans = cu_seqlens, cu_seqlens, max_length, max_length
+    d_out, q, out = (to_varlen_row_major(x) for x in (d_out, q, out))
+    gradients = KERNELS[name].backward(d_out, q, to_varlen(k), to_varlen(v), out, lse, *spans, False, scale)
+    return tuple(gradient.transpose(0, 1)[None] for gradient in gradients)
+
+
+_RUN = {
+    name: custom_ops.attention(
+        "varlen_attention", name, "Tensor cu_seqlens, SymInt max_length", partial(_forward, name),
+        partial(_backward, name), empty_gradients,
+    )
+    for name in KERNELS
+}  # fmt: skip
+
+
+def _attention(
+    name: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_length: int, *, scale: float
+) -> Tensor:
+    return _RUN[name](q, k, v, cu_seqlens, max_length, scale)
+
+
+flash, flash3, flash4 = (partial(_attention, name) for name in KERNELS)

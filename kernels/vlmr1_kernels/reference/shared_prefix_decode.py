@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vlmr1_kernels import custom_ops
 from vlmr1_kernels.inputs import DecodeTables
 from vlmr1_kernels.linear import accumulation_dtype
 
@@ -22,7 +23,7 @@ class Group(NamedTuple):
     length: int  # rows of the prefix
 
 
-def shared_prefix_decode(
+def _forward(
     q: Tensor, keys: Tensor, values: Tensor, tables: DecodeTables, *,
     block: int, max_group: int, max_prefix: int, scale: float,
 ) -> Tensor:  # fmt: skip
@@ -58,7 +59,7 @@ def shared_prefix_decode(
         torch.bmm(weights[:, part, :length], values[:, start : start + length], out=out[:, part])
     if suffix:
         out += torch.bmm(weights[:, :, longest:].reshape(own), suffix_values).view_as(out)
-    out = out.view(kv_heads, branches, folded, head_dim).transpose(0, 1).reshape(branches, heads, head_dim)
+    out = out.view(kv_heads, branches, folded, head_dim).transpose(0, 1).reshape(branches, heads, head_dim).contiguous()
     return torch.cat([out, out.new_zeros(batch - branches, heads, head_dim)]) if branches < batch else out
 
 
@@ -91,3 +92,6 @@ def _suffix_rows(
         masked = torch.arange(suffix, device=rows.device) >= ends[:, None]
         rows = torch.where(masked, elsewhere[:, None], rows)
     return rows.flatten(), masked
+
+
+shared_prefix_decode = custom_ops.shared_prefix_decode("reference", _forward)

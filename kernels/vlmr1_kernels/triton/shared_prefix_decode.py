@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vlmr1_kernels import custom_ops
 from vlmr1_kernels.inputs import DecodeTables
 from vlmr1_kernels.triton.launch import launch, on_tensor_device, shared_memory
 
@@ -159,7 +160,7 @@ def merge_kernel(
 
 
 @on_tensor_device
-def shared_prefix_decode(
+def _forward(
     q: Tensor, keys: Tensor, values: Tensor, tables: DecodeTables, *,
     block: int, max_group: int, max_prefix: int, scale: float,
 ) -> Tensor:  # fmt: skip
@@ -216,3 +217,6 @@ def _tile_sizes(dtype: torch.dtype, block_d: int) -> tuple[int, int]:
     if dtype == torch.float32:
         return 16, 16
     return (64 if block_d <= 128 else 32), 32
+
+
+shared_prefix_decode = custom_ops.shared_prefix_decode("triton", _forward)

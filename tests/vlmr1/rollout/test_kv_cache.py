@@ -1,14 +1,22 @@
 """The pool of keys and values, its budget, and steps on fixed tensors: none of them changes what is drawn."""
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.rollouts import GREEDY, assert_close, changed_logits, completions, engine, prompts_of, tokens
+from tests.helpers.rollouts import (
+    GREEDY,
+    assert_close,
+    changed_logits,
+    completions,
+    engine,
+    prompts_of,
+    tokens,
+    with_stub_graphs,
+)
 from vlmr1.errors import SettingError
 from vlmr1.models import family_of
 from vlmr1.rollout import NativeEngine, SamplingSettings, graphs, scheduler
@@ -70,7 +78,7 @@ def test_a_small_budget_changes_nothing_but_the_order(blocks, make, model, proce
     assert free.stats.preemptions == 0
 
 
-def test_a_group_that_goes_back_draws_the_same_again(make, model, processor):
+def test_a_preempted_group_goes_on_where_it_was(make, model, processor):
     """Short completions come first, so that more groups are let in than long ones leave room for."""
     stops, settings = model.generation_config.eos_token_id, SamplingSettings(64, seed=5)
     prompts = [make.prompt("What is seven?") for _ in range(6)]
@@ -82,11 +90,13 @@ def test_a_group_that_goes_back_draws_the_same_again(make, model, processor):
         logits[:, stops] = -80
 
     tight = limited(model, processor, -(-len(prompts[0].input_ids) // 16) + 2 * 4 + 3)
-    with changed_logits(model, short_then_long):
+    decoded = []
+    with changed_logits(model, short_then_long), changed_logits(model, lambda _, logits: decoded.append(len(logits))):
         groups = tight.generate(prompts, 2, settings)
     with changed_logits(model, long):
         expected = engine(model, processor).generate(prompts, 2, settings)
     assert tight.stats.preemptions > 0
+    assert sum(decoded) == tight.stats.tokens - 6  # no token twice; the first of a group's two come from one row
     assert [len(ids) for ids in tokens(groups)] == [2, 2] + [64] * 10
     assert_same(groups[1:], expected[1:])
 
@@ -153,41 +163,17 @@ def test_a_group_that_never_fits_is_refused(make, model, processor):
     assert model.training is False
 
 
-class Replayed:
-    """In place of a CUDA graph: a step on the tensors of one batch, recorded and replayed."""
-
-    made: ClassVar[list[int]] = []
-
-    def __init__(self, step: Callable, batch: Any, pool: Any):
-        self.step, self.batch, self.pool = step, batch, "the first one's"
-        assert pool == ("the first one's" if self.made else None)
-        self.made.append(batch.rows)
-        state = [tensor.clone() for tensor in graphs._mutated_tensors(batch)]
-        step(batch, torch.zeros(batch.rows, dtype=torch.float64))  # as a recording does
-        for tensor, before in zip(graphs._mutated_tensors(batch), state, strict=True):
-            tensor.copy_(before)
-
-    def __call__(self, batch: Any, draws: Tensor) -> Any:
-        assert batch is self.batch and len(draws) == batch.rows
-        return self.step(batch, draws)
-
-
 @pytest.mark.parametrize("blocks", [None, 22], ids=["all at once", "crowded"])
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 def test_padded_batches_and_rare_looks_change_nothing(blocks, penalty, make, model, processor, monkeypatch):
-    """As with CUDA graphs: fixed tensors of a ladder of sizes, and sixteen steps between two looks."""
+    """As with CUDA graphs: fixed tensors of some sizes, and sixteen steps between two looks."""
     settings = SamplingSettings(40, 2.0, seed=5, repetition_penalty=penalty)
     prompts = prompts_of(make, "mixed_lengths", "text_beside_images")
     expected = engine(model, processor).generate(prompts, 4, settings, step=3)
-    monkeypatch.setattr(scheduler, "DecodeGraph", Replayed)
-    monkeypatch.setattr(scheduler, "STEPS_PER_CHECK", {"cpu": 16})
-    monkeypatch.setattr(Replayed, "made", [])
+    captured = with_stub_graphs(monkeypatch)
     native = engine(model, processor) if blocks is None else limited(model, processor, blocks)
-    monkeypatch.setattr(native, "_graphs", lambda request: True)
     assert_same(native.generate(prompts, 4, settings, step=3), expected)
-    assert set(Replayed.made) <= set(graphs.CAPTURE_SIZES) and len(Replayed.made) > 1
-    if blocks is None:
-        assert len(Replayed.made) == len(set(Replayed.made)) and max(Replayed.made) == 24
+    assert [each.rows for each in captured] == ([24] if blocks is None else [4, 8])
 
 
 @pytest.mark.parametrize(("rows", "size"), [(1, 1), (5, 8), (24, 24), (25, 32), (512, 512), (513, 640)])
