@@ -22,6 +22,7 @@ from vlmr1_kernels.linear import chunk_rows
 NAME = "vlmr1_plan_as_flash"
 # Names of kernels.
 ATTENTION, ATTENTION_BACKWARD, DECODE = "attention", "attention_backward", "decode_attention"
+MERGE = "attention_merge"
 
 
 class _Flash(torch.autograd.Function):
@@ -38,6 +39,8 @@ class _Flash(torch.autograd.Function):
         del more
         for each in pairs:
             kernel(ATTENTION, 4 * heads * head_dim * each, q, k, v, out, lse)
+        if calls > 1:  # merged in one launch, here as of all rows
+            kernel(MERGE, 0, *[out, lse] * 3)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.pairs = pairs
         return out
