@@ -39,7 +39,7 @@ class Kernel:
     name: str
     flops: float
     bytes: float
-    half: bool = True  # no float32 operand
+    half: bool = True  # whether operands are of half precision
     numels: tuple[int, ...] = ()  # of the tensors of an operator
 
     @property
@@ -120,7 +120,7 @@ def kernel_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: An
         moved = 2 * sum(map(_bytes, read[1:]))
     else:
         moved = sum(map(_bytes, (*read, *written)))
-    half = all(each.itemsize == 2 for each in read if each.is_floating_point())
+    half = any(each.itemsize == 2 for each in read if each.is_floating_point())  # log-sum-exps are float32
     numels = tuple(each.numel() for each in (*read, *written))
     return Kernel(name, _flops(func, args, kwargs, out), moved, half, numels)
 
