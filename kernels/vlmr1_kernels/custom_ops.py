@@ -61,10 +61,13 @@ def attention(
     forward: Callable[..., tuple[Tensor, Tensor]],
     backward: Callable[..., tuple[Tensor, ...]],
     empty_gradients: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]],
+    *,
+    lse_by_row: bool = False,
 ) -> Callable[..., Tensor]:
     """Return the op run(q, k, v, *rows, scale) from functions of q [1, H, L, Dh] and k, v [1, Hkv, L, Dh].
 
-    forward(q, k, v, *rows, scale) -> out [1, H, L, Dh] with rows outermost in memory, log-sum-exp [H, L]
+    forward(q, k, v, *rows, scale) -> out [1, H, L, Dh] with rows outermost in memory, log-sum-exp [H, L], with rows
+        outermost if `lse_by_row`
     backward(d_out, q, k, v, out, lse, *rows, scale) -> d_q, d_k, d_v
     empty_gradients(q, k, v) -> tensors with the shapes and strides of d_q, d_k, d_v
 
@@ -74,7 +77,9 @@ def attention(
     def fake_forward(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
         _, heads, length, head_dim = q.shape
         out = q.new_empty(1, length, heads, head_dim).transpose(1, 2)
-        return out, q.new_empty(heads, length, dtype=accumulation_dtype(q.dtype))
+        shape = (length, heads) if lse_by_row else (heads, length)
+        lse = q.new_empty(shape, dtype=accumulation_dtype(q.dtype))
+        return out, lse.T if lse_by_row else lse
 
     def fake_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, ...]:
         return empty_gradients(q, k, v)

@@ -28,16 +28,17 @@ class Request(NamedTuple):
 Reason = Callable[[Request], str | None]
 
 
-def _remembered(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep results for good, in a dict: torch.compile traces through functools.cache, into the search for packages."""
-    known: dict[Any, Any] = {}
+class _Remembered:
+    """Decorator that keeps results for good. functools.cache does not do: torch.compile traces through it."""
 
-    def call(*key: Any) -> Any:
-        if key not in known:
-            known[key] = function(*key)
-        return known[key]
+    def __init__(self, function: Callable[..., Any]):
+        self.function = function
+        self.known: dict[Any, Any] = {}
 
-    return call
+    def __call__(self, *key: Any) -> Any:
+        if key not in self.known:
+            self.known[key] = self.function(*key)
+        return self.known[key]
 
 
 def _none(request: Request) -> None:
@@ -102,7 +103,7 @@ def _flash_package(request: Request, version: int, major: int) -> str | None:
     return _missing(version) or (None if there == major else f"used on compute capability {major}, not {there}")
 
 
-@_remembered
+@_Remembered
 def _missing(version: int) -> str | None:
     from vlmr1_kernels.flash.packages import missing
 
@@ -114,12 +115,12 @@ def _merged(reason: Reason) -> Reason:
     return lambda request: reason(request) or _no_triton()
 
 
-@_remembered
+@_Remembered
 def _no_triton() -> str | None:
     return "triton is not installed" if find_spec("triton") is None else None
 
 
-@_remembered
+@_Remembered
 def _capability(device: torch.device) -> tuple[int, int]:
     """Return the compute capability; 8.0 where no GPU is there to ask."""
     return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (8, 0)

@@ -49,11 +49,12 @@ def compiling(capability: int | str) -> Iterator[list[tuple[str, tuple[int, ...]
     """Compile launches for a compute capability and run none: name, grid and compiled code of each."""
     launches: list[tuple[str, tuple[int, ...], Any]] = []
     run: Callable[..., Any] = JITFunction.run
+    properties = {"max_shared_mem": SHARED_MEMORY[capability], "multiprocessor_count": 132}
     driver = SimpleNamespace(
         get_current_target=lambda: TARGETS.get(capability) or GPUTarget("cuda", capability, 32),
         get_current_device=lambda: capability,  # compiled kernels are cached by device
         get_current_stream=lambda device: 0,
-        utils=SimpleNamespace(get_device_properties=lambda device: {"max_shared_mem": SHARED_MEMORY[capability]}),
+        utils=SimpleNamespace(get_device_properties=lambda device: properties),
     )
 
     def compile_only(kernel: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> None:

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers.attention import offsets
-from tests.helpers.kernel_cases import OBJECTIVES, PER_ROW, Case, Target
+from tests.helpers.kernel_cases import DEVICE, OBJECTIVES, PER_ROW, Case, Target, on_device
 from vlmr1_kernels import PrefixLayout, SamplingOptions, registry
 from vlmr1_kernels.testing import HEAD, cast
 
+pytestmark = on_device
 NAMESPACE = "vlmr1_kernels"
 LOSSES = ("linear_logprob", "group_advantages", "grpo_loss", "linear_grpo_loss")
 ATTENTIONS = ("shared_prefix_attention", "varlen_attention")
@@ -94,7 +95,7 @@ class _Record(TorchDispatchMode):
     ids=str,
 )
 def test_opcheck(impl: str, dtype: torch.dtype) -> None:
-    device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
+    device = DEVICE if impl == "triton" else "cpu"
     with _Record() as record:
         for op in (op for op in registry.ops() if impl in registry.implementations(op)):
             target = Target(op, impl, device)
@@ -133,7 +134,6 @@ def test_compiles_and_agrees(op: str, impl: str) -> None:
 
 @pytest.mark.parametrize("op", LOSSES)
 def test_native_and_triton_serve_wherever_they_can_be_built(op: str) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     needed = {"native": shutil.which("c++"), "triton": find_spec("triton")}
-    there = [Target(op, impl, "cpu" if impl == "native" else device) for impl, tool in needed.items() if tool]
+    there = [Target(op, impl, "cpu" if impl == "native" else DEVICE) for impl, tool in needed.items() if tool]
     assert [target.unsupported_reason(torch.float32) for target in there] == [None] * len(there)

@@ -39,13 +39,13 @@ def cache_blocks(job: Job, prompts: Sequence[Prompt], dtype: torch.dtype, engine
     whether they are kept between generations."""
     args = job.args
     group = num_blocks(len(prompts[0].input_ids)) + args.num_generations * num_blocks(args.max_completion_length - 1)
-    wanted = group * len(prompts)
+    wanted, device_bytes = group * len(prompts), job.device_bytes if job.device == "cuda" else None
     each = block_bytes(job.config.get_text_config(decoder=True), dtype)
-    kept = engine.keeps(wanted * each, job.device_bytes)
+    kept = engine.keeps(wanted * each, device_bytes)
     wanted = rounded_up(wanted) if kept else wanted
     if args.rollout_kv_mib is not None:
         wanted = min(wanted, int(args.rollout_kv_mib * MIB) // each)
-        kept = engine.keeps(wanted * each, job.device_bytes)
+        kept = engine.keeps(wanted * each, device_bytes)
     return max(wanted, group), kept
 
 
@@ -65,6 +65,7 @@ def rollout(job: Job, policy: PackedPolicy, prompts: Sequence[Prompt], dry: DryR
     with autocast(model.device, policy.dtype):
         with dry.of(KV):
             state = engine.new_state(blocks)
+            dry.is_of(state.suppressed_ids, LOGITS)
         with dry.of(LOGITS):
             schedule = (_OnCuda if job.device == "cuda" else Scheduler)(engine, request, state, {}, graphs=graphs)
             if job.device == "cuda" and dtype.itemsize < 4:
