@@ -124,4 +124,5 @@ def make_reference_model(trainer: Any, model: Any, trained: Any) -> Reference | 
         accelerator=trainer.accelerator,
         sharding=trainer.sharding,
         source={"revision": args.model_revision, "trust_remote_code": args.trust_remote_code},
+        dtype=None if args.sync_ref_model else trainer.dtype,  # small moves are lost in bfloat16
     )

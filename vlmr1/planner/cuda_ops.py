@@ -13,10 +13,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 
+from vlmr1.rollout import sampling
+from vlmr1.rollout.sampling import SamplingSettings
 from vlmr1_kernels.linear import chunk_rows
 
 # "flash" in the name: towers then pass all rows and their offsets in one call.
 NAME = "vlmr1_plan_as_flash"
+SAMPLING_BLOCK = 2048  # tokens of a block of `vlmr1_kernels.triton.sample_tokens`
 
 
 class _Flash(torch.autograd.Function):
@@ -64,6 +67,18 @@ class Streaming:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         return torch.empty_like(q)
+
+
+def sample_tokens(
+    logits: Tensor, suppressed_ids: Tensor, settings: SamplingSettings, draws: Tensor, seen: Tensor | None
+) -> None:
+    """Allocate what `sample_tokens` does; the reference's tensors with top_k or top_p."""
+    if 0 < settings.top_k < logits.shape[1] or settings.top_p < 1:
+        sampling.sample_tokens(logits, suppressed_ids, settings, draws, seen)
+    else:
+        rows, vocabulary = logits.shape
+        held = [logits.new_empty(rows, dtype=each) for each in (torch.int64, torch.float32, torch.float32)]
+        held.append(logits.new_empty(4, rows, -(-vocabulary // SAMPLING_BLOCK), dtype=torch.float32))
 
 
 def _tower(

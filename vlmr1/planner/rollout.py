@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vlmr1.grpo.policy import PackedPolicy
 from vlmr1.models.attention import autocast
+from vlmr1.planner import cuda_ops
 from vlmr1.planner.cuda_ops import Streaming
 from vlmr1.planner.dry_run import ACTIVATIONS, GRAPHS, KV, LOGITS, DryRun
 from vlmr1.planner.job import Job
@@ -38,13 +39,13 @@ def cache_blocks(job: Job, prompts: Sequence[Prompt], dtype: torch.dtype, engine
     whether they are kept between generations."""
     args = job.args
     group = num_blocks(len(prompts[0].input_ids)) + args.num_generations * num_blocks(args.max_completion_length - 1)
-    wanted = group * len(prompts)
+    wanted, device_bytes = group * len(prompts), job.device_bytes if job.device == "cuda" else None
     each = block_bytes(job.config.get_text_config(decoder=True), dtype)
-    kept = engine.keeps(wanted * each, job.device_bytes)
+    kept = engine.keeps(wanted * each, device_bytes)
     wanted = rounded_up(wanted) if kept else wanted
     if args.rollout_kv_mib is not None:
         wanted = min(wanted, int(args.rollout_kv_mib * MIB) // each)
-        kept = engine.keeps(wanted * each, job.device_bytes)
+        kept = engine.keeps(wanted * each, device_bytes)
     return max(wanted, group), kept
 
 
@@ -64,6 +65,7 @@ def rollout(job: Job, policy: PackedPolicy, prompts: Sequence[Prompt], dry: DryR
     with autocast(model.device, policy.dtype):
         with dry.of(KV):
             state = engine.new_state(blocks)
+            dry.is_of(state.suppressed_ids, LOGITS)
         with dry.of(LOGITS):
             schedule = (_OnCuda if job.device == "cuda" else Scheduler)(engine, request, state, {}, graphs=graphs)
             if job.device == "cuda" and dtype.itemsize < 4:
@@ -101,7 +103,7 @@ def _prefill(policy: PackedPolicy, schedule: Scheduler, groups: Sequence[Running
         seen = torch.zeros(len(draws), schedule.vocabulary, dtype=torch.bool)
     with dry.of(LOGITS):
         logits = logits.repeat_interleave(torch.full((len(groups),), size), 0, output_size=len(draws))
-        sample_tokens(logits, schedule.suppressed_ids, schedule.settings, draws, seen)
+        _sample(schedule, logits, draws, seen)
 
 
 def _full_batch(schedule: Scheduler, groups: Sequence[RunningGroup]) -> Batch:
@@ -125,7 +127,12 @@ def _decode(policy: PackedPolicy, schedule: Scheduler, batch: Batch, dry: DryRun
     with dry.of(ACTIVATIONS):
         hidden = policy.family.hidden(policy.model, batch.tokens[:, None], positions, [], shared=shared)
     with dry.of(LOGITS):
-        sample_tokens(schedule.logits(hidden[:, 0]), schedule.suppressed_ids, schedule.settings, draws, batch.seen)
+        _sample(schedule, schedule.logits(hidden[:, 0]), draws, batch.seen)
+
+
+def _sample(schedule: Scheduler, logits: Tensor, draws: Tensor, seen: Tensor | None) -> None:
+    sample = cuda_ops.sample_tokens if isinstance(schedule, _OnCuda) else sample_tokens
+    sample(logits, schedule.suppressed_ids, schedule.settings, draws, seen)
 
 
 @torch.no_grad()
