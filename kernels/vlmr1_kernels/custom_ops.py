@@ -352,6 +352,19 @@ def linear_grpo_loss(name: str, forward: Callable[..., Any], chunk_rows: ChunkRo
     return run
 
 
+def rope_kv_write(name: str, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return the op from a function of all its arguments, in the order of `ops.rope_kv_write`."""
+
+    def fake(q: Tensor, *others: Any) -> Tensor:
+        return q.new_empty(q.shape)
+
+    arguments = (
+        "Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, Tensor rows, "
+        "Tensor? q_norm, Tensor? k_norm, float eps, bool interleaved"
+    )
+    return _register(f"rope_kv_write_{name}", arguments, 1, forward, fake)
+
+
 def _gradient_scale(hidden: Tensor) -> float:
     """Return the loss scale of float16: a power of two near N.
 

@@ -2,7 +2,7 @@
 
 Dimensions: N completion rows, B sequences, G generations per prompt, P prompts, L packed rows, D hidden size,
 V vocabulary, H query heads, Hkv key and value heads, Dh head dimension, R rows of a KV cache, M blocks of a suffix,
-S sequences of a variable-length attention, or of a decode step.
+S sequences of a variable-length attention, or tokens of a decode step, Dr rotated columns of a head.
 """
 
 from collections.abc import Callable
@@ -375,6 +375,50 @@ def sample_tokens(
     truncations = frozenset(name for name, active in given.items() if active)
     run = _implementation("sample_tokens", impl, logits, *logits.shape, options=truncations)
     return run(logits, draws, suppressed_ids, seen, options=options)
+
+
+def rope_kv_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rows: Tensor,
+    *,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+    interleaved: bool = False,
+    impl: str = "auto",
+) -> Tensor:
+    """Return the rotated queries of one decode step; write its rotated keys and its values to the KV cache.
+
+    x becomes x * cos + rotate(x) * sin in its first Dr columns. rotate pairs column d with d + Dr / 2, or with
+    `interleaved` column 2d with 2d + 1, and turns a pair (a, b) into (-b, a). With a norm, x is first divided by its
+    root mean square over Dh and multiplied by the weight. The arithmetic is float32, rounded once.
+
+    Args:
+        q: [S, H, Dh] queries of the new tokens, any strides with a contiguous last dimension.
+        k, v: [S, Hkv, Dh] their keys and values, likewise.
+        cos, sin: [S, Dr] in float32 or the dtype of q, Dr even and at most Dh.
+        keys, values: [Hkv, R, Dh] KV cache of a layer, any strides with a contiguous last dimension, written in place.
+        rows: [S] int64 row of each token. Their values are not checked; of equal rows any one is written.
+        q_norm, k_norm: [Dh] weights of RMS norms of queries and keys in float32 or the dtype of q, both or neither.
+        eps: of the norms.
+        interleaved: whether the columns of a pair are adjacent.
+
+    Returns:
+        [S, H, Dh] contiguous in the dtype of q, without gradient.
+
+    Raises:
+        ValueError: inconsistent shapes, strides, dtypes or devices, or an argument that requires a gradient.
+        ImplementationError: the implementation does not exist or does not support the call.
+    """
+    checks.rope(q, k, v, cos, sin, keys, values, rows, q_norm, k_norm)
+    run = _implementation("rope_kv_write", impl, q, len(q), q.shape[1], k.shape[1], q.shape[2])
+    return run(q, k, v, cos, sin, keys, values, rows, q_norm, k_norm, eps, interleaved)
 
 
 def _implementation(

@@ -99,6 +99,7 @@ def make_engine(trainer: Any, model: Any, features: FeatureCache | None = None) 
         features=features,
         kv_mib=trainer.args.rollout_kv_mib,
         cuda_graphs=trainer.args.cuda_graphs,
+        fused_layers=getattr(trainer.args, "fused_layers", "auto"),
         keep_cache=False if moves else trainer.args.rollout_keep_cache,
         chat_template=trainer.processor.chat_template,
         skip_special_tokens=trainer.args.skip_special_tokens,
