@@ -5,7 +5,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from vlmr1_kernels.inputs import DecodeTables, HeadInputs, LossInputs
+from vlmr1_kernels.inputs import DecodeTables, HeadInputs, LossInputs, SamplingOptions
 from vlmr1_kernels.layout import PrefixLayout
 from vlmr1_kernels.settings import GRPOSettings
 
@@ -206,6 +206,38 @@ def decode(
             raise ValueError(f"{name} must be at least 1, it is {bound}")
     if torch.is_grad_enabled() and (q.requires_grad or keys.requires_grad or values.requires_grad):
         raise ValueError("shared_prefix_decode has no gradient, but q, keys or values require one: use torch.no_grad()")
+
+
+def sampling(
+    logits: Tensor, draws: Tensor, suppressed_ids: Tensor | None, seen: Tensor | None, options: SamplingOptions
+) -> None:
+    _floating("logits", logits)
+    if logits.dim() != 2 or logits.shape[1] < 1:
+        raise ValueError(f"logits must be [S, V], V at least 1, it is {_shape(logits)}")
+    tensors = {"draws": (draws, torch.float64, [logits.shape[0]]), "seen": (seen, torch.bool, _shape(logits))}
+    if suppressed_ids is not None:
+        tensors["suppressed_ids"] = (suppressed_ids, torch.int64, [suppressed_ids.numel()])
+    for name, (value, dtype, shape) in tensors.items():
+        if value is None:
+            continue
+        if value.dtype != dtype or _shape(value) != shape:
+            raise ValueError(f"{name} must be {dtype} {shape}, it is {value.dtype} {_shape(value)}")
+        if value.device != logits.device:
+            raise ValueError(f"{name} is on {value.device}, logits is on {logits.device}")
+    if options.repetition_penalty != 1 and seen is None:
+        raise ValueError("seen is required: repetition_penalty is set")
+    bounds = {
+        "temperature": (options.temperature > 0, "above 0"),
+        "top_k": (options.top_k >= 0, "at least 0"),
+        "top_p": (0 < options.top_p <= 1, "above 0, at most 1"),
+        "min_p": (0 <= options.min_p <= 1, "between 0 and 1"),
+        "repetition_penalty": (options.repetition_penalty > 0, "above 0"),
+    }
+    for name, (holds, wanted) in bounds.items():
+        if not holds:
+            raise ValueError(f"{name} must be {wanted}, it is {getattr(options, name)}")
+    if torch.is_grad_enabled() and logits.requires_grad:
+        raise ValueError("sample_tokens has no gradient, but logits requires one: use torch.no_grad()")
 
 
 def _cache(q: Tensor, keys: Tensor, values: Tensor) -> None:

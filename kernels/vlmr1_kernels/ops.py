@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vlmr1_kernels import checks
 from vlmr1_kernels.implementations import Request
-from vlmr1_kernels.inputs import DecodeTables, HeadInputs, LossInputs
+from vlmr1_kernels.inputs import DecodeTables, HeadInputs, LossInputs, SamplingOptions
 from vlmr1_kernels.layout import PrefixLayout
 from vlmr1_kernels.registry import resolve
 from vlmr1_kernels.settings import GRPOSettings
@@ -334,6 +334,47 @@ def shared_prefix_decode(
     bounds = {"max_group": batch if max_group is None else max_group, "max_prefix": max_prefix or rows}
     scale = head_dim**-0.5 if scale is None else scale
     return run(q, keys, values, tables, block=block, **bounds, scale=scale)
+
+
+def sample_tokens(
+    logits: Tensor,
+    draws: Tensor,
+    suppressed_ids: Tensor | None = None,
+    seen: Tensor | None = None,
+    *,
+    options: SamplingOptions = SamplingOptions(),  # noqa: B008 - immutable
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return tokens drawn from softmax(logits / temperature), by inverting its cumulative distribution at `draws`.
+
+    The penalty, the temperature, suppressed ids, top_k, top_p and min_p change the distribution in this order.
+    Implementations agree but where a draw lies within rounding of the boundary of two tokens. A token of probability 0
+    is never drawn. A row with NaN has NaN log-probs and any token.
+
+    Args:
+        logits: [S, V], any strides.
+        draws: [S] float64 in [0, 1).
+        suppressed_ids: [n] int64 ids in 0..V-1 that are never drawn; not checked on a GPU.
+        seen: [S, V] bool, True at the tokens that the repetition penalty applies to; required with a penalty.
+        options: `temperature` divides the logits. `greedy` takes the most probable token, the first of equal ones.
+            `top_k` (0: all), `top_p` (1: all) and `min_p` (0: all) keep the k most probable tokens and those equal to
+            the last of these, the most probable tokens that together have this probability, and the tokens with at
+            least this share of the greatest probability. `repetition_penalty` divides positive logits of seen tokens
+            and multiplies negative ones.
+
+    Returns:
+        tokens [S] int64; logp [S] of softmax(logits / temperature); sampling_logp [S] of the distribution drawn from.
+        Log-probs are float32, float64 for float64 logits, without gradient.
+
+    Raises:
+        ValueError: a wrong argument, or logits that require a gradient.
+        ImplementationError: the implementation does not exist or does not support the call, e.g. top_k or top_p.
+    """
+    checks.sampling(logits, draws, suppressed_ids, seen, options)
+    given = {"top_k": 0 < options.top_k < logits.shape[1], "top_p": options.top_p < 1}
+    truncations = frozenset(name for name, active in given.items() if active)
+    run = _implementation("sample_tokens", impl, logits, *logits.shape, options=truncations)
+    return run(logits, draws, suppressed_ids, seen, options=options)
 
 
 def rope_kv_write(

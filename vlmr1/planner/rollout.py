@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vlmr1.grpo.policy import PackedPolicy
+from vlmr1.planner import cuda_ops
 from vlmr1.planner.cuda_ops import Streaming
 from vlmr1.planner.dry_run import ACTIVATIONS, GRAPHS, KV, LOGITS, WEIGHTS, DryRun
 from vlmr1.planner.job import Job
@@ -119,7 +120,7 @@ def _prefill(policy: PackedPolicy, schedule: Scheduler, groups: Sequence[Running
         seen = torch.zeros(len(draws), schedule.vocabulary, dtype=torch.bool)
     with dry.of(LOGITS):
         logits = logits.repeat_interleave(torch.full((len(groups),), size), 0, output_size=len(draws))
-        sample_tokens(logits, schedule.suppressed_ids, schedule.settings, draws, seen)
+        _sample(schedule, logits, draws, seen)
 
 
 def _full_batch(schedule: Scheduler, groups: Sequence[RunningGroup]) -> Batch:
@@ -143,7 +144,12 @@ def _decode(policy: PackedPolicy, schedule: Scheduler, batch: Batch, dry: DryRun
     with dry.of(ACTIVATIONS):
         hidden = policy.family.hidden(policy.model, batch.tokens[:, None], positions, [], shared=shared)
     with dry.of(LOGITS):
-        sample_tokens(schedule.logits(hidden[:, 0]), schedule.suppressed_ids, schedule.settings, draws, batch.seen)
+        _sample(schedule, schedule.logits(hidden[:, 0]), draws, batch.seen)
+
+
+def _sample(schedule: Scheduler, logits: Tensor, draws: Tensor, seen: Tensor | None) -> None:
+    sample = cuda_ops.sample_tokens if isinstance(schedule, _OnCuda) else sample_tokens
+    sample(logits, schedule.suppressed_ids, schedule.settings, draws, seen)
 
 
 @torch.no_grad()

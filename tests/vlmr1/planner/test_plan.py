@@ -1,5 +1,6 @@
 """Each setting moves the causes that it should, by the bytes that it should, and no other."""
 
+from collections.abc import Collection
 from itertools import product
 from typing import Any
 
@@ -9,10 +10,16 @@ import torch
 from tests.helpers.families import FAMILIES, config_of
 from tests.helpers.jobs import CONFIG, args_of, job
 from tests.helpers.slow import mostly_slow
-from vlmr1.models.trainable import planned_model
+from vlmr1.grpo.reference import frozen_copy
+from vlmr1.models import family_for, load_model
+from vlmr1.models.frozen import frozen_in
+from vlmr1.models.lora import base_of
+from vlmr1.models.settings import ParameterSettings
+from vlmr1.models.trainable import choose_trained, planned_model
 from vlmr1.planner import peak_bytes
 from vlmr1.planner.plan import CAUSES, Plan, Planner
 from vlmr1.rollout.kv_cache import block_bytes, num_blocks, rounded_up
+from vlmr1.tiny import CHECKPOINT
 
 PLANNER = Planner()
 MODEL = planned_model(CONFIG, args_of())
@@ -273,6 +280,29 @@ def test_parameters_in_4_bits_are_counted_as_numbers():
     four, plain = planned(**qlora), planned(use_peft=True)
     assert (four.parameters, four.trained) == (plain.parameters, plain.trained)
     assert planned(**qlora, use_dora=True).trained - four.trained == WIDTHS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given", [{}, {"freeze_vision": True}, {"use_peft": True}], ids=["full", "tower", "lora"])
+def test_frozen_weights_and_the_reference_in_bfloat16_are_counted_to_the_byte(given):
+    """As a trainer has them; a reference that moves, or is sharded, is float32."""
+    given = given | {"bf16": True, "reference": "copy"}
+    plan = planned(**given)
+    model = choose_trained(load_model(CHECKPOINT), family_for(CONFIG), ParameterSettings.of(args_of(**given)))
+    base = base_of(model)
+    own = {id(parameter) for parameter in base.parameters() if not parameter.requires_grad}
+    assert plan.phases["reference"]["reference model"] == bytes_of(frozen_copy(base, dtype=torch.bfloat16), own)
+    with frozen_in(base, torch.bfloat16):
+        head = base.lm_head.weight  # its copy is counted with the logits of a pass
+        assert plan.phases["reference"]["weights"] == bytes_of(base) - (0 if head.requires_grad else head.nbytes)
+    float32 = 4 * plan.trained + BUFFERS
+    for more, expected in (({"sync_ref_model": True}, float32), ({"zero": 3, "gpus": 2}, -(-float32 // 2))):
+        assert planned(**given, **more).phases["reference"]["reference model"] == expected
+
+
+def bytes_of(model: Any, without: Collection[int] = ()) -> int:
+    own = [parameter for parameter in model.parameters() if id(parameter) not in without]
+    return sum(each.nbytes for each in (*own, *model.buffers()))
 
 
 # On a CPU the implementations that run are counted
