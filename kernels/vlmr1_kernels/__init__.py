@@ -1,11 +1,14 @@
 """Ops for GRPO with shared prompts. `ops.py` lists them."""
 
+from vlmr1_kernels.inputs import SamplingOptions
 from vlmr1_kernels.layout import PrefixLayout
 from vlmr1_kernels.ops import (
     group_advantages,
     grpo_loss,
     linear_grpo_loss,
     linear_logprob,
+    rope_kv_write,
+    sample_tokens,
     shared_prefix_attention,
     shared_prefix_decode,
     varlen_attention,
@@ -17,10 +20,13 @@ __all__ = [
     "GRPOSettings",
     "ImplementationError",
     "PrefixLayout",
+    "SamplingOptions",
     "group_advantages",
     "grpo_loss",
     "linear_grpo_loss",
     "linear_logprob",
+    "rope_kv_write",
+    "sample_tokens",
     "shared_prefix_attention",
     "shared_prefix_decode",
     "use",

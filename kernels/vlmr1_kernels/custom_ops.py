@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vlmr1_kernels.inputs import DecodeTables, HeadInputs, LossInputs
+from vlmr1_kernels.inputs import DecodeTables, HeadInputs, LossInputs, SamplingOptions
 from vlmr1_kernels.linear import accumulation_dtype, add_to_grad, chunk_rows
 from vlmr1_kernels.settings import GRPOSettings
 
@@ -33,6 +33,9 @@ _SETTINGS = (  # fields of GRPOSettings
     "int? max_completion_length"
 )
 _SETTINGS_COUNT = len(fields(GRPOSettings))
+_SAMPLING = (  # fields of SamplingOptions
+    "float temperature, bool greedy, int top_k, float top_p, float min_p, float repetition_penalty"
+)
 
 _TABLES = ", ".join(f"Tensor {field}" for field in DecodeTables._fields)
 
@@ -58,10 +61,13 @@ def attention(
     forward: Callable[..., tuple[Tensor, Tensor]],
     backward: Callable[..., tuple[Tensor, ...]],
     empty_gradients: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]],
+    *,
+    lse_by_row: bool = False,
 ) -> Callable[..., Tensor]:
     """Return the op run(q, k, v, *rows, scale) from functions of q [1, H, L, Dh] and k, v [1, Hkv, L, Dh].
 
-    forward(q, k, v, *rows, scale) -> out [1, H, L, Dh] with rows outermost in memory, log-sum-exp [H, L]
+    forward(q, k, v, *rows, scale) -> out [1, H, L, Dh] with rows outermost in memory, log-sum-exp [H, L], with rows
+        outermost if `lse_by_row`
     backward(d_out, q, k, v, out, lse, *rows, scale) -> d_q, d_k, d_v
     empty_gradients(q, k, v) -> tensors with the shapes and strides of d_q, d_k, d_v
 
@@ -71,7 +77,9 @@ def attention(
     def fake_forward(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
         _, heads, length, head_dim = q.shape
         out = q.new_empty(1, length, heads, head_dim).transpose(1, 2)
-        return out, q.new_empty(heads, length, dtype=accumulation_dtype(q.dtype))
+        shape = (length, heads) if lse_by_row else (heads, length)
+        lse = q.new_empty(shape, dtype=accumulation_dtype(q.dtype))
+        return out, lse.T if lse_by_row else lse
 
     def fake_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, ...]:
         return empty_gradients(q, k, v)
@@ -144,6 +152,26 @@ def group_advantages(name: str, forward: Callable[[Tensor, int, str], Tensor]) -
 
     def run(rewards: Tensor, num_generations: int, *, scale: str) -> Tensor:
         return run_forward(rewards.detach(), num_generations, scale)
+
+    return run
+
+
+def sample_tokens(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the op from forward(logits [S, V], draws [S], suppressed_ids [n] | None, seen [S, V] | None, options)
+    -> tokens [S] int64, logp [S] and sampling_logp [S], float32."""
+
+    def fake(logits: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+        logp = logits.new_empty(logits.shape[:1], dtype=torch.float32)
+        return torch.empty_like(logp, dtype=torch.int64), logp, torch.empty_like(logp)
+
+    def call(*values: Any) -> Any:
+        return forward(*values[:4], SamplingOptions(*values[4:]))
+
+    arguments = f"Tensor logits, Tensor draws, Tensor? suppressed_ids, Tensor? seen, {_SAMPLING}"
+    op = _register(f"sample_tokens_{name}", arguments, 3, call, fake)
+
+    def run(*tensors: Tensor | None, options: SamplingOptions) -> tuple[Tensor, Tensor, Tensor]:
+        return op(*tensors, *options)
 
     return run
 
@@ -322,6 +350,19 @@ def linear_grpo_loss(name: str, forward: Callable[..., Any], chunk_rows: ChunkRo
         return loss, metrics | _counts(total, count, hidden.device)
 
     return run
+
+
+def rope_kv_write(name: str, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return the op from a function of all its arguments, in the order of `ops.rope_kv_write`."""
+
+    def fake(q: Tensor, *others: Any) -> Tensor:
+        return q.new_empty(q.shape)
+
+    arguments = (
+        "Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, Tensor rows, "
+        "Tensor? q_norm, Tensor? k_norm, float eps, bool interleaved"
+    )
+    return _register(f"rope_kv_write_{name}", arguments, 1, forward, fake)
 
 
 def _gradient_scale(hidden: Tensor) -> float:

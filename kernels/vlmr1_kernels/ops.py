@@ -2,7 +2,7 @@
 
 Dimensions: N completion rows, B sequences, G generations per prompt, P prompts, L packed rows, D hidden size,
 V vocabulary, H query heads, Hkv key and value heads, Dh head dimension, R rows of a KV cache, M blocks of a suffix,
-S sequences of a variable-length attention.
+S sequences of a variable-length attention, or tokens of a decode step, Dr rotated columns of a head.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vlmr1_kernels import checks
 from vlmr1_kernels.implementations import Request
-from vlmr1_kernels.inputs import DecodeTables, HeadInputs, LossInputs
+from vlmr1_kernels.inputs import DecodeTables, HeadInputs, LossInputs, SamplingOptions
 from vlmr1_kernels.layout import PrefixLayout
 from vlmr1_kernels.registry import resolve
 from vlmr1_kernels.settings import GRPOSettings
@@ -334,6 +334,91 @@ def shared_prefix_decode(
     bounds = {"max_group": batch if max_group is None else max_group, "max_prefix": max_prefix or rows}
     scale = head_dim**-0.5 if scale is None else scale
     return run(q, keys, values, tables, block=block, **bounds, scale=scale)
+
+
+def sample_tokens(
+    logits: Tensor,
+    draws: Tensor,
+    suppressed_ids: Tensor | None = None,
+    seen: Tensor | None = None,
+    *,
+    options: SamplingOptions = SamplingOptions(),  # noqa: B008 - immutable
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return tokens drawn from softmax(logits / temperature), by inverting its cumulative distribution at `draws`.
+
+    The penalty, the temperature, suppressed ids, top_k, top_p and min_p change the distribution in this order.
+    Implementations agree but where a draw lies within rounding of the boundary of two tokens. A token of probability 0
+    is never drawn. A row with NaN has NaN log-probs and any token.
+
+    Args:
+        logits: [S, V], any strides.
+        draws: [S] float64 in [0, 1).
+        suppressed_ids: [n] int64 ids in 0..V-1 that are never drawn; not checked on a GPU.
+        seen: [S, V] bool, True at the tokens that the repetition penalty applies to; required with a penalty.
+        options: `temperature` divides the logits. `greedy` takes the most probable token, the first of equal ones.
+            `top_k` (0: all), `top_p` (1: all) and `min_p` (0: all) keep the k most probable tokens and those equal to
+            the last of these, the most probable tokens that together have this probability, and the tokens with at
+            least this share of the greatest probability. `repetition_penalty` divides positive logits of seen tokens
+            and multiplies negative ones.
+
+    Returns:
+        tokens [S] int64; logp [S] of softmax(logits / temperature); sampling_logp [S] of the distribution drawn from.
+        Log-probs are float32, float64 for float64 logits, without gradient.
+
+    Raises:
+        ValueError: a wrong argument, or logits that require a gradient.
+        ImplementationError: the implementation does not exist or does not support the call, e.g. top_k or top_p.
+    """
+    checks.sampling(logits, draws, suppressed_ids, seen, options)
+    given = {"top_k": 0 < options.top_k < logits.shape[1], "top_p": options.top_p < 1}
+    truncations = frozenset(name for name, active in given.items() if active)
+    run = _implementation("sample_tokens", impl, logits, *logits.shape, options=truncations)
+    return run(logits, draws, suppressed_ids, seen, options=options)
+
+
+def rope_kv_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rows: Tensor,
+    *,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+    interleaved: bool = False,
+    impl: str = "auto",
+) -> Tensor:
+    """Return the rotated queries of one decode step; write its rotated keys and its values to the KV cache.
+
+    x becomes x * cos + rotate(x) * sin in its first Dr columns. rotate pairs column d with d + Dr / 2, or with
+    `interleaved` column 2d with 2d + 1, and turns a pair (a, b) into (-b, a). With a norm, x is first divided by its
+    root mean square over Dh and multiplied by the weight. The arithmetic is float32, rounded once.
+
+    Args:
+        q: [S, H, Dh] queries of the new tokens, any strides with a contiguous last dimension.
+        k, v: [S, Hkv, Dh] their keys and values, likewise.
+        cos, sin: [S, Dr] in float32 or the dtype of q, Dr even and at most Dh.
+        keys, values: [Hkv, R, Dh] KV cache of a layer, any strides with a contiguous last dimension, written in place.
+        rows: [S] int64 row of each token. Their values are not checked; of equal rows any one is written.
+        q_norm, k_norm: [Dh] weights of RMS norms of queries and keys in float32 or the dtype of q, both or neither.
+        eps: of the norms.
+        interleaved: whether the columns of a pair are adjacent.
+
+    Returns:
+        [S, H, Dh] contiguous in the dtype of q, without gradient.
+
+    Raises:
+        ValueError: inconsistent shapes, strides, dtypes or devices, or an argument that requires a gradient.
+        ImplementationError: the implementation does not exist or does not support the call.
+    """
+    checks.rope(q, k, v, cos, sin, keys, values, rows, q_norm, k_norm)
+    run = _implementation("rope_kv_write", impl, q, len(q), q.shape[1], k.shape[1], q.shape[2])
+    return run(q, k, v, cos, sin, keys, values, rows, q_norm, k_norm, eps, interleaved)
 
 
 def _implementation(

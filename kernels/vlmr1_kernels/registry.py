@@ -110,9 +110,8 @@ def resolve(op: str, impl: str, request: Request) -> Callable[..., Any]:
 def select(op: str, request: Request, impl: str = AUTO) -> Implementation:
     """Return the selected implementation; ImplementationError if none supports the request."""
     if impl == AUTO:
-        overrides = _overrides.choices
-        environment = parse_choices(os.environ.get(ENVIRONMENT_VARIABLE, ""))
-        impl = overrides.get(op) or environment.get(op, AUTO)
+        text = os.environ.get(ENVIRONMENT_VARIABLE)
+        impl = _overrides.choices.get(op) or (parse_choices(text).get(op, AUTO) if text else AUTO)
     if impl == AUTO:
         selected = _select_auto(op, request)
         _log_selection(op, request, selected.name)
@@ -154,7 +153,7 @@ def _select_auto(op: str, request: Request) -> Implementation:
 
 def _log_selection(op: str, request: Request, name: str) -> None:
     key = (op, request.device.type, request.dtype, name)
-    if key not in _logged:
+    if key not in _logged and not torch.compiler.is_compiling():
         _logged.add(key)
         logger.info("%s on %s in %s: %s", op, request.device.type, request.dtype, name)
 

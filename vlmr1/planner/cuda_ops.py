@@ -15,11 +15,14 @@ from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 
 from vlmr1.planner.dry_run import kernel
+from vlmr1.rollout import sampling
+from vlmr1.rollout.sampling import SamplingSettings
 from vlmr1_kernels import PrefixLayout
 from vlmr1_kernels.linear import chunk_rows
 
 # "flash" in the name: towers then pass all rows and their offsets in one call.
 NAME = "vlmr1_plan_as_flash"
+SAMPLING_BLOCK = 2048  # tokens of a block of `vlmr1_kernels.triton.sample_tokens`
 # Names of kernels.
 ATTENTION, ATTENTION_BACKWARD, DECODE = "attention", "attention_backward", "decode_attention"
 MERGE = "attention_merge"
@@ -105,12 +108,30 @@ class Streaming:
         self.rows, self.pairs = rows, pairs
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-        cached = 2 * self.rows * k.shape[1] * k.shape[3] * k.itemsize
         for new in (k, v):
             kernel("index_copy_", 0, new, new)
+        self.read(q, k)
+        return torch.empty_like(q)
+
+    def read(self, q: Tensor, k: Tensor) -> None:
+        """Tell of both kernels, for queries [S, H, 1, Dh] and keys like k [S, Hkv, 1, Dh]."""
+        cached = 2 * self.rows * k.shape[1] * k.shape[3] * k.itemsize
         kernel(DECODE, 4 * self.pairs * q.shape[1] * q.shape[3], cached, q)
         kernel(DECODE, 0, q)  # its second launch merges the chunks
-        return torch.empty_like(q)
+
+
+def sample_tokens(
+    logits: Tensor, suppressed_ids: Tensor, settings: SamplingSettings, draws: Tensor, seen: Tensor | None
+) -> None:
+    """Allocate what `sample_tokens` does; the reference's tensors with top_k or top_p."""
+    if 0 < settings.top_k < logits.shape[1] or settings.top_p < 1:
+        sampling.sample_tokens(logits, suppressed_ids, settings, draws, seen)
+    else:
+        rows, vocabulary = logits.shape
+        held = [logits.new_empty(rows, dtype=each) for each in (torch.int64, torch.float32, torch.float32)]
+        held.append(logits.new_empty(4, rows, -(-vocabulary // SAMPLING_BLOCK), dtype=torch.float32))
+        kernel("sample_statistics", 0, logits, *held[-1:])
+        kernel("sample_choice", 0, *held, 4 * rows * SAMPLING_BLOCK)
 
 
 def _tower(

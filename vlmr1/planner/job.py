@@ -69,12 +69,19 @@ class Job:
     def shards_gradients(self) -> bool:
         return self.zero >= 2 and self.gpus > 1
 
+    @property
+    def holds_frozen(self) -> bool:
+        """Return whether frozen float32 weights are held in bfloat16: not where DeepSpeed or FSDP holds all weights."""
+        args = self.args
+        frozen = args.use_peft or args.freeze_vision or args.freeze_merger
+        return bool(frozen) and args.bf16 and args.model_dtype == "float32" and self.zero == 0
+
     def run_key(self) -> tuple[Any, ...]:
         """A key that two jobs share if their dry runs are equal."""
         settings = [(f.name, str(getattr(self.args, f.name))) for f in fields(self.args) if f.name not in NOT_RUN]
         shape = self.device, self.image_tokens, self.text_tokens
-        sharded = self.shards_gradients, self.shards_weights
-        return self.config.to_json_string(), *shape, self.device_bytes, *sharded, self.reference == "none", *settings
+        places = self.device_bytes, self.shards_gradients, self.shards_weights, self.holds_frozen
+        return self.config.to_json_string(), *shape, *places, self.reference == "none", *settings
 
 
 def image_of(config: Any, tokens: int) -> tuple[ImageInputs, int]:

@@ -10,6 +10,7 @@ from vlmr1.rollout.sampling import SamplingSettings
 from vlmr1.types import Settings, setting
 
 KEPT_SHARE = 0.05  # of the device's memory: a larger KV cache is freed before the update
+COPIES_SHARE = 0.1  # the same of copies of weights in the dtype of autocast, which kept graphs read
 
 
 class _Shared(Settings):

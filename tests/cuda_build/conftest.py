@@ -1,0 +1,36 @@
+"""Tests for a CUDA build of torch on a machine without a GPU: `make test-cuda-build`.
+
+Other tests load Triton interpreted, in the conftest above this one, which these do not read (--confcutdir); pytest
+collects them only by name (norecursedirs in pyproject.toml).
+"""
+
+import json
+from importlib.metadata import version
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers.cuda_table import PATH, VERSIONS
+
+MEASURED: dict[str, dict[str, Any]] = {}
+
+
+def pytest_sessionstart() -> None:
+    if torch.version.cuda is None:
+        pytest.exit(f"torch {torch.__version__} is no CUDA build: run `make test-cuda-build`", returncode=1)
+
+
+@pytest.fixture
+def table(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """The rows of a module, written to table.json when every test has passed."""
+    return MEASURED.setdefault(request.module.__name__.rpartition("test_")[2], {})
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    if exitstatus or session.config.option.keyword or any("::" in name for name in session.config.args):
+        return
+    kept = json.loads(PATH.read_text(encoding="utf-8")) if PATH.exists() else {}
+    versions = {name: version(name) for name in VERSIONS}
+    found = kept | {"versions": versions, **MEASURED}
+    PATH.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
