@@ -16,7 +16,7 @@ from vlmr1.models.features import FeatureCache
 from vlmr1.models.lora import base_of, merged
 from vlmr1.planner.dry_run import ACTIVATIONS, GRADIENTS, HOST, WEIGHTS, DryRun
 from vlmr1.planner.job import Job, largest_pack, prompts_of
-from vlmr1.planner.policy import DryOnCuda, DryPacked, checkpoints_on_host, vision_counted
+from vlmr1.planner.policy import DryOnCuda, DryPacked, checkpoints_on_host, count_fused_layers, vision_counted
 from vlmr1.planner.rollout import generate, rollout
 from vlmr1_kernels import GRPOSettings, use
 
@@ -28,6 +28,8 @@ def policy_of(job: Job, trained: Any, dry: DryRun) -> PackedPolicy:
     """The policy of a model without data, or of the `peft.PeftModel` around it."""
     args, model = job.args, base_of(trained)
     family = family_for(model.config)
+    if job.device == "cuda":
+        count_fused_layers(family, args.fused_layers)
     frozen = not any(parameter.requires_grad for parameter in family.vision_parameters(model))
     cache = FeatureCache() if frozen and args.share_vision else None
     options = {"temperature": args.temperature, "dtype": torch.bfloat16 if args.bf16 else None, "features": cache}

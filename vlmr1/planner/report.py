@@ -19,7 +19,7 @@ SETTINGS += ("share_vision", "share_prompt", "pack", "rollout_engine", "rollout_
 SETTINGS += ("rollout_keep_cache", "cuda_graphs")
 SETTINGS += ("kernels",)
 SETTINGS += ("model_dtype", "bf16", "optim", "freeze_vision", "freeze_merger", "activation_checkpointing")
-SETTINGS += ("activation_offload", "use_liger_kernel", "use_peft", "lora_r", "lora_target_modules", "lora_vision")
+SETTINGS += ("activation_offload", "fused_layers", "use_peft", "lora_r", "lora_target_modules", "lora_vision")
 SETTINGS += ("lora_modules_to_save", "use_dora", "lora_merge_rollout", "load_in_4bit")
 UNITS = {"MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -69,8 +69,6 @@ def report(plan: Plan, advice: Advice, name: str, room: int, needed: int | None)
         "",
         *_verdict(plan, advice, room),
     ]
-    if args.use_liger_kernel:
-        lines.append("use_liger_kernel is not counted: activations are those without it")
     if any(plan.host.values()):
         lines.append("in host memory: " + ", ".join(f"{gib(size)} GiB {c}" for c, size in plan.host.items() if size))
     if needed is not None:
