@@ -1,9 +1,10 @@
 """Operators and bytes of one layer, counted on tensors without data, within the limits of limits.toml.
 
 Models have their published widths and one layer. They run on fake CPU tensors with autocast to bfloat16, which inserts
-the casts of CUDA's around matrix products. CUDA's also runs LayerNorm and some reductions in float32: Qwen2.5-VL and
-Qwen3-VL have none of these in a decoder layer, and Qwen2.5-VL none in its tower. Attention is the stand-in of the CUDA
-op. Views and allocations are not counted; bytes are those of all tensors that an operator reads or writes.
+the casts of CUDA's around matrix products: for stock layers the counts are those of a CUDA build of torch. CUDA's also
+runs LayerNorm and some reductions in float32, of which Qwen2.5-VL has none. Liger's operators and attention are the
+stand-ins of `vlmr1 plan`. Views and allocations are not counted; bytes are those of all tensors that an operator reads
+or writes.
 """
 
 import tomllib
