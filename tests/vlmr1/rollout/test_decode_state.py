@@ -24,15 +24,9 @@ def assert_equal(groups: list[Group], others: list[Group]) -> None:
             assert torch.equal(getattr(one, name), getattr(other, name)), name
 
 
-<<<<<<< HEAD
 # dtype of autocast, whether weights are trained, layers -> captures of three generations
 KEPT = {
     "float32": (None, True, "torch", [1, 0, 0]),
-=======
-# dtype of autocast, whether weights are trained, decode forward -> captures of three generations
-KEPT = {
-    "float32": (None, True, "auto", [1, 0, 0]),
->>>>>>> decode
     "frozen weights under autocast": (torch.bfloat16, False, "torch", [1, 0, 0]),
     "autocast's copies of trained weights": (torch.bfloat16, True, "torch", [1, 1, 1]),
     "copies at fixed addresses": (torch.bfloat16, True, "auto", [1, 0, 0]),
@@ -47,11 +41,7 @@ def test_kept_graphs_draw_what_new_ones_draw(dtype, trained, layers, captures, m
     kept, anew = engine(model, processor), engine(model, processor)
     kept.keep_cache, anew.keep_cache = True, False
     kept.dtype = anew.dtype = dtype
-<<<<<<< HEAD
     kept.fused_layers = anew.fused_layers = layers
-=======
-    kept.fused_layers = anew.fused_layers = forward
->>>>>>> decode
     counts = []
     for step in range(3):
         prompts = [make.prompt(f"What is {'seven ' * step}?") for _ in range(3)]
@@ -267,11 +257,7 @@ KEEPS = {  # setting, bytes of the cache, of the device, graphs, addresses fixed
 def test_when_a_cache_is_kept(given, kept):
     setting, cache, device, graphs, fixed, copied = (*given, 0)[:6]
     native: Any = NativeEngine(SimpleNamespace(), None, None, keep_cache=setting, cuda_graphs=graphs)  # type: ignore[arg-type]
-<<<<<<< HEAD
     native.decode_forward = SimpleNamespace(fixed_addresses=fixed, copied_bytes=copied)
-=======
-    native.decode_forward = SimpleNamespace(fixed_addresses=fixed, copied_bytes=0)
->>>>>>> decode
     assert native.keeps(cache, device) is kept
     native.decode_forward.copied_bytes = COPIES_SHARE * (device or 0) + 1
     assert native.keeps(cache, device) is bool(setting)  # copies of weights may be too large
