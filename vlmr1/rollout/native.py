@@ -49,7 +49,7 @@ class NativeEngine(RolloutEngine):
         if self.fused_layers == "torch" or reason is not None:
             self.decode_forward = None
             logger.info("rollout: decode steps run the stock forward: %s", reason or "fused_layers is torch")
-        elif self.decode_forward is None:
+        elif self.decode_forward is None or self.decode_forward.autocast != self.dtype:
             self.decode_forward = DecodeForward(self.model, self.family, self.dtype)
         else:
             self.decode_forward.refresh()
