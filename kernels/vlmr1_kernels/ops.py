@@ -381,7 +381,7 @@ def _implementation(
     op: str, impl: str, tensor: Tensor, *shape: int, options: frozenset[str] = frozenset()
 ) -> Callable[..., Any]:
     run = resolve(op, impl, Request(tensor.device, tensor.dtype, shape, options))
-    if not torch.is_autocast_enabled(tensor.device.type):
+    if tensor.device.type == "meta" or not torch.is_autocast_enabled(tensor.device.type):
         return run
 
     def without_autocast(*args: Any, **options: Any) -> Any:
