@@ -15,8 +15,8 @@ class Request(NamedTuple):
     """Facts that `auto` decides from: device, dtype, shape, and options that not every implementation supports.
 
     `shape` is (N, D, V) for the linear ops, (N, B) for grpo_loss, (B, G) for group_advantages, (H, Hkv, L, Dh) for
-    shared_prefix_attention and varlen_attention, (B, P, H, Hkv, Dh) for shared_prefix_decode, and (S, V) for
-    sample_tokens.
+    shared_prefix_attention and varlen_attention, (B, P, H, Hkv, Dh) for shared_prefix_decode, (S, V) for sample_tokens,
+    and (S, H, Hkv, Dh) for rope_kv_write.
     """
 
     device: torch.device
@@ -204,6 +204,7 @@ TABLE: Mapping[str, Mapping[str, Implementation]] = {
     "varlen_attention": _op("varlen_attention", cpu=_cpu_attention, **_FLASH, batched=_none),
     "shared_prefix_decode": _op("shared_prefix_decode", triton=_triton_decode),
     "sample_tokens": _op("sample_tokens", triton=_triton_sampling),
+    "rope_kv_write": _op("rope_kv_write", triton=_triton),
 }
 
 EXAMPLE_SHAPES: Mapping[str, tuple[int, ...]] = {
@@ -215,4 +216,5 @@ EXAMPLE_SHAPES: Mapping[str, tuple[int, ...]] = {
     "varlen_attention": (16, 16, 4096, 80),
     "shared_prefix_decode": (64, 8, 16, 2, 128),
     "sample_tokens": (64, 151936),
+    "rope_kv_write": (64, 16, 2, 128),
 }

@@ -42,6 +42,7 @@ COUNTS = {  # operations and bytes by hand
     Case("varlen_attention", (2, 3, 2, 1, 16)): (7 * 2 * 2 * 16 * 18, 4 * 4 * 3 * 6 * 16),
     Case("sample_tokens", (4, 32)): (0, 4 * (32 * 4 + 8 + 8 + 4 + 4)),
     Case("shared_prefix_decode", (1, 2, 5, 3, 2, 1, 16)): (4 * 2 * 16 * 2 * 8, 4 * 16 * (2 * 11 + 2 * 2 * 2)),
+    Case("rope_kv_write", (3, 2, 1, 16)): (0, 4 * 3 * 16 * (2 * 4 + 2)),
 }
 
 

@@ -33,6 +33,7 @@ from vlmr1_kernels.triton import (
     head,
     linear_grpo_loss,
     linear_logprob,
+    rope_kv_write,
     sample_tokens,
     shared_prefix_decode,
 )
@@ -134,6 +135,21 @@ def sampling_step(
     sample_tokens._forward(logits, draws, ids, seen, chosen)
 
 
+def rope_step(
+    dtype, *, heads=16, kv_heads=2, head_dim=128, rotary=128, norms=False, interleaved=False, tokens=64, rows=70_000
+) -> None:
+    """Run rope_kv_write on meta tensors, with angles and norms in float32."""
+    shares = (heads, kv_heads, kv_heads)
+    q, k, v = meta(tokens, sum(shares), head_dim, dtype=dtype).split(shares, 1)
+    angles, cache, place = (
+        meta(tokens, rotary),
+        meta(kv_heads, rows, head_dim, dtype=dtype),
+        meta(tokens, dtype=torch.int64),
+    )
+    norm = meta(head_dim) if norms else None
+    rope_kv_write._forward(q, k, v, angles, angles, cache, cache, place, norm, norm, 1e-6, interleaved)
+
+
 EVERYTHING = GRPOSettings(beta=0.1, tis_cap=2.0, delta=4.0, entropy_coef=0.01, temperature=0.9)
 CASES: dict[str, Callable[[], Any]] = {
     "on-policy": lambda: loss_step(GRPOSettings(), off_policy=False),
@@ -162,6 +178,11 @@ CASES: dict[str, Callable[[], Any]] = {
     "sampling": sampling_step,
     "sampling, greedy, bfloat16": lambda: sampling_step(1.0, True, suppressed=0, dtype=torch.bfloat16),
     "sampling, everything": lambda: sampling_step(0.8, False, 0, 1.0, 0.1, 1.3, vocabulary=152_001),
+    "rope": lambda: rope_step(torch.bfloat16),
+    "rope, norms": lambda: rope_step(torch.bfloat16, norms=True),
+    "rope, float32, norms": lambda: rope_step(torch.float32, norms=True),
+    "rope, adjacent pairs of a part": lambda: rope_step(torch.bfloat16, rotary=64, interleaved=True),
+    "rope, odd width": lambda: rope_step(torch.float16, head_dim=80, rotary=80, norms=True),
 }
 
 
@@ -175,6 +196,7 @@ def names(target: str) -> list[str]:
         CASES["merge"],
         CASES["decode, tile of 64"],
         CASES["sampling, everything"],
+        CASES["rope"],
     ):
         with compiling(target) as launches:
             step()
@@ -211,6 +233,8 @@ def sizes() -> None:
         decode_step(torch.bfloat16, 128, 16, 2, max_group, **shape)
     for rows, vocabulary, suppressed in ((64, 151_936, 1), (1, 16, 16), (3, 152_001, 5), (1, 2**21 + 1, 64)):
         sampling_step(0.9, False, 0, 1.0, 0.1, 1.3, rows=rows, vocabulary=vocabulary, suppressed=suppressed)
+    for tokens, rows in ((64, 70_000), (1, 16), (7, 17), (512, 999_999)):
+        rope_step(torch.bfloat16, tokens=tokens, rows=rows)
 
 
 def variants(capability: int) -> dict[str, Any]:

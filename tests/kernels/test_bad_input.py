@@ -47,6 +47,7 @@ GOOD["sample_tokens"] = {
     "logits": SAMPLED, "draws": zeros(3).double(), "suppressed_ids": integers(2).long(), "seen": SAMPLED > 0,
     "options": SamplingOptions(0.5, False, 3, 0.5, 0.1, 1.2),
 }  # fmt: skip
+GOOD["rope_kv_write"] = decode_cases.cast(decode_cases.RopeCase(norms=True).draw(), torch.float32)
 DOUBLE = {
     op: {name: v.double() for name, v in GOOD[op].items() if isinstance(v, Tensor) and v.is_floating_point()}
     for op in ("linear_logprob", "group_advantages", "grpo_loss", "linear_grpo_loss")
@@ -179,6 +180,21 @@ BAD: dict[str, list[tuple[dict[str, Any], tuple[str, ...]]]] = {
         ({"options": SamplingOptions(min_p=1.5)}, ("min_p",)),
         ({"options": SamplingOptions(repetition_penalty=0.0)}, ("repetition_penalty",)),
     ],
+    "rope_kv_write": [
+        ({"q": zeros(5, 64)}, ("q must be", "[5, 64]")),
+        ({"q": zeros(5, 3, 16)}, ("3 query heads", "2")),
+        ({"k": zeros(5, 4, 16)}, ("k must be [5, 2, 16]", "[5, 4, 16]")),
+        ({"v": zeros(5, 2, 16).half()}, ("v is", "float16")),
+        ({"keys": zeros(2, 9, 7)}, ("keys", "[2, 9, 7]")),
+        ({"values": zeros(2, 9, 16)}, ("keys", "values is [2, 9, 16]")),
+        ({"cos": zeros(5, 15)}, ("cos must be [5, Dr]", "[5, 15]")),
+        ({"sin": zeros(5, 8)}, ("sin is [5, 8]", "[5, 16]")),
+        ({"cos": zeros(5, 16).double()}, ("cos must be float32", "float64")),
+        ({"k_norm": None}, ("q_norm and k_norm",)),
+        ({"q_norm": zeros(4)}, ("q_norm must be [16]", "[4]")),
+        ({"rows": integers(0, 1, 2, 3, 4)}, ("rows must be int64 [5]", "int32")),
+        ({"q": zeros(5, 4, 16, grad=True)}, ("gradient",)),
+    ],
 }
 CALLS = [(op, change, words) for op, calls in BAD.items() for change, words in calls]
 
@@ -205,6 +221,7 @@ def test_good_input_is_not_refused(op: str) -> None:
         ("varlen_attention", "flash", {}, ("cuda", "cpu")),
         ("group_advantages", "flash", {}, ("has no implementation 'flash'",)),
         ("shared_prefix_decode", "triton", decode_cases.Case((3,), (1,), (1,)).draw(), ("not torch.float64",)),
+        ("rope_kv_write", "triton", decode_cases.RopeCase().draw(), ("not torch.float64",)),
         ("shared_prefix_decode", "triton", WIDE, ("supports head dimensions up to 256, not 264",)),
         ("sample_tokens", "triton", {}, ("triton has no top_k, no top_p",)),
         ("sample_tokens", "triton", {"logits": SAMPLED.double()}, ("not torch.float64",)),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.helpers import decode_cases
 from tests.helpers.attention import offsets
 from tests.helpers.kernel_cases import DEVICE, OBJECTIVES, PER_ROW, Case, Target, on_device
 from vlmr1_kernels import PrefixLayout, SamplingOptions, registry
@@ -51,6 +52,11 @@ def calls(op: str, inputs: dict[str, Tensor], run: Callable[..., Any]) -> Iterat
         tables = [torch.tensor(each, dtype=torch.int32, device=keys.device) for each in TABLES]
         out = run(inputs["hidden"].detach()[:3, :16].reshape(3, 2, 8), keys, keys, *tables, block=4, max_prefix=9)
         yield out.square().sum()
+    elif op == "rope_kv_write":
+        step = decode_cases.cast(
+            decode_cases.RopeCase(norms=True).draw(), inputs["hidden"].dtype, inputs["hidden"].device
+        )
+        yield run(**step).sum()
     elif op in ATTENTIONS:
         hidden = inputs["hidden"]  # [15, 20]
         q, k, v = (hidden[:, columns].unflatten(1, (-1, 8)).transpose(0, 1)[None] for columns in COLUMNS)

@@ -16,7 +16,7 @@ COMPILED = [capability for capability in SHARED_MEMORY if capability != 89]  # i
 VOCABULARY_KERNELS = ("statistics_kernel", "gradient_kernel", "loss_kernel")
 DECODE_KERNELS = ("partials_kernel", "merge_kernel")
 SAMPLING_KERNELS = ("block_statistics_kernel", "threshold_kernel", "choice_kernel")
-OTHERS = ("merge_rows_kernel", "objective_kernel", "sequences_kernel", "advantages_kernel")
+OTHERS = ("merge_rows_kernel", "rope_kernel", "objective_kernel", "sequences_kernel", "advantages_kernel")
 KERNELS = {*VOCABULARY_KERNELS, *DECODE_KERNELS, *SAMPLING_KERNELS, *OTHERS}
 Kernel = dict[str, Any]
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import attrgetter
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlmr1.grpo.policy import PackedPolicy
-from vlmr1.models.attention import autocast
 from vlmr1.planner import cuda_ops
 from vlmr1.planner.cuda_ops import Streaming
-from vlmr1.planner.dry_run import ACTIVATIONS, GRAPHS, KV, LOGITS, DryRun
+from vlmr1.planner.dry_run import ACTIVATIONS, GRAPHS, KV, LOGITS, WEIGHTS, DryRun
 from vlmr1.planner.job import Job
 from vlmr1.rollout import NativeEngine
+from vlmr1.rollout.decoder_weights import copied_bytes
 from vlmr1.rollout.engine import Request
 from vlmr1.rollout.kv_cache import BLOCK_SIZE, block_bytes, num_blocks, rounded_up
 from vlmr1.rollout.sampling import sample_tokens
@@ -59,10 +61,16 @@ def rollout(job: Job, policy: PackedPolicy, prompts: Sequence[Prompt], dry: DryR
     engine = NativeEngine(model, policy.family, None, dtype=policy.dtype, features=policy.features, ignore_eos=True)
     engine.cuda_graphs = args.cuda_graphs
     engine.keep_cache = False if args.lora_merge_rollout or job.shards_weights else args.rollout_keep_cache
+    copied = copied_weights(job, policy, dtype)
+    if copied is not None:
+        engine.decode_forward = SimpleNamespace(fixed_addresses=True, copied_bytes=copied)
     blocks, kept = cache_blocks(job, prompts, dtype, engine)
     graphs = job.device == "cuda" and args.cuda_graphs is not False
     model.eval()
-    with autocast(model.device, policy.dtype):
+    options: dict[str, Any] = {"enabled": policy.dtype is not None, "cache_enabled": not copied}
+    with torch.autocast(model.device.type, dtype=policy.dtype, **options):
+        with dry.of(GRAPHS if graphs else WEIGHTS):  # they are kept for graphs
+            copies = torch.empty((copied or 0) // 4)
         with dry.of(KV):
             state = engine.new_state(blocks)
             dry.is_of(state.suppressed_ids, LOGITS)
@@ -77,9 +85,9 @@ def rollout(job: Job, policy: PackedPolicy, prompts: Sequence[Prompt], dry: DryR
         if graphs:
             before = dry.total
             _decode(policy, schedule, batch, dry)
-            held[GRAPHS] = dry.peak - before
+            held[GRAPHS] = dry.peak - before + copies.nbytes
             with dry.of(GRAPHS):  # a step's memory is that of its graph, and cannot be used by a prefill
-                pool = torch.empty(held[GRAPHS] // 4)
+                pool = torch.empty((dry.peak - before) // 4)
             dry.restart()
         _prefill(policy, schedule, groups, dry)
         if graphs:
@@ -89,6 +97,15 @@ def rollout(job: Job, policy: PackedPolicy, prompts: Sequence[Prompt], dry: DryR
     if not engine.fixed_addresses:
         held.pop(GRAPHS, None)
     return held if kept else {}
+
+
+def copied_weights(job: Job, policy: PackedPolicy, dtype: torch.dtype) -> int | None:
+    """Bytes of the weights that the decode steps of a GPU copy; None where they run the stock forward."""
+    args = job.args
+    stock = getattr(args, "fused_layers", "auto") == "torch" or args.load_in_4bit or job.shards_weights
+    if job.device != "cuda" or stock or (args.use_dora and not args.lora_merge_rollout):
+        return None
+    return copied_bytes(attrgetter(policy.family.decoder_path)(policy.model).layers, dtype)
 
 
 def _prefill(policy: PackedPolicy, schedule: Scheduler, groups: Sequence[RunningGroup], dry: DryRun) -> None:
@@ -146,7 +163,7 @@ def generate(job: Job, policy: PackedPolicy, prompts: Sequence[Prompt], dry: Dry
     positions = torch.stack([prompt.positions for prompt in rows], 1)
     model.eval()
     dry.restart()
-    with autocast(model.device, policy.dtype):
+    with torch.autocast(model.device.type, dtype=policy.dtype, enabled=policy.dtype is not None):
         cached = len(rows) * (ids.shape[1] + job.args.max_completion_length) * block_bytes(config, dtype) // BLOCK_SIZE
         with dry.of(KV):
             kept = torch.empty(cached // dtype.itemsize, dtype=dtype)
