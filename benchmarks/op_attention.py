@@ -169,8 +169,7 @@ def rope(tokens: int, heads: int, kv_heads: int, head_dim: int, *, dtype: torch.
 
     def call(*given: Tensor, impl: str) -> Outputs:
         q, k, v, cos, sin, q_norm, k_norm, keys, values = given
-        norms = {"q_norm": q_norm, "k_norm": k_norm}
-        out = rope_kv_write(q, k, v, cos, sin, keys, values, rows, **norms, impl=impl)
+        out = rope_kv_write(q, k, v, cos, sin, keys, values, rows, q_norm=q_norm, k_norm=k_norm, impl=impl)
         return {"out": out, "keys": keys[:, rows], "values": values[:, rows]}
 
     def turned(x: Tensor, weight: Tensor) -> Tensor:
