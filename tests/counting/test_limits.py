@@ -1,9 +1,10 @@
 """Operators and bytes of one layer, counted on tensors without data, within the limits of limits.toml.
 
 Models have their published widths and one layer. They run on fake CPU tensors with autocast to bfloat16, which inserts
-the casts of CUDA's around matrix products. CUDA's also runs LayerNorm and some reductions in float32: Qwen2.5-VL and
-Qwen3-VL have none of these in a decoder layer, and Qwen2.5-VL none in its tower. Attention is the stand-in of the CUDA
-op. Views and allocations are not counted; bytes are those of all tensors that an operator reads or writes.
+the casts of CUDA's around matrix products: for stock layers the counts are those of a CUDA build of torch. CUDA's also
+runs LayerNorm and some reductions in float32, of which Qwen2.5-VL has none. Liger's operators and attention are the
+stand-ins of `vlmr1 plan`. Views and allocations are not counted; bytes are those of all tensors that an operator reads
+or writes.
 """
 
 import tomllib
@@ -22,7 +23,6 @@ from vlmr1.planner.job import packs_of, prompts_of
 from vlmr1.planner.known_models import config_named
 from vlmr1.planner.passes import policy_of
 from vlmr1.planner.plan import model_without_data
-from vlmr1.planner.rollout_work import DECODE, native
 from vlmr1.planner.work import Kernels, WorkRun, totals
 
 ROOT = Path(__file__).parents[2]
@@ -89,38 +89,6 @@ class Counted:
 
 def moved(kernels: Kernels) -> float:
     return totals(kernels)["bytes"]
-
-
-DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "Qwen2.5-VL": ("Qwen2.5-VL-3B-Instruct", {}),
-    "Qwen3-VL": ("Qwen3-VL-2B-Instruct", {}),
-    "unmerged adapter": ("Qwen2.5-VL-3B-Instruct", {"use_peft": True, "lora_r": 16}),
-}
-
-
-@pytest.fixture(scope="module")
-def decoders() -> dict[str, Counted]:
-    """One decode step of 32 sequences after the prefill of 4 prompts of 100 tokens."""
-    made = {}
-    for name, (model, settings) in DECODERS.items():
-        made[name] = counted = Counted(model, image_tokens=0, text_tokens=100, **settings)
-        with counted.counting():
-            native(counted.job, counted.policy, counted.prompts, counted.run)
-    return made
-
-
-@pytest.mark.parametrize("name", DECODERS)
-def test_operators_of_a_decode_layer(name: str, decoders: dict[str, Counted], limit: float):
-    """Casts of weights are counted by their bytes, below."""
-    kernels = decoders[name].kernels(f"{DECODE} layer")
-    assert 0 < (kernels - decoders[name].weight_casts(kernels)).total() <= limit
-
-
-@pytest.mark.parametrize("name", ["Qwen2.5-VL", "unmerged adapter"])
-def test_weight_casts_of_a_decode_layer(name: str, decoders: dict[str, Counted], limit: float):
-    counted = decoders[name]
-    kernels = counted.kernels(f"{DECODE} layer")
-    assert kernels and moved(counted.weight_casts(kernels)) / 1e6 <= limit
 
 
 @pytest.fixture(scope="module")

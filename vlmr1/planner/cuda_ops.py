@@ -108,12 +108,16 @@ class Streaming:
         self.rows, self.pairs = rows, pairs
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-        cached = 2 * self.rows * k.shape[1] * k.shape[3] * k.itemsize
         for new in (k, v):
             kernel("index_copy_", 0, new, new)
+        self.read(q, k)
+        return torch.empty_like(q)
+
+    def read(self, q: Tensor, k: Tensor) -> None:
+        """Tell of both kernels, for queries [S, H, 1, Dh] and keys like k [S, Hkv, 1, Dh]."""
+        cached = 2 * self.rows * k.shape[1] * k.shape[3] * k.itemsize
         kernel(DECODE, 4 * self.pairs * q.shape[1] * q.shape[3], cached, q)
         kernel(DECODE, 0, q)  # its second launch merges the chunks
-        return torch.empty_like(q)
 
 
 def sample_tokens(
@@ -126,6 +130,8 @@ def sample_tokens(
         rows, vocabulary = logits.shape
         held = [logits.new_empty(rows, dtype=each) for each in (torch.int64, torch.float32, torch.float32)]
         held.append(logits.new_empty(4, rows, -(-vocabulary // SAMPLING_BLOCK), dtype=torch.float32))
+        kernel("sample_statistics", 0, logits, *held[-1:])
+        kernel("sample_choice", 0, *held, 4 * rows * SAMPLING_BLOCK)
 
 
 def _tower(

@@ -61,7 +61,7 @@ def rollout(job: Job, policy: PackedPolicy, prompts: Sequence[Prompt], dry: DryR
     engine = NativeEngine(model, policy.family, None, dtype=policy.dtype, features=policy.features, ignore_eos=True)
     engine.cuda_graphs = args.cuda_graphs
     engine.keep_cache = False if args.lora_merge_rollout or job.shards_weights else args.rollout_keep_cache
-    copied = _copied(job, policy, dtype)
+    copied = copied_weights(job, policy, dtype)
     if copied is not None:
         engine.decode_forward = SimpleNamespace(fixed_addresses=True, copied_bytes=copied)
     blocks, kept = cache_blocks(job, prompts, dtype, engine)
@@ -99,7 +99,7 @@ def rollout(job: Job, policy: PackedPolicy, prompts: Sequence[Prompt], dry: DryR
     return held if kept else {}
 
 
-def _copied(job: Job, policy: PackedPolicy, dtype: torch.dtype) -> int | None:
+def copied_weights(job: Job, policy: PackedPolicy, dtype: torch.dtype) -> int | None:
     """Bytes of the weights that the decode steps of a GPU copy; None where they run the stock forward."""
     args = job.args
     stock = args.fused_layers == "torch" or args.load_in_4bit or job.shards_weights

@@ -11,12 +11,13 @@ from transformers import DynamicCache
 from vlmr1.grpo.policy import PackedPolicy
 from vlmr1.models.attention import autocast
 from vlmr1.models.features import all_images, encode, unique_images
-from vlmr1.planner.cuda_ops import Prefill, Streaming
+from vlmr1.planner.cuda_ops import Prefill, Streaming, sample_tokens
+from vlmr1.planner.decode_work import fused_step
 from vlmr1.planner.dry_run import kernel
 from vlmr1.planner.job import Job
+from vlmr1.planner.rollout import copied_weights
 from vlmr1.planner.work import UNCOUNTED, WorkRun
 from vlmr1.rollout.kv_cache import head_dim_of
-from vlmr1.rollout.sampling import sample_tokens
 from vlmr1.types import Prompt
 from vlmr1_kernels import PrefixLayout
 
@@ -27,9 +28,12 @@ PREFILL, DECODE = "rollout: prefill", "rollout: decode"
 def native(job: Job, policy: PackedPolicy, prompts: list[Prompt], run: WorkRun) -> None:
     """Run the native engine's prefill of all prompts, and a decode step of all sequences at their mean length."""
     model, family, size = policy.model, policy.family, job.args.num_generations
+    copied = copied_weights(job, policy, policy.dtype or model.dtype)
     with autocast(model.device, policy.dtype):
         lengths = tuple(len(prompt.input_ids) for prompt in prompts)
         with run.during(PREFILL), policy.attention():
+            if copied:
+                kernel("_foreach_copy_", 0, 3 * copied)
             images, refs, image_ids = unique_images(prompts)
             features = encode(family, model, refs, images, policy.features)
             ids, positions = (torch.cat([getattr(p, n) for p in prompts], -1) for n in ("input_ids", "positions"))
@@ -40,8 +44,11 @@ def native(job: Job, policy: PackedPolicy, prompts: list[Prompt], run: WorkRun) 
         with run.during(DECODE), policy.attention():
             prefixes, suffixes = sum(lengths), len(prompts) * size * (job.args.max_completion_length // 2)
             shared = Streaming(prefixes + suffixes, size * prefixes + suffixes)
-            tokens, places = _next_tokens(prompts, size)
-            _sample(job, policy, family.hidden(model, tokens, places, [], shared=shared)[:, 0])
+            if copied is not None:
+                _sample(job, policy, fused_step(policy, len(prompts) * size, shared))
+            else:
+                tokens, places = _next_tokens(prompts, size)
+                _sample(job, policy, family.hidden(model, tokens, places, [], shared=shared)[:, 0])
 
 
 @torch.no_grad()

@@ -92,7 +92,15 @@ def count_work(job: Job) -> Work:
             continue
         name = PARTS.get(cause, DECODER) if phase == POLICY else phase
         kernels[name] = kernels.get(name, Counter()) + counted
+    if job.reference in ("copy", "offload") and not (job.shards_weights or args.sync_ref_model):
+        kernels[REFERENCE] = _without_casts(kernels[REFERENCE], model)  # it is held in the compute dtype
     return Work(job, kernels)
+
+
+def _without_casts(kernels: Kernels, model: Any) -> Kernels:
+    """The kernels but for casts of tensors as large as a weight."""
+    weights = {each.numel() for each in model.parameters() if each.dim() > 1}
+    return Counter({k: n for k, n in kernels.items() if k.name != "_to_copy" or k.numels[0] not in weights})
 
 
 def _needs_old_logprobs(args: Any) -> bool:

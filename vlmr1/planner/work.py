@@ -108,7 +108,12 @@ def kernel_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: An
     schema = func._schema
     name = schema.name.split("::")[1]
     is_view = any(each.alias_info and not each.alias_info.is_write for each in schema.returns)
-    written = _tensors(out)
+    written = _tensors(out) or [
+        tensor
+        for argument, value in zip(schema.arguments, args, strict=False)
+        if argument.alias_info is not None and argument.alias_info.is_write
+        for tensor in _tensors(value)
+    ]
     if is_view or name in ALLOCATING or not written or name == "_unsafe_view":
         return None
     read = _tensors((args, kwargs))

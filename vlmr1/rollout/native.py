@@ -104,6 +104,8 @@ class NativeEngine(RolloutEngine):
 
     def free_cache(self) -> None:
         self.state = None
+        if self.decode_forward is not None:
+            self.decode_forward.release()
 
     def keeps(self, cache_bytes: int, device_bytes: int | None) -> bool:
         """Return whether a KV cache of this size is kept between generations; `device_bytes` is None without a GPU."""

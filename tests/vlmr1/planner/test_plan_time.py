@@ -3,19 +3,24 @@
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.helpers import interpreter
 from tests.helpers.jobs import job
+from tests.vlmr1.rollout.test_decoder import counted, model_of
 from vlmr1.cli import main
 from vlmr1.grpo.loss import Objective
 from vlmr1.grpo.naive import NaivePolicy
 from vlmr1.grpo.policy import PackedPolicy
 from vlmr1.models import family_of, load_model
 from vlmr1.planner.cards import CARDS, GRAPH_US, LAUNCH_US, MEMORY_REACHES, PRODUCTS_REACH
-from vlmr1.planner.cuda_ops import attended_pairs
+from vlmr1.planner.cuda_ops import Streaming, attended_pairs
+from vlmr1.planner.decode_work import fused_step
 from vlmr1.planner.job import packs_of, prompts_of
 from vlmr1.planner.passes import policy_of, update
 from vlmr1.planner.plan import model_without_data
@@ -65,14 +70,14 @@ def products(model: Any, tokenizer: Any) -> dict[str, float]:
 def test_flops_of_products_are_those_that_torch_counts_in_a_real_step(model: Any, processor: Any):
     work = count_work(job(**JOB))
 
-    def counted(*phases: str) -> float:
+    def planned(*phases: str) -> float:
         kernels = sum((work.kernels[phase] for phase in phases), Counter())
         return sum(n * kernel.flops for kernel, n in kernels.items() if kernel.kind == "product")
 
     real = products(model, processor.tokenizer)
-    assert counted(PREFILL, DECODE) == pytest.approx(real["rollout"], rel=0.02)
-    assert counted(REFERENCE) == pytest.approx(real["reference"], rel=0.02)
-    assert counted(TOWER, DECODER, HEAD) == pytest.approx(real["policy"], rel=0.02)
+    assert planned(PREFILL, DECODE) == pytest.approx(real["rollout"], rel=0.02)
+    assert planned(REFERENCE) == pytest.approx(real["reference"], rel=0.02)
+    assert planned(TOWER, DECODER, HEAD) == pytest.approx(real["policy"], rel=0.02)
 
 
 @pytest.mark.parametrize("naive", [False, True])
@@ -90,6 +95,21 @@ def test_kernels_without_data_are_those_of_the_same_pass_on_real_tensors(naive: 
     assert of_dry["flops"] == pytest.approx(of_real["flops"], rel=0.01) and of_real["flops"] > 1e9
     assert of_dry["bytes"] == pytest.approx(of_real["bytes"], rel=0.03)
     assert of_dry["kernels"] == pytest.approx(of_real["kernels"], rel=0.05)
+
+
+@pytest.mark.parametrize("lora", ["merged", "unmerged"])
+def test_a_planned_decode_layer_has_the_launches_of_the_real_one(lora: str, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("liger_kernel")
+    monkeypatch.setenv(interpreter.VARIABLE, "1")
+    real, planned = [], []
+    for layers in (1, 2):
+        model = model_of("qwen2_5_vl", layers=layers, lora=lora)
+        real.append(counted(model, torch.bfloat16).total)
+        policy: Any = SimpleNamespace(model=model, family=family_of(model), dtype=torch.bfloat16)
+        with WorkRun("step") as run:
+            fused_step(policy, 5, Streaming(60, 80))
+        planned.append(sum(run.kernels.values(), Counter()).total())
+    assert planned[1] - planned[0] == real[1] - real[0]
 
 
 def test_attention_computes_each_pair_that_the_mask_shows_once():
