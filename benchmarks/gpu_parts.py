@@ -112,15 +112,13 @@ def tests(note: Note, device: str, tiny: bool) -> None:
     if find_spec("pytest") is None:
         note("left out", "pytest is not installed")
         return
-    # The tests of test_triton.py run on the device where there is one, and have no mark.
-    on_gpu = (["tests/kernels/test_triton.py"], ["-m", "gpu", "tests/kernels", "tests/vlmr1"])
-    for chosen in on_gpu if device == "cuda" else (["tests/kernels/test_registry.py"],):
-        words = ["-q", "-p", "no:cacheprovider", "--continue-on-collection-errors", *chosen]
-        command = [sys.executable, "-m", "pytest", *words]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        print(done.stdout[-20_000:], done.stderr[-5_000:], flush=True)
-        lines = done.stdout.strip().splitlines()
-        bad = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-        note(f"pytest {' '.join(chosen)}", {"summary": lines[-1] if lines else done.stderr[-500:], "bad": bad[:50]})
-        if done.returncode:
-            note.failed.append(f"pytest ended with {done.returncode}")
+    chosen = ["-m", "gpu", "tests/kernels", "tests/vlmr1"] if device == "cuda" else ["tests/kernels/test_registry.py"]
+    words = ["-q", "-p", "no:cacheprovider", "--continue-on-collection-errors", *chosen]
+    command = [sys.executable, "-m", "pytest", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    print(done.stdout[-20_000:], done.stderr[-5_000:], flush=True)
+    lines = done.stdout.strip().splitlines()
+    bad = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    note(f"pytest {' '.join(chosen)}", {"summary": lines[-1] if lines else done.stderr[-500:], "bad": bad[:50]})
+    if done.returncode:
+        note.failed.append(f"pytest ended with {done.returncode}")

@@ -11,7 +11,13 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from benchmarks.op_calls import FLOOR, Call, Outputs, Problem, copy_of, ours, product_of
-from vlmr1_kernels import PrefixLayout, shared_prefix_attention, shared_prefix_decode, varlen_attention
+from vlmr1_kernels import (
+    PrefixLayout,
+    rope_kv_write,
+    shared_prefix_attention,
+    shared_prefix_decode,
+    varlen_attention,
+)
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 BLOCK = 16  # rows of a block of the KV cache
@@ -146,3 +152,44 @@ def decode(*sizes: int, dtype: torch.dtype, device: str) -> Problem:
     }
     flops = 2 * 2 * heads * head_dim * batch * (prefix + suffix)
     return Problem(flops, moved, lambda: attend(q.double(), own(keys.double()), own(values.double())), arms)
+
+
+def rope(tokens: int, heads: int, kv_heads: int, head_dim: int, *, dtype: torch.dtype, device: str) -> Problem:
+    """One step of one layer with norms of heads; each token has a row of a cache of 16 rows a token."""
+    generator = torch.Generator(device).manual_seed(3)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, device=device, generator=generator)
+
+    shares = (heads, kv_heads, kv_heads)
+    q, k, v = normal(tokens, sum(shares), head_dim).to(dtype).split(shares, 1)
+    angles = normal(tokens, head_dim // 2).repeat(1, 2)
+    cache, rows = normal(2, kv_heads, 16 * tokens, head_dim).to(dtype), 16 * torch.arange(tokens, device=device)
+    weights = normal(2, head_dim)
+
+    def call(*given: Tensor, impl: str) -> Outputs:
+        *inputs, keys, values = given
+        norms = dict(zip(("q_norm", "k_norm"), inputs[5:], strict=True))
+        out = rope_kv_write(*inputs[:5], keys, values, rows, **norms, impl=impl)
+        return {"out": out, "keys": keys[:, rows], "values": values[:, rows]}
+
+    def turned(x: Tensor, weight: Tensor) -> Tensor:
+        x = torch.nn.functional.rms_norm(x.float(), (head_dim,), weight, 1e-6)
+        first, second = x.chunk(2, -1)
+        return (x * angles.cos()[:, None] + torch.cat((-second, first), -1) * angles.sin()[:, None]).to(dtype)
+
+    def eager() -> Outputs:
+        cache[0].index_copy_(1, rows, turned(k, weights[1]).transpose(0, 1))
+        cache[1].index_copy_(1, rows, v.transpose(0, 1))
+        return {"out": turned(q, weights[0]), "keys": cache[0][:, rows], "values": cache[1][:, rows]}
+
+    given = (q, k, v, angles.cos(), angles.sin(), *weights, *cache)
+    exact = [each.double() for each in given]
+    size, tolerance = dtype.itemsize, TOLERANCE[dtype]
+    moved = tokens * head_dim * (2 * sum(shares) * size + 2 * 4)  # angles are float32
+    arms = {
+        FLOOR: copy_of(moved, device),
+        **ours("rope_kv_write", lambda impl: Call(lambda: call(*given, impl=impl), tolerance)),
+        "eager": lambda: Call(eager, tolerance),
+    }
+    return Problem(0, moved, lambda: call(*exact, impl="reference"), arms)

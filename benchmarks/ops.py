@@ -22,9 +22,10 @@ from benchmarks.harness import (
     clock_of,
     ratio,
 )
-from benchmarks.op_attention import decode, shared_prefix, varlen
+from benchmarks.op_attention import decode, rope, shared_prefix, varlen
 from benchmarks.op_calls import FLOOR, Call, Outputs, Problem, Unavailable, failures
 from benchmarks.op_head import advantages, grpo, linear_grpo, linear_logp
+from benchmarks.op_sampling import sampling
 from vlmr1_kernels import ImplementationError
 from vlmr1_kernels.testing import relative_error
 
@@ -59,7 +60,9 @@ BUILDERS: Mapping[str, Callable[..., Problem]] = {
     "group_advantages": advantages,  # B, G
     "shared_prefix_attention": shared_prefix,  # groups, prompt, branches, branch length, H, Hkv, Dh
     "varlen_attention": varlen,  # sequences, length, H, Hkv, Dh
+    "sample_tokens": sampling,  # S, V
     "shared_prefix_decode": decode,  # groups, branches, prefix, suffix, H, Hkv, Dh
+    "rope_kv_write": rope,  # tokens, H, Hkv, Dh
 }
 LARGE = ((8192, 2048, 151936), (16384, 3584, 152064))
 # Names of cases by device; those of cuda in the order of what decides most.
@@ -68,7 +71,7 @@ CASES = {
 linear_grpo_loss-128x192x490-float32-trainable linear_grpo_loss-128x192x490-float32-frozen
 linear_logprob-128x192x490-float32-no_grad grpo_loss-128x8-float32 group_advantages-8x4-float32
 shared_prefix_attention-2x41x4x16x6x2x32-float32 varlen_attention-4x16x4x4x32-float32
-shared_prefix_decode-2x4x41x16x6x2x32-float32""",
+shared_prefix_decode-2x4x41x16x6x2x32-float32 rope_kv_write-8x6x2x32-float32 sample_tokens-8x490-float32""",
     "cpu": """
 linear_grpo_loss-512x256x8192-float32-trainable linear_grpo_loss-512x256x8192-bfloat16-trainable
 linear_grpo_loss-512x256x8192-float32-frozen linear_grpo_loss-512x256x8192-bfloat16-frozen
@@ -79,7 +82,7 @@ grpo_loss-8192x64-float32 grpo_loss-262144x512-float32 group_advantages-64x8-flo
 shared_prefix_attention-1x298x8x64x16x2x64-float32 shared_prefix_attention-2x298x8x64x16x2x64-bfloat16
 shared_prefix_attention-8x64x8x64x4x4x32-float32 varlen_attention-16x64x4x4x64-float32
 varlen_attention-16x64x16x16x80-float32 shared_prefix_decode-1x8x300x64x16x2x64-float32
-shared_prefix_decode-8x8x300x64x4x2x64-float32""",
+shared_prefix_decode-8x8x300x64x4x2x64-float32 rope_kv_write-64x16x2x64-float32 sample_tokens-16x8192-float32""",
     "cuda": """
 linear_grpo_loss-8192x2048x151936-bfloat16-trainable linear_grpo_loss-8192x2048x151936-bfloat16-frozen
 linear_grpo_loss-16384x3584x152064-bfloat16-trainable linear_grpo_loss-16384x3584x152064-bfloat16-frozen
@@ -87,6 +90,7 @@ linear_logprob-8192x2048x151936-bfloat16-no_grad shared_prefix_decode-8x8x1200x2
 shared_prefix_decode-2x8x1200x2000x16x2x128-bfloat16 shared_prefix_attention-5x1200x8x255x16x2x128-bfloat16
 shared_prefix_attention-8x100x8x48x6x2x32-float32 varlen_attention-128x64x16x16x80-bfloat16
 varlen_attention-4x4096x16x16x80-bfloat16 shared_prefix_decode-8x16x4096x256x28x4x128-bfloat16
+sample_tokens-64x151936-float32 rope_kv_write-64x16x2x128-bfloat16
 grpo_loss-16384x64-float32 group_advantages-64x8-float32""",
 }
 

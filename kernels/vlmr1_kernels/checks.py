@@ -5,7 +5,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from vlmr1_kernels.inputs import DecodeTables, HeadInputs, LossInputs
+from vlmr1_kernels.inputs import DecodeTables, HeadInputs, LossInputs, SamplingOptions
 from vlmr1_kernels.layout import PrefixLayout
 from vlmr1_kernels.settings import GRPOSettings
 
@@ -187,17 +187,9 @@ def decode(
     _floating("q", q)
     if q.dim() != 3:
         raise ValueError(f"q must be [B, H, Dh], it is {_shape(q)}")
-    batch, heads, head_dim = q.shape
-    for name, value in (("keys", keys), ("values", values)):
-        if value.dim() != 3 or value.shape[2] != head_dim or value.stride(2) != 1:
-            raise ValueError(
-                f"{name} must be [Hkv, R, {head_dim}] with a contiguous last dimension, it is {_shape(value)} "
-                f"with strides {list(value.stride())}"
-            )
-        _same(name, value, "q", q)
-    if keys.shape != values.shape:
-        raise ValueError(f"keys is {_shape(keys)}, values is {_shape(values)}: they must be equal")
-    _grouped_heads(heads, keys.shape[0])
+    batch = len(q)
+    _cache(q, keys, values)
+    _grouped_heads(q.shape[1], keys.shape[0])
     if tables.group_offsets.dim() != 1 or tables.group_offsets.shape[0] < 2:
         raise ValueError(f"group_offsets must be [P + 1], P at least 1, it is {_shape(tables.group_offsets)}")
     if tables.suffix_blocks.dim() != 2:
@@ -214,6 +206,92 @@ def decode(
             raise ValueError(f"{name} must be at least 1, it is {bound}")
     if torch.is_grad_enabled() and (q.requires_grad or keys.requires_grad or values.requires_grad):
         raise ValueError("shared_prefix_decode has no gradient, but q, keys or values require one: use torch.no_grad()")
+
+
+def sampling(
+    logits: Tensor, draws: Tensor, suppressed_ids: Tensor | None, seen: Tensor | None, options: SamplingOptions
+) -> None:
+    _floating("logits", logits)
+    if logits.dim() != 2 or logits.shape[1] < 1:
+        raise ValueError(f"logits must be [S, V], V at least 1, it is {_shape(logits)}")
+    tensors = {"draws": (draws, torch.float64, [logits.shape[0]]), "seen": (seen, torch.bool, _shape(logits))}
+    if suppressed_ids is not None:
+        tensors["suppressed_ids"] = (suppressed_ids, torch.int64, [suppressed_ids.numel()])
+    for name, (value, dtype, shape) in tensors.items():
+        if value is None:
+            continue
+        if value.dtype != dtype or _shape(value) != shape:
+            raise ValueError(f"{name} must be {dtype} {shape}, it is {value.dtype} {_shape(value)}")
+        if value.device != logits.device:
+            raise ValueError(f"{name} is on {value.device}, logits is on {logits.device}")
+    if options.repetition_penalty != 1 and seen is None:
+        raise ValueError("seen is required: repetition_penalty is set")
+    bounds = {
+        "temperature": (options.temperature > 0, "above 0"),
+        "top_k": (options.top_k >= 0, "at least 0"),
+        "top_p": (0 < options.top_p <= 1, "above 0, at most 1"),
+        "min_p": (0 <= options.min_p <= 1, "between 0 and 1"),
+        "repetition_penalty": (options.repetition_penalty > 0, "above 0"),
+    }
+    for name, (holds, wanted) in bounds.items():
+        if not holds:
+            raise ValueError(f"{name} must be {wanted}, it is {getattr(options, name)}")
+    if torch.is_grad_enabled() and logits.requires_grad:
+        raise ValueError("sample_tokens has no gradient, but logits requires one: use torch.no_grad()")
+
+
+def _cache(q: Tensor, keys: Tensor, values: Tensor) -> None:
+    head_dim = q.shape[-1]
+    for name, value in (("keys", keys), ("values", values)):
+        if value.dim() != 3 or value.shape[2] != head_dim or value.stride(2) != 1:
+            raise ValueError(
+                f"{name} must be [Hkv, R, {head_dim}] with a contiguous last dimension, it is {_shape(value)} "
+                f"with strides {list(value.stride())}"
+            )
+        _same(name, value, "q", q)
+    if keys.shape != values.shape:
+        raise ValueError(f"keys is {_shape(keys)}, values is {_shape(values)}: they must be equal")
+
+
+def rope(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, rows: Tensor,
+    q_norm: Tensor | None, k_norm: Tensor | None,
+) -> None:  # fmt: skip
+    _floating("q", q)
+    if q.dim() != 3 or q.stride(2) != 1:
+        raise ValueError(f"q must be [S, H, Dh] with a contiguous last dimension, it is {_shape(q)}")
+    tokens, heads, head_dim = q.shape
+    _cache(q, keys, values)
+    _grouped_heads(heads, keys.shape[0])
+    for name, value in (("k", k), ("v", v)):
+        if _shape(value) != [tokens, keys.shape[0], head_dim] or value.stride(2) != 1:
+            raise ValueError(
+                f"{name} must be [{tokens}, {keys.shape[0]}, {head_dim}] with a contiguous last dimension, "
+                f"it is {_shape(value)}"
+            )
+        _same(name, value, "q", q)
+    if cos.dim() != 2 or len(cos) != tokens or cos.shape[1] % 2 or not 0 < cos.shape[1] <= head_dim:
+        raise ValueError(f"cos must be [{tokens}, Dr], Dr even and at most {head_dim}, it is {_shape(cos)}")
+    if sin.shape != cos.shape:
+        raise ValueError(f"sin is {_shape(sin)}, cos is {_shape(cos)}: they must be equal")
+    if (q_norm is None) != (k_norm is None):
+        raise ValueError("q_norm and k_norm must both be given, or neither")
+    for name, value in (("cos", cos), ("sin", sin), ("q_norm", q_norm), ("k_norm", k_norm)):
+        if value is None:
+            continue
+        if value.dtype not in (torch.float32, q.dtype) or value.device != q.device:
+            raise ValueError(
+                f"{name} must be float32 or {q.dtype} on {q.device}, it is {value.dtype} on {value.device}"
+            )
+        if name.endswith("norm") and _shape(value) != [head_dim]:
+            raise ValueError(f"{name} must be [{head_dim}], it is {_shape(value)}")
+    if rows.dtype != torch.int64 or _shape(rows) != [tokens] or rows.device != q.device:
+        raise ValueError(
+            f"rows must be int64 [{tokens}] on {q.device}, it is {rows.dtype} {_shape(rows)} on {rows.device}"
+        )
+    given = (q, k, v, cos, sin, keys, values, q_norm, k_norm)
+    if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in given):
+        raise ValueError("rope_kv_write has no gradient, but an argument requires one: use torch.no_grad()")
 
 
 def row_vector(name: str, value: Tensor, count: int | None, like: Tensor | None) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vlmr1_kernels.inputs import DecodeTables, HeadInputs, LossInputs
+from vlmr1_kernels.inputs import HeadInputs, LossInputs
 from vlmr1_kernels.linear import accumulation_dtype, add_to_grad, chunk_rows
 from vlmr1_kernels.settings import GRPOSettings
 
@@ -34,15 +34,13 @@ _SETTINGS = (  # fields of GRPOSettings
 )
 _SETTINGS_COUNT = len(fields(GRPOSettings))
 
-_TABLES = ", ".join(f"Tensor {field}" for field in DecodeTables._fields)
-
 # Custom ops that are made of torch's ops, and what they run: a count of allocations looks into them.
 COMPOSED: dict[Any, Callable[..., Any]] = {}
 
 ChunkRows = Callable[[Tensor, Tensor, float | None], tuple[int, int]]  # `linear.chunk_rows`
 
 
-def _register(name: str, arguments: str, results: int, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def register(name: str, arguments: str, results: int, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Define the custom op `vlmr1_kernels::<name>`. torch.library.custom_op would import torch._dynamo."""
     _LIBRARY.define(f"{name}({arguments}) -> ({', '.join(['Tensor'] * results)})")
     for device in ("CPU", "CUDA"):
@@ -58,10 +56,13 @@ def attention(
     forward: Callable[..., tuple[Tensor, Tensor]],
     backward: Callable[..., tuple[Tensor, ...]],
     empty_gradients: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]],
+    *,
+    lse_by_row: bool = False,
 ) -> Callable[..., Tensor]:
     """Return the op run(q, k, v, *rows, scale) from functions of q [1, H, L, Dh] and k, v [1, Hkv, L, Dh].
 
-    forward(q, k, v, *rows, scale) -> out [1, H, L, Dh] with rows outermost in memory, log-sum-exp [H, L]
+    forward(q, k, v, *rows, scale) -> out [1, H, L, Dh] with rows outermost in memory, log-sum-exp [H, L], with rows
+        outermost if `lse_by_row`
     backward(d_out, q, k, v, out, lse, *rows, scale) -> d_q, d_k, d_v
     empty_gradients(q, k, v) -> tensors with the shapes and strides of d_q, d_k, d_v
 
@@ -71,15 +72,17 @@ def attention(
     def fake_forward(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
         _, heads, length, head_dim = q.shape
         out = q.new_empty(1, length, heads, head_dim).transpose(1, 2)
-        return out, q.new_empty(heads, length, dtype=accumulation_dtype(q.dtype))
+        shape = (length, heads) if lse_by_row else (heads, length)
+        lse = q.new_empty(shape, dtype=accumulation_dtype(q.dtype))
+        return out, lse.T if lse_by_row else lse
 
     def fake_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, ...]:
         return empty_gradients(q, k, v)
 
     qkv, options = "Tensor q, Tensor k, Tensor v", f"{rows}, float scale"
-    run_forward = _register(f"{op}_{name}", f"{qkv}, {options}", 2, forward, fake_forward)
+    run_forward = register(f"{op}_{name}", f"{qkv}, {options}", 2, forward, fake_forward)
     arguments = f"Tensor d_out, {qkv}, Tensor out, Tensor lse, {options}"
-    run_backward = _register(f"{op}_{name}_backward", arguments, 3, backward, fake_backward)
+    run_backward = register(f"{op}_{name}_backward", arguments, 3, backward, fake_backward)
     COMPOSED.update({run_forward: forward, run_backward: backward})
 
     class Attention(torch.autograd.Function):
@@ -99,30 +102,6 @@ def attention(
     return Attention.apply  # type: ignore[return-value]
 
 
-def shared_prefix_decode(name: str, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return the op from forward(q, keys, values, tables, *, block, max_group, max_prefix, scale) -> [B, H, Dh]."""
-
-    def run_forward(q: Tensor, keys: Tensor, values: Tensor, *others: Any) -> Tensor:
-        *tables, block, max_group, max_prefix, scale = others
-        bounds = {"max_group": max_group, "max_prefix": max_prefix}
-        return forward(q, keys, values, DecodeTables(*tables), block=block, **bounds, scale=scale)
-
-    def fake(q: Tensor, *others: Any) -> Tensor:
-        return q.new_empty(q.shape)
-
-    arguments = f"Tensor q, Tensor keys, Tensor values, {_TABLES}, int block, SymInt max_group, SymInt max_prefix"
-    op = _register(f"shared_prefix_decode_{name}", f"{arguments}, float scale", 1, run_forward, fake)
-    COMPOSED[op] = run_forward
-
-    def run(
-        q: Tensor, keys: Tensor, values: Tensor, tables: DecodeTables, *,
-        block: int, max_group: int, max_prefix: int, scale: float,
-    ) -> Tensor:  # fmt: skip
-        return op(q, keys, values, *tables, block, max_group, max_prefix, scale)
-
-    return run
-
-
 def _flat_inputs(inputs: LossInputs, like: Tensor) -> LossInputs:
     """Return the inputs as the schema takes them: no optional int, the normalizer a tensor [] on the device."""
     value, dtype = inputs.normalizer, accumulation_dtype(like.dtype)
@@ -140,7 +119,7 @@ def group_advantages(name: str, forward: Callable[[Tensor, int, str], Tensor]) -
         return torch.empty_like(rewards)
 
     arguments = "Tensor rewards, int num_generations, str scale"
-    run_forward = _register(f"group_advantages_{name}", arguments, 1, forward, fake)
+    run_forward = register(f"group_advantages_{name}", arguments, 1, forward, fake)
 
     def run(rewards: Tensor, num_generations: int, *, scale: str) -> Tensor:
         return run_forward(rewards.detach(), num_generations, scale)
@@ -176,10 +155,10 @@ def linear_logprob(
         return gradients_like(hidden, weight, others[-4:-1])
 
     arguments = f"{_HEAD}, {_OPTIONS}, bool with_entropy, int[] chunks"
-    run_forward = _register(f"linear_logprob_{name}", arguments, 3, call_forward, fake_forward)
+    run_forward = register(f"linear_logprob_{name}", arguments, 3, call_forward, fake_forward)
     upstream = "Tensor lse, Tensor entropy, Tensor d_logp, Tensor d_entropy"
     arguments = f"{_HEAD}, {_OPTIONS}, {upstream}, {_NEEDS}, int[] chunks"
-    run_backward = _register(f"linear_logprob_{name}_backward", arguments, 3, call_backward, fake_backward)
+    run_backward = register(f"linear_logprob_{name}_backward", arguments, 3, call_backward, fake_backward)
 
     class LinearLogprob(torch.autograd.Function):
         @staticmethod
@@ -218,7 +197,7 @@ def grpo_loss(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         wide = accumulation_dtype(logp.dtype)
         return logp.new_empty((), dtype=wide), logp.new_empty(logp.shape, dtype=wide), *_scalars(logp, 4)
 
-    op = _register(f"grpo_loss_{name}", f"Tensor logp, {_INPUTS}, {_SETTINGS}", 6, run_forward, fake)
+    op = register(f"grpo_loss_{name}", f"Tensor logp, {_INPUTS}, {_SETTINGS}", 6, run_forward, fake)
 
     class GRPOLoss(torch.autograd.Function):
         @staticmethod
@@ -268,7 +247,7 @@ def linear_grpo_loss(name: str, forward: Callable[..., Any], chunk_rows: ChunkRo
         return loss, *gradients_like(hidden, weight, needs), logp, *metrics
 
     arguments = f"{_HEAD}, Tensor? rows, {_INPUTS}, float? softcap, int[] chunks, float scale, {_NEEDS}, {_SETTINGS}"
-    op = _register(f"linear_grpo_loss_{name}", arguments, 10, run_forward, fake)
+    op = register(f"linear_grpo_loss_{name}", arguments, 10, run_forward, fake)
 
     class LinearGRPOLoss(torch.autograd.Function):
         @staticmethod

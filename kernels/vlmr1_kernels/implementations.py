@@ -15,7 +15,8 @@ class Request(NamedTuple):
     """Facts that `auto` decides from: device, dtype, shape, and options that not every implementation supports.
 
     `shape` is (N, D, V) for the linear ops, (N, B) for grpo_loss, (B, G) for group_advantages, (H, Hkv, L, Dh) for
-    shared_prefix_attention and varlen_attention, and (B, P, H, Hkv, Dh) for shared_prefix_decode.
+    shared_prefix_attention and varlen_attention, (B, P, H, Hkv, Dh) for shared_prefix_decode, (S, V) for sample_tokens,
+    and (S, H, Hkv, Dh) for rope_kv_write.
     """
 
     device: torch.device
@@ -27,16 +28,17 @@ class Request(NamedTuple):
 Reason = Callable[[Request], str | None]
 
 
-def _remembered(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep results for good, in a dict: torch.compile traces through functools.cache, into the search for packages."""
-    known: dict[Any, Any] = {}
+class _Remembered:
+    """Decorator that keeps results for good. functools.cache does not do: torch.compile traces through it."""
 
-    def call(*key: Any) -> Any:
-        if key not in known:
-            known[key] = function(*key)
-        return known[key]
+    def __init__(self, function: Callable[..., Any]):
+        self.function = function
+        self.known: dict[Any, Any] = {}
 
-    return call
+    def __call__(self, *key: Any) -> Any:
+        if key not in self.known:
+            self.known[key] = self.function(*key)
+        return self.known[key]
 
 
 def _none(request: Request) -> None:
@@ -101,7 +103,7 @@ def _flash_package(request: Request, version: int, major: int) -> str | None:
     return _missing(version) or (None if there == major else f"used on compute capability {major}, not {there}")
 
 
-@_remembered
+@_Remembered
 def _missing(version: int) -> str | None:
     from vlmr1_kernels.flash.packages import missing
 
@@ -113,12 +115,12 @@ def _merged(reason: Reason) -> Reason:
     return lambda request: reason(request) or _no_triton()
 
 
-@_remembered
+@_Remembered
 def _no_triton() -> str | None:
     return "triton is not installed" if find_spec("triton") is None else None
 
 
-@_remembered
+@_Remembered
 def _capability(device: torch.device) -> tuple[int, int]:
     """Return the compute capability; 8.0 where no GPU is there to ask."""
     return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (8, 0)
@@ -155,6 +157,10 @@ def _triton(request: Request) -> str | None:
 def _triton_decode(request: Request) -> str | None:
     head_dim = request.shape[-1]
     return _triton(request) or (f"supports head dimensions up to 256, not {head_dim}" if head_dim > 256 else None)
+
+
+def _triton_sampling(request: Request) -> str | None:
+    return _triton(request) or _options_reason(request, "triton")
 
 
 def _interpreted(request: Request) -> str | None:
@@ -197,6 +203,8 @@ TABLE: Mapping[str, Mapping[str, Implementation]] = {
     ),
     "varlen_attention": _op("varlen_attention", cpu=_cpu_attention, **_FLASH, batched=_none),
     "shared_prefix_decode": _op("shared_prefix_decode", triton=_triton_decode),
+    "sample_tokens": _op("sample_tokens", triton=_triton_sampling),
+    "rope_kv_write": _op("rope_kv_write", triton=_triton),
 }
 
 EXAMPLE_SHAPES: Mapping[str, tuple[int, ...]] = {
@@ -207,4 +215,6 @@ EXAMPLE_SHAPES: Mapping[str, tuple[int, ...]] = {
     "shared_prefix_attention": (16, 2, 4096, 128),
     "varlen_attention": (16, 16, 4096, 80),
     "shared_prefix_decode": (64, 8, 16, 2, 128),
+    "sample_tokens": (64, 151936),
+    "rope_kv_write": (64, 16, 2, 128),
 }

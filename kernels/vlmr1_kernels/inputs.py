@@ -44,3 +44,14 @@ class DecodeTables(NamedTuple):
     prefix_lengths: Tensor  # [P] rows of each prefix, at least 1
     suffix_blocks: Tensor  # [B, M] block ids
     suffix_lengths: Tensor  # [B] rows of each suffix
+
+
+class SamplingOptions(NamedTuple):
+    """How tokens are drawn from logits; see `sample_tokens`."""
+
+    temperature: float = 1.0
+    greedy: bool = False
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0

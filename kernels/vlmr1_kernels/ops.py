@@ -1,21 +1,15 @@
-"""All ops and their contracts. `registry.py` selects the implementation of each call.
+"""The ops and their contracts; those of a decode step are in `decode_ops.py`. `registry.py` selects the implementation.
 
 Dimensions: N completion rows, B sequences, G generations per prompt, P prompts, L packed rows, D hidden size,
-V vocabulary, H query heads, Hkv key and value heads, Dh head dimension, R rows of a KV cache, M blocks of a suffix,
-S sequences of a variable-length attention.
+V vocabulary, H query heads, Hkv key and value heads, Dh head dimension, S sequences of a variable-length attention.
 """
 
-from collections.abc import Callable
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from vlmr1_kernels import checks
-from vlmr1_kernels.implementations import Request
-from vlmr1_kernels.inputs import DecodeTables, HeadInputs, LossInputs
+from vlmr1_kernels.inputs import HeadInputs, LossInputs
 from vlmr1_kernels.layout import PrefixLayout
-from vlmr1_kernels.registry import resolve
+from vlmr1_kernels.registry import implementation_for
 from vlmr1_kernels.settings import GRPOSettings
 
 
@@ -59,7 +53,7 @@ def linear_logprob(
     """
     head = HeadInputs(hidden, weight, bias, targets, temperature, softcap)
     checks.head(head, chunk_mib)
-    run = _implementation("linear_logprob", impl, hidden, hidden.shape[0], *reversed(weight.shape))
+    run = implementation_for("linear_logprob", impl, hidden, hidden.shape[0], *reversed(weight.shape))
     logp, token_entropy = run(head, entropy=entropy, chunk_mib=chunk_mib)
     return (logp, token_entropy) if entropy else logp
 
@@ -80,7 +74,7 @@ def group_advantages(rewards: Tensor, num_generations: int, *, scale: str = "gro
         ImplementationError: the implementation does not exist or does not support the call.
     """
     checks.rewards(rewards, num_generations, scale)
-    run = _implementation("group_advantages", impl, rewards, rewards.numel(), num_generations)
+    run = implementation_for("group_advantages", impl, rewards, rewards.numel(), num_generations)
     return run(rewards, num_generations, scale=scale)
 
 
@@ -129,7 +123,7 @@ def grpo_loss(
     sequences = checks.objective(logp, inputs, settings)
     if check:
         checks.objective_values(inputs)
-    run = _implementation("grpo_loss", impl, logp, logp.numel(), sequences)
+    run = implementation_for("grpo_loss", impl, logp, logp.numel(), sequences)
     return run(logp, inputs, settings=settings)
 
 
@@ -195,7 +189,7 @@ def linear_grpo_loss(
     if check:
         checks.token_ids(targets, weight.shape[0])
         checks.objective_values(inputs, active_rows)
-    run = _implementation("linear_grpo_loss", impl, hidden, hidden.shape[0], *reversed(weight.shape))
+    run = implementation_for("linear_grpo_loss", impl, hidden, hidden.shape[0], *reversed(weight.shape))
     options = {"chunk_mib": chunk_mib, "active_rows": active_rows, "accumulate_grad": accumulate_grad}
     return run(head, inputs, settings=settings, **options)
 
@@ -237,7 +231,7 @@ def shared_prefix_attention(
     options = {"softcap": softcap, "window": window}
     given = {name: value for name, value in options.items() if value is not None}
     shape = (heads, k.shape[1], length, head_dim)
-    run = _implementation("shared_prefix_attention", impl, q, *shape, options=frozenset(given))
+    run = implementation_for("shared_prefix_attention", impl, q, *shape, options=frozenset(given))
     return run(q, k, v, layout, scale=head_dim**-0.5 if scale is None else scale, **given)
 
 
@@ -273,79 +267,5 @@ def varlen_attention(
     """
     checks.varlen(q, k, v, cu_seqlens, max_length)
     _, heads, length, head_dim = q.shape
-    run = _implementation("varlen_attention", impl, q, heads, k.shape[1], length, head_dim)
+    run = implementation_for("varlen_attention", impl, q, heads, k.shape[1], length, head_dim)
     return run(q, k, v, cu_seqlens, max_length, scale=head_dim**-0.5 if scale is None else scale)
-
-
-def shared_prefix_decode(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    group_offsets: Tensor,
-    prefix_starts: Tensor,
-    prefix_lengths: Tensor,
-    suffix_blocks: Tensor,
-    suffix_lengths: Tensor,
-    *,
-    block: int,
-    max_group: int | None = None,
-    max_prefix: int | None = None,
-    scale: float | None = None,
-    impl: str = "auto",
-) -> Tensor:
-    """Return the attention of one decode step over each branch's prefix and suffix.
-
-    The queries of a group read its prefix together (Hydragen, arXiv:2402.05099). Keys and values of a layer are rows
-    of one KV cache: a prefix is a run of adjacent rows; token t of a suffix is row
-    suffix_blocks[b, t // block] * block + t % block. Rows beyond a length and entries of suffix_blocks beyond the
-    last used block are not read and may be uninitialized. On CUDA nothing waits for the device, and launches depend
-    on shapes, `max_group` and `max_prefix` alone: a CUDA graph can be replayed with other offsets, lengths and blocks.
-
-    Args:
-        q: [B, H, Dh] new token of each branch; the branches of a group are adjacent.
-        keys, values: [Hkv, R, Dh] KV cache, any strides with a contiguous last dimension, which already holds the
-            new tokens; query head h reads key and value head h // (H / Hkv).
-        group_offsets: [P + 1] non-decreasing from 0: group p has the branches
-            group_offsets[p]..group_offsets[p + 1] - 1, possibly none. Branches from group_offsets[P] on are padding:
-            their output is 0.
-        prefix_starts, prefix_lengths: [P] first row and number of rows, at least 1, of each prefix.
-        suffix_blocks: [B, M] block ids.
-        suffix_lengths: [B] tokens of each suffix, 0..M * block.
-        block: rows of a block.
-        max_group: upper bound of the branches of a group; default B.
-        max_prefix: upper bound of prefix_lengths; default R.
-        scale: default Dh ** -0.5.
-
-        Offsets, starts, lengths and blocks are int32 on the device of q. Their values are not checked.
-
-    Returns:
-        [B, H, Dh] in the dtype of q, without gradient.
-
-    Raises:
-        ValueError: inconsistent shapes, strides, dtypes or devices, or an argument that requires a gradient.
-        ImplementationError: the implementation does not exist or does not support the call.
-    """
-    tables = DecodeTables(group_offsets, prefix_starts, prefix_lengths, suffix_blocks, suffix_lengths)
-    checks.decode(q, keys, values, tables, block, max_group, max_prefix)
-    batch, heads, head_dim = q.shape
-    kv_heads, rows, _ = keys.shape
-    shape = (batch, len(prefix_starts), heads, kv_heads, head_dim)
-    run = _implementation("shared_prefix_decode", impl, q, *shape)
-    bounds = {"max_group": batch if max_group is None else max_group, "max_prefix": max_prefix or rows}
-    scale = head_dim**-0.5 if scale is None else scale
-    return run(q, keys, values, tables, block=block, **bounds, scale=scale)
-
-
-def _implementation(
-    op: str, impl: str, tensor: Tensor, *shape: int, options: frozenset[str] = frozenset()
-) -> Callable[..., Any]:
-    run = resolve(op, impl, Request(tensor.device, tensor.dtype, shape, options))
-    if not torch.is_autocast_enabled(tensor.device.type):
-        return run
-
-    def without_autocast(*args: Any, **options: Any) -> Any:
-        # Ops compute in the dtype of their tensors; autocast would cast the operands of their GEMMs.
-        with torch.autocast(tensor.device.type, enabled=False):
-            return run(*args, **options)
-
-    return without_autocast

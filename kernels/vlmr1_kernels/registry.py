@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vlmr1_kernels.implementations import EXAMPLE_SHAPES, TABLE, Implementation, Request
 
@@ -107,12 +108,27 @@ def resolve(op: str, impl: str, request: Request) -> Callable[..., Any]:
     return _load(select(op, request, impl).target)
 
 
+def implementation_for(
+    op: str, impl: str, tensor: Tensor, *shape: int, options: frozenset[str] = frozenset()
+) -> Callable[..., Any]:
+    """Return `resolve` for a call with this tensor and shape; what is returned runs without autocast."""
+    run = resolve(op, impl, Request(tensor.device, tensor.dtype, shape, options))
+    if not torch.is_autocast_enabled(tensor.device.type):
+        return run
+
+    def without_autocast(*args: Any, **options: Any) -> Any:
+        # Ops compute in the dtype of their tensors; autocast would cast the operands of their GEMMs.
+        with torch.autocast(tensor.device.type, enabled=False):
+            return run(*args, **options)
+
+    return without_autocast
+
+
 def select(op: str, request: Request, impl: str = AUTO) -> Implementation:
     """Return the selected implementation; ImplementationError if none supports the request."""
     if impl == AUTO:
-        overrides = _overrides.choices
-        environment = parse_choices(os.environ.get(ENVIRONMENT_VARIABLE, ""))
-        impl = overrides.get(op) or environment.get(op, AUTO)
+        text = os.environ.get(ENVIRONMENT_VARIABLE)
+        impl = _overrides.choices.get(op) or (parse_choices(text).get(op, AUTO) if text else AUTO)
     if impl == AUTO:
         selected = _select_auto(op, request)
         _log_selection(op, request, selected.name)
@@ -154,7 +170,7 @@ def _select_auto(op: str, request: Request) -> Implementation:
 
 def _log_selection(op: str, request: Request, name: str) -> None:
     key = (op, request.device.type, request.dtype, name)
-    if key not in _logged:
+    if key not in _logged and not torch.compiler.is_compiling():
         _logged.add(key)
         logger.info("%s on %s in %s: %s", op, request.device.type, request.dtype, name)
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmr1_kernels.inputs import SamplingOptions
 from vlmr1_kernels.linear import accumulation_dtype
 from vlmr1_kernels.settings import GRPOSettings
 
@@ -116,3 +117,21 @@ def eager_logprob(
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     log_probs = torch.log_softmax(logits / temperature, dim=-1)
     return log_probs.gather(1, targets[:, None])[:, 0], -(log_probs.exp() * log_probs).sum(-1)
+
+
+def eager_sampling(
+    logits: Tensor, draws: Tensor, suppressed_ids: Tensor | None, seen: Tensor | None, options: SamplingOptions
+) -> tuple[Tensor, Tensor]:
+    """Return the log-probs [S, V] of the full distribution and of that which `sample_tokens` draws from, without top_k
+    and top_p, in eager torch."""
+    scores = logits
+    if seen is not None:
+        divided, multiplied = logits / options.repetition_penalty, logits * options.repetition_penalty
+        scores = torch.where(seen, torch.where(logits > 0, divided, multiplied), logits)
+    scores = scores / options.temperature
+    if suppressed_ids is not None:
+        scores[:, suppressed_ids] = -torch.inf
+    if options.min_p > 0:
+        probabilities = scores.softmax(-1)
+        scores[probabilities < options.min_p * probabilities.amax(-1, keepdim=True)] = -torch.inf
+    return (logits / options.temperature).log_softmax(-1), scores.log_softmax(-1)

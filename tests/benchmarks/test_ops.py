@@ -40,7 +40,9 @@ COUNTS = {  # operations and bytes by hand
     # 3 pairs in the prompt; two branches of 3 rows see the 2 of the prompt and 6 pairs of their own
     Case("shared_prefix_attention", (1, 2, 2, 3, 2, 1, 16)): (7 * 2 * 2 * 16 * 27, 4 * 4 * 3 * 8 * 16),
     Case("varlen_attention", (2, 3, 2, 1, 16)): (7 * 2 * 2 * 16 * 18, 4 * 4 * 3 * 6 * 16),
+    Case("sample_tokens", (4, 32)): (0, 4 * (32 * 4 + 8 + 8 + 4 + 4)),
     Case("shared_prefix_decode", (1, 2, 5, 3, 2, 1, 16)): (4 * 2 * 16 * 2 * 8, 4 * 16 * (2 * 11 + 2 * 2 * 2)),
+    Case("rope_kv_write", (3, 2, 1, 16)): (0, 4 * 3 * 16 * (2 * 4 + 2)),
 }
 
 

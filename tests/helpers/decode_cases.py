@@ -70,6 +70,34 @@ class Case:
         }
 
 
+@dataclass(frozen=True)
+class RopeCase:
+    """New tokens of a decode step, of width Dh, of which `rotary` columns are turned."""
+
+    tokens: int = 5
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 16
+    rotary: int = 16
+    interleaved: bool = False
+    norms: bool = False
+
+    def draw(self) -> Arguments:
+        """float64; the rows are in no order, and the rest of the cache is NaN."""
+        width = self.heads + 2 * self.kv_heads
+        q, k, v = torch.randn(self.tokens, width, self.head_dim, dtype=torch.float64).split(
+            (self.heads, self.kv_heads, self.kv_heads), 1
+        )
+        angles = 100 * torch.rand(self.tokens, self.rotary // 2, dtype=torch.float64)
+        angles = angles.repeat_interleave(2, 1) if self.interleaved else torch.cat([angles, angles], 1)
+        cache = torch.full((2, self.kv_heads, 3 * self.tokens + 1, self.head_dim), torch.nan, dtype=torch.float64)
+        arguments = {"q": q, "k": k, "v": v, "cos": angles.cos(), "sin": angles.sin(), "keys": cache[0]}
+        arguments |= {"values": cache[1], "rows": torch.randperm(3 * self.tokens + 1)[: self.tokens]}
+        if self.norms:
+            arguments |= {name: 1 + torch.rand(self.head_dim, dtype=torch.float64) for name in ("q_norm", "k_norm")}
+        return arguments | {"interleaved": self.interleaved, "eps": 1e-3}
+
+
 def int32(values: Sequence[int]) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
 

@@ -23,6 +23,18 @@ def state_of(blocks: int) -> DecodeState:
     return DecodeState(cache, torch.zeros(0, dtype=torch.int64))
 
 
+def length_draws(kind: str, shape: tuple[int, int], limit: int, seed: int) -> np.ndarray:
+    """Lengths of completions: skewed, a quarter at the limit and the others short, or all at the limit."""
+    random = np.random.default_rng(seed)
+    if kind == "lognormal":
+        lengths = np.exp(random.normal(np.log(limit / 6), 0.8, shape))
+    elif kind == "bimodal":
+        lengths = np.where(random.random(shape) < 0.25, limit, random.integers(50, limit // 4, shape))
+    else:
+        lengths = np.full(shape, limit)
+    return np.clip(lengths, 1, limit).astype(int)
+
+
 class StubScheduler(Scheduler):
     """Decodes `lengths` [P, G] behind prompts of `prompt_tokens`, and counts steps, rows of each and wasted tokens."""
 

@@ -26,6 +26,8 @@ def load_kernels() -> None:
         import_module("vlmr1_kernels.triton.linear_grpo_loss")
         import_module("vlmr1_kernels.triton.linear_logprob")
         import_module("vlmr1_kernels.triton.shared_prefix_decode")
+        import_module("vlmr1_kernels.triton.sample_tokens")
+        import_module("vlmr1_kernels.triton.rope_kv_write")
         import_module("vlmr1_kernels.flash.merge")
         _patch_once_a_launch()
 

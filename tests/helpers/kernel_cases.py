@@ -17,6 +17,8 @@ from vlmr1_kernels.implementations import EXAMPLE_SHAPES
 from vlmr1_kernels.testing import HEAD, Inputs, Problem, assert_within_budget, cast, eager_logprob, gradients, pooled
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+DEVICE = DEVICES[-1]
+on_device = [pytest.mark.gpu] if DEVICE == "cuda" else []  # of a module whose tests use DEVICE
 
 INTERPRETER_LIMIT = 5_000  # logits; Triton's interpreter is slow
 TINY_CHUNK = 1e-6  # MiB: one row at a time

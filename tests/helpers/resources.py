@@ -20,11 +20,12 @@ from unittest.mock import patch
 import torch
 import triton
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from vlmr1_kernels.flash.merge import merge_rows
-from vlmr1_kernels.inputs import DecodeTables, HeadInputs, LossInputs
+from vlmr1_kernels.inputs import DecodeTables, HeadInputs, LossInputs, SamplingOptions
 from vlmr1_kernels.settings import GRPOSettings
 from vlmr1_kernels.triton import (
     group_advantages,
@@ -32,6 +33,8 @@ from vlmr1_kernels.triton import (
     head,
     linear_grpo_loss,
     linear_logprob,
+    rope_kv_write,
+    sample_tokens,
     shared_prefix_decode,
 )
 
@@ -47,11 +50,12 @@ def compiling(capability: int | str) -> Iterator[list[tuple[str, tuple[int, ...]
     """Compile launches for a compute capability and run none: name, grid and compiled code of each."""
     launches: list[tuple[str, tuple[int, ...], Any]] = []
     run: Callable[..., Any] = JITFunction.run
+    properties = {"max_shared_mem": SHARED_MEMORY[capability], "multiprocessor_count": 132}
     driver = SimpleNamespace(
         get_current_target=lambda: TARGETS.get(capability) or GPUTarget("cuda", capability, 32),
         get_current_device=lambda: capability,  # compiled kernels are cached by device
         get_current_stream=lambda device: 0,
-        utils=SimpleNamespace(get_device_properties=lambda device: {"max_shared_mem": SHARED_MEMORY[capability]}),
+        utils=SimpleNamespace(get_device_properties=lambda device: properties),
     )
 
     def compile_only(kernel: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> None:
@@ -120,6 +124,32 @@ def merge_step(rows: int, heads: int, head_dim: int, dtype=torch.bfloat16) -> No
     merge_rows(out, meta(heads, rows + 6000), more, meta(heads, rows))
 
 
+def sampling_step(
+    *options: Any, rows: int = 64, vocabulary: int = 151_936, suppressed: int = 9, dtype=torch.float32
+) -> None:
+    """Run sample_tokens on meta tensors; `options` as in SamplingOptions, the penalty on or off with its tensor."""
+    chosen = SamplingOptions(*options)
+    seen = meta(rows, vocabulary, dtype=torch.bool) if chosen.repetition_penalty != 1 else None
+    ids = meta(suppressed, dtype=torch.int64) if suppressed else None
+    logits, draws = meta(rows, vocabulary, dtype=dtype), meta(rows, dtype=torch.float64)
+    sample_tokens._forward(logits, draws, ids, seen, chosen)
+
+
+def rope_step(
+    dtype, *, heads=16, kv_heads=2, head_dim=128, rotary=128, norms=False, interleaved=False, tokens=64, rows=70_000
+) -> None:
+    """Run rope_kv_write on meta tensors, with angles and norms in float32."""
+    shares = (heads, kv_heads, kv_heads)
+    q, k, v = meta(tokens, sum(shares), head_dim, dtype=dtype).split(shares, 1)
+    angles, cache, place = (
+        meta(tokens, rotary),
+        meta(kv_heads, rows, head_dim, dtype=dtype),
+        meta(tokens, dtype=torch.int64),
+    )
+    norm = meta(head_dim) if norms else None
+    rope_kv_write._forward(q, k, v, angles, angles, cache, cache, place, norm, norm, 1e-6, interleaved)
+
+
 EVERYTHING = GRPOSettings(beta=0.1, tis_cap=2.0, delta=4.0, entropy_coef=0.01, temperature=0.9)
 CASES: dict[str, Callable[[], Any]] = {
     "on-policy": lambda: loss_step(GRPOSettings(), off_policy=False),
@@ -145,6 +175,14 @@ CASES: dict[str, Callable[[], Any]] = {
     "decode, wide": lambda: decode_step(torch.bfloat16, 256, 16, 4, 16),
     "decode, float32": lambda: decode_step(torch.float32, 128, 16, 2, 8),
     "decode, float32, wide": lambda: decode_step(torch.float32, 256, 16, 2, 8),
+    "sampling": sampling_step,
+    "sampling, greedy, bfloat16": lambda: sampling_step(1.0, True, suppressed=0, dtype=torch.bfloat16),
+    "sampling, everything": lambda: sampling_step(0.8, False, 0, 1.0, 0.1, 1.3, vocabulary=152_001),
+    "rope": lambda: rope_step(torch.bfloat16),
+    "rope, norms": lambda: rope_step(torch.bfloat16, norms=True),
+    "rope, float32, norms": lambda: rope_step(torch.float32, norms=True),
+    "rope, adjacent pairs of a part": lambda: rope_step(torch.bfloat16, rotary=64, interleaved=True),
+    "rope, odd width": lambda: rope_step(torch.float16, head_dim=80, rotary=80, norms=True),
 }
 
 
@@ -157,6 +195,8 @@ def names(target: str) -> list[str]:
         CASES["advantages"],
         CASES["merge"],
         CASES["decode, tile of 64"],
+        CASES["sampling, everything"],
+        CASES["rope"],
     ):
         with compiling(target) as launches:
             step()
@@ -191,14 +231,38 @@ def sizes() -> None:
         (6, {"groups": 2, "max_prefix": 100_000, "blocks": 3000, "rows": 999_999}),
     ):
         decode_step(torch.bfloat16, 128, 16, 2, max_group, **shape)
+    for rows, vocabulary, suppressed in ((64, 151_936, 1), (1, 16, 16), (3, 152_001, 5), (1, 2**21 + 1, 64)):
+        sampling_step(0.9, False, 0, 1.0, 0.1, 1.3, rows=rows, vocabulary=vocabulary, suppressed=suppressed)
+    for tokens, rows in ((64, 70_000), (1, 16), (7, 17), (512, 999_999)):
+        rope_step(torch.bfloat16, tokens=tokens, rows=rows)
 
 
 def variants(capability: int) -> dict[str, Any]:
-    """Return how often each kernel is compiled for calls of many sizes, and the most dimensions of a grid."""
+    """Return how often each kernel is compiled for calls of many sizes, the most dimensions of a grid, and the kernels
+    and operators that sampling launches."""
     with compiling(capability) as launches:
         sizes()
     counts = Counter(name for name, _ in {(name, compiled.hash) for name, _, compiled in launches})
-    return {"compiled": counts, "dimensions": max(len(grid) for _, grid, _ in launches)}
+    launched = {}
+    for name in ("sampling", "sampling, everything"):
+        with compiling(capability) as each, Operators() as operators:
+            CASES[name]()
+        launched[name] = [kernel for kernel, _, _ in each] + operators.names
+    dimensions = max(len(grid) for _, grid, _ in launches)
+    return {"compiled": counts, "dimensions": dimensions, "launched": launched}
+
+
+class Operators(TorchDispatchMode):
+    """The operators of torch that launch a kernel: those that neither allocate nor view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view and not func.name().startswith("aten::empty"):
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
 
 
 def measure(capability: int) -> list[dict[str, Any]]:

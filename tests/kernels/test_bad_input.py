@@ -9,7 +9,7 @@ from torch import Tensor
 import vlmr1_kernels
 from tests.helpers import decode_cases
 from tests.helpers.kernel_cases import Case
-from vlmr1_kernels import GRPOSettings, ImplementationError, PrefixLayout, use
+from vlmr1_kernels import GRPOSettings, ImplementationError, PrefixLayout, SamplingOptions, use
 from vlmr1_kernels.testing import cast
 
 ROWS, SEQUENCES = 9, 4
@@ -42,6 +42,12 @@ GOOD: dict[str, dict[str, Any]] = {
         decode_cases.Case((3, 2), (2, 2), (3,) * 4, head_dim=8).draw(), torch.float32
     ),
 }
+SAMPLED = zeros(3, 7)
+GOOD["sample_tokens"] = {
+    "logits": SAMPLED, "draws": zeros(3).double(), "suppressed_ids": integers(2).long(), "seen": SAMPLED > 0,
+    "options": SamplingOptions(0.5, False, 3, 0.5, 0.1, 1.2),
+}  # fmt: skip
+GOOD["rope_kv_write"] = decode_cases.cast(decode_cases.RopeCase(norms=True).draw(), torch.float32)
 DOUBLE = {
     op: {name: v.double() for name, v in GOOD[op].items() if isinstance(v, Tensor) and v.is_floating_point()}
     for op in ("linear_logprob", "group_advantages", "grpo_loss", "linear_grpo_loss")
@@ -155,6 +161,40 @@ BAD: dict[str, list[tuple[dict[str, Any], tuple[str, ...]]]] = {
         ({"max_prefix": -1}, ("max_prefix",)),
         ({"q": zeros(4, 4, 8, grad=True)}, ("gradient",)),
     ],
+    "sample_tokens": [
+        ({"logits": zeros(7)}, ("logits", "[7]")),
+        ({"logits": zeros(3, 0)}, ("logits", "[3, 0]")),
+        ({"logits": zeros(3, 7, dtype=torch.int64)}, ("logits", "float32")),
+        ({"logits": zeros(3, 7, grad=True)}, ("logits", "gradient")),
+        ({"draws": zeros(3)}, ("draws", "float64", "float32")),
+        ({"draws": zeros(2).double()}, ("draws", "[3]", "[2]")),
+        ({"draws": zeros(3, dtype=torch.float64, device="meta")}, ("draws", "meta", "cpu")),
+        ({"suppressed_ids": integers(1, 2)}, ("suppressed_ids", "int64", "int32")),
+        ({"suppressed_ids": zeros(1, 2, dtype=torch.int64)}, ("suppressed_ids", "[2]", "[1, 2]")),
+        ({"seen": zeros(3, 7)}, ("seen", "bool", "float32")),
+        ({"seen": zeros(3, 6) > 0}, ("seen", "[3, 7]", "[3, 6]")),
+        ({"seen": None}, ("seen", "repetition_penalty")),
+        ({"options": SamplingOptions(temperature=0.0)}, ("temperature",)),
+        ({"options": SamplingOptions(top_k=-1)}, ("top_k",)),
+        ({"options": SamplingOptions(top_p=0.0)}, ("top_p",)),
+        ({"options": SamplingOptions(min_p=1.5)}, ("min_p",)),
+        ({"options": SamplingOptions(repetition_penalty=0.0)}, ("repetition_penalty",)),
+    ],
+    "rope_kv_write": [
+        ({"q": zeros(5, 64)}, ("q must be", "[5, 64]")),
+        ({"q": zeros(5, 3, 16)}, ("3 query heads", "2")),
+        ({"k": zeros(5, 4, 16)}, ("k must be [5, 2, 16]", "[5, 4, 16]")),
+        ({"v": zeros(5, 2, 16).half()}, ("v is", "float16")),
+        ({"keys": zeros(2, 9, 7)}, ("keys", "[2, 9, 7]")),
+        ({"values": zeros(2, 9, 16)}, ("keys", "values is [2, 9, 16]")),
+        ({"cos": zeros(5, 15)}, ("cos must be [5, Dr]", "[5, 15]")),
+        ({"sin": zeros(5, 8)}, ("sin is [5, 8]", "[5, 16]")),
+        ({"cos": zeros(5, 16).double()}, ("cos must be float32", "float64")),
+        ({"k_norm": None}, ("q_norm and k_norm",)),
+        ({"q_norm": zeros(4)}, ("q_norm must be [16]", "[4]")),
+        ({"rows": integers(0, 1, 2, 3, 4)}, ("rows must be int64 [5]", "int32")),
+        ({"q": zeros(5, 4, 16, grad=True)}, ("gradient",)),
+    ],
 }
 CALLS = [(op, change, words) for op, calls in BAD.items() for change, words in calls]
 
@@ -181,7 +221,10 @@ def test_good_input_is_not_refused(op: str) -> None:
         ("varlen_attention", "flash", {}, ("cuda", "cpu")),
         ("group_advantages", "flash", {}, ("has no implementation 'flash'",)),
         ("shared_prefix_decode", "triton", decode_cases.Case((3,), (1,), (1,)).draw(), ("not torch.float64",)),
+        ("rope_kv_write", "triton", decode_cases.RopeCase().draw(), ("not torch.float64",)),
         ("shared_prefix_decode", "triton", WIDE, ("supports head dimensions up to 256, not 264",)),
+        ("sample_tokens", "triton", {}, ("triton has no top_k, no top_p",)),
+        ("sample_tokens", "triton", {"logits": SAMPLED.double()}, ("not torch.float64",)),
         *((op, impl, DOUBLE[op], ("not torch.float64",)) for op in DOUBLE for impl in ("native", "triton")),
     ],
 )

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.helpers import decode_cases
 from tests.helpers.attention import offsets
-from tests.helpers.kernel_cases import OBJECTIVES, PER_ROW, Case, Target
-from vlmr1_kernels import PrefixLayout, registry
+from tests.helpers.kernel_cases import DEVICE, OBJECTIVES, PER_ROW, Case, Target, on_device
+from vlmr1_kernels import PrefixLayout, SamplingOptions, registry
 from vlmr1_kernels.testing import HEAD, cast
 
+pytestmark = on_device
 NAMESPACE = "vlmr1_kernels"
 LOSSES = ("linear_logprob", "group_advantages", "grpo_loss", "linear_grpo_loss")
 ATTENTIONS = ("shared_prefix_attention", "varlen_attention")
@@ -27,7 +29,7 @@ TABLES = ([0, 2, 3], [0, 9], [9, 4], [[4, 5], [5, 6], [7, 8]], [3, 0, 6])  # Dec
 
 
 def calls(op: str, inputs: dict[str, Tensor], run: Callable[..., Any]) -> Iterator[Tensor]:
-    """Scalars of calls that differ in what they hand to the custom op; each is differentiable in the leaves."""
+    """Scalars of calls that differ in what they hand to the custom op; differentiable in the leaves where the op is."""
     if op == "linear_logprob":
         head = {name: inputs[name] for name in (*HEAD, "targets")}
         yield run(**head, temperature=0.7, softcap=CASE.softcap).sum()
@@ -40,11 +42,21 @@ def calls(op: str, inputs: dict[str, Tensor], run: Callable[..., Any]) -> Iterat
         logp, per_row = inputs["hidden"].sum(1), {name: inputs[name] for name in ("seq_ids", *PER_ROW)}
         yield run(logp, **per_row, advantages=inputs["advantages"], settings=OBJECTIVES["gspo, k1"])[0]
         yield run(logp, inputs["seq_ids"], rewards=inputs["advantages"], num_generations=2, normalizer=3.0)[0]
+    elif op == "sample_tokens":
+        logits, draws = inputs["hidden"].detach(), inputs["hidden"].detach()[:, 0].double().sigmoid()
+        yield torch.stack(run(logits, draws)[1:]).sum()
+        options = SamplingOptions(0.8, min_p=0.1, repetition_penalty=1.2)
+        yield torch.stack(run(logits, draws, inputs["targets"][:2] % 20, logits > 0, options=options)[1:]).sum()
     elif op == DECODE:
         keys = inputs["weight"].detach()[:, :16].unflatten(1, (2, 8)).transpose(0, 1)  # [2, 37, 8]
         tables = [torch.tensor(each, dtype=torch.int32, device=keys.device) for each in TABLES]
         out = run(inputs["hidden"].detach()[:3, :16].reshape(3, 2, 8), keys, keys, *tables, block=4, max_prefix=9)
         yield out.square().sum()
+    elif op == "rope_kv_write":
+        step = decode_cases.cast(
+            decode_cases.RopeCase(norms=True).draw(), inputs["hidden"].dtype, inputs["hidden"].device
+        )
+        yield run(**step).sum()
     elif op in ATTENTIONS:
         hidden = inputs["hidden"]  # [15, 20]
         q, k, v = (hidden[:, columns].unflatten(1, (-1, 8)).transpose(0, 1)[None] for columns in COLUMNS)
@@ -89,7 +101,7 @@ class _Record(TorchDispatchMode):
     ids=str,
 )
 def test_opcheck(impl: str, dtype: torch.dtype) -> None:
-    device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
+    device = DEVICE if impl == "triton" else "cpu"
     with _Record() as record:
         for op in (op for op in registry.ops() if impl in registry.implementations(op)):
             target = Target(op, impl, device)
@@ -128,7 +140,6 @@ def test_compiles_and_agrees(op: str, impl: str) -> None:
 
 @pytest.mark.parametrize("op", LOSSES)
 def test_native_and_triton_serve_wherever_they_can_be_built(op: str) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     needed = {"native": shutil.which("c++"), "triton": find_spec("triton")}
-    there = [Target(op, impl, "cpu" if impl == "native" else device) for impl, tool in needed.items() if tool]
+    there = [Target(op, impl, "cpu" if impl == "native" else DEVICE) for impl, tool in needed.items() if tool]
     assert [target.unsupported_reason(torch.float32) for target in there] == [None] * len(there)

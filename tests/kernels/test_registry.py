@@ -80,6 +80,16 @@ def test_auto_leaves_the_interpreter_to_those_who_ask_for_it(monkeypatch: pytest
     assert resolve("grpo_loss", "triton", CPU32).__module__.startswith("vlmr1_kernels")
 
 
+def test_a_compiled_graph_can_hold_the_selection() -> None:
+    request = CPU32._replace(device=torch.device("cuda"), dtype=torch.bfloat16)
+
+    def numbered(x: torch.Tensor) -> torch.Tensor:
+        return x + list(registry.implementations(ATTENTION)).index(registry.select(ATTENTION, request).name)
+
+    expected = numbered(torch.zeros(2))  # which looks for the packages
+    assert torch.equal(torch.compile(numbered, backend="eager", fullgraph=True)(torch.zeros(2)), expected)
+
+
 def test_auto_says_once_what_it_chose(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_logged", set())
     with caplog.at_level(logging.INFO, logger="vlmr1_kernels"):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tests.helpers.attention import CASES, FEW_KEYS, Heads, assert_equals, check_budget, separately, tensors
 from tests.helpers.kernel_cases import Target, targets
-from vlmr1_kernels import PrefixLayout, registry, shared_prefix_attention
+from vlmr1_kernels import PrefixLayout, implementations, registry, shared_prefix_attention
 from vlmr1_kernels.cpu import shared_prefix_attention as cpu
 from vlmr1_kernels.reference import shared_prefix_attention as reference
 
@@ -96,10 +96,32 @@ def test_strides_of_the_inputs_do_not_matter(function: Any) -> None:
 )
 def test_auto(device, dtype, head_dim, options, chosen, monkeypatch) -> None:
     pytest.importorskip("triton")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(implementations, "_capability", lambda device: (9, 0))
     request = registry.Request(torch.device(device), dtype, (4, 2, 9, head_dim), frozenset(options))
     assert registry.explain(OP, request).chosen == chosen
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(implementations, "_capability", lambda device: (7, 5))
     if chosen == "flash":
         assert registry.explain(OP, request).others["flash"] == "needs compute capability 8.0"
+
+
+@pytest.mark.parametrize(
+    ("capability", "head_dim", "chosen"),
+    [
+        ((8, 0), 128, "flash"),
+        ((9, 0), 128, "flash3"),
+        ((9, 0), 256, "flash3"),
+        ((10, 3), 128, "flash4"),
+        ((10, 0), 256, "flash"),
+        ((12, 0), 128, "flash"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("op", [OP, "varlen_attention"])
+def test_auto_prefers_the_package_of_the_device(op, capability, head_dim, chosen, monkeypatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(implementations, "_capability", lambda device: capability)
+    request = registry.Request(torch.device("cuda"), torch.bfloat16, (4, 2, 9, head_dim))
+    monkeypatch.setattr(implementations, "_missing", lambda version: "not installed")
+    assert registry.explain(op, request).chosen == "flash"
+    monkeypatch.setattr(implementations, "_missing", lambda version: None)
+    assert registry.explain(op, request).chosen == chosen

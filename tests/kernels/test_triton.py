@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from tests.helpers.kernel_cases import (
+    DEVICE,
     HALVES,
     Case,
     Target,
     check_budget,
     eager_loss_and_gradients,
     loss_and_gradients,
+    on_device,
     options_of,
 )
 from vlmr1_kernels import GRPOSettings, linear_grpo_loss, linear_logprob
@@ -26,7 +28,7 @@ import triton.language as tl  # noqa: E402
 
 from vlmr1_kernels.triton import head, sequences, softmax  # noqa: E402
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = on_device
 BLOCK = softmax.BLOCK
 EVERYTHING: dict[str, Any] = {"beta": 0.2, "tis_cap": 1.1, "delta": 1.5, "temperature": 0.7}
 

@@ -15,8 +15,9 @@ SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 1
 COMPILED = [capability for capability in SHARED_MEMORY if capability != 89]  # its code is that of 86
 VOCABULARY_KERNELS = ("statistics_kernel", "gradient_kernel", "loss_kernel")
 DECODE_KERNELS = ("partials_kernel", "merge_kernel")
-OTHERS = ("merge_rows_kernel", "objective_kernel", "sequences_kernel", "advantages_kernel")
-KERNELS = {*VOCABULARY_KERNELS, *DECODE_KERNELS, *OTHERS}
+SAMPLING_KERNELS = ("block_statistics_kernel", "threshold_kernel", "choice_kernel")
+OTHERS = ("merge_rows_kernel", "rope_kernel", "objective_kernel", "sequences_kernel", "advantages_kernel")
+KERNELS = {*VOCABULARY_KERNELS, *DECODE_KERNELS, *SAMPLING_KERNELS, *OTHERS}
 Kernel = dict[str, Any]
 
 
@@ -70,6 +71,12 @@ def test_decode(kernels: list[Kernel]) -> None:
             assert kernel["products"] >= 4 if half else kernel["products"] == 0, kernel
 
 
+def test_sampling(kernels: list[Kernel]) -> None:
+    for kernel in (each for each in kernels if each["name"] in SAMPLING_KERNELS):
+        if kernel["case"] != "sampling, everything":  # where rows are not aligned
+            assert kernel["loads"]["128"] >= 1, kernel
+
+
 def test_merge(kernels: list[Kernel]) -> None:
     for kernel in (each for each in kernels if each["name"] == "merge_rows_kernel"):
         assert kernel["loads"]["128"] >= 2 and kernel["stores"]["128"] >= 1, kernel
@@ -84,7 +91,12 @@ def test_compiles_for_rocm() -> None:
 
 def test_no_size_compiles_anew_waits_for_the_device_or_outgrows_the_grid() -> None:
     found = resources("variants")
-    # Two where the calls differ: in the normalizer, the level, or the gradient of an entropy.
-    two = {"sequences_kernel", "gradient_kernel", "objective_kernel"}
+    # Two where the calls differ: in the normalizer, the level, the gradient of an entropy, or the alignment of rows.
+    two = {"sequences_kernel", "gradient_kernel", "objective_kernel", *SAMPLING_KERNELS}
     assert found["compiled"] == {name: 2 if name in two else 1 for name in KERNELS}
+    # Default settings take two launches, min_p another one; nothing else computes.
+    assert found["launched"] == {
+        "sampling": [SAMPLING_KERNELS[0], SAMPLING_KERNELS[2]],
+        "sampling, everything": [*SAMPLING_KERNELS],
+    }
     assert found["dimensions"] == 1  # the first dimension of a grid holds 2^31 - 1 programs, the others 65,535

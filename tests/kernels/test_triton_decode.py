@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from tests.helpers.decode_cases import Arguments, Case, cast, check_budget, int32, one_by_one
-from tests.helpers.kernel_cases import DEVICES, on_gpu
+from tests.helpers.kernel_cases import DEVICE, on_device, on_gpu
 from vlmr1_kernels import shared_prefix_decode
+from vlmr1_kernels.inputs import DecodeTables
 from vlmr1_kernels.testing import assert_within_budget, relative_error
 
 triton = pytest.importorskip("triton")
 
-DEVICE = DEVICES[-1]
+pytestmark = on_device
 HALF = torch.float16  # the interpreter multiplies bfloat16 as integers
 MODULE = "vlmr1_kernels.triton.shared_prefix_decode"
 
@@ -50,6 +51,25 @@ def test_more_partial_results_than_one_block_merges(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(import_module(MODULE), "LEAST_CHUNK", 16)
     arguments = Case((33 * 16, 5), (2, 1), (40, 1, 0), block=16).draw()  # 33 and 3
     check_budget(triton_decode, arguments, torch.float32, DEVICE)
+
+
+@pytest.mark.parametrize(("processors", "chunks"), [(24, 24), (132, 64)])
+def test_chunks_of_a_prefix_fill_the_device(processors: int, chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two programs an SM, at most 64 chunks."""
+    module, launched = import_module(MODULE), []
+    monkeypatch.setattr(module, "processors", lambda device: processors)
+    monkeypatch.setattr(module, "shared_memory", lambda device: 2**20)
+    monkeypatch.setattr(module, "launch", lambda kernel, programs, *args, **options: launched.append(programs))
+    case = Case((9,), (2,), (3, 1), heads=4, kv_heads=2, head_dim=16, block=16)
+    module._forward(*_inputs(case), block=16, max_group=2, max_prefix=100_000, scale=1.0)
+    suffixes = 2 * 2  # branches and key heads
+    assert launched[0] == 2 * chunks + suffixes
+
+
+def _inputs(case: Case) -> tuple[Any, ...]:
+    """Queries, keys, values and tables, on a CPU."""
+    drawn = cast(case.draw(), torch.float32)
+    return drawn["q"], drawn["keys"], drawn["values"], DecodeTables(*(drawn[name] for name in DecodeTables._fields))
 
 
 def test_bounds_may_be_generous(poison: None) -> None:

@@ -4,19 +4,30 @@ import sys
 
 import pytest
 
+from tests.helpers import digit_runs
 from tests.helpers.python import python
 from vlmr1.errors import SettingError
 from vlmr1.rewards import score
+from vlmr1.tiny import digits
 
-OPTIONAL = ("pycocotools", "rapidfuzz", "math_verify", "matplotlib", "jinja2", "datasets", "peft", "sklearn")
 BOXES = '<answer>[{"bbox_2d": [0, 0, 10, 10], "label": "a"}]</answer>'
+BENCHMARKS = "gpu, gpu_parts, gpu_training, ops, step_session, planned"
+BARE = f"""
+from benchmarks import {BENCHMARKS}
+from vlmr1 import cli
+from vlmr1.commands import evaluate, plan, report, sft
+sys.exit(cli.main(sys.argv[1:]))
+"""
 
 
 @pytest.mark.slow
-def test_the_trainer_needs_torch_and_transformers_only():
-    code = f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL})); import vlmr1.grpo.trainer, vlmr1.rewards"
-    result = python("-c", code)
+def test_a_run_needs_torch_transformers_and_accelerate_only(tmp_path):
+    digits.write(tmp_path, "train", 2, seed=3)
+    words = digit_runs.command(tmp_path, tmp_path / "out", max_steps=1, write_report="true")
+    result = python("-m", "tests.helpers.bare", BARE, *words)
     assert result.returncode == 0, result.stderr
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert "pip install 'matplotlib'" in result.stderr
 
 
 LIGHT = {"data.samples": {"datasets", "pyarrow", "torch"}, "rewards.worker": {"torch"}}

@@ -27,14 +27,14 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def report_of_run(output_dir: Path) -> None:
-    """Write the page of a finished run; warn where the disk has no room for it."""
-    from vlmr1.errors import OutputError
+    """Write the page of a finished run; warn where the disk has no room for it, or no package draws its curves."""
+    from vlmr1.errors import OutputError, SettingError
     from vlmr1.lifecycle.console import ignore_broken_pipe
     from vlmr1.report.training import write_run_report
 
     try:
         path = write_run_report(output_dir)
-    except OutputError as error:
+    except (OutputError, SettingError) as error:
         logger.warning("%s", error)
         return
     with ignore_broken_pipe():

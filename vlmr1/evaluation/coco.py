@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from vlmr1.data.boxes import Box, area, to_xywh
+from vlmr1.errors import import_for
 from vlmr1.evaluation.bootstrap import counts
 
 ALL_SIZES = [[0.0, 1e10]]  # px^2
@@ -147,15 +146,16 @@ def _evaluated(images: Sequence[ImageBoxes], labels: Sequence[str]) -> Any:
             if prediction.box is not None and prediction.label in ids:
                 entry = _entry(len(predictions) + 1, image, ids[prediction.label], prediction.box)
                 predictions.append(entry | {"iscrowd": 0, "score": prediction.score})
-    evaluation = COCOeval(_coco(len(images), labels, truths), _coco(len(images), labels, predictions), "bbox")
+    library = import_for("average precision", "pycocotools.cocoeval", "pycocotools")
+    evaluation = library.COCOeval(_coco(len(images), labels, truths), _coco(len(images), labels, predictions), "bbox")
     evaluation.params.areaRng, evaluation.params.areaRngLbl = ALL_SIZES, ["all"]
     evaluation.evaluate()
     evaluation.accumulate()
     return evaluation
 
 
-def _coco(images: int, labels: Sequence[str], annotations: list[dict[str, Any]]) -> COCO:
-    coco = COCO()
+def _coco(images: int, labels: Sequence[str], annotations: list[dict[str, Any]]) -> Any:
+    coco = import_for("average precision", "pycocotools.coco", "pycocotools").COCO()
     content: Any = {
         "images": [{"id": i} for i in range(1, images + 1)],
         "categories": [{"id": k, "name": label} for k, label in enumerate(labels, start=1)],

@@ -15,6 +15,7 @@ from vlmr1.rollout.settings import RolloutSettings
 
 # Settings of these packages that determine no completion and no reward.
 NO_EFFECT = {"check_images", "val_split_ratio", "rollout_kv_mib", "reward_workers", "reward_timeout"}
+NO_EFFECT |= {"rollout_keep_cache"}
 NO_EFFECT |= {f"judge_{name}" for name in ("timeout", "retries", "concurrency")}
 
 

@@ -18,6 +18,7 @@ from vlmr1.grpo.buffer import BufferSampler
 from vlmr1.grpo.loss import PackLoss
 from vlmr1.grpo.pack_runner import PackRunner
 from vlmr1.grpo.policy import PackedPolicy, call
+from vlmr1.models.frozen import frozen_in
 from vlmr1.training.hf_trainer import HFTrainer
 from vlmr1.types import Group, Pack, Sample
 from vlmr1_kernels import use
@@ -58,6 +59,11 @@ class PackTrainer(HFTrainer):
     def make_dataset(self, samples: Sequence[Sample], args: Any) -> Any:
         """The data set of the rows."""
         return setup.make_dataset(self.base, self.family, self.processor, samples, args)
+
+    def train(self, *given: Any, **options: Any) -> Any:
+        """As the library's; frozen weights are in the dtype of autocast meanwhile."""
+        with frozen_in(self.base, None if self.parallel.has_engine else self.dtype):
+            return super().train(*given, **options)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One update's gradients from a list of items of the data set; returns the loss."""

@@ -19,23 +19,43 @@ from vlmr1.distributed.sharded import Sharding, disable_adapter, is_partitioned,
 from vlmr1.distributed.sharded_params import gather_full, lerp_, scatter_full
 from vlmr1.grpo.policy import PackedPolicy, call
 from vlmr1.models import load_model
+from vlmr1.models.frozen import cast_by_autocast, fits, with_float32_rows
 from vlmr1.types import Pack
 
 REFERENCE = "reference.safetensors"  # of a checkpoint, where the reference moves
 
 
 def frozen_copy(
-    model: Any, memo: dict[int, Any] | None = None, *, shared: bool = True, source: Mapping[str, Any] | None = None
+    model: Any,
+    memo: dict[int, Any] | None = None,
+    *,
+    shared: bool = True,
+    source: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Any:
     """A reference model: what is trained is copied, what is frozen is the model's own where it is `shared`. `memo`:
     copies that exist already, by the id of the original. A model that ZeRO-3 has spread over the ranks is read
-    again, with the options `source`."""
+    again, with the options `source`. `dtype`: of autocast, which reads the copies as well in it."""
     if is_partitioned(model):
         attention = model.config._attn_implementation
         again = load_model(model.name_or_path, dtype=model.dtype, attn_implementation=attention, **(source or {}))
         return again.eval().requires_grad_(False)
     frozen = {id(parameter): parameter for parameter in model.parameters() if shared and not parameter.requires_grad}
-    return copy.deepcopy(model, memo=frozen | (memo or {})).eval().requires_grad_(False)
+    made = {id(p): nn.Parameter(p.detach().to(to), requires_grad=False) for p, to in copied_in(model, dtype).items()}
+    copied = copy.deepcopy(model, memo=made | frozen | (memo or {})).eval().requires_grad_(False)
+    if copied.get_input_embeddings().weight.dtype == dtype != model.get_input_embeddings().weight.dtype:
+        with_float32_rows(copied)
+    return copied
+
+
+def copied_in(model: Any, dtype: torch.dtype | None) -> dict[nn.Parameter, torch.dtype]:
+    """The trained float32 parameters that a copy under autocast to `dtype` can have in that dtype: its log-probs are
+    those of a float32 copy, bit for bit. Of embeddings each value has to fit."""
+    if dtype is None:
+        return {}
+    rows = model.get_input_embeddings().weight
+    trained = (parameter for parameter in cast_by_autocast(model) if parameter.requires_grad)
+    return {each: dtype for each in trained if each is not rows or fits(each, dtype)}
 
 
 class Reference:
@@ -121,15 +141,22 @@ class HostReference(Reference):
     """`Reference` whose copies are in host memory (pinned where the policy is on a GPU), and on the device for its
     passes only."""
 
-    def __init__(self, forward: PackedPolicy, policy: Any, device: torch.device | None = None):
+    def __init__(
+        self,
+        forward: PackedPolicy,
+        policy: Any,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         self.device = policy.device if device is None else device
         pinned = self.device.type == "cuda"
-        copies = {}
+        copies, dtypes = {}, copied_in(policy, dtype)
         for parameter in policy.parameters():
             if parameter.requires_grad:
-                kept = torch.empty_like(parameter, device="cpu", pin_memory=pinned, requires_grad=False)
+                options: dict[str, Any] = {"dtype": dtypes.get(parameter), "pin_memory": pinned}
+                kept = torch.empty_like(parameter, device="cpu", requires_grad=False, **options)
                 copies[id(parameter)] = nn.Parameter(kept.copy_(parameter.detach()), requires_grad=False)
-        forward.model = frozen_copy(policy, memo=copies)
+        forward.model = frozen_copy(policy, memo=copies, dtype=dtype)
         super().__init__(forward, policy)
         self.host = {parameter: parameter.data for parameter in copies.values()}
 
@@ -160,9 +187,11 @@ def make_reference(
     accelerator: Any = None,
     sharding: Sharding | None = None,
     source: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Reference:
     """The reference of the policy that `forward` is of, of the kind "copy", "adapter" or "offload"; `wrapped` is that
     policy, or the `peft.PeftModel` around it; `source` (revision, trust_remote_code) is how the policy was read.
+    `dtype`: of autocast, for a copy that never moves.
 
     What is copied is what is trained. For a run that starts from an adapter that is the adapter as it was read, which
     the copy adds to the policy's own base: TRL keeps such a copy as a second adapter."""
@@ -171,8 +200,10 @@ def make_reference(
     if kind == "adapter":
         return AdapterReference(forward, policy, wrapped)
     if kind == "offload":
-        return HostReference(forward, policy, device)
-    forward.model = frozen_copy(policy, shared=sharding is None, source=source)
+        return HostReference(forward, policy, device, dtype)
+    forward.model = frozen_copy(
+        policy, shared=sharding is None, source=source, dtype=dtype if sharding is None else None
+    )
     if sharding is not None:
         copied = sharded_reference(forward.model, accelerator, sharding)
         return Reference(forward, policy, copied, trained=wrapped, sharding=sharding)

@@ -98,6 +98,7 @@ def make_engine(trainer: Any, model: Any, features: FeatureCache | None = None) 
         features=features,
         kv_mib=trainer.args.rollout_kv_mib,
         cuda_graphs=trainer.args.cuda_graphs,
+        fused_layers=getattr(trainer.args, "fused_layers", "auto"),
         keep_cache=False if moves else trainer.args.rollout_keep_cache,
         chat_template=trainer.processor.chat_template,
         skip_special_tokens=trainer.args.skip_special_tokens,
@@ -123,4 +124,5 @@ def make_reference_model(trainer: Any, model: Any, trained: Any) -> Reference | 
         accelerator=trainer.accelerator,
         sharding=trainer.sharding,
         source={"revision": args.model_revision, "trust_remote_code": args.trust_remote_code},
+        dtype=None if args.sync_ref_model else trainer.dtype,  # small moves are lost in bfloat16
     )

@@ -66,7 +66,7 @@ class ModelFamily(ABC):
     def tower_inputs(self, model: Any, images: Sequence[ImageInputs], dim: int = 0) -> dict[str, Tensor]:
         """Batch the inputs of several images on the tower's device."""
         device = next(attrgetter(self.vision_paths[0])(model).parameters()).device
-        return {name: value.to(device) for name, value in joined(images, dim).items()}
+        return {name: value.to(device, non_blocking=True) for name, value in joined(images, dim).items()}
 
     # Decoder
 

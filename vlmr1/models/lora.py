@@ -14,6 +14,7 @@ from torch import nn
 
 from vlmr1.errors import SettingError, import_for
 from vlmr1.models.family import ModelFamily
+from vlmr1.models.frozen import held_dtype
 from vlmr1.models.settings import ParameterSettings
 
 
@@ -141,7 +142,13 @@ def merged(model: Any) -> Iterator[None]:
     kept = [layer.get_base_layer().weight.data for layer in layers]
     try:
         for layer in layers:
+            weight = layer.get_base_layer().weight
+            dtype, wide = weight.dtype, held_dtype(weight)
+            if wide is not None:  # merged in bfloat16, a weight would be rounded twice
+                weight.data = weight.data.to(wide)
             layer.merge(safe_merge=True)  # into a copy
+            if wide is not None:
+                weight.data = weight.data.to(dtype)
         yield
     finally:
         for layer, weight in zip(layers, kept, strict=True):

@@ -69,12 +69,19 @@ class Job:
     def shards_gradients(self) -> bool:
         return self.zero >= 2 and self.gpus > 1
 
+    @property
+    def holds_frozen(self) -> bool:
+        """Return whether frozen float32 weights are held in bfloat16: not where DeepSpeed or FSDP holds all weights."""
+        args = self.args
+        frozen = args.use_peft or args.freeze_vision or args.freeze_merger
+        return bool(frozen) and args.bf16 and args.model_dtype == "float32" and self.zero == 0
+
     def run_key(self) -> tuple[Any, ...]:
         """A key that two jobs share if their dry runs are equal."""
         settings = [(f.name, str(getattr(self.args, f.name))) for f in fields(self.args) if f.name not in NOT_RUN]
         shape = self.device, self.image_tokens, self.text_tokens
-        sharded = self.shards_gradients, self.shards_weights
-        return self.config.to_json_string(), *shape, self.device_bytes, *sharded, self.reference == "none", *settings
+        places = self.device_bytes, self.shards_gradients, self.shards_weights, self.holds_frozen
+        return self.config.to_json_string(), *shape, *places, self.reference == "none", *settings
 
 
 def image_of(config: Any, tokens: int) -> tuple[ImageInputs, int]:
@@ -135,8 +142,8 @@ def prompts_of(job: Job, family: ModelFamily, model: Any) -> list[Prompt]:
     return prompts
 
 
-def largest_pack(job: Job, prompts: Sequence[Prompt]) -> tuple[Pack, bool]:
-    """The largest pack of an update whose completions all reach the length limit, and whether it has other packs."""
+def packs_of(job: Job, prompts: Sequence[Prompt]) -> list[Pack]:
+    """The packs of an update whose completions all reach the length limit."""
     args = job.args
     ids, logp = torch.zeros(args.max_completion_length, dtype=torch.long), torch.zeros(args.max_completion_length)
     completions = tuple(Completion(ids, logp, logp, "", "length") for _ in range(args.num_generations))
@@ -144,5 +151,10 @@ def largest_pack(job: Job, prompts: Sequence[Prompt]) -> tuple[Pack, bool]:
     groups = [Group(prompt, completions, torch.zeros(size, 1), torch.ones(size)) for prompt in prompts]
     options = {"share_prompt": args.share_prompt, "pack": args.pack}
     rows = plan_packs(groups, tokens_per_pack=args.tokens_per_pack, **options)
-    packs = [make_pack(row, share_vision=args.share_vision) for row in rows]
+    return [make_pack(row, share_vision=args.share_vision) for row in rows]
+
+
+def largest_pack(job: Job, prompts: Sequence[Prompt]) -> tuple[Pack, bool]:
+    """The largest pack of such an update, and whether it has other packs."""
+    packs = packs_of(job, prompts)
     return max(packs, key=lambda pack: len(pack.input_ids)), len(packs) > 1

@@ -13,9 +13,12 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from vlmr1.grpo.reference import copied_in
 from vlmr1.models import family_for
+from vlmr1.models.frozen import hold_frozen
 from vlmr1.models.lora import base_of
 from vlmr1.models.optimizers import Parameter, optimizer_of
 from vlmr1.models.precision import prepare_trained
@@ -75,6 +78,7 @@ class _Counted:
     weights: int
     buffers: int
     trained: tuple[Parameter, ...]
+    narrowed: int  # bytes that a reference in the compute dtype has less than one in the dtype of the weights
     gathered: int  # parameters that ZeRO-3 has gathered at a time
     images: int
     dry: Mapping[str, Bytes]
@@ -96,7 +100,8 @@ class Planner:
         states = _share(sum(map(optimizer.state_bytes, trained)), sharing[1])
         stepping = states + _share(optimizer.step_bytes(trained, lists=job.device == "cuda"), sharing[1])
         gradients = _share(sum(4 * each.numbers for each in trained), sharing[2])  # float32 in any case
-        copy = _share(sum(each.bytes for each in trained) + counted.buffers, sharing[3])
+        narrowed = 0 if sharing[3] > 1 or job.args.sync_ref_model else counted.narrowed
+        copy = _share(sum(each.bytes for each in trained) + counted.buffers - narrowed, sharing[3])
         always = {
             WEIGHTS: _share(counted.weights, sharing[3]) + (counted.gathered if sharing[3] > 1 else 0),
             OPTIMIZER: states - paged,
@@ -144,7 +149,14 @@ def peak_bytes(args: Any, config: Any, **job: Any) -> int:
 def model_without_data(job: Job, dry: DryRun) -> Any:
     """The model that the job trains, or the `peft.PeftModel` around it, as the trainer makes it, without data."""
     args = job.args
-    trained = without_data(lambda: planned_model(deepcopy(job.config), args), dry.fake)  # it notes a dtype there
+
+    def make() -> Any:
+        made = planned_model(deepcopy(job.config), args)  # it notes a dtype there
+        if job.holds_frozen:
+            hold_frozen(base_of(made), torch.bfloat16)
+        return made
+
+    trained = without_data(make, dry.fake)
     model = base_of(trained)
     model.tie_weights()
     prepare_trained(trained, args)
@@ -160,20 +172,26 @@ def model_without_data(job: Job, dry: DryRun) -> Any:
 
 def _counted(job: Job, wrapped: Any, dry: DryRun) -> _Counted:
     model = base_of(wrapped)
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     parameters, buffers = list(model.parameters()), list(model.buffers())
-    trained = [p for p in parameters if p.requires_grad]
     layers = attrgetter(family_for(model.config).decoder_path)(model).layers
     layer = max(_bytes(layer.parameters()) for layer in layers)
     return _Counted(
         numbers=sum(map(numbers_of, parameters)),
         weights=_bytes(parameters) + _bytes(buffers),
         buffers=_bytes(buffers),
-        trained=tuple(Parameter(tuple(p.shape), p.itemsize, id(p) in embeddings) for p in trained),
+        narrowed=2 * sum(p.numel() for p in copied_in(model, torch.bfloat16 if job.args.bf16 else None)),
+        trained=trained_parameters(model),
         gathered=2 * layer + _bytes([model.get_input_embeddings().weight]),
         images=2 * job.prompts * image_bytes(job),
         dry=dry_passes(job, wrapped, dry),
     )
+
+
+def trained_parameters(model: Any) -> tuple[Parameter, ...]:
+    """What the optimizer is given."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return tuple(Parameter(tuple(p.shape), p.itemsize, id(p) in embeddings) for p in trained)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -48,7 +48,7 @@ class DryOnCuda(DryPacked):
 
     def hidden_rows(self, pack: Pack) -> Tensor:
         ids, positions = pack.input_ids[None], pack.positions[:, None]
-        shared: Any = FlashPacked(any(map(any, pack.layout.branch_lengths)))
+        shared: Any = FlashPacked(pack.layout)
         with autocast(self.model.device, self.dtype), self.attention():
             features, _ = self.image_features(pack)
             hidden = self.family.hidden(self.model, ids, positions, features, shared=shared)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import attrgetter
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlmr1.grpo.policy import PackedPolicy
-from vlmr1.models.attention import autocast
+from vlmr1.planner import cuda_ops
 from vlmr1.planner.cuda_ops import Streaming
-from vlmr1.planner.dry_run import ACTIVATIONS, GRAPHS, KV, LOGITS, DryRun
+from vlmr1.planner.dry_run import ACTIVATIONS, GRAPHS, KV, LOGITS, WEIGHTS, DryRun
 from vlmr1.planner.job import Job
 from vlmr1.rollout import NativeEngine
+from vlmr1.rollout.decoder_weights import copied_bytes
 from vlmr1.rollout.engine import Request
 from vlmr1.rollout.kv_cache import BLOCK_SIZE, block_bytes, num_blocks, rounded_up
 from vlmr1.rollout.sampling import sample_tokens
@@ -38,13 +41,13 @@ def cache_blocks(job: Job, prompts: Sequence[Prompt], dtype: torch.dtype, engine
     whether they are kept between generations."""
     args = job.args
     group = num_blocks(len(prompts[0].input_ids)) + args.num_generations * num_blocks(args.max_completion_length - 1)
-    wanted = group * len(prompts)
+    wanted, device_bytes = group * len(prompts), job.device_bytes if job.device == "cuda" else None
     each = block_bytes(job.config.get_text_config(decoder=True), dtype)
-    kept = engine.keeps(wanted * each, job.device_bytes)
+    kept = engine.keeps(wanted * each, device_bytes)
     wanted = rounded_up(wanted) if kept else wanted
     if args.rollout_kv_mib is not None:
         wanted = min(wanted, int(args.rollout_kv_mib * MIB) // each)
-        kept = engine.keeps(wanted * each, job.device_bytes)
+        kept = engine.keeps(wanted * each, device_bytes)
     return max(wanted, group), kept
 
 
@@ -58,12 +61,19 @@ def rollout(job: Job, policy: PackedPolicy, prompts: Sequence[Prompt], dry: DryR
     engine = NativeEngine(model, policy.family, None, dtype=policy.dtype, features=policy.features, ignore_eos=True)
     engine.cuda_graphs = args.cuda_graphs
     engine.keep_cache = False if args.lora_merge_rollout or job.shards_weights else args.rollout_keep_cache
+    copied = copied_weights(job, policy, dtype)
+    if copied is not None:
+        engine.decode_forward = SimpleNamespace(fixed_addresses=True, copied_bytes=copied)
     blocks, kept = cache_blocks(job, prompts, dtype, engine)
     graphs = job.device == "cuda" and args.cuda_graphs is not False
     model.eval()
-    with autocast(model.device, policy.dtype):
+    options: dict[str, Any] = {"enabled": policy.dtype is not None, "cache_enabled": not copied}
+    with torch.autocast(model.device.type, dtype=policy.dtype, **options):
+        with dry.of(GRAPHS if graphs else WEIGHTS):  # they are kept for graphs
+            copies = torch.empty((copied or 0) // 4)
         with dry.of(KV):
             state = engine.new_state(blocks)
+            dry.is_of(state.suppressed_ids, LOGITS)
         with dry.of(LOGITS):
             schedule = (_OnCuda if job.device == "cuda" else Scheduler)(engine, request, state, {}, graphs=graphs)
             if job.device == "cuda" and dtype.itemsize < 4:
@@ -75,9 +85,9 @@ def rollout(job: Job, policy: PackedPolicy, prompts: Sequence[Prompt], dry: DryR
         if graphs:
             before = dry.total
             _decode(policy, schedule, batch, dry)
-            held[GRAPHS] = dry.peak - before
+            held[GRAPHS] = dry.peak - before + copies.nbytes
             with dry.of(GRAPHS):  # a step's memory is that of its graph, and cannot be used by a prefill
-                pool = torch.empty(held[GRAPHS] // 4)
+                pool = torch.empty((dry.peak - before) // 4)
             dry.restart()
         _prefill(policy, schedule, groups, dry)
         if graphs:
@@ -87,6 +97,15 @@ def rollout(job: Job, policy: PackedPolicy, prompts: Sequence[Prompt], dry: DryR
     if not engine.fixed_addresses:
         held.pop(GRAPHS, None)
     return held if kept else {}
+
+
+def copied_weights(job: Job, policy: PackedPolicy, dtype: torch.dtype) -> int | None:
+    """Bytes of the weights that the decode steps of a GPU copy; None where they run the stock forward."""
+    args = job.args
+    stock = getattr(args, "fused_layers", "auto") == "torch" or args.load_in_4bit or job.shards_weights
+    if job.device != "cuda" or stock or (args.use_dora and not args.lora_merge_rollout):
+        return None
+    return copied_bytes(attrgetter(policy.family.decoder_path)(policy.model).layers, dtype)
 
 
 def _prefill(policy: PackedPolicy, schedule: Scheduler, groups: Sequence[RunningGroup], dry: DryRun) -> None:
@@ -101,7 +120,7 @@ def _prefill(policy: PackedPolicy, schedule: Scheduler, groups: Sequence[Running
         seen = torch.zeros(len(draws), schedule.vocabulary, dtype=torch.bool)
     with dry.of(LOGITS):
         logits = logits.repeat_interleave(torch.full((len(groups),), size), 0, output_size=len(draws))
-        sample_tokens(logits, schedule.suppressed_ids, schedule.settings, draws, seen)
+        _sample(schedule, logits, draws, seen)
 
 
 def _full_batch(schedule: Scheduler, groups: Sequence[RunningGroup]) -> Batch:
@@ -125,7 +144,12 @@ def _decode(policy: PackedPolicy, schedule: Scheduler, batch: Batch, dry: DryRun
     with dry.of(ACTIVATIONS):
         hidden = policy.family.hidden(policy.model, batch.tokens[:, None], positions, [], shared=shared)
     with dry.of(LOGITS):
-        sample_tokens(schedule.logits(hidden[:, 0]), schedule.suppressed_ids, schedule.settings, draws, batch.seen)
+        _sample(schedule, schedule.logits(hidden[:, 0]), draws, batch.seen)
+
+
+def _sample(schedule: Scheduler, logits: Tensor, draws: Tensor, seen: Tensor | None) -> None:
+    sample = cuda_ops.sample_tokens if isinstance(schedule, _OnCuda) else sample_tokens
+    sample(logits, schedule.suppressed_ids, schedule.settings, draws, seen)
 
 
 @torch.no_grad()
@@ -139,7 +163,7 @@ def generate(job: Job, policy: PackedPolicy, prompts: Sequence[Prompt], dry: Dry
     positions = torch.stack([prompt.positions for prompt in rows], 1)
     model.eval()
     dry.restart()
-    with autocast(model.device, policy.dtype):
+    with torch.autocast(model.device.type, dtype=policy.dtype, enabled=policy.dtype is not None):
         cached = len(rows) * (ids.shape[1] + job.args.max_completion_length) * block_bytes(config, dtype) // BLOCK_SIZE
         with dry.of(KV):
             kept = torch.empty(cached // dtype.itemsize, dtype=dtype)

@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from vlmr1.errors import SettingError
 from vlmr1.lifecycle.disk import guard_writes
-from vlmr1.report.curves import COLORS
+from vlmr1.report.curves import COLORS, new_figure
 from vlmr1.report.html import render
 from vlmr1.report.pictures import data_uri
 from vlmr1.report.run_groups import Estimate, RunGroup, different_settings, grouped, read_runs
@@ -83,8 +81,7 @@ def draw(groups: Sequence[RunGroup], metrics: dict[str, str]) -> bytes:
     series = {k: np.concatenate([run.series(k)[1] for group in groups for run in group.runs]) for k in metrics}
     metrics = {k: title for k, title in metrics.items() if np.ptp(series[k]) > 0} or metrics
     height = -(-len(metrics) // COLUMNS)
-    figure = Figure(figsize=(4.6 * COLUMNS, 2.9 * height + 0.3 * len(groups)), dpi=100, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure, canvas = new_figure(4.6 * COLUMNS, 2.9 * height + 0.3 * len(groups), dpi=100)
     for place, (metric, title) in enumerate(metrics.items()):
         axes = figure.add_subplot(height, COLUMNS, place + 1)
         for number, group in enumerate(groups):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+
+from vlmr1.errors import import_for
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito
 LABELS = {
@@ -15,6 +16,14 @@ LABELS = {
     "kl": "KL to the reference (nats per token)",
     "completion_length": "completion length (tokens)",
 }
+
+
+def new_figure(width: float, height: float, dpi: int) -> tuple[Any, Any]:
+    """Return an empty figure of a size in inches, and its canvas. SettingError without matplotlib."""
+    library = import_for("a picture of curves", "matplotlib.figure", "matplotlib")
+    agg = import_for("a picture of curves", "matplotlib.backends.backend_agg", "matplotlib")
+    figure = library.Figure(figsize=(width, height), dpi=dpi, layout="constrained")
+    return figure, agg.FigureCanvasAgg(figure)
 
 
 def reward_curve(history: Sequence[Mapping[str, float]], path: Path, *, window: int | None = None) -> Path:
@@ -38,8 +47,7 @@ def reward_curve(history: Sequence[Mapping[str, float]], path: Path, *, window: 
 
     columns = min(2 if len(panels) <= 4 else 3, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.6 * columns, 3.1 * rows), dpi=120, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure, canvas = new_figure(4.6 * columns, 3.1 * rows, dpi=120)
     for place, (key, (steps, values)) in enumerate(panels.items()):
         axes = figure.add_subplot(rows, columns, place + 1)
         color = COLORS[place % len(COLORS)]

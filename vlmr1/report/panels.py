@@ -7,11 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from vlmr1.report import curves
-from vlmr1.report.curves import running_mean
+from vlmr1.report.curves import new_figure, running_mean
 
 COLUMNS = 3
 COLORS = (*curves.COLORS, "#f0e442", "#444444")  # one for each phase, and the peak
@@ -38,8 +36,7 @@ def run_curves(rows: Rows) -> bytes | None:
     if not panels:
         return None
     height = -(-len(panels) // COLUMNS)
-    figure = Figure(figsize=(4.6 * COLUMNS, 2.9 * height), dpi=100, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure, canvas = new_figure(4.6 * COLUMNS, 2.9 * height, dpi=100)
     for place, (title, kind, keys) in enumerate(panels):
         axes = figure.add_subplot(height, COLUMNS, place + 1)
         {"reward": _reward, "lines": _lines, "areas": _areas}[kind](axes, rows, keys)

@@ -102,6 +102,7 @@ class RolloutEngine(ABC):
     keep_cache: bool | None = None  # between generations, with graphs; None: where they are useful and small
     chat_template: str | None = None  # of the processor; None: the tokenizer's
     skip_special_tokens: bool = False  # in the text of a completion; False: only those of end and padding
+    fused_layers: str = "auto"  # "torch": decode steps run the stock forward
     ignore_eos: bool = False  # no token ends a completion: for measurements
     stats: RolloutStats = field(default_factory=RolloutStats, init=False)
 

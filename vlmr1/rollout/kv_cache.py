@@ -155,14 +155,20 @@ class DecodeAttention:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         """Write k, v [S, Hkv, 1, Dh] to the cache; return the attention output [S, H, 1, Dh]."""
         assert self.step is not None
-        rows, lengths = self.step
+        rows = self.step[0]
         keys, values = self.cache.layer(layer)
         keys.index_copy_(1, rows, k[:, :, 0].transpose(0, 1))
         values.index_copy_(1, rows, v[:, :, 0].transpose(0, 1))
+        return self.read(layer, q[:, :, 0], scale)[:, :, None]
+
+    def read(self, layer: int, q: Tensor, scale: float | None) -> Tensor:
+        """Return the attention output [S, H, Dh] of q [S, H, Dh], whose keys and values are in the cache already."""
+        assert self.step is not None
+        keys, values = self.cache.layer(layer)
+        lengths = self.step[1]
         tables = self.group_offsets, self.prefix_starts, self.prefix_lengths, self.suffix_blocks, lengths
         sizes: dict[str, Any] = {"block": BLOCK_SIZE, "max_group": self.max_group, "max_prefix": self.max_prefix}
-        out = shared_prefix_decode(q[:, :, 0], keys, values, *tables, **sizes, scale=scale)
-        return out[:, :, None]
+        return shared_prefix_decode(q, keys, values, *tables, **sizes, scale=scale)
 
     def end_step(self) -> None:
         """Count this step's tokens as cached."""

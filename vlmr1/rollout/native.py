@@ -9,10 +9,11 @@ import torch
 
 from vlmr1.errors import MemoryShort, SettingError
 from vlmr1.rollout.decode_state import DecodeState
+from vlmr1.rollout.decoder import DecodeForward
 from vlmr1.rollout.engine import Request, RolloutEngine, SampledCompletion
 from vlmr1.rollout.kv_cache import KVCache, block_bytes, head_dim_of, num_blocks, rounded_up
 from vlmr1.rollout.scheduler import Completions, Scheduler
-from vlmr1.rollout.settings import KEPT_SHARE
+from vlmr1.rollout.settings import COPIES_SHARE, KEPT_SHARE
 from vlmr1.types import Prompt
 from vlmr1_kernels import registry
 
@@ -26,12 +27,34 @@ class NativeEngine(RolloutEngine):
     """Decodes all sequences together (continuous batching) within a KV cache of fixed size."""
 
     max_blocks: int | None = None  # size of the KV cache after the last out-of-memory error
-    decode_forward: Any = None  # forward of a decode step; None: the model's own
+    decode_forward: Any = None  # a `DecodeForward`; None: decode steps run the stock forward
     state: DecodeState | None = None  # kept from the last generation
 
     def sample(self, request: Request) -> list[SampledCompletion]:
-        if self.decode_forward is not None:
+        self.prepare_decode()
+        forward = self.decode_forward
+        # A second copy of the weights, autocast's, would serve the prefill alone.
+        cached = forward is None or not forward.copies
+        options: dict[str, Any] = {"enabled": self.dtype is not None, "cache_enabled": cached}
+        try:
+            with torch.autocast(self.model.device.type, dtype=self.dtype, **options):
+                return self._sample(request)
+        finally:
+            if forward is not None:
+                forward.release(keep_copies=self.state is not None)  # whose graphs read them
+
+    def prepare_decode(self) -> None:
+        """Make the forward of decode steps, or let it read the weights anew."""
+        reason = DecodeForward.supports(self.model, self.family, self.dtype)
+        if self.fused_layers == "torch" or reason is not None:
+            self.decode_forward = None
+            logger.info("rollout: decode steps run the stock forward: %s", reason or "fused_layers is torch")
+        elif self.decode_forward is None or self.decode_forward.autocast != self.dtype:
+            self.decode_forward = DecodeForward(self.model, self.family, self.dtype)
+        else:
             self.decode_forward.refresh()
+
+    def _sample(self, request: Request) -> list[SampledCompletion]:
         blocks, graphs = self._blocks(request), self._graphs(request)
         done: Completions = {}
         while len(done) < len(request.prompts) * request.num_generations:
@@ -63,6 +86,7 @@ class NativeEngine(RolloutEngine):
         addresses: tuple[int, ...] = ()
         if self.keeps(state.cache.data.nbytes, self._device_bytes):  # sharded weights have none
             addresses = tuple(each.data_ptr() for each in (*self.model.parameters(), *self.model.buffers()))
+            addresses += () if self.decode_forward is None else self.decode_forward.addresses
         state.begin_generation(addresses)
         return state
 
@@ -80,13 +104,16 @@ class NativeEngine(RolloutEngine):
 
     def free_cache(self) -> None:
         self.state = None
+        if self.decode_forward is not None:
+            self.decode_forward.release()
 
     def keeps(self, cache_bytes: int, device_bytes: int | None) -> bool:
         """Return whether a KV cache of this size is kept between generations; `device_bytes` is None without a GPU."""
         if self.keep_cache is not None:
             return self.keep_cache
         useful = device_bytes is not None and self.cuda_graphs is not False and self.fixed_addresses
-        return useful and cache_bytes <= KEPT_SHARE * device_bytes
+        copied = 0 if self.decode_forward is None else self.decode_forward.copied_bytes
+        return useful and cache_bytes <= KEPT_SHARE * device_bytes and copied <= COPIES_SHARE * device_bytes
 
     @property
     def fixed_addresses(self) -> bool:

@@ -291,13 +291,19 @@ class Scheduler:
     def step(self, batch: Batch, draws: Tensor) -> StepOutput:
         """Sample the next token of each sequence with `draws` [S] and advance the batch."""
         batch.attention.begin_step()
-        positions = batch.positions.expand(batch.position_dims, -1)[..., None]  # [K, S, 1]
-        hidden = self.family.hidden(self.model, batch.tokens[:, None], positions, [], shared=batch.attention)
-        logits = self.logits(hidden[:, 0])  # [S, V]
+        logits = self.logits(self.hidden(batch))  # [S, V]
         batch.attention.end_step()
         output = sample_tokens(logits, self.suppressed_ids, self.settings, draws, batch.seen)
         batch.advance(output[0])
         return output
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Return the last hidden states [S, D] of a decode step."""
+        forward = getattr(self.engine, "decode_forward", None)
+        if forward is not None:
+            return forward.hidden(batch)
+        positions = batch.positions.expand(batch.position_dims, -1)[..., None]  # [K, S, 1]
+        return self.family.hidden(self.model, batch.tokens[:, None], positions, [], shared=batch.attention)[:, 0]
 
     def draws(self, prompt_keys: np.ndarray, sequence_keys: np.ndarray, indices: np.ndarray | int) -> Tensor:
         """Return uniform float64 in [0, 1): [S], or [steps, S] for `indices` [steps, S]."""

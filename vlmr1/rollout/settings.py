@@ -10,6 +10,7 @@ from vlmr1.rollout.sampling import SamplingSettings
 from vlmr1.types import Settings, setting
 
 KEPT_SHARE = 0.05  # of the device's memory: a larger KV cache is freed before the update
+COPIES_SHARE = 0.1  # the same of copies of weights in the dtype of autocast, which kept graphs read
 
 
 class _Shared(Settings):
@@ -52,7 +53,7 @@ class RolloutSettings(_Shared):
     rollout_keep_cache: bool | None = setting(
         None,
         "keep KV cache and CUDA graphs between generations; default: on a GPU, where the cache takes at most 5% of its "
-        "memory and weights stay at their addresses",
+        "memory, copied weights 10%, and weights stay at their addresses",
     )
 
     def check(self) -> Iterator[str]:

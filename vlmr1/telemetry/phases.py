@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Any
 
 import torch
 
@@ -27,7 +28,8 @@ class Phases:
     """Seconds and peak memory by phase.
 
     `with phases("rollout"): ...` adds to `phases.seconds["rollout"]` and raises `phases.memory["rollout"]` to the peak
-    in MiB. CUDA is synchronized at both ends, so that a phase includes its own kernels. A nested phase counts in both.
+    in MiB. With CUDA a phase is measured between events, so that it includes its own kernels; only reading `seconds`
+    waits for the device. A nested phase counts in both.
 
     Args:
         memory: measure the peak memory of the process, which resets the peaks of torch and of the kernel at each start
@@ -35,10 +37,24 @@ class Phases:
     """
 
     def __init__(self, *, memory: bool = False) -> None:
-        self.seconds: dict[str, float] = {}
+        self._seconds: dict[str, float] = {}
+        self._between: list[tuple[str, Any, Any]] = []  # phases whose events were not read yet
         self.memory: dict[str, float] = {}
         self._measures_memory = memory
-        self._open: dict[str, float] = {}  # start time by phase
+        self._open: dict[str, tuple[float, Any]] = {}  # start by phase: time, and event on CUDA
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds by phase: one dictionary, to which `settle` adds."""
+        self.settle()
+        return self._seconds
+
+    def settle(self) -> None:
+        """Add the phases that were measured between events; waits for the device."""
+        for name, start, end in self._between:
+            end.synchronize()
+            self._add(name, start.elapsed_time(end) / 1000)
+        self._between.clear()
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -50,16 +66,25 @@ class Phases:
 
     def start(self, name: str) -> None:
         """Start a phase."""
-        _synchronize()
         self._lap()
-        self._open[name] = perf_counter()
+        self._open[name] = perf_counter(), _event()
 
     def stop(self, name: str) -> None:
         """End a phase. KeyError if it has not been started."""
-        _synchronize()
-        self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - self._open[name]
+        start, event = self._open[name]
+        end = _event()
+        if end is None:
+            self._add(name, perf_counter() - start)
+        elif event is None:  # CUDA was initialized in this phase
+            end.synchronize()
+            self._add(name, perf_counter() - start)
+        else:
+            self._between.append((name, event, end))
         self._lap()
         del self._open[name]
+
+    def _add(self, name: str, seconds: float) -> None:
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
 
     def _lap(self) -> None:
         peak = PEAKS.lap() if self._measures_memory else None
@@ -95,6 +120,10 @@ def gpu_info() -> list[Gpu] | None:
         pynvml.nvmlShutdown()
 
 
-def _synchronize() -> None:
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+def _event() -> Any:
+    """An event of this moment on the current stream; None without CUDA."""
+    if not torch.cuda.is_initialized():
+        return None
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event

@@ -23,7 +23,7 @@ from vlmr1.telemetry.phases import Phases, peak_memory_mib
 from vlmr1.training.final_model import leave_and_push
 from vlmr1.training.parallel import make_parallel
 from vlmr1.training.pending_metrics import PendingMetrics, load_pending, save_pending
-from vlmr1.training.weights import complete_model_directory, load_weights
+from vlmr1.training.weights import as_read, complete_model_directory, load_weights
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +77,7 @@ class HFTrainer(Trainer):
     def end_update(self) -> None:
         """After the optimizer's step: its time belongs to the metrics of the update too."""
         self.phases.stop("update")
+        self.phases.settle()  # once an update: its metrics have the dictionary
         if self.gpu is not None:
             self.pending.steps[-1].values.update(self.gpu.end())
 
@@ -211,7 +212,8 @@ class HFTrainer(Trainer):
             super().save_model(output_dir, _internal_call=True)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
+        with as_read(self.model, adapter=self.args.use_peft):
+            super()._save(output_dir, state_dict)
         if self.args.should_save:
             complete_model_directory(output_dir or self.args.output_dir or ".", self.model, self.processor)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from vlmr1.errors import SettingError
 from vlmr1.lifecycle.checkpoint import is_adapter
 from vlmr1.models import load_model, load_processor
 from vlmr1.models.adapters import base_name
+from vlmr1.models.frozen import stored
 from vlmr1.models.lora import adapts_head, base_of, read_adapter, restore_adapter
 from vlmr1.models.processor import save_processor
 from vlmr1.models.quantization import quantization_of, save_quantization
@@ -21,7 +23,14 @@ def load_weights(model: Any, checkpoint: str, *, adapter: bool) -> None:
     if adapter:
         restore_adapter(model, checkpoint)
     else:
-        model.load_state_dict(load_model(checkpoint, dtype=model.dtype).state_dict())
+        dtypes = [each.dtype for each in model.parameters() if each.is_floating_point()]
+        widest = max(dtypes, key=lambda dtype: dtype.itemsize)  # frozen weights may be narrower
+        model.load_state_dict(load_model(checkpoint, dtype=widest).state_dict())
+
+
+def as_read(model: Any, *, adapter: bool) -> AbstractContextManager[None]:
+    """In this block frozen weights are what was read, in host memory, to be saved; an adapter is saved without them."""
+    return nullcontext() if adapter else stored(model)
 
 
 def complete_model_directory(folder: str, model: Any, processor: Any) -> None:

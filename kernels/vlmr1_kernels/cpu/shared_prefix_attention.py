@@ -26,7 +26,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, table: Tensor, scale: float) -> tu
     _, heads, length, head_dim = q.shape
     # Rows first in memory, the layout that models reshape to [L, H * Dh].
     out = q.new_empty(1, length, heads, head_dim).transpose(1, 2)
-    lse = q.new_empty(1, heads, length, dtype=accumulation_dtype(q.dtype))
+    lse = q.new_empty(1, length, heads, dtype=accumulation_dtype(q.dtype)).transpose(1, 2)  # [1, H, L]
     for group in groups(layout_of(table)):
         prompt, rows = group.prompt, group.rows
         keys, values = k[:, :, prompt], v[:, :, prompt]
@@ -81,4 +81,6 @@ def _last_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-_run = custom_ops.attention("shared_prefix_attention", "cpu", "Tensor layout", _forward, _backward, _empty_gradients)
+_run = custom_ops.attention(
+    "shared_prefix_attention", "cpu", "Tensor layout", _forward, _backward, _empty_gradients, lse_by_row=True
+)

@@ -34,6 +34,15 @@ def shared_memory(device: torch.device) -> int:
     return active.utils.get_device_properties(active.get_current_device())["max_shared_mem"]
 
 
+@lru_cache(maxsize=64)
+def processors(device: torch.device) -> int:
+    """Return the number of SMs of the current device; that of an H100 in the interpreter."""
+    if device.type == "cpu":
+        return 132
+    active: Any = triton.runtime.driver.active
+    return active.utils.get_device_properties(active.get_current_device())["multiprocessor_count"]
+
+
 def contiguous_aligned(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Return contiguous tensors aligned to 16 bytes: Triton compiles a variant for each set of aligned pointers."""
 

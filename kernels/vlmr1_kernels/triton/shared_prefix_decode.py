@@ -12,12 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmr1_kernels import custom_ops
+from vlmr1_kernels import custom_decode_ops
 from vlmr1_kernels.inputs import DecodeTables
-from vlmr1_kernels.triton.launch import launch, on_tensor_device, shared_memory
+from vlmr1_kernels.triton.launch import launch, on_tensor_device, processors, shared_memory
 
-# Two programs per SM (132 on an H100) hide latency; chunks below LEAST_CHUNK keys cost more to merge than they save.
-PROGRAMS, LEAST_CHUNK, MOST_CHUNKS = 264, 128, 64
+# Programs per SM that hide latency; chunks below LEAST_CHUNK keys cost more to merge than they save.
+PROGRAMS, LEAST_CHUNK, MOST_CHUNKS = 2, 128, 64
 SMALLEST_TILE = 16  # query rows: the minimum of tl.dot
 NUM_WARPS, MOST_STAGES = 4, 4  # three tiles of keys and values in flight, fewer where shared memory is short
 MERGE = {"BLOCK": 16, "num_warps": 4}  # partial results at once
@@ -175,8 +175,9 @@ def _forward(
     largest_tile, block_n = _tile_sizes(q.dtype, block_d)
     tile = min(_power_of_2(min(max_group, batch) * folded), largest_tile)
     tiles = triton.cdiv(min(max_group, batch) * folded, tile)
-    prefix_chunks = _chunks(max_prefix, groups * kv_heads * tiles)
-    suffix_chunks = _chunks(blocks.shape[1] * block, batch * kv_heads)
+    wanted = PROGRAMS * processors(q.device)
+    prefix_chunks = _chunks(max_prefix, groups * kv_heads * tiles, wanted)
+    suffix_chunks = _chunks(blocks.shape[1] * block, batch * kv_heads, wanted)
     slots = prefix_chunks + suffix_chunks
     partial = torch.empty(batch, heads, slots, head_dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(batch, heads, slots, dtype=torch.float32, device=q.device)
@@ -198,9 +199,9 @@ def _power_of_2(rows: int) -> int:
     return max(triton.next_power_of_2(rows), SMALLEST_TILE)
 
 
-def _chunks(length: int, others: int) -> int:
-    """Return how many chunks to split keys into, given the number of other programs of the launch."""
-    return min(triton.cdiv(length, LEAST_CHUNK), triton.cdiv(PROGRAMS, others), MOST_CHUNKS)
+def _chunks(length: int, others: int, wanted: int) -> int:
+    """Return how many chunks to split keys into, given the numbers of other and of wanted programs of the launch."""
+    return min(triton.cdiv(length, LEAST_CHUNK), triton.cdiv(wanted, others), MOST_CHUNKS)
 
 
 def _stages(tile: int, block_n: int, block_d: int, size: int, limit: int) -> int:
@@ -219,4 +220,4 @@ def _tile_sizes(dtype: torch.dtype, block_d: int) -> tuple[int, int]:
     return (64 if block_d <= 128 else 32), 32
 
 
-shared_prefix_decode = custom_ops.shared_prefix_decode("triton", _forward)
+shared_prefix_decode = custom_decode_ops.shared_prefix_decode("triton", _forward)

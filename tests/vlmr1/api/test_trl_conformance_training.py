@@ -250,6 +250,7 @@ def test_what_cannot_be_is_refused_by_name(kit: Kit) -> None:
             kit.trainer(given={name: [len] if name == "tools" else len})
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="Liger's kernels, and bfloat16 by default, need a GPU")
 def test_on_a_gpu(kit: Kit) -> None:
     assert trained(kit.trainer(use_liger_kernel=True, use_cpu=False))

@@ -71,6 +71,7 @@ REFUSED = {
     "synced-adapter": ("zero3", SYNCED, "sync_ref_model with use_peft is not supported with zero3"),
     "4-bit, zero3": ("zero3", {"use_peft": "true", "load_in_4bit": "true"}, "load_in_4bit.*zero3"),
     "4-bit, fsdp2": ("fsdp2", {"use_peft": "true", "load_in_4bit": "true"}, "load_in_4bit.*fsdp2"),
+    "kept-cache": ("fsdp2", {"rollout_keep_cache": "true"}, "rollout_keep_cache is not supported with fsdp2"),
     "weights-only": ("fsdp2", {"save_only_model": "true"}, "save_only_model is not supported with fsdp2"),
     "best-of-shards": ("zero3", BEST, "load_best_model_at_end is not supported with zero3"),
     "best-of-weights-only": ("zero2", BEST | {"save_only_model": "true"}, "save_only_model is not supported with load"),

@@ -6,17 +6,31 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageTextToText
 
 import vlmr1_kernels
 from tests.helpers.families import config_of
 from vlmr1.errors import SettingError
-from vlmr1.models import load_model, tower
+from vlmr1.models import family_of, load_model, tower
 from vlmr1.models.tower import NAME, varlen_tower
+from vlmr1.planner.job import image_of
 from vlmr1.tiny import CHECKPOINT
 from vlmr1_kernels.testing import relative_error
 
 GRID = torch.tensor([[1, 8, 8], [1, 6, 10], [1, 4, 4], [1, 2, 6]])  # images of different sizes, in patches
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators that run in this block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 def shipped() -> Any:
@@ -116,3 +130,48 @@ def test_dropout_is_refused():
         block.attn.attention_dropout = 0.1
     with pytest.raises(SettingError, match=r"attention dropout \(0.1\)"), varlen_tower(model):
         model(patches(model), GRID)
+
+
+# Patches, and waits for the device
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind, kernel, shape", [(nn.Conv2d, 4, (3, 8, 15)), (nn.Conv3d, (2, 4, 4), (3, 2, 4, 8))])
+def test_a_convolution_of_patches_is_a_matrix_product(kind, kernel, shape, bias):
+    torch.manual_seed(0)
+    conv = kind(3, 6, kernel, stride=kernel, bias=bias, dtype=torch.float64)
+    pixels = torch.randn(5, *shape, dtype=torch.float64, requires_grad=True)
+    inputs = (pixels, *conv.parameters())
+    expected, ours = conv(pixels), tower._as_matmul(conv)(pixels)
+    weight = torch.randn_like(expected)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+    for one, other in zip(*(torch.autograd.grad(each, inputs, weight) for each in (ours, expected)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "internvl"])
+def test_a_pass_neither_waits_for_the_device_nor_convolves(name, monkeypatch):
+    """Tensors of the meta device have no values: what reads one raises."""
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config_of(name))
+    monkeypatch.setattr(tower, "varlen_attention", lambda q, *given, **options: q)
+    images = [image_of(model.config, tokens)[0] for tokens in (4, 12)]
+    family = family_of(model)
+    with Operators() as seen, family.attention(model):
+        features = family.encode_images(model, images)
+    assert [each.rows.device.type for each in features] == ["meta", "meta"]
+    assert len(seen.names) > 20 and not any("convolution" in each for each in seen.names)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v"])
+def test_features_are_those_of_the_library(name):
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config_of(name))
+    images = [image_of(model.config, tokens)[0] for tokens in (4, 12, 30)]
+    for image in images:
+        image["pixel_values"].normal_()
+    pixels, grids = (torch.cat([image[name] for image in images]) for name in ("pixel_values", "image_grid_thw"))
+    expected = model.model.get_image_features(pixels, grids).pooler_output
+    ours = family_of(model).encode_images(model, images)
+    assert len(ours) == len(expected) == 3
+    assert all(torch.equal(one.rows, other) for one, other in zip(ours, expected, strict=True))

@@ -1,5 +1,7 @@
 """Each setting moves the causes that it should, by the bytes that it should, and no other."""
 
+from collections.abc import Collection
+from itertools import product
 from typing import Any
 
 import pytest
@@ -8,10 +10,16 @@ import torch
 from tests.helpers.families import FAMILIES, config_of
 from tests.helpers.jobs import CONFIG, args_of, job
 from tests.helpers.slow import mostly_slow
-from vlmr1.models.trainable import planned_model
+from vlmr1.grpo.reference import frozen_copy
+from vlmr1.models import family_for, load_model
+from vlmr1.models.frozen import frozen_in
+from vlmr1.models.lora import base_of
+from vlmr1.models.settings import ParameterSettings
+from vlmr1.models.trainable import choose_trained, planned_model
 from vlmr1.planner import peak_bytes
 from vlmr1.planner.plan import CAUSES, Plan, Planner
-from vlmr1.rollout.kv_cache import block_bytes, num_blocks
+from vlmr1.rollout.kv_cache import block_bytes, num_blocks, rounded_up
+from vlmr1.tiny import CHECKPOINT
 
 PLANNER = Planner()
 MODEL = planned_model(CONFIG, args_of())
@@ -49,29 +57,34 @@ def test_weights_gradients_optimizer_and_reference_are_counted_to_the_byte():
     assert "reference" not in planned(beta=0.0).phases
 
 
-def kv_bytes(groups: int, dtype: torch.dtype) -> int:
-    group = num_blocks(16 + 40) + 3 * num_blocks(32)
-    return block_bytes(CONFIG.get_text_config(), dtype) * (groups * group + 1)  # and the scratch block
+def kv_bytes(groups: int, dtype: torch.dtype, *, kept: bool = True) -> int:
+    blocks = groups * (num_blocks(16 + 40) + 3 * num_blocks(32))
+    blocks = rounded_up(blocks) if kept else blocks
+    return block_bytes(CONFIG.get_text_config(), dtype) * (blocks + 1)  # and the scratch block
 
 
 # Setting -> the causes that differ in the update phase, where nothing depends on where a peak is.
+HELD = {"kv cache", "cuda graphs"}  # until the next rollout
 ROUNDED = {"model_dtype": "bfloat16", "stochastic_rounding": True, "optim": "adamw_torch_8bit"}
 UPDATE = {
     "optim": ({"optim": "adamw_bnb_8bit"}, {"optimizer"}),
     "freeze_vision": ({"freeze_vision": True}, {"gradients", "optimizer", "reference model"}),
-    "bfloat16 weights": (ROUNDED, {"weights", "optimizer", "reference model"}),
-    "bf16 compute": ({"bf16": True}, set()),
+    "bfloat16 weights": (ROUNDED, {"weights", "optimizer", "reference model", *HELD, "logits"}),
+    "bf16 compute": ({"bf16": True}, {"weights", "logits", *HELD}),  # copies that a graph reads
+    "autocast's copies": ({"bf16": True, "fused_layers": "torch"}, HELD),  # have no address of their own
     "no reference": ({"beta": 0.0}, {"reference model"}),
     "reference in host memory": ({"reference": "offload"}, {"reference model"}),
     "activation_checkpointing": ({"activation_checkpointing": True}, set()),
     "tokens_per_pack": ({"tokens_per_pack": 256}, set()),
-    "completions": ({"max_completion_length": 65}, set()),
-    "rollout_kv_mib": ({"rollout_kv_mib": 0.1}, set()),
-    "cpu": ({"device": "cpu"}, {"framework", "images"}),
+    "completions": ({"max_completion_length": 65}, {"kv cache"}),
+    "rollout_kv_mib": ({"rollout_kv_mib": 0.1}, HELD),
+    "freed cache": ({"rollout_keep_cache": False}, {"weights", *HELD}),  # copies that graphs read
+    "no graphs": ({"cuda_graphs": False}, {"weights", *HELD}),
+    "cpu": ({"device": "cpu"}, {"framework", "images", "weights", *HELD}),
 }
 
 
-QUICK = ("optim", "freeze_vision", "bfloat16 weights", "no reference", "reference in host memory")
+QUICK = ("optim", "freeze_vision", "bfloat16 weights", "no reference", "reference in host memory", "freed cache")
 
 
 @pytest.mark.parametrize(("settings", "expected"), mostly_slow(UPDATE, *QUICK))
@@ -136,6 +149,7 @@ IN_8_BITS = sum(2 * in_8_bits(name, p.numel()) for name, p in MODEL.named_parame
 BYTES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {  # settings -> bytes by phase, or of the host, and cause
     "defaults": ({}, {"rollout kv cache": kv_bytes(4, torch.float32), "host images": IMAGES, "update images": 0}),
     "bf16": ({"bf16": True}, {"rollout kv cache": kv_bytes(4, torch.bfloat16)}),
+    "freed cache": ({"rollout_keep_cache": False}, {"rollout kv cache": kv_bytes(4, torch.float32, kept=False)}),
     "two generations of prompts": ({"steps_per_generation": 2}, {"rollout kv cache": kv_bytes(8, torch.float32)}),
     "a budget below a group": ({"rollout_kv_mib": 1e-6}, {"rollout kv cache": kv_bytes(1, torch.float32)}),
     "a budget": ({"rollout_kv_mib": 25 * BLOCK / 2**20}, {"rollout kv cache": 26 * BLOCK}),
@@ -163,7 +177,9 @@ def test_bytes(settings, expected):
     found = {f"{phase} {cause}": n for phase, causes in plan.phases.items() for cause, n in causes.items()}
     found |= {f"host {cause}": n for cause, n in plan.host.items()}
     assert {name: found[name] for name in expected} == expected
-    assert all(found[f"{phase} kv cache"] == 0 for phase in plan.phases if phase != "rollout")
+    kept = plan.job.device == "cuda" and not settings.keys() & {"rollout_keep_cache"}
+    for phase, cause in product(plan.phases, HELD):
+        assert phase == "rollout" or found[f"{phase} {cause}"] == kept * found[f"rollout {cause}"]
     assert 0 < PAGES < 8 * ALL
 
 
@@ -210,14 +226,14 @@ def test_checkpoints_in_host_memory():
 
 
 ZERO = [set(), {"optimizer"}, {"optimizer", "gradients"}]
-ZERO += [ZERO[2] | {"weights", "reference model"}]
+ZERO += [ZERO[2] | {"weights", "reference model", *HELD}]  # gathered weights have other addresses each time
 
 
 @pytest.mark.parametrize("stage", range(4))
 def test_zero_divides_by_the_number_of_gpus(stage):
     one, four = planned(), planned(gpus=4, zero=stage)
     assert changed(one, four, "update") == ZERO[stage]
-    for cause in ZERO[stage] - {"weights"}:
+    for cause in ZERO[stage] - {"weights", *HELD}:
         assert four.phases["update"][cause] == -(-one.phases["update"][cause] // 4)
 
 
@@ -256,7 +272,7 @@ def test_modules_to_save_are_trained_beside_their_frozen_originals():
 def test_a_merged_adapter_costs_a_copy_of_its_layers_in_the_rollout():
     plain, merged = planned(use_peft=True), planned(use_peft=True, lora_merge_rollout=True)
     assert merged.phases["rollout"]["weights"] - plain.phases["rollout"]["weights"] == 4 * DECODER_LINEAR
-    assert changed(plain, merged, "policy") == changed(plain, merged, "update") == set()
+    assert changed(plain, merged, "policy") == changed(plain, merged, "update") == HELD  # merged weights move
 
 
 @pytest.mark.slow
@@ -265,6 +281,29 @@ def test_parameters_in_4_bits_are_counted_as_numbers():
     four, plain = planned(**qlora), planned(use_peft=True)
     assert (four.parameters, four.trained) == (plain.parameters, plain.trained)
     assert planned(**qlora, use_dora=True).trained - four.trained == WIDTHS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given", [{}, {"freeze_vision": True}, {"use_peft": True}], ids=["full", "tower", "lora"])
+def test_frozen_weights_and_the_reference_in_bfloat16_are_counted_to_the_byte(given):
+    """As a trainer has them; a reference that moves, or is sharded, is float32."""
+    given = given | {"bf16": True, "reference": "copy"}
+    plan = planned(**given)
+    model = choose_trained(load_model(CHECKPOINT), family_for(CONFIG), ParameterSettings.of(args_of(**given)))
+    base = base_of(model)
+    own = {id(parameter) for parameter in base.parameters() if not parameter.requires_grad}
+    assert plan.phases["reference"]["reference model"] == bytes_of(frozen_copy(base, dtype=torch.bfloat16), own)
+    with frozen_in(base, torch.bfloat16):
+        head = base.lm_head.weight  # its copy is counted with the logits of a pass
+        assert plan.phases["reference"]["weights"] == bytes_of(base) - (0 if head.requires_grad else head.nbytes)
+    float32 = 4 * plan.trained + BUFFERS
+    for more, expected in (({"sync_ref_model": True}, float32), ({"zero": 3, "gpus": 2}, -(-float32 // 2))):
+        assert planned(**given, **more).phases["reference"]["reference model"] == expected
+
+
+def bytes_of(model: Any, without: Collection[int] = ()) -> int:
+    own = [parameter for parameter in model.parameters() if id(parameter) not in without]
+    return sum(each.nbytes for each in (*own, *model.buffers()))
 
 
 # On a CPU the implementations that run are counted

@@ -228,6 +228,7 @@ def names_of(job: Job) -> list[str]:
 
 def test_the_order_is_of_what_the_user_loses():
     assert names_of(JOB) == [
+        "rollout_keep_cache",
         "tokens_per_pack",
         "rollout_kv_mib",
         "optim",
@@ -247,7 +248,7 @@ def test_the_order_is_of_what_the_user_loses():
 
 def test_what_is_done_already_is_not_offered():
     done: dict[str, Any] = {"activation_checkpointing": True, "activation_offload": True, "use_peft": True, "beta": 0}
-    done |= {"load_in_4bit": True, "model_dtype": "bfloat16", "optim": "paged_adamw_8bit"}
+    done |= {"load_in_4bit": True, "model_dtype": "bfloat16", "optim": "paged_adamw_8bit", "rollout_keep_cache": False}
     assert names_of(job_with(**done, tokens_per_pack=1280, rollout_kv_mib=100.0)) == ["prompts_per_device"]
 
 

@@ -16,9 +16,11 @@ from vlmr1.config import GRPOConfig
 from vlmr1.data.samples import load_samples
 from vlmr1.grpo.trainer import GRPOTrainer
 from vlmr1.models import load_model
+from vlmr1.planner import cuda_ops
 from vlmr1.planner.dry_run import HOST, DryRun, without_data
 from vlmr1.planner.job import Job
 from vlmr1.planner.plan import Plan, Planner
+from vlmr1.rollout import SamplingSettings
 from vlmr1.tiny import CHECKPOINT, digits
 
 KIB = 1024
@@ -51,6 +53,19 @@ def test_what_is_alive_counts_and_views_do_not():
         del z
     assert dry.total == 0
     assert dry.peak == 2 * KIB**2 and dry.at_peak == {"a": KIB**2, "b": KIB**2}
+
+
+@pytest.mark.parametrize(("values", "size"), [({}, 4 * 4 * 8 * 4 + 8 * 16), ({"top_k": 5}, 8 * 8192 * (4 + 8))])
+def test_sampling_on_a_gpu_holds_statistics_of_blocks(values: dict[str, Any], size: int):
+    dry = DryRun("a")
+    with dry:
+        logits, draws, ids = torch.empty(8, 8192), torch.zeros(8, dtype=torch.float64), torch.tensor([3])
+        dry.restart()
+        before = dry.total
+        cuda_ops.sample_tokens(logits, ids, SamplingSettings(1, **values), draws, None)
+        assert dry.total == before
+    peak = dry.peak - before
+    assert peak > size if values else peak == size, peak
 
 
 def test_causes_change_and_host_memory_is_apart():

@@ -127,7 +127,7 @@ def test_the_page(runs, tmp_path, caplog):
 
 
 def test_the_curves(runs, monkeypatch):
-    monkeypatch.setattr("vlmr1.report.comparison.FigureCanvasAgg", Recorder)
+    monkeypatch.setattr("matplotlib.backends.backend_agg.FigureCanvasAgg", Recorder)
     draw(grouped(read_runs(runs)), {"reward": "reward", "eval/rec/mean_iou": "mean IoU"})
     rewards, evaluations = Recorder.figure.axes
     assert [len(line.get_xdata()) for line in rewards.lines] == [5, 5, 3, 3, 5]  # three seeds, their mean, the other

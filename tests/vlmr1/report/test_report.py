@@ -113,7 +113,7 @@ def test_running_error():
 
 
 def test_curve_draws_each_step_and_its_running_mean(tmp_path, monkeypatch):
-    monkeypatch.setattr("vlmr1.report.curves.FigureCanvasAgg", Recorder)
+    monkeypatch.setattr("matplotlib.backends.backend_agg.FigureCanvasAgg", Recorder)
     history = [*HISTORY, {"step": 210, "rewards/format/mean": 1.0, "rewards/format/std": 0.1}]
     reward_curve(history, tmp_path / "curve.png", window=4)
     panels = Recorder.figure.axes
@@ -131,7 +131,7 @@ def test_curve_draws_each_step_and_its_running_mean(tmp_path, monkeypatch):
 
 
 def test_a_run_without_kl_has_no_panel_of_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("vlmr1.report.curves.FigureCanvasAgg", Recorder)
+    monkeypatch.setattr("matplotlib.backends.backend_agg.FigureCanvasAgg", Recorder)
     reward_curve([{**row, "kl": 0.0} for row in HISTORY], tmp_path / "curve.png")
     assert [p.get_ylabel() for p in Recorder.figure.axes] == ["reward", "completion_length"]
 

@@ -176,7 +176,7 @@ def test_a_run_that_has_just_begun(tmp_path):
 
 
 def test_the_curves_are_those_of_the_metrics(monkeypatch):
-    monkeypatch.setattr("vlmr1.report.panels.FigureCanvasAgg", Recorder)
+    monkeypatch.setattr("matplotlib.backends.backend_agg.FigureCanvasAgg", Recorder)
     rows = [dict(row) for row in ROWS]
     del rows[2]["seconds/rollout"]  # an update on the buffer
     run_curves(rows)

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from itertools import count
 from types import SimpleNamespace
 
 import pytest
@@ -59,13 +60,35 @@ def test_peak_memory_on_cuda_is_what_torch_allocated(monkeypatch):
     assert peak_memory_mib() == 3.0
 
 
-def test_phases_synchronize_on_cuda(monkeypatch):
-    calls = []
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("sync"))
-    with Phases()("policy"):
-        calls.append("work")
-    assert calls == ["sync", "work", "sync"]
+class Event:
+    """A CUDA event at whose turn the device's clock shows the next of `clock`, in ms."""
+
+    def __init__(self, calls, clock):
+        self.calls, self.clock = calls, clock
+
+    def record(self):
+        self.time = next(self.clock)
+
+    def synchronize(self):
+        self.calls.append("wait")
+
+    def elapsed_time(self, end):
+        return end.time - self.time
+
+
+def test_phases_on_cuda_wait_where_they_are_read(monkeypatch):
+    calls, clock, cuda = [], iter([0.0, 500.0, 600.0, 1000.0]), iter([False, True, True, True, True, True])
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: next(cuda))
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event(calls, clock))
+    host = iter([1.0, 4.0, 0.0, 0.0])
+    monkeypatch.setattr("vlmr1.telemetry.phases.perf_counter", lambda: next(host))
+    phases = run_through("rollout")  # which initializes CUDA
+    assert calls == ["wait"]
+    with phases("policy"):
+        pass
+    assert calls == ["wait"]
+    assert phases.seconds == {"rollout": 3.0, "policy": 0.1} and calls == ["wait", "wait"]
+    assert phases.seconds == {"rollout": 3.0, "policy": 0.1} and calls == ["wait", "wait"]
 
 
 def test_gpus_as_nvml_reports_them(monkeypatch):
@@ -145,7 +168,7 @@ def fake_cuda(monkeypatch, marks):
     seen = []
     values = iter(marks)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event([], count()))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: seen.append(next(values)) or seen[-1] * 2**20)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: seen.append(None))
     return seen

@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlmr1.models.families.runs import runs
 from vlmr1.models.family import ImageFeatures, ModelFamily
+from vlmr1.models.tower import patches_by_matmul
 from vlmr1.types import ImageInputs
 
 # Tokens around the placeholders in both families; not every tokenizer has all of them.
@@ -45,7 +46,8 @@ class Idefics3Family(ModelFamily):
         if not images:
             return []
         tiles = [image["pixel_values"].shape[1] for image in images]
-        (rows,) = model.model.get_image_features(**self.tower_inputs(model, images, dim=1)).pooler_output  # [T, D]
+        with patches_by_matmul(model.model.vision_model):
+            (rows,) = model.model.get_image_features(**self.tower_inputs(model, images, dim=1)).pooler_output  # [T, D]
         per_tile = len(rows) // sum(tiles)
         return [ImageFeatures(part) for part in rows.split([n * per_tile for n in tiles])]
 

@@ -11,6 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlmr1.models.families.runs import runs
 from vlmr1.models.family import ImageFeatures, ModelFamily, joined
+from vlmr1.models.tower import patches_by_matmul
 from vlmr1.types import ImageInputs
 
 
@@ -42,7 +43,8 @@ class InternVLFamily(ModelFamily):
         if not images:
             return []
         inputs = self.tower_inputs(model, images)
-        rows = model.model.get_image_features(**inputs).pooler_output  # [tiles, S, D]
+        with patches_by_matmul(model.model.vision_tower):
+            rows = model.model.get_image_features(**inputs).pooler_output  # [tiles, S, D]
         parts = rows.split([len(image["pixel_values"]) for image in images])
         return [ImageFeatures(part.flatten(0, 1)) for part in parts]
 

@@ -21,9 +21,10 @@ class Qwen3VLFamily(QwenVLFamily):
     def encode_images(self, model: Any, images: Sequence[ImageInputs]) -> list[ImageFeatures]:
         if not images:
             return []
-        output = self._tower(model, images)
-        deepstack = zip(*output.deepstack_features, strict=True)  # by layer, then image -> by image, then layer
-        return [ImageFeatures(*each) for each in zip(output.pooler_output, deepstack, strict=True)]
+        output, sizes = self._tower(model, images)
+        layers = [each.split(sizes) for each in output.deepstack_features]
+        deepstack = zip(*layers, strict=True)  # by layer, then image -> by image, then layer
+        return [ImageFeatures(*each) for each in zip(output.pooler_output.split(sizes), deepstack, strict=True)]
 
     def encoder_output(self, features: Sequence[ImageFeatures]) -> Any:
         return BaseModelOutputWithDeepstackFeatures(

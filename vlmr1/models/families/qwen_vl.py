@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlmr1.models.family import ImageFeatures, ModelFamily, joined
+from vlmr1.models.tower import grid_inputs, patches_by_matmul
 from vlmr1.types import ImageInputs
 
 
@@ -43,11 +44,21 @@ class QwenVLFamily(ModelFamily):
     def encode_images(self, model: Any, images: Sequence[ImageInputs]) -> list[ImageFeatures]:
         if not images:
             return []
-        return [ImageFeatures(rows) for rows in self._tower(model, images).pooler_output]
+        output, sizes = self._tower(model, images)
+        return [ImageFeatures(rows) for rows in output.pooler_output.split(sizes)]
 
-    def _tower(self, model: Any, images: Sequence[ImageInputs]) -> Any:
+    def _tower(self, model: Any, images: Sequence[ImageInputs]) -> tuple[Any, list[int]]:
+        """Return what the tower gives for all images, and the number of rows of each."""
+        tower = model.model.visual
         inputs = self.tower_inputs(model, images)
-        return model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
+        grids = torch.cat([image["image_grid_thw"] for image in images])  # in host memory
+        given = grid_inputs(tower, grids)
+        for name, each in given.items():
+            given[name] = each.to(tower.device, non_blocking=True) if isinstance(each, Tensor) else each
+        pixels = inputs["pixel_values"].to(tower.dtype)
+        with patches_by_matmul(tower):
+            output = tower(pixels, grid_thw=inputs["image_grid_thw"], return_dict=True, **given)
+        return output, (grids.prod(-1) // tower.spatial_merge_size**2).tolist()
 
     def encoder_output(self, features: Sequence[ImageFeatures]) -> Any:
         return BaseModelOutputWithPooling(pooler_output=[each.rows for each in features])  # type: ignore[arg-type]
