@@ -4,14 +4,13 @@ Other tests load Triton interpreted, in the conftest above this one, which these
 collects them only by name (norecursedirs in pyproject.toml).
 """
 
-import json
 from importlib.metadata import version
 from typing import Any
 
 import pytest
 import torch
 
-from tests.helpers.cuda_table import PATH, VERSIONS
+from tests.helpers.cuda_table import VERSIONS, update
 
 MEASURED: dict[str, dict[str, Any]] = {}
 
@@ -30,7 +29,4 @@ def table(request: pytest.FixtureRequest) -> dict[str, Any]:
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if exitstatus or session.config.option.keyword or any("::" in name for name in session.config.args):
         return
-    kept = json.loads(PATH.read_text(encoding="utf-8")) if PATH.exists() else {}
-    versions = {name: version(name) for name in VERSIONS}
-    found = kept | {"versions": versions, **MEASURED}
-    PATH.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    update(versions={name: version(name) for name in VERSIONS}, **MEASURED)

@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 import torch
 import triton
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
@@ -99,29 +99,41 @@ def on_stub(capability: int = 90) -> Iterator[list[tuple[str, Launch]]]:
 class OnCuda(Traffic):
     """Mode that counts ops on CUDA tensors, and refuses those that wait for the device or copy from or to it.
 
-    Custom ops run their CUDA implementation. `checked` False: everything is allowed, as before a step is captured."""
+    Custom ops run their CUDA implementation; what is computed from tensors in host memory alone is computed."""
 
-    def __init__(self, checked: bool = True) -> None:
+    def __init__(self, *, checked: bool = True, moves: bool = False) -> None:
+        """`checked` False: everything is allowed, as before a step is captured; `moves`: copies to the device are
+        that the host does not wait for."""
         super().__init__()
-        self.checked = checked
+        self.checked, self.moves = checked, moves
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name.split("::")[1]
-        given = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, torch.Tensor)]
-        on_cuda = any(tensor.device.type == "cuda" for tensor in given)
-        if on_cuda and func.namespace == "vlmr1_kernels":
+        name, kwargs = func._schema.name.split("::")[1], kwargs or {}
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        places = {tensor.device.type for tensor in given}
+        if "cuda" in places and func.namespace == "vlmr1_kernels":
             with self:
-                return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *args, **(kwargs or {}))
+                return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *args, **kwargs)
+        target = torch.device(kwargs.get("device") or "cpu").type
+        if target == "cpu" and not places & {"cuda"} and not any(isinstance(tensor, FakeTensor) for tensor in given):
+            with unset_fake_temporarily():
+                return func(*args, **kwargs)
         out = super().__torch_dispatch__(func, types, args, kwargs)
-        if not self.checked:
-            return out
-        assert not (on_cuda and name in WAITING), f"{name} waits for the device"
-        places = {tensor.device.type for tensor in given if name in INDEXING | COPYING}
-        places |= {leaf.device.type for leaf in tree_leaves(out) if places and isinstance(leaf, torch.Tensor)}
-        assert len(places) < 2, f"{name} copies between {' and '.join(sorted(places))}"
-        masks = [tensor for tensor in given[1:] if tensor.dtype in (torch.bool, torch.uint8)]
-        assert not (on_cuda and name in INDEXING and masks), f"{name} with a mask waits for the device"
+        if self.checked:
+            self._check(name, given, out, kwargs.get("non_blocking") or (name == "copy_" and args[2:] == (True,)))
         return out
+
+    def _check(self, name: str, given: list[torch.Tensor], out: Any, non_blocking: bool) -> None:
+        results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        places = {tensor.device.type for tensor in (*given, *results)}
+        if "cuda" not in places:
+            return
+        assert name not in WAITING, f"{name} waits for the device"
+        masks = [tensor for tensor in given[1:] if tensor.dtype in (torch.bool, torch.uint8)]
+        assert not (name in INDEXING and masks), f"{name} with a mask waits for the device"
+        if name in INDEXING | COPYING and len(places) > 1:
+            allowed = self.moves and non_blocking and results[0].device.type == "cuda"
+            assert allowed, f"{name} copies between the host and the device"
 
     @property
     def kernels(self) -> list[str]:
