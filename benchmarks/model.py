@@ -67,6 +67,8 @@ class Shape:
 SHAPES = {
     "tiny": Shape(TINY_TEXT, tiny.VISION, image_px=112, num_generations=4, completion_length=16),
     "bench": Shape(BENCH_TEXT, BENCH_VISION, image_px=448),
+    # more completion than prompt: there is less to share
+    "long": Shape(BENCH_TEXT, BENCH_VISION, image_px=448, completion_length=512),
     "3b": Shape(TEXT_3B, VISION_3B, image_px=896, completion_length=128, checkpointing=True),
     "7b": Shape(TEXT_7B, VISION_7B, image_px=896, completion_length=128, checkpointing=True),
 }

@@ -1,5 +1,6 @@
-"""Ops for GRPO with shared prompts. `ops.py` lists them."""
+"""Ops for GRPO with shared prompts. `ops.py` and `decode_ops.py` list them."""
 
+from vlmr1_kernels.decode_ops import rope_kv_write, sample_tokens, shared_prefix_decode
 from vlmr1_kernels.inputs import SamplingOptions
 from vlmr1_kernels.layout import PrefixLayout
 from vlmr1_kernels.ops import (
@@ -7,10 +8,7 @@ from vlmr1_kernels.ops import (
     grpo_loss,
     linear_grpo_loss,
     linear_logprob,
-    rope_kv_write,
-    sample_tokens,
     shared_prefix_attention,
-    shared_prefix_decode,
     varlen_attention,
 )
 from vlmr1_kernels.registry import ImplementationError, use

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vlmr1_kernels.inputs import DecodeTables, HeadInputs, LossInputs, SamplingOptions
+from vlmr1_kernels.inputs import HeadInputs, LossInputs
 from vlmr1_kernels.linear import accumulation_dtype, add_to_grad, chunk_rows
 from vlmr1_kernels.settings import GRPOSettings
 
@@ -33,11 +33,6 @@ _SETTINGS = (  # fields of GRPOSettings
     "int? max_completion_length"
 )
 _SETTINGS_COUNT = len(fields(GRPOSettings))
-_SAMPLING = (  # fields of SamplingOptions
-    "float temperature, bool greedy, int top_k, float top_p, float min_p, float repetition_penalty"
-)
-
-_TABLES = ", ".join(f"Tensor {field}" for field in DecodeTables._fields)
 
 # Custom ops that are made of torch's ops, and what they run: a count of allocations looks into them.
 COMPOSED: dict[Any, Callable[..., Any]] = {}
@@ -45,7 +40,7 @@ COMPOSED: dict[Any, Callable[..., Any]] = {}
 ChunkRows = Callable[[Tensor, Tensor, float | None], tuple[int, int]]  # `linear.chunk_rows`
 
 
-def _register(name: str, arguments: str, results: int, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def register(name: str, arguments: str, results: int, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Define the custom op `vlmr1_kernels::<name>`. torch.library.custom_op would import torch._dynamo."""
     _LIBRARY.define(f"{name}({arguments}) -> ({', '.join(['Tensor'] * results)})")
     for device in ("CPU", "CUDA"):
@@ -85,9 +80,9 @@ def attention(
         return empty_gradients(q, k, v)
 
     qkv, options = "Tensor q, Tensor k, Tensor v", f"{rows}, float scale"
-    run_forward = _register(f"{op}_{name}", f"{qkv}, {options}", 2, forward, fake_forward)
+    run_forward = register(f"{op}_{name}", f"{qkv}, {options}", 2, forward, fake_forward)
     arguments = f"Tensor d_out, {qkv}, Tensor out, Tensor lse, {options}"
-    run_backward = _register(f"{op}_{name}_backward", arguments, 3, backward, fake_backward)
+    run_backward = register(f"{op}_{name}_backward", arguments, 3, backward, fake_backward)
     COMPOSED.update({run_forward: forward, run_backward: backward})
 
     class Attention(torch.autograd.Function):
@@ -107,30 +102,6 @@ def attention(
     return Attention.apply  # type: ignore[return-value]
 
 
-def shared_prefix_decode(name: str, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return the op from forward(q, keys, values, tables, *, block, max_group, max_prefix, scale) -> [B, H, Dh]."""
-
-    def run_forward(q: Tensor, keys: Tensor, values: Tensor, *others: Any) -> Tensor:
-        *tables, block, max_group, max_prefix, scale = others
-        bounds = {"max_group": max_group, "max_prefix": max_prefix}
-        return forward(q, keys, values, DecodeTables(*tables), block=block, **bounds, scale=scale)
-
-    def fake(q: Tensor, *others: Any) -> Tensor:
-        return q.new_empty(q.shape)
-
-    arguments = f"Tensor q, Tensor keys, Tensor values, {_TABLES}, int block, SymInt max_group, SymInt max_prefix"
-    op = _register(f"shared_prefix_decode_{name}", f"{arguments}, float scale", 1, run_forward, fake)
-    COMPOSED[op] = run_forward
-
-    def run(
-        q: Tensor, keys: Tensor, values: Tensor, tables: DecodeTables, *,
-        block: int, max_group: int, max_prefix: int, scale: float,
-    ) -> Tensor:  # fmt: skip
-        return op(q, keys, values, *tables, block, max_group, max_prefix, scale)
-
-    return run
-
-
 def _flat_inputs(inputs: LossInputs, like: Tensor) -> LossInputs:
     """Return the inputs as the schema takes them: no optional int, the normalizer a tensor [] on the device."""
     value, dtype = inputs.normalizer, accumulation_dtype(like.dtype)
@@ -148,30 +119,10 @@ def group_advantages(name: str, forward: Callable[[Tensor, int, str], Tensor]) -
         return torch.empty_like(rewards)
 
     arguments = "Tensor rewards, int num_generations, str scale"
-    run_forward = _register(f"group_advantages_{name}", arguments, 1, forward, fake)
+    run_forward = register(f"group_advantages_{name}", arguments, 1, forward, fake)
 
     def run(rewards: Tensor, num_generations: int, *, scale: str) -> Tensor:
         return run_forward(rewards.detach(), num_generations, scale)
-
-    return run
-
-
-def sample_tokens(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the op from forward(logits [S, V], draws [S], suppressed_ids [n] | None, seen [S, V] | None, options)
-    -> tokens [S] int64, logp [S] and sampling_logp [S], float32."""
-
-    def fake(logits: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-        logp = logits.new_empty(logits.shape[:1], dtype=torch.float32)
-        return torch.empty_like(logp, dtype=torch.int64), logp, torch.empty_like(logp)
-
-    def call(*values: Any) -> Any:
-        return forward(*values[:4], SamplingOptions(*values[4:]))
-
-    arguments = f"Tensor logits, Tensor draws, Tensor? suppressed_ids, Tensor? seen, {_SAMPLING}"
-    op = _register(f"sample_tokens_{name}", arguments, 3, call, fake)
-
-    def run(*tensors: Tensor | None, options: SamplingOptions) -> tuple[Tensor, Tensor, Tensor]:
-        return op(*tensors, *options)
 
     return run
 
@@ -204,10 +155,10 @@ def linear_logprob(
         return gradients_like(hidden, weight, others[-4:-1])
 
     arguments = f"{_HEAD}, {_OPTIONS}, bool with_entropy, int[] chunks"
-    run_forward = _register(f"linear_logprob_{name}", arguments, 3, call_forward, fake_forward)
+    run_forward = register(f"linear_logprob_{name}", arguments, 3, call_forward, fake_forward)
     upstream = "Tensor lse, Tensor entropy, Tensor d_logp, Tensor d_entropy"
     arguments = f"{_HEAD}, {_OPTIONS}, {upstream}, {_NEEDS}, int[] chunks"
-    run_backward = _register(f"linear_logprob_{name}_backward", arguments, 3, call_backward, fake_backward)
+    run_backward = register(f"linear_logprob_{name}_backward", arguments, 3, call_backward, fake_backward)
 
     class LinearLogprob(torch.autograd.Function):
         @staticmethod
@@ -246,7 +197,7 @@ def grpo_loss(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         wide = accumulation_dtype(logp.dtype)
         return logp.new_empty((), dtype=wide), logp.new_empty(logp.shape, dtype=wide), *_scalars(logp, 4)
 
-    op = _register(f"grpo_loss_{name}", f"Tensor logp, {_INPUTS}, {_SETTINGS}", 6, run_forward, fake)
+    op = register(f"grpo_loss_{name}", f"Tensor logp, {_INPUTS}, {_SETTINGS}", 6, run_forward, fake)
 
     class GRPOLoss(torch.autograd.Function):
         @staticmethod
@@ -296,7 +247,7 @@ def linear_grpo_loss(name: str, forward: Callable[..., Any], chunk_rows: ChunkRo
         return loss, *gradients_like(hidden, weight, needs), logp, *metrics
 
     arguments = f"{_HEAD}, Tensor? rows, {_INPUTS}, float? softcap, int[] chunks, float scale, {_NEEDS}, {_SETTINGS}"
-    op = _register(f"linear_grpo_loss_{name}", arguments, 10, run_forward, fake)
+    op = register(f"linear_grpo_loss_{name}", arguments, 10, run_forward, fake)
 
     class LinearGRPOLoss(torch.autograd.Function):
         @staticmethod
@@ -350,19 +301,6 @@ def linear_grpo_loss(name: str, forward: Callable[..., Any], chunk_rows: ChunkRo
         return loss, metrics | _counts(total, count, hidden.device)
 
     return run
-
-
-def rope_kv_write(name: str, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return the op from a function of all its arguments, in the order of `ops.rope_kv_write`."""
-
-    def fake(q: Tensor, *others: Any) -> Tensor:
-        return q.new_empty(q.shape)
-
-    arguments = (
-        "Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, Tensor rows, "
-        "Tensor? q_norm, Tensor? k_norm, float eps, bool interleaved"
-    )
-    return _register(f"rope_kv_write_{name}", arguments, 1, forward, fake)
 
 
 def _gradient_scale(hidden: Tensor) -> float:

@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vlmr1_kernels.implementations import EXAMPLE_SHAPES, TABLE, Implementation, Request
 
@@ -105,6 +106,22 @@ def use(choices: str = "", /, **by_op: str) -> Iterator[None]:
 def resolve(op: str, impl: str, request: Request) -> Callable[..., Any]:
     """Return the function of the selected implementation; ImplementationError if none supports the request."""
     return _load(select(op, request, impl).target)
+
+
+def implementation_for(
+    op: str, impl: str, tensor: Tensor, *shape: int, options: frozenset[str] = frozenset()
+) -> Callable[..., Any]:
+    """Return `resolve` for a call with this tensor and shape; what is returned runs without autocast."""
+    run = resolve(op, impl, Request(tensor.device, tensor.dtype, shape, options))
+    if not torch.is_autocast_enabled(tensor.device.type):
+        return run
+
+    def without_autocast(*args: Any, **options: Any) -> Any:
+        # Ops compute in the dtype of their tensors; autocast would cast the operands of their GEMMs.
+        with torch.autocast(tensor.device.type, enabled=False):
+            return run(*args, **options)
+
+    return without_autocast
 
 
 def select(op: str, request: Request, impl: str = AUTO) -> Implementation:

@@ -15,6 +15,7 @@ from benchmarks import __main__ as command
 from benchmarks import report, step, step_session
 from benchmarks.arms import NAIVE, REFERENCES, arms_of, settings_of
 from benchmarks.harness import require_equal
+from benchmarks.model import SHAPES
 from benchmarks.planned import beyond_held, peak_bytes, planned_phases
 from benchmarks.trainer_arm import Bed, TrainerArm
 from tests.helpers.small_bench import SMALL
@@ -107,6 +108,14 @@ def test_a_run_keeps_every_sample_and_says_what_runs(tmp_path: Path, capsys: Any
     assert result["tree_peak_mib"] > 10 and "peak of the process tree" in (said := capsys.readouterr().out)
     assert "planning native" in said and "round 2 of 2: all; about" in said
     assert (tmp_path / "run.html").exists() and "| rollout_engine=native alone " in said
+
+
+def test_the_long_shape_has_the_model_of_bench_and_longer_completions(tmp_path: Path):
+    words = ["--rounds", "1", "--threads", "1", "--peers", "none", "--arms", "all", "--out", str(tmp_path / "run.json")]
+    assert command.main(["--shape", "long", *words]) == 0
+    sizes, bench = report.read(tmp_path / "run.json")["sizes"], SHAPES["bench"]
+    assert sizes["completion_tokens"] == 512 == 8 * bench.completion_length and sizes["prompts"] == bench.prompts
+    assert sizes["image_tokens"] == bench.image_tokens and SHAPES["long"].text is bench.text
 
 
 @pytest.mark.slow

@@ -10,7 +10,6 @@ import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from transformers import AutoModelForImageTextToText
 from transformers.initialization import no_init_weights
-from vlmr1.rollout.decoder import DecodeForward
 
 from tests.cuda_build.harness import OnCuda, fake_cuda, on_stub
 from tests.helpers.cuda_table import LIMITS
@@ -21,6 +20,7 @@ from vlmr1.models.lora import base_of, with_lora
 from vlmr1.models.settings import LoraSettings
 from vlmr1.planner.known_models import config_named
 from vlmr1.rollout import NativeEngine, SamplingSettings
+from vlmr1.rollout.decoder import DecodeForward
 from vlmr1.rollout.engine import Request
 from vlmr1.rollout.sampling import sample_tokens
 from vlmr1.rollout.scheduler import Scheduler

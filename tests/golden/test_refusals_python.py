@@ -25,7 +25,7 @@ from vlmr1.evaluation.options import Options
 from vlmr1.grpo.pack_budget import PackTooLarge
 from vlmr1.grpo.pack_runner import PackRunner
 from vlmr1.lifecycle.run_settings import check_settings
-from vlmr1.models import attention
+from vlmr1.models import attention, fused_layers
 from vlmr1.models.lora import read_adapter, restore_adapter, with_lora
 from vlmr1.models.precision import prepare_trained
 from vlmr1.rewards import pool
@@ -90,8 +90,12 @@ def bfloat16_beside_adapter() -> None:
     prepare_trained(model, anything(bf16=False, stochastic_rounding=False, use_peft=True))
 
 
+def unimportable() -> None:
+    raise ImportError("cannot import name 'ops'")
+
+
 def with_zero3(**settings: Any) -> None:
-    names = ("stochastic_rounding", "load_in_4bit", "use_dora", "sync_ref_model", "use_peft", "use_liger_kernel")
+    names = ("stochastic_rounding", "load_in_4bit", "use_dora", "sync_ref_model", "use_peft")
     known = dict.fromkeys(names, False) | {"reference": "auto", "reference_kind": "copy", "adapter": None, "beta": 0.04}
     check_sharded(anything(**known | settings), "zero3", engine=True)
 
@@ -157,7 +161,13 @@ CASES: dict[str, Callable[..., Any]] = {
     "The environment asks for FSDP or DeepSpeed and accelerate uses another engine": lambda patch: patched(
         patch, os.environ, "ACCELERATE_USE_FSDP", "true", check_launched, 1, NO_ENGINE
     ),
-    "use_liger_kernel is set with a reference and ZeRO-3": lambda: with_zero3(use_liger_kernel=True),
+    "fused_layers=liger and liger-kernel is not installed": lambda patch: patched(
+        patch, sys.modules, "liger_kernel", None, GRPOConfig(use_cpu=True, fused_layers="liger").check_device, "cuda"
+    ),
+    "fused_layers is not torch and liger-kernel cannot be imported": lambda patch: patched(
+        patch, fused_layers, "liger_operators", unimportable, fused_layers.operators_for, "liger", "cuda"
+    ),
+    "fused_layers has an unknown value (from Python)": lambda: GRPOConfig(use_cpu=True, fused_layers="fast"),
     "A run starts from an adapter with ZeRO-3 and a copied reference": lambda: with_zero3(use_peft=True, adapter="a"),
     "Memory runs out in a pass of a run of several ranks, which cannot repack alone": shrink,
     "DeepSpeed has applied an update whose loss is not finite": diverged,

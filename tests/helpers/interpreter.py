@@ -1,9 +1,13 @@
 """Triton's interpreter, for machines without a GPU, and fast enough for tests."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -44,3 +48,33 @@ def _patch_once_a_launch() -> None:
         return function.rewrite()(*args, **options)
 
     interpreter.GridExecutor.__call__, interpreter.InterpretedFunction.__call__ = start, call
+
+
+@contextmanager
+def interpreted_liger() -> Iterator[None]:
+    """Import of Liger's kernels, interpreted, in this block; others see the modules that they have imported.
+
+    Liger's kernels call `.to` of float arguments, which the interpreter leaves as Python's."""
+    interpreter: Any = import_module("triton.runtime.interpreter")
+    language = import_module("triton.language")
+    convert = interpreter._implicit_cvt
+
+    def with_floats(value: Any) -> Any:
+        if not isinstance(value, float):
+            return convert(value)
+        handle = interpreter.TensorHandle(np.array([value], dtype=np.float32), language.float32)
+        return language.tensor(handle, language.float32)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VARIABLE, "1")
+        patch.setattr(interpreter, "_implicit_cvt", with_floats)
+        for name in [name for name in sys.modules if name.partition(".")[0] == "liger_kernel"]:
+            patch.delitem(sys.modules, name)
+        import_module("liger_kernel.ops")
+        for name in ("rms_norm", "fused_add_rms_norm", "layer_norm"):  # CUDA's function is empty for the interpreter
+            sys.modules[f"liger_kernel.ops.{name}"].rsqrt = lambda x: language.math.rsqrt(x)  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            for name in [name for name in sys.modules if name.partition(".")[0] == "liger_kernel"]:
+                del sys.modules[name]

@@ -86,6 +86,7 @@ DEVICE = {
     "optim": {"optim": "paged_adamw_8bit"},
     "activation_offload": {"activation_offload": True, "activation_checkpointing": True},
     "use_liger_kernel": {"use_liger_kernel": True},
+    "fused_layers": {"fused_layers": "liger"},
     "cuda_graphs": {"cuda_graphs": True},
 }
 
@@ -100,6 +101,13 @@ def test_the_device_is_checked_by_the_preflight_alone(name, model, processor, tm
         config.check_device()
     with pytest.raises(SettingError, match=name):
         GRPOTrainer(model, config, [], processor, ["format"])
+
+
+def test_use_liger_kernel_means_fused_layers():
+    """Trainer would change classes of the library."""
+    config = GRPOConfig(use_cpu=True, use_liger_kernel=True)
+    assert (config.fused_layers, config.use_liger_kernel) == ("liger", False)
+    assert GRPOConfig(use_cpu=True).fused_layers == "auto"
 
 
 def test_the_preflight_reports_all_faults_together():

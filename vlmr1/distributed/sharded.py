@@ -63,10 +63,6 @@ def check_sharded(args: Any, sharding: Sharding | None, *, engine: bool) -> None
         )
     if args.reference == "offload":
         raise SettingError(f"reference=offload is not supported with {sharding}, which shards the reference")
-    if args.use_liger_kernel and args.beta > 0 and sharding == "zero3":
-        raise SettingError(
-            "use_liger_kernel needs beta 0 with zero3, which loads the reference again without its kernels"
-        )
     if sharding == "zero3" and args.adapter is not None and args.reference_kind == "copy":
         raise SettingError(
             "adapter needs beta 0 or reference=adapter with zero3, whose reference has no adapter: use fsdp2"

@@ -14,7 +14,7 @@ from vlmr1.grpo.reference import Reference, make_reference
 from vlmr1.models import check_dropout
 from vlmr1.models.features import FeatureCache
 from vlmr1.models.settings import ParameterSettings
-from vlmr1.models.trainable import apply_liger, base_and_family, choose_trained
+from vlmr1.models.trainable import base_and_family, choose_trained
 from vlmr1.rewards.pool import RewardPool
 from vlmr1.rewards.registry import Reward, RewardContext, get_reward
 from vlmr1.rollout import ENGINES
@@ -50,8 +50,7 @@ def prepare_model(given: Any, args: Any) -> tuple[Any, Any, Any]:
     if args.share_prompt or args.pack:
         check_dropout(model.config)
     args.check_device()
-    if args.use_liger_kernel:
-        args.liger_kernel_config = apply_liger(model)
+    family.fuse_layers(args.fused_layers, args.device.type)
     return model, family, choose_trained(given, family, ParameterSettings.of(args))
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmr1.models.attention import SharedAttention, shared_attention
+from vlmr1.models.fused_layers import Operators, fused_layers, operators_for
 from vlmr1.models.precision import zero_gradient
 from vlmr1.models.tower import varlen_tower
 from vlmr1.types import ImageInputs
@@ -38,6 +39,7 @@ class ModelFamily(ABC):
     head_path: ClassVar[str] = "lm_head"
     merger_paths: ClassVar[tuple[str, ...]] = ("model.visual.merger",)  # the projector, a part of vision_paths
     varlen_tower: ClassVar[bool] = False  # the tower takes concatenated sequences with offsets
+    operators: Operators | None = None  # of its passes, in place of stock layers
 
     # Images
 
@@ -96,12 +98,18 @@ class ModelFamily(ABC):
 
     @contextmanager
     def attention(self, model: Any) -> Iterator[None]:
-        """Use shared attention in the decoder, and variable-length attention in the tower, within the block.
+        """Use shared attention in the decoder, variable-length attention in the tower, and `operators` within the
+        block.
 
         A backward pass that recomputes layers must run inside the block."""
         tower = varlen_tower(attrgetter(self.vision_paths[0])(model)) if self.varlen_tower else nullcontext()
-        with tower, shared_attention(attrgetter(self.decoder_path)(model)):
+        decoder = shared_attention(attrgetter(self.decoder_path)(model))
+        with tower, decoder, fused_layers(model, self.operators):
             yield
+
+    def fuse_layers(self, setting: str, device: str) -> None:
+        """Use the operators of `fused_layers` on this device in passes from now on."""
+        self.operators = operators_for(setting, device)
 
     def head(self, model: Any) -> nn.Linear:
         """The vocabulary projection."""

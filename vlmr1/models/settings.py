@@ -135,6 +135,9 @@ class ParameterSettings(LoraSettings, ModelSettings, _Shared):
         False, "round bfloat16 weights stochastically after an update, with optim adamw_torch_8bit"
     )
     activation_offload: bool = setting(False, "hold in host memory what gradient_checkpointing keeps")
+    fused_layers: Literal["auto", "liger", "torch"] = setting(
+        "auto", "norms, RoPE and SwiGLU by Liger's kernels; auto: on a GPU with liger-kernel; use_liger_kernel: liger"
+    )
 
     @property
     def optimizer(self) -> str:
@@ -152,6 +155,13 @@ class ParameterSettings(LoraSettings, ModelSettings, _Shared):
             yield from self._check_lora()
         elif self.load_in_4bit:
             yield "load_in_4bit needs use_peft: 4-bit weights cannot be trained"
+        if self.fused_layers not in ("auto", "liger", "torch"):
+            yield f"fused_layers is {self.fused_layers!r}: auto, liger or torch"
+        if self.use_liger_kernel:
+            if self.fused_layers == "torch":
+                yield "use_liger_kernel and fused_layers=torch contradict each other: it means fused_layers=liger"
+            self.fused_layers = "liger"
+            self.use_liger_kernel = False  # Trainer would change the library's modules
         if self.activation_offload:
             if not (self.activation_checkpointing or self.gradient_checkpointing):
                 yield "activation_offload needs gradient_checkpointing: it moves what that keeps"
@@ -174,7 +184,7 @@ class ParameterSettings(LoraSettings, ModelSettings, _Shared):
             yield f"optim={optim}: paged optimizers need a GPU, this is {device}"
         if self.activation_offload and device != "cuda":
             yield f"activation_offload needs a GPU: on {device} it has nothing to move"
-        if self.use_liger_kernel and device != "cuda":
-            yield f"use_liger_kernel needs a GPU: its kernels do not run on {device}"
-        elif self.use_liger_kernel:
-            yield from missing_package("use_liger_kernel", "liger_kernel", "vlmr1[gpu]")
+        if self.fused_layers == "liger" and device != "cuda":
+            yield f"fused_layers=liger (use_liger_kernel) needs a GPU: its kernels do not run on {device}"
+        elif self.fused_layers == "liger":
+            yield from missing_package("fused_layers=liger", "liger_kernel", "vlmr1[gpu]")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.integrations.liger import apply_liger_kernel
 
 from vlmr1.distributed.preflight import undivided
 from vlmr1.errors import SettingError
@@ -17,10 +15,6 @@ from vlmr1.models.lora import base_of, check_adapter, with_lora
 from vlmr1.models.precision import prepare_trained
 from vlmr1.models.quantization import quantize_empty
 from vlmr1.models.settings import ParameterSettings
-
-COMPOSED = ("internvl", "smolvlm")  # whose decoder Liger looks up by its own type
-# Liger has no rotary kernel for GLM-4V, and of Qwen2-VL it replaces a function that transformers 5 does not have.
-OWN_ROPE = ("qwen2_vl", "qwen2_5_vl", "glm4v")
 
 
 def base_and_family(given: Any) -> tuple[Any, ModelFamily]:
@@ -70,24 +64,3 @@ def _freeze(model: Any, family: ModelFamily, *, tower: bool, merger: bool | None
         frozen = tower if merger is None or id(parameter) not in of_merger else merger
         if frozen:
             parameter.requires_grad_(False)
-
-
-def apply_liger(model: Any) -> dict[str, bool]:
-    """Patch the model with Liger's kernels of layers and return the `liger_kernel_config`.
-
-    `transformers.Trainer` does the same, but after the reference is copied. Liger's losses and forwards stay off: the
-    packed forward has its own."""
-    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as KNOWN
-
-    kind = model.config.model_type
-    for needed in (kind, model.config.get_text_config(decoder=True).model_type)[: 2 if kind in COMPOSED else 1]:
-        if needed not in KNOWN:
-            raise SettingError(f"use_liger_kernel: Liger has no kernels for {needed}")
-    layers = dict.fromkeys(("rms_norm", "layer_norm", "swiglu"), True) | {"rope": kind not in OWN_ROPE}
-    config = layers | dict.fromkeys(("cross_entropy", "fused_linear_cross_entropy"), False)
-    try:
-        apply_liger_kernel(model, config)
-    except ImportError as error:
-        versions = f"Liger {version('liger_kernel')}, transformers {version('transformers')}"
-        raise SettingError(f"use_liger_kernel: Liger's kernels do not fit {kind} here ({versions}): {error}") from error
-    return config

@@ -30,6 +30,7 @@ HELD = "held"  # tensors from before the run
 HOST = "host"  # in host memory, which counts for no device
 _DEVICE = torch.ops.prim.device.default
 _VALUE = torch.ops.aten._local_scalar_dense.default
+_RUNNING: list[DryRun] = []
 _INDEXED = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
 
 
@@ -48,6 +49,17 @@ class DryRun(TorchDispatchMode):
         self.total = self.peak = self.most_on_host = 0
         self.at_peak: Mapping[str, int] = {}
         self._known: dict[int, list[Any]] = {}  # storages alive: [cause, bytes]
+
+    def __enter__(self) -> Any:
+        _RUNNING.append(self)
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        _RUNNING.remove(self)
+        super().__exit__(*exception)
+
+    def add_kernel(self, name: str, flops: float, moved: float) -> None:
+        """Note a kernel that a stand-in stands for; see `kernel`."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -139,6 +151,14 @@ class DryRun(TorchDispatchMode):
     def restart(self) -> None:
         """Forget the peak so far."""
         self._peak()
+
+
+def kernel(name: str, flops: float, *moved: Tensor | float) -> None:
+    """Tell the dry runs in progress of a kernel that a stand-in allocates for but does not call. `moved`: tensors that
+    it reads or writes, or numbers of bytes."""
+    size = sum(each.nbytes if isinstance(each, Tensor) else each for each in moved)
+    for run in dict.fromkeys(_RUNNING):  # a run may be entered again within itself
+        run.add_kernel(name, flops, size)
 
 
 def _positions(indices: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -142,8 +142,8 @@ def prompts_of(job: Job, family: ModelFamily, model: Any) -> list[Prompt]:
     return prompts
 
 
-def largest_pack(job: Job, prompts: Sequence[Prompt]) -> tuple[Pack, bool]:
-    """The largest pack of an update whose completions all reach the length limit, and whether it has other packs."""
+def packs_of(job: Job, prompts: Sequence[Prompt]) -> list[Pack]:
+    """The packs of an update whose completions all reach the length limit."""
     args = job.args
     ids, logp = torch.zeros(args.max_completion_length, dtype=torch.long), torch.zeros(args.max_completion_length)
     completions = tuple(Completion(ids, logp, logp, "", "length") for _ in range(args.num_generations))
@@ -151,5 +151,10 @@ def largest_pack(job: Job, prompts: Sequence[Prompt]) -> tuple[Pack, bool]:
     groups = [Group(prompt, completions, torch.zeros(size, 1), torch.ones(size)) for prompt in prompts]
     options = {"share_prompt": args.share_prompt, "pack": args.pack}
     rows = plan_packs(groups, tokens_per_pack=args.tokens_per_pack, **options)
-    packs = [make_pack(row, share_vision=args.share_vision) for row in rows]
+    return [make_pack(row, share_vision=args.share_vision) for row in rows]
+
+
+def largest_pack(job: Job, prompts: Sequence[Prompt]) -> tuple[Pack, bool]:
+    """The largest pack of such an update, and whether it has other packs."""
+    packs = packs_of(job, prompts)
     return max(packs, key=lambda pack: len(pack.input_ids)), len(packs) > 1

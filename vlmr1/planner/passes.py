@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from vlmr1.models.features import FeatureCache
 from vlmr1.models.lora import base_of, merged
 from vlmr1.planner.dry_run import ACTIVATIONS, GRADIENTS, HOST, WEIGHTS, DryRun
 from vlmr1.planner.job import Job, largest_pack, prompts_of
-from vlmr1.planner.policy import DryOnCuda, DryPacked, checkpoints_on_host, vision_counted
+from vlmr1.planner.policy import DryOnCuda, DryPacked, checkpoints_on_host, count_fused_layers, vision_counted
 from vlmr1.planner.rollout import generate, rollout
 from vlmr1_kernels import GRPOSettings, use
 
@@ -24,29 +24,42 @@ Bytes = dict[str, int]  # by cause
 KEPT = "kept"
 
 
+def policy_of(job: Job, trained: Any, dry: DryRun) -> PackedPolicy:
+    """The policy of a model without data, or of the `peft.PeftModel` around it."""
+    args, model = job.args, base_of(trained)
+    family = family_for(model.config)
+    if job.device == "cuda":
+        count_fused_layers(family, args.fused_layers)
+    frozen = not any(parameter.requires_grad for parameter in family.vision_parameters(model))
+    cache = FeatureCache() if frozen and args.share_vision else None
+    options = {"temperature": args.temperature, "dtype": torch.bfloat16 if args.bf16 else None, "features": cache}
+    if args.share_prompt or args.pack:
+        return (DryOnCuda if job.device == "cuda" else DryPacked)(dry, model, family, **options)
+    return NaivePolicy(model, family, **options)
+
+
+@contextmanager
+def merged_for_rollout(job: Job, trained: Any, dry: DryRun) -> Iterator[None]:
+    """In this block the adapter is merged where the rollout has it so."""
+    with ExitStack() as stack:
+        if job.args.lora_merge_rollout:
+            with dry.of(WEIGHTS):
+                stack.enter_context(merged(trained))
+        yield
+
+
 def dry_passes(job: Job, trained: Any, dry: DryRun) -> Mapping[str, Bytes]:
     """Bytes by cause at the peak of each phase, without weights, optimizer states and reference model. Under HOST are
     the bytes in host memory, under KEPT those that a rollout leaves behind. `trained` is the model without data, or the
     `peft.PeftModel` around it."""
-    args, model = job.args, base_of(trained)
-    family = family_for(model.config)
-    frozen = not any(parameter.requires_grad for parameter in family.vision_parameters(model))
-    cache = FeatureCache() if frozen and args.share_vision else None
+    args, policy = job.args, policy_of(job, trained, dry)
+    model, family = policy.model, policy.family
     prompts = prompts_of(job, family, model)
-    options = {"temperature": args.temperature, "dtype": torch.bfloat16 if args.bf16 else None, "features": cache}
-    policy: PackedPolicy
-    if args.share_prompt or args.pack:
-        policy = (DryOnCuda if job.device == "cuda" else DryPacked)(dry, model, family, **options)
-    else:
-        policy = NaivePolicy(model, family, **options)
     pack, several = largest_pack(job, prompts[: args.prompts_per_device])
     draw: Callable[..., Bytes] = rollout if args.rollout_engine == "native" else generate
     found: dict[str, Bytes] = {}
     with vision_counted(family, model, dry), use(args.kernels if job.device == "cpu" else ""), dry:
-        with ExitStack() as stack:
-            if args.lora_merge_rollout:
-                with dry.of(WEIGHTS):
-                    stack.enter_context(merged(trained))
+        with merged_for_rollout(job, trained, dry):
             found[KEPT] = draw(job, policy, prompts, dry)
         found["rollout"] = dict(dry.at_peak)
         if job.reference != "none":
@@ -56,13 +69,13 @@ def dry_passes(job: Job, trained: Any, dry: DryRun) -> Mapping[str, Bytes]:
             found["reference"] = dict(dry.at_peak)
         dry.restart()
         with dry.of(ACTIVATIONS):
-            _update(job, model, policy, pack, dry, several=several)
+            update(job, model, policy, pack, dry, several=several)
         found["policy"] = dict(dry.at_peak)
         found[HOST] = {ACTIVATIONS: dry.most_on_host}
     return found
 
 
-def _update(job: Job, model: Any, policy: PackedPolicy, pack: Any, dry: DryRun, *, several: bool) -> None:
+def update(job: Job, model: Any, policy: PackedPolicy, pack: Any, dry: DryRun, *, several: bool) -> None:
     """Run forward and backward of one pack; with several, gradients of earlier packs exist already."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     model.train()

@@ -172,9 +172,7 @@ def model_without_data(job: Job, dry: DryRun) -> Any:
 
 def _counted(job: Job, wrapped: Any, dry: DryRun) -> _Counted:
     model = base_of(wrapped)
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     parameters, buffers = list(model.parameters()), list(model.buffers())
-    trained = [p for p in parameters if p.requires_grad]
     layers = attrgetter(family_for(model.config).decoder_path)(model).layers
     layer = max(_bytes(layer.parameters()) for layer in layers)
     return _Counted(
@@ -182,11 +180,18 @@ def _counted(job: Job, wrapped: Any, dry: DryRun) -> _Counted:
         weights=_bytes(parameters) + _bytes(buffers),
         buffers=_bytes(buffers),
         narrowed=2 * sum(p.numel() for p in copied_in(model, torch.bfloat16 if job.args.bf16 else None)),
-        trained=tuple(Parameter(tuple(p.shape), p.itemsize, id(p) in embeddings) for p in trained),
+        trained=trained_parameters(model),
         gathered=2 * layer + _bytes([model.get_input_embeddings().weight]),
         images=2 * job.prompts * image_bytes(job),
         dry=dry_passes(job, wrapped, dry),
     )
+
+
+def trained_parameters(model: Any) -> tuple[Parameter, ...]:
+    """What the optimizer is given."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return tuple(Parameter(tuple(p.shape), p.itemsize, id(p) in embeddings) for p in trained)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

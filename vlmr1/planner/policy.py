@@ -17,6 +17,7 @@ from vlmr1.models.attention import attending_by, autocast
 from vlmr1.models.family import ModelFamily
 from vlmr1.planner.cuda_ops import NAME, FlashPacked, head_logprobs, head_loss
 from vlmr1.planner.dry_run import HOST, LOGITS, VISION, DryRun
+from vlmr1.planner.fused_ops import STAND_INS
 from vlmr1.types import Pack
 from vlmr1_kernels import registry
 from vlmr1_kernels.native import library
@@ -47,7 +48,7 @@ class DryOnCuda(DryPacked):
 
     def hidden_rows(self, pack: Pack) -> Tensor:
         ids, positions = pack.input_ids[None], pack.positions[:, None]
-        shared: Any = FlashPacked(any(map(any, pack.layout.branch_lengths)))
+        shared: Any = FlashPacked(pack.layout)
         with autocast(self.model.device, self.dtype), self.attention():
             features, _ = self.image_features(pack)
             hidden = self.family.hidden(self.model, ids, positions, features, shared=shared)
@@ -63,6 +64,11 @@ class DryOnCuda(DryPacked):
         hidden = self.hidden_rows(pack)
         with self.dry.of(LOGITS):
             return head_loss(hidden, head_weight(self.family.head(self.model), hidden.dtype)), {}
+
+
+def count_fused_layers(family: ModelFamily, setting: str) -> None:
+    """Count what Liger's operators allocate, unless `fused_layers` says stock layers."""
+    family.operators = None if setting == "torch" else STAND_INS
 
 
 def native_workspace(hidden: Tensor, weight: Tensor) -> int:

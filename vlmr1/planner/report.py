@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 from vlmr1.errors import SettingError
+from vlmr1.planner.cards import CARDS, GRAPH_US, LAUNCH_US, MEMORY_REACHES, PRODUCTS_REACH, Card
 from vlmr1.planner.plan import CAUSES, FRAMEWORK_CAUSE, GIB, Plan
 from vlmr1.planner.remedies import Advice
+from vlmr1.planner.time import DECODE, KINDS, Work
 
 # Settings in the JSON beside the job's own fields.
 SETTINGS = ("prompts_per_device", "steps_per_generation", "num_generations", "max_completion_length", "tokens_per_pack")
@@ -17,16 +19,18 @@ SETTINGS += ("share_vision", "share_prompt", "pack", "rollout_engine", "rollout_
 SETTINGS += ("rollout_keep_cache", "cuda_graphs")
 SETTINGS += ("kernels",)
 SETTINGS += ("model_dtype", "bf16", "optim", "freeze_vision", "freeze_merger", "activation_checkpointing")
-SETTINGS += ("activation_offload", "use_liger_kernel", "use_peft", "lora_r", "lora_target_modules", "lora_vision")
+SETTINGS += ("activation_offload", "fused_layers", "use_peft", "lora_r", "lora_target_modules", "lora_vision")
 SETTINGS += ("lora_modules_to_save", "use_dora", "lora_merge_rollout", "load_in_4bit")
 UNITS = {"MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def bytes_of(text: str) -> int:
-    """ "80GiB", "80 GB", "24576MiB" -> bytes."""
+    """ "80GiB", "80 GB", "24576MiB", "h100" -> bytes."""
+    if text.lower() in CARDS:
+        return int(CARDS[text.lower()].memory * GIB)
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([MGT]i?B)\s*", text, re.IGNORECASE)
     if match is None or float(match[1]) <= 0:
-        raise SettingError(f"gpu is {text!r}: a size is expected, as 80GiB or 24GB")
+        raise SettingError(f"gpu is {text!r}: a size is expected, as 80GiB or 24GB, or one of {', '.join(CARDS)}")
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 
@@ -36,9 +40,13 @@ def table(plan: Plan) -> str:
     head = ["GiB", *(f"{phase}{' *' if phase == plan.peak_phase else ''}" for phase in plan.phases)]
     rows = [[cause, *(gib(plan.phases[phase][cause]) for phase in plan.phases)] for cause in causes]
     rows.append(["together", *(gib(plan.total(phase)) for phase in plan.phases)])
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    return _aligned([head, *rows])
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
-    for first, *others in [head, *rows]:
+    for first, *others in rows:
         cells = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
@@ -61,8 +69,6 @@ def report(plan: Plan, advice: Advice, name: str, room: int, needed: int | None)
         "",
         *_verdict(plan, advice, room),
     ]
-    if args.use_liger_kernel:
-        lines.append("use_liger_kernel is not counted: activations are those without it")
     if any(plan.host.values()):
         lines.append("in host memory: " + ", ".join(f"{gib(size)} GiB {c}" for c, size in plan.host.items() if size))
     if needed is not None:
@@ -114,4 +120,57 @@ def as_json(plan: Plan, advice: Advice, name: str, room: int, needed: int | None
         ],
         "with_remedies": {"phases": advice.plan.phases, "peak": advice.plan.peak, "missing": advice.missing},
         "gpus_with_zero_3": needed,
+    }
+
+
+def card_named(name: str, device: str = "cuda") -> Card:
+    """The ceilings of a GPU; SettingError for a size, or another device."""
+    if device != "cuda":
+        raise SettingError(f"time is predicted for GPUs: --device {device} has no ceilings")
+    if name.lower() not in CARDS:
+        raise SettingError(f"time needs the ceilings of a GPU: --gpu {', '.join(CARDS)}; it is {name!r}")
+    return CARDS[name.lower()]
+
+
+NOT_PREDICTED = "data loading, rewards, transfers between host and GPUs, Python beside launches"
+
+
+def time_report(work: Work, name: str) -> str:
+    """Predicted milliseconds by phase and kind of kernel, with what is assumed and what is left out."""
+    card, args = card_named(name), work.job.args
+    found = work.milliseconds(card)
+    together = {kind: sum(times[kind] for times in found.values()) for kind in KINDS}
+    rows = [["ms", "products", "attention", "others", "together"]]
+    for phase, times in [*found.items(), ("together", together)]:
+        rows.append([phase, *(f"{each:,.1f}" for each in (*times.values(), sum(times.values())))])
+    kernels = sum(work.kernels[DECODE].values())
+    step = sum(found[DECODE].values()) / max(1, work.steps)
+    updates = args.updates_per_generation * args.num_iterations
+    return "\n".join(
+        [
+            f"predicted time on {name.lower()}, arithmetic on counted FLOPs and bytes, not measured; "
+            f"one generation of {work.job.prompts} prompts, updates: {updates}",
+            "",
+            _aligned(rows),
+            "",
+            f"decode: {work.steps} steps of {step:.2f} ms at the mean length, {kernels:,} kernels each",
+            f"assumed: {PRODUCTS_REACH * card.bf16:.0f} TFLOP/s of bfloat16 products, {card.attention:g} of attention, "
+            f"{MEMORY_REACHES * card.bandwidth:,.0f} GB/s",
+            f"a kernel takes at least {LAUNCH_US:g} us, in a CUDA graph {GRAPH_US:g} us",
+            f"not predicted: {NOT_PREDICTED}",
+        ]
+    )
+
+
+def time_as_json(work: Work, name: str) -> dict[str, Any]:
+    """The figures of `time_report`, with FLOPs and bytes of each phase; of decoding also those of one step."""
+    card = card_named(name)
+    return {
+        "computed": "arithmetic on counted FLOPs and bytes, not measured",
+        "gpu": name.lower(),
+        "ceilings": asdict(card) | {"products_reach": PRODUCTS_REACH, "memory_reaches": MEMORY_REACHES},
+        "launch_us": {"graph": GRAPH_US, "other": LAUNCH_US},
+        "decode_steps": work.steps,
+        "milliseconds": work.milliseconds(card),
+        "work": {phase: work.totals(phase) for phase in work.kernels},
     }

@@ -61,7 +61,7 @@ def rollout(job: Job, policy: PackedPolicy, prompts: Sequence[Prompt], dry: DryR
     engine = NativeEngine(model, policy.family, None, dtype=policy.dtype, features=policy.features, ignore_eos=True)
     engine.cuda_graphs = args.cuda_graphs
     engine.keep_cache = False if args.lora_merge_rollout or job.shards_weights else args.rollout_keep_cache
-    copied = _copied(job, policy, dtype)
+    copied = copied_weights(job, policy, dtype)
     if copied is not None:
         engine.decode_forward = SimpleNamespace(fixed_addresses=True, copied_bytes=copied)
     blocks, kept = cache_blocks(job, prompts, dtype, engine)
@@ -69,7 +69,7 @@ def rollout(job: Job, policy: PackedPolicy, prompts: Sequence[Prompt], dry: DryR
     model.eval()
     options: dict[str, Any] = {"enabled": policy.dtype is not None, "cache_enabled": not copied}
     with torch.autocast(model.device.type, dtype=policy.dtype, **options):
-        with dry.of(WEIGHTS):
+        with dry.of(GRAPHS if graphs else WEIGHTS):  # they are kept for graphs
             copies = torch.empty((copied or 0) // 4)
         with dry.of(KV):
             state = engine.new_state(blocks)
@@ -78,17 +78,16 @@ def rollout(job: Job, policy: PackedPolicy, prompts: Sequence[Prompt], dry: DryR
             schedule = (_OnCuda if job.device == "cuda" else Scheduler)(engine, request, state, {}, graphs=graphs)
             if job.device == "cuda" and dtype.itemsize < 4:
                 schedule.half_weight = schedule.head.weight.to(dtype, copy=True)
-        held = {KV: state.cache.data.nbytes, WEIGHTS: copies.nbytes}
-        held[LOGITS] = 0 if schedule.half_weight is None else schedule.half_weight.nbytes
+        held = {KV: state.cache.data.nbytes, LOGITS: 0 if schedule.half_weight is None else schedule.half_weight.nbytes}
         groups = schedule.admit()
         batch = _full_batch(schedule, groups)
         dry.restart()
         if graphs:
             before = dry.total
             _decode(policy, schedule, batch, dry)
-            held[GRAPHS] = dry.peak - before
+            held[GRAPHS] = dry.peak - before + copies.nbytes
             with dry.of(GRAPHS):  # a step's memory is that of its graph, and cannot be used by a prefill
-                pool = torch.empty(held[GRAPHS] // 4)
+                pool = torch.empty((dry.peak - before) // 4)
             dry.restart()
         _prefill(policy, schedule, groups, dry)
         if graphs:
@@ -100,7 +99,7 @@ def rollout(job: Job, policy: PackedPolicy, prompts: Sequence[Prompt], dry: DryR
     return held if kept else {}
 
 
-def _copied(job: Job, policy: PackedPolicy, dtype: torch.dtype) -> int | None:
+def copied_weights(job: Job, policy: PackedPolicy, dtype: torch.dtype) -> int | None:
     """Bytes of the weights that the decode steps of a GPU copy; None where they run the stock forward."""
     args = job.args
     stock = getattr(args, "fused_layers", "auto") == "torch" or args.load_in_4bit or job.shards_weights

@@ -118,6 +118,7 @@ class DecodeForward:
         CPU, where separate products keep the bits of the stock forward. `layers`: None: Liger's on CUDA, if there."""
         self.decoder = attrgetter(family.decoder_path)(model)
         self.device = self.decoder.embed_tokens.weight.device
+        self.autocast = dtype
         self.dtype = dtype or self.decoder.embed_tokens.weight.dtype
         self.merged_gemms = self.device.type != "cpu" if merged_gemms is None else merged_gemms
         liger = self.device.type == "cuda" and find_spec("liger_kernel") is not None

@@ -49,7 +49,7 @@ class NativeEngine(RolloutEngine):
         if self.fused_layers == "torch" or reason is not None:
             self.decode_forward = None
             logger.info("rollout: decode steps run the stock forward: %s", reason or "fused_layers is torch")
-        elif self.decode_forward is None:
+        elif self.decode_forward is None or self.decode_forward.autocast != self.dtype:
             self.decode_forward = DecodeForward(self.model, self.family, self.dtype)
         else:
             self.decode_forward.refresh()
@@ -104,6 +104,8 @@ class NativeEngine(RolloutEngine):
 
     def free_cache(self) -> None:
         self.state = None
+        if self.decode_forward is not None:
+            self.decode_forward.release()
 
     def keeps(self, cache_bytes: int, device_bytes: int | None) -> bool:
         """Return whether a KV cache of this size is kept between generations; `device_bytes` is None without a GPU."""

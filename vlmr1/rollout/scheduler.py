@@ -224,13 +224,13 @@ class Scheduler:
         images, refs, image_ids = unique_images(prompts)
         with self.family.attention(self.model):
             features = encode(self.family, self.model, refs, images, self.engine.features)
-        hidden = self.family.hidden(
-            self.model,
-            torch.cat([prompt.input_ids for prompt in prompts])[None].to(device),
-            torch.cat([prompt.positions for prompt in prompts], dim=1)[:, None].to(device),
-            [features[i] for i in image_ids],
-            shared=prefill_attention(self.cache, lengths, starts),
-        )
+            hidden = self.family.hidden(
+                self.model,
+                torch.cat([prompt.input_ids for prompt in prompts])[None].to(device),
+                torch.cat([prompt.positions for prompt in prompts], dim=1)[:, None].to(device),
+                [features[i] for i in image_ids],
+                shared=prefill_attention(self.cache, lengths, starts),
+            )
         return self.logits(hidden[0, torch.tensor(lengths).cumsum(0) - 1])
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ class RolloutSettings(_Shared):
     rollout_keep_cache: bool | None = setting(
         None,
         "keep KV cache and CUDA graphs between generations; default: on a GPU, where the cache takes at most 5% of its "
-        "memory and weights stay at their addresses",
+        "memory, copied weights 10%, and weights stay at their addresses",
     )
 
     def check(self) -> Iterator[str]:

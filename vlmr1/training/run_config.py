@@ -30,7 +30,7 @@ RENAMED_ARGS = {
     "eval_strategy": "use `vlmr1 evaluate` on a checkpoint, or eval_steps",
     "fp16": "use bf16; float16 overflows without a scaled loss",
     "fsdp": "use `vlmr1 {command} --launch fsdp2`",
-    "torch_compile": "packs differ in shape and would be compiled again and again; use `kernels`, or use_liger_kernel",
+    "torch_compile": "packs differ in shape and would be compiled again and again; use `kernels`, or fused_layers",
     "hub_token": "set the variable HF_TOKEN or use `hf auth login`: settings are written to checkpoints",
     "hub_strategy": "the model is pushed once, when the run has finished",
 }

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vlmr1_kernels import custom_ops
+from vlmr1_kernels import custom_decode_ops
 from vlmr1_kernels.inputs import DecodeTables
 from vlmr1_kernels.linear import accumulation_dtype
 
@@ -94,4 +94,4 @@ def _suffix_rows(
     return rows.flatten(), masked
 
 
-shared_prefix_decode = custom_ops.shared_prefix_decode("reference", _forward)
+shared_prefix_decode = custom_decode_ops.shared_prefix_decode("reference", _forward)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmr1_kernels import custom_ops
+from vlmr1_kernels import custom_decode_ops
 from vlmr1_kernels.triton.launch import launch, on_tensor_device
 
 NUM_WARPS = 1  # a lane has 4 of 128 columns
@@ -91,4 +91,4 @@ def _forward(
     return out
 
 
-rope_kv_write = custom_ops.rope_kv_write("triton", _forward)
+rope_kv_write = custom_decode_ops.rope_kv_write("triton", _forward)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmr1_kernels import custom_ops
+from vlmr1_kernels import custom_decode_ops
 from vlmr1_kernels.inputs import SamplingOptions
 from vlmr1_kernels.triton.launch import launch, on_tensor_device
 from vlmr1_kernels.triton.softmax import LOWEST
@@ -242,4 +242,4 @@ def _forward(
     return tokens, logp, sampling_logp
 
 
-sample_tokens = custom_ops.sample_tokens("triton", _forward)
+sample_tokens = custom_decode_ops.sample_tokens("triton", _forward)

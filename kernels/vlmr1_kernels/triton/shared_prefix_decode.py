@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmr1_kernels import custom_ops
+from vlmr1_kernels import custom_decode_ops
 from vlmr1_kernels.inputs import DecodeTables
 from vlmr1_kernels.triton.launch import launch, on_tensor_device, processors, shared_memory
 
@@ -220,4 +220,4 @@ def _tile_sizes(dtype: torch.dtype, block_d: int) -> tuple[int, int]:
     return (64 if block_d <= 128 else 32), 32
 
 
-shared_prefix_decode = custom_ops.shared_prefix_decode("triton", _forward)
+shared_prefix_decode = custom_decode_ops.shared_prefix_decode("triton", _forward)

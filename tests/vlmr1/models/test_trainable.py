@@ -1,23 +1,19 @@
-"""Which parameters are trained, where the reference comes from, where activations are kept, whose layers run: each
+"""Which parameters are trained, where the reference comes from, where activations are kept, each
 setting changes what it says and nothing else, and what cannot be is refused by name."""
 
-import sys
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
 
-from tests.helpers.families import build
 from tests.helpers.lora_steps import LORA, perturb
 from tests.helpers.refused import refusal
 from tests.helpers.trainers import gradients, relative, trainer_of
 from vlmr1.config import GRPOConfig
-from vlmr1.errors import SettingError
 from vlmr1.grpo.packing import make_pack
 from vlmr1.grpo.policy import PackedPolicy
 from vlmr1.grpo.reference import frozen_copy
-from vlmr1.models import family_of, load_model, load_processor
+from vlmr1.models import family_of
 
 PEFT = ["--use_peft", "true"]
 
@@ -145,20 +141,9 @@ def test_a_run_with_an_adapter(model, processor, tmp_path):
 # Activations in host memory
 
 
-@pytest.fixture
-def as_on_a_gpu(monkeypatch):
-    """What Liger patches for the whole process is put back."""
-    monkeypatch.setattr(GRPOConfig, "check_device", lambda self: None)
-    names = [name for name in sys.modules if name.startswith("transformers.models.") and ".modeling_" in name]
-    before = {name: dict(vars(sys.modules[name])) for name in names}
-    yield
-    for name, members in before.items():
-        for member, value in members.items():
-            setattr(sys.modules[name], member, value)
-
-
-def test_activation_offload(model, processor, make, tmp_path, monkeypatch, as_on_a_gpu):
+def test_activation_offload(model, processor, make, tmp_path, monkeypatch):
     """Equal gradients, and what the decoder's layers keep, their inputs, goes through host memory."""
+    monkeypatch.setattr(GRPOConfig, "check_device", lambda self: None)  # as on a GPU
     plain, count = held(trainer_of(model, processor, tmp_path, gradient_checkpointing=True), make, monkeypatch)
     make.random.manual_seed(0)
     settings = {"gradient_checkpointing": True, "activation_offload": True}
@@ -183,48 +168,3 @@ def held(trainer: Any, make: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[dict
     kwargs = dict(trainer.args.activation_checkpointing_kwargs or {})  # as `Trainer.train` takes them apart
     trainer.model.activation_checkpointing_enable(offload=kwargs.pop("offload", False))
     return gradients(trainer, make)[1], len(packed)
-
-
-# Liger's layers
-
-LIGER = {  # parts of a decoder layer that Liger replaces; whether its rotary kernel is in use
-    "glm4v": (
-        {"input_layernorm", "post_attention_layernorm", "post_self_attn_layernorm", "post_mlp_layernorm", "mlp"},
-        False,
-    ),
-    "internvl": ({"input_layernorm", "post_attention_layernorm", "mlp"}, True),
-    "smolvlm": ({"input_layernorm", "post_attention_layernorm", "mlp"}, True),
-}
-
-
-@pytest.mark.parametrize("family", LIGER)
-def test_liger_replaces_layers_and_nothing_else(family, tmp_path, as_on_a_gpu):
-    replaced, rope = LIGER[family]
-    folder = build(family, tmp_path / "model")
-    model = load_model(folder)
-    trainer = trainer_of(model, load_processor(folder), tmp_path, use_liger_kernel=True)
-    policy = trainer.policy.model
-    decoder = policy.get_decoder()
-    for layer in decoder.layers:
-        assert {name for name, module in layer.named_modules() if "forward" in vars(module)} == replaced
-    assert "forward" in vars(decoder.norm)
-    others = [policy, policy.model, policy.lm_head, decoder]
-    assert not [module for module in others if "forward" in vars(module)]
-    vision = [module for path in trainer.family.vision_paths for module in policy.get_submodule(path).modules()]
-    assert any("forward" in vars(module) for module in vision)
-    attention = sys.modules[type(decoder.layers[0].self_attn).__module__]
-    assert attention.apply_rotary_pos_emb.__module__.startswith("liger_kernel") == rope
-
-
-def test_liger_has_no_layers_for_every_family(tmp_path, as_on_a_gpu):
-    folder = build("idefics3", tmp_path / "model")
-    with pytest.raises(SettingError, match="use_liger_kernel: Liger has no kernels for idefics3"):
-        trainer_of(load_model(folder), load_processor(folder), tmp_path, use_liger_kernel=True)
-
-
-def test_liger_that_does_not_fit_the_library_is_named(model, processor, tmp_path, monkeypatch, as_on_a_gpu):
-    """Liger 0.8 imports names of Qwen-VL modules that transformers 5.23 does not have."""
-    fails = Mock(side_effect=ImportError("cannot import name 'Output'"))
-    monkeypatch.setattr("vlmr1.models.trainable.apply_liger_kernel", fails)
-    with pytest.raises(SettingError, match=r"do not fit qwen2_5_vl here \(Liger .*\): cannot import name 'Output'"):
-        trainer_of(model, processor, tmp_path, use_liger_kernel=True)

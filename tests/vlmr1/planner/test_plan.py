@@ -70,16 +70,17 @@ UPDATE = {
     "optim": ({"optim": "adamw_bnb_8bit"}, {"optimizer"}),
     "freeze_vision": ({"freeze_vision": True}, {"gradients", "optimizer", "reference model"}),
     "bfloat16 weights": (ROUNDED, {"weights", "optimizer", "reference model", *HELD, "logits"}),
-    "bf16 compute": ({"bf16": True}, HELD),  # weights that autocast copies have no address
+    "bf16 compute": ({"bf16": True}, {"weights", "logits", *HELD}),  # copies that a graph reads
+    "autocast's copies": ({"bf16": True, "fused_layers": "torch"}, HELD),  # have no address of their own
     "no reference": ({"beta": 0.0}, {"reference model"}),
     "reference in host memory": ({"reference": "offload"}, {"reference model"}),
     "activation_checkpointing": ({"activation_checkpointing": True}, set()),
     "tokens_per_pack": ({"tokens_per_pack": 256}, set()),
     "completions": ({"max_completion_length": 65}, {"kv cache"}),
     "rollout_kv_mib": ({"rollout_kv_mib": 0.1}, HELD),
-    "freed cache": ({"rollout_keep_cache": False}, HELD),
-    "no graphs": ({"cuda_graphs": False}, HELD),
-    "cpu": ({"device": "cpu"}, {"framework", "images", *HELD}),
+    "freed cache": ({"rollout_keep_cache": False}, {"weights", *HELD}),  # copies that graphs read
+    "no graphs": ({"cuda_graphs": False}, {"weights", *HELD}),
+    "cpu": ({"device": "cpu"}, {"framework", "images", "weights", *HELD}),
 }
 
 
@@ -147,10 +148,7 @@ REFERENCE |= {f"{phase} reference model": 0 for phase in ("rollout", "policy", "
 IN_8_BITS = sum(2 * in_8_bits(name, p.numel()) for name, p in MODEL.named_parameters())
 BYTES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {  # settings -> bytes by phase, or of the host, and cause
     "defaults": ({}, {"rollout kv cache": kv_bytes(4, torch.float32), "host images": IMAGES, "update images": 0}),
-    "bf16": (
-        {"bf16": True},
-        {"rollout kv cache": kv_bytes(4, torch.bfloat16, kept=False), "update kv cache": 0, "update cuda graphs": 0},
-    ),
+    "bf16": ({"bf16": True}, {"rollout kv cache": kv_bytes(4, torch.bfloat16)}),
     "freed cache": ({"rollout_keep_cache": False}, {"rollout kv cache": kv_bytes(4, torch.float32, kept=False)}),
     "two generations of prompts": ({"steps_per_generation": 2}, {"rollout kv cache": kv_bytes(8, torch.float32)}),
     "a budget below a group": ({"rollout_kv_mib": 1e-6}, {"rollout kv cache": kv_bytes(1, torch.float32)}),
@@ -179,7 +177,7 @@ def test_bytes(settings, expected):
     found = {f"{phase} {cause}": n for phase, causes in plan.phases.items() for cause, n in causes.items()}
     found |= {f"host {cause}": n for cause, n in plan.host.items()}
     assert {name: found[name] for name in expected} == expected
-    kept = plan.job.device == "cuda" and not settings.keys() & {"rollout_keep_cache", "bf16"}
+    kept = plan.job.device == "cuda" and not settings.keys() & {"rollout_keep_cache"}
     for phase, cause in product(plan.phases, HELD):
         assert phase == "rollout" or found[f"{phase} {cause}"] == kept * found[f"rollout {cause}"]
     assert 0 < PAGES < 8 * ALL

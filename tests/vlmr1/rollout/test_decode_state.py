@@ -13,7 +13,7 @@ from tests.helpers.rollouts import changed_logits, completions, engine, with_stu
 from vlmr1.errors import SettingError
 from vlmr1.rollout import NativeEngine, SamplingSettings, decode_state, scheduler
 from vlmr1.rollout.kv_cache import num_blocks, rounded_up
-from vlmr1.rollout.settings import KEPT_SHARE
+from vlmr1.rollout.settings import COPIES_SHARE, KEPT_SHARE
 from vlmr1.types import Group
 
 
@@ -24,34 +24,24 @@ def assert_equal(groups: list[Group], others: list[Group]) -> None:
             assert torch.equal(getattr(one, name), getattr(other, name)), name
 
 
-class FixedForward:
-    """Stands for a decode forward with weights of its own at fixed addresses."""
-
-    fixed_addresses = True
-    refreshed = 0
-
-    def refresh(self) -> None:
-        self.refreshed += 1
-
-
-# dtype of autocast, whether weights are trained, decode forward -> captures of three generations
+# dtype of autocast, whether weights are trained, layers -> captures of three generations
 KEPT = {
-    "float32": (None, True, None, [1, 0, 0]),
-    "frozen weights under autocast": (torch.bfloat16, False, None, [1, 0, 0]),
-    "autocast's copies of trained weights": (torch.bfloat16, True, None, [1, 1, 1]),
-    "copies at fixed addresses": (torch.bfloat16, True, FixedForward, [1, 0, 0]),
+    "float32": (None, True, "torch", [1, 0, 0]),
+    "frozen weights under autocast": (torch.bfloat16, False, "torch", [1, 0, 0]),
+    "autocast's copies of trained weights": (torch.bfloat16, True, "torch", [1, 1, 1]),
+    "copies at fixed addresses": (torch.bfloat16, True, "auto", [1, 0, 0]),
 }
 
 
-@pytest.mark.parametrize("dtype, trained, forward, captures", KEPT.values(), ids=KEPT.keys())
-def test_kept_graphs_draw_what_new_ones_draw(dtype, trained, forward, captures, make, model, processor, monkeypatch):
+@pytest.mark.parametrize("dtype, trained, layers, captures", KEPT.values(), ids=KEPT.keys())
+def test_kept_graphs_draw_what_new_ones_draw(dtype, trained, layers, captures, make, model, processor, monkeypatch):
     """Bit for bit, over generations with updates in between, with other prompts each time."""
     model.requires_grad_(trained)
     captured = with_stub_graphs(monkeypatch)
     kept, anew = engine(model, processor), engine(model, processor)
     kept.keep_cache, anew.keep_cache = True, False
     kept.dtype = anew.dtype = dtype
-    kept.decode_forward = forward and forward()
+    kept.fused_layers = anew.fused_layers = layers
     counts = []
     for step in range(3):
         prompts = [make.prompt(f"What is {'seven ' * step}?") for _ in range(3)]
@@ -65,12 +55,15 @@ def test_kept_graphs_draw_what_new_ones_draw(dtype, trained, forward, captures, 
             for parameter in model.parameters():
                 parameter.mul_(1 + 0.05 * (step + 1))
     assert counts == captures
-    assert forward is None or kept.decode_forward.refreshed == 3
 
 
 def moved(native: Any) -> None:
     weight = native.model.lm_head.weight
     weight.data = weight.data.clone()
+
+
+def narrowed(native: Any) -> None:
+    native.dtype, native.decode_forward = torch.bfloat16, None
 
 
 # What changes in the second generation: prompts, words more in each, G, sampling, the engine -> captures
@@ -91,7 +84,7 @@ SECOND: dict[str, tuple[dict[str, Any], int]] = {
     "greedy": ({"sampling": SamplingSettings(20, greedy=True)}, 1),
     "truncation": ({"sampling": SamplingSettings(20, top_k=5)}, 1),
     "penalty": ({"sampling": SamplingSettings(20, repetition_penalty=1.2)}, 1),
-    "dtype": ({"change": lambda native: setattr(native, "dtype", torch.bfloat16)}, 1),
+    "dtype": ({"change": narrowed}, 1),
     "addresses of weights": ({"change": moved}, 1),
     "freed": ({"change": NativeEngine.free_cache}, 1),
 }
@@ -250,6 +243,8 @@ KEEPS = {  # setting, bytes of the cache, of the device, graphs, addresses fixed
     "small": ((None, GIB, 80 * GIB, None, True), True),
     "5%": ((None, KEPT_SHARE * 80 * GIB, 80 * GIB, None, True), True),
     "larger": ((None, KEPT_SHARE * 80 * GIB + 1, 80 * GIB, None, True), False),
+    "copied weights, 10%": ((None, 1, 80 * GIB, None, True, COPIES_SHARE * 80 * GIB), True),
+    "more copied weights": ((None, 1, 80 * GIB, None, True, COPIES_SHARE * 80 * GIB + 1), False),
     "no GPU": ((None, 1, None, None, True), False),
     "no graphs": ((None, 1, 80 * GIB, False, True), False),
     "weights move": ((None, 1, 80 * GIB, None, False), False),
@@ -260,10 +255,12 @@ KEEPS = {  # setting, bytes of the cache, of the device, graphs, addresses fixed
 
 @pytest.mark.parametrize("given, kept", KEEPS.values(), ids=KEEPS.keys())
 def test_when_a_cache_is_kept(given, kept):
-    setting, cache, device, graphs, fixed = given
+    setting, cache, device, graphs, fixed, copied = (*given, 0)[:6]
     native: Any = NativeEngine(SimpleNamespace(), None, None, keep_cache=setting, cuda_graphs=graphs)  # type: ignore[arg-type]
-    native.decode_forward = SimpleNamespace(fixed_addresses=fixed)
+    native.decode_forward = SimpleNamespace(fixed_addresses=fixed, copied_bytes=copied)
     assert native.keeps(cache, device) is kept
+    native.decode_forward.copied_bytes = COPIES_SHARE * (device or 0) + 1
+    assert native.keeps(cache, device) is bool(setting)  # copies of weights may be too large
 
 
 @pytest.mark.parametrize(
