@@ -69,6 +69,11 @@ class GRPOTrainer(PackTrainer):
 
     # The update
 
+    def train(self, *given: Any, **options: Any) -> Any:
+        """As `PackTrainer`; decode steps read the frozen weights where they are from now on."""
+        self.engine.decode_forward = None
+        return super().train(*given, **options)
+
     def _step(self, model: Any, items: Sequence[Prompt]) -> Tensor:
         drawn = self.buffer.spent
         if drawn:

@@ -63,7 +63,8 @@ def frozen_in(model: Any, dtype: torch.dtype | None) -> Iterator[None]:
         if shares:
             head.weight = embeddings.weight
         for parameter in held:
-            parameter.data = parameter.data.to(parameter.__dict__.pop(HELD))
+            parameter.data = parameter.data.to(getattr(parameter, HELD))
+            delattr(parameter, HELD)
 
 
 def hold_frozen(model: Any, dtype: torch.dtype) -> dict[nn.Parameter, str]:

@@ -3,7 +3,7 @@
 Sorting the sequences into fewer calls does not pay: the copies take longer than the calls they save.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 import torch
@@ -59,8 +59,8 @@ def _rows(batch: Tensor) -> Tensor:
     return batch.transpose(1, 2).flatten(0, 1)
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    rows = parts[0] if len(parts) == 1 else torch.cat(parts)
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    rows = parts[0] if len(parts) == 1 else torch.cat(list(parts))
     return rows.transpose(0, 1).unsqueeze(0)
 
 

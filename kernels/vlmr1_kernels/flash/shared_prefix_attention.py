@@ -45,7 +45,9 @@ def _backward(
         )  # fmt: skip
         d_q, d_k, d_v = gradients
         if prefix.prompts is None:  # in one launch
-            torch._foreach_add_([d_q[first:], d_k[:first], d_v[:first]], [d_rows, *d_prompts])
+            torch._foreach_add_(  # pyright: ignore[reportPrivateImportUsage]
+                [d_q[first:], d_k[:first], d_v[:first]], [d_rows, *d_prompts]
+            )
         else:
             d_q[first:].add_(d_rows)
             for gradient, more in zip((d_k, d_v), d_prompts, strict=True):
