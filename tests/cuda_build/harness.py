@@ -31,7 +31,7 @@ GRID, THREADS = (2**31 - 1, 65_535, 65_535), 1024  # most programs in each dimen
 # Ops whose result the host reads, or whose shape depends on values.
 WAITING = {"_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "_unique2", "unique_dim", "equal"}
 WAITING |= {"unique_consecutive", "bincount", "repeat_interleave"}
-INDEXING, COPYING = {"index", "index_put", "index_put_", "_index_put_impl_"}, {"_to_copy", "copy_", "_copy_from"}
+INDEXING, COPYING = {"index", "index_put", "index_put_", "_index_put_impl_"}, {"to", "_to_copy", "copy_", "_copy_from"}
 FREE = {"_unsafe_view", "lift_fresh", "device"}  # beside views and allocations: no kernel
 
 
@@ -68,8 +68,9 @@ class Driver(nvidia.CudaDriver):
 
     def __init__(self, capability: int):
         self.utils, self.launcher_cls = stub().utils, nvidia.CudaLauncher
+        properties = {"max_shared_mem": SHARED_MEMORY[capability], "multiprocessor_count": 132}
         self.utils.load_binary = lambda name, kernel, shared, device: (1, 1, 64, 0, THREADS)
-        self.utils.get_device_properties = lambda device: {"max_shared_mem": SHARED_MEMORY[capability]}
+        self.utils.get_device_properties = lambda device: properties
         self.get_current_target = lambda: GPUTarget("cuda", capability, 32)
         self.get_current_device = lambda: capability  # compiled kernels are cached by device
         self.get_current_stream = lambda device: 0
@@ -90,7 +91,7 @@ def on_stub(capability: int = 90) -> Iterator[list[tuple[str, Launch]]]:
             seen.count.value = 0
         return compiled
 
-    for cached in (launch.architecture, launch.shared_memory):
+    for cached in (launch.architecture, launch.shared_memory, launch.processors):
         cached.cache_clear()
     with patch.object(triton.runtime.driver, "_active", Driver(capability)), patch.object(JITFunction, "run", recorded):
         yield launches
@@ -115,10 +116,13 @@ class OnCuda(Traffic):
             with self:
                 return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *args, **kwargs)
         target = torch.device(kwargs.get("device") or "cpu").type
-        if target == "cpu" and not places & {"cuda"} and not any(isinstance(tensor, FakeTensor) for tensor in given):
+        if any(isinstance(tensor, FakeTensor) for tensor in given) or (target == "cuda" and name not in COPYING):
+            out = super().__torch_dispatch__(func, types, args, kwargs)
+        elif target == "cpu":
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
-        out = super().__torch_dispatch__(func, types, args, kwargs)
+        else:  # the mode of fake tensors would copy for real
+            out = torch.empty_like(given[0], dtype=kwargs.get("dtype"), device=target)
         if self.checked:
             self._check(name, given, out, kwargs.get("non_blocking") or (name == "copy_" and args[2:] == (True,)))
         return out

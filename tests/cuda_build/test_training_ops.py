@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from tests.cuda_build.harness import OnCuda, fake_cuda, on_stub
 from vlmr1_kernels import GRPOSettings, PrefixLayout, linear_grpo_loss, shared_prefix_attention, varlen_attention
@@ -82,3 +83,20 @@ def test_linear_grpo_loss(loss_type: Any, weight_dtype: torch.dtype, table: dict
         "Triton": len(launches),
         "all": kernels.total() + len(launches),
     }
+
+
+REFUSED = {
+    "value": lambda x: x.sum().item(),
+    "mask": lambda x: x[x > 0],
+    "index in host memory": lambda x: x[torch.arange(2)],
+    "copy to the device": lambda x: torch.tensor([1.0]).to(CUDA, non_blocking=True),
+    "copy to the host": lambda x: x.cpu(),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_waits_or_copies_is_refused(name: str) -> None:
+    with fake_cuda(), OnCuda():
+        x = torch.empty(3, device=CUDA)
+        with pytest.raises((AssertionError, DynamicOutputShapeException, DataDependentOutputException)):
+            REFUSED[name](x)

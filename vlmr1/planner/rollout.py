@@ -103,7 +103,7 @@ def rollout(job: Job, policy: PackedPolicy, prompts: Sequence[Prompt], dry: DryR
 def copied_weights(job: Job, policy: PackedPolicy, dtype: torch.dtype) -> int | None:
     """Bytes of the weights that the decode steps of a GPU copy; None where they run the stock forward."""
     args = job.args
-    stock = getattr(args, "fused_layers", "auto") == "torch" or args.load_in_4bit or job.shards_weights
+    stock = args.fused_layers == "torch" or args.load_in_4bit or job.shards_weights
     if job.device != "cuda" or stock or (args.use_dora and not args.lora_merge_rollout):
         return None
     return copied_bytes(attrgetter(policy.family.decoder_path)(policy.model).layers, dtype)
