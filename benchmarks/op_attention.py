@@ -168,9 +168,8 @@ def rope(tokens: int, heads: int, kv_heads: int, head_dim: int, *, dtype: torch.
     weights = normal(2, head_dim)
 
     def call(*given: Tensor, impl: str) -> Outputs:
-        *inputs, keys, values = given
-        norms = dict(zip(("q_norm", "k_norm"), inputs[5:], strict=True))
-        out = rope_kv_write(*inputs[:5], keys, values, rows, **norms, impl=impl)
+        q, k, v, cos, sin, q_norm, k_norm, keys, values = given
+        out = rope_kv_write(q, k, v, cos, sin, keys, values, rows, q_norm=q_norm, k_norm=k_norm, impl=impl)
         return {"out": out, "keys": keys[:, rows], "values": values[:, rows]}
 
     def turned(x: Tensor, weight: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from vlmr1_kernels.custom_ops import COMPOSED
 # Causes of an allocation.
 WEIGHTS, GRADIENTS, ACTIVATIONS, VISION = "weights", "gradients", "activations", "vision tower"
 LOGITS, KV, GRAPHS = "logits", "kv cache", "cuda graphs"
+DECODE_WEIGHTS = "decode weights"  # copies in the compute dtype
 HELD = "held"  # tensors from before the run
 HOST = "host"  # in host memory, which counts for no device
 _DEVICE = torch.ops.prim.device.default

@@ -26,6 +26,7 @@ from vlmr1.models.quantization import numbers_of, scales_of
 from vlmr1.models.trainable import planned_model
 from vlmr1.planner.dry_run import (
     ACTIVATIONS,
+    DECODE_WEIGHTS,
     GRADIENTS,
     GRAPHS,
     HOST,
@@ -42,7 +43,8 @@ from vlmr1.planner.passes import KEPT, Bytes, dry_passes
 GIB = 2**30
 OPTIMIZER, REFERENCE, FRAMEWORK_CAUSE = "optimizer", "reference model", "framework"
 IMAGES = "images"  # as the processor made them: of this generation, and of the one before until the next is there
-CAUSES = (WEIGHTS, GRADIENTS, OPTIMIZER, REFERENCE, ACTIVATIONS, LOGITS, KV, GRAPHS, VISION, IMAGES, FRAMEWORK_CAUSE)
+CAUSES = (WEIGHTS, GRADIENTS, OPTIMIZER, REFERENCE, ACTIVATIONS, LOGITS, KV, GRAPHS, DECODE_WEIGHTS, VISION, IMAGES)
+CAUSES += (FRAMEWORK_CAUSE,)
 PHASES = ("rollout", "reference", "policy", "update")
 # An allowance, not a measurement: CUDA context, kernels, workspaces of cuBLAS, and what the allocator cannot reuse.
 FRAMEWORK = {"cuda": round(1.5 * GIB), "cpu": 0}

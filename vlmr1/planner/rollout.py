@@ -14,7 +14,7 @@ from torch import Tensor
 from vlmr1.grpo.policy import PackedPolicy
 from vlmr1.planner import cuda_ops
 from vlmr1.planner.cuda_ops import Streaming
-from vlmr1.planner.dry_run import ACTIVATIONS, GRAPHS, KV, LOGITS, WEIGHTS, DryRun
+from vlmr1.planner.dry_run import ACTIVATIONS, DECODE_WEIGHTS, GRAPHS, KV, LOGITS, DryRun
 from vlmr1.planner.job import Job
 from vlmr1.rollout import NativeEngine
 from vlmr1.rollout.decoder_weights import copied_bytes
@@ -69,31 +69,32 @@ def rollout(job: Job, policy: PackedPolicy, prompts: Sequence[Prompt], dry: DryR
     model.eval()
     options: dict[str, Any] = {"enabled": policy.dtype is not None, "cache_enabled": not copied}
     with torch.autocast(model.device.type, dtype=policy.dtype, **options):
-        with dry.of(GRAPHS if graphs else WEIGHTS):  # they are kept for graphs
+        with dry.of(DECODE_WEIGHTS):
             copies = torch.empty((copied or 0) // 4)
         with dry.of(KV):
             state = engine.new_state(blocks)
             dry.is_of(state.suppressed_ids, LOGITS)
-        with dry.of(LOGITS):
+        with dry.of(DECODE_WEIGHTS):
             schedule = (_OnCuda if job.device == "cuda" else Scheduler)(engine, request, state, {}, graphs=graphs)
             if job.device == "cuda" and dtype.itemsize < 4:
-                schedule.half_weight = schedule.head.weight.to(dtype, copy=True)
-        held = {KV: state.cache.data.nbytes, LOGITS: 0 if schedule.half_weight is None else schedule.half_weight.nbytes}
+                schedule.half_weight = state.head = schedule.head.weight.to(dtype)
+        held = {KV: state.cache.data.nbytes, DECODE_WEIGHTS: dry.live[DECODE_WEIGHTS]}
         groups = schedule.admit()
         batch = _full_batch(schedule, groups)
         dry.restart()
         if graphs:
             before = dry.total
             _decode(policy, schedule, batch, dry)
-            held[GRAPHS] = dry.peak - before + copies.nbytes
+            held[GRAPHS] = dry.peak - before
             with dry.of(GRAPHS):  # a step's memory is that of its graph, and cannot be used by a prefill
-                pool = torch.empty((dry.peak - before) // 4)
+                pool = torch.empty(held[GRAPHS] // 4)
             dry.restart()
         _prefill(policy, schedule, groups, dry)
         if graphs:
             del pool
         else:
             _decode(policy, schedule, batch, dry)
+    del copies
     if not engine.fixed_addresses:
         held.pop(GRAPHS, None)
     return held if kept else {}
@@ -102,7 +103,7 @@ def rollout(job: Job, policy: PackedPolicy, prompts: Sequence[Prompt], dry: DryR
 def copied_weights(job: Job, policy: PackedPolicy, dtype: torch.dtype) -> int | None:
     """Bytes of the weights that the decode steps of a GPU copy; None where they run the stock forward."""
     args = job.args
-    stock = getattr(args, "fused_layers", "auto") == "torch" or args.load_in_4bit or job.shards_weights
+    stock = args.fused_layers == "torch" or args.load_in_4bit or job.shards_weights
     if job.device != "cuda" or stock or (args.use_dora and not args.lora_merge_rollout):
         return None
     return copied_bytes(attrgetter(policy.family.decoder_path)(policy.model).layers, dtype)

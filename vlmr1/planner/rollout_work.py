@@ -70,7 +70,8 @@ def generate(job: Job, policy: PackedPolicy, prompts: list[Prompt], run: WorkRun
         cache = DynamicCache()
         with run.during(UNCOUNTED):
             for layer in range(config.num_hidden_layers):
-                cache.update(*(torch.empty(shape, dtype=policy.dtype or model.dtype) for _ in range(2)), layer)
+                keys, values = (torch.empty(shape, dtype=policy.dtype or model.dtype) for _ in range(2))
+                cache.update(keys, values, layer)
         tokens, places = _next_tokens(prompts, size)
         mask = torch.ones(len(rows), length + 1, dtype=torch.long)
         with run.during(DECODE):

@@ -47,7 +47,7 @@ class Work:
         args, found = self.job.args, {}
         for phase, kernels in self.kernels.items():
             graph = phase == DECODE and args.rollout_engine == "native" and args.cuda_graphs is not False
-            times = dict.fromkeys(KINDS, 0.0)
+            times: dict[str, float] = dict.fromkeys(KINDS, 0.0)
             for each, count in kernels.items():
                 times[each.kind] += 1e3 * count * card.seconds(each, graph=graph)
             steps = self.steps if phase == DECODE else 1

@@ -32,7 +32,7 @@ class DecodeState:
         self.cache, self.suppressed_ids = cache, suppressed_ids
         self.graphs: dict[GraphKey, list[DecodeGraph]] = {}
         self.captures_left = 0
-        self._head: Tensor | None = None
+        self.head: Tensor | None = None  # weight of the head in the compute dtype
         self._addresses: tuple[int, ...] = ()
         self._pool: Any = None
 
@@ -41,7 +41,7 @@ class DecodeState:
         self.cache.free_all()
         if addresses != self._addresses:
             self.drop_graphs()
-            self._head = None
+            self.head = None
         self._addresses = addresses
         self.captures_left = MORE_CAPTURES if any(self.graphs.values()) else FIRST_CAPTURES
 
@@ -54,11 +54,11 @@ class DecodeState:
         call; None in float32, where the head itself computes the logits."""
         if dtype.itemsize >= 4:
             return None
-        if self._head is None:
-            self._head = gemm_operand(weight.to(dtype))
-        elif self._head.data_ptr() != weight.data_ptr():
-            self._head.copy_(weight if self._head.dtype == dtype else weight.to(dtype))
-        return self._head
+        if self.head is None:
+            self.head = gemm_operand(weight.to(dtype))
+        elif self.head.data_ptr() != weight.data_ptr():
+            self.head.copy_(weight if self.head.dtype == dtype else weight.to(dtype))
+        return self.head
 
     def graph(
         self, key: GraphKey, needed: Capacity, limit: Capacity, capture: Capture, *, steps_left: int

@@ -8,7 +8,7 @@ that of the stock forward, operation by operation, and its bits are equal. The p
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -125,7 +125,7 @@ class DecodeForward:
         self.functions = layers or (LigerLayers() if liger else TorchLayers())
         first = self.decoder.layers[0].self_attn
         self.head_dim: int = first.head_dim
-        self.interleaved = pairs_are_adjacent(type(first).__module__, self.head_dim)
+        self.interleaved = bool(pairs_are_adjacent(type(first).__module__, self.head_dim))
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.like = torch.empty(0, dtype=wide, device=self.device)  # of the angles
         self.weights = StepWeights(self.dtype)
@@ -317,7 +317,7 @@ def pairs_are_adjacent(module: str, head_dim: int) -> bool | None:
     rows, cache = torch.arange(3), torch.empty(1, 3, head_dim, dtype=torch.float64)
     heads = [each[0].transpose(0, 1) for each in (q, k, k)]  # [3, 1, Dh]
     for interleaved in (False, True):
-        arguments: Sequence[Tensor] = (*heads, cos[0, 0], sin[0, 0], cache, cache.clone(), rows)
+        arguments: Any = (*heads, cos[0, 0], sin[0, 0], cache, cache.clone(), rows)
         found = rope_kv_write(*arguments, interleaved=interleaved, impl="reference")
         if torch.allclose(found, rotated[0].transpose(0, 1)):
             return interleaved

@@ -79,7 +79,7 @@ class StepWeights:
     def end(self) -> None:
         """Fill the buffers, and note whether anything has another address than before."""
         if self._targets:
-            torch._foreach_copy_(self._targets, self._sources)
+            torch._foreach_copy_(self._targets, self._sources)  # pyright: ignore[reportPrivateImportUsage]
         before, self.addresses = self.addresses, tuple(each.data_ptr() for each in self._used)
         self.moved |= bool(before) and before != self.addresses
 

@@ -111,9 +111,10 @@ class NativeEngine(RolloutEngine):
         """Return whether a KV cache of this size is kept between generations; `device_bytes` is None without a GPU."""
         if self.keep_cache is not None:
             return self.keep_cache
-        useful = device_bytes is not None and self.cuda_graphs is not False and self.fixed_addresses
+        if device_bytes is None or self.cuda_graphs is False or not self.fixed_addresses:
+            return False
         copied = 0 if self.decode_forward is None else self.decode_forward.copied_bytes
-        return useful and cache_bytes <= KEPT_SHARE * device_bytes and copied <= COPIES_SHARE * device_bytes
+        return cache_bytes <= KEPT_SHARE * device_bytes and copied <= COPIES_SHARE * device_bytes
 
     @property
     def fixed_addresses(self) -> bool:

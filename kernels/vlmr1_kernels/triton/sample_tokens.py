@@ -68,7 +68,7 @@ def allowed_block(
     z = tempered(x, inside, temperature)
     if suppressed is not None:
         found = suppressed_in(suppressed, count, start, BLOCK, IDS)
-        if found > 0:
+        if found != 0:
             for i in range(count):
                 z = tl.where(offsets == tl.load(suppressed + i), float("-inf"), z)
     return z
@@ -124,7 +124,7 @@ def block_statistics_kernel(
         differs = 0
         if suppressed is not None:
             differs = suppressed_in(suppressed, count, start, BLOCK, IDS)
-    if differs > 0:
+    if differs != 0:
         z = allowed_block(x, row, start, vocabulary, factors, rules, seen_stride, count, BLOCK, IDS)
         peak, total = peak_and_sum(z)
     tl.store(statistics + place, full_peak)
@@ -199,10 +199,10 @@ def choice_kernel(
     full_peak = row_peak(full_peaks, blocks, SLOTS)
     full_total = sum_before(full_peaks, full_peaks + size, blocks, blocks, full_peak, SLOTS)
     full = tempered(x, start + lanes < vocabulary, factors[0])
-    full_gap = tl.sum(tl.where(lanes == lane, full, 0.0), 0) - full_peak
-    gap = tl.sum(tl.where(lanes == lane, z, 0.0), 0) - peak
-    tl.store(logp + row, (full_gap.to(tl.float64) - tl.log(full_total)).to(tl.float32))
-    tl.store(sampling_logp + row, (gap.to(tl.float64) - tl.log(total)).to(tl.float32))
+    full_gap = tl.sum(tl.where(lanes == lane, full - full_peak, 0.0), 0)
+    gap = tl.sum(tl.where(lanes == lane, z - peak, 0.0), 0)
+    tl.store(logp + row, tl.cast(tl.cast(full_gap, tl.float64) - tl.log(full_total), tl.float32))
+    tl.store(sampling_logp + row, tl.cast(tl.cast(gap, tl.float64) - tl.log(total), tl.float32))
 
 
 @on_tensor_device
@@ -220,11 +220,11 @@ def _forward(
     statistics = torch.empty(4, size, dtype=torch.float32, device=logits.device)
     aligned = ALIGNMENT if logits.stride(0) % ALIGNMENT == 0 else 1
     marked = None if seen is None or options.repetition_penalty == 1 else seen.contiguous().view(torch.uint8)
-    given = suppressed_ids is not None and suppressed_ids.numel() > 0
+    ids = None if suppressed_ids is None or suppressed_ids.numel() == 0 else suppressed_ids.contiguous()
     common = (
         logits, logits.stride(0) // aligned,
         (None if options.temperature == 1 else options.temperature, options.repetition_penalty),
-        (marked, suppressed_ids.contiguous() if given else None), vocabulary, suppressed_ids.numel() if given else 0,
+        (marked, ids), vocabulary, 0 if ids is None else ids.numel(),
     )  # fmt: skip
     sizes = {"ALIGNED": aligned, "BLOCK": BLOCK, "IDS": IDS}
     least = math.log(options.min_p) if options.min_p > 0 else None

@@ -15,6 +15,13 @@ from vlmr1.data.loader import as_list
 from vlmr1.grpo.trainer import GRPOTrainer
 from vlmr1.models import load_model, load_processor
 
+FUSED = """
+from tests.helpers.fused import DEFINITIONS
+from vlmr1.models.family import ModelFamily
+
+ModelFamily.operators = property(lambda self: DEFINITIONS, lambda self, value: None)
+"""
+
 
 def order_of_rows(folder: Path) -> list[int]:
     """The places of the rows in the order in which a run takes them."""
@@ -30,6 +37,7 @@ def order_of_rows(folder: Path) -> list[int]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "reward.py").write_text(REWARD, encoding="utf-8")
+    (folder / "fused.py").write_text(REWARD + FUSED, encoding="utf-8")
     rng = np.random.default_rng(0)
     rows: list[dict] = [{}] * ROWS
     (folder / "data.jsonl").write_text('{"prompt": "?", "solution": "1", "flat": true}\n', encoding="utf-8")

@@ -72,8 +72,10 @@ def test_a_frozen_tower_that_is_sharded(engine, folder, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_rank_without_signal_joins_every_pass(engine, folder, alone, tmp_path):
-    """Without a KL, groups of equal rewards have no part in the passes: one rank has nothing else in an update."""
-    assert_same(run_forked(engine, folder, tmp_path, beta=0.0, save_strategy="no"), alone[0.0])
+    """Without a KL, groups of equal rewards have no part in the passes: one rank has nothing else in an update. The
+    ranks have fused layers, by their definitions, the process alone stock layers."""
+    fused = {"reward_funcs": f"{folder / 'fused.py'}:noise"}
+    assert_same(run_forked(engine, folder, tmp_path, beta=0.0, save_strategy="no", **fused), alone[0.0])
     assert alone[0.0][1]["dropped_rows"] > 0
 
 

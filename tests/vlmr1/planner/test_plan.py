@@ -64,23 +64,23 @@ def kv_bytes(groups: int, dtype: torch.dtype, *, kept: bool = True) -> int:
 
 
 # Setting -> the causes that differ in the update phase, where nothing depends on where a peak is.
-HELD = {"kv cache", "cuda graphs"}  # until the next rollout
+HELD = {"kv cache", "cuda graphs", "decode weights"}  # until the next rollout
 ROUNDED = {"model_dtype": "bfloat16", "stochastic_rounding": True, "optim": "adamw_torch_8bit"}
 UPDATE = {
     "optim": ({"optim": "adamw_bnb_8bit"}, {"optimizer"}),
     "freeze_vision": ({"freeze_vision": True}, {"gradients", "optimizer", "reference model"}),
-    "bfloat16 weights": (ROUNDED, {"weights", "optimizer", "reference model", *HELD, "logits"}),
-    "bf16 compute": ({"bf16": True}, {"weights", "logits", *HELD}),  # copies that a graph reads
-    "autocast's copies": ({"bf16": True, "fused_layers": "torch"}, HELD),  # have no address of their own
+    "bfloat16 weights": (ROUNDED, {"weights", "optimizer", "reference model", *HELD}),
+    "bf16 compute": ({"bf16": True}, {"reference model", *HELD}),  # copies that a graph reads
+    "autocast's copies": ({"bf16": True, "fused_layers": "torch"}, {"reference model", *HELD}),  # are not kept
     "no reference": ({"beta": 0.0}, {"reference model"}),
     "reference in host memory": ({"reference": "offload"}, {"reference model"}),
     "activation_checkpointing": ({"activation_checkpointing": True}, set()),
     "tokens_per_pack": ({"tokens_per_pack": 256}, set()),
     "completions": ({"max_completion_length": 65}, {"kv cache"}),
-    "rollout_kv_mib": ({"rollout_kv_mib": 0.1}, HELD),
-    "freed cache": ({"rollout_keep_cache": False}, {"weights", *HELD}),  # copies that graphs read
-    "no graphs": ({"cuda_graphs": False}, {"weights", *HELD}),
-    "cpu": ({"device": "cpu"}, {"framework", "images", "weights", *HELD}),
+    "rollout_kv_mib": ({"rollout_kv_mib": 0.1}, {"kv cache", "cuda graphs"}),
+    "freed cache": ({"rollout_keep_cache": False}, HELD),
+    "no graphs": ({"cuda_graphs": False}, HELD),
+    "cpu": ({"device": "cpu"}, {"framework", "images", *HELD}),
 }
 
 
@@ -97,7 +97,7 @@ COMPUTED = {"activations", "vision tower", "logits"}
 PASSES = {
     "optim": ({"optim": "sgd"}, {"optimizer"}, {"optimizer"}),
     "no reference": ({"beta": 0.0}, {"reference model"}, {"reference model"}),
-    "rollout_kv_mib": ({"rollout_kv_mib": 0.1}, {"kv cache"} | COMPUTED, set()),
+    "rollout_kv_mib": ({"rollout_kv_mib": 0.1}, HELD | COMPUTED, HELD),
     "activation_checkpointing": ({"activation_checkpointing": True}, set(), COMPUTED),
     "tokens_per_pack": ({"tokens_per_pack": 256}, set(), COMPUTED),
 }

@@ -259,8 +259,6 @@ def test_when_a_cache_is_kept(given, kept):
     native: Any = NativeEngine(SimpleNamespace(), None, None, keep_cache=setting, cuda_graphs=graphs)  # type: ignore[arg-type]
     native.decode_forward = SimpleNamespace(fixed_addresses=fixed, copied_bytes=copied)
     assert native.keeps(cache, device) is kept
-    native.decode_forward.copied_bytes = COPIES_SHARE * (device or 0) + 1
-    assert native.keeps(cache, device) is bool(setting)  # copies of weights may be too large
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def model_of(name: str, *, layers: int | None = None, dtype: torch.dtype = torch
         from peft import LoraConfig, get_peft_model
 
         options: dict[str, Any] = {"lora_alpha": 5, "target_modules": list(PROJECTIONS), "init_lora_weights": False}
-        adapted = get_peft_model(model, LoraConfig(r=3, **options))
+        adapted: Any = get_peft_model(model, LoraConfig(r=3, **options))
         if lora == "merged":
             for module in adapted.modules():
                 if hasattr(module, "lora_A"):
