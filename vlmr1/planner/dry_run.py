@@ -31,6 +31,7 @@ HELD = "held"  # tensors from before the run
 HOST = "host"  # in host memory, which counts for no device
 _DEVICE = torch.ops.prim.device.default
 _VALUE = torch.ops.aten._local_scalar_dense.default
+_FROM_NUMBERS = torch.ops.aten.lift_fresh.default  # torch.tensor of Python numbers: small, and made on the host
 _RUNNING: list[DryRun] = []
 _INDEXED = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
 
@@ -86,19 +87,20 @@ class DryRun(TorchDispatchMode):
                 out = func(*args, **kwargs)
             if not any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in tree_leaves(out)):
                 out = func(*args, **kwargs)
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self._count(leaf)
+        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        for leaf in made:
+            self._count(leaf, 0 if func is _FROM_NUMBERS else None)
         return out
 
-    def _count(self, tensor: Tensor) -> None:
+    def _count(self, tensor: Tensor, size: int | None = None) -> None:
         storage = tensor.untyped_storage()
+        size = storage.nbytes() if size is None else size
         key = storage._cdata
         if key in self._known:
             return
-        self._known[key] = [self.cause, storage.nbytes()]
+        self._known[key] = [self.cause, size]
         weakref.finalize(storage, self._gone, key)
-        self._add(self.cause, storage.nbytes())
+        self._add(self.cause, size)
 
     def _gone(self, key: int) -> None:
         cause, size = self._known.pop(key)
