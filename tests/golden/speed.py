@@ -1,8 +1,9 @@
 """Update times of two checkouts, in processes that take turns: `python -m tests.golden.speed OLD NEW --rounds 5`.
 
 Each process trains the embedded model for some updates by the command line. The update time is the sum of the phases in
-metrics.jsonl, without the first two updates. For `trl` each process is the benchmark's own worker of that checkout, and
-makes as many steps of TRL's trainer. The ratio of the medians new / old is printed for each kind of step.
+metrics.jsonl, without the first two updates; the time of the rollout is compared too. For `trl` each process is the
+benchmark's own worker of that checkout, and makes as many steps of TRL's trainer. The ratio of the medians new / old is
+printed for each kind of step.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ SETTINGS = """--use_cpu true --model_name_or_path tiny --reward_funcs accuracy f
     --num_generations 8 --max_completion_length 48 --save_strategy no --report_to none --write_report false"""
 
 
-def update_seconds(tree: Path, rows: Path, step: str, updates: int) -> list[float]:
-    """Seconds of each update of one run."""
+def update_seconds(tree: Path, rows: Path, step: str, updates: int) -> list[tuple[float, float]]:
+    """Seconds of each update of one run, and of its rollout; 0 where it is not known."""
     if step == TRL:
-        return trl_seconds(tree, updates)
+        return [(seconds, 0.0) for seconds in trl_seconds(tree, updates)]
     with TemporaryDirectory() as folder:
         words = [*SETTINGS.split(), *STEPS[step].split(), "--max_steps", str(updates), "--output_dir", folder]
         words += ["--data_file_paths", str(rows / "train.jsonl"), "--image_folders", str(rows / "images")]
@@ -40,7 +41,8 @@ def update_seconds(tree: Path, rows: Path, step: str, updates: int) -> list[floa
         subprocess.run(command, env=os.environ | paths, check=True, capture_output=True, cwd=folder)
         lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows_of = [json.loads(line) for line in lines]
-    return [sum(value for name, value in row.items() if name.startswith("seconds/")) for row in rows_of[2:]]
+    phases = [{name: value for name, value in row.items() if name.startswith("seconds/")} for row in rows_of[2:]]
+    return [(sum(row.values()), row["seconds/rollout"]) for row in phases]
 
 
 def trl_seconds(tree: Path, steps: int) -> list[float]:
@@ -70,12 +72,17 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         digits.write(Path(folder), "train", count=64, seed=0)
         for step in options.steps:
-            seconds: dict[Path, list[float]] = {options.old: [], options.new: []}
+            seconds: dict[Path, list[tuple[float, float]]] = {options.old: [], options.new: []}
             for number in range(options.rounds):
                 for tree in (options.old, options.new)[:: 1 if number % 2 == 0 else -1]:
                     seconds[tree] += update_seconds(tree.resolve(), Path(folder), step, options.updates)
-            old, new = median(seconds[options.old]), median(seconds[options.new])
-            print(f"{step}: new/old {new / old:.3f} ({old:.3f} s, {new:.3f} s, {options.rounds} runs each)", flush=True)
+            for index, name in enumerate((step, f"{step}, rollout")):
+                old, new = (median(each[index] for each in seconds[tree]) for tree in (options.old, options.new))
+                if old:
+                    print(
+                        f"{name}: new/old {new / old:.3f} ({old:.3f} s, {new:.3f} s, {options.rounds} runs each)",
+                        flush=True,
+                    )
 
 
 if __name__ == "__main__":
