@@ -90,7 +90,8 @@ class StubGraph:
     def _addresses(self) -> list[int]:
         schedule = self.step.__self__  # type: ignore[attr-defined]
         read = [schedule.cache.data, schedule.suppressed_ids, *schedule.model.parameters()]
-        return [each.data_ptr() for each in (*read, schedule.half_weight) if each is not None]
+        copies = () if schedule.engine.decode_forward is None else schedule.engine.decode_forward.addresses
+        return [*copies, *(each.data_ptr() for each in (*read, schedule.half_weight) if each is not None)]
 
     def __call__(self, batch: Any, draws: Tensor) -> Any:
         assert batch is self.batch and len(draws) == batch.rows

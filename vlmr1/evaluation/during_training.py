@@ -42,6 +42,7 @@ def evaluate_during_training(
     decoder = decoder or decoder_of(trainer)
     size = trainer.args.prompts_per_device * trainer.args.num_generations  # as many as in a rollout
     ranks = trainer.ranks
+    trainer.engine.free_cache()  # the decoder's engine makes a cache, and copies of weights, of its own
     scored: list[tuple[int, list[float], Record]] = []  # row, rewards, what was decoded
     with untouched(), use(trainer.args.kernels), summon_full_params(trainer.model, trainer.sharding):
         for start in range(ranks.rank * size, len(samples), ranks.world_size * size):

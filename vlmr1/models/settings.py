@@ -136,7 +136,9 @@ class ParameterSettings(LoraSettings, ModelSettings, _Shared):
     )
     activation_offload: bool = setting(False, "hold in host memory what gradient_checkpointing keeps")
     fused_layers: Literal["auto", "liger", "torch"] = setting(
-        "auto", "norms, RoPE and SwiGLU by Liger's kernels; auto: on a GPU with liger-kernel; use_liger_kernel: liger"
+        "auto",
+        "norms, RoPE and SwiGLU by Liger's kernels; auto: on a GPU with liger-kernel; use_liger_kernel: liger; "
+        "torch: the stock forward, in decode steps too",
     )
 
     @property

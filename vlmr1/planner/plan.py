@@ -127,6 +127,7 @@ class Planner:
             phases[phase] = found
         host = {
             ACTIVATIONS: counted.dry[HOST][ACTIVATIONS],
+            KV: counted.dry[KEPT].get(HOST, 0),
             OPTIMIZER: paged,
             REFERENCE: copy if job.reference == "offload" else 0,
             IMAGES: counted.images if job.device == "cuda" else 0,

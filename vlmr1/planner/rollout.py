@@ -14,12 +14,12 @@ from torch import Tensor
 from vlmr1.grpo.policy import PackedPolicy
 from vlmr1.planner import cuda_ops
 from vlmr1.planner.cuda_ops import Streaming
-from vlmr1.planner.dry_run import ACTIVATIONS, DECODE_WEIGHTS, GRAPHS, KV, LOGITS, DryRun
+from vlmr1.planner.dry_run import ACTIVATIONS, DECODE_WEIGHTS, GRAPHS, HOST, KV, LOGITS, DryRun
 from vlmr1.planner.job import Job
 from vlmr1.rollout import NativeEngine
 from vlmr1.rollout.decoder_weights import copied_bytes
 from vlmr1.rollout.engine import Request
-from vlmr1.rollout.kv_cache import BLOCK_SIZE, block_bytes, num_blocks, rounded_up
+from vlmr1.rollout.kv_cache import BLOCK_SIZE, KVCache, block_bytes, num_blocks, rounded_up
 from vlmr1.rollout.sampling import sample_tokens
 from vlmr1.rollout.scheduler import Scheduler
 from vlmr1.rollout.sequences import Batch, RunningGroup, RunningSequence
@@ -54,7 +54,7 @@ def cache_blocks(job: Job, prompts: Sequence[Prompt], dtype: torch.dtype, engine
 @torch.no_grad()
 def rollout(job: Job, policy: PackedPolicy, prompts: Sequence[Prompt], dry: DryRun) -> dict[str, int]:
     """Run the native engine's prefill, and one decoding step of all sequences at their full length. Return the bytes
-    that are kept until the next rollout, by cause."""
+    that are kept until the next rollout, by cause; under HOST what preempted groups have in host memory at most."""
     model, args = policy.model, job.args
     dtype = policy.dtype or model.dtype
     request = Request(prompts, args.num_generations, args.sampling(), 0)
@@ -97,7 +97,15 @@ def rollout(job: Job, policy: PackedPolicy, prompts: Sequence[Prompt], dry: DryR
     del copies
     if not engine.fixed_addresses:
         held.pop(GRAPHS, None)
-    return held if kept else {}
+    return (held if kept else {}) | {HOST: _preempted_bytes(state.cache, schedule)}
+
+
+def _preempted_bytes(cache: KVCache, schedule: Scheduler) -> int:
+    """Keys and values of all groups but one at their full length; 0 where the cache has room for all groups."""
+    limit = schedule.limit
+    group = num_blocks(limit.max_prefix) + limit.max_group * num_blocks(schedule.settings.max_completion_length - 1)
+    blocks = cache.allocator.count
+    return 0 if blocks >= group * limit.groups else group * (limit.groups - 1) * cache.data.nbytes // (blocks + 1)
 
 
 def copied_weights(job: Job, policy: PackedPolicy, dtype: torch.dtype) -> int | None:

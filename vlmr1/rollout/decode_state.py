@@ -1,4 +1,4 @@
-"""What decode steps need on the device, and the engine may keep from one generation to the next."""
+"""State of decode steps on the device, which the engine may keep from one generation to the next."""
 
 from __future__ import annotations
 

@@ -2,11 +2,12 @@
 
 On CUDA a layer takes about a dozen launches: the residual add and the norm are one kernel (Liger), queries, keys and
 values one product, RoPE and the write to the KV cache one kernel, SwiGLU one kernel (Liger). On a CPU the arithmetic is
-that of the stock forward, operation by operation, and its bits are equal. The prefill is the stock forward.
+that of the stock forward, operation by operation; in float32 its bits are equal. The prefill is the stock forward.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from vlmr1.rollout.decoder_weights import Adapted, Projection, StepWeights, adap
 from vlmr1.rollout.sequences import Batch
 from vlmr1_kernels import rope_kv_write
 
+logger = logging.getLogger(__name__)
 # Modules of a decoder, of a layer, of its attention and its MLP: those of every family, and those of some.
 DECODER = ({"embed_tokens", "layers", "norm", "rotary_emb"}, set())
 LAYER = (
@@ -86,6 +88,16 @@ class LigerLayers(TorchLayers):
         return self._swiglu(gate.contiguous(), up.contiguous())[2]
 
 
+def functions_on(device: torch.device) -> TorchLayers:
+    """Return Liger's functions on CUDA, where they can be imported, else torch's."""
+    if device.type == "cuda" and find_spec("liger_kernel") is not None:
+        try:
+            return LigerLayers()
+        except (ImportError, AttributeError) as error:
+            logger.warning("rollout: decode steps run torch's norms and SwiGLU: no liger-kernel (%s)", error)
+    return TorchLayers()
+
+
 @dataclass(frozen=True)
 class Layer:
     """Weights of a decoder layer."""
@@ -121,8 +133,7 @@ class DecodeForward:
         self.autocast = dtype
         self.dtype = dtype or self.decoder.embed_tokens.weight.dtype
         self.merged_gemms = self.device.type != "cpu" if merged_gemms is None else merged_gemms
-        liger = self.device.type == "cuda" and find_spec("liger_kernel") is not None
-        self.functions = layers or (LigerLayers() if liger else TorchLayers())
+        self.functions = layers or functions_on(self.device)
         first = self.decoder.layers[0].self_attn
         self.head_dim: int = first.head_dim
         self.interleaved = bool(pairs_are_adjacent(type(first).__module__, self.head_dim))
@@ -142,7 +153,7 @@ class DecodeForward:
 
     @property
     def fixed_addresses(self) -> bool:
-        """Whether the weights that a step reads have been where they are since this object was made."""
+        """Whether the weights that a step reads have stayed where they are, but for copies that were released."""
         return not self.weights.moved
 
     @property

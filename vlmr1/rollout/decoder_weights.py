@@ -47,7 +47,7 @@ class StepWeights:
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype
         self.buffers: dict[str, Tensor] = {}
-        self.moved = False  # whether an address has changed since the first refresh
+        self.moved = False  # whether an address has changed from one refresh to the next
         self.copies_all = False  # whether no weight of a product is read in place
         self._used: list[Tensor] = []
         self._targets: list[Tensor] = []
@@ -87,6 +87,7 @@ class StepWeights:
         """Hold no tensor, but for the buffers where they are kept."""
         if not keep_copies:
             self.buffers.clear()
+            self.addresses = ()  # new copies elsewhere are no move
         self.begin()
 
 

@@ -105,6 +105,7 @@ class RolloutEngine(ABC):
     fused_layers: str = "auto"  # "torch": decode steps run the stock forward
     ignore_eos: bool = False  # no token ends a completion: for measurements
     stats: RolloutStats = field(default_factory=RolloutStats, init=False)
+    decode_forward: Any = field(default=None, init=False)  # a `DecodeForward`; None: decode steps run the stock forward
 
     @torch.no_grad()
     def generate(

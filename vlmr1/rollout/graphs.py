@@ -45,7 +45,7 @@ class Capacity:
 
 @dataclass(frozen=True)
 class GraphKey:
-    """What a graph has baked in beside its capacity, KV cache and weights' addresses."""
+    """Values that a graph has baked in beside its capacity, KV cache and weights' addresses."""
 
     sampling: SamplingSettings  # those of them that the device reads
     position_dims: int

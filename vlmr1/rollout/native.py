@@ -21,13 +21,14 @@ logger = logging.getLogger(__name__)
 MIB = 2**20
 # RoPE types whose frequencies depend on the largest position, which would have to be read from the device.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+NO_MEMORY = "there is no memory for copies of the weights"
 
 
 class NativeEngine(RolloutEngine):
     """Decodes all sequences together (continuous batching) within a KV cache of fixed size."""
 
     max_blocks: int | None = None  # size of the KV cache after the last out-of-memory error
-    decode_forward: Any = None  # a `DecodeForward`; None: decode steps run the stock forward
+    stock_reason: str | None = None  # why decode steps run the stock forward
     state: DecodeState | None = None  # kept from the last generation
 
     def sample(self, request: Request) -> list[SampledCompletion]:
@@ -44,15 +45,32 @@ class NativeEngine(RolloutEngine):
                 forward.release(keep_copies=self.state is not None)  # whose graphs read them
 
     def prepare_decode(self) -> None:
-        """Make the forward of decode steps, or let it read the weights anew."""
-        reason = DecodeForward.supports(self.model, self.family, self.dtype)
-        if self.fused_layers == "torch" or reason is not None:
+        """Make the forward of decode steps, or let it read the weights anew; after it has run out of memory twice the
+        stock forward runs in all generations."""
+        before, reason = self.stock_reason, "fused_layers is torch"
+        if self.fused_layers != "torch":
+            reason = DecodeForward.supports(self.model, self.family, self.dtype)
+        if reason is None and (before == NO_MEMORY or not (self._read_weights() or self._read_weights())):
+            reason = NO_MEMORY
+        if reason is not None:
             self.decode_forward = None
-            logger.info("rollout: decode steps run the stock forward: %s", reason or "fused_layers is torch")
-        elif self.decode_forward is None or self.decode_forward.autocast != self.dtype:
-            self.decode_forward = DecodeForward(self.model, self.family, self.dtype)
-        else:
-            self.decode_forward.refresh()
+            if reason != before:
+                level = logging.WARNING if reason == NO_MEMORY else logging.INFO
+                logger.log(level, "rollout: decode steps run the stock forward: %s", reason)
+        self.stock_reason = reason
+
+    def _read_weights(self) -> bool:
+        """Return whether there is memory for the copies of weights; if not, free the kept KV cache."""
+        try:
+            if self.decode_forward is None or self.decode_forward.autocast != self.dtype:
+                self.decode_forward = None  # frees its copies
+                self.decode_forward = DecodeForward(self.model, self.family, self.dtype)
+            else:
+                self.decode_forward.refresh()
+        except torch.OutOfMemoryError:
+            self.state = None
+            return False
+        return True
 
     def _sample(self, request: Request) -> list[SampledCompletion]:
         blocks, graphs = self._blocks(request), self._graphs(request)

@@ -299,7 +299,7 @@ class Scheduler:
 
     def hidden(self, batch: Batch) -> Tensor:
         """Return the last hidden states [S, D] of a decode step."""
-        forward = getattr(self.engine, "decode_forward", None)
+        forward = self.engine.decode_forward
         if forward is not None:
             return forward.hidden(batch)
         positions = batch.positions.expand(batch.position_dims, -1)[..., None]  # [K, S, 1]

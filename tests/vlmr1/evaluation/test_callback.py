@@ -107,8 +107,9 @@ def test_random_states_and_mode_are_left_alone(runs):
     trainer.model.train()
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    statistics = trainer.engine.stats
+    statistics, trainer.engine.state = trainer.engine.stats, Mock()
     evaluate_during_training(trainer, trainer.callback_handler.callbacks[-1].samples[:1])
+    assert trainer.engine.state is None  # memory that rollouts keep is free for the evaluation's own engine
     assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
     assert trainer.model.training and trainer.engine.stats is statistics
 

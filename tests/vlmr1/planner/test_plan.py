@@ -138,6 +138,7 @@ def in_8_bits(name: str, count: int) -> int:
 
 
 BLOCK = block_bytes(CONFIG.get_text_config(), torch.float32)
+GROUP = BLOCK * (num_blocks(16 + 40) + 3 * num_blocks(32))
 # 16 tokens are 64 patches of 14 x 14 px, two frames, three channels; and a grid of three int64. Of two generations.
 IMAGES = 2 * 4 * (64 * 3 * 2 * 14 * 14 * 4 + 3 * 8)
 # Pages hold the states of parameters from 100,000 numbers on; scales are no part of them.
@@ -152,7 +153,7 @@ BYTES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {  # settings -> bytes
     "freed cache": ({"rollout_keep_cache": False}, {"rollout kv cache": kv_bytes(4, torch.float32, kept=False)}),
     "two generations of prompts": ({"steps_per_generation": 2}, {"rollout kv cache": kv_bytes(8, torch.float32)}),
     "a budget below a group": ({"rollout_kv_mib": 1e-6}, {"rollout kv cache": kv_bytes(1, torch.float32)}),
-    "a budget": ({"rollout_kv_mib": 25 * BLOCK / 2**20}, {"rollout kv cache": 26 * BLOCK}),
+    "a budget": ({"rollout_kv_mib": 25 * BLOCK / 2**20}, {"rollout kv cache": 26 * BLOCK, "host kv cache": 3 * GROUP}),
     "adamw_torch_fused": ({"optim": "adamw_torch_fused"}, {"policy optimizer": 8 * ALL, "update optimizer": 8 * ALL}),
     "adamw over lists": ({"optim": "adamw_torch"}, {"policy optimizer": 8 * ALL, "update optimizer": 12 * ALL}),
     "sgd": ({"optim": "sgd"}, {"policy optimizer": 0}),

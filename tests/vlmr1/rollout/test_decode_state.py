@@ -3,6 +3,7 @@
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -12,9 +13,12 @@ from tests.helpers.decoding import StubScheduler, length_draws, state_of
 from tests.helpers.rollouts import changed_logits, completions, engine, with_stub_graphs
 from vlmr1.errors import SettingError
 from vlmr1.rollout import NativeEngine, SamplingSettings, decode_state, scheduler
+from vlmr1.rollout.decoder import DecodeForward
 from vlmr1.rollout.kv_cache import num_blocks, rounded_up
 from vlmr1.rollout.settings import COPIES_SHARE, KEPT_SHARE
 from vlmr1.types import Group
+
+GIB = 2**30
 
 
 def assert_equal(groups: list[Group], others: list[Group]) -> None:
@@ -66,8 +70,13 @@ def narrowed(native: Any) -> None:
     native.dtype, native.decode_forward = torch.bfloat16, None
 
 
+def recopied(native: Any) -> None:
+    native.held = dict(native.decode_forward.weights.buffers)  # new copies cannot be at their addresses
+    native.decode_forward.weights.buffers.clear()
+
+
 # What changes in the second generation: prompts, words more in each, G, sampling, the engine -> captures
-BEFORE = {"prompts": 2, "words": 0, "count": 4, "sampling": SamplingSettings(20), "change": None}
+BEFORE = {"prompts": 2, "words": 0, "count": 4, "sampling": SamplingSettings(20), "change": None, "dtype": None}
 SECOND: dict[str, tuple[dict[str, Any], int]] = {
     "nothing": ({}, 0),
     "seed": ({"sampling": SamplingSettings(20, seed=1)}, 0),
@@ -86,6 +95,7 @@ SECOND: dict[str, tuple[dict[str, Any], int]] = {
     "penalty": ({"sampling": SamplingSettings(20, repetition_penalty=1.2)}, 1),
     "dtype": ({"change": narrowed}, 1),
     "addresses of weights": ({"change": moved}, 1),
+    "addresses of copies": ({"change": recopied, "dtype": torch.bfloat16}, 1),
     "freed": ({"change": NativeEngine.free_cache}, 1),
 }
 
@@ -95,7 +105,7 @@ def test_what_a_graph_has_baked_in_invalidates_it(second, captures, make, model,
     captured = with_stub_graphs(monkeypatch)
     model.requires_grad_(False)
     native = engine(model, processor)
-    native.keep_cache = True
+    native.keep_cache, native.dtype = True, second.get("dtype")
     for settings in (BEFORE, BEFORE | second):
         captured.clear()
         if settings["change"]:
@@ -147,18 +157,54 @@ def test_out_of_memory_drops_what_is_kept(make, model, processor, monkeypatch, c
     ]
 
 
-def test_an_error_leaves_nothing_behind(make, model, processor):
+def interrupted(native: Any, prompts: list[Any]) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(scheduler.Scheduler, "decode", Mock(side_effect=KeyboardInterrupt))
+        native.generate(prompts, 2, SamplingSettings(4))
+
+
+@pytest.mark.parametrize("lose", [lambda native, _: native.free_cache(), interrupted], ids=["freed", "interrupted"])
+def test_graphs_are_kept_again(lose, make, model, processor, monkeypatch):
+    """By default, after copies of weights have been freed, as before an evaluation, and made anew elsewhere."""
+    captured, counts, prompts = with_stub_graphs(monkeypatch), [], [make.prompt("Where?")]
+    monkeypatch.setattr(NativeEngine, "_device_bytes", 80 * GIB)
     native = engine(model, processor)
-    native.keep_cache = True
-    native.generate([make.prompt("Where?")], 2, SamplingSettings(4))
-    assert native.state is not None
+    native.dtype = torch.bfloat16
+    for step in range(4):
+        if step == 2:
+            held = dict(native.decode_forward.weights.buffers)  # new copies cannot be at their addresses
+            lose(native, prompts)
+            assert held and native.state is None and not native.decode_forward.weights.buffers
+        captured.clear()
+        native.generate(prompts, 2, SamplingSettings(4))
+        counts.append(len(captured))
+    assert counts == [1, 0, 1, 0] and native.state is not None
 
-    def fail(call: int, logits: Any) -> None:
-        raise KeyboardInterrupt
 
-    with changed_logits(model, fail), pytest.raises(KeyboardInterrupt):
-        native.generate([make.prompt("Where?")], 2, SamplingSettings(4))
-    assert native.state is None
+@pytest.mark.parametrize("times, stock", [(1, False), (2, True)], ids=["once", "twice"])
+def test_no_memory_for_copies(times, stock, make, model, processor, monkeypatch, caplog):
+    """The kept cache is freed for them; where that is not enough, the stock forward runs, in later generations too."""
+    captured, counts, tried, prompts = with_stub_graphs(monkeypatch), [], [], [make.prompt("Where?")]
+    native, fresh = engine(model, processor), engine(model, processor)
+    native.keep_cache, refresh = True, DecodeForward.refresh
+
+    def short(forward: DecodeForward) -> None:
+        tried.append(native.state is not None)
+        if len(tried) <= times:
+            raise torch.OutOfMemoryError("out of memory")
+        refresh(forward)
+
+    for step in range(3):
+        if step == 1:
+            monkeypatch.setattr(DecodeForward, "refresh", short)
+        captured.clear()
+        groups = native.generate(prompts, 2, SamplingSettings(4), step=step)
+        counts.append(len(captured))
+    assert (native.decode_forward is None) == stock
+    assert counts == [1, 1, 0]
+    assert tried == [True, False] + [True] * (not stock)
+    assert caplog.text.count("no memory for copies") == stock
+    assert_equal(groups, fresh.generate(prompts, 2, SamplingSettings(4), step=2))
 
 
 # Distribution of lengths, limit, prompts, size of the KV cache in groups of the longest -> captures of 6 generations
@@ -238,7 +284,6 @@ def test_a_kept_cache_has_room_for_a_bit_more(blocks):
     assert blocks <= rounded_up(blocks) <= 1.125 * blocks and rounded_up(rounded_up(blocks)) == rounded_up(blocks)
 
 
-GIB = 2**30
 KEEPS = {  # setting, bytes of the cache, of the device, graphs, addresses fixed -> kept
     "small": ((None, GIB, 80 * GIB, None, True), True),
     "5%": ((None, KEPT_SHARE * 80 * GIB, 80 * GIB, None, True), True),

@@ -1,5 +1,6 @@
 """The decode step's own forward, against the stock forward of every family: bits, error, launches and casts."""
 
+import sys
 from copy import deepcopy
 from functools import lru_cache
 from math import prod
@@ -18,7 +19,7 @@ from tests.helpers.rollouts import completions
 from vlmr1.models import family_of
 from vlmr1.models.attention import autocast
 from vlmr1.rollout import NativeEngine, SamplingSettings
-from vlmr1.rollout.decoder import DecodeForward, LigerLayers
+from vlmr1.rollout.decoder import DecodeForward, LigerLayers, TorchLayers, functions_on
 from vlmr1.rollout.decoder_weights import copied_bytes
 from vlmr1.rollout.kv_cache import KVCache
 from vlmr1.rollout.sequences import Batch
@@ -247,16 +248,30 @@ def test_what_the_stock_forward_runs(change: Any, reason: str) -> None:
     assert reason in (DecodeForward.supports(model, family_of(model)) or "")
 
 
+def test_a_liger_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    assert type(functions_on(torch.device("cuda"))) is LigerLayers
+    monkeypatch.delattr("liger_kernel.ops.swiglu.swiglu_forward")
+    assert type(functions_on(torch.device("cuda"))) is TorchLayers
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops", None)
+    assert type(functions_on(torch.device("cuda"))) is TorchLayers
+    assert caplog.text.count("no liger-kernel") == 2
+
+
 @one_family()
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "autocast"])
-def test_a_rollout_with_and_without_it(dtype: torch.dtype | None, make: Any, model: Any, processor: Any) -> None:
+def test_a_rollout_with_and_without_it(
+    dtype: torch.dtype | None, make: Any, model: Any, processor: Any, caplog: Any
+) -> None:
     """On a CPU every log-prob is equal to the bit, and no copy of a weight is left behind."""
+    caplog.set_level("INFO", "vlmr1.rollout.native")
     prompts, drawn = [make.prompt("Where is the digit 7?", (56,)), make.prompt("What is seven?", ())], []
     for choice in ("auto", "torch"):
         native = NativeEngine(model, family_of(model), processor.tokenizer, dtype=dtype, fused_layers=choice)
+        native.generate(prompts, 1, SamplingSettings(1))
         drawn.append(completions(native.generate(prompts, 3, SamplingSettings(8, seed=3))))
         forward = native.decode_forward
         assert (forward is None) == (choice == "torch")
         assert forward is None or not (forward.layers or forward.weights.buffers)
+    assert caplog.text.count("stock forward") == 1  # once in both generations
     for one, other in zip(*drawn, strict=True):
         assert torch.equal(one.token_ids, other.token_ids) and torch.equal(one.logp, other.logp)
