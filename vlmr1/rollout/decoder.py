@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.util import find_spec
 from operator import attrgetter
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch.nn import functional as F
 
 from vlmr1.distributed.sharded import is_partitioned
 from vlmr1.models.family import ModelFamily
+from vlmr1.models.fused_layers import operators_for
 from vlmr1.rollout.decoder_weights import Adapted, Projection, StepWeights, adapters_of
 from vlmr1.rollout.sequences import Batch
 from vlmr1_kernels import rope_kv_write
@@ -121,7 +121,7 @@ class DecodeForward:
         self.autocast = dtype
         self.dtype = dtype or self.decoder.embed_tokens.weight.dtype
         self.merged_gemms = self.device.type != "cpu" if merged_gemms is None else merged_gemms
-        liger = self.device.type == "cuda" and find_spec("liger_kernel") is not None
+        liger = layers is None and operators_for("auto", self.device.type) is not None
         self.functions = layers or (LigerLayers() if liger else TorchLayers())
         first = self.decoder.layers[0].self_attn
         self.head_dim: int = first.head_dim

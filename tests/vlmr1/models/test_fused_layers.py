@@ -5,6 +5,8 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from copy import deepcopy
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,9 +22,11 @@ from tests.helpers.lora_steps import LORA
 from tests.helpers.lora_steps import trainer_of as lora_trainer
 from tests.helpers.rollouts import tokens
 from tests.helpers.steps import trainer_of
+from vlmr1.errors import SettingError
+from vlmr1.grpo.naive import NaivePolicy
 from vlmr1.grpo.packing import make_pack
 from vlmr1.models import family_of
-from vlmr1.models.fused_layers import Operators, fused_layers, is_rms_norm, liger_operators
+from vlmr1.models.fused_layers import Operators, fused_layers, is_rms_norm, liger_operators, operators_for
 from vlmr1.planner.fused_ops import STAND_INS
 from vlmr1.planner.plan import Planner
 from vlmr1.rollout import NativeEngine, SamplingSettings
@@ -92,6 +96,28 @@ def test_definitions_give_the_stock_pass(pack, model_in_training):
     assert_stock(run(model, family, pack), stock)
     expected = expected_calls(model)
     assert calls > expected if model.training else calls == expected
+    assert not bound(model)
+
+
+def test_the_naive_forward(make, model):
+    """Padded rows, and the model's own attention."""
+    family = family_of(model)
+    pack = make_pack(make.groups(("Locate the digit 7.", (56,), (9,)), ("What is seven?", (), (6,))))
+    policy = NaivePolicy(model, family, temperature=1.0)
+
+    def passed() -> Results:
+        model.zero_grad()
+        with policy.attention():
+            logp, _ = policy._forward(pack)
+            (logp * torch.linspace(-1, 2, len(logp))).sum().backward()
+        return logp.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    stock = passed()
+    family.operators, calls = counted(DEFINITIONS)
+    assert_stock(passed(), stock)
+    assert calls == expected_calls(model)
+    calls.clear()
+    assert torch.equal(policy.logprobs(pack), stock[0]) and calls == expected_calls(model)
     assert not bound(model)
 
 
@@ -266,6 +292,18 @@ def test_norms_that_compute_something_else_are_not_bound(kind, fits):
         assert ("forward" in vars(norm)) == fits
 
 
+def test_a_release_of_liger_without_an_operator(monkeypatch, caplog):
+    """As 0.8.0: `auto` has stock layers, and says so."""
+    liger, ops = ModuleType("liger_kernel"), SimpleNamespace(LigerRMSNormFunction=torch.autograd.Function)
+    liger.ops, liger.__spec__ = ops, ModuleSpec("liger_kernel", None)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "liger_kernel", liger)
+    monkeypatch.setattr("vlmr1.models.fused_layers.liger_operators", liger_operators.__wrapped__)
+    with pytest.raises(SettingError, match=r"fused_layers=liger: liger-kernel [\w. ]+ cannot be used .*LigerFused"):
+        operators_for("liger", "cuda")
+    assert operators_for("auto", "cuda") is None
+    assert [record.levelname for record in caplog.records] == ["WARNING"] and "liger-kernel" in caplog.text
+
+
 # Liger's kernels, interpreted
 
 
@@ -278,7 +316,7 @@ def liger() -> Iterator[Operators]:
 
 
 def rotated(operators: Operators) -> Any:
-    """Of copies: Liger's kernel overwrites its inputs, which are leaves here."""
+    """Rotate copies: Liger's kernel overwrites its inputs, which are leaves here."""
     return lambda q, k: operators.rope(*(each.clone().transpose(1, 2) for each in (q, k)), *ANGLES)
 
 
@@ -308,13 +346,30 @@ def with_gradients(function: Any, inputs: list[Tensor], dtype: torch.dtype) -> l
 @pytest.mark.parametrize("name", OPERATORS)
 def test_error_of_an_operator_is_within_budget(name, dtype, liger):
     """The interpreter multiplies bfloat16 numbers as integers; float16 takes the same path of the kernels."""
-    make, shapes = OPERATORS[name]
+    assert_operator_within_budget(name, dtype, liger, OPERATORS[name][1])
+
+
+def assert_operator_within_budget(name: str, dtype: torch.dtype, liger: Operators, shapes: Any) -> None:
+    make, _ = OPERATORS[name]
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(shape, generator=generator).half().double() for shape in shapes]
     ours, plain = (with_gradients(make(operators), inputs, dtype) for operators in (liger, DEFINITIONS))
     exact = with_gradients(make(DEFINITIONS), inputs, torch.float64)
     assert [value.dtype for value in ours] == [value.dtype for value in plain]
     assert_within_budget([f"{name}: result {i}" for i in range(len(ours))], ours, plain, exact)
+
+
+def test_the_norm_of_many_narrow_rows_is_within_budget(liger, monkeypatch):
+    """From 32,768 rows of at most 256 columns on Liger has kernels of 16 rows a block, as for the heads of queries and
+    keys; here from the first row on. The last block is not full."""
+    module: Any = sys.modules["liger_kernel.ops.rms_norm"]
+    for name in ("forward", "backward"):
+        code = getattr(module, f"rms_norm_{name}").__code__
+        fewest = tuple(1 if constant == 32_768 else constant for constant in code.co_consts)
+        assert fewest != code.co_consts
+        monkeypatch.setattr(getattr(module, f"rms_norm_{name}"), "__code__", code.replace(co_consts=fewest))
+        monkeypatch.setattr(module, f"_rms_norm_{name}_kernel", None)  # that of one row
+    assert_operator_within_budget("rms_norm", torch.float32, liger, [(5, 9, 24), (24,)])
 
 
 @pytest.mark.slow
