@@ -16,12 +16,13 @@ from vlmr1_kernels import registry
 BETA = 0.04
 REFERENCES: Mapping[str, str] = {op: "reference" for op in registry.ops()}
 NAIVE: Mapping[str, Any] = dict.fromkeys(("share_vision", "share_prompt", "pack", "cuda_graphs"), False) | {
-    **{"rollout_engine": "transformers", "beta": BETA, "skip_zero_advantage": False}
+    **{"rollout_engine": "transformers", "beta": BETA, "skip_zero_advantage": False, "fused_layers": "torch"}
 }
 SHARING: Mapping[str, Any] = {"share_vision": True, "share_prompt": True, "pack": True, "rollout_engine": "native"}
 ATTENTION = ("shared_prefix_attention", "varlen_attention")
 # Ops that packed passes and the native engine call.
-OF_SHARED = ("linear_logprob", "linear_grpo_loss", *ATTENTION, "shared_prefix_decode")
+OF_SHARED = ("linear_logprob", "linear_grpo_loss", *ATTENTION, "shared_prefix_decode", "sample_tokens")
+FUSED: Mapping[str, Any] = {"fused_layers": "auto"}  # decode steps from the weights; on a GPU fused layers too
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,16 @@ def arms_of(device: str, chosen: Mapping[str, str]) -> tuple[dict[str, Arm], dic
             made[name] = Arm(f"{op}={fast[op]} alone", base, {}, {op: fast[op]})
         else:
             left_out[name] = "the reference implementation is what `auto` takes here"
+    written = {op: name for op, name in fast.items() if op == "rope_kv_write"}
+    made["shared+fused_layers"] = Arm("fused_layers=auto: decode steps from the weights", "shared", FUSED, written)
+    left_out["rope_kv_write"] = "an op of shared+fused_layers"
     graphs = {"cuda_graphs": True} if device == "cuda" else {}
     if graphs:
         decode = {op: name for op, name in fast.items() if op == "shared_prefix_decode"}
         made["cuda_graphs"] = Arm("cuda_graphs, with native decode", "native", graphs, decode)
     else:
         left_out["cuda_graphs"] = "needs a GPU"
-    made["all"] = Arm("all: everything shared, fast kernels", "naive", {**SHARING, **graphs}, fast)
+    made["all"] = Arm("all: everything shared, fast kernels", "naive", {**SHARING, **FUSED, **graphs}, fast)
     return made, left_out
 
 

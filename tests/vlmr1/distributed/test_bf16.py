@@ -27,7 +27,9 @@ from vlmr1.rollout import scheduler
 
 # An epsilon beside which the rounding of gradients is small: else Adam moves weights by signs that are rounding alone.
 # One pass a group, of which each rank has one, and no clipping: sums and norms of float32 have one order.
+# Stock layers in decode steps too, as where weights are sharded.
 FULL = {"learning_rate": 1e-3, "adam_epsilon": 5e-2, "beta": 0.04, "pack": "false", "max_grad_norm": 100.0}
+FULL |= {"fused_layers": "torch"}
 LORA = FULL | {"learning_rate": 1e-2, "adam_epsilon": 1e-2, "use_peft": "true", "lora_r": 4, "lora_alpha": 8}
 KINDS = {"full": FULL, "lora": LORA, "without KL": FULL | {"beta": 0.0}}
 BF16, F32 = "torch.bfloat16", "torch.float32"
