@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.helpers import interpreter
+from tests.helpers.optional import missing
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # an unknown model is refused without tries over the network
 gc.disable()  # while much is imported: each collection would look through all of it
@@ -34,15 +35,11 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
-OPTIONAL = ("bitsandbytes", "datasets", "deepspeed", "hypothesis", "matplotlib", "nbclient", "nbformat", "peft")
-OPTIONAL += ("pycocotools", "scipy", "trl")
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector: pytest.Collector) -> Any:
-    """Skip a file whose optional package is missing, as on a machine with a GPU that has little installed."""
+    """Skip a file whose optional package is missing."""
     report = yield
     error = report.call.excinfo and report.call.excinfo.value.__cause__  # type: ignore[attr-defined]
-    if isinstance(error, ModuleNotFoundError) and str(error.name).partition(".")[0] in OPTIONAL:
-        report.outcome, report.longrepr = "skipped", (str(collector.path), 0, f"Skipped: {error.name} is not installed")
+    if package := missing(error):
+        report.outcome, report.longrepr = "skipped", (str(collector.path), 0, f"Skipped: {package} is not installed")
     return report

@@ -7,7 +7,6 @@ stand-ins of `vlmr1 plan`. Views and allocations are not counted; bytes are thos
 or writes.
 """
 
-import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ import pytest
 from torch import nn
 
 from tests.helpers.jobs import job
+from tests.helpers.limits import LIMITS
 from vlmr1.planner.job import packs_of, prompts_of
 from vlmr1.planner.known_models import config_named
 from vlmr1.planner.passes import policy_of
@@ -26,7 +26,6 @@ from vlmr1.planner.plan import model_without_data
 from vlmr1.planner.work import Kernels, WorkRun, totals
 
 ROOT = Path(__file__).parents[2]
-LIMITS: list[dict[str, Any]] = tomllib.loads((Path(__file__).parent / "limits.toml").read_text())["limit"]
 BY_TEST = {each["test"]: each["limit"] for each in LIMITS}
 TRAFFIC = "tests/kernels/test_traffic.py::test_bytes_of_a_step_are_within_limits"
 

@@ -164,7 +164,7 @@ CASES: dict[str, Callable[..., Any]] = {
     "fused_layers=liger and liger-kernel is not installed": lambda patch: patched(
         patch, sys.modules, "liger_kernel", None, GRPOConfig(use_cpu=True, fused_layers="liger").check_device, "cuda"
     ),
-    "fused_layers is not torch and liger-kernel cannot be imported": lambda patch: patched(
+    "fused_layers=liger and liger-kernel cannot be imported": lambda patch: patched(
         patch, fused_layers, "liger_operators", unimportable, fused_layers.operators_for, "liger", "cuda"
     ),
     "fused_layers has an unknown value (from Python)": lambda: GRPOConfig(use_cpu=True, fused_layers="fast"),

@@ -1,4 +1,4 @@
-"""What `make test-cuda-build` and `make test-triton` found last, as a part of docs/kernels.md.
+"""The last findings of `make test-cuda-build` and `make test-triton`, as a part of docs/kernels.md.
 
 python -m tests.helpers.cuda_table puts it there.
 """

@@ -1,4 +1,4 @@
-"""What `make test-cuda-build` found last is in the docs, within the limits."""
+"""The last findings of `make test-cuda-build` are in the docs, within the limits."""
 
 import json
 

@@ -81,8 +81,9 @@ def test_the_gradient_through_each_output_alone(target: Target, output: int) -> 
     check_budget(NAMES[2:], ours, expected, target, case, torch.float32)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.9, 1.7])
 @pytest.mark.parametrize("target", targets(OP, only=("native", "triton")))
-def test_forbidden_tokens_have_no_part_in_anything(target: Target) -> None:
+def test_forbidden_tokens_have_no_part_in_anything(target: Target, temperature: float) -> None:
     inputs = cast(Problem((4,), 8, 90).draw(0, torch.float32), torch.float32, target.device)
     bias = torch.zeros(90, device=target.device)
     bias[30:] = -torch.inf
@@ -90,7 +91,8 @@ def test_forbidden_tokens_have_no_part_in_anything(target: Target) -> None:
     results = []
     for size in (90, 30):
         leaves = [inputs["hidden"], inputs["weight"][:size]]
-        logp, entropy = target.run(torch.float32)(*leaves, wanted, bias=bias[:size], entropy=True)
+        options: dict[str, Any] = {"bias": bias[:size], "entropy": True, "temperature": temperature}
+        logp, entropy = target.run(torch.float32)(*leaves, wanted, **options)
         d_hidden, d_weight = torch.autograd.grad((logp + entropy).sum(), leaves)
         results.append([logp, entropy, d_hidden, d_weight[:30]])
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)

@@ -1,10 +1,11 @@
 """The trainer is imported without packages that only some rewards and reports need; a missing one is named."""
 
 import sys
+from importlib.machinery import ModuleSpec
 
 import pytest
 
-from tests.helpers import digit_runs
+from tests.helpers import digit_runs, optional
 from tests.helpers.python import python
 from vlmr1.errors import SettingError
 from vlmr1.rewards import score
@@ -53,3 +54,13 @@ def test_a_missing_package_is_named(module, install, method, content, solution, 
     monkeypatch.setitem(sys.modules, module.partition(".")[0], None)
     with pytest.raises(SettingError, match=f"pip install '{install}'"):
         score("accuracy", content, solution or content, mode=mode, accu_reward_method=method)
+
+
+@pytest.mark.parametrize(
+    ("name", "skipped"), [("scipy.gone", None), ("absent", None), ("vlmr1.gone", None), ("trl", "trl"), (None, None)]
+)
+def test_only_tests_without_their_package_are_skipped(name, skipped, monkeypatch):
+    """A module that an installed package lacks is an error."""
+    monkeypatch.setattr(optional, "find_spec", lambda package: None if package == "trl" else ModuleSpec(package, None))
+    assert optional.missing(ModuleNotFoundError(name=name)) == skipped
+    assert optional.missing(ImportError(name=name)) is None

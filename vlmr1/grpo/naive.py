@@ -6,7 +6,7 @@ uses the model's own attention over a padded batch, full logits, and plain log-s
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from vlmr1.grpo.loss import PackLoss
 from vlmr1.grpo.policy import PackedPolicy
 from vlmr1.models.attention import autocast
 from vlmr1.models.family import ModelFamily
+from vlmr1.models.fused_layers import fused_layers
 from vlmr1.types import Pack
 
 
@@ -24,7 +25,7 @@ class NaivePolicy(PackedPolicy):
     """`PackedPolicy` whose branches are sequences with a prompt of their own."""
 
     def attention(self) -> AbstractContextManager[None]:
-        return nullcontext()
+        return fused_layers(self.model, self.family.operators)
 
     def logprobs(self, pack: Pack) -> Tensor:
         with torch.no_grad():
@@ -40,7 +41,7 @@ class NaivePolicy(PackedPolicy):
         device = self.model.device
         input_ids, positions, mask, lengths = (x.to(device) for x in padded(pack))
         columns = int(lengths.max())
-        with autocast(device, self.dtype):
+        with autocast(device, self.dtype), self.attention():
             features, nothing = self.image_features(pack)
             hidden = self.family.hidden(self.model, input_ids, positions, features, attention_mask=mask)
             hidden = hidden if nothing is None else hidden + nothing

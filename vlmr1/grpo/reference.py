@@ -41,8 +41,11 @@ def frozen_copy(
         again = load_model(model.name_or_path, dtype=model.dtype, attn_implementation=attention, **(source or {}))
         return again.eval().requires_grad_(False)
     frozen = {id(parameter): parameter for parameter in model.parameters() if shared and not parameter.requires_grad}
-    made = {id(p): nn.Parameter(p.detach().to(to), requires_grad=False) for p, to in copied_in(model, dtype).items()}
-    copied = copy.deepcopy(model, memo=made | frozen | (memo or {})).eval().requires_grad_(False)
+    memo = frozen | (memo or {})
+    for parameter, to in copied_in(model, dtype).items():
+        if id(parameter) not in memo:
+            memo[id(parameter)] = nn.Parameter(parameter.detach().to(to), requires_grad=False)
+    copied = copy.deepcopy(model, memo=memo).eval().requires_grad_(False)
     if copied.get_input_embeddings().weight.dtype == dtype != model.get_input_embeddings().weight.dtype:
         with_float32_rows(copied)
     return copied

@@ -123,6 +123,10 @@ class _Shared(Settings):
     if TYPE_CHECKING:
         temperature: float
         max_completion_length: int
+        num_iterations: int
+
+        @property
+        def updates_per_generation(self) -> int: ...
 
 
 @dataclass
@@ -227,6 +231,14 @@ class ObjectiveSettings(ReferenceSettings, _Shared):
     def loss_beta(self) -> float:
         """Weight of the KL in the loss: 0 where it is in the reward."""
         return 0.0 if self.kl_in_reward else self.beta
+
+    @property
+    def has_old_pass(self) -> bool:
+        """Whether a pass computes the log-probs of the old policy. With one update a generation the update's own
+        forward computes them, unless they are needed before."""
+        needed = self.kl_in_reward or self.importance_sampling_correction != "none"
+        several = self.updates_per_generation * self.num_iterations > 1
+        return self.old_logprobs == "recompute" and (needed or several)
 
     @property
     def skips_zero_advantage(self) -> bool:

@@ -162,7 +162,7 @@ class GRPOTrainer(PackTrainer):
             if self.args.old_logprobs == "rollout":
                 for completion in (completion for group in groups for completion in group.completions):
                     completion.old_logp = completion.logp
-            elif self._needs_old_logprobs():
+            elif self.args.has_old_pass:
                 self.runner.map(groups, lambda pack: self._policy_logprobs(model, pack), into="old_logp", every=every)
 
     def prepare(self, model: Any, groups: Sequence[Group]) -> dict[str, float]:
@@ -170,11 +170,6 @@ class GRPOTrainer(PackTrainer):
         self.add_logprobs(model, groups)
         mode, cap = self.args.importance_sampling_correction, self.args.importance_sampling_cap
         return {} if mode == "none" else set_importance_denominators(self.runner.packs(groups), mode, cap)
-
-    def _needs_old_logprobs(self) -> bool:
-        """With one update a generation the update's own forward computes them, unless they are needed before."""
-        needed = self.args.kl_in_reward or self.args.importance_sampling_correction != "none"
-        return needed or self.args.updates_per_generation * self.args.num_iterations > 1
 
     def _policy_logprobs(self, model: Any, pack: Pack) -> Tensor:
         model.eval()

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import is_fake
 logger = logging.getLogger(__name__)
 LAYERS = (nn.Linear, nn.Conv2d, nn.Conv3d)  # autocast casts their weights and biases
 HELD = "held_for"  # attribute of a parameter that `frozen_in` has cast: the dtype that it had
+COPY_OF = "copy_of"  # attribute of a head's weight that `frozen_in` has made: the embeddings that the head shares
 
 
 def cast_by_autocast(model: Any) -> dict[nn.Parameter, str]:
@@ -57,6 +58,7 @@ def frozen_in(model: Any, dtype: torch.dtype | None) -> Iterator[None]:
     shares = dtype is not None and head.weight is embeddings.weight and not head.weight.requires_grad
     if shares:
         head.weight = nn.Parameter(embeddings.weight.to(dtype), requires_grad=False)
+        setattr(head.weight, COPY_OF, embeddings.weight)
     try:
         yield
     finally:
@@ -85,13 +87,19 @@ def hold_frozen(model: Any, dtype: torch.dtype) -> dict[nn.Parameter, str]:
 
 @contextmanager
 def stored(model: nn.Module) -> Iterator[None]:
-    """In this block weights that `frozen_in` has cast are what they were, in host memory: to write a checkpoint."""
+    """In this block weights that `frozen_in` has cast are what they were, in host memory: to write a checkpoint. A head
+    shares the embeddings again."""
     held = {each: each.data for each in model.parameters() if hasattr(each, HELD)}
+    heads = [(m, m.weight) for m in model.modules() if hasattr(getattr(m, "weight", None), COPY_OF)]
     try:
+        for head, weight in heads:
+            head.weight = getattr(weight, COPY_OF)
         for parameter in held:
             parameter.data = parameter.data.to("cpu", getattr(parameter, HELD))
         yield
     finally:
+        for head, weight in heads:
+            head.weight = weight  # type: ignore[assignment]
         for parameter, value in held.items():
             parameter.data = value
 

@@ -7,9 +7,11 @@ as before. Where no operator fits, or dtypes differ at a call, the stock forward
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
+from importlib.metadata import distributions
 from importlib.util import find_spec
 from inspect import unwrap
 from types import CellType, FunctionType
@@ -21,6 +23,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from vlmr1.errors import SettingError
 
+logger = logging.getLogger(__name__)
+LIGER = ("RMSNorm", "FusedAddRMSNorm", "LayerNorm", "SiLUMul", "FusedGateUpSiLUMul", "Rope")  # as in `Operators`
 ROPE = ("apply_rotary_pos_emb", "apply_rotary_pos_emb_vision")  # functions that forwards of attention call
 DECODER_NORMS = {"input_layernorm": "self_attn", "post_attention_layernorm": "mlp"}
 # Norms whose output only linear layers of another module read; those of queries and keys are rotated, and converted.
@@ -42,33 +46,35 @@ class Operators(NamedTuple):
 
 @cache
 def liger_operators() -> Operators:
-    """The functions of the liger-kernel package."""
+    """Return the functions of the liger-kernel package; ImportError or AttributeError where one is missing."""
     from liger_kernel import ops
 
-    def rms_norm(x: Tensor, weight: Tensor, eps: float, in_place: bool) -> Tensor:
-        return ops.LigerRMSNormFunction.apply(x, weight, eps, 0.0, "llama", in_place)  # type: ignore[return-value]
+    norm, add_norm, layer_norm, swiglu, packed, rope = (getattr(ops, f"Liger{name}Function").apply for name in LIGER)
 
-    def add_rms_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        return ops.LigerFusedAddRMSNormFunction.apply(residual, x, weight, eps)  # type: ignore[return-value]
+    def rms_norm(x: Tensor, weight: Tensor, eps: float, in_place: bool) -> Tensor:
+        return norm(x, weight, eps, 0.0, "llama", in_place)
 
     def swiglu_packed(both: Tensor) -> Tensor:
-        """Of rows: Liger's gradient has two dimensions, whatever its input has."""
-        out: Any = ops.LigerFusedGateUpSiLUMulFunction.apply(both.flatten(0, -2))
-        return out.view(*both.shape[:-1], -1)
+        """Flatten to rows: Liger's gradient has two dimensions, whatever its input has."""
+        return packed(both.flatten(0, -2)).view(*both.shape[:-1], -1)
 
-    layer_norm, swiglu, rope = ops.LigerLayerNormFunction, ops.LigerSiLUMulFunction, ops.LigerRopeFunction
-    made: Any = (rms_norm, add_rms_norm, layer_norm.apply, swiglu.apply, swiglu_packed, rope.apply)
-    return Operators(*made)
+    return Operators(rms_norm, add_norm, layer_norm, swiglu, swiglu_packed, rope)
 
 
 def operators_for(setting: str, device: str) -> Operators | None:
-    """The operators of `fused_layers` on a device; None for the stock forwards."""
+    """The operators of `fused_layers` on a device; None for the stock forwards, with `auto` also where liger-kernel
+    cannot be used."""
     if setting == "torch" or (setting == "auto" and (device != "cuda" or find_spec("liger_kernel") is None)):
         return None
     try:
         return liger_operators()
-    except ImportError as error:
-        raise SettingError(f"fused_layers={setting}: liger-kernel cannot be imported ({error}); use torch") from error
+    except (ImportError, AttributeError) as error:
+        version = next((each.version for each in distributions(name="liger-kernel")), "of an unknown version")
+        reason = f"liger-kernel {version} cannot be used ({error})"
+        if setting == "auto":
+            logger.warning("fused_layers: stock layers, for %s", reason)
+            return None
+        raise SettingError(f"fused_layers={setting}: {reason}; install vlmr1[gpu], or use torch") from error
 
 
 @contextmanager
@@ -114,7 +120,7 @@ def _rewrapped(forward: Any, inner: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _function(like: Any, names: dict[str, Any], closure: Any) -> FunctionType:
-    """The same code with other global names and another closure."""
+    """Return a function of the same code with other global names and another closure."""
     made = FunctionType(like.__code__, names, like.__name__, like.__defaults__, closure)
     made.__kwdefaults__ = like.__kwdefaults__
     return made

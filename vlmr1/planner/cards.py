@@ -1,4 +1,4 @@
-"""What a GPU reaches: the ceilings of `vlmr1 plan --time`."""
+"""The ceilings of GPUs for `vlmr1 plan --time`."""
 
 from __future__ import annotations
 

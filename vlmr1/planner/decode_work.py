@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from operator import attrgetter
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from vlmr1.grpo.policy import PackedPolicy
 from vlmr1.planner.cuda_ops import Streaming
 from vlmr1.planner.dry_run import kernel
+from vlmr1.rollout.decoder_weights import adapters_of, computed_together
 
 # Linear layers that are one product, or two where they are read in place.
 PRODUCTS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj", "gate_up_proj"), ("down_proj",))
@@ -44,18 +44,13 @@ def fused_step(policy: PackedPolicy, rows: int, streaming: Streaming) -> Tensor:
 
 def _products(layer: nn.Module, names: tuple[str, ...], rows: int, dtype: torch.dtype) -> None:
     """Note the products of these linear layers, and two more of each adapter."""
-    found: list[Any] = [m for n, m in layer.named_modules() if n.rpartition(".")[2] in names]
-    weights = [getattr(module, "base_layer", module).weight for module in found]
-    together = len(weights) == 1 or any(weight.dtype != dtype for weight in weights)
-    for group in (
-        [weights] if together else ([weights[:1], weights[1:]] if len(weights) == 3 else [[w] for w in weights])
-    ):
-        _product(group, rows, dtype)
-    for module in found:
-        if hasattr(module, "lora_A") and not module.merged:
-            for name in module.active_adapters:
-                _product([module.lora_A[name].weight], rows, dtype)
-                _product([module.lora_B[name].weight], rows, dtype)
+    found = {n: adapters_of(m)[0] for n, m in layer.named_modules() if n.rpartition(".")[2] in names}
+    for group in computed_together(found, dtype, stacked="gate_proj" in names):
+        _product([found[name].weight for name in group], rows, dtype)
+    for each in found.values():
+        for a, b, _ in each.adapters:
+            _product([a], rows, dtype)
+            _product([b], rows, dtype)
 
 
 def _product(weights: list[Tensor], rows: int, dtype: torch.dtype) -> None:

@@ -191,7 +191,7 @@ def _counted(job: Job, wrapped: Any, dry: DryRun) -> _Counted:
 
 
 def trained_parameters(model: Any) -> tuple[Parameter, ...]:
-    """What the optimizer is given."""
+    """Return the parameters that the optimizer is given."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     trained = [p for p in model.parameters() if p.requires_grad]
     return tuple(Parameter(tuple(p.shape), p.itemsize, id(p) in embeddings) for p in trained)

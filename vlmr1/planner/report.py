@@ -132,7 +132,8 @@ def card_named(name: str, device: str = "cuda") -> Card:
     return CARDS[name.lower()]
 
 
-NOT_PREDICTED = "data loading, rewards, transfers between host and GPUs, Python beside launches"
+NOT_PREDICTED = "data loading, rewards, transfers between host and GPUs, communication between GPUs, "
+NOT_PREDICTED += "Python beside launches"
 
 
 def time_report(work: Work, name: str) -> str:

@@ -76,7 +76,7 @@ def count_work(job: Job) -> Work:
         for shape, pack in dict(zip(shapes, packs, strict=True)).items():
             run.repeats = shapes.count(shape)
             model.eval()
-            for phase, wanted in ((REFERENCE, job.reference != "none"), (OLD, _needs_old_logprobs(args))):
+            for phase, wanted in ((REFERENCE, job.reference != "none"), (OLD, args.has_old_pass)):
                 if wanted:
                     with run.during(phase):
                         policy.logprobs(pack)
@@ -101,12 +101,6 @@ def _without_casts(kernels: Kernels, model: Any) -> Kernels:
     """The kernels but for casts of tensors as large as a weight."""
     weights = {each.numel() for each in model.parameters() if each.dim() > 1}
     return Counter({k: n for k, n in kernels.items() if k.name != "_to_copy" or k.numels[0] not in weights})
-
-
-def _needs_old_logprobs(args: Any) -> bool:
-    """Whether a generation has a pass for the log-probs of the old policy, as in `GRPOTrainer`."""
-    needed = args.kl_in_reward or args.importance_sampling_correction != "none"
-    return args.old_logprobs != "rollout" and (needed or args.updates_per_generation * args.num_iterations > 1)
 
 
 def _optimize(job: Job, model: Any) -> None:

@@ -133,7 +133,7 @@ class Projection:
         layers = {f"{place}.{name}": adapters_of(module)[0] for name, module in modules.items()}
         self.halves = halves
         self.gemms: list[_Gemm] = []
-        for names in _groups(list(layers), layers, weights.dtype, stacked) if merged else [[name] for name in layers]:
+        for names in computed_together(layers, weights.dtype, stacked) if merged else [[name] for name in layers]:
             members = {name: layers[name] for name in names}
             self.gemms.append(
                 _gemm(weights, members, stacked and len(members) > 1, halves and merged, exact=not merged)
@@ -145,9 +145,10 @@ class Projection:
         return list(out[0].chunk(2, 1)) if self.halves and len(out) == 1 else out
 
 
-def _groups(names: list[str], layers: Mapping[str, Adapted], dtype: torch.dtype, stacked: bool) -> list[list[str]]:
+def computed_together(layers: Mapping[str, Adapted], dtype: torch.dtype, stacked: bool) -> list[list[str]]:
     """Return which layers are computed together. Of weights in the compute dtype only the two last of three are: those
     of keys and values, which are small."""
+    names = list(layers)
     with_bias = sum(layers[name].bias is not None for name in names)
     if with_bias and (stacked or with_bias < len(names)):
         return [[name] for name in names]

@@ -68,11 +68,10 @@ def transform_logits(x, offsets, limit, head):
     slope = 1.0
     if bias is not None:
         x += tl.load(bias + offsets, mask=offsets < limit, other=0).to(tl.float32)
+    x = tl.maximum(x, LOWEST, propagate_nan=tl.PropagateNan.ALL)  # infinity times `rest` is not a number
     if inverse is not None:
         x = tl.fma(x, inverse, x * rest)
-    if outer is None:
-        x = tl.maximum(x, LOWEST, propagate_nan=tl.PropagateNan.ALL)
-    else:
+    if outer is not None:
         x = tanh(x)
         slope = 1 - x * x
         x = x * outer

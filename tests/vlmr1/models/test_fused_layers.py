@@ -1,29 +1,28 @@
-"""Layers with Liger's operators bound, beside the stock layers: definitions in plain torch show the binding, Liger's
-kernels in Triton's interpreter the error."""
+"""Layers with operators bound, beside the stock layers: definitions in plain torch show the binding."""
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from copy import deepcopy
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.helpers.families import checkpoints, one_family
 from tests.helpers.fused import DEFINITIONS, counted, rms_norm, run, wide
-from tests.helpers.interpreter import AVAILABLE, interpreted_liger
 from tests.helpers.jobs import job
 from tests.helpers.lora_steps import LORA
 from tests.helpers.lora_steps import trainer_of as lora_trainer
 from tests.helpers.rollouts import tokens
 from tests.helpers.steps import trainer_of
+from vlmr1.errors import SettingError
+from vlmr1.grpo.naive import NaivePolicy
 from vlmr1.grpo.packing import make_pack
 from vlmr1.models import family_of
-from vlmr1.models.fused_layers import Operators, fused_layers, is_rms_norm, liger_operators
-from vlmr1.planner.fused_ops import STAND_INS
+from vlmr1.models.fused_layers import fused_layers, is_rms_norm, liger_operators, operators_for
 from vlmr1.planner.plan import Planner
 from vlmr1.rollout import NativeEngine, SamplingSettings
 from vlmr1_kernels.testing import assert_within_budget, relative_error
@@ -92,6 +91,28 @@ def test_definitions_give_the_stock_pass(pack, model_in_training):
     assert_stock(run(model, family, pack), stock)
     expected = expected_calls(model)
     assert calls > expected if model.training else calls == expected
+    assert not bound(model)
+
+
+def test_the_naive_forward(make, model):
+    """Padded rows, and the model's own attention."""
+    family = family_of(model)
+    pack = make_pack(make.groups(("Locate the digit 7.", (56,), (9,)), ("What is seven?", (), (6,))))
+    policy = NaivePolicy(model, family, temperature=1.0)
+
+    def passed() -> Results:
+        model.zero_grad()
+        with policy.attention():
+            logp, _ = policy._forward(pack)
+            (logp * torch.linspace(-1, 2, len(logp))).sum().backward()
+        return logp.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    stock = passed()
+    family.operators, calls = counted(DEFINITIONS)
+    assert_stock(passed(), stock)
+    assert calls == expected_calls(model)
+    calls.clear()
+    assert torch.equal(policy.logprobs(pack), stock[0]) and calls == expected_calls(model)
     assert not bound(model)
 
 
@@ -266,89 +287,19 @@ def test_norms_that_compute_something_else_are_not_bound(kind, fits):
         assert ("forward" in vars(norm)) == fits
 
 
-# Liger's kernels, interpreted
+def test_a_release_of_liger_without_an_operator(monkeypatch, caplog):
+    """As 0.8.0: `auto` has stock layers, and says so."""
+    liger, ops = ModuleType("liger_kernel"), SimpleNamespace(LigerRMSNormFunction=torch.autograd.Function)
+    liger.ops, liger.__spec__ = ops, ModuleSpec("liger_kernel", None)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "liger_kernel", liger)
+    monkeypatch.setattr("vlmr1.models.fused_layers.liger_operators", liger_operators.__wrapped__)
+    with pytest.raises(SettingError, match=r"fused_layers=liger: liger-kernel [\w. ]+ cannot be used .*LigerFused"):
+        operators_for("liger", "cuda")
+    assert operators_for("auto", "cuda") is None
+    assert [record.levelname for record in caplog.records] == ["WARNING"] and "liger-kernel" in caplog.text
 
 
-@pytest.fixture(scope="module")
-def liger() -> Iterator[Operators]:
-    if not AVAILABLE:
-        pytest.skip("needs Triton's interpreter")
-    with interpreted_liger():
-        yield liger_operators.__wrapped__()
-
-
-def rotated(operators: Operators) -> Any:
-    """Of copies: Liger's kernel overwrites its inputs, which are leaves here."""
-    return lambda q, k: operators.rope(*(each.clone().transpose(1, 2) for each in (q, k)), *ANGLES)
-
-
-ANGLES = [part(torch.linspace(0, 3, 5 * 8).view(1, 5, 8)).repeat(1, 1, 2) for part in (torch.cos, torch.sin)]
-OPERATORS: dict[str, tuple[Any, list[tuple[int, ...]]]] = {  # function of the operators; shapes of its inputs
-    "rms_norm": (lambda o: lambda x, w: o.rms_norm(x, w, 1e-3, False), [(2, 5, 24), (24,)]),
-    "rms_norm in place": (lambda o: lambda x, w: o.rms_norm(x, w, 1e-3, True), [(2, 5, 24), (24,)]),
-    "add_rms_norm": (lambda o: lambda r, x, w: o.add_rms_norm(r, x, w, 1e-3), [(2, 5, 24), (2, 5, 24), (24,)]),
-    "layer_norm": (lambda o: lambda x, w, b: o.layer_norm(x, w, b, 1e-3), [(2, 5, 24), (24,), (24,)]),
-    "swiglu": (lambda o: lambda gate, up: o.swiglu(gate.clone(), up.clone()), [(2, 5, 24), (2, 5, 24)]),
-    "swiglu_packed": (lambda o: o.swiglu_packed, [(2, 5, 48)]),
-    "rope": (rotated, [(1, 5, 4, 16), (1, 5, 2, 16)]),
-}
-
-
-def with_gradients(function: Any, inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Outputs, and the gradients of a random projection of them."""
-    leaves = [value.to(dtype).requires_grad_() for value in inputs]
-    out = function(*leaves)
-    out = out if isinstance(out, tuple) else (out,)
-    generator = torch.Generator().manual_seed(1)
-    weights = [torch.randn(each.shape, generator=generator, dtype=torch.float64).half().to(dtype) for each in out]
-    return [each.detach() for each in out] + list(torch.autograd.grad(out, leaves, weights))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("name", OPERATORS)
-def test_error_of_an_operator_is_within_budget(name, dtype, liger):
-    """The interpreter multiplies bfloat16 numbers as integers; float16 takes the same path of the kernels."""
-    make, shapes = OPERATORS[name]
-    generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(shape, generator=generator).half().double() for shape in shapes]
-    ours, plain = (with_gradients(make(operators), inputs, dtype) for operators in (liger, DEFINITIONS))
-    exact = with_gradients(make(DEFINITIONS), inputs, torch.float64)
-    assert [value.dtype for value in ours] == [value.dtype for value in plain]
-    assert_within_budget([f"{name}: result {i}" for i in range(len(ours))], ours, plain, exact)
-
-
-@pytest.mark.slow
-@one_family()
-def test_a_pass_with_liger_is_within_budget(model, make, liger):
-    """In float16, for the interpreter. The other families call the same operators."""
-    pack, family = make_pack(make.groups(("What is 7?", (56,), (5, 4)))), family_of(model)
-    family.operators = DEFINITIONS
-    exact = flat(run(deepcopy(model).double(), family, pack))
-    stock = flat(run(model, family, pack, torch.float16))
-    family.operators, calls = counted(liger)
-    ours = flat(run(model, family, pack, torch.float16))
-    assert calls == expected_calls(model)
-    assert_within_budget([*exact], *([each[name] for name in exact] for each in (ours, stock, exact)))
-
-
-# Stand-ins of the planner
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("name", OPERATORS)
-def test_stand_ins_keep_what_liger_keeps(name, dtype, liger):
-    make, shapes = OPERATORS[name]
-
-    def kept(operators: Operators) -> tuple[list[Any], list[Any]]:
-        saved: list[Any] = []
-        inputs = [torch.ones(shape) for shape in shapes]
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append((t.numel(), t.dtype)) or t, lambda t: t):
-            out = with_gradients(make(operators), inputs, dtype)
-        return sorted(saved, key=str), [(value.shape, value.dtype) for value in out]
-
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        stand_ins = kept(STAND_INS)
-    assert stand_ins == kept(liger)
+# A plan
 
 
 def test_a_plan_counts_fused_layers():
