@@ -215,14 +215,15 @@ def test_what_is_not_shared_takes_more(settings):
 
 
 @pytest.mark.slow
-def test_checkpoints_in_host_memory():
-    """For each layer its input, [tokens, D] float32, and the three that the norm behind them keeps."""
-    plan = planned(activation_checkpointing=True, activation_offload=True)
+@pytest.mark.parametrize(("layers", "kept_by_norm"), [("torch", 3), ("auto", 1)])
+def test_checkpoints_in_host_memory(layers, kept_by_norm):
+    """For each layer its input, [tokens, D] float32, and those that the norm behind them keeps."""
+    plan = planned(activation_checkpointing=True, activation_offload=True, fused_layers=layers)
     text = CONFIG.get_text_config()
     tokens = 3 * (56 + 3 * 32)  # a pack of three of the four groups
     each = 4 * tokens * text.hidden_size
-    assert plan.host["activations"] == each * (text.num_hidden_layers + 3)
-    kept = planned(activation_checkpointing=True)
+    assert plan.host["activations"] == each * (text.num_hidden_layers + kept_by_norm)
+    kept = planned(activation_checkpointing=True, fused_layers=layers)
     assert plan.phases["policy"]["activations"] < kept.phases["policy"]["activations"]
 
 
