@@ -113,7 +113,7 @@ def test_every_remedy_that_is_printed_is_accepted_and_lowers_the_peak(start, sha
     peak, words = figures["peak"]["bytes"], list(start)
     for flags, remedy in zip(printed, figures["remedies"], strict=True):
         words += flags
-        # What is kept depends on the GPU: on one of 1 MiB it is nothing. A large one asks for no advice, which takes long.
+        # What is kept depends on the GPU: on one of 1 MiB it is nothing. A large one asks for no advice, which is slow.
         after = planned(*words, gpu=f"{gpu}MiB") if share else planned(*words, "--rollout_keep_cache", "false")
         after = after[1]["peak"]["bytes"]
         assert peak - after == remedy["saves"]
