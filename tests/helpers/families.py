@@ -29,6 +29,7 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
+from tests.helpers.slow import mostly_slow
 from vlmr1.models.processor import PROCESSOR_MAPPING, image_only, save_processor
 from vlmr1.tiny.build import CHAT_TEMPLATE as QWEN2_TEMPLATE
 
@@ -136,13 +137,18 @@ def build(name: str | Family, folder: Path, seed: int = 0) -> Path:
 
 
 def checkpoints(*names: str) -> Any:
-    """A fixture `checkpoint` for a module: the tiny checkpoint of each of these families, of all if none is named."""
+    """A fixture `checkpoint` for a module: the tiny checkpoint of each of these families, of all if none is named.
 
-    @pytest.fixture(scope="session", params=names or FAMILIES)
+    Three of all, whose code others have too, are left to `make test`."""
+
+    @pytest.fixture(scope="session", params=names or mostly_slow([*FAMILIES], *QUICK))
     def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return build(request.param, tmp_path_factory.mktemp("families") / request.param)
 
     return checkpoint
+
+
+QUICK = ("qwen2_5_vl", "qwen3_vl", "internvl", "glm4v")
 
 
 def one_family(name: str = "qwen2_5_vl") -> pytest.MarkDecorator:

@@ -12,6 +12,7 @@ import torch
 from tests.helpers.decoding import StubScheduler, length_draws, state_of
 from tests.helpers.limits import limit_of
 from tests.helpers.rollouts import changed_logits, completions, engine, with_stub_graphs
+from tests.helpers.slow import mostly_slow
 from vlmr1.errors import SettingError
 from vlmr1.rollout import NativeEngine, SamplingSettings, decode_state, scheduler
 from vlmr1.rollout.decoder import DecodeForward
@@ -38,7 +39,7 @@ KEPT = {
 }
 
 
-@pytest.mark.parametrize("dtype, trained, layers, captures", KEPT.values(), ids=KEPT.keys())
+@pytest.mark.parametrize("dtype, trained, layers, captures", mostly_slow(KEPT, "copies at fixed addresses"))
 def test_kept_graphs_draw_what_new_ones_draw(dtype, trained, layers, captures, make, model, processor, monkeypatch):
     """Bit for bit, over generations with updates in between, with other prompts each time."""
     model.requires_grad_(trained)

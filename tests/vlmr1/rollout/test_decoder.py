@@ -17,6 +17,7 @@ from tests.helpers.families import FAMILIES, HIDDEN, checkpoints, config_of, one
 from tests.helpers.limits import limit_of
 from tests.helpers.ops_counted import OpsCounted, kernels_counted
 from tests.helpers.rollouts import completions
+from tests.helpers.slow import mostly_slow
 from vlmr1.models import family_of
 from vlmr1.models.attention import autocast
 from vlmr1.rollout import NativeEngine, SamplingSettings
@@ -108,7 +109,7 @@ LORA = {"weights": "", "adapter": "unmerged", "merged adapter": "merged"}
 
 
 @pytest.mark.parametrize("lora", LORA.values(), ids=LORA.keys())
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", mostly_slow([*FAMILIES], "qwen2_5_vl", "glm4v"))
 def test_equals_the_stock_step(family: str, lora: str) -> None:
     """On a CPU to the bit; with merged products, as on CUDA, but for rounding."""
     model = model_of(family, lora=lora)
@@ -124,7 +125,7 @@ def test_equals_the_stock_step(family: str, lora: str) -> None:
 
 
 @pytest.mark.parametrize("merged_gemms", [False, True], ids=["as on a CPU", "as on CUDA"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", mostly_slow([*FAMILIES], "qwen2_5_vl", "glm4v"))
 def test_error_in_bfloat16(family: str, merged_gemms: bool) -> None:
     """At most twice the stock step's, against float64: with autocast, with an adapter, and with bfloat16 weights."""
     narrow = torch.bfloat16
@@ -154,7 +155,7 @@ ADAPTED = {name: 6 if name == "glm4v" else 7 for name in FAMILIES}  # linear lay
 
 
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=["masters", "bfloat16 weights"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", mostly_slow([*FAMILIES], "qwen2_5_vl", "glm4v"))
 def test_launches_a_layer_and_casts(family: str, weights: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("liger_kernel")
     monkeypatch.setenv(interpreter.VARIABLE, "1")
