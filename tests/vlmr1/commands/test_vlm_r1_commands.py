@@ -52,7 +52,7 @@ def change(path: Path, part: str | None, values: dict) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_published_command_line_trains(name, models, tmp_path):
-    """Model, data, number of processes, tracker and attention are replaced, and one update is made."""
+    """Model, data, number of processes, tracker and attention are replaced, and two updates are made."""
     scripts = tmp_path / PUBLISHED["local_scripts"]
     scripts.mkdir(parents=True)
     for file, content in PUBLISHED["deepspeed"].items():
@@ -64,14 +64,14 @@ def test_a_published_command_line_trains(name, models, tmp_path):
         "--image_folders": ":".join([str(DATA / "standins" / "images")] * 2),
         "--report_to": "none",
         "--attn_implementation": "sdpa",
-        "--max_steps": "1",
+        "--max_steps": "2",
         "--processes": "1",
     }
     done = python("-m", "vlmr1.cli", "train", *words(name, tmp_path, replaced))
     assert done.returncode == 0, done.stderr[-3000:]
     (output,) = (tmp_path / "checkpoints" / "rl").iterdir()
     steps = read_metrics(output)
-    assert [step["step"] for step in steps] == [1]
+    assert [step["step"] for step in steps] == [1, 2]
     assert "20 rows; an update: 2 prompts x 8 generations = 16 sequences" in done.stdout
     written = json.loads((output / "settings.json").read_text(encoding="utf-8"))
     expected = SETTINGS[name] | {"bf16": True, "prompts_per_device": 2, "beta": 0.04, "launch": f"zero{stage(name)}"}
