@@ -57,6 +57,7 @@ def bound(model: nn.Module) -> list[str]:
 
 
 def relative(ours: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    assert ours.keys() == other.keys()
     difference = torch.stack([(ours[name] - value).double().norm() for name, value in other.items()]).norm()
     return float(difference / torch.stack([value.double().norm() for value in other.values()]).norm())
 
