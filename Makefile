@@ -9,7 +9,7 @@ JOBS ?= 2
 
 BIN := .venv/bin
 # Each worker begins with a part of its own, so that few fixtures are made by both.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal
+PYTEST = TEST_PACKAGES_REQUIRED=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal
 READY := .venv/ready
 # TORCH is named in every installation, so that no extra can replace the build that was asked for.
 INSTALL = $(BIN)/pip install -qq --disable-pip-version-check "$(TORCH)" --editable

@@ -62,5 +62,8 @@ def test_a_missing_package_is_named(module, install, method, content, solution, 
 def test_only_tests_without_their_package_are_skipped(name, skipped, monkeypatch):
     """A module that an installed package lacks is an error."""
     monkeypatch.setattr(optional, "find_spec", lambda package: None if package == "trl" else ModuleSpec(package, None))
+    monkeypatch.delenv(optional.REQUIRED, raising=False)
     assert optional.missing(ModuleNotFoundError(name=name)) == skipped
     assert optional.missing(ImportError(name=name)) is None
+    monkeypatch.setenv(optional.REQUIRED, "1")
+    assert optional.missing(ModuleNotFoundError(name=name)) is None
